@@ -1,0 +1,1 @@
+"""One readable file per algorithm: losses and updates, nothing about environments, files or logging."""

@@ -1,0 +1,1 @@
+"""Numerical foundations: noise, optimizers, schedules, normalizers, returns. No files, no environments."""

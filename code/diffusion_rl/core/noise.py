@@ -1,0 +1,108 @@
+"""The only source of randomness.
+
+Everything that draws takes the draw as an argument; the loops obtain it here. A `NoiseSource` is a counter-based
+generator whose whole state is a small JSON value, so a run that resumes continues the very same stream, and a
+`NoiseTape` replays draws recorded elsewhere (in the PyTorch reference, say), so that both frameworks see one noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class NoiseSource:
+    """Random draws as numpy arrays, with a state that can be saved and restored exactly."""
+
+    def __init__(self, seed: int):
+        self._generator = np.random.Generator(np.random.Philox(seed))
+
+    def normal(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        """Standard normal draws of the given shape."""
+        return self._generator.standard_normal(tuple(shape), dtype=dtype)
+
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
+        """Uniform draws in [low, high)."""
+        return (low + (high - low) * self._generator.random(tuple(shape))).astype(dtype)
+
+    def integers(self, low: int, high: int, shape: Sequence[int]) -> np.ndarray:
+        """int64 draws in [low, high)."""
+        return self._generator.integers(low, high, tuple(shape))
+
+    def permutation(self, n: int) -> np.ndarray:
+        """A permutation of 0 … n-1, int64."""
+        return self._generator.permutation(n)
+
+    def state(self) -> dict[str, Any]:
+        """The whole state as JSON values."""
+        return _plain(self._generator.bit_generator.state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state()` was taken."""
+        restored = dict(state)
+        restored["state"] = {k: np.array(v, dtype=np.uint64) for k, v in state["state"].items()}
+        restored["buffer"] = np.array(state["buffer"], dtype=np.uint64)
+        self._generator.bit_generator.state = restored
+
+
+class NoiseTape:
+    """Replays recorded draws in order; the requested shape must be the recorded one."""
+
+    def __init__(self, draws: Sequence[np.ndarray]):
+        self._draws = list(draws)
+        self._next = 0
+
+    def _take(self, shape: Sequence[int] | None) -> np.ndarray:
+        if self._next >= len(self._draws):
+            raise ValueError(f"the noise tape holds {len(self._draws)} draws; one more was asked for")
+        draw = np.asarray(self._draws[self._next])
+        if shape is not None and draw.shape != tuple(shape):
+            raise ValueError(f"draw {self._next} of the noise tape has shape {draw.shape}, asked for {tuple(shape)}")
+        self._next += 1
+        return draw
+
+    def normal(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        return self._take(shape).astype(dtype)
+
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
+        return (low + (high - low) * self._take(shape)).astype(dtype)
+
+    def integers(self, low: int, high: int, shape: Sequence[int]) -> np.ndarray:
+        return self._take(shape)
+
+    def permutation(self, n: int) -> np.ndarray:
+        return self._take((n,))
+
+    @property
+    def remaining(self) -> int:
+        """Draws not yet consumed."""
+        return len(self._draws) - self._next
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return [int(v) for v in value]
+    return value if isinstance(value, str) else int(value)
+
+
+_init_source: list[NoiseSource] = [NoiseSource(0)]
+
+
+def init_noise() -> NoiseSource:
+    """The source that networks draw their initial weights from (set it with `initial_weights`)."""
+    return _init_source[-1]
+
+
+@contextlib.contextmanager
+def initial_weights(source: NoiseSource) -> Iterator[None]:
+    """Networks built inside this block draw their initial weights from `source`."""
+    _init_source.append(source)
+    try:
+        yield
+    finally:
+        _init_source.pop()

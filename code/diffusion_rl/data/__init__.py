@@ -1,0 +1,1 @@
+"""Data sets: sources, sequences, replay, shipped and downloadable assets."""

@@ -1,0 +1,1 @@
+"""Keras modules that own weights."""

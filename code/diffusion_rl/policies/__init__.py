@@ -1,0 +1,1 @@
+"""From observation to action, log-probability and value."""

@@ -1,0 +1,1 @@
+"""Metrics, figures, tables, video."""
