@@ -49,7 +49,11 @@ class NoiseSource:
 
 
 class NoiseTape:
-    """Replays recorded draws in order; the requested shape must be the recorded one."""
+    """Replays recorded draws in order; the requested shape must be the recorded one.
+
+    A request for [n, ...] is also served by n recorded draws of shape [...], stacked: the reference draws the noise
+    of a denoising chain step by step, here it is drawn at once.
+    """
 
     def __init__(self, draws: Sequence[np.ndarray]):
         self._draws = list(draws)
@@ -59,6 +63,10 @@ class NoiseTape:
         if self._next >= len(self._draws):
             raise ValueError(f"the noise tape holds {len(self._draws)} draws; one more was asked for")
         draw = np.asarray(self._draws[self._next])
+        if shape is not None and draw.shape == tuple(shape[1:]):
+            self._next += 1
+            rest = [self._take(shape[1:]) for _ in range(shape[0] - 1)]
+            return np.stack([draw, *rest])
         if shape is not None and draw.shape != tuple(shape):
             raise ValueError(f"draw {self._next} of the noise tape has shape {draw.shape}, asked for {tuple(shape)}")
         self._next += 1

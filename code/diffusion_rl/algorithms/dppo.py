@@ -1,0 +1,192 @@
+"""DPPO: Diffusion Policy Policy Optimization (Ren et al. 2024).
+
+PPO on the two-layer decision process in which every denoising step of an action chunk is an action of its own:
+
+    state    (o, x_t)           action   x_{t-1}           policy   N(x_{t-1}; mu(x_t, t, o), sigma_t^2)
+
+    eq. 4.2   advantage of a denoising step = gamma_denoising^(steps still to come) * A(o, a)
+    eq. 4.3   PPO's clipped ratio, with a clip range that grows from the noisy steps to the clean ones
+
+Shapes: B rows of a minibatch, F fine-tuned denoising steps, To, H, O, A as in `policies.diffusion`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from diffusion_rl.networks.layers import Array
+from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
+
+LOG_PROB_RANGE = (-5.0, 2.0)  # per element, old and new alike; elements outside get no gradient
+
+
+class PPOLoss(NamedTuple):
+    """The parts of the loss and what is watched beside them; all scalars."""
+
+    pg_loss: Array
+    entropy_loss: Array
+    v_loss: Array
+    clipfrac: Array
+    approx_kl: Array
+    ratio: Array
+    bc_loss: Array
+    eta: Array
+
+
+class DPPO(FineTunedDiffusionPolicy):
+    """The policy with DPPO's loss.
+
+    Args:
+        gamma_denoising: discount over denoising steps.
+        clip_ploss_coef: clip range of the ratio at the last (cleanest) step.
+        clip_ploss_coef_base: the same at the first (noisiest) fine-tuned step.
+        clip_ploss_coef_rate: exponential rate of the interpolation between them.
+        clip_vloss_coef: clip range of the value (None: not clipped).
+        clip_advantage_lower_quantile, clip_advantage_upper_quantile: advantages are clamped to these quantiles.
+        norm_adv: normalise advantages within the minibatch.
+    """
+
+    def __init__(
+        self,
+        gamma_denoising: float,
+        clip_ploss_coef: float,
+        clip_ploss_coef_base: float = 1e-3,
+        clip_ploss_coef_rate: float = 3,
+        clip_vloss_coef: float | None = None,
+        clip_advantage_lower_quantile: float = 0,
+        clip_advantage_upper_quantile: float = 1,
+        norm_adv: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.gamma_denoising, self.norm_adv = gamma_denoising, norm_adv
+        self.clip_ploss_coef, self.clip_ploss_coef_base = clip_ploss_coef, clip_ploss_coef_base
+        self.clip_ploss_coef_rate, self.clip_vloss_coef = clip_ploss_coef_rate, clip_vloss_coef
+        self.advantage_quantiles = (clip_advantage_lower_quantile, clip_advantage_upper_quantile)
+
+    def loss(
+        self,
+        obs: Cond,
+        chains_prev: Array,
+        chains_next: Array,
+        denoising_inds: Array,
+        returns: Array,
+        oldvalues: Array,
+        advantages: Array,
+        oldlogprobs: Array,
+        use_bc_loss: bool = False,
+        reward_horizon: int = 4,
+        bc_noise: Array | None = None,
+    ) -> PPOLoss:
+        """The loss of one minibatch, straight from the definition.
+
+        Args:
+            obs: {"state": [B,To,O]}
+            chains_prev, chains_next: [B,H,A] before and after the denoising step.
+            denoising_inds: [B] in [0, F), 0 = noisiest fine-tuned step.
+            returns, oldvalues, advantages: [B]
+            oldlogprobs: [B,H,A] per element, of the policy that collected the data.
+            use_bc_loss, bc_noise: add the log-probability of the pre-trained policy's own chains; bc_noise
+                [sampling_steps + 1, B, H, A] is what they are drawn with.
+            reward_horizon: only the first so many actions of a chunk count.
+        """
+        new, eta = self.log_probs_subsample(obs, chains_prev, chains_next, denoising_inds)
+        log_prob = chunk_log_prob(new, reward_horizon)
+        old_log_prob = chunk_log_prob(oldlogprobs, reward_horizon)
+        advantages = self.step_advantages(advantages, denoising_inds)
+        pg_loss, ratio, approx_kl, clipfrac = clipped_policy_loss(
+            log_prob, old_log_prob, advantages, self.clip_range(denoising_inds)
+        )
+        newvalues = tf.reshape(self.critic(obs), [-1])
+        return PPOLoss(
+            pg_loss=tf.reduce_mean(pg_loss),
+            entropy_loss=-tf.reduce_mean(eta),
+            v_loss=tf.reduce_mean(self.value_loss(newvalues, returns, oldvalues)),
+            clipfrac=tf.reduce_mean(clipfrac),
+            approx_kl=tf.reduce_mean(approx_kl),
+            ratio=tf.reduce_mean(tf.stop_gradient(ratio)),
+            bc_loss=self.bc_loss(obs, bc_noise) if use_bc_loss else tf.zeros([], self.dtype),
+            eta=tf.reduce_mean(tf.stop_gradient(eta)),
+        )
+
+    # ---------- the pieces ----------
+
+    def step_advantages(self, advantages: Array, denoising_inds: Array) -> Array:
+        """Normalise [B], clamp to the quantiles, then discount by the denoising steps still to come."""
+        if self.norm_adv:
+            centred = advantages - tf.reduce_mean(advantages)
+            # unbiased deviation (N - 1), as torch.std
+            n = tf.cast(tf.size(advantages), advantages.dtype)
+            std = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (n - 1))
+            advantages = centred / (std + 1e-8)
+        low, high = self.advantage_quantiles
+        if (low, high) != (0, 1):
+            ordered = tf.sort(advantages)
+            advantages = tf.clip_by_value(advantages, quantile(ordered, low), quantile(ordered, high))
+        f = self.ft_denoising_steps
+        discounts = tf.constant([self.gamma_denoising ** (f - i - 1) for i in range(f)], advantages.dtype)
+        return advantages * tf.gather(discounts, denoising_inds)
+
+    def clip_range(self, denoising_inds: Array) -> Array:
+        """PPO's clip range [B]: base + (coef - base) (e^(rate i/(F-1)) - 1) / (e^rate - 1).
+
+        With a single fine-tuned step the range is `clip_ploss_coef` (the reference divides zero by zero there).
+        """
+        f, rate = self.ft_denoising_steps, self.clip_ploss_coef_rate
+        if f == 1:
+            return tf.fill(tf.shape(denoising_inds), tf.cast(self.clip_ploss_coef, self.dtype))
+        t = tf.cast(denoising_inds, self.dtype) / (f - 1)
+        growth = (tf.exp(rate * t) - 1) / (math.exp(rate) - 1)
+        return self.clip_ploss_coef_base + (self.clip_ploss_coef - self.clip_ploss_coef_base) * growth
+
+    def value_loss(self, values: Array, returns: Array, oldvalues: Array) -> Array:
+        """Half the squared error [B], optionally with the change of the value clipped."""
+        loss = tf.square(values - returns)
+        if self.clip_vloss_coef is not None:
+            bound = self.clip_vloss_coef
+            clipped = oldvalues + tf.clip_by_value(values - oldvalues, -bound, bound)
+            loss = tf.maximum(loss, tf.square(clipped - returns))
+        return 0.5 * loss
+
+    def bc_loss(self, obs: Cond, noise: Array) -> Array:
+        """Minus the mean log-probability, under the fine-tuned policy, of chains that the pre-trained one draws.
+
+        (Torne et al. 2024, eq. 2.) Not restricted to the reward horizon.
+        """
+        chains = tf.stop_gradient(self.sample(obs, noise, deterministic=False, use_base_policy=True).chains)
+        log_prob, _ = self.log_probs(obs, chains)
+        return -tf.reduce_mean(chunk_log_prob(log_prob, self.horizon_steps))
+
+
+def chunk_log_prob(log_prob: Array, reward_horizon: int) -> Array:
+    """[B,H,A] -> [B]: clamp each element, keep the first `reward_horizon` actions, average."""
+    return tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[:, :reward_horizon], axis=[1, 2])
+
+
+def clipped_policy_loss(
+    log_prob: Array, old_log_prob: Array, advantages: Array, clip_range: Array
+) -> tuple[Array, Array, Array, Array]:
+    """PPO's clipped loss per row (Schulman et al. 2017, eq. 7), all arguments [B].
+
+    Returns:
+        loss, ratio, approximate KL ((r - 1) - log r), and whether the ratio left the clip range.
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = tf.exp(log_ratio)
+    clipped = tf.clip_by_value(ratio, 1 - clip_range, 1 + clip_range)
+    loss = tf.maximum(-advantages * ratio, -advantages * clipped)
+    approx_kl = tf.stop_gradient((ratio - 1) - log_ratio)
+    outside = tf.cast(tf.abs(ratio - 1) > clip_range, ratio.dtype)
+    return loss, ratio, approx_kl, outside
+
+
+def quantile(ordered: Array, q: float) -> Array:
+    """Quantile of sorted values [N] with linear interpolation, as torch.quantile."""
+    position = tf.cast(q, ordered.dtype) * tf.cast(tf.size(ordered) - 1, ordered.dtype)
+    below = tf.cast(tf.floor(position), tf.int32)
+    above = tf.minimum(below + 1, tf.size(ordered) - 1)
+    low, high = tf.gather(ordered, below), tf.gather(ordered, above)
+    return low + (high - low) * (position - tf.cast(below, ordered.dtype))

@@ -1,0 +1,81 @@
+"""Learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+class CosineWarmupRestarts:
+    """Cosine annealing with linear warm-up and restarts (the schedule of the reference's `util/scheduler.py`).
+
+    A newly built schedule stands at `min_lr` whatever the warm-up; `step()` is called at the END of each epoch or
+    iteration, so the first one always runs at `min_lr`.
+
+    Args:
+        first_cycle_steps: length of the first cycle, warm-up included.
+        cycle_mult: factor from one cycle's length (without warm-up) to the next one's.
+        max_lr, min_lr: top and bottom of the first cycle.
+        warmup_steps: linear steps from `min_lr` to the top.
+        gamma: factor of the top per cycle.
+    """
+
+    def __init__(
+        self,
+        first_cycle_steps: int,
+        cycle_mult: float = 1.0,
+        max_lr: float = 0.1,
+        min_lr: float = 0.001,
+        warmup_steps: int = 0,
+        gamma: float = 1.0,
+    ):
+        if warmup_steps >= first_cycle_steps:
+            raise ValueError(f"warmup_steps={warmup_steps} must be smaller than first_cycle_steps={first_cycle_steps}")
+        self.first_cycle_steps, self.cycle_mult = first_cycle_steps, cycle_mult
+        self.base_max_lr, self.min_lr, self.warmup_steps, self.gamma = max_lr, min_lr, warmup_steps, gamma
+        self.max_lr, self.cycle, self.cycle_steps, self.step_in_cycle, self.epoch = max_lr, 0, first_cycle_steps, 0, 0
+        self.lr = min_lr
+
+    def step(self, epoch: int | None = None) -> float:
+        """Advance by one, or jump to `epoch`; returns the new rate."""
+        if epoch is None:
+            self.epoch += 1
+            self.step_in_cycle += 1
+            if self.step_in_cycle >= self.cycle_steps:
+                self.cycle += 1
+                self.step_in_cycle -= self.cycle_steps
+                self.cycle_steps = int((self.cycle_steps - self.warmup_steps) * self.cycle_mult) + self.warmup_steps
+        else:
+            self._jump(epoch)
+        self.max_lr = self.base_max_lr * self.gamma**self.cycle
+        self.lr = self._rate()
+        return self.lr
+
+    def _jump(self, epoch: int) -> None:
+        # Jumping uses other cycle lengths than stepping does (no warm-up added): the reference's behaviour.
+        first, mult = self.first_cycle_steps, self.cycle_mult
+        if epoch < first:
+            self.cycle, self.step_in_cycle, self.cycle_steps = 0, epoch, first
+        elif mult == 1.0:
+            self.cycle, self.step_in_cycle, self.cycle_steps = epoch // first, epoch % first, first
+        else:
+            n = int(math.log(epoch / first * (mult - 1) + 1, mult))
+            self.cycle = n
+            self.step_in_cycle = epoch - int(first * (mult**n - 1) / (mult - 1))
+            self.cycle_steps = first * mult**n
+        self.epoch = math.floor(epoch)
+
+    def _rate(self) -> float:
+        if self.step_in_cycle < self.warmup_steps:
+            return (self.max_lr - self.min_lr) * self.step_in_cycle / self.warmup_steps + self.min_lr
+        progress = (self.step_in_cycle - self.warmup_steps) / (self.cycle_steps - self.warmup_steps)
+        return self.min_lr + (self.max_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    def state(self) -> dict[str, Any]:
+        """Where the schedule stands, as JSON values."""
+        return {k: getattr(self, k) for k in ("cycle", "cycle_steps", "step_in_cycle", "epoch", "max_lr", "lr")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        for key, value in state.items():
+            setattr(self, key, value)

@@ -1,0 +1,94 @@
+"""Optimizers in the form of torch.optim, as pure updates over `tf.Variable`s.
+
+Keras' AdamW places epsilon and the decay elsewhere and cannot be configured to match, so the update is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), in the order of torch.optim.AdamW:
+
+        p <- p (1 - lr * weight_decay)
+        m <- b1 m + (1 - b1) g,    v <- b2 v + (1 - b2) g^2
+        p <- p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+    Args:
+        variables: what is trained; the order is that of the gradients given to `apply`.
+        lr: initial learning rate; `learning_rate` is a variable, assign to it for a schedule.
+        weight_decay: decoupled decay. torch's default is 0.01; the reference always passes its own. With
+            `decoupled=False` the decay is added to the gradient instead, which is torch.optim.Adam.
+    """
+
+    def __init__(
+        self,
+        variables: Sequence[tf.Variable],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decoupled: bool = True,
+    ):
+        self.variables = list(variables)
+        self.weight_decay, self.betas, self.eps, self.decoupled = float(weight_decay), betas, eps, decoupled
+        # float64 scalars: bias corrections lose digits in float32, and the cost of two scalars is nothing.
+        self.learning_rate = tf.Variable(lr, dtype=tf.float64, trainable=False)
+        self.step = tf.Variable(0, dtype=tf.int64, trainable=False)
+        self.exp_avg = [tf.Variable(tf.zeros_like(v), trainable=False) for v in self.variables]
+        self.exp_avg_sq = [tf.Variable(tf.zeros_like(v), trainable=False) for v in self.variables]
+
+    def apply(self, grads: Sequence[tf.Tensor | None]) -> None:
+        """One step; a gradient of None leaves that variable alone, without decay, as torch does. Graph-safe."""
+        if len(grads) != len(self.variables):
+            raise ValueError(f"{len(grads)} gradients for {len(self.variables)} variables")
+        step = self.step.assign_add(1)
+        t = tf.cast(step, tf.float64)
+        b1, b2 = self.betas
+        lr = self.learning_rate.read_value()
+        step_size = lr / (1.0 - tf.constant(b1, tf.float64) ** t)
+        root_correction = tf.sqrt(1.0 - tf.constant(b2, tf.float64) ** t)
+        decay = 1.0 - lr * self.weight_decay
+        for var, m, v, grad in zip(self.variables, self.exp_avg, self.exp_avg_sq, grads, strict=True):
+            if grad is None:
+                continue
+            dtype = var.dtype
+            value = var.read_value()
+            if self.weight_decay and self.decoupled:
+                value = value * tf.cast(decay, dtype)
+            elif self.weight_decay:
+                grad = grad + tf.cast(self.weight_decay, dtype) * value
+            m_new = m.assign(tf.cast(b1, dtype) * m + tf.cast(1.0 - b1, dtype) * grad)
+            v_new = v.assign(tf.cast(b2, dtype) * v + tf.cast(1.0 - b2, dtype) * tf.square(grad))
+            denominator = tf.sqrt(v_new) / tf.cast(root_correction, dtype) + tf.cast(self.eps, dtype)
+            var.assign(value - tf.cast(step_size, dtype) * m_new / denominator)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Step count, learning rate and both moments, keyed `step`, `learning_rate`, `exp_avg.<i>`, `exp_avg_sq.<i>`."""
+        state = {"step": self.step.numpy(), "learning_rate": self.learning_rate.numpy()}
+        for i, (m, v) in enumerate(zip(self.exp_avg, self.exp_avg_sq, strict=True)):
+            state[f"exp_avg.{i}"], state[f"exp_avg_sq.{i}"] = m.numpy(), v.numpy()
+        return {k: np.asarray(v) for k, v in state.items()}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Inverse of `state`."""
+        self.step.assign(int(state["step"]))
+        self.learning_rate.assign(float(state["learning_rate"]))
+        for i, (m, v) in enumerate(zip(self.exp_avg, self.exp_avg_sq, strict=True)):
+            m.assign(state[f"exp_avg.{i}"])
+            v.assign(state[f"exp_avg_sq.{i}"])
+
+
+def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> tuple[list[tf.Tensor | None], tf.Tensor]:
+    """Scale gradients so that their joint norm is at most `max_norm`, in torch's form: g * min(1, max / (norm + 1e-6)).
+
+    Returns the clipped gradients (None stays None) and the norm before clipping.
+    """
+    present = [g for g in grads if g is not None]
+    norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in present]))
+    scale = tf.minimum(tf.cast(max_norm, norm.dtype) / (norm + tf.cast(1e-6, norm.dtype)), tf.cast(1.0, norm.dtype))
+    return [None if g is None else g * scale for g in grads], norm

@@ -1,0 +1,41 @@
+"""Returns and advantages."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def gae(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    next_values: np.ndarray,
+    terminated: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+    reward_scale_const: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
+
+        delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
+        A_t     = delta_t + gamma lambda (1 - terminated_t) A_{t+1}
+
+    Only termination cuts the bootstrap; at a truncation the value of the next observation (already that of the new
+    episode) is used, as in the reference.
+
+    Args:
+        rewards, values, terminated: [S,E]
+        next_values: [E] or [1,E], values after the last step.
+        reward_scale_const: factor on the rewards.
+
+    Returns:
+        advantages and returns = advantages + values, [S,E] float64.
+    """
+    rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
+    nonterminal = 1.0 - np.asarray(terminated, np.float64)
+    following = np.concatenate([values[1:], np.asarray(next_values, np.float64).reshape(1, -1)])
+    advantages = np.zeros_like(rewards)
+    last = np.zeros(rewards.shape[1])
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] * reward_scale_const + gamma * following[t] * nonterminal[t] - values[t]
+        advantages[t] = last = delta + gamma * gae_lambda * nonterminal[t] * last
+    return advantages, advantages + values

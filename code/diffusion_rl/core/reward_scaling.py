@@ -1,0 +1,69 @@
+"""Scaling of rewards by the running deviation of the discounted return (Engstrom et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class RunningMeanStd:
+    """Running mean and variance of a scalar stream, merged batch by batch (Chan et al.'s parallel formula).
+
+    The merged variance divides by (count - 1), and the stream begins with a pseudo-count of 1e-4 at variance 1,
+    as in the reference.
+    """
+
+    def __init__(self, initial_count: float = 1e-4):
+        self.mean, self.var, self.count = 0.0, 1.0, initial_count
+
+    def update(self, x: np.ndarray) -> None:
+        """Merge a batch, x [N]."""
+        batch_mean, batch_var, n = np.mean(x), np.var(x), len(x)
+        delta, total = batch_mean - self.mean, self.count + n
+        self.mean = self.mean + delta * n / total
+        moment = self.var * self.count + batch_var * n + delta**2 * self.count * n / total
+        self.var = moment / (total - 1)
+        self.count = total
+
+
+class RunningRewardScaler:
+    """Divides rewards by the running standard deviation of their discounted sum, and clips.
+
+    Args:
+        n_envs: number of environments E; each has its own discounted sum, which carries over between calls.
+        cliprew: bound on the scaled reward.
+        gamma: discount of the sum (its own, not the algorithm's).
+    """
+
+    def __init__(self, n_envs: int, cliprew: float = 10.0, gamma: float = 0.99, epsilon: float = 1e-8):
+        self.cliprew, self.gamma, self.epsilon = cliprew, gamma, epsilon
+        self.statistics = RunningMeanStd()
+        self.discounted = np.zeros(n_envs)
+
+    def __call__(self, reward: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Update the statistics with reward [E,S] (first [E,S] marks the start of episodes) and scale it."""
+        sums = np.zeros_like(reward, dtype=np.float64)
+        running = self.discounted
+        for t in range(reward.shape[1]):
+            running = sums[:, t] = reward[:, t] + (1 - first[:, t]) * self.gamma * running
+        self.discounted = sums[:, -1].copy()
+        self.statistics.update(sums.reshape(-1))
+        scaled = reward / np.sqrt(self.statistics.var + self.epsilon)
+        return np.clip(scaled, -self.cliprew, self.cliprew)
+
+    def state(self) -> dict[str, Any]:
+        """Statistics and running sums as JSON values (floats survive JSON exactly)."""
+        s = self.statistics
+        return {
+            "mean": float(s.mean),
+            "var": float(s.var),
+            "count": float(s.count),
+            "discounted": self.discounted.tolist(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        s = self.statistics
+        s.mean, s.var, s.count = state["mean"], state["var"], state["count"]
+        self.discounted = np.array(state["discounted"])

@@ -1,0 +1,137 @@
+"""Eta of DDIM (Song et al. 2021): the level of noise between deterministic (0) and DDPM-like (1) sampling.
+
+Each module maps {"state": [B,To,O]} to [B,1] or [B,A]; training normally holds it at 1 and evaluation at 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.noise import init_noise
+from diffusion_rl.networks.layers import Array, Linear, flatten_state
+from diffusion_rl.networks.mlp import MLP
+
+
+def _logit(base_eta: float, min_eta: float, max_eta: float) -> float:
+    normalized = 2 * (base_eta - min_eta) / (max_eta - min_eta) - 1
+    if normalized >= 1:
+        return math.inf  # base_eta == max_eta: tanh(inf) = 1, as in the reference
+    return -math.inf if normalized <= -1 else math.atanh(normalized)
+
+
+def _batch(cond: dict[str, Array]) -> Array:
+    return tf.shape(cond["state"] if "state" in cond else cond["rgb"])[0]
+
+
+class EtaFixed(keras.layers.Layer):
+    """One number for all inputs. No gradient reaches it, even with `learn_eta` (as in the reference)."""
+
+    def __init__(self, base_eta: float = 0.5, min_eta: float = 0.1, max_eta: float = 1.0, **unused: Any):
+        super().__init__(dtype=floatx())
+        self.min, self.max = min_eta, max_eta
+        self.eta_logit = tf.Variable(np.full(1, _logit(base_eta, min_eta, max_eta), floatx()))
+
+    def call(self, cond: dict[str, Array]) -> Array:
+        eta = 0.5 * (tf.tanh(tf.stop_gradient(self.eta_logit)) + 1) * (self.max - self.min) + self.min
+        return tf.tile(eta[None], [_batch(cond), 1])
+
+
+class EtaAction(keras.layers.Layer):
+    """One number per action dimension."""
+
+    def __init__(
+        self, action_dim: int, base_eta: float = 0.5, min_eta: float = 0.1, max_eta: float = 1.0, **unused: Any
+    ):
+        super().__init__(dtype=floatx())
+        self.min, self.max = min_eta, max_eta
+        self.eta_logit = tf.Variable(np.full(action_dim, _logit(base_eta, min_eta, max_eta), floatx()))
+
+    def call(self, cond: dict[str, Array]) -> Array:
+        eta = 0.5 * (tf.tanh(self.eta_logit) + 1) * (self.max - self.min) + self.min
+        return tf.tile(eta[None], [_batch(cond), 1])
+
+
+class EtaState(keras.layers.Layer):
+    """One number per observation: base + tanh(mlp(observation)), clamped to [min, max]."""
+
+    output_dims = 1
+
+    def __init__(
+        self,
+        input_dim: int,
+        mlp_dims: Sequence[int],
+        activation_type: str = "ReLU",
+        out_activation_type: str = "Identity",
+        base_eta: float = 0.5,
+        min_eta: float = 0.1,
+        max_eta: float = 1.0,
+        gain: float = 1e-2,
+        **unused: Any,
+    ):
+        super().__init__(dtype=floatx())
+        self._build(input_dim, mlp_dims, 1, activation_type, out_activation_type, base_eta, min_eta, max_eta, gain)
+
+    def _build(
+        self,
+        input_dim: int,
+        mlp_dims: Sequence[int],
+        output_dim: int,
+        activation_type: str,
+        out_activation_type: str,
+        base_eta: float,
+        min_eta: float,
+        max_eta: float,
+        gain: float,
+    ) -> None:
+        self.base, self.min, self.max = base_eta, min_eta, max_eta
+        self.mlp_res = MLP(
+            [input_dim, *mlp_dims, output_dim],
+            activation_type=activation_type,
+            out_activation_type=out_activation_type,
+        )
+        for layer in self.mlp_res.layers:
+            _xavier_normal(layer.linear, gain)
+
+    def call(self, cond: dict[str, Array]) -> Array:
+        if "rgb" in cond:
+            raise UserError("eta that depends on the state does not take images: use EtaFixed or EtaAction")
+        eta = tf.tanh(self.mlp_res(flatten_state(cond))) + self.base
+        # (min - base) + base, not min: the reference's own rounding of the bounds
+        return tf.clip_by_value(eta, self.min - self.base + self.base, self.max - self.base + self.base)
+
+
+class EtaStateAction(EtaState):
+    """One number per observation and action dimension."""
+
+    def __init__(
+        self,
+        input_dim: int,
+        mlp_dims: Sequence[int],
+        action_dim: int,
+        activation_type: str = "ReLU",
+        out_activation_type: str = "Identity",
+        base_eta: float = 1,
+        min_eta: float = 1e-3,
+        max_eta: float = 2,
+        gain: float = 1e-2,
+        **unused: Any,
+    ):
+        keras.layers.Layer.__init__(self, dtype=floatx())
+        self._build(
+            input_dim, mlp_dims, action_dim, activation_type, out_activation_type, base_eta, min_eta, max_eta, gain
+        )
+
+
+def _xavier_normal(linear: Linear, gain: float) -> None:
+    """Glorot's normal initialisation, so small that the network starts at zero."""
+    fan_in, fan_out = linear.kernel.shape
+    std = gain * math.sqrt(2.0 / (fan_in + fan_out))
+    linear.kernel.assign(init_noise().normal((fan_in, fan_out), dtype=floatx()) * std)
+    linear.bias.assign(tf.zeros_like(linear.bias))

@@ -1,0 +1,139 @@
+"""Layers that own weights, built at construction (every dimension is known), initialised as torch initialises them.
+
+Weights take the dtype of `core.keras.floatx()` and draw their initial values from `core.noise.init_noise()`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.noise import init_noise
+
+Array = tf.Tensor
+
+
+def _softplus(x: Array) -> Array:
+    return tf.where(x > 20, x, tf.nn.softplus(tf.minimum(x, 20)))  # linear above 20, as torch
+
+
+def mish(x: Array) -> Array:
+    """x tanh(softplus(x)) (Misra 2019)."""
+    return x * tf.tanh(tf.nn.softplus(x))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "ReLU": tf.nn.relu,
+    "ELU": tf.nn.elu,
+    "GELU": lambda x: tf.nn.gelu(x, approximate=False),
+    "Tanh": tf.tanh,
+    "Mish": mish,
+    "Identity": tf.identity,
+    "Softplus": _softplus,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation of that name (the reference's spelling)."""
+    if name not in ACTIVATIONS:
+        raise UserError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Linear(keras.layers.Layer):
+    """y = x @ kernel + bias; kernel [in,out], bias [out], both uniform in +-1/sqrt(in)."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(dtype=floatx())
+        bound = 1.0 / math.sqrt(in_dim)
+        draw = init_noise().uniform((in_dim + 1, out_dim), -bound, bound, dtype=floatx())
+        self.kernel = tf.Variable(draw[:-1], name="kernel")
+        self.bias = tf.Variable(draw[-1], name="bias")
+
+    def call(self, x: Array) -> Array:
+        return tf.matmul(x, self.kernel) + self.bias
+
+
+class LayerNorm(keras.layers.Layer):
+    """Normalisation over the last axis with gain and offset; biased variance, epsilon inside the root."""
+
+    def __init__(self, dim: int, epsilon: float = 1e-5):
+        super().__init__(dtype=floatx())
+        self.epsilon = epsilon
+        self.gamma = tf.Variable(np.ones(dim, floatx()), name="gamma")
+        self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
+
+    def call(self, x: Array) -> Array:
+        mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+        return (x - mean) * tf.math.rsqrt(variance + tf.cast(self.epsilon, x.dtype)) * self.gamma + self.beta
+
+
+def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
+    """[sin(t w), cos(t w)] with w_k = 10000^(-k / (dim/2 - 1)) (Vaswani et al. 2017).
+
+    Args:
+        t: [B] steps, not scaled.
+        dim: even, at least 4 (with 2 the exponent divides by zero).
+
+    Returns:
+        [B, dim]
+    """
+    half = dim // 2
+    frequencies = np.exp(np.arange(half).astype(tf.as_dtype(dtype).as_numpy_dtype) * -(math.log(10000) / (half - 1)))
+    angles = tf.cast(t, dtype)[:, None] * tf.constant(frequencies, dtype)[None]
+    return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
+
+
+class TimeEmbedding(keras.layers.Layer):
+    """Sinusoidal embedding followed by Linear(dim, 2 dim), Mish, Linear(2 dim, dim)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dtype=floatx())
+        if dim < 4 or dim % 2:
+            raise UserError(f"time_dim={dim}: the sinusoidal embedding needs an even dimension of at least 4")
+        self.dim = dim
+        self.expand = Linear(dim, 2 * dim)
+        self.project = Linear(2 * dim, dim)
+
+    def call(self, t: Array) -> Array:
+        return self.project(mish(self.expand(sinusoidal_embedding(t, self.dim, self.expand.kernel.dtype))))
+
+
+def named_variables(module: object, prefix: str = "") -> Iterator[tuple[str, tf.Variable]]:
+    """Every variable of a module with its attribute path ("mlp_mean.layers.0.kernel"), in order of definition."""
+    for name, value in vars(module).items():
+        if name.startswith("_"):
+            continue
+        yield from _named(value, f"{prefix}{name}")
+
+
+def _named(value: object, path: str) -> Iterator[tuple[str, tf.Variable]]:
+    if isinstance(value, tf.Variable):
+        yield path, value
+    elif isinstance(value, keras.layers.Layer):
+        yield from named_variables(value, path + ".")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _named(item, f"{path}.{i}")
+
+
+def variables_of(module: object) -> list[tf.Variable]:
+    """The variables of a module in order of definition: the order of every optimizer and gradient list."""
+    return [v for _, v in named_variables(module)]
+
+
+def copy_weights(source: object, target: object) -> None:
+    """Give `target` the weights of `source` (same architecture)."""
+    for a, b in zip(variables_of(source), variables_of(target), strict=True):
+        b.assign(a)
+
+
+def flatten_state(cond: dict[str, Array]) -> Array:
+    """Observation history to one row: {"state": [B,To,O]} -> [B, To*O]."""
+    state = cond["state"]
+    return tf.reshape(state, [-1, state.shape[-2] * state.shape[-1]]) if len(state.shape) > 2 else state

@@ -1,0 +1,185 @@
+"""Multi-layer perceptrons and the diffusion MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, activation, flatten_state
+
+
+class MLPLayer(keras.layers.Layer):
+    """Linear, then (optionally) LayerNorm, dropout, activation, in that order."""
+
+    def __init__(self, in_dim: int, out_dim: int, activation_type: str, use_layernorm: bool, dropout: float):
+        super().__init__(dtype=floatx())
+        self.linear = Linear(in_dim, out_dim)
+        if use_layernorm:
+            self.norm = LayerNorm(out_dim)
+        self.use_layernorm, self.dropout, self.activate = use_layernorm, dropout, activation(activation_type)
+
+    def call(self, x: Array, keep: Array | None = None) -> Array:
+        """x [B,in] -> [B,out]; `keep` [B,out] is dropout's 0/1 mask (none: evaluation)."""
+        x = self.linear(x)
+        if self.use_layernorm:
+            x = self.norm(x)
+        if self.dropout and keep is not None:
+            x = x * tf.cast(keep, x.dtype) / (1 - self.dropout)
+        return self.activate(x)
+
+
+class MLP(keras.layers.Layer):
+    """A plain multi-layer perceptron.
+
+    Args:
+        dim_list: dimensions from input to output.
+        append_dim, append_layers: width of an extra input, and the layers at which it is concatenated.
+        activation_type, out_activation_type: of the hidden layers and of the last one.
+        use_layernorm, use_layernorm_final: LayerNorm in the hidden layers, and in the last as well.
+        dropout, use_drop_final: the same for dropout.
+    """
+
+    def __init__(
+        self,
+        dim_list: Sequence[int],
+        append_dim: int = 0,
+        append_layers: Sequence[int] | None = None,
+        activation_type: str = "Tanh",
+        out_activation_type: str = "Identity",
+        use_layernorm: bool = False,
+        use_layernorm_final: bool = False,
+        dropout: float = 0.0,
+        use_drop_final: bool = False,
+        verbose: bool = False,
+    ):
+        super().__init__(dtype=floatx())
+        self.append_layers = tuple(append_layers or ()) if append_dim > 0 else ()
+        last = len(dim_list) - 2
+        self.layers = [
+            MLPLayer(
+                dim_list[i] + (append_dim if i in self.append_layers else 0),
+                dim_list[i + 1],
+                activation_type if i < last else out_activation_type,
+                use_layernorm and (i < last or use_layernorm_final),
+                dropout if i < last or use_drop_final else 0.0,
+            )
+            for i in range(last + 1)
+        ]
+
+    def call(self, x: Array, append: Array | None = None, keep_masks: Sequence[Array] = ()) -> Array:
+        """x [B,in] -> [B,out]; `append` [B,append_dim]; `keep_masks` one dropout mask per layer that has dropout."""
+        masks = iter(keep_masks)
+        for i, layer in enumerate(self.layers):
+            if append is not None and i in self.append_layers:
+                x = tf.concat([x, append], axis=-1)
+            x = layer(x, next(masks, None) if layer.dropout else None)
+        return x
+
+
+class ResidualBlock(keras.layers.Layer):
+    """Pre-activation block: x + l2(act(norm2(l1(act(norm1(x))))))."""
+
+    def __init__(self, dim: int, activation_type: str, use_layernorm: bool):
+        super().__init__(dtype=floatx())
+        self.l1, self.l2 = Linear(dim, dim), Linear(dim, dim)
+        self.use_layernorm, self.activate = use_layernorm, activation(activation_type)
+        if use_layernorm:
+            self.norm1, self.norm2 = LayerNorm(dim, epsilon=1e-6), LayerNorm(dim, epsilon=1e-6)
+
+    def call(self, x: Array) -> Array:
+        h = self.norm1(x) if self.use_layernorm else x
+        h = self.l1(self.activate(h))
+        h = self.norm2(h) if self.use_layernorm else h
+        return self.l2(self.activate(h)) + x
+
+
+class ResidualMLP(keras.layers.Layer):
+    """Linear, pre-activation residual blocks of two layers each, Linear.
+
+    Only the first hidden dimension counts: it is the width throughout. The number of hidden layers after the first
+    must be even. No nonlinearity follows the first Linear or precedes the last.
+    """
+
+    def __init__(
+        self,
+        dim_list: Sequence[int],
+        activation_type: str = "Mish",
+        out_activation_type: str = "Identity",
+        use_layernorm: bool = False,
+        use_layernorm_final: bool = False,
+        dropout: float = 0.0,
+    ):
+        super().__init__(dtype=floatx())
+        n_hidden = len(dim_list) - 3
+        if n_hidden % 2:
+            raise UserError(
+                f"a residual MLP needs an odd number of hidden dims (blocks have two layers), got {dim_list[1:-1]}"
+            )
+        if dropout:
+            raise UserError("a residual MLP has no dropout: set dropout to 0 or residual_style to false")
+        width = dim_list[1]
+        self.layers = [
+            Linear(dim_list[0], width),
+            *(ResidualBlock(width, activation_type, use_layernorm) for _ in range(max(n_hidden, 0) // 2)),
+            Linear(width, dim_list[-1]),
+        ]
+        if use_layernorm_final:
+            self.layers.append(LayerNorm(dim_list[-1]))
+        self.activate_out = activation(out_activation_type)
+
+    def call(self, x: Array) -> Array:
+        for layer in self.layers:
+            x = layer(x)
+        return self.activate_out(x)
+
+
+class DiffusionMLP(keras.layers.Layer):
+    """Noise prediction from [action chunk, time embedding, observation] (DPPO, Ren et al. 2024, appendix).
+
+    Args:
+        action_dim, horizon_steps: A and H.
+        cond_dim: width of the flattened observation history, To * O.
+        time_dim: width of the time embedding.
+        mlp_dims: hidden dimensions.
+        cond_mlp_dims: if given, the observation first goes through an MLP of these dimensions.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        time_dim: int = 16,
+        mlp_dims: Sequence[int] = (256, 256),
+        cond_mlp_dims: Sequence[int] | None = None,
+        activation_type: str = "Mish",
+        out_activation_type: str = "Identity",
+        use_layernorm: bool = False,
+        residual_style: bool = False,
+    ):
+        super().__init__(dtype=floatx())
+        self.action_dim, self.horizon_steps, self.cond_dim, self.time_dim = action_dim, horizon_steps, cond_dim, time_dim
+        self.time_embedding = TimeEmbedding(time_dim)
+        if cond_mlp_dims is not None:
+            self.cond_mlp = MLP([cond_dim, *cond_mlp_dims], activation_type=activation_type)
+            cond_dim = cond_mlp_dims[-1]
+        self.has_cond_mlp = cond_mlp_dims is not None
+        output_dim = action_dim * horizon_steps
+        self.mlp_mean = (ResidualMLP if residual_style else MLP)(
+            [output_dim + time_dim + cond_dim, *mlp_dims, output_dim],
+            activation_type=activation_type,
+            out_activation_type=out_activation_type,
+            use_layernorm=use_layernorm,
+        )
+
+    def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
+        """x [B,H,A], time [B] integers, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
+        flat = tf.reshape(x, [-1, self.horizon_steps * self.action_dim])
+        state = flatten_state(cond)
+        if self.has_cond_mlp:
+            state = self.cond_mlp(state)
+        out = self.mlp_mean(tf.concat([flat, self.time_embedding(tf.reshape(time, [-1])), state], axis=-1))
+        return tf.reshape(out, [-1, self.horizon_steps, self.action_dim])
