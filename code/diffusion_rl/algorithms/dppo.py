@@ -36,6 +36,19 @@ class PPOLoss(NamedTuple):
     eta: Array
 
 
+class Minibatch(NamedTuple):
+    """B rows (sample, denoising step) of a rollout."""
+
+    obs: Cond
+    chains_prev: Array  # [B,H,A]
+    chains_next: Array  # [B,H,A]
+    denoising_inds: Array  # [B]
+    returns: Array  # [B]
+    oldvalues: Array  # [B]
+    advantages: Array  # [B]
+    old_log_prob: Array  # [B], averaged over the chunk
+
+
 class DPPO(FineTunedDiffusionPolicy):
     """The policy with DPPO's loss.
 
@@ -93,22 +106,28 @@ class DPPO(FineTunedDiffusionPolicy):
                 [sampling_steps + 1, B, H, A] is what they are drawn with.
             reward_horizon: only the first so many actions of a chunk count.
         """
-        new, eta = self.log_probs_subsample(obs, chains_prev, chains_next, denoising_inds)
-        log_prob = chunk_log_prob(new, reward_horizon)
         old_log_prob = chunk_log_prob(oldlogprobs, reward_horizon)
-        advantages = self.step_advantages(advantages, denoising_inds)
+        batch = Minibatch(obs, chains_prev, chains_next, denoising_inds, returns, oldvalues, advantages, old_log_prob)
+        return self.minibatch_loss(batch, reward_horizon, bc_noise if use_bc_loss else None)
+
+    def minibatch_loss(self, batch: Minibatch, reward_horizon: int, bc_noise: Array | None = None) -> PPOLoss:
+        """The loss from old log-probabilities already averaged over the chunk."""
+        new, eta = self.log_probs_subsample(batch.obs, batch.chains_prev, batch.chains_next, batch.denoising_inds)
         pg_loss, ratio, approx_kl, clipfrac = clipped_policy_loss(
-            log_prob, old_log_prob, advantages, self.clip_range(denoising_inds)
+            chunk_log_prob(new, reward_horizon),
+            batch.old_log_prob,
+            self.step_advantages(batch.advantages, batch.denoising_inds),
+            self.clip_range(batch.denoising_inds),
         )
-        newvalues = tf.reshape(self.critic(obs), [-1])
+        newvalues = tf.reshape(self.critic(batch.obs), [-1])
         return PPOLoss(
             pg_loss=tf.reduce_mean(pg_loss),
             entropy_loss=-tf.reduce_mean(eta),
-            v_loss=tf.reduce_mean(self.value_loss(newvalues, returns, oldvalues)),
+            v_loss=tf.reduce_mean(self.value_loss(newvalues, batch.returns, batch.oldvalues)),
             clipfrac=tf.reduce_mean(clipfrac),
             approx_kl=tf.reduce_mean(approx_kl),
             ratio=tf.reduce_mean(tf.stop_gradient(ratio)),
-            bc_loss=self.bc_loss(obs, bc_noise) if use_bc_loss else tf.zeros([], self.dtype),
+            bc_loss=tf.zeros([], self.dtype) if bc_noise is None else self.bc_loss(batch.obs, bc_noise),
             eta=tf.reduce_mean(tf.stop_gradient(eta)),
         )
 

@@ -26,6 +26,7 @@ class Sample(NamedTuple):
 
     trajectories: Array  # [B,H,A]
     chains: Array | None = None  # [B,F+1,H,A], noisiest first
+    log_probs: Array | None = None  # [B,F,H,A] of the steps of the chain, if asked for
 
 
 class DiffusionPolicy:
@@ -309,7 +310,13 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
     # ---------- sampling ----------
 
     def sample(
-        self, cond: Cond, noise: Array, deterministic: bool = False, use_base_policy: bool = False
+        self,
+        cond: Cond,
+        noise: Array,
+        deterministic: bool = False,
+        use_base_policy: bool = False,
+        with_log_probs: bool = False,
+        std_floor: Array | None = None,
     ) -> Sample:
         """Denoise from noise[0] and keep the chain of the fine-tuned steps.
 
@@ -319,6 +326,9 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
             deterministic: DDIM without noise; DDPM with its own noise (floored at 1e-3, none at the last step)
                 instead of the exploration floor.
             use_base_policy: the pre-trained network for all steps.
+            with_log_probs: also return what `log_probs` would give for the chain; the means are at hand here, so a
+                second pass over the rollout is saved.
+            std_floor: floor of the exploration noise as a tensor, where a compiled function must not hold it fixed.
 
         Returns:
             trajectories [B,H,A] and chains [B,F+1,H,A]: the chunk before the first fine-tuned step, then after each.
@@ -326,8 +336,9 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         noise = tf.cast(noise, self.dtype)
         x, batch, n = noise[0], tf.shape(noise)[1], self.sampling_steps
         first = n - self.ft_denoising_steps  # position of the first fine-tuned step
-        chain = [x] if first == 0 else []
-        floor = 1e-3 if deterministic else self.min_sampling_denoising_std
+        chain, log_probs = [x] if first == 0 else [], []
+        floor = self.min_sampling_denoising_std if std_floor is None else std_floor
+        floor = 1e-3 if deterministic else floor
         for i, t in enumerate(self.sampling_timesteps()):
             t_batch, index = tf.fill([batch], int(t)), tf.fill([batch], i)
             tuned = i >= first and not use_base_policy
@@ -336,7 +347,9 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
             x = self.next_sample(i, int(t), mean, logvar, noise[i + 1], floor, zero_at_end=deterministic)
             if i >= first - 1:
                 chain.append(x)
-        return Sample(x, tf.stack(chain, axis=1))
+            if with_log_probs and i >= first:
+                log_probs.append(normal_log_prob(x, mean, self.log_prob_std(logvar)))
+        return Sample(x, tf.stack(chain, axis=1), tf.stack(log_probs, axis=1) if log_probs else None)
 
     # ---------- log-probabilities of denoising steps ----------
 
@@ -382,8 +395,11 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         # Every row is a fine-tuned step, so the other network need not run at all.
         output = (self.actor if use_base_policy else self.actor_ft)(chains_prev, t, cond)
         mean, logvar, eta = self.mean_var_eta(chains_prev, t, cond, index, output, deterministic=False)
-        std = tf.maximum(tf.exp(0.5 * logvar), tf.cast(self.min_logprob_denoising_std, self.dtype))
-        return normal_log_prob(chains_next, mean, std), eta
+        return normal_log_prob(chains_next, mean, self.log_prob_std(logvar)), eta
+
+    def log_prob_std(self, logvar: Array) -> Array:
+        """Standard deviation in log-probabilities: that of the step, floored."""
+        return tf.maximum(tf.exp(0.5 * logvar), tf.cast(self.min_logprob_denoising_std, logvar.dtype))
 
     def reinforce_loss(self, cond: Cond, chains: Array, reward: Array) -> tuple[Array, Array, Array]:
         """REINFORCE with a value baseline, for F = K.

@@ -1,0 +1,104 @@
+"""Collecting trajectories from a vector environment, and what episodes they contain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Observations = dict[str, np.ndarray]
+
+
+@dataclass
+class Rollout:
+    """S steps of E environments; a step is one action chunk."""
+
+    observations: Observations  # each [S,E,To,...], what was acted on
+    last_observations: Observations  # each [E,To,...], after the last step
+    rewards: np.ndarray  # [S,E], summed over the chunk
+    terminated: np.ndarray  # [S,E]
+    firsts: np.ndarray  # [S+1,E], 1 where an episode begins
+    decisions: dict[str, np.ndarray] = field(default_factory=dict)  # what the policy said, each [S,E,...]
+
+
+def collect(
+    venv: Any,
+    decide: Callable[[Observations], tuple[np.ndarray, dict[str, np.ndarray]]],
+    n_steps: int,
+    observations: Observations,
+    firsts: np.ndarray,
+    act_steps: int,
+    on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
+) -> Rollout:
+    """Run the policy for `n_steps` chunks in all environments.
+
+    Args:
+        decide: observations -> (action chunks [E,H,A], arrays [E,...] to keep).
+        observations: the present ones;  firsts: [E], 1 where they begin an episode.
+        act_steps: how many actions of a chunk are executed.
+        on_step: called after every step, for progress and for stopping (it may raise).
+    """
+    n_envs = len(firsts)
+    rollout = Rollout(
+        observations={k: np.empty((n_steps, *v.shape), v.dtype) for k, v in observations.items()},
+        last_observations=observations,
+        rewards=np.zeros((n_steps, n_envs)),
+        terminated=np.zeros((n_steps, n_envs)),
+        firsts=np.zeros((n_steps + 1, n_envs)),
+    )
+    rollout.firsts[0] = firsts
+    for step in range(n_steps):
+        actions, keep = decide(observations)
+        for key, value in observations.items():
+            rollout.observations[key][step] = value
+        for key, value in keep.items():
+            if step == 0:
+                rollout.decisions[key] = np.empty((n_steps, *value.shape), value.dtype)
+            rollout.decisions[key][step] = value
+        result = venv.step(actions[:, :act_steps])
+        observations = result.observations
+        rollout.rewards[step] = result.rewards
+        rollout.terminated[step] = result.terminated
+        rollout.firsts[step + 1] = result.terminated | result.truncated
+        on_step(step, rollout.rewards[step])
+    rollout.last_observations = observations
+    return rollout
+
+
+@dataclass(frozen=True)
+class EpisodeStatistics:
+    """Over the episodes that began and ended within a rollout."""
+
+    n_episodes: int
+    mean_return: float  # mean sum of rewards
+    mean_best_reward: float  # mean over episodes of the largest reward of a chunk, per environment step
+    success_rate: float  # share of episodes whose best reward reaches the threshold
+    returns: np.ndarray  # [n_episodes]
+
+
+def episode_statistics(
+    rewards: np.ndarray, firsts: np.ndarray, act_steps: int, threshold: float
+) -> EpisodeStatistics:
+    """Find whole episodes in rewards [S,E] by the marks firsts [S+1,E] and summarise them.
+
+    Episodes of a single chunk are not counted, as in the reference.
+    """
+    returns, best = [], []
+    for env in range(rewards.shape[1]):
+        starts = np.flatnonzero(firsts[:, env] == 1)
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            if end - start > 1:
+                episode = rewards[start:end, env]
+                returns.append(np.sum(episode))
+                best.append(np.max(episode) / act_steps)
+    if not returns:
+        return EpisodeStatistics(0, 0.0, 0.0, 0.0, np.array([]))
+    return EpisodeStatistics(
+        n_episodes=len(returns),
+        mean_return=float(np.mean(returns)),
+        mean_best_reward=float(np.mean(best)),
+        success_rate=float(np.mean(np.array(best) >= threshold)),
+        returns=np.array(returns),
+    )
