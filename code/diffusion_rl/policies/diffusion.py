@@ -254,10 +254,14 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         if not (size > 0 and interval > 0 and self.ft_denoising_steps_cnt % interval == 0):
             return False
         self.ft_denoising_steps = max(0, self.ft_denoising_steps - size)
-        if self.actor is self.network:
-            self.actor = clone(self.network)  # `network` keeps the pre-trained weights, as the reference's does
+        self.separate_actor()
         copy_weights(self.actor_ft, self.actor)
         return True
+
+    def separate_actor(self) -> None:
+        """Let `actor` differ from `network`, which keeps the pre-trained weights, as the reference's does."""
+        if self.actor is self.network:
+            self.actor = clone(self.network)
 
     # ---------- one denoising step ----------
 

@@ -1,0 +1,146 @@
+"""Evaluation: the one way a policy's return is measured, within training and alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.envs.make import make_vector_env
+from diffusion_rl.loops.policy_files import is_fine_tuned, load_policy, open_checkpoint, policy_weights
+from diffusion_rl.loops.rollout import EpisodeStatistics, Rollout, collect, episode_statistics
+from diffusion_rl.policies.acting import DiffusionActor
+from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
+from diffusion_rl.reports.metrics import MetricsWriter
+from diffusion_rl.reports.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    actor: DiffusionActor,
+    venv: Any,
+    noise: NoiseSource,
+    n_steps: int,
+    options: list[dict[str, Any]],
+    on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
+) -> Rollout:
+    """Reset all environments and act deterministically for `n_steps` chunks.
+
+    Args:
+        options: per environment; a `seed` in each makes the result a function of the weights and the seeds alone.
+    """
+    observations = venv.reset(options)
+
+    def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        draws = noise.normal(actor.noise_shape(venv.n_envs))
+        decision = actor.act(obs["state"], draws, deterministic=True)
+        return decision.actions, {"chains": decision.chains}
+
+    return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)
+
+
+def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
+    """Environment i starts from seed + i."""
+    return [{"seed": seed + i} for i in range(n_envs)]
+
+
+class Evaluation:
+    """`eval_*` configurations: load a checkpoint, run it, report.
+
+    The checkpoint says what it is: a pre-trained policy, or a fine-tuned one with its number of fine-tuned steps.
+    `ft_denoising_steps` is needed for the reference's own fine-tuned `.pt` files only, which do not record it.
+    """
+
+    def __init__(self, cfg: DictConfig, build: Callable[[Any], Any] | None = None):
+        from diffusion_rl.app import instantiate
+
+        self.cfg = cfg
+        path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
+        checkpoint = open_checkpoint(path)
+        self.policy: FineTunedDiffusionPolicy = (build or instantiate)(cfg["model"])
+        self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, int(cfg.get("ft_denoising_steps", 0) or 0), path)
+        load_policy(self.policy, checkpoint, path)
+        self.seed = int(cfg.get("seed", 42))
+        self.venv = make_vector_env(
+            cfg["env"],
+            obs_dim=cfg["obs_dim"],
+            action_dim=cfg["action_dim"],
+            act_steps=cfg["act_steps"],
+            seed=self.seed,
+        )
+
+    def run(self) -> EpisodeStatistics:
+        """Evaluate, print, and write `result.npz` and metrics into the log folder."""
+        cfg, began = self.cfg, time.monotonic()
+        n_envs, n_steps = self.venv.n_envs, int(cfg["n_steps"])
+        options = seeded_options(self.seed, n_envs)
+        logdir = Path(cfg["logdir"])
+        if cfg["env"].get("save_video", False):
+            for i in range(int(cfg.get("render_num", 0))):
+                options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
+        with Progress(n_steps, "evaluating") as progress:
+            rollout = evaluate(
+                DiffusionActor(self.policy),
+                self.venv,
+                NoiseSource(self.seed),
+                n_steps,
+                options,
+                lambda step, rewards: progress.update(1),
+            )
+        self.venv.close()
+        threshold = cfg["env"].get("best_reward_threshold_for_success", 0)
+        stats = episode_statistics(rollout.rewards, rollout.firsts, cfg["act_steps"], threshold)
+        print(
+            f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "
+            f"avg episode reward {stats.mean_return:.4f} | avg best reward {stats.mean_best_reward:.4f}"
+        )
+        self._write(logdir, stats, time.monotonic() - began)
+        return stats
+
+    def _write(self, logdir: Path, stats: EpisodeStatistics, seconds: float) -> None:
+        logdir.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            logdir / "result.npz",
+            num_episode=stats.n_episodes,
+            eval_success_rate=stats.success_rate,
+            eval_episode_reward=stats.mean_return,
+            eval_best_reward=stats.mean_best_reward,
+            returns=stats.returns,
+            time=seconds,
+        )
+        with MetricsWriter(logdir, tensorboard=False) as metrics:
+            metrics.write(
+                {
+                    "itr": 0,
+                    "kind": "eval",
+                    "episodes": stats.n_episodes,
+                    "episode_return": stats.mean_return,
+                    "best_reward": stats.mean_best_reward,
+                    "success_rate": stats.success_rate,
+                    "seconds": seconds,
+                }
+            )
+
+
+def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:
+    """How many denoising steps of this checkpoint are fine-tuned; `asked` is the configuration's number (0: not said)."""
+    if not is_fine_tuned(policy_weights(checkpoint)):
+        if asked:
+            log.warning("%s is a pre-trained policy: ft_denoising_steps=%d changes nothing", path, asked)
+        return asked
+    known = checkpoint.metadata.get("ft_denoising_steps")
+    if known is not None:
+        if asked and asked != known:
+            raise UserError(f"{path} was fine-tuned with ft_denoising_steps={known}, not {asked}: leave it out")
+        return int(known)
+    if not asked:
+        raise UserError(f"{path} is fine-tuned but does not say how many steps: add ft_denoising_steps=<its number>")
+    return asked
