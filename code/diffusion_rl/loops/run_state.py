@@ -164,32 +164,23 @@ def _encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> b
 
 
 def _decode(payload: bytes, name: str) -> Checkpoint:
-    damaged = f"{name} is damaged (%s): use another checkpoint, or delete it"
     try:
         length = int.from_bytes(payload[:8], "little")
-        header = json.loads(payload[8 : 8 + length]).get("__metadata__")
+        header = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
         arrays = {key: _array(**stored) for key, stored in safetensors.deserialize(payload)}
-    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(damaged % " ".join(f"{len(payload)} bytes, {error}".split())[:200]) from error
-    if not isinstance(header, dict) or not {"metadata", "names", "sha256"} <= set(header):
-        raise UserError(
-            f"{name} is a safetensors file, but not a checkpoint of this package: its header has no metadata"
-        )
-    try:
+        if not {"metadata", "names", "sha256"} <= set(header):
+            raise UserError(f"{name} is a safetensors file, but no checkpoint of this package: its header says nothing")
         names = json.loads(header["names"])
-        if sorted(names) != sorted(arrays):
-            raise ValueError("the names differ")
-        arrays = {key: arrays[key] for key in names}
+        arrays = {key: arrays.pop(key) for key in names} | arrays
         metadata = json.loads(header["metadata"])
+        if _digest(header, arrays) != header["sha256"]:
+            raise ValueError("its contents do not match their checksum")
         newer = metadata.get("format", FORMAT) > FORMAT
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(damaged % "its header") from error
-    if _digest(header, arrays) != header["sha256"]:
-        raise UserError(damaged % "its contents do not match their checksum")
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is damaged ({len(payload)} bytes; {reason}): use another, or delete it") from error
     if newer:
-        raise UserError(
-            f"{name} has format {metadata['format']}; this version reads up to {FORMAT}: update the package"
-        )
+        raise UserError(f"{name} is of format {metadata['format']}, newer than this package's {FORMAT}: update it")
     return Checkpoint(arrays, metadata)
 
 
