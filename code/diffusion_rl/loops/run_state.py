@@ -156,8 +156,8 @@ def _encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> b
     # "C" order rather than ascontiguousarray, which would turn 0-d arrays into 1-d ones.
     arrays = {name: _little_endian(np.asarray(value, order="C")) for name, value in tensors.items()}
     for name, array in arrays.items():
-        if array.dtype.name not in _SAVABLE or name == "__metadata__":
-            raise UserError(f"a checkpoint cannot hold the tensor {name} of type {array.dtype}")
+        if array.dtype.name not in _SAVABLE or name == "__metadata__" or not name.isprintable():
+            raise UserError(f"a checkpoint cannot hold the tensor {name!r} of type {array.dtype}")
     header = {"metadata": json.dumps(_plain(metadata, "metadata")), "names": json.dumps(list(arrays))}
     header["sha256"] = _digest(header, arrays)
     return safetensors.numpy.save(arrays, header)
