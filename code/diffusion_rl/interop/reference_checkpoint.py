@@ -63,6 +63,7 @@ def to_reference(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any])
     groups = {group: _without_prefix(group, tensors) for group in _GROUPS}
     if not groups["model"]:
         raise UserError("only checkpoints with model.* tensors can become a .pt file of the reference; these have none")
+    groups["model"] = _with_network(groups["model"])
     origin = metadata.get("reference", {})
     counters = {counter: metadata[counter] for counter in _COUNTERS if counter in metadata}
     present = counters | origin.get("entries", {}) | {group: state for group, state in groups.items() if state}
@@ -138,6 +139,14 @@ def _without_prefix(group: str, tensors: Mapping[str, np.ndarray]) -> collection
         if base is not None and _same_bits(value, base):
             state[name] = base
     return state
+
+
+def _with_network(state: collections.OrderedDict[str, np.ndarray]) -> collections.OrderedDict[str, np.ndarray]:
+    """The state_dict of a fine-tuned model with `network.*`, which the reference wants, where only `actor.*` is there."""
+    if any(name.startswith("network.") for name in state) or not any(name.startswith("actor_ft.") for name in state):
+        return state
+    network = {f"network.{name[6:]}": value for name, value in state.items() if name.startswith("actor.")}
+    return collections.OrderedDict({**network, **state})
 
 
 def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
