@@ -49,7 +49,7 @@ _NEWER_DTYPES = ("uint16", "uint32", "uint64")
 _STORAGE_CLASSES = {f"torch {name}": dtype for name, dtype in _STORAGES.items()} | {_UNTYPED: "uint8"}
 _DTYPE_NAMES = {f"torch {dtype}" for dtype in (*_STORAGES.values(), *_NEWER_DTYPES)}
 
-_MAX_PICKLE_BYTES = 64_000_000
+_MAX_PICKLE_BYTES = 8_000_000
 _MAX_DIMENSIONS = 32
 _ALIGNMENT = 64
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
@@ -177,6 +177,8 @@ class _Interpreter:
             else:
                 raise _Refused(f"this pickle uses the instruction {name}, which torch.save never writes")
         (result,) = self._stack
+        if self._marked:
+            raise ValueError("a mark without an end")
         _require_plain(result)
         return result
 

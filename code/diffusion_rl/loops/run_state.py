@@ -1,10 +1,8 @@
 """Checkpoints: the whole state of a run in one file.
 
-A checkpoint is a safetensors file. Its header holds, as strings, three entries of ours:
-
-    metadata   JSON: what this checkpoint is (kind, resolved config, normalization, counters, state of the noise, …)
-    names      JSON: the tensors' names in the order they were given
-    sha256     of these two and of every tensor's type, shape and bytes
+A checkpoint is a safetensors file. The entry "metadata" of its header is JSON: what this checkpoint is (kind, resolved
+config, normalization, counters, state of the noise, …) and, under "file", the tensors' names in the order they were
+given and a sha256 of the metadata, the names, and every tensor's type, shape and bytes.
 
 Tensors are called `model.<reference name>`, `ema.<…>`, `optimizer.<which>.{exp_avg,exp_avg_sq}.<…>` and `train.<…>`.
 Nothing is executed on loading, and what loads is what was saved, to the bit.
@@ -158,9 +156,11 @@ def _encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> b
     for name, array in arrays.items():
         if array.dtype.name not in _SAVABLE or name == "__metadata__" or not name.isprintable():
             raise UserError(f"a checkpoint cannot hold the tensor {name!r} of type {array.dtype}")
-    header = {"metadata": json.dumps(_plain(metadata, "metadata")), "names": json.dumps(list(arrays))}
-    header["sha256"] = _digest(header, arrays)
-    return safetensors.numpy.save(arrays, header)
+    plain = _plain(metadata, "metadata")
+    if "file" in plain:
+        raise TypeError('the metadata key "file" is taken by the checkpoint itself')
+    file = {"tensors": list(arrays), "sha256": _digest(plain, arrays)}
+    return safetensors.numpy.save(arrays, {"metadata": json.dumps({**plain, "file": file})})
 
 
 def _decode(payload: bytes, name: str) -> Checkpoint:
@@ -168,12 +168,12 @@ def _decode(payload: bytes, name: str) -> Checkpoint:
         length = int.from_bytes(payload[:8], "little")
         header = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
         arrays = {key: _array(**stored) for key, stored in safetensors.deserialize(payload)}
-        if not {"metadata", "names", "sha256"} <= set(header):
+        if "metadata" not in header:
             raise UserError(f"{name} is a safetensors file, but no checkpoint of this package: its header says nothing")
-        names = json.loads(header["names"])
-        arrays = {key: arrays.pop(key) for key in names} | arrays
         metadata = json.loads(header["metadata"])
-        if _digest(header, arrays) != header["sha256"]:
+        file = metadata.pop("file")
+        arrays = {key: arrays.pop(key) for key in file["tensors"]} | arrays
+        if _digest(metadata, arrays) != file["sha256"]:
             raise ValueError("its contents do not match their checksum")
         newer = metadata.get("format", FORMAT) > FORMAT
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -195,10 +195,8 @@ def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     return np.frombuffer(data, numpy_dtype).reshape(shape).copy()
 
 
-def _digest(header: Mapping[str, str], arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for key in ("metadata", "names"):
-        digest.update(header[key].encode())
+def _digest(metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps([metadata, list(arrays)]).encode())
     for array in arrays.values():
         digest.update(f"{array.dtype.name}{array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
