@@ -73,7 +73,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the renaming itself on the disk. The file is complete by now: a file system that can't do this is no error."""
+    """Put the renaming itself on the disk. The file is complete by now: not being able to is no error."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -5,8 +5,8 @@
     {"itr": n, "model": {…}}                 fine-tuned    model.<name>,             metadata["itr"]
 
 Names, order, types and bits survive both ways. A fine-tuned model of the reference lists its base policy twice, as
-`network.*` and as `actor.*`; ours keeps both names, and going back the two share one storage again while they are equal.
-What ours holds beyond that (optimizer, state of training, configuration) has no place in a `.pt` file.
+`network.*` and as `actor.*`; ours keeps both names, and going back the two share one storage again while
+they are equal. What ours holds beyond that (optimizer, state of training, configuration) has no place in a `.pt` file.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _without_prefix(group: str, tensors: Mapping[str, np.ndarray]) -> collection
 
 
 def _with_network(state: collections.OrderedDict[str, np.ndarray]) -> collections.OrderedDict[str, np.ndarray]:
-    """The state_dict of a fine-tuned model with `network.*`, which the reference wants, where only `actor.*` is there."""
+    """Add `network.*`, which the reference wants, to a fine-tuned model that has only `actor.*`."""
     if any(name.startswith("network.") for name in state) or not any(name.startswith("actor_ft.") for name in state):
         return state
     network = {f"network.{name[6:]}": value for name, value in state.items() if name.startswith("actor.")}

@@ -196,10 +196,7 @@ class _Interpreter:
         return items
 
     def _tuple(self, size: int | None) -> None:
-        if size is None:
-            items = self._since_mark()
-        else:
-            items = [self._stack.pop() for _ in range(size)][::-1]
+        items = self._since_mark() if size is None else [self._stack.pop() for _ in range(size)][::-1]
         self._push(tuple(items))
 
     def _extend(self, items: list[Any]) -> None:

@@ -51,7 +51,7 @@ _STATE_FILE = re.compile(r"state_(\d+)\.safetensors")
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What a file holds: arrays of their saved types and shapes (writable copies, in saved order), and JSON metadata."""
+    """What a file holds: arrays as they were saved (writable copies, in saved order), and JSON metadata."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, Any]
