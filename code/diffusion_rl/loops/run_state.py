@@ -1,0 +1,226 @@
+"""Checkpoints: the whole state of a run in one file.
+
+A checkpoint is a safetensors file. The entry "metadata" of its header is JSON: what this checkpoint is (kind, resolved
+config, normalization, counters, state of the noise, …) and, under "file", the tensors' names in the order they were
+given and a sha256 of the metadata, the names, and every tensor's type, shape and bytes.
+
+Tensors are called `model.<reference name>`, `ema.<…>`, `optimizer.<which>.{exp_avg,exp_avg_sq}.<…>` and `train.<…>`.
+Nothing is executed on loading, and what loads is what was saved, to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.interop.files import atomic_file
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_DTYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+    "I8": "i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+    "C64": "<c8",
+}
+_SAVABLE = {np.dtype(code).name for code in _DTYPES.values()} | {"bfloat16"}
+_STATE_FILE = re.compile(r"state_(\d+)\.safetensors")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """What a file holds: arrays as they were saved (writable copies, in saved order), and JSON metadata."""
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, Any]
+
+    def select(self, prefix: str) -> dict[str, np.ndarray]:
+        """The tensors under `prefix` ("model.", say), named without it."""
+        return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint whole or not at all; the file that was there stays until the new one is complete.
+
+    Args:
+        path: `*.safetensors`, or `*.pt` for the reference's own format (weights and counter only).
+        tensors: Arrays of any shape (0-d too); bool, (u)int8…64, float16…64, bfloat16, complex64.
+        metadata: JSON values, numpy scalars and arrays (they load as numbers and lists), NaN and infinities included.
+
+    Raises:
+        UserError: the file cannot be written (a full disk, say), a tensor is of another type, or the suffix is unknown.
+        TypeError: metadata that JSON cannot hold.
+    """
+    suffix = _suffix(path)
+    if suffix == ".pt":
+        from diffusion_rl.interop import reference_checkpoint, torch_checkpoint
+
+        torch_checkpoint.write_pt(path, reference_checkpoint.to_reference(tensors, metadata))
+        return
+    payload = _encode(tensors, {"format": FORMAT, **metadata})
+    with atomic_file(path) as file:
+        file.write(payload)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint of ours (`*.safetensors`) or of the reference (`*.pt`), executing nothing.
+
+    Raises:
+        UserError: the file is missing, damaged, or not a checkpoint.
+    """
+    if _suffix(path) == ".pt":
+        from diffusion_rl.interop import reference_checkpoint, torch_checkpoint
+
+        data = torch_checkpoint.read_pt(path)
+        return Checkpoint(*reference_checkpoint.from_reference(data, name=str(path)))
+    try:
+        payload = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}: check the path") from None
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    return _decode(payload, str(path))
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """The `state_<n>.safetensors` of the highest n that loads; None when there is none (or no such folder).
+
+    Damaged ones are skipped, with one warning that names them all.
+    """
+    folder = Path(directory)
+    numbered = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _STATE_FILE.fullmatch(path.name):
+            numbered.append((int(match[1]), path))
+    skipped: list[str] = []
+    found = None
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            skipped.append(str(error))
+            continue
+        found = path
+        break
+    if skipped:
+        log.warning("skipped %s; continuing with %s", "; ".join(skipped), found or "no checkpoint")
+    return found
+
+
+def require_kind(checkpoint: Checkpoint, kinds: str | Sequence[str], path: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint that is not of (one of) the wanted kinds.
+
+    Raises:
+        UserError: names the file, what it is and what was needed.
+    """
+    wanted = [kinds] if isinstance(kinds, str) else list(kinds)
+    kind = checkpoint.metadata.get("kind", "unknown")
+    if kind not in wanted:
+        raise UserError(f'{path} is a checkpoint of kind "{kind}"; needed here: {" or ".join(wanted)}')
+
+
+def _suffix(path: str | os.PathLike[str]) -> str:
+    suffix = Path(path).suffix
+    if suffix not in (".safetensors", ".pt"):
+        raise UserError(f"{path}: a checkpoint is called *.safetensors (ours) or *.pt (the PyTorch reference's)")
+    return suffix
+
+
+def _encode(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> bytes:
+    # "C" order rather than ascontiguousarray, which would turn 0-d arrays into 1-d ones.
+    arrays = {name: _little_endian(np.asarray(value, order="C")) for name, value in tensors.items()}
+    for name, array in arrays.items():
+        if array.dtype.name not in _SAVABLE or name == "__metadata__" or not name.isprintable():
+            raise UserError(f"a checkpoint cannot hold the tensor {name!r} of type {array.dtype}")
+    plain = _plain(metadata, "metadata")
+    if "file" in plain:
+        raise TypeError('the metadata key "file" is taken by the checkpoint itself')
+    file = {"tensors": list(arrays), "sha256": _digest(plain, arrays)}
+    return safetensors.numpy.save(arrays, {"metadata": json.dumps({**plain, "file": file})})
+
+
+def _decode(payload: bytes, name: str) -> Checkpoint:
+    try:
+        length = int.from_bytes(payload[:8], "little")
+        header = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
+        arrays = {key: _array(**stored) for key, stored in safetensors.deserialize(payload)}
+        if "metadata" not in header:
+            raise UserError(f"{name} is a safetensors file, but no checkpoint of this package: its header says nothing")
+        metadata = json.loads(header["metadata"])
+        file = metadata.pop("file")
+        arrays = {key: arrays.pop(key) for key in file["tensors"]} | arrays
+        if _digest(metadata, arrays) != file["sha256"]:
+            raise ValueError("its contents do not match their checksum")
+        newer = metadata.get("format", FORMAT) > FORMAT
+    except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{name} is damaged ({len(payload)} bytes; {reason}): use another, or delete it") from error
+    if newer:
+        raise UserError(f"{name} is of format {metadata['format']}, newer than this package's {FORMAT}: update it")
+    return Checkpoint(arrays, metadata)
+
+
+def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
+    """One stored tensor, as a copy: a view of the file's bytes would be read-only."""
+    if dtype == "BF16":
+        import ml_dtypes  # comes with TensorFlow; numpy itself has no such type
+
+        numpy_dtype = np.dtype(ml_dtypes.bfloat16)
+    else:
+        numpy_dtype = np.dtype(_DTYPES[dtype])
+    return np.frombuffer(data, numpy_dtype).reshape(shape).copy()
+
+
+def _digest(metadata: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps([metadata, list(arrays)]).encode())
+    for array in arrays.values():
+        digest.update(f"{array.dtype.name}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _little_endian(array: np.ndarray) -> np.ndarray:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """JSON values for `value`; TypeError naming the place of what has none."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, np.generic):
+        return _plain(value.item(), where)
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist(), where)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"{where} has the key {odd[0]!r}: JSON would turn it into a string")
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold")

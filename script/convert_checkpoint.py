@@ -1,0 +1,54 @@
+"""Convert a checkpoint of the PyTorch reference (.pt) into one of ours (.safetensors), or back, bit for bit.
+
+    python script/convert_checkpoint.py state_3000.pt state_3000.safetensors
+
+The direction follows from the suffixes. PyTorch is not needed, and nothing in a .pt file is executed.
+"""
+
+import argparse
+import collections
+import os
+import sys
+from pathlib import Path
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", type=Path, help="a .pt or .safetensors checkpoint")
+    parser.add_argument("target", metavar="OUT", type=Path, help="the file to write, of the other suffix")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT")
+    arguments = parser.parse_args()
+    if {arguments.source.suffix, arguments.target.suffix} != {".pt", ".safetensors"}:
+        raise UserError("of IN and OUT, one must end in .pt and the other in .safetensors")
+    if arguments.target.exists() and not arguments.force:
+        raise UserError(f"{arguments.target} exists: choose another name, or add --force to overwrite it")
+    checkpoint = load_checkpoint(arguments.source)
+    save_checkpoint(arguments.target, checkpoint.tensors, checkpoint.metadata)
+    describe(checkpoint, arguments.target)
+
+
+def describe(checkpoint: Checkpoint, target: Path) -> None:
+    """Print the kind of the checkpoint, and the tensors and parameters of each part."""
+    facts = {key: checkpoint.metadata[key] for key in ("epoch", "itr", "network") if key in checkpoint.metadata}
+    print(f"kind: {checkpoint.metadata.get('kind', 'unknown')}", *(f"{key}: {facts[key]}" for key in facts), sep="\n")
+    parts = collections.defaultdict(list)
+    for name, tensor in checkpoint.tensors.items():
+        parts[".".join(name.split(".")[:2])].append(tensor.size)
+    for part, sizes in parts.items():
+        left_out = target.suffix == ".pt" and part.split(".")[0] not in ("model", "ema")
+        note = "  (left out: a .pt file of the reference has no place for it)" if left_out else ""
+        print(f"  {part:<24} {len(sizes):>4} tensors {sum(sizes):>12,} parameters{note}")
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
