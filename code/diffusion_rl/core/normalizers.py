@@ -69,7 +69,7 @@ class MinMaxNormalizer:
                 missing = [key for key in KEYS if key not in archive.files]
                 arrays = {key: archive[key] for key in KEYS if key not in missing}
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-            raise UserError(f"normalization file {path} cannot be read ({error}): make it anew from the data") from error
+            raise UserError(f"normalization file {path} cannot be read ({error}); make it anew") from error
         if missing:
             raise UserError(f"normalization file {path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
         normalizer = cls(**arrays)

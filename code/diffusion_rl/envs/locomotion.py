@@ -1,9 +1,9 @@
 """Hopper, Walker2d and HalfCheetah under their D4RL names, all environments stepped together on threads.
 
 The models are gymnasium's `-v4` ones with the bodies that MuJoCo 2.1.0 compiles (lighter capsules), so the physics is
-that of D4RL's data sets. Observations, rewards, termination and reset noise are those of gym's `-v2` environments, which
-D4RL wraps: it clips actions to [-1, 1] before the simulator and the control cost see them, and its 1000-step time limit
-ends an episode as terminated *and* truncated, as gym's old interface made of it.
+that of D4RL's data sets. Observations, rewards, termination and reset noise are those of gym's `-v2` environments,
+which D4RL wraps: it clips actions to [-1, 1] before the simulator and the control cost see them, and its 1000-step time
+limit ends an episode as terminated *and* truncated, as gym's old interface made of it.
 
 Each environment is a row of plain arrays (simulator state, warm start of the solver, history, random generator), which
 threads load into a scratch simulator; saving and restoring a run is copying these arrays.
@@ -91,6 +91,40 @@ def restore_bodies(model: mujoco.MjModel, task: str) -> None:
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
 
+class D4RLTerms(gymnasium.Wrapper):
+    """What D4RL adds to a single environment: clipped actions, and a time limit that says so in gym's old way."""
+
+    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_EPISODE_STEPS):
+        super().__init__(env)
+        self.time_limit = time_limit
+        self._elapsed = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self._elapsed = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
+        self._elapsed += 1
+        if self.time_limit is not None and self._elapsed >= self.time_limit:
+            info["TimeLimit.truncated"] = not terminated
+            terminated = True
+        return observation, reward, terminated, False, info
+
+
+def single_locomotion(name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **kwargs: Any) -> gymnasium.Env:
+    """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
+
+    time_limit: D4RL's; kwargs go to gymnasium.make.
+    """
+    task = task_of(name)
+    if task is None:
+        raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+    env = gymnasium.make(TASKS[task].gymnasium_id, disable_env_checker=True, **kwargs).unwrapped
+    restore_bodies(env.model, task)
+    return D4RLTerms(env, time_limit)
+
+
 @dataclass
 class Trajectory:
     """What the simulator did with a chunk: states [E, Ta, 1+nq+nv], warmstarts [E, Ta, nv], observations [E, Ta, O],
@@ -126,7 +160,7 @@ class LocomotionPhysics:
         return self.model.nu
 
     def first_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in its order."""
+        """A random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in order."""
         noise = self.task.reset_noise
         qpos = self._init_qpos + rng.uniform(-noise, noise, size=self.model.nq)
         if self.task.gaussian_velocity:

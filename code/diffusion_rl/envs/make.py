@@ -7,9 +7,12 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import gymnasium
+
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
-from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.envs import worker
+from diffusion_rl.envs.vector import ProcessVectorEnv, VectorEnv
 
 ENGINES = ("mujoco", "gymnasium")
 
@@ -38,7 +41,7 @@ def make_vector_env(
     chunks = wrappers.get("multi_step") or {}
     configured = chunks.get("n_action_steps", act_steps)
     if configured != act_steps:
-        raise UserError(f"env.wrappers.multi_step.n_action_steps={configured} but act_steps={act_steps}: make them equal")
+        raise UserError(f"env.wrappers.multi_step.n_action_steps={configured}, act_steps={act_steps}: make them equal")
     engine = env_cfg.get("engine", "mujoco")
     if engine not in ENGINES:
         raise UserError(f"env.engine={engine!r} is unknown: choose one of {', '.join(ENGINES)}")
@@ -73,10 +76,12 @@ def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> M
 
 
 def _is_locomotion(name: str) -> bool:
-    return name.startswith(("hopper-", "walker2d-", "halfcheetah-"))
+    return name.startswith(worker.LOCOMOTION_PREFIXES)
 
 
-def _locomotion(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], threads: int | None, options: dict) -> VectorEnv:
+def _locomotion(
+    env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], threads: int | None, options: dict[str, Any]
+) -> VectorEnv:
     from diffusion_rl.envs import locomotion  # needs the simulator, which other environments do not
 
     name = str(env_cfg["name"])
@@ -92,8 +97,35 @@ def _locomotion(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], threa
     )
 
 
-def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict) -> VectorEnv:
-    raise UserError(f"environment {env_cfg['name']!r} is not supported yet")
+def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict[str, Any]) -> VectorEnv:
+    name = str(env_cfg["name"])
+    if not _is_locomotion(name):
+        _check_registered(name)
+    chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
+    recipe = worker.EnvRecipe(
+        name=name,
+        kwargs=dict(env_cfg.get("specific") or {}),
+        chunks=chunks,
+        normalizer=options["normalizer"],
+        render=bool(env_cfg.get("save_video", False)),
+        d4rl_time_limit=env_cfg.get("d4rl_time_limit", 1000),
+    )
+    return ProcessVectorEnv([recipe] * n_envs, options["act_steps"], seeds)
+
+
+def _check_registered(name: str) -> None:
+    """Raise UserError now, rather than from a worker, if gymnasium does not know the id."""
+    module = name.partition(":")[0] if ":" in name else None
+    if module is not None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"environment {name!r}: cannot import {module} ({error}); is it on PYTHONPATH?") from error
+    try:
+        gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        examples = [f"{task}medium-v2" for task in worker.LOCOMOTION_PREFIXES]
+        raise _unknown(name, [*examples, *gymnasium.registry]) from error
 
 
 def _unknown(name: str, known: list[str]) -> UserError:
@@ -105,8 +137,11 @@ def _unknown(name: str, known: list[str]) -> UserError:
 def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> None:
     """One clear line if the configuration's dimensions are not the environment's."""
     state = venv.obs_spec.get("state")
-    if state is not None and state != (obs_dim,):
-        raise UserError(f"obs_dim={obs_dim} is wrong for {name}: its observations have {state[0]} entries, set obs_dim={state[0]}")
+    if state is not None and tuple(state) != (obs_dim,):
+        found = state[0] if len(state) == 1 else state
+        raise UserError(
+            f"obs_dim={obs_dim} is wrong for {name}: its observations have {found} entries, set obs_dim={found}"
+        )
     if venv.action_dim != action_dim:
         raise UserError(
             f"action_dim={action_dim} is wrong for {name}: its actions have {venv.action_dim} entries, "
