@@ -1,0 +1,94 @@
+"""The bookkeeping of action chunks for a batch of environments: the reference's MultiStep, vectorised.
+
+The simulator runs the whole chunk of every environment and hands over what each single step gave; this module decides
+where each chunk really ended and what the policy gets to see. Shape letters: E environments, Ta actions of a chunk,
+To observation history, O observation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class StepOutcomes:
+    """What stepping every action of the chunk gave, whether or not the chunk ended before.
+
+    observations [E, Ta, O]; rewards [E, Ta]; done [E, Ta] bool.
+    limit_known [E, Ta] bool: the environment itself says whether its time limit cut the episode at this step
+    (the key `TimeLimit.truncated` of gym's wrapper); limit_hit [E, Ta] bool is what it says.
+    """
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    done: np.ndarray
+    limit_known: np.ndarray
+    limit_hit: np.ndarray
+
+
+@dataclass
+class ChunkOutcome:
+    """executed [E] steps; rewards [E] summed over them; terminated, truncated [E] bool; observations [E, To, O] and
+    frames [E, Ta, O], the observation after each action, repeating the last executed one."""
+
+    executed: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    observations: np.ndarray
+    frames: np.ndarray
+
+
+class ChunkHistory:
+    """Step counters and observation histories of E environments."""
+
+    def __init__(self, n_envs: int, n_obs_steps: int, obs_dim: int, max_episode_steps: int | None):
+        self.n_obs_steps = n_obs_steps
+        self.max_episode_steps = max_episode_steps
+        self.count = np.zeros(n_envs, dtype=np.int64)
+        self.frames = np.zeros((n_envs, n_obs_steps, obs_dim))
+
+    def start(self, rows: np.ndarray, observations: np.ndarray) -> None:
+        """Begin new episodes in `rows` [N] with their first observations [N, O], which also fill the history."""
+        self.count[rows] = 0
+        self.frames[rows] = observations[:, None]
+
+    def advance(self, rows: np.ndarray, steps: StepOutcomes) -> ChunkOutcome:
+        """Account for one chunk in the environments `rows` [N] (arrays of `steps` have N rows)."""
+        n_rows, chunk = steps.rewards.shape
+        terminated, truncated = self._flags(self.count[rows], steps)
+        ended = terminated | truncated
+        executed = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, chunk)
+        last = (np.arange(n_rows), executed - 1)
+        # An early end counts one action more than it executed, as in the reference. It shows only where nothing
+        # resets: there the time limit of what follows comes a step early.
+        self.count[rows] += executed + (executed < chunk)
+        history = np.concatenate([self.frames[rows], steps.observations], axis=1)
+        shown = executed[:, None] + np.arange(self.n_obs_steps)
+        self.frames[rows] = np.take_along_axis(history, shown[..., None], axis=1)
+        kept = np.minimum(np.arange(chunk), executed[:, None] - 1)
+        return ChunkOutcome(
+            executed=executed,
+            rewards=_sum_executed(steps.rewards, executed),
+            terminated=terminated[last],
+            truncated=truncated[last],
+            observations=self.frames[rows],
+            frames=np.take_along_axis(steps.observations, kept[..., None], axis=1),
+        )
+
+    def _flags(self, count: np.ndarray, steps: StepOutcomes) -> tuple[np.ndarray, np.ndarray]:
+        """terminated, truncated [N, Ta] of each single step; the environment's own time limit has the last word."""
+        limit = np.inf if self.max_episode_steps is None else self.max_episode_steps
+        over = count[:, None] + 1 + np.arange(steps.done.shape[1]) >= limit
+        truncated = np.where(steps.limit_known, steps.limit_hit, over & ~steps.done)
+        return steps.done.astype(bool), truncated.astype(bool)
+
+
+def _sum_executed(rewards: np.ndarray, executed: np.ndarray) -> np.ndarray:
+    """[N] sums of the first `executed` rewards of each row, added up in the order of numpy's sum over exactly those."""
+    total = rewards.sum(axis=1)
+    for row in np.flatnonzero(executed < rewards.shape[1]):
+        total[row] = rewards[row, : executed[row]].sum()
+    return total

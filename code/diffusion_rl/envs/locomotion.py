@@ -1,0 +1,463 @@
+"""Hopper, Walker2d and HalfCheetah under their D4RL names, all environments stepped together on threads.
+
+The models are gymnasium's `-v4` ones with the bodies that MuJoCo 2.1.0 compiles (lighter capsules), so the physics is
+that of D4RL's data sets. Observations, rewards, termination and reset noise are those of gym's `-v2` environments,
+which D4RL wraps: it clips actions to [-1, 1] before the simulator and the control cost see them, and its 1000-step time
+limit ends an episode as terminated *and* truncated, as gym's old interface made of it.
+
+Each environment is a row of plain arrays (simulator state, warm start of the solver, history, random generator), which
+threads load into a scratch simulator; saving and restoring a run is copying these arrays.
+
+Shape letters: E environments, Ta actions of a chunk, To history, O observation, A action, nq/nv positions/velocities.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes
+from diffusion_rl.envs.vector import Observations, StepResult
+
+try:
+    import gymnasium
+    import mujoco
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise UserError(f'locomotion needs {error.name}: pip install -e ".[gym]"') from error
+
+FLAVOURS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+D4RL_EPISODE_STEPS = 1000
+_BODIES = Path(__file__).parent / "assets" / "mujoco210_bodies.json"
+_PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
+
+
+@dataclass(frozen=True)
+class Task:
+    """What tells the three tasks apart (gym's `-v2` classes).
+
+    gymnasium_id: its single-environment twin; xml, frame_skip: the model and the simulator steps per action;
+    ctrl_cost, alive_bonus, reset_noise: weights; gaussian_velocity: reset velocities are normal instead of uniform;
+    velocity_clip: bound on the observed velocities; height, angle, state_bound: the healthy ranges, None for none.
+    """
+
+    gymnasium_id: str
+    xml: str
+    frame_skip: int
+    ctrl_cost: float
+    alive_bonus: float
+    reset_noise: float
+    gaussian_velocity: bool = False
+    velocity_clip: float | None = None
+    height: tuple[float, float] | None = None
+    angle: tuple[float, float] | None = None
+    state_bound: float | None = None
+
+
+TASKS = {
+    "hopper": Task("Hopper-v4", "hopper.xml", 4, 1e-3, 1.0, 5e-3, False, 10.0, (0.7, np.inf), (-0.2, 0.2), 100.0),
+    "walker2d": Task("Walker2d-v4", "walker2d.xml", 4, 1e-3, 1.0, 5e-3, False, 10.0, (0.8, 2.0), (-1.0, 1.0)),
+    "halfcheetah": Task("HalfCheetah-v4", "half_cheetah.xml", 5, 0.1, 0.0, 0.1, True),
+}
+
+
+def task_of(name: str) -> str | None:
+    """The task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
+    match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(FLAVOURS)})-v[02]", name)
+    return match.group(1) if match else None
+
+
+def load_model(task: str) -> mujoco.MjModel:
+    """The task's model with the bodies of MuJoCo 2.1.0."""
+    xml = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / TASKS[task].xml
+    model = mujoco.MjModel.from_xml_path(str(xml))
+    restore_bodies(model, task)
+    return model
+
+
+def restore_bodies(model: mujoco.MjModel, task: str) -> None:
+    """Give `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place."""
+    for name, values in json.loads(_BODIES.read_text())[task].items():
+        getattr(model, name)[:] = values
+    mujoco.mj_setConst(model, mujoco.MjData(model))
+
+
+class D4RLTerms(gymnasium.Wrapper):
+    """What D4RL adds to a single environment: clipped actions, and a time limit that says so in gym's old way."""
+
+    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_EPISODE_STEPS):
+        super().__init__(env)
+        self.time_limit = time_limit
+        self._elapsed = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        self._elapsed = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
+        self._elapsed += 1
+        if self.time_limit is not None and self._elapsed >= self.time_limit:
+            info["TimeLimit.truncated"] = not terminated
+            terminated = True
+        return observation, reward, terminated, False, info
+
+
+def single_locomotion(name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **kwargs: Any) -> gymnasium.Env:
+    """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
+
+    time_limit: D4RL's; kwargs go to gymnasium.make.
+    """
+    task = task_of(name)
+    if task is None:
+        raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+    env = gymnasium.make(TASKS[task].gymnasium_id, disable_env_checker=True, **kwargs).unwrapped
+    restore_bodies(env.model, task)
+    return D4RLTerms(env, time_limit)
+
+
+@dataclass
+class Trajectory:
+    """What the simulator did with a chunk: states [E, Ta, 1+nq+nv], warmstarts [E, Ta, nv], observations [E, Ta, O],
+    rewards [E, Ta], unhealthy [E, Ta] bool."""
+
+    states: np.ndarray
+    warmstarts: np.ndarray
+    observations: np.ndarray
+    rewards: np.ndarray
+    unhealthy: np.ndarray
+
+
+class LocomotionPhysics:
+    """Steps any number of independent simulations of one task on `threads` threads (the caller's is one of them)."""
+
+    def __init__(self, task: str, threads: int = 2):
+        self.task = TASKS[task]
+        self.model = load_model(task)
+        self.threads = max(1, min(threads, os.cpu_count() or 1))
+        self._datas = [mujoco.MjData(self.model) for _ in range(self.threads)]
+        self._init_qpos = self._datas[0].qpos.copy()
+        self._init_qvel = self._datas[0].qvel.copy()
+        self._pool = ThreadPoolExecutor(self.threads - 1, "locomotion") if self.threads > 1 else None
+        self.state_size = mujoco.mj_stateSize(self.model, _PHYSICS)
+        self.dt = self.model.opt.timestep * self.task.frame_skip
+
+    @property
+    def obs_dim(self) -> int:
+        return self.model.nq + self.model.nv - 1
+
+    @property
+    def action_dim(self) -> int:
+        return self.model.nu
+
+    def first_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in order."""
+        noise = self.task.reset_noise
+        qpos = self._init_qpos + rng.uniform(-noise, noise, size=self.model.nq)
+        if self.task.gaussian_velocity:
+            qvel = self._init_qvel + noise * rng.standard_normal(self.model.nv)
+        else:
+            qvel = self._init_qvel + rng.uniform(-noise, noise, size=self.model.nv)
+        return self.state_from(qpos, qvel)
+
+    def state_from(self, qpos: np.ndarray, qvel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The state [1+nq+nv] and warm start [nv] of a simulation freshly put to these positions and velocities."""
+        data = self._datas[0]
+        mujoco.mj_resetData(self.model, data)
+        data.qpos[:] = qpos
+        data.qvel[:] = qvel
+        mujoco.mj_forward(self.model, data)
+        state = np.empty(self.state_size)
+        mujoco.mj_getState(self.model, data, state, _PHYSICS)
+        return state, data.qacc_warmstart.copy()
+
+    def observe(self, states: np.ndarray) -> np.ndarray:
+        """Observations [..., O] of states [..., 1+nq+nv]: positions without the forward one, velocities."""
+        nq, clip = self.model.nq, self.task.velocity_clip
+        velocity = states[..., 1 + nq : 1 + nq + self.model.nv]
+        if clip is not None:
+            velocity = np.clip(velocity, -clip, clip)
+        return np.concatenate([states[..., 2 : 1 + nq], velocity], axis=-1)
+
+    def step(self, states: np.ndarray, warmstarts: np.ndarray, actions: np.ndarray) -> Trajectory:
+        """Execute actions [E, Ta, A] from states [E, 1+nq+nv] and warm starts [E, nv], neither of which is changed."""
+        n_envs, chunk = actions.shape[:2]
+        after = np.empty((n_envs, chunk, self.state_size))
+        warm = np.empty((n_envs, chunk, self.model.nv))
+        rows = iter(range(n_envs))  # shared: each thread takes the next row when it is done with one
+        helpers = min(self.threads, n_envs) - 1
+        arguments = (rows, states, warmstarts, np.ascontiguousarray(actions, dtype=np.float64), after, warm)
+        futures = [self._pool.submit(self._step_rows, self._datas[1 + i], *arguments) for i in range(helpers)]
+        self._step_rows(self._datas[0], *arguments)
+        for future in futures:
+            future.result()
+        positions = np.concatenate([states[:, None, 1], after[:, :, 1]], axis=1)
+        return Trajectory(after, warm, self.observe(after), self._rewards(positions, actions), self._unhealthy(after))
+
+    def _step_rows(
+        self,
+        data: mujoco.MjData,
+        rows: Iterator[int],
+        states: np.ndarray,
+        warmstarts: np.ndarray,
+        actions: np.ndarray,
+        after: np.ndarray,
+        warm: np.ndarray,
+    ) -> None:
+        model, skip, ctrl, warmstart = self.model, self.task.frame_skip, data.ctrl, data.qacc_warmstart
+        for row in rows:
+            mujoco.mj_setState(model, data, states[row], _PHYSICS)
+            warmstart[:] = warmstarts[row]
+            for action, state_after, warm_after in zip(actions[row], after[row], warm[row], strict=True):
+                ctrl[:] = action
+                mujoco.mj_step(model, data, skip)  # releases the interpreter lock
+                mujoco.mj_getState(model, data, state_after, _PHYSICS)
+                warm_after[:] = warmstart
+
+    def _rewards(self, positions: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """[E, Ta] from forward positions [E, Ta+1]; the order of operations is gymnasium's."""
+        velocity = (positions[:, 1:] - positions[:, :-1]) / self.dt
+        cost = self.task.ctrl_cost * np.sum(np.square(actions), axis=-1)
+        return (velocity + self.task.alive_bonus if self.task.alive_bonus else velocity) - cost
+
+    def _unhealthy(self, states: np.ndarray) -> np.ndarray:
+        task = self.task
+        healthy = np.ones(states.shape[:-1], dtype=bool)
+        if task.state_bound is not None:
+            healthy &= np.all(np.abs(states[..., 3:]) < task.state_bound, axis=-1)
+        for column, bounds in ((2, task.height), (3, task.angle)):
+            if bounds is not None:
+                healthy &= (bounds[0] < states[..., column]) & (states[..., column] < bounds[1])
+        return ~healthy
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class LocomotionVectorEnv:
+    """E locomotion environments behind the `VectorEnv` interface; everything in them can be saved and restored.
+
+    name: a D4RL name, "hopper-medium-v2" say. normalizer: bounds of the data set, or None for raw observations and
+    actions. max_episode_steps: the chunk wrapper's own limit. d4rl_time_limit: the limit of 1000 steps under which
+    D4RL registers its environments, whose expiry counts as terminated *and* truncated (the reference never
+    bootstraps there); None leaves only max_episode_steps, whose expiry is truncation alone.
+    clip_actions: D4RL's clipping of the unnormalised action to [-1, 1].
+    """
+
+    restorable = True
+
+    def __init__(
+        self,
+        name: str,
+        n_envs: int,
+        *,
+        act_steps: int = 1,
+        n_obs_steps: int = 1,
+        max_episode_steps: int | None = 1000,
+        reset_within_step: bool = True,
+        full_observations: bool = False,
+        normalizer: MinMaxNormalizer | None = None,
+        seeds: Sequence[int] | None = None,
+        threads: int = 2,
+        d4rl_time_limit: int | None = D4RL_EPISODE_STEPS,
+        clip_actions: bool = True,
+    ):
+        task = task_of(name)
+        if task is None:
+            raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+        self.name = name
+        self.n_envs = n_envs
+        self.act_steps = act_steps
+        self.n_obs_steps = n_obs_steps
+        self.reset_within_step = reset_within_step
+        self.full_observations = full_observations
+        self.normalizer = normalizer
+        self.d4rl_time_limit = d4rl_time_limit
+        self.clip_actions = clip_actions
+        self.physics = LocomotionPhysics(task, threads)
+        self.obs_spec = {"state": (self.physics.obs_dim,)}
+        self.action_dim = self.physics.action_dim
+        self._history = ChunkHistory(n_envs, n_obs_steps, self.physics.obs_dim, max_episode_steps)
+        self._elapsed = np.zeros(n_envs, dtype=np.int64)
+        self._started = np.zeros(n_envs, dtype=bool)
+        self._states = np.zeros((n_envs, self.physics.state_size))
+        self._warmstarts = np.zeros((n_envs, self.physics.model.nv))
+        self._rngs: list[np.random.Generator] = []
+        self._recorders: dict[int, Any] = {}
+        self.seed(range(n_envs) if seeds is None else seeds)
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Environment i draws its next resets as a gymnasium environment after `reset(seed=seeds[i])` does."""
+        if len(seeds) != self.n_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        self._rngs = [_generator(seed) for seed in seeds]
+
+    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
+        """Begin new episodes everywhere. options[i]: `seed` (this environment anew), `video_path` (record from here on
+        until its next reset)."""
+        options = [{}] * self.n_envs if options is None else options
+        if len(options) != self.n_envs:
+            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        for row, option in enumerate(options):
+            if option.get("seed") is not None:
+                self._rngs[row] = _generator(option["seed"])
+        self._begin(np.arange(self.n_envs))
+        for row, option in enumerate(options):
+            if option.get("video_path"):
+                self._start_video(row, option["video_path"])
+        return {"state": self._history.frames.copy()}
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Execute chunks [E, Ta, A] of normalised actions."""
+        return self.step_subset(np.arange(self.n_envs), actions)
+
+    def step_subset(self, indices: np.ndarray, actions: np.ndarray) -> StepResult:
+        """Execute chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
+        actions = np.asarray(actions)
+        if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.action_dim:
+            raise ValueError(f"actions have shape {actions.shape}, expected ({len(indices)}, Ta, {self.action_dim})")
+        if not self._started[indices].all():
+            raise RuntimeError("step before the first reset")
+        raw = actions if self.normalizer is None else self.normalizer.unnormalize_action(actions)
+        raw = np.clip(raw, -1, 1) if self.clip_actions else raw
+        trajectory = self.physics.step(self._states[indices], self._warmstarts[indices], raw)
+        outcome = self._history.advance(indices, self._outcomes(indices, trajectory))
+        last = (np.arange(len(indices)), outcome.executed - 1)
+        self._states[indices] = trajectory.states[last]
+        self._warmstarts[indices] = trajectory.warmstarts[last]
+        self._elapsed[indices] += outcome.executed
+        self._record(indices, trajectory.states, outcome.executed)
+        infos: dict[str, Any] = {"executed_steps": outcome.executed}
+        if self.full_observations:
+            infos["full_observations"] = {"state": outcome.frames}
+        observations = outcome.observations
+        if self.reset_within_step:
+            infos["final_observations"] = {"state": outcome.observations}
+            ended = np.asarray(indices)[outcome.terminated | outcome.truncated]
+            if len(ended):
+                self._begin(ended)
+                observations = self._history.frames[indices]
+        return StepResult(
+            {"state": observations}, outcome.rewards.astype(np.float64), outcome.terminated, outcome.truncated, infos
+        )
+
+    def _outcomes(self, indices: np.ndarray, trajectory: Trajectory) -> StepOutcomes:
+        """The raw trajectory under D4RL's time limit, observations normalised."""
+        unhealthy = trajectory.unhealthy
+        expired = np.zeros_like(unhealthy)
+        if self.d4rl_time_limit is not None:
+            expired = self._elapsed[indices, None] + 1 + np.arange(unhealthy.shape[1]) >= self.d4rl_time_limit
+        return StepOutcomes(
+            observations=self._normalize(trajectory.observations),
+            rewards=trajectory.rewards,
+            done=unhealthy | expired,
+            limit_known=expired,
+            limit_hit=expired & ~unhealthy,
+        )
+
+    def _normalize(self, observations: np.ndarray) -> np.ndarray:
+        return observations if self.normalizer is None else self.normalizer.normalize_obs(observations)
+
+    def _begin(self, rows: np.ndarray) -> None:
+        """Begin new episodes in these environments."""
+        for row in rows:
+            self._stop_video(int(row))
+            self._states[row], self._warmstarts[row] = self.physics.first_state(self._rngs[row])
+        self._elapsed[rows] = 0
+        self._started[rows] = True
+        self._history.start(rows, self._normalize(self.physics.observe(self._states[rows])))
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
+        return {
+            "physics": self._states.copy(),
+            "warmstart": self._warmstarts.copy(),
+            "elapsed_steps": self._elapsed.copy(),
+            "chunk_steps": self._history.count.copy(),
+            "history": self._history.frames.copy(),
+            "started": self._started.copy(),
+            "random": np.stack([_pack_generator(rng) for rng in self._rngs]),
+        }
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Go on where `get_state` was taken (a video being recorded ends). Raises UserError if it does not fit."""
+        mine = self.get_state()
+        for key, array in mine.items():
+            if key not in state or np.shape(state[key]) != array.shape:
+                found = f"shape {np.shape(state[key])}" if key in state else "nothing"
+                raise UserError(
+                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {found}; "
+                    "resume with the env settings the state was saved with"
+                )
+        for row in list(self._recorders):
+            self._stop_video(row)
+        self._states[:] = state["physics"]
+        self._warmstarts[:] = state["warmstart"]
+        self._elapsed[:] = state["elapsed_steps"]
+        self._history.count[:] = state["chunk_steps"]
+        self._history.frames[:] = state["history"]
+        self._started[:] = state["started"]
+        self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
+
+    def _start_video(self, row: int, path: str) -> None:
+        from diffusion_rl.envs.video import LocomotionRecorder  # rendering libraries load only when asked for
+
+        self._recorders[row] = LocomotionRecorder(self.physics.model, path, fps=round(1 / self.physics.dt))
+
+    def _record(self, indices: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
+        for position, row in enumerate(indices if self._recorders else ()):
+            if int(row) in self._recorders:
+                for state in states[position, : executed[position]]:
+                    self._recorders[int(row)].add(state)
+
+    def _stop_video(self, row: int) -> None:
+        if row in self._recorders:
+            self._recorders.pop(row).close()
+
+    def close(self) -> None:
+        for row in list(self._recorders):
+            self._stop_video(row)
+        self.physics.close()
+
+
+def known_names() -> list[str]:
+    """The D4RL names of locomotion environments."""
+    return [f"{task}-{flavour}-v2" for task in TASKS for flavour in FLAVOURS]
+
+
+def _generator(seed: int) -> np.random.Generator:
+    """gymnasium's generator for a seed."""
+    return gymnasium.utils.seeding.np_random(int(seed))[0]
+
+
+_WORD = 2**64 - 1
+
+
+def _pack_generator(rng: np.random.Generator) -> np.ndarray:
+    """The state of a PCG64 generator as 6 uint64: two 128-bit numbers in halves, and the buffered 32 bits."""
+    state = rng.bit_generator.state
+    value, increment = state["state"]["state"], state["state"]["inc"]
+    words = [value >> 64, value & _WORD, increment >> 64, increment & _WORD, state["has_uint32"], state["uinteger"]]
+    return np.array(words, dtype=np.uint64)
+
+
+def _unpack_generator(words: np.ndarray) -> np.random.Generator:
+    numbers = [int(word) for word in words]
+    generator = np.random.Generator(np.random.PCG64(0))
+    generator.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": numbers[0] << 64 | numbers[1], "inc": numbers[2] << 64 | numbers[3]},
+        "has_uint32": numbers[4],
+        "uinteger": numbers[5],
+    }
+    return generator

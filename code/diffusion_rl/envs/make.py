@@ -1,0 +1,149 @@
+"""From the `env` node of a configuration to a vector environment."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs import worker
+from diffusion_rl.envs.vector import ProcessVectorEnv, VectorEnv
+
+ENGINES = ("mujoco", "gymnasium")
+
+
+def make_vector_env(
+    env_cfg: Mapping[str, Any],
+    *,
+    obs_dim: int,
+    action_dim: int,
+    act_steps: int,
+    seed: int,
+    n_envs: int | None = None,
+    threads: int | None = None,
+) -> VectorEnv:
+    """Build the environments of a run, environment i seeded with seed + i.
+
+    env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
+    `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
+    `mujoco_locomotion_lowdim.normalization_path`, `specific` (keyword arguments of the environment),
+    `save_full_observations`; ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every
+    environment a process), `threads` (default 2), `d4rl_time_limit` (null: a time-out is truncation alone).
+    n_envs, threads: override the configured ones. Raises UserError for unknown names or wrong dimensions.
+    """
+    name = str(env_cfg["name"])
+    wrappers = env_cfg.get("wrappers") or {}
+    chunks = wrappers.get("multi_step") or {}
+    configured = chunks.get("n_action_steps", act_steps)
+    if configured != act_steps:
+        raise UserError(f"env.wrappers.multi_step.n_action_steps={configured}, act_steps={act_steps}: make them equal")
+    engine = env_cfg.get("engine", "mujoco")
+    if engine not in ENGINES:
+        raise UserError(f"env.engine={engine!r} is unknown: choose one of {', '.join(ENGINES)}")
+    chunk_options = {
+        "act_steps": act_steps,
+        "n_obs_steps": chunks.get("n_obs_steps", 1),
+        "max_episode_steps": chunks.get("max_episode_steps", env_cfg.get("max_episode_steps")),
+        "reset_within_step": chunks.get("reset_within_step", False),
+        "full_observations": env_cfg.get("save_full_observations", chunks.get("pass_full_observations", False)),
+        "normalizer": _normalizer(wrappers, obs_dim, action_dim),
+    }
+    count = env_cfg["n_envs"] if n_envs is None else n_envs
+    seeds = [seed + i for i in range(count)]
+    if engine == "mujoco" and _is_locomotion(name):
+        venv = _locomotion(env_cfg, count, seeds, threads, chunk_options)
+    else:
+        venv = _processes(env_cfg, count, seeds, chunk_options)
+    try:
+        _check_dims(name, venv, obs_dim, action_dim)
+    except UserError:
+        venv.close()
+        raise
+    return venv
+
+
+def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:
+    """The bounds named by the low-dimensional wrapper of the configuration, None if it has no such wrapper."""
+    for wrapper, options in wrappers.items():
+        if wrapper.endswith("_lowdim") and options and options.get("normalization_path"):
+            return MinMaxNormalizer.from_npz(options["normalization_path"], obs_dim, action_dim)
+    return None
+
+
+def _is_locomotion(name: str) -> bool:
+    return name.startswith(worker.LOCOMOTION_PREFIXES)
+
+
+def _locomotion(
+    env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], threads: int | None, options: dict[str, Any]
+) -> VectorEnv:
+    from diffusion_rl.envs import locomotion  # needs the simulator, which other environments do not
+
+    name = str(env_cfg["name"])
+    if locomotion.task_of(name) is None:
+        raise _unknown(name, locomotion.known_names())
+    return locomotion.LocomotionVectorEnv(
+        name,
+        n_envs,
+        seeds=seeds,
+        threads=env_cfg.get("threads", 2) if threads is None else threads,
+        d4rl_time_limit=env_cfg.get("d4rl_time_limit", locomotion.D4RL_EPISODE_STEPS),
+        **options,
+    )
+
+
+def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict[str, Any]) -> VectorEnv:
+    name = str(env_cfg["name"])
+    if not _is_locomotion(name):
+        _check_registered(name)
+    chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
+    recipe = worker.EnvRecipe(
+        name=name,
+        kwargs=dict(env_cfg.get("specific") or {}),
+        chunks=chunks,
+        normalizer=options["normalizer"],
+        render=bool(env_cfg.get("save_video", False)),
+        d4rl_time_limit=env_cfg.get("d4rl_time_limit", 1000),
+    )
+    return ProcessVectorEnv([recipe] * n_envs, options["act_steps"], seeds)
+
+
+def _check_registered(name: str) -> None:
+    """Raise UserError now, rather than from a worker, if gymnasium does not know the id."""
+    module = name.partition(":")[0] if ":" in name else None
+    if module is not None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"environment {name!r}: cannot import {module} ({error}); is it on PYTHONPATH?") from error
+    try:
+        gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        examples = [f"{task}medium-v2" for task in worker.LOCOMOTION_PREFIXES]
+        raise _unknown(name, [*examples, *gymnasium.registry]) from error
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
+    return UserError(f"environment {name!r} is unknown: {hint}")
+
+
+def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> None:
+    """One clear line if the configuration's dimensions are not the environment's."""
+    state = venv.obs_spec.get("state")
+    if state is not None and tuple(state) != (obs_dim,):
+        found = state[0] if len(state) == 1 else state
+        raise UserError(
+            f"obs_dim={obs_dim} is wrong for {name}: its observations have {found} entries, set obs_dim={found}"
+        )
+    if venv.action_dim != action_dim:
+        raise UserError(
+            f"action_dim={action_dim} is wrong for {name}: its actions have {venv.action_dim} entries, "
+            f"set action_dim={venv.action_dim}"
+        )

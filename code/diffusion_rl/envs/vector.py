@@ -1,0 +1,290 @@
+"""What the loops ask of a vector environment. Shape letters: E environments, Ta actions of a chunk, To history."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs import worker
+from diffusion_rl.envs.multi_step import MultiStep, Observations
+
+
+@dataclass
+class StepResult:
+    """What one chunk of actions gave.
+
+    observations: {key: [E, To, ...]}, already those of the new episode where `reset_within_step` began one.
+    rewards: [E] float64, summed over the executed part of the chunk.
+    terminated, truncated: [E] bool. Both are set where D4RL's time limit ended the episode.
+    infos: `executed_steps` [E] int64; `final_observations` {key: [E, To, ...]}, the last ones of the old episode,
+        valid where truncated and reset; `full_observations` {key: [E, Ta, ...]} when asked for: the observation after
+        each action, repeating the last executed one.
+    """
+
+    observations: Observations
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    infos: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class VectorEnv(Protocol):
+    """E environments stepped together, a chunk of Ta normalised actions at a time."""
+
+    n_envs: int
+    act_steps: int
+    obs_spec: dict[str, tuple[int, ...]]
+    action_dim: int
+    restorable: bool
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Seed environment i with seeds[i]; it takes effect with the next reset."""
+
+    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
+        """Begin new episodes everywhere; options[i] goes to environment i (`seed`, `video_path`)."""
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Execute chunks [E, Ta, A] of normalised actions."""
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything needed to go on bit for bit, if `restorable`."""
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Go on where `get_state` was taken."""
+
+    def close(self) -> None:
+        """Release processes, threads and files."""
+
+
+class MultiStepVectorEnv:
+    """E `MultiStep` environments behind the `VectorEnv` interface, each behind a lane: here, or in a process.
+
+    builders[i] makes environment i. Subclasses say what a lane is. The simulators cannot be saved: `restorable` is
+    false, `get_state` is empty.
+    """
+
+    restorable = False
+
+    def __init__(self, builders: Sequence[Callable[[], MultiStep]], act_steps: int, seeds: Sequence[int] | None = None):
+        self.n_envs = len(builders)
+        self.act_steps = act_steps
+        self._seeds: list[int | None] = [None] * self.n_envs
+        self._lanes: list[Lane] = []
+        try:
+            self._open(builders)
+            answers = [self._receive(i) for i in range(self.n_envs)]
+        except BaseException:
+            self.close()
+            raise
+        self.obs_spec, action_shape = answers[0]
+        if action_shape is None or len(action_shape) != 1:
+            self.close()
+            raise UserError("actions must be vectors of numbers (a one-dimensional gymnasium Box)")
+        self.action_dim = action_shape[0]
+        if seeds is not None:
+            self.seed(seeds)
+
+    def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
+        raise NotImplementedError
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        if len(seeds) != self.n_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        self._seeds = list(seeds)
+
+    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
+        options = [{}] * self.n_envs if options is None else options
+        if len(options) != self.n_envs:
+            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        answers = self._call("reset", [(seed, dict(option)) for seed, option in zip(self._seeds, options, strict=True)])
+        self._seeds = [None] * self.n_envs  # the next reset goes on with the environments' own random streams
+        return _stack(answers)
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        actions = np.asarray(actions)
+        if actions.ndim != 3 or actions.shape[::2] != (self.n_envs, self.action_dim):
+            raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")
+        answers = self._call("step", [(chunk,) for chunk in actions])
+        observations, rewards, terminated, truncated, infos = zip(*answers, strict=True)
+        return StepResult(
+            _stack(observations),
+            np.array(rewards, dtype=np.float64),
+            np.array(terminated, dtype=bool),
+            np.array(truncated, dtype=bool),
+            _merge_infos(observations, infos, actions.shape[1]),
+        )
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        if state:
+            raise UserError("these environments cannot be restored: resume restarts them (env.engine says which kind)")
+
+    def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
+        for i, lane in enumerate(self._lanes):
+            try:
+                lane.send(method, arguments[i])
+            except OSError:  # it died before; receiving says why
+                continue
+        return [self._receive(i) for i in range(self.n_envs)]
+
+    def _receive(self, index: int) -> Any:
+        try:
+            status, value = self._lanes[index].receive()
+        except (EOFError, OSError):
+            code = self._lanes[index].exit_code()
+            self.close()
+            cause = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+            hint = " (out of memory?)" if code == -9 else ""
+            raise UserError(f"environment {index} died: its process ended without a word, {cause}{hint}") from None
+        if status == "error":
+            self.close()
+            raise UserError(f"environment {index} failed: {value.strip().splitlines()[-1]}\n{value}")
+        return value
+
+    def close(self) -> None:
+        lanes, self._lanes = self._lanes, []
+        for lane in lanes:
+            lane.hang_up()
+        for lane in lanes:
+            lane.wait()
+
+
+class Lane(Protocol):
+    """The way to one environment."""
+
+    def send(self, method: str, arguments: tuple) -> None:
+        """Ask it to do something."""
+
+    def receive(self) -> tuple[str, Any]:
+        """("ok", result) or ("error", traceback)."""
+
+    def exit_code(self) -> int | None:
+        """How its process ended."""
+
+    def hang_up(self) -> None:
+        """Tell it to end."""
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+
+
+class _LocalLane:
+    """An environment in this process; it works while being asked for the answer."""
+
+    def __init__(self, build: Callable[[], MultiStep]):
+        self._env = build()
+        self._next: Callable[[], Any] = lambda: worker.spaces(self._env)
+
+    def send(self, method: str, arguments: tuple) -> None:
+        self._next = lambda: getattr(self._env, method)(*arguments)
+
+    def receive(self) -> tuple[str, Any]:
+        return "ok", self._next()
+
+    def exit_code(self) -> int | None:
+        return None
+
+    def hang_up(self) -> None:
+        self._env.close()
+
+    def wait(self) -> None:
+        pass
+
+
+class SyncVectorEnv(MultiStepVectorEnv):
+    """All environments in this process, one after the other: for tests and debugging; errors come unchanged."""
+
+    def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
+        self._lanes = []
+        for build in builders:
+            self._lanes.append(_LocalLane(build))
+
+
+class _ProcessLane:
+    """An environment in a process of its own."""
+
+    def __init__(self, build: Callable[[], MultiStep], context: Any):
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=worker.serve, args=(theirs, build), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, method: str, arguments: tuple) -> None:
+        self._connection.send((method, arguments))
+
+    def receive(self) -> tuple[str, Any]:
+        return self._connection.recv()
+
+    def exit_code(self) -> int | None:
+        self._process.join(timeout=5)
+        return self._process.exitcode
+
+    def hang_up(self) -> None:
+        self._connection.close()
+
+    def wait(self) -> None:
+        self._process.join(timeout=5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+class ProcessVectorEnv(MultiStepVectorEnv):
+    """Every environment in a process of its own; one that dies is reported with its index and traceback.
+
+    The processes come from a fork server that never saw TensorFlow (forking after TensorFlow has started threads is
+    unsafe) and do not import the main script: whatever `builders` name must be importable.
+    """
+
+    def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["diffusion_rl.envs.worker"])
+        with _hidden_main_module():
+            for build in builders:
+                self._lanes.append(_ProcessLane(build, context))
+
+
+@contextlib.contextmanager
+def _hidden_main_module() -> Iterator[None]:
+    """Keep new processes from importing the main script anew, which would load TensorFlow into each of them."""
+    main = sys.modules["__main__"]
+    kept = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    main.__dict__.pop("__file__", None)
+    main.__dict__["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(kept)
+
+
+def _stack(observations: Sequence[Observations]) -> Observations:
+    return {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+
+
+def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str, Any]], chunk: int) -> dict[str, Any]:
+    """The infos of StepResult from those of the single environments."""
+    merged: dict[str, Any] = {"executed_steps": np.array([info["executed_steps"] for info in infos], dtype=np.int64)}
+    if any("final_obs" in info for info in infos):
+        pairs = zip(infos, observations, strict=True)
+        merged["final_observations"] = _stack([info.get("final_obs", shown) for info, shown in pairs])
+    if "full_obs" in infos[0]:
+        merged["full_observations"] = _stack([_repeat_last(info["full_obs"], chunk) for info in infos])
+    return merged
+
+
+def _repeat_last(frames: Observations, length: int) -> Observations:
+    """Frames {key: [n, ...]} -> {key: [length, ...]}."""
+    return {
+        key: np.concatenate([values, np.repeat(values[-1:], length - len(values), axis=0)])
+        for key, values in frames.items()
+    }

@@ -1,0 +1,19 @@
+"""Options of the test suites; they stand here because `pytest parity_tests tests` may register each only once."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+OPTIONS = {
+    "--golden-dir": "folder of recordings to replay instead of the shipped one",
+    "--trajectories": "file of recorded MuJoCo 2.1.0 trajectories instead of the shipped one",
+    "--upstream": "checkout of the PyTorch reference to compare with live",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for name, text in OPTIONS.items():
+        with contextlib.suppress(ValueError):  # registered already, by a conftest nearer to the tests
+            parser.addoption(name, default=None, metavar="PATH", help=text)
