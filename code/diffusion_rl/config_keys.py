@@ -13,7 +13,7 @@ from typing import Any
 
 import hydra.utils
 
-from diffusion_rl.core.config import PACKAGE, flatten, targets
+from diffusion_rl.core.config import PACKAGE, first_line, flatten, targets
 from diffusion_rl.core.errors import UserError
 
 KEYS: dict[str, str] = {
@@ -129,35 +129,74 @@ for _which in ("actor", "critic"):
 OPEN = ("env.specific.", "env.wrappers.")
 #: Arguments that the reference's configurations pass to classes that ignore them.
 IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim"}
+#: Values that count things.
+_WHOLE = {
+    *("obs_dim", "action_dim", "cond_steps", "horizon_steps", "act_steps", "denoising_steps", "ft_denoising_steps"),
+    *("seed", "n_steps", "render_num", "env.n_envs", "env.max_episode_steps", "train.n_epochs", "train.batch_size"),
+    *("train.n_train_itr", "train.n_critic_warmup_itr", "train.n_steps", "train.update_epochs", "train.val_freq"),
+    *("train.save_model_freq", "train.render.freq", "train.render.num"),
+}
 _HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
 
-def suggestion(key: str, known: Iterable[str]) -> str:
-    """'; did you mean …?' with the known keys closest to `key`, or nothing."""
-    known = sorted(set(known))
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The line about a key that is not there, with what was probably meant."""
+    known = set(known) - {key}
+    if key in KEYS:
+        return f"'{key}' is not in this configuration; add it with +{key}=…"
+    inside = sorted(other for other in known if other.startswith(f"{key}."))
+    if inside:
+        return f"'{key}' is a group of keys, not a value; it holds {_some(inside)}"
     leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf and other != key]
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    same_leaf = sorted(other for other in known if other.rsplit(".", 1)[-1] == leaf)
+    close = difflib.get_close_matches(key, sorted(known), n=3, cutoff=0.75)
     best = list(dict.fromkeys(same_leaf + close))[:3]
-    return f"; did you mean {' or '.join(best)}?" if best else ""
+    hint = f"; did you mean {' or '.join(best)}?" if best else "; --help with this configuration lists them all"
+    return f"unknown configuration key '{key}': nothing reads it{hint}"
 
 
-def check_keys(config: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first key of `config` that nothing reads, with the closest known ones.
+def _some(keys: list[str], n: int = 5) -> str:
+    return ", ".join(keys[:n]) + (", …" if len(keys) > n else "")
 
-    A loop class of the user's own package may read what it likes: then nothing is checked.
+
+def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first key of `config` that nothing reads, or whose value is of the wrong kind.
+
+    `defaults`: the flat configuration without overrides; a value must be of the kind it has there. A loop class of the
+    user's own package may read what it likes: then nothing is checked.
     """
     if not str(config.get("_target_", PACKAGE)).startswith(PACKAGE):
         return
     objects = tuple(f"{where}." for where, _ in targets(config) if where)
     own_env = not str(_get(config, "env._target_", PACKAGE)).startswith(PACKAGE)
-    flat = flatten(config)
-    for key, value in flat.items():
+    for key, value in flatten(config).items():
+        groups = [default for default in defaults if default.startswith(f"{key}.")]
+        if groups and value is not None and value != {}:
+            raise UserError(f"{key}={value}: '{key}' is a group of keys, not a value; it holds {_some(groups)}")
+        _check_kind(key, value, defaults.get(key))
         if key in KEYS or key.startswith(objects + OPEN) or (own_env and key.startswith("env.")):
             continue
         if value == {} and any(known.startswith(f"{key}.") for known in KEYS):
             continue
-        raise UserError(f"unknown configuration key '{key}': nothing reads it{suggestion(key, {*KEYS, *flat})}")
+        raise UserError(unknown_key(key, {*KEYS, *defaults}))
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Raise UserError if `value` is not of the kind of `default`: true/false, a number (a whole one), a list."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match default:
+        case bool():
+            fits, kind = isinstance(value, bool), "true or false"
+        case int() | float() if key in _WHOLE:
+            fits, kind = number and float(value).is_integer(), "a whole number"
+        case int() | float():
+            fits, kind = number, "a number"
+        case list():
+            fits, kind = isinstance(value, list), "a list"
+        case _:
+            return
+    if not fits and value is not None:
+        raise UserError(f"{key}={value}: not {kind} (its default is {default})")
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
@@ -178,26 +217,25 @@ def check_arguments(config: Mapping[str, Any]) -> None:
 
 
 def _parameters(target: str, where: str) -> tuple[set[str], bool]:
-    """The named parameters of a class and its bases, and whether it takes any others too (classes of other packages)."""
+    """The arguments that a class and those bases it passes others on to name, and whether it takes any other too.
+
+    `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
+    """
     try:
         found = hydra.utils.get_object(target)
     except Exception as error:
-        raise UserError(f"{where}._target_: cannot import '{target}' ({error})") from error
-    constructors = (
-        [base.__init__ for base in found.__mro__ if "__init__" in vars(base)] if inspect.isclass(found) else [found]
-    )
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{where}._target_: cannot import '{target}' ({reason})") from error
+    callables = [vars(base)["__init__"] for base in found.__mro__ if "__init__" in vars(base)]
     names: set[str] = set()
-    for i, constructor in enumerate(constructors):
-        parameters = inspect.signature(constructor).parameters.values() if constructor is not object.__init__ else []
-        rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if rest and not target.startswith(PACKAGE):
-            return names, True
-        if not rest or (
-            i + 1 < len(constructors) and constructors[i + 1].__module__.split(".")[0] != PACKAGE.rstrip(".")
-        ):
+    for constructor in callables:
+        if str(constructor.__module__).split(".")[0] != target.split(".")[0]:
             break
-    return names - {"self"}, False
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, not target.startswith(PACKAGE)
 
 
 def _get(config: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -135,7 +135,7 @@ def _is_own_class(name: Any) -> bool:
         return False
     try:
         found = hydra.utils.get_class(name)
-    except Exception:  # noqa: BLE001: whatever goes wrong in looking it up, it is not a class of ours
+    except Exception:  # whatever goes wrong in looking it up, it is not a class of ours
         return False
     return found.__module__.startswith(PACKAGE)
 
