@@ -1,0 +1,206 @@
+"""Configuration -> objects -> loop: what `python script/run.py` does."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_rl import command_line
+from diffusion_rl.config_keys import check_arguments, check_keys
+from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
+from diffusion_rl.core.config import first_line, instantiate, instantiate_trusted, register_resolvers, targets
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
+
+__all__ = ["instantiate", "instantiate_trusted", "main", "prepare", "run"]
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: the process's own) and return its exit status.
+
+    0 done, 2 something the user can mend (one line on stderr), 130 interrupted. Anything else that is raised is a
+    defect and keeps its traceback; so does everything under HYDRA_FULL_ERROR=1.
+    """
+    arguments = command_line.optional_wandb_keys(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        print(f"{command_line.USAGE}   (--help explains)", file=sys.stderr)
+        return USER_ERROR
+    register_resolvers()
+    with _reported(arguments) as status:
+        options = command_line.parse(arguments)
+        if options.help:
+            print(command_line.help_text(options))
+        else:
+            defaults = command_line.check_names(options)
+            _hydra_main(arguments, defaults)
+    return status[0]
+
+
+def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> DictConfig:
+    """Resolve `config`, check its keys and class names, and fill in what follows from the rest.
+
+    `defaults`: the flat configuration without overrides, for the types of values. Neither imports TensorFlow nor
+    writes anything. Raises UserError.
+    """
+    _find_data(config)
+    OmegaConf.resolve(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=… on the command line")
+    plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
+    if "_target_" not in plain:
+        raise UserError("the configuration has no _target_: it names no loop to run")
+    for where, mapping in targets(plain):
+        _check_target(f"{where}._target_".lstrip("."), mapping["_target_"])
+    check_keys(plain, defaults or {})
+    _complete_wandb(plain)
+    plain["logdir"] = _run_folder(plain)
+    return OmegaConf.create(plain)
+
+
+def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
+    """Build the loop that `config` describes and run it."""
+    config = prepare(config, defaults)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    _select_device(config.get("device"))
+    check_arguments(OmegaConf.to_container(config))  # type: ignore[arg-type]
+    return _loop_class(str(config._target_))(config).run()
+
+
+def _loop_class(name: str) -> Any:
+    try:
+        return hydra.utils.get_class(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"_target_: cannot import '{name}' ({first_line(error.__cause__ or error)})") from error
+
+
+def _check_target(where: str, name: Any) -> None:
+    if name in REFERENCE_TARGETS:
+        raise UserError(f"{where}={name} is the PyTorch reference's class; here it is {REFERENCE_TARGETS[name]}")
+    if not isinstance(name, str) or "." not in name:
+        raise UserError(f"{where}={name} is not the path of a class (package.module.Class)")
+
+
+def _find_data(config: DictConfig) -> None:
+    """Started in another folder than the repository's, the default data folder is still the repository's."""
+    folder = Path(str(config.get("data_dir", ".")))
+    shipped = REPOSITORY / folder
+    if "DPPO_DATA_DIR" not in os.environ and not folder.exists() and shipped.is_dir():
+        config.data_dir = str(shipped)
+
+
+def _complete_wandb(config: dict[str, Any]) -> None:
+    """`wandb: null` and `wandb.mode: disabled` are both null; otherwise entity, project and run get their defaults."""
+    wandb = config.get("wandb")
+    if not wandb or wandb.get("mode") == "disabled":
+        config["wandb"] = None
+        return
+    env = config.get("env_name") or config.get("env")
+    defaults = {
+        "entity": os.environ.get("DPPO_WANDB_ENTITY"),
+        "project": f"{config.get('suite')}-{env}-{config.get('stage')}",
+        "run": f"{time.strftime('%H-%M-%S')}_{config.get('name')}",
+    }
+    config["wandb"] = defaults | {key: value for key, value in wandb.items() if value is not None}
+
+
+def _run_folder(config: Mapping[str, Any]) -> str:
+    """`logdir`, or the folder that `resume` names; auto: the newest of this name and seed that has a checkpoint."""
+    logdir, resume = str(config.get("logdir")), config.get("resume") or "never"
+    if resume == "never":
+        return logdir
+    if resume == "auto":
+        if _has_checkpoint(Path(logdir)):
+            return logdir
+        folders = [f for f in Path(logdir).parent.glob(f"*_{config.get('seed')}") if _has_checkpoint(f)]
+        return str(max(folders, key=lambda f: f.name)) if folders else logdir
+    path = Path(str(resume))
+    if not path.exists():
+        raise UserError(f"resume={resume}: no such run folder or checkpoint (or use resume=auto or resume=never)")
+    folder = path.parent if path.is_file() else path
+    folder = folder.parent if folder.name == "checkpoint" else folder
+    if not _has_checkpoint(folder):
+        raise UserError(f"resume={resume}: there is no checkpoint/state_<n>.safetensors in {folder}")
+    return str(folder)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(folder.glob("checkpoint/state_*.safetensors"))
+
+
+def _select_device(device: str | None) -> None:
+    """Show TensorFlow the GPU that `device` ("cuda:N", "cpu", null) names; without any GPU all are the processor."""
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    name, _, number = str(device or "cuda").partition(":")
+    if name not in ("cuda", "gpu", "cpu") or (number and not number.isdigit()):
+        raise UserError(f"device={device} is neither cpu nor cuda:<number>")
+    if gpus and name != "cpu" and int(number or 0) >= len(gpus):
+        raise UserError(f"device={device}: this machine has {len(gpus)} GPUs, numbered from 0")
+    if not gpus:
+        return
+    visible = [] if name == "cpu" else [gpus[int(number or 0)]]
+    with contextlib.suppress(RuntimeError):  # a later job of a multirun: TensorFlow is already running
+        tf.config.set_visible_devices(visible, "GPU")
+        for gpu in visible:
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
+@contextlib.contextmanager
+def _reported(arguments: Sequence[str]) -> Iterator[list[int]]:
+    """Turns what the user can mend into one line on stderr. Yields [exit status], filled in at the end."""
+    status = [0]
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    try:
+        yield status
+    except SystemExit as end:
+        status[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        if wants_traceback:
+            raise
+        print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
+        status[0] = INTERRUPTED
+    except Exception as error:
+        line = None if wants_traceback else command_line.line_for_user(error, arguments)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        status[0] = USER_ERROR
+
+
+def _hydra_main(arguments: Sequence[str], defaults: Mapping[str, Any]) -> None:
+    """Hydra composes (once, or for each job of a multirun) and calls `run`."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+
+    def job(config: DictConfig) -> Any:
+        _set_environment("HYDRA_FULL_ERROR", before)
+        with _reported(arguments) as status:
+            return run(config, defaults)
+        sys.exit(status[0])
+
+    argv = sys.argv
+    sys.argv = [argv[0], *arguments]
+    _set_environment("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors; else it would print them and exit
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIG_ROOT))(job)()
+    finally:
+        sys.argv = argv
+        _set_environment("HYDRA_FULL_ERROR", before)
+
+
+def _set_environment(name: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value

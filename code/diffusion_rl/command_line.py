@@ -1,0 +1,159 @@
+"""What people write on the command line and what they read: options, help, and one line for each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import re
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffusion_rl.config_keys import KEYS, unknown_key
+from diffusion_rl.configs import CONFIG_ROOT, compose, shipped_configs
+from diffusion_rl.core.config import first_line, flatten
+from diffusion_rl.core.errors import UserError
+
+EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
+USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=value ...]   e.g. {EXAMPLE}"
+
+
+def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
+    """`wandb` is null until asked for: `wandb.entity=me` alone asks for it, without Hydra's `+`."""
+    return [f"++{argument}" if re.match(r"wandb\.\w+=", argument) else argument for argument in arguments]
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Hydra's own options. Raises UserError for an unknown one."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser.parse_args(list(arguments))
+
+
+def check_names(options: Namespace) -> dict[str, Any]:
+    """The flat values of the configuration that the options name, without overrides.
+
+    Raises UserError for a folder or name that does not exist, with the closest that do. Empty where Hydra is asked for
+    something that needs no configuration.
+    """
+    if options.hydra_help or options.shell_completion or options.config_path or options.experimental_rerun:
+        return {}
+    folder, name = options.config_dir, options.config_name
+    if not name:
+        raise UserError(f"no --config-name given; {USAGE}")
+    if folder is not None and not Path(folder).is_dir():
+        known = {f"{CONFIG_ROOT.name}/{Path(config).parent}" for config in shipped_configs()}
+        raise UserError(f"--config-dir={folder}: no such folder{_did_you_mean(folder.rstrip('/'), known)}")
+    places = [Path(folder)] if folder else []
+    file_name = f"{name.removesuffix('.yaml')}.yaml"
+    if not any((place / file_name).is_file() for place in [*places, CONFIG_ROOT]):
+        raise UserError(f"--config-name={name}: no such configuration{_others(folder, name)}")
+    return _defaults(options)
+
+
+def _others(folder: str | None, name: str) -> str:
+    if folder is None:
+        folders = sorted(f"{CONFIG_ROOT.name}/{Path(c).parent}" for c in shipped_configs() if Path(c).name == name)
+        return f"; add --config-dir={folders[0]} (or {', '.join(folders[1:])})" if folders else "; add --config-dir=DIR"
+    here = sorted(path.stem for path in Path(folder).glob("*.yaml"))
+    close = _did_you_mean(name, here)
+    return f" in {folder}" + (close or f" (there are: {', '.join(here) or 'none'})")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    matches = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def _defaults(options: Namespace) -> dict[str, Any]:
+    folder = options.config_dir
+    if folder and not (Path(folder) / f"{options.config_name.removesuffix('.yaml')}.yaml").is_file():
+        folder = None
+    config = compose(options.config_name, folder=folder)
+    del config.hydra
+    OmegaConf.resolve(config)
+    return flatten(config)
+
+
+def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
+    """One line for an error that the user can mend; None for a defect of ours."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split("\n"))
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _config_line(error, arguments)
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return None
+
+
+def _config_line(error: Exception, arguments: Sequence[str]) -> str:
+    text = first_line(error)
+    unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
+    if unknown:
+        known = set(KEYS)
+        with contextlib.suppress(Exception):
+            known |= set(_defaults(parse(arguments)))
+        return unknown_key(unknown[1], known)
+    if re.search(r"Unsupported interpolation type (eval|round_up|round_down)\b", text):
+        text += "; for arithmetic write ${calc:'…'}, which runs no code"
+    return text
+
+
+def help_text(options: Namespace) -> str:
+    """General help, or with a configuration's name its keys, values and meanings."""
+    return _help_on_config(options) if options.config_name else _help()
+
+
+def _help_on_config(options: Namespace) -> str:
+    config = check_names(options)
+    width = max(map(len, config))
+    rows = [f"  {key:<{width}}  {_short(value):<30}  {_meaning(key)}".rstrip() for key, value in sorted(config.items())]
+    others = [f"  {key:<{width}}  {text}" for key, text in sorted(KEYS.items()) if key not in config]
+    title = f"Keys of {options.config_name} and their values (key=value changes one):"
+    return "\n".join([USAGE, "", title, *rows, "", "Optional keys (+key=value adds one):", *others])
+
+
+def _meaning(key: str) -> str:
+    return KEYS.get(key, "")
+
+
+def _help() -> str:
+    folders: dict[str, list[str]] = {}
+    for config in shipped_configs():
+        folders.setdefault(f"{CONFIG_ROOT.name}/{Path(config).parent}", []).append(Path(config).name)
+    lines = f"""{USAGE}
+
+Trains, fine-tunes or evaluates the policy that a configuration describes.
+
+  --config-dir=DIR --config-name=NAME   one of the configurations below, or your own
+  --help with these two                 its keys, values and meanings
+  key=value                             any of its keys, e.g. seed=1 train.n_train_itr=3 resume=auto
+  +key=value                            an optional key it does not name, e.g. +train.max_grad_norm=1
+  wandb.mode=online                     log to Weights & Biases too (also wandb.entity=…, wandb.project=…)
+  -m key=v1,v2                          one run per combination
+  --cfg job --resolve                   print the configuration and stop
+  --hydra-help                          Hydra's own options
+
+Environment: DPPO_DATA_DIR and DPPO_LOG_DIR (default data and log), DPPO_WANDB_ENTITY, HYDRA_FULL_ERROR=1 (tracebacks).
+Exit status: 0 done, 2 something to mend (one line says what), 130 interrupted.
+
+Configurations (DIR: NAMEs):"""
+    return "\n".join([lines, *(f"  {folder}: {', '.join(names)}" for folder, names in folders.items())])
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,247 @@
+"""Every configuration key that something reads, with what it means, and the check that catches a misspelt one.
+
+Keys of objects (a mapping with a `_target_`, such as `model` or `train_dataset`) are not listed: they are the arguments
+of that class, and are checked against its signature.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import hydra.utils
+
+from diffusion_rl.core.config import PACKAGE, first_line, flatten, targets
+from diffusion_rl.core.errors import UserError
+
+KEYS: dict[str, str] = {
+    # the run
+    "_target_": "the loop: a class of diffusion_rl.loops",
+    "suite": "family of tasks: first part of the log and data folders [ours]",
+    "stage": "pretrain, finetune, scratch or eval: second part of the log folder's name [ours]",
+    "name": "name of the run: third part of the log folder",
+    "seed": "seed of weights, noise, minibatches and environments",
+    "device": "cuda:N: N-th GPU if there is one, else the processor; cpu: never a GPU",
+    "data_dir": "folder of data sets and pre-trained policies; default $DPPO_DATA_DIR, else data [ours]",
+    "log_dir": "folder of all run folders; default $DPPO_LOG_DIR, else log [ours]",
+    "logdir": "this run's folder",
+    "resume": "never | auto (newest folder of this name and seed) | a run folder or checkpoint [ours]",
+    "wandb": "null: off; +wandb.mode=online turns it on",
+    "wandb.mode": "online, offline or disabled",
+    "wandb.entity": "default $DPPO_WANDB_ENTITY, else wandb's own",
+    "wandb.project": "default <suite>-<environment>-<stage>",
+    "wandb.run": "default <time>_<name>",
+    # the task
+    "env_name": "the environment's name",
+    "obs_dim": "dimension O of one observation",
+    "action_dim": "dimension A of one action",
+    "cond_steps": "To, observations the policy sees",
+    "horizon_steps": "H, actions the policy plans",
+    "act_steps": "Ta, actions of a plan that are executed",
+    "denoising_steps": "K, denoising steps",
+    "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
+    "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
+    # files
+    "train_dataset_path": "pre-training data (npz)",
+    "normalization_path": "minima and maxima of observations and actions (npz)",
+    "base_policy_path": "policy to start from or to evaluate: .safetensors, or the reference's .pt",
+    # environments
+    "env": "in pre-training just the data set's name",
+    "env.engine": "mujoco (batched, restorable) | d4rl (the original gym stack) [ours]",
+    "env.env_type": "kind of simulator if not the default",
+    "env.name": "the environment's name",
+    "env.n_envs": "E, environments stepped together",
+    "env.n_threads": "threads that step them; default the machine's cores [ours]",
+    "env.max_episode_steps": "environment steps after which an episode is truncated",
+    "env.reset_at_iteration": "start new episodes at each iteration",
+    "env.save_video": "write videos of evaluations to render/",
+    "env.render": "show a window",
+    "env.save_full_observations": "keep every observation, not only one per chunk",
+    "env.use_image_obs": "observations with images",
+    "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
+    "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
+    "env.wrappers.multi_step.n_obs_steps": "observation history To",
+    "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",
+    "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
+    "env.wrappers.multi_step.reset_within_step": "begin the next episode in the step that ended one",
+    "env.wrappers.multi_step.pass_full_observations": "infos carry every observation of the chunk",
+    "env.wrappers.multi_step.reward_agg_method": "how a chunk's rewards are put together: sum, mean, min or max",
+    "env.wrappers.multi_step.prev_action": "observations carry the previous action",
+    "env.wrappers.multi_step.verbose": "accepted, ignored",
+    # evaluation
+    "n_steps": "chunk steps S of an evaluation",
+    "render_num": "environments of which an evaluation makes videos",
+    # pre-training
+    "ema.decay": "decay of the averaged weights",
+    "train.n_epochs": "passes over the data",
+    "train.learning_rate": "base learning rate",
+    "train.weight_decay": "decoupled weight decay",
+    "train.lr_scheduler.first_cycle_steps": "epochs of the first cosine cycle",
+    "train.lr_scheduler.warmup_steps": "epochs of linear warm-up",
+    "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
+    "train.epoch_start_ema": "epoch from which weights are averaged; until then they are copied",
+    "train.update_ema_freq": "epochs between updates of the averaged weights",
+    "train.train_split": "share of the data trained on; the rest validates",
+    # reinforcement learning
+    "train.n_train_itr": "iterations",
+    "train.n_critic_warmup_itr": "first iterations that train the critic only",
+    "train.n_steps": "chunk steps S collected per environment and iteration",
+    "train.gamma": "discount per chunk step",
+    "train.gae_lambda": "lambda of generalised advantage estimation",
+    "train.batch_size": "rows of a minibatch; in DPPO a row is one denoising step of one chunk",
+    "train.update_epochs": "passes over an iteration's data",
+    "train.logprob_batch_size": "rows at a time when old log-probabilities are computed",
+    "train.grad_accumulate": "minibatches whose gradients make one step",
+    "train.reward_scale_running": "divide rewards by the running deviation of returns",
+    "train.reward_scale_const": "and multiply them with this",
+    "train.target_kl": "stop an iteration's update when the approximate KL divergence exceeds this",
+    "train.ent_coef": "weight of the entropy bonus",
+    "train.vf_coef": "weight of the value loss",
+    "train.max_grad_norm": "clip the actor's gradient to this norm",
+    "train.use_bc_loss": "add a behaviour-cloning loss on the base policy's own samples",
+    "train.bc_loss_coeff": "its weight",
+    "train.force_train": "train in every iteration, evaluations included",
+    "train.save_model_freq": "iterations (epochs) between checkpoints",
+    "train.val_freq": "iterations between evaluations (epochs between validations)",
+    "train.log_freq": "iterations (epochs) between log lines",
+    "train.save_trajs": "keep an iteration's trajectories on disk",
+    "train.render.freq": "iterations between videos",
+    "train.render.num": "environments of which videos are made",
+    "train.eta_lr": "learning rate of a learned eta (model.learn_eta)",
+    "train.eta_weight_decay": "its weight decay",
+    "train.eta_update_interval": "updates of the actor between two of eta",
+}
+for _which in ("actor", "critic", "eta"):
+    KEYS |= {
+        f"train.{_which}_lr_scheduler.first_cycle_steps": "iterations of the first cosine cycle",
+        f"train.{_which}_lr_scheduler.warmup_steps": "iterations of linear warm-up",
+        f"train.{_which}_lr_scheduler.min_lr": "learning rate at the cycle's ends",
+    }
+for _which in ("actor", "critic"):
+    KEYS |= {
+        f"train.{_which}_lr": f"base learning rate of the {_which}",
+        f"train.{_which}_weight_decay": f"decoupled weight decay of the {_which}",
+    }
+
+#: Below these anything goes: they are handed to an environment as they are.
+OPEN = ("env.specific.", "env.wrappers.")
+#: Arguments that the reference's configurations pass to classes that ignore them.
+IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim"}
+#: Values that count things.
+_WHOLE = {
+    *("obs_dim", "action_dim", "cond_steps", "horizon_steps", "act_steps", "denoising_steps", "ft_denoising_steps"),
+    *("seed", "n_steps", "render_num", "env.n_envs", "env.max_episode_steps", "train.n_epochs", "train.batch_size"),
+    *("train.n_train_itr", "train.n_critic_warmup_itr", "train.n_steps", "train.update_epochs", "train.val_freq"),
+    *("train.save_model_freq", "train.render.freq", "train.render.num"),
+}
+_HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The line about a key that is not there, with what was probably meant."""
+    known = set(known) - {key}
+    if key in KEYS:
+        return f"'{key}' is not in this configuration; add it with +{key}=…"
+    inside = sorted(other for other in known if other.startswith(f"{key}."))
+    if inside:
+        return f"'{key}' is a group of keys, not a value; it holds {_some(inside)}"
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = sorted(other for other in known if other.rsplit(".", 1)[-1] == leaf)
+    close = difflib.get_close_matches(key, sorted(known), n=3, cutoff=0.75)
+    best = list(dict.fromkeys(same_leaf + close))[:3]
+    hint = f"; did you mean {' or '.join(best)}?" if best else "; --help with this configuration lists them all"
+    return f"unknown configuration key '{key}': nothing reads it{hint}"
+
+
+def _some(keys: list[str], n: int = 5) -> str:
+    return ", ".join(keys[:n]) + (", …" if len(keys) > n else "")
+
+
+def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first key of `config` that nothing reads, or whose value is of the wrong kind.
+
+    `defaults`: the flat configuration without overrides; a value must be of the kind it has there. A loop class of the
+    user's own package may read what it likes: then nothing is checked.
+    """
+    if not str(config.get("_target_", PACKAGE)).startswith(PACKAGE):
+        return
+    objects = tuple(f"{where}." for where, _ in targets(config) if where)
+    own_env = not str(_get(config, "env._target_", PACKAGE)).startswith(PACKAGE)
+    for key, value in flatten(config).items():
+        groups = [default for default in defaults if default.startswith(f"{key}.")]
+        if groups and value is not None and value != {}:
+            raise UserError(f"{key}={value}: '{key}' is a group of keys, not a value; it holds {_some(groups)}")
+        _check_kind(key, value, defaults.get(key))
+        if key in KEYS or key.startswith(objects + OPEN) or (own_env and key.startswith("env.")):
+            continue
+        if value == {} and any(known.startswith(f"{key}.") for known in KEYS):
+            continue
+        raise UserError(unknown_key(key, {*KEYS, *defaults}))
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """Raise UserError if `value` is not of the kind of `default`: true/false, a number (a whole one), a list."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    match default:
+        case bool():
+            fits, kind = isinstance(value, bool), "true or false"
+        case int() | float() if key in _WHOLE:
+            fits, kind = number and float(value).is_integer(), "a whole number"
+        case int() | float():
+            fits, kind = number, "a number"
+        case list():
+            fits, kind = isinstance(value, list), "a list"
+        case _:
+            return
+    if not fits and value is not None:
+        raise UserError(f"{key}={value}: not {kind} (its default is {default})")
+
+
+def check_arguments(config: Mapping[str, Any]) -> None:
+    """Raise UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
+    for where, mapping in targets(config):
+        if not where:
+            continue
+        accepted, anything = _parameters(mapping["_target_"], where)
+        for key in mapping:
+            if anything or key in accepted or key in _HYDRA_ARGUMENTS or key in IGNORED_ARGUMENTS:
+                continue
+            matches = difflib.get_close_matches(str(key), sorted(accepted), n=3, cutoff=0.6)
+            hint = "did you mean " + " or ".join(f"{where}.{m}" for m in matches) if matches else ""
+            hint = f"; {hint}?" if hint else f"; it takes {', '.join(sorted(accepted))}"
+            raise UserError(
+                f"unknown configuration key '{where}.{key}': {mapping['_target_']} has no such argument{hint}"
+            )
+
+
+def _parameters(target: str, where: str) -> tuple[set[str], bool]:
+    """The arguments that a class and those bases it passes others on to name, and whether it takes any other too.
+
+    `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
+    """
+    try:
+        found = hydra.utils.get_object(target)
+    except Exception as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{where}._target_: cannot import '{target}' ({reason})") from error
+    callables = [vars(base)["__init__"] for base in found.__mro__ if "__init__" in vars(base)]
+    names: set[str] = set()
+    for constructor in callables:
+        if str(constructor.__module__).split(".")[0] != target.split(".")[0]:
+            break
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, not target.startswith(PACKAGE)
+
+
+def _get(config: Mapping[str, Any], path: str, default: Any) -> Any:
+    node: Any = config
+    for part in path.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return default
+        node = node[part]
+    return node

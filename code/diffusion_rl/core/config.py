@@ -1,0 +1,156 @@
+"""Configurations as data: arithmetic in them, their keys, and objects from their `_target_`s."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import hydra.utils
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from diffusion_rl.core.errors import UserError
+
+PACKAGE = "diffusion_rl."
+Number = int | float
+
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"round": round, "int": int, "min": min, "max": max}
+_LARGEST_EXPONENT = 100
+
+
+def calc(expression: str) -> Number:
+    """The value of an arithmetic expression: numbers, + - * / // % **, round, int, min, max; Python's rules and types.
+
+    Nothing else can be written in it, so reading a configuration never runs code.
+    Raises ValueError naming what is not allowed.
+    """
+    try:
+        return _value(ast.parse(str(expression).strip(), mode="eval").body)
+    except (SyntaxError, ArithmeticError, TypeError, RecursionError) as error:
+        raise ValueError(f"cannot calculate '{expression}': {error}") from error
+
+
+def _value(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return value
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            a, b = _value(left), _value(right)
+            if isinstance(op, ast.Pow) and (abs(a) > 1e9 or abs(b) > _LARGEST_EXPONENT):
+                raise ValueError(f"the power {a}**{b} is too large")
+            return _BINARY[type(op)](a, b)
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
+            return _UNARY[type(op)](_value(operand))
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+            return _FUNCTIONS[name](*map(_value, arguments))
+    allowed = "numbers, + - * / // % **, " + ", ".join(_FUNCTIONS)
+    raise ValueError(f"'{ast.unparse(node)}' is not arithmetic (allowed: {allowed})")
+
+
+def register_resolvers() -> None:
+    """Make `${calc:'…'}` known to OmegaConf. Safe to call again."""
+    OmegaConf.register_new_resolver("calc", calc, replace=True)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b": value}. Lists are values; an empty mapping is the value {}."""
+    flat: dict[str, Any] = {}
+    for key, value in _plain(node).items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
+    plain = _plain(node)
+    if isinstance(plain, Mapping):
+        if "_target_" in plain:
+            yield prefix, plain
+        items: Any = plain.items()
+    elif isinstance(plain, list):
+        items = enumerate(plain)
+    else:
+        return
+    for key, value in items:
+        yield from targets(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
+
+
+def instantiate(node: Any, **arguments: Any) -> Any:
+    """The object that `node` (from the user's own command line and files) describes.
+
+    A UserError from inside comes out as itself; anything else that prevents building becomes one.
+    """
+    try:
+        return hydra.utils.instantiate(node, **arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from error
+            cause = cause.__cause__
+        raise UserError(first_line(error)) from error
+
+
+def instantiate_trusted(node: Any, **arguments: Any) -> Any:
+    """Like `instantiate` for a configuration out of a checkpoint: only classes that this package itself defines.
+
+    Raises UserError for any other `_target_`, before anything is built; so does an interpolation or a Hydra
+    directive, which a saved (resolved) configuration has no need of.
+    """
+    plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
+    for where, text in _strings(plain):
+        if "${" in text:
+            raise UserError(f"checkpoint's configuration: {where} has an interpolation ({text}); refused")
+    for where, mapping in targets(plain):
+        name = mapping["_target_"]
+        directives = [key for key in mapping if str(key).startswith("_") and key != "_target_"]
+        if directives or not _is_own_class(name):
+            what = f"{where}.{directives[0]}" if directives else f"{where}._target_ = {name}"
+            raise UserError(f"checkpoint's configuration: {what} is not a class of {PACKAGE.rstrip('.')}; refused")
+    return instantiate(OmegaConf.create(plain), **arguments)
+
+
+def _is_own_class(name: Any) -> bool:
+    """Whether `name` is a class that this package defines: `diffusion_rl.core.config.ast.parse` is not."""
+    if not isinstance(name, str) or not name.startswith(PACKAGE):
+        return False
+    try:
+        found = hydra.utils.get_class(name)
+    except Exception:  # whatever goes wrong in looking it up, it is not a class of ours
+        return False
+    return found.__module__.startswith(PACKAGE)
+
+
+def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield where, node
+    elif isinstance(node, Mapping | list):
+        items = node.items() if isinstance(node, Mapping) else enumerate(node)
+        for key, value in items:
+            yield from _strings(value, f"{where}.{key}".lstrip("."))
+
+
+def first_line(error: BaseException) -> str:
+    """An exception of Hydra or OmegaConf on one line, without their appended internals."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
+    return "; ".join(kept) or type(error).__name__
