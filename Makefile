@@ -7,13 +7,16 @@
 #
 # Variables: PYTHON (an interpreter, 3.10 to 3.12), PIP_ARGS (more options for pip), WORKERS (test processes).
 
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(shell command -v $(name) 2>/dev/null)))
+SUITABLE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+  "$$name" -c '$(SUITABLE)' 2>/dev/null && { echo "$$name"; break; }; done)
 PIP_ARGS ?=
 WORKERS ?= 2
 UPSTREAM ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+TEST_EXTRAS := gym,parity,test
 PACKAGING := setup.py pyproject.toml
 
 .PHONY: help demo test parity-report benchmark lint clean
@@ -53,7 +56,7 @@ endef
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed: install it, or name it: make PYTHON=/path/to/python3.11 …"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))' \
+	@$(PYTHON) -c '$(SUITABLE)' \
 	|| { echo "$(PYTHON) is $$($(PYTHON) --version); 3.10, 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11 …"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	|| { echo "$(PYTHON) lacks the venv module: on Debian or Ubuntu, apt install python3-venv"; exit 2; }
@@ -66,5 +69,5 @@ $(VENV)/.gym: $(VENV)/.made $(PACKAGING)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.gym $(PACKAGING)
-	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[gym,parity,test]')
+	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]')
 	@touch $@

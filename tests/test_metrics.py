@@ -212,7 +212,7 @@ def test_neither_wandb_nor_tensorflow_is_imported_when_off(tmp_path):
     program = (
         "import sys\n"
         "from diffusion_rl.reports.metrics import MetricsWriter\n"
-        "wandb = {'entity': None, 'project': 'p', 'run': 'r'}\n"
+        "wandb = {'entity': 'me', 'project': 'p', 'run': 'r', 'mode': 'disabled'}\n"
         f"m = MetricsWriter({str(tmp_path)!r}, tensorboard=False, wandb=wandb)\n"
         "m.write({'itr': 0}); m.close()\n"
         "print([name for name in ('wandb', 'tensorflow', 'matplotlib', 'torch') if name in sys.modules])\n"
@@ -225,7 +225,7 @@ def test_neither_wandb_nor_tensorflow_is_imported_when_off(tmp_path):
     [
         (None, False),
         ({}, False),
-        ({"entity": None, "project": "p", "run": "r"}, False),
+        ({"mode": "online"}, True),
         ({"entity": "me", "project": "p", "run": "r"}, True),
         ({"entity": "me", "project": "p", "run": "r", "mode": "disabled"}, False),
         ({"entity": None, "project": "p", "run": "r", "mode": "offline"}, True),

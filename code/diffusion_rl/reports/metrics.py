@@ -26,7 +26,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -96,8 +96,8 @@ class MetricsWriter:
 
     run_dir      the run folder; rows already there (a resumed run) are kept
     tensorboard  write event files to `run_dir/tensorboard`
-    wandb        None, or a mapping with `entity`, `project`, `run` and `mode`. The package is imported only if there
-                 is an entity or a mode other than "disabled"; otherwise the run logs locally.
+    wandb        None, or a mapping with `entity`, `project`, `run` and `mode` (all optional). The package is imported
+                 only if there is such a mapping and its mode is not "disabled".
     config       resolved configuration, passed to wandb
 
     A full disk raises UserError; the files then end with the last whole row.
@@ -290,17 +290,14 @@ class _TensorBoard:
             self._writer = None
 
 
-def wandb_is_on(wandb: Mapping[str, Any] | None) -> bool:
-    """Whether a run with this `wandb` node of the configuration logs to wandb."""
-    if not wandb or wandb.get("mode") == "disabled":
-        return False
-    return bool(wandb.get("entity") or wandb.get("mode"))
+def wandb_is_on(wandb: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a run with this `wandb` node of the configuration logs to wandb: there is one, and it is not disabled."""
+    return bool(wandb) and wandb.get("mode") != "disabled"
 
 
 def _start_wandb(run_dir: Path, settings: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> Any:
     if not wandb_is_on(settings):
         return None
-    assert settings is not None
     try:
         import wandb
     except ImportError:
