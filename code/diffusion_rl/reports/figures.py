@@ -146,7 +146,14 @@ def curve_of(label: str, runs: Sequence[Run], kind: str, x: str, y: str) -> Curv
     values = np.array([[seed.get(itr, (np.nan, np.nan))[1] for itr in itrs] for seed in points])
     xs = np.array([[seed.get(itr, (np.nan, np.nan))[0] for itr in itrs] for seed in points])
     # Seeds of one experiment are at the same number of steps in the same iteration; if not, their mean is drawn.
-    return Curve(label, runs[0].task, kind, [run.seed for run in runs], np.array(itrs), np.nanmean(xs, axis=0), values)
+    return Curve(label, runs[0].task, kind, _seed_names(runs), np.array(itrs), np.nanmean(xs, axis=0), values)
+
+
+def _seed_names(runs: Sequence[Run]) -> list[str]:
+    """The seeds; a seed that was run more than once is numbered: 42, 42 (2)."""
+    seeds = [run.seed for run in runs]
+    earlier = [seeds[:i].count(seed) for i, seed in enumerate(seeds)]
+    return [f"{seed} ({count + 1})" if count else seed for seed, count in zip(seeds, earlier, strict=True)]
 
 
 def _points(run: Run, kind: str, x: str, y: str) -> dict[int, tuple[float, float]]:

@@ -292,7 +292,7 @@ class _TensorBoard:
 
 def wandb_is_on(wandb: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
     """Whether a run with this `wandb` node of the configuration logs to wandb: there is one, and it is not disabled."""
-    return bool(wandb) and wandb.get("mode") != "disabled"
+    return wandb is not None and len(wandb) > 0 and wandb.get("mode") != "disabled"
 
 
 def _start_wandb(run_dir: Path, settings: Mapping[str, Any] | None, config: Mapping[str, Any] | None) -> Any:
