@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_what_the_readme_tells_to_run_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     missing = []
     for command in commands:
-        words = [word for word in command.split("#")[0].split() if "=" not in word or word.startswith("--config")]
+        words = [w for w in shlex.split(command, comments=True) if "=" not in w or w.startswith("--config")]
         if words and words[0] == "make":
             missing += [f"{command}: no target {word}" for word in words[1:] if word not in targets]
         if words and words[0] == "python" and words[1:] and words[1].endswith(".py"):
