@@ -3,11 +3,12 @@
 import os
 import sys
 
-from diffusion_rl import app, demo
+from diffusion_rl import demo
+from diffusion_rl.configs import REPOSITORY
 from diffusion_rl.core.errors import UserError
 
 if __name__ == "__main__":
-    os.chdir(app.REPOSITORY)
+    os.chdir(REPOSITORY)
     try:
         sys.exit(demo.main(sys.argv[1:]))
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from diffusion_rl import demo
 from diffusion_rl.core.errors import UserError
@@ -16,7 +17,7 @@ def loops(tmp_path, monkeypatch):
     started = []
 
     def run(config):
-        name, overrides = config
+        name, overrides = config.name, list(config.overrides)
         started.append((name, overrides))
         folder = tmp_path / next(o for o in overrides if o.startswith("logdir=")).removeprefix("logdir=")
         tuned = any(o.startswith("base_policy_path=") for o in overrides)
@@ -31,7 +32,10 @@ def loops(tmp_path, monkeypatch):
                 (folder / "checkpoint").mkdir()
                 save_checkpoint(folder / "checkpoint" / "state_2.safetensors", {"model.a": np.zeros(3)}, {"itr": 2})
 
-    monkeypatch.setattr(demo.app, "compose", lambda name, overrides: (name, list(overrides)))
+    def compose(name, overrides):
+        return OmegaConf.create({"name": name, "overrides": overrides, "hydra": {}})
+
+    monkeypatch.setattr(demo, "compose", compose)
     monkeypatch.setattr(demo.app, "run", run)
     return started
 
@@ -53,7 +57,7 @@ def test_it_evaluates_both_policies_on_the_same_seeds_and_shows_the_ratio(loops,
 
 
 def test_an_evaluation_without_an_episode_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo.app, "compose", lambda name, overrides: None)
+    monkeypatch.setattr(demo, "compose", lambda name, overrides: OmegaConf.create({}))
     monkeypatch.setattr(demo.app, "run", lambda config: MetricsWriter(tmp_path, tensorboard=False).close())
     with pytest.raises(UserError, match="finished no episode"):
         demo.evaluate(tmp_path)

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from omegaconf import OmegaConf
+
 from diffusion_rl import app
+from diffusion_rl.configs import compose
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.loops.run_state import latest_checkpoint
 from diffusion_rl.reports.figures import learning_curve
@@ -53,7 +56,10 @@ def main(overrides: Sequence[str] = ()) -> int:
 
 def run(config_name: str, overrides: Sequence[str], logdir: Path) -> Any:
     """Compose a configuration of cfg/ and run its loop in the folder `logdir`."""
-    return app.run(app.compose(config_name, [*overrides, f"logdir={logdir}"]))
+    config = compose(config_name, [*overrides, f"logdir={logdir}"])
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    return app.run(config)
 
 
 def evaluate(logdir: Path, checkpoint: Path | None = None) -> Score:
