@@ -1,0 +1,73 @@
+# make demo            fine-tune the shipped Hopper policy and show the return before and after (5 to 10 minutes)
+# make test            everything that can be checked on this machine
+# make parity-report   how far this port is from the PyTorch reference, quantity by quantity, to figure/parity/
+# make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side
+# make lint            ruff and mypy
+# make clean           remove .venv and caches (runs in log/ stay)
+#
+# Variables: PYTHON (an interpreter, 3.10 to 3.12), PIP_ARGS (more options for pip), WORKERS (test processes).
+
+SUITABLE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+  "$$name" -c '$(SUITABLE)' 2>/dev/null && { echo "$$name"; break; }; done)
+PIP_ARGS ?=
+WORKERS ?= 2
+UPSTREAM ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+TEST_EXTRAS := gym,parity,test
+PACKAGING := setup.py pyproject.toml
+
+.PHONY: help demo test parity-report benchmark lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.gym
+	@$(RUN) script/demo.py
+
+test: $(VENV)/.test
+	@$(RUN) -m pytest parity_tests tests $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
+
+parity-report: $(VENV)/.test
+	@$(RUN) -m parity_tests.report
+
+benchmark: $(VENV)/$(if $(UPSTREAM),.test,.gym)
+	@$(RUN) benchmarks/run.py $(if $(UPSTREAM),--upstream $(UPSTREAM))
+
+lint: $(VENV)/.test
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis code/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp file says that a step is done, so that a second call starts at once.
+# $(call step,what is printed,command)
+define step
+@printf '%s … ' '$(1)'; start=$$(date +%s); \
+if ! { $(2); } >$(VENV)/step.log 2>&1; then echo failed; tail -n 25 $(VENV)/step.log; exit 1; fi; \
+echo "$$(($$(date +%s) - start)) s"
+endef
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed: install it, or name it: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	@$(PYTHON) -c '$(SUITABLE)' \
+	|| { echo "$(PYTHON) is $$($(PYTHON) --version); 3.10, 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	|| { echo "$(PYTHON) lacks the venv module: on Debian or Ubuntu, apt install python3-venv"; exit 2; }
+	@mkdir -p $(VENV)
+	$(call step,Making $(VENV) with $(PYTHON),$(PYTHON) -m venv $(VENV))
+	@touch $@
+
+$(VENV)/.gym: $(VENV)/.made $(PACKAGING)
+	$(call step,Installing TensorFlow and MuJoCo with pip (a few minutes the first time),$(RUN) -m pip install $(PIP_ARGS) -e '.[gym]')
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.gym $(PACKAGING)
+	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]')
+	@touch $@

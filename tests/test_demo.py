@@ -1,0 +1,68 @@
+"""The demonstration's own logic, with the loops replaced by what they leave in their folders."""
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from diffusion_rl import demo
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.loops.run_state import save_checkpoint
+from diffusion_rl.reports.metrics import MetricsWriter
+
+
+@pytest.fixture
+def loops(tmp_path, monkeypatch):
+    """Runs that would have been started: (configuration, overrides). They leave metrics and a checkpoint behind."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def run(config):
+        name, overrides = config.name, list(config.overrides)
+        started.append((name, overrides))
+        folder = tmp_path / next(o for o in overrides if o.startswith("logdir=")).removeprefix("logdir=")
+        tuned = any(o.startswith("base_policy_path=") for o in overrides)
+        with MetricsWriter(folder, tensorboard=False) as metrics:
+            if "eval" in name:
+                row = {"itr": 0, "kind": "eval", "episode_return": 2800.0 if tuned else 1400.0, "episodes": 40}
+                metrics.write(row)
+            else:
+                for itr in range(3):
+                    row = {"itr": itr, "kind": "train", "env_steps": itr * 80000, "episode_return": 1400.0 + itr}
+                    metrics.write(row)
+                (folder / "checkpoint").mkdir()
+                save_checkpoint(folder / "checkpoint" / "state_2.safetensors", {"model.a": np.zeros(3)}, {"itr": 2})
+
+    def compose(name, overrides):
+        return OmegaConf.create({"name": name, "overrides": overrides, "hydra": {}})
+
+    monkeypatch.setattr(demo, "compose", compose)
+    monkeypatch.setattr(demo.app, "run", run)
+    return started
+
+
+def test_it_evaluates_both_policies_on_the_same_seeds_and_shows_the_ratio(loops, tmp_path, capsys):
+    assert demo.main(["train.n_steps=100"]) == 0
+    names = [name for name, _ in loops]
+    assert names == [demo.EVALUATE, demo.FINE_TUNE, demo.EVALUATE]
+    before, tuning, after = (overrides for _, overrides in loops)
+    assert "train.n_steps=100" in tuning and f"train.n_train_itr={demo.ITERATIONS}" in tuning
+    assert set(demo.EVALUATE_OVERRIDES) <= set(before) & set(after)
+    (policy,) = [o for o in after if o.startswith("base_policy_path=")]
+    assert policy.endswith("fine-tuning/checkpoint/state_2.safetensors")
+    out = capsys.readouterr().out
+    assert "before fine-tuning    1400.0         40" in out and "after fine-tuning     2800.0         40" in out
+    assert "after / before          2.00" in out
+    (figure,) = [line.split()[-1] for line in out.splitlines() if line.startswith("learning curve")]
+    assert (tmp_path / figure).stat().st_size > 10_000 and (tmp_path / figure).with_suffix(".csv").exists()
+
+
+def test_an_evaluation_without_an_episode_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "compose", lambda name, overrides: OmegaConf.create({}))
+    monkeypatch.setattr(demo.app, "run", lambda config: MetricsWriter(tmp_path, tensorboard=False).close())
+    with pytest.raises(UserError, match="finished no episode"):
+        demo.evaluate(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        demo.checkpoint_of(tmp_path)

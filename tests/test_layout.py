@@ -1,0 +1,167 @@
+"""The shape of the repository: import root, direction of imports, sizes, and that what the README names exists."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "code" / "diffusion_rl"
+
+# What each package may import of ours: always further down, never sideways back up (see ARCHITECTURE.md).
+BELOW = {
+    "core": set(),
+    "networks": {"core"},
+    "diffusion": {"core"},
+    "policies": {"core", "networks", "diffusion"},
+    "interop": {"core", "networks", "diffusion", "policies"},
+    "reports": {"core"},
+    "data": {"core"},
+    "envs": {"core"},
+    "algorithms": {"core", "networks", "diffusion", "policies"},
+    "planners": {"core", "networks", "diffusion", "policies", "data"},
+    "loops": {
+        "core",
+        "networks",
+        "diffusion",
+        "policies",
+        "algorithms",
+        "planners",
+        "data",
+        "envs",
+        "interop",
+        "reports",
+    },
+}
+LARGEST_FILE = 600
+LARGEST_SCRIPT = 60
+
+
+def tracked(*patterns):
+    """Files of the repository: what git knows or would add; any file where there is no git (an unpacked archive)."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard", *patterns]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode:
+        return sorted(path for pattern in patterns for path in ROOT.rglob(pattern) if ".venv" not in path.parts)
+    return sorted(ROOT / name for name in set(listed.stdout.split("\0")) if name and (ROOT / name).is_file())
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports_of(path):
+    """Names of our packages that a file imports, wherever the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {parts[1] for name in names if len(parts := name.split(".")) > 1 and parts[0] == "diffusion_rl"}
+
+
+def test_code_is_a_source_root_and_no_package():
+    assert not (ROOT / "code" / "__init__.py").exists(), "it would hide the standard library's module `code`"
+
+
+@pytest.mark.parametrize("where", [ROOT, ROOT / "script"])
+def test_import_code_is_the_standard_library(where):
+    ended = subprocess.run(
+        [sys.executable, "-c", "import code; print(code.InteractiveConsole.__module__, code.__file__)"],
+        cwd=where,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.startswith("code ") and str(ROOT / "code") not in ended.stdout, ended.stderr
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    parts = path.relative_to(PACKAGE).parts
+    if len(parts) == 1:
+        return  # app and the like stand above everything
+    package = parts[0]
+    assert package in BELOW, f"say in this test what {package} may import"
+    upward = imports_of(path) & set(BELOW) - BELOW[package] - {package}
+    assert not upward, f"{package} must not import {', '.join(sorted(upward))}"
+    top = {module.stem for module in PACKAGE.glob("*.py")} - {"__init__"}
+    assert not imports_of(path) & top, f"{package} must not import {imports_of(path) & top}"
+
+
+def test_below_has_no_circle():
+    order = []
+    remaining = dict(BELOW)
+    while remaining:
+        free = [name for name, needs in remaining.items() if not needs & set(remaining)]
+        assert free, f"a circle among {sorted(remaining)}"
+        order += free
+        remaining = {name: needs for name, needs in remaining.items() if name not in free}
+
+
+def test_only_core_keras_names_the_keras_package():
+    named = [
+        path for path in modules() if re.search(r"^\s*(import|from) (tf_)?keras\b", path.read_text(), re.MULTILINE)
+    ]
+    assert [str(path.relative_to(PACKAGE)) for path in named] == ["core/keras.py"]
+
+
+def test_only_interop_knows_pytorch():
+    named = [path for path in modules() if re.search(r"^\s*(import|from) torch\b", path.read_text(), re.MULTILINE)]
+    assert all("interop" in path.parts for path in named), named
+
+
+def test_randomness_comes_from_core_noise_alone():
+    pattern = re.compile(r"\bnp\.random\.|\btf\.random\.|^import random\b|^from random ", re.MULTILINE)
+    inner = [path for path in modules() if path.parent.name not in ("envs",) and path.name != "noise.py"]
+    assert not [str(path.relative_to(PACKAGE)) for path in inner if pattern.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", tracked("*.py"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_large(path):
+    most = LARGEST_SCRIPT if path.is_relative_to(ROOT / "script") else LARGEST_FILE
+    assert len(path.read_text().splitlines()) <= most
+
+
+def commands_of(*names):
+    """Lines of the console blocks of Markdown files, continuation lines joined."""
+    for name in names:
+        for block in re.findall(r"```(?:console|sh|bash)\n(.*?)```", (ROOT / name).read_text(), re.DOTALL):
+            yield from (line.strip() for line in block.replace("\\\n", " ").splitlines() if line.strip())
+
+
+def test_what_the_readme_tells_to_run_exists():
+    commands = list(commands_of("README.md", "figure/README.md", *(f"installation/{p.name}" for p in INSTALLATION)))
+    assert any(command.startswith("make demo") for command in commands)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    missing = []
+    for command in commands:
+        words = [w for w in shlex.split(command, comments=True) if "=" not in w or w.startswith("--config")]
+        if words and words[0] == "make":
+            missing += [f"{command}: no target {word}" for word in words[1:] if word not in targets]
+        if words and words[0] == "python" and words[1:] and words[1].endswith(".py"):
+            missing += [] if (ROOT / words[1]).is_file() else [f"{command}: no file {words[1]}"]
+        options = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--config-"))
+        if len(options) == 2:
+            config = ROOT / options["config-dir"] / f"{options['config-name']}.yaml"
+            missing += [] if config.is_file() else [f"{command}: no configuration {config.relative_to(ROOT)}"]
+    assert not missing, "\n".join(missing)
+
+
+INSTALLATION = sorted((ROOT / "installation").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", tracked("*.md"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_the_documents_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?:|mailto:|#)([^)#\s]+)", path.read_text())
+    assert not [target for target in targets if not (path.parent / target).exists()]
+
+
+def test_makefile_shows_its_targets_in_help():
+    shown = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True).stdout
+    for target in ("demo", "test", "parity-report", "benchmark", "lint", "clean"):
+        assert f"make {target} " in shown
