@@ -1,6 +1,10 @@
-"""Make home-made medium-level data for a locomotion task: train SAC, roll it out, write train.npz and normalization.npz."""
+"""Make medium-level data for a locomotion task: train SAC up to a given return, roll it out, write the npz files.
+
+Example: python script/dataset/make_gym_data.py hopper
+"""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -9,35 +13,39 @@ import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.loops import home_made_data as hm  # noqa: E402
+from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.data.assets import data_dir  # noqa: E402
+from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=sorted(hm.TASKS))
-    parser.add_argument("--work-dir", type=Path, required=True, help="actors and training log")
-    parser.add_argument("--bodies", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n-envs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--replay-ratio", type=float, default=0.5, help="gradient steps per environment step")
-    parser.add_argument("--scan", type=int, default=50, help="gradient steps per compiled call")
-    parser.add_argument("--explore-steps", type=int, default=10_000)
-    parser.add_argument("--buffer-size", type=int, default=1_000_000)
-    parser.add_argument("--max-updates", type=int, default=500_000)
-    parser.add_argument("--eval-every", type=int, default=2500)
-    args = parser.parse_args()
-    tf.config.threading.set_intra_op_parallelism_threads(1)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("task", choices=sorted(home_made.MEDIUM_RETURN))
+    parser.add_argument("--work-dir", type=Path, help="actors and training log (default: log/home-made/<task>)")
+    parser.add_argument("--out-dir", type=Path, help="default: <data directory>/gym/<task>-medium-v2")
+    parser.add_argument("--target-return", type=float, help="default: about D4RL's medium policy")
+    parser.add_argument("--actor", type=Path, help="roll this actor out instead of training one")
+    parser.add_argument("--transitions", type=int, default=100_000)
+    for field in dataclasses.fields(home_made.Settings):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    args = vars(parser.parse_args())
+    settings = home_made.Settings(**{f.name: args[f.name] for f in dataclasses.fields(home_made.Settings)})
+    tf.config.threading.set_intra_op_parallelism_threads(1)  # the networks are small: more threads only wait
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    task = hm.TASKS[args.task]
-    bodies = json.loads(args.bodies.read_text())[task.env_id] if args.bodies else None
-    envs = hm.Environments(task.env_id, args.n_envs, args.seed, bodies)
-    eval_envs = hm.Environments(task.env_id, 16, args.seed + 10_000, bodies)
-    obs_dim, action_dim = envs.reset().shape[1], envs.envs[0].action_space.shape[0]
-    agent = hm.build_agent(obs_dim, action_dim, args.seed)
-    print(hm.train(task, agent, envs, eval_envs, args.seed, args.work_dir, args))
+    task = args["task"]
+    out_dir = args["out_dir"] or data_dir() / "gym" / f"{task}-medium-v2"
+    target = home_made.MEDIUM_RETURN[task] if args["target_return"] is None else args["target_return"]
+    try:
+        work_dir = args["work_dir"] or Path("log/home-made") / task
+        actor = args["actor"] or home_made.train(task, target, settings, work_dir)
+        print(f"rolling out {actor}", flush=True)
+        found = home_made.make_data(task, actor, args["transitions"], settings.seed, out_dir)
+        print(json.dumps(found | {"directory": str(out_dir)}, indent=1))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

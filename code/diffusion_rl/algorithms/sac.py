@@ -1,175 +1,190 @@
-"""Soft Actor-Critic (Haarnoja et al. 2018, https://arxiv.org/abs/1812.05905) with a learned temperature.
+"""SAC: Soft Actor-Critic with a learned temperature (Haarnoja et al. 2018, arXiv:1812.05905).
 
-The losses are pure functions of (networks, batch, noise); `SAC` joins them into one compiled update that takes many
-gradient steps per call. Noise is an argument everywhere.
+    eq. 5, 6   the critics regress on  r + gamma (1 - terminated) (min_i Q_i'(o', a') - alpha log pi(a' | o'))
+    eq. 9      the actor minimises     alpha log pi(a | o) - min_i Q_i(o, a)   with a = tanh(mean + std * noise)
+    eq. 18     the temperature         alpha (log pi(a | o) + target entropy), see `SAC.loss_temperature` for the sign
 
-Shape letters: B batch, U gradient steps per call, To observation history, Ta executed actions, O observation, A action.
-Networks: actor(cond) -> (mean, scale) [B,Ta*A]; critic(cond, action [B,Ta,A]) -> (q1, q2) [B]; cond = {"state": [B,To,O]}.
+Shapes: B batch, To observation history, H chunk, O observation, A action; cond = {"state": [B,To,O]}.
+U cycles per compiled call, of C critic steps and P actor steps each. Noise, [B,H*A] standard normal, is an argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-Cond = dict[str, tf.Tensor]
-Actor = Callable[[Cond], tuple[tf.Tensor, tf.Tensor]]
-Critic = Callable[[Cond, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.keras import keras
+from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.networks.layers import Array, variables_of
+
+Cond = dict[str, Array]
 
 _HALF_LOG_2PI = 0.5 * float(np.log(2.0 * np.pi))
+_DETERMINISTIC_STD = 1e-4
 
 
-class Batch(NamedTuple):
-    """Transitions: obs, next_obs [B,To,O], actions [B,Ta,A] in [-1,1], rewards [B], terminated [B] (1.0 = no future)."""
+class Transitions(NamedTuple):
+    """obs, next_obs [B,To,O], actions [B,H,A] in [-1,1], rewards [B], terminated [B] (1: nothing follows)."""
 
-    obs: tf.Tensor
-    next_obs: tf.Tensor
-    actions: tf.Tensor
-    rewards: tf.Tensor
-    terminated: tf.Tensor
+    obs: Array
+    next_obs: Array
+    actions: Array
+    rewards: Array
+    terminated: Array
 
 
-def squashed_sample(
-    mean: tf.Tensor, scale: tf.Tensor, noise: tf.Tensor, clip: float = 10.0
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """a = tanh(mean + scale * clip(noise)) and its log-density.
+def gaussian_sample(mean: Array, std: Array, noise: Array, clip: float, squash: bool) -> tuple[Array, Array]:
+    """A sample with its log-density: x = mean + std * clip(noise), and tanh(x) with `squash` (appendix C, eq. 26).
 
-    mean, scale, noise [B,D] -> action [B,D], log_prob [B]. Eq. 21 of the paper; the log-density is taken at the clipped
-    sample, and 1e-6 keeps the logarithm finite where tanh saturates.
+    mean, std, noise [B,D] -> sample [B,D], log_prob [B]. The density is taken at the clipped x; 1e-6 keeps the
+    logarithm finite where tanh saturates.
     """
     z = tf.clip_by_value(noise, -clip, clip)
-    action = tf.tanh(mean + scale * z)
-    log_prob = -0.5 * tf.square(z) - tf.math.log(scale) - _HALF_LOG_2PI
-    log_prob -= tf.math.log(1.0 - tf.square(action) + 1e-6)
-    return action, tf.reduce_sum(log_prob, axis=-1)
-
-
-def critic_loss(
-    actor: Actor,
-    critic: Critic,
-    target_critic: Critic,
-    batch: Batch,
-    noise: tf.Tensor,
-    gamma: float,
-    alpha: tf.Tensor,
-    clip: float = 10.0,
-) -> tf.Tensor:
-    """Sum of the two squared Bellman errors (eqs. 5 and 6), the target without gradient. noise [B,Ta*A]."""
-    next_cond = {"state": batch.next_obs}
-    next_action, next_log_prob = squashed_sample(*actor(next_cond), noise, clip)
-    next_q1, next_q2 = target_critic(next_cond, tf.reshape(next_action, tf.shape(batch.actions)))
-    next_value = tf.minimum(next_q1, next_q2) - alpha * next_log_prob
-    target = tf.stop_gradient(batch.rewards + gamma * next_value * (1.0 - batch.terminated))
-    q1, q2 = critic({"state": batch.obs}, batch.actions)
-    return tf.reduce_mean(tf.square(q1 - target)) + tf.reduce_mean(tf.square(q2 - target))
-
-
-def actor_loss(
-    actor: Actor, critic: Critic, obs: tf.Tensor, noise: tf.Tensor, alpha: tf.Tensor, action_dim: int, clip: float = 10.0
-) -> tf.Tensor:
-    """Mean of alpha * log pi - min Q at reparametrised actions (eq. 9). noise [B,Ta*A]."""
-    cond = {"state": obs}
-    action, log_prob = squashed_sample(*actor(cond), noise, clip)
-    q1, q2 = critic(cond, tf.reshape(action, [tf.shape(action)[0], -1, action_dim]))
-    return tf.reduce_mean(alpha * log_prob - tf.minimum(q1, q2))
-
-
-def temperature_loss(
-    actor: Actor, obs: tf.Tensor, noise: tf.Tensor, alpha: tf.Tensor, target_entropy: float, clip: float = 10.0
-) -> tf.Tensor:
-    """-mean(alpha * (log pi + target entropy)) (eq. 18); the gradient reaches alpha only. noise [B,Ta*A]."""
-    _, log_prob = squashed_sample(*actor({"state": obs}), noise, clip)
-    return -tf.reduce_mean(alpha * tf.stop_gradient(log_prob + target_entropy))
-
-
-def update_target(target: Sequence[tf.Variable], source: Sequence[tf.Variable], tau: float) -> None:
-    """target <- (1 - tau) target + tau source, in place."""
-    for t, s in zip(target, source, strict=True):
-        t.assign(t * (1.0 - tau) + s * tau)
-
-
-class _Adam:
-    """torch.optim.Adam: epsilon is added after the bias correction."""
-
-    def __init__(self, variables: Sequence[tf.Variable], lr: float, betas=(0.9, 0.999), eps: float = 1e-8):
-        self.variables, self.lr, self.betas, self.eps = list(variables), lr, betas, eps
-        self.t = tf.Variable(0.0)
-        self.m = [tf.Variable(tf.zeros_like(v)) for v in self.variables]
-        self.v = [tf.Variable(tf.zeros_like(v)) for v in self.variables]
-
-    def step(self, grads: Sequence[tf.Tensor]) -> None:
-        b1, b2 = self.betas
-        t = self.t.assign_add(1.0)
-        c1, c2 = 1.0 - tf.pow(b1, t), tf.sqrt(1.0 - tf.pow(b2, t))
-        for p, g, m, v in zip(self.variables, grads, self.m, self.v, strict=True):
-            m_new = m.assign(b1 * m + (1.0 - b1) * g)
-            v_new = v.assign(b2 * v + (1.0 - b2) * tf.square(g))
-            p.assign_sub((self.lr / c1) * m_new / (tf.sqrt(v_new) / c2 + self.eps))
+    sample = mean + std * z
+    log_prob = -0.5 * tf.square(z) - tf.math.log(std) - _HALF_LOG_2PI
+    if squash:
+        sample = tf.tanh(sample)
+        log_prob -= tf.math.log(1.0 - tf.square(sample) + 1e-6)
+    return sample, tf.reduce_sum(log_prob, axis=-1)
 
 
 class SAC:
-    """Owns the optimizers and the temperature; `update` takes U gradient steps in one compiled call."""
+    """A Gaussian policy with double Q-learning and the three losses; they are functions of weights, batch and noise.
+
+    Args:
+        actor: network cond -> (mean, std) [B,H*A], without a squashed mean.
+        critic: network (cond, action [B,H,A]) -> (q1 [B], q2 [B]); the target critic starts as its copy.
+        horizon_steps: H.
+        randn_clip_value: bound on the noise.
+        tanh_output: squash samples.
+        network_path, device: accepted for the reference's configurations; weights are loaded by the loops.
+    """
 
     def __init__(
         self,
-        actor: Any,
-        critic: Any,
-        target_critic: Any,
-        *,
-        action_dim: int,
-        target_entropy: float,
-        gamma: float = 0.99,
-        actor_lr: float = 3e-4,
-        critic_lr: float = 1e-3,
-        tau: float = 0.005,
-        init_temperature: float = 1.0,
-        randn_clip_value: float = 10.0,
+        actor: keras.layers.Layer,
+        critic: keras.layers.Layer,
+        horizon_steps: int,
+        randn_clip_value: float = 10,
+        tanh_output: bool = True,
+        network_path: str | None = None,
+        device: str | None = None,
     ):
-        self.actor, self.critic, self.target_critic = actor, critic, target_critic
-        self.action_dim, self.target_entropy, self.gamma, self.tau = action_dim, target_entropy, gamma, tau
-        self.clip = randn_clip_value
-        self.log_alpha = tf.Variable(float(np.log(init_temperature)), dtype=tf.float32)
-        update_target(target_critic.trainable_variables, critic.trainable_variables, 1.0)
-        self.actor_optimizer = _Adam(actor.trainable_variables, actor_lr)
-        self.critic_optimizer = _Adam(critic.trainable_variables, critic_lr)
-        self.alpha_optimizer = _Adam([self.log_alpha], critic_lr)
-        self.update = tf.function(self._update, jit_compile=True)
-        self.act = tf.function(self._act, reduce_retracing=True)
+        self.network, self.critic, self.target_critic = actor, critic, copy.deepcopy(critic)
+        self.horizon_steps, self.randn_clip_value, self.tanh_output = horizon_steps, randn_clip_value, tanh_output
 
-    def _act(self, obs: tf.Tensor, noise: tf.Tensor) -> tf.Tensor:
-        """obs [E,To,O], noise [E,Ta*A] -> actions [E,Ta,A] in [-1,1]; noise 0 gives the mode before squashing."""
-        action, _ = squashed_sample(*self.actor({"state": obs}), noise, self.clip)
-        return tf.reshape(action, [tf.shape(obs)[0], -1, self.action_dim])
+    def sample(self, cond: Cond, noise: Array, deterministic: bool = False) -> tuple[Array, Array]:
+        """-> actions [B,H,A], log_prob [B]. `deterministic` shrinks the standard deviation to 1e-4."""
+        mean, std = self.network(cond)
+        if deterministic:
+            std = tf.ones_like(mean) * _DETERMINISTIC_STD
+        action, log_prob = gaussian_sample(mean, std, noise, self.randn_clip_value, self.tanh_output)
+        return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
 
-    def gradient_step(self, batch: Batch, noise: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """One step of critic, target critic, actor and temperature, in that order. noise [3,B,Ta*A] (one draw each)."""
-        alpha = tf.exp(self.log_alpha)
+    def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
+        """Sum of both critics' mean squared Bellman errors; the target carries no gradient."""
+        next_actions, next_log_prob = self.sample({"state": batch.next_obs}, noise)
+        next_q = tf.minimum(*self.target_critic({"state": batch.next_obs}, next_actions))
+        target = batch.rewards + gamma * (next_q - alpha * next_log_prob) * (1.0 - batch.terminated)
+        target = tf.stop_gradient(target)
+        q1, q2 = self.critic({"state": batch.obs}, batch.actions)
+        return tf.reduce_mean(tf.square(q1 - target)) + tf.reduce_mean(tf.square(q2 - target))
+
+    def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
+        """Mean of alpha log pi - min Q at reparametrised actions."""
+        actions, log_prob = self.sample({"state": obs}, noise)
+        return tf.reduce_mean(alpha * log_prob - tf.minimum(*self.critic({"state": obs}, actions)))
+
+    def loss_temperature(self, obs: Array, alpha: Array, target_entropy: float, noise: Array) -> Array:
+        """-mean(alpha (log pi + target entropy)): alpha grows while the entropy is below its target."""
+        _, log_prob = self.sample({"state": obs}, noise)
+        return -tf.reduce_mean(alpha * tf.stop_gradient(log_prob + target_entropy))
+
+    def update_target_critic(self, tau: float) -> None:
+        """target <- (1 - tau) target + tau critic."""
+        for old, new in zip(variables_of(self.target_critic), variables_of(self.critic), strict=True):
+            old.assign(ema_update(old, new, 1.0 - tau))
+
+
+class SACUpdate:
+    """The optimizers, the temperature, and many gradient steps in one compiled call.
+
+    One cycle: C times a critic step and the target critic's, each on a batch of its own, then P times an actor and a
+    temperature step on the last of these batches. The reference's usual ratios are C = P = 2.
+    """
+
+    def __init__(
+        self,
+        model: SAC,
+        *,
+        gamma: float,
+        actor_lr: float,
+        critic_lr: float,
+        target_ema_rate: float,
+        target_entropy: float,
+        init_temperature: float = 1.0,
+    ):
+        self.model, self.gamma, self.tau, self.target_entropy = model, gamma, target_ema_rate, target_entropy
+        self.actor_variables = [v for v in variables_of(model.network) if v.trainable]
+        self.critic_variables = [v for v in variables_of(model.critic) if v.trainable]
+        self.log_alpha = tf.Variable(np.log(init_temperature), dtype=tf.float64)
+        self.actor_optimizer = AdamW(self.actor_variables, actor_lr)
+        self.critic_optimizer = AdamW(self.critic_variables, critic_lr)
+        self.alpha_optimizer = AdamW([self.log_alpha], critic_lr)
+        self.run = tf.function(self._cycles, jit_compile=True)
+
+    @property
+    def alpha(self) -> Array:
+        """The temperature in the precision of the weights."""
+        return tf.cast(tf.exp(self.log_alpha), self.actor_variables[0].dtype)
+
+    def critic_step(self, batch: Transitions, alpha: Array, noise: Array) -> Array:
+        """One step of the critic, then of its target. noise [B,H*A]."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self.critic.trainable_variables)
-            loss_q = critic_loss(
-                self.actor, self.critic, self.target_critic, batch, noise[0], self.gamma, alpha, self.clip
-            )
-        self.critic_optimizer.step(tape.gradient(loss_q, self.critic_optimizer.variables))
-        update_target(self.target_critic.trainable_variables, self.critic.trainable_variables, self.tau)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self.actor.trainable_variables)
-            loss_pi = actor_loss(self.actor, self.critic, batch.obs, noise[1], alpha, self.action_dim, self.clip)
-        self.actor_optimizer.step(tape.gradient(loss_pi, self.actor_optimizer.variables))
-        with tf.GradientTape() as tape:
-            loss_t = temperature_loss(
-                self.actor, batch.obs, noise[2], tf.exp(self.log_alpha), self.target_entropy, self.clip
-            )
-        self.alpha_optimizer.step(tape.gradient(loss_t, [self.log_alpha]))
-        return loss_q, loss_pi
+            tape.watch(self.critic_variables)
+            loss = self.model.loss_critic(batch, self.gamma, alpha, noise)
+        self.critic_optimizer.apply(tape.gradient(loss, self.critic_variables))
+        self.model.update_target_critic(self.tau)
+        return loss
 
-    def _update(self, batches: Batch, noise: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """batches with a leading U, noise [U,3,B,Ta*A] -> mean critic and actor loss over the U steps."""
-        steps = noise.shape[0]
-        total_q, total_pi = tf.constant(0.0), tf.constant(0.0)
-        for i in tf.range(steps):
-            loss_q, loss_pi = self.gradient_step(Batch(*(x[i] for x in batches)), noise[i])
-            total_q, total_pi = total_q + loss_q, total_pi + loss_pi
-        return total_q / steps, total_pi / steps
+    def actor_step(self, obs: Array, alpha: Array, noise: Array) -> Array:
+        """One step of the actor, then of the temperature. noise [2,B,H*A]: a draw for each."""
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(self.actor_variables)
+            loss = self.model.loss_actor(obs, alpha, noise[0])
+        self.actor_optimizer.apply(tape.gradient(loss, self.actor_variables))
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(self.log_alpha)
+            temperature_loss = self.model.loss_temperature(obs, self.alpha, self.target_entropy, noise[1])
+        self.alpha_optimizer.apply(tape.gradient(temperature_loss, [self.log_alpha]))
+        return loss
+
+    def cycle(self, batches: Transitions, critic_noise: Array, actor_noise: Array) -> tuple[Array, Array]:
+        """batches [C,B,...], critic_noise [C,B,H*A], actor_noise [P,2,B,H*A] -> mean losses of critic and actor."""
+        critic_losses, actor_losses = [], []
+        for c in range(critic_noise.shape[0]):
+            alpha = self.alpha  # the value before this batch's temperature steps serves the whole batch
+            batch = Transitions(*(x[c] for x in batches))
+            critic_losses.append(self.critic_step(batch, alpha, critic_noise[c]))
+        for p in range(actor_noise.shape[0]):
+            actor_losses.append(self.actor_step(batch.obs, alpha, actor_noise[p]))
+        return tf.add_n(critic_losses) / len(critic_losses), tf.add_n(actor_losses) / len(actor_losses)
+
+    def _cycles(self, batches: Transitions, critic_noise: Array, actor_noise: Array) -> dict[str, Array]:
+        """Everything with a leading U -> losses, means over the U cycles, and the temperature after them."""
+        cycles = critic_noise.shape[0]
+        critic_loss = actor_loss = tf.zeros([], self.actor_variables[0].dtype)
+        for u in tf.range(cycles):
+            q, pi = self.cycle(Transitions(*(x[u] for x in batches)), critic_noise[u], actor_noise[u])
+            critic_loss, actor_loss = critic_loss + q / cycles, actor_loss + pi / cycles
+        return {"loss_critic": critic_loss, "loss_actor": actor_loss, "alpha": self.alpha}
+
+    def state(self) -> dict[str, Any]:
+        """Optimizers and temperature (the weights belong to the model)."""
+        optimizers = {"actor": self.actor_optimizer, "critic": self.critic_optimizer, "alpha": self.alpha_optimizer}
+        state = {f"{which}.{k}": v for which, o in optimizers.items() for k, v in o.state().items()}
+        return state | {"log_alpha": self.log_alpha.numpy()}

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError
@@ -140,7 +141,7 @@ def _download_from_mirrors(asset: Asset, destination: Path, report: Report) -> P
             _require_hash(partial, asset, delete=True)
             partial.replace(destination)
             return destination
-        except (urllib.error.URLError, ConnectionError, TimeoutError, _Incomplete, UserError) as error:
+        except (urllib.error.URLError, ConnectionError, TimeoutError, HTTPException, _Incomplete, UserError) as error:
             failures.append(f"{url}: {getattr(error, 'reason', None) or error}")
         except OSError as error:
             raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
@@ -167,7 +168,7 @@ def _download(url: str, partial: Path, size: int | None, report: Report) -> None
             elif error.code < 500:
                 raise
             failure: Exception = error
-        except (urllib.error.URLError, ConnectionError, TimeoutError, _Incomplete) as error:
+        except (urllib.error.URLError, ConnectionError, TimeoutError, HTTPException, _Incomplete) as error:
             failure = error
         progressed = partial.exists() and partial.stat().st_size > before
         attempts = 0 if progressed else attempts + 1

@@ -1,6 +1,9 @@
 """Home-made data of medium quality for the locomotion tasks: train SAC up to a given return, roll it out, write npz.
 
 D4RL's files cannot be shipped with this repository; `data/gym/README.md` says what was made instead and how it differs.
+`script/dataset/make_gym_data.py` is the command.
+
+Shape letters: E environments, O observation, A action, U updates per compiled call, B batch.
 """
 
 from __future__ import annotations
@@ -12,169 +15,221 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import mujoco
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.algorithms.sac import SAC, Batch
+from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.data.episodes import Episodes, Normalization, read_npz, save_episodes
 from diffusion_rl.data.replay import ReplayBuffer
-from diffusion_rl.networks.gaussian import DoubleQ, GaussianHead
+from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.networks.critics import CriticObsAct
+from diffusion_rl.networks.gaussian import GaussianMLP
+
+MEDIUM_RETURN = {"hopper": 1400.0, "walker2d": 2800.0, "halfcheetah": 4700.0}  # about D4RL's medium policies
+EPISODE_STEPS = 1000
+MAX_FILE_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
-class Task:
-    """gymnasium's name, and about the return of D4RL's medium policy."""
+class Settings:
+    """How to train; the reference's SAC hyper-parameters except that many environments share each update."""
 
-    env_id: str
-    medium_return: float
-
-
-TASKS = {
-    "hopper": Task("Hopper-v4", 1400.0),
-    "walker2d": Task("Walker2d-v4", 2800.0),
-    "halfcheetah": Task("HalfCheetah-v4", 4700.0),
-}
-
-
-class Environments:
-    """E independent gymnasium environments in one process; an episode that ends is reset inside the step."""
-
-    def __init__(self, env_id: str, n_envs: int, seed: int, bodies: dict[str, Any] | None):
-        self.envs = [gymnasium.make(env_id) for _ in range(n_envs)]
-        for env in self.envs:
-            if bodies is not None:
-                restore_bodies(env.unwrapped, bodies)
-        self.seed = seed
-
-    def reset(self) -> np.ndarray:
-        """Observations [E,O] float64 after seeding environment i with seed + i."""
-        return np.stack([env.reset(seed=self.seed + i)[0] for i, env in enumerate(self.envs)])
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """actions [E,A] -> obs [E,O] (after any reset), next_obs [E,O] (before it), rewards, terminated, truncated [E]."""
-        results = [env.step(a) for env, a in zip(self.envs, actions, strict=True)]
-        next_obs = np.stack([r[0] for r in results])
-        rewards, terminated, truncated = (np.array([r[k] for r in results]) for k in (1, 2, 3))
-        obs = next_obs.copy()
-        for i in np.flatnonzero(terminated | truncated):
-            obs[i] = self.envs[i].reset()[0]
-        return obs, next_obs, rewards, terminated, truncated
+    seed: int = 0
+    n_envs: int = 10
+    n_eval_envs: int = 16
+    batch_size: int = 256
+    replay_ratio: float = 0.5  # gradient steps for each environment step
+    updates_per_call: int = 50
+    explore_steps: int = 10_000  # uniformly random actions before the first gradient step
+    buffer_size: int = 1_000_000
+    max_updates: int = 500_000
+    eval_every: int = 2_500  # gradient steps between evaluations
 
 
-def restore_bodies(env: Any, bodies: dict[str, Any]) -> None:
-    """Give the model the body masses of MuJoCo 2.1.0, which D4RL's environments had."""
-    model = env.model
-    for key in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
-        getattr(model, key)[:] = np.asarray(bodies[key]).reshape(getattr(model, key).shape)
-    mujoco.mj_setConst(model, mujoco.MjData(model))
+def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
+    """Unnormalised environments in which the time limit is a truncation, never a termination."""
+    seeds = range(seed, seed + n_envs)
+    return LocomotionVectorEnv(
+        f"{task}-medium-v2", n_envs, max_episode_steps=EPISODE_STEPS, d4rl_time_limit=None, seeds=seeds, threads=1
+    )
 
 
-def build_agent(obs_dim: int, action_dim: int, seed: int) -> SAC:
-    """SAC with 256x256 networks and the reference's hyper-parameters."""
+def make_policy(obs_dim: int, action_dim: int, seed: int) -> SAC:
+    """The reference's SAC networks: two hidden layers of 256, ReLU."""
+    common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": [256, 256], "activation_type": "ReLU"}
     with initial_weights(NoiseSource(seed)):
-        actor = GaussianHead(obs_dim, action_dim, 1, [256, 256], std_min=0.0067, std_max=7.3891)
-        critic, target = (DoubleQ(obs_dim, action_dim, 1, [256, 256]) for _ in range(2))
-    return SAC(actor, critic, target, action_dim=action_dim, target_entropy=-float(action_dim))
+        actor = GaussianMLP(action_dim, 1, tanh_output=False, std_min=0.0067, std_max=7.3891, **common)
+        critic = CriticObsAct(action_dim=action_dim, **common)
+    return SAC(actor, critic, horizon_steps=1)
 
 
-def rollout(
-    agent: SAC, envs: Environments, noise: NoiseSource, enough: Callable[[list], bool]
-) -> list[dict[str, np.ndarray]]:
-    """Whole episodes of the stochastic policy, in the order in which they end.
+class Sampler:
+    """Draws stochastic actions [E,1,A] for raw observations [E,1,O], without retracing for the same E."""
 
-    Every environment is reset first. To keep short episodes from being over-represented, the episodes that run when
-    `enough` becomes true are finished and kept too.
+    def __init__(self, policy: SAC, noise: NoiseSource, action_dim: int):
+        self.noise, self.action_dim = noise, action_dim
+        self._sample = tf.function(lambda obs, eps: policy.sample({"state": obs}, eps)[0])
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        eps = self.noise.normal((len(obs), self.action_dim))
+        return self._sample(tf.constant(obs, tf.float32), tf.constant(eps)).numpy()
+
+
+def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int, int], bool]) -> Episodes:
+    """Whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
+
+    Once `enough(episodes, transitions)` holds, the episodes still running are finished and kept, so that short ones
+    are not over-represented.
     """
-    n, action_dim = len(envs.envs), agent.action_dim
-    obs, running = envs.reset(), np.ones(n, bool)
-    open_episodes: list[list[tuple]] = [[] for _ in range(n)]
-    episodes: list[dict[str, np.ndarray]] = []
+    obs = envs.reset()["state"]
+    running, open_steps = np.ones(envs.n_envs, bool), [[] for _ in range(envs.n_envs)]
+    finished: list[list[tuple]] = []
+    transitions = 0
     while running.any():
-        eps = noise.normal((n, action_dim))
-        actions = agent.act(tf.constant(obs[:, None], tf.float32), eps).numpy()[:, 0]
-        before = obs
-        obs, _, rewards, terminated, truncated = envs.step(actions)
+        actions = sampler(obs)
+        result = envs.step(actions)
         for i in np.flatnonzero(running):
-            open_episodes[i].append((before[i], actions[i], rewards[i], terminated[i]))
-            if terminated[i] or truncated[i]:
-                columns = zip(*open_episodes[i], strict=True)
-                names = ("states", "actions", "rewards", "terminals")
-                episodes.append({k: np.asarray(v) for k, v in zip(names, columns, strict=True)})
-                open_episodes[i] = []
-                running[i] = not enough(episodes)
-    return episodes
+            open_steps[i].append((obs[i, 0], actions[i, 0], result.rewards[i], result.terminated[i]))
+            if result.terminated[i] or result.truncated[i]:
+                finished.append(open_steps[i])
+                transitions += len(open_steps[i])
+                open_steps[i] = []
+                running[i] = not enough(len(finished), transitions)
+        obs = result.observations["state"]
+    states, actions, rewards, terminals = (np.array(x) for x in zip(*sum(finished, []), strict=True))
+    return Episodes(
+        states=states.astype(np.float32),
+        actions=actions.astype(np.float32),
+        traj_lengths=np.array([len(steps) for steps in finished]),
+        rewards=rewards.astype(np.float32),
+        terminals=terminals.astype(bool),
+    )
 
 
-def train(task: Task, agent: SAC, envs: Environments, eval_envs: Environments, seed: int, out: Path, args: Any) -> Path:
-    """Train until the evaluated return reaches the medium level; returns the actor's file."""
-    noise = NoiseSource(seed + 1)
-    obs = envs.reset()
-    action_dim, n_envs = agent.action_dim, len(obs)
-    buffer = ReplayBuffer(args.buffer_size, (1, obs.shape[1]), (1, action_dim))
-    updates, env_steps, start, log = 0, 0, time.time(), []
-    next_eval = args.eval_every
-    debt = 0.0
-    losses = (np.nan, np.nan)
-    while updates < args.max_updates:
-        if env_steps < args.explore_steps:
-            actions = noise.uniform((n_envs, action_dim), -1.0, 1.0)
-        else:
-            eps = noise.normal((n_envs, action_dim))
-            actions = agent.act(tf.constant(obs[:, None], tf.float32), eps).numpy()[:, 0]
-        before = obs
-        obs, next_obs, rewards, terminated, _ = envs.step(actions)
-        buffer.add(before[:, None], next_obs[:, None], actions[:, None], rewards, terminated)
-        env_steps += n_envs
-        if env_steps < args.explore_steps:
+def statistics(episodes: Episodes) -> dict[str, Any]:
+    """Numbers for the README: episodes, transitions, returns and lengths."""
+    returns, lengths = episodes.returns, np.asarray(episodes.traj_lengths)
+    quantiles = dict(zip(("q05", "q25", "q50", "q75", "q95"), np.quantile(returns, [0.05, 0.25, 0.5, 0.75, 0.95]), strict=True))
+    spread = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()} | quantiles
+    return {
+        "episodes": len(lengths),
+        "transitions": int(lengths.sum()),
+        "terminated_episodes": int(np.asarray(episodes.terminals).sum()),
+        "return": {k: round(float(v), 1) for k, v in spread.items()},
+        "length": {
+            "mean": round(float(lengths.mean()), 1),
+            "std": round(float(lengths.std()), 1),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+        },
+    }
+
+
+def train(task: str, target_return: float, settings: Settings, work_dir: Path) -> Path:
+    """Train until the evaluated return reaches `target_return`; every evaluated actor is kept in `work_dir`.
+
+    Returns the file of the last actor, which is the first that reached the target unless `max_updates` came before.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    envs = make_envs(task, settings.n_envs, settings.seed)
+    eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings.seed)
+    update = SACUpdate(
+        policy,
+        gamma=0.99,
+        actor_lr=3e-4,
+        critic_lr=1e-3,
+        target_ema_rate=0.005,
+        target_entropy=-float(envs.action_dim),
+    )
+    noise = NoiseSource(settings.seed + 1)
+    sampler = Sampler(policy, noise, envs.action_dim)
+    collector = Collector(envs, sampler, settings)
+    start, updates, log = time.monotonic(), 0, []
+    while updates < settings.max_updates:
+        collector.collect(settings.updates_per_call / settings.replay_ratio)
+        losses = update.run(*draw_batches(collector.buffer, noise, settings, envs.action_dim))
+        updates += settings.updates_per_call
+        if updates % settings.eval_every >= settings.updates_per_call:
             continue
-        debt += n_envs * args.replay_ratio
-        if debt < args.scan:
-            continue
-        debt -= args.scan
-        indices = noise.integers(0, buffer.size, (args.scan, args.batch_size))
-        draws = noise.normal((args.scan, 3, args.batch_size, action_dim))
-        losses = agent.update(Batch(*(tf.constant(x) for x in buffer.gather(indices))), tf.constant(draws))
-        updates += args.scan
-        if updates < next_eval:
-            continue
-        next_eval += args.eval_every
-        episodes = rollout(agent, eval_envs, noise, lambda e: len(e) >= 1)
-        returns = np.array([e["rewards"].sum() for e in episodes])
-        rate = updates / (time.time() - start)
-        row = {
-            "updates": updates,
-            "env_steps": env_steps,
-            "return_mean": float(returns.mean()),
-            "return_std": float(returns.std()),
-            "length_mean": float(np.mean([len(e["rewards"]) for e in episodes])),
-            "alpha": float(np.exp(agent.log_alpha.numpy())),
-            "critic_loss": float(losses[0]),
-            "updates_per_s": rate,
-        }
+        evaluation = statistics(roll_out(sampler, eval_envs, lambda episodes, _: episodes >= 1))
+        row = {"updates": updates, "env_steps": collector.env_steps, **evaluation}
+        row |= {k: float(v) for k, v in losses.items()}
         log.append(row)
-        left = (args.max_updates - updates) / rate / 60
-        print(
-            f"{updates:7d} updates {env_steps:8d} env steps | return {row['return_mean']:7.1f} +- {row['return_std']:6.1f}"
-            f" length {row['length_mean']:6.1f} | alpha {row['alpha']:.3f} critic {row['critic_loss']:8.2f}"
-            f" | {rate:5.0f} updates/s, at most {left:.0f} min left",
-            flush=True,
-        )
-        path = save_actor(out / f"actor_{updates:07d}.npz", agent, row)
-        (out / "training.json").write_text(json.dumps(log, indent=1))
-        if row["return_mean"] >= task.medium_return:
-            return path
+        path = save_actor(work_dir / f"actor_{updates:07d}.npz", policy)
+        (work_dir / "training.json").write_text(json.dumps(log, indent=1))
+        print(_progress_line(row, updates / (time.monotonic() - start), settings), flush=True)
+        if evaluation["return"]["mean"] >= target_return:
+            break
     return path
 
 
-def save_actor(path: Path, agent: SAC, row: dict[str, Any]) -> Path:
-    arrays = {f"w{i}": v.numpy() for i, v in enumerate(agent.actor.trainable_variables)}
-    np.savez(path, meta=json.dumps(row), **arrays)
+class Collector:
+    """Steps the environments into the replay buffer."""
+
+    def __init__(self, envs: LocomotionVectorEnv, sampler: Sampler, settings: Settings):
+        self.envs, self.sampler, self.settings = envs, sampler, settings
+        obs_dim, action_dim = envs.obs_spec["state"][0], envs.action_dim
+        self.buffer = ReplayBuffer(settings.buffer_size, (1, obs_dim), (1, action_dim))
+        self.obs = envs.reset()["state"]
+        self.env_steps, self._owed = 0, float(settings.explore_steps)
+
+    def collect(self, steps: float) -> None:
+        """`steps` environment steps (fractions are carried over), after the exploration steps the first time."""
+        self._owed += steps
+        while self._owed > 0:
+            if self.env_steps < self.settings.explore_steps:
+                actions = self.sampler.noise.uniform((self.envs.n_envs, 1, self.envs.action_dim), -1.0, 1.0)
+            else:
+                actions = self.sampler(self.obs)
+            result = self.envs.step(actions)
+            following = result.observations["state"].copy()
+            ended = result.terminated | result.truncated
+            following[ended] = result.infos["final_observations"]["state"][ended]
+            self.buffer.add(self.obs, following, actions, result.rewards, result.terminated)
+            self.obs = result.observations["state"]
+            self.env_steps += self.envs.n_envs
+            self._owed -= self.envs.n_envs
+
+
+def draw_batches(
+    buffer: ReplayBuffer, noise: NoiseSource, settings: Settings, action_dim: int
+) -> tuple[Transitions, tf.Tensor, tf.Tensor]:
+    """Arguments of `SACUpdate.run`: U cycles of one critic and one actor step."""
+    shape = (settings.updates_per_call, 1, settings.batch_size)
+    batches = buffer.gather(noise.integers(0, buffer.size, shape))
+    critic_noise, actor_noise = noise.normal((*shape, action_dim)), noise.normal((shape[0], 1, 2, shape[2], action_dim))
+    return Transitions(*map(tf.constant, batches)), tf.constant(critic_noise), tf.constant(actor_noise)
+
+
+def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:
+    minutes = (settings.max_updates - row["updates"]) / rate / 60
+    returns = row["return"]
+    return (
+        f"{row['updates']:7d} updates {row['env_steps']:8d} env steps | return {returns['mean']:7.1f} +- "
+        f"{returns['std']:6.1f} length {row['length']['mean']:6.1f} | alpha {row['alpha']:.3f} "
+        f"critic {row['loss_critic']:8.2f} | {rate:4.0f} updates/s, at most {minutes:.0f} min left"
+    )
+
+
+def save_actor(path: Path, policy: SAC) -> Path:
+    """The actor's weights under the reference's names."""
+    np.savez(path, **state_dict(policy.network))
     return path
 
 
-def load_actor(path: Path, agent: SAC) -> None:
-    with np.load(path, allow_pickle=False) as z:
-        for i, v in enumerate(agent.actor.trainable_variables):
-            v.assign(z[f"w{i}"])
+def make_data(task: str, actor: Path, transitions: int, seed: int, out_dir: Path) -> dict[str, Any]:
+    """Roll the stochastic policy out until `transitions` are reached and write train.npz and normalization.npz."""
+    envs = make_envs(task, 50, seed + 20_000)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, seed)
+    load_state_dict(policy.network, read_npz(actor))
+    sampler = Sampler(policy, NoiseSource(seed + 2), envs.action_dim)
+    raw = roll_out(sampler, envs, lambda _, steps: steps >= transitions)
+    normalization = Normalization.of(raw)
+    train_file, *_ = save_episodes(out_dir, {"train": normalization.apply(raw)}, normalization)
+    if train_file.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{train_file} is {train_file.stat().st_size} bytes, above {MAX_FILE_BYTES}: ask for fewer --transitions")
+    return statistics(raw) | {"bytes": train_file.stat().st_size}

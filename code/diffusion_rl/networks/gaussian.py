@@ -1,4 +1,4 @@
-"""Gaussian policy heads.
+"""Gaussian policy networks: mean and standard deviation of an action chunk.
 
 Shape letters: B batch, To observation history, O observation, H horizon, A action.
 """
@@ -6,80 +6,79 @@ Shape letters: B batch, To observation history, O observation, H horizon, A acti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.keras import floatx
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.networks.mlp import MLP, ResidualMLP
 
 
-class _Dense(tf.Module):
-    """y = x W + b, initialised as torch.nn.Linear: uniform in +-1/sqrt(fan in)."""
+class GaussianMLP(keras.layers.Layer):
+    """Mean and standard deviation from the observation history.
 
-    def __init__(self, n_in: int, n_out: int, name: str | None = None):
-        super().__init__(name=name)
-        bound = 1.0 / np.sqrt(n_in)
-        self.kernel = tf.Variable(init_noise().uniform((n_in, n_out), -bound, bound, dtype=floatx()), name="kernel")
-        self.bias = tf.Variable(init_noise().uniform((n_out,), -bound, bound, dtype=floatx()), name="bias")
-
-    def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        return x @ self.kernel + self.bias
-
-
-class _Perceptron(tf.Module):
-    def __init__(self, dims: Sequence[int], activate_last: bool, name: str | None = None):
-        super().__init__(name=name)
-        self.dense = [_Dense(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)]
-        self.activate_last = activate_last
-
-    def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        for i, layer in enumerate(self.dense):
-            x = layer(x)
-            if i < len(self.dense) - 1 or self.activate_last:
-                x = tf.nn.relu(x)
-        return x
-
-
-class GaussianHead(tf.Module):
-    """State-dependent mean and standard deviation; tanh squashing of the sample is the algorithm's business."""
+    Args:
+        action_dim, horizon_steps: A and H.
+        cond_dim: width of the flattened observation history, To * O.
+        mlp_dims: hidden dimensions.
+        tanh_output: squash the mean (not for SAC and its kin, which squash the sample).
+        fixed_std: standard deviation of every element; None: predicted by a second head on a shared trunk.
+        learn_fixed_std: with fixed_std, learn one standard deviation for each action dimension, starting there.
+        std_min, std_max: range of a learned one: predicted ones are squashed into it, a fixed one is clamped.
+    """
 
     def __init__(
-        self, cond_dim: int, action_dim: int, horizon_steps: int, mlp_dims: Sequence[int], std_min: float, std_max: float
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        mlp_dims: Sequence[int] = (256, 256, 256),
+        activation_type: str = "Mish",
+        tanh_output: bool = True,
+        residual_style: bool = False,
+        use_layernorm: bool = False,
+        dropout: float = 0.0,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
     ):
-        super().__init__()
-        out = action_dim * horizon_steps
-        self.base = _Perceptron([cond_dim, *mlp_dims], activate_last=True)
-        self.mean = _Perceptron([mlp_dims[-1], out], activate_last=False)
-        self.logvar = _Perceptron([mlp_dims[-1], out], activate_last=False)
-        self.logvar_min, self.logvar_max = float(np.log(std_min**2)), float(np.log(std_max**2))
+        super().__init__(dtype=floatx())
+        self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
+        self.tanh_output, self.fixed_std = tanh_output, fixed_std
+        self.learn_fixed_std = learn_fixed_std and fixed_std is not None
+        build, output_dim = (ResidualMLP if residual_style else MLP), action_dim * horizon_steps
+        common = {"activation_type": activation_type, "use_layernorm": use_layernorm, "dropout": dropout}
+        if fixed_std is None:
+            trunk = {"out_activation_type": activation_type, "use_layernorm_final": use_layernorm}
+            self.mlp_base = build([cond_dim, *mlp_dims], **trunk, **common)
+            self.mlp_mean = MLP([mlp_dims[-1], output_dim])
+            self.mlp_logvar = MLP([mlp_dims[-1], output_dim])
+        else:
+            self.mlp_mean = build([cond_dim, *mlp_dims, output_dim], **common)
+            if learn_fixed_std:
+                self.logvar = tf.Variable(np.full(action_dim, np.log(fixed_std**2), floatx()), name="logvar")
+        # Not trained, but part of the reference's state_dict.
+        self.logvar_min = tf.Variable(np.log(np.asarray(std_min**2, floatx())), trainable=False, name="logvar_min")
+        self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
 
-    def __call__(self, cond: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
-        """cond["state"] [B,To,O] -> mean, scale, both [B,H*A]."""
-        state = cond["state"]
-        h = self.base(tf.reshape(state, [-1, int(np.prod(state.shape[1:]))]))
-        squashed = tf.tanh(self.logvar(h))
-        logvar = self.logvar_min + 0.5 * (self.logvar_max - self.logvar_min) * (squashed + 1.0)
-        return self.mean(h), tf.exp(0.5 * logvar)
+    def call(self, cond: dict[str, Array]) -> tuple[Array, Array]:
+        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step."""
+        state = flatten_state(cond)
+        if self.fixed_std is None:
+            state = self.mlp_base(state)
+        mean = self.mlp_mean(state)
+        if self.tanh_output:
+            mean = tf.tanh(mean)
+        return mean, self._std(state, mean)
 
-
-class DoubleQ(tf.Module):
-    """Two state-action values."""
-
-    def __init__(self, cond_dim: int, action_dim: int, action_steps: int, mlp_dims: Sequence[int], **_: Any):
-        super().__init__()
-        dims = [cond_dim + action_dim * action_steps, *mlp_dims, 1]
-        self.q1, self.q2 = _Perceptron(dims, activate_last=False), _Perceptron(dims, activate_last=False)
-
-    def __call__(self, cond: dict[str, tf.Tensor], action: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """cond["state"] [B,To,O], action [B,Ta,A] -> q1, q2, both [B]."""
-        state = cond["state"]
-        x = tf.concat(
-            [
-                tf.reshape(state, [-1, int(np.prod(state.shape[1:]))]),
-                tf.reshape(action, [-1, int(np.prod(action.shape[1:]))]),
-            ],
-            axis=-1,
-        )
-        return self.q1(x)[:, 0], self.q2(x)[:, 0]
+    def _std(self, features: Array, mean: Array) -> Array:
+        if self.fixed_std is None:
+            squashed = tf.tanh(self.mlp_logvar(features))
+            logvar = self.logvar_min + 0.5 * (self.logvar_max - self.logvar_min) * (squashed + 1)
+            return tf.exp(0.5 * logvar)
+        if self.learn_fixed_std:
+            std = tf.exp(0.5 * tf.clip_by_value(self.logvar, self.logvar_min, self.logvar_max))
+            return tf.ones_like(mean) * tf.tile(std, [self.horizon_steps])[None]
+        return tf.ones_like(mean) * self.fixed_std
