@@ -1,0 +1,210 @@
+"""Windows over stored episodes: action chunks with observation history, and Q-learning transitions.
+
+Shape letters: N transitions, M windows, B batch, H horizon, To observation history, O observation, A action.
+Observations and actions are stored normalised; nothing is scaled here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.data.assets import resolve
+from diffusion_rl.data.episodes import load_episodes
+
+Conditions = dict[str, np.ndarray]
+
+
+class Batch(NamedTuple):
+    """actions [..., H, A]; conditions {"state": [..., To, O]} and, with images, "rgb": [..., To, C, Hi, Wi]."""
+
+    actions: np.ndarray
+    conditions: Conditions
+
+
+class Transition(NamedTuple):
+    """As `Batch`, with conditions["next_state"], and rewards, dones (and reward_to_gos, or None) [..., 1]."""
+
+    actions: np.ndarray
+    conditions: Conditions
+    rewards: np.ndarray
+    dones: np.ndarray
+    reward_to_gos: np.ndarray | None = None
+
+
+class SequenceDataset:
+    """Every window of `horizon_steps` actions that fits into one episode, with the observations up to its first step.
+
+    History that would reach before the episode repeats its first observation; the most recent stands last. Episodes
+    shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used.
+
+    Attributes: states [N,O] float32, actions [N,A] float32, traj_lengths [T], indices [M,2] int64 (row of the first
+    action, steps since the episode's beginning), images [N,C,Hi,Wi] as stored or None.
+    Errors: a missing file or key, NaN, inconsistent lengths or no window at all raise UserError.
+    """
+
+    def __init__(
+        self,
+        dataset_path: str | os.PathLike,
+        horizon_steps: int = 64,
+        cond_steps: int = 1,
+        img_cond_steps: int = 1,
+        max_n_episodes: int = 10000,
+        use_img: bool = False,
+        device: Any = None,  # accepted for the reference's configuration files; TensorFlow places tensors itself
+    ):
+        if img_cond_steps > cond_steps:
+            raise UserError(f"img_cond_steps={img_cond_steps} exceeds cond_steps={cond_steps}")
+        self.dataset_path = str(dataset_path)
+        self.horizon_steps, self.cond_steps, self.img_cond_steps = horizon_steps, cond_steps, img_cond_steps
+        self.use_img = use_img
+        self._load(resolve(dataset_path), max_n_episodes)
+        self.indices = self._make_indices()
+        self.n_short_episodes = int(np.sum(self.traj_lengths < horizon_steps))
+        if not len(self.indices):
+            longest = int(self.traj_lengths.max(initial=0))
+            raise UserError(
+                f"{self.dataset_path}: no window of {horizon_steps} steps fits (longest episode: {longest}); "
+                f"lower horizon_steps"
+            )
+
+    def _load(self, path: os.PathLike, max_n_episodes: int) -> None:
+        episodes = load_episodes(path, max_n_episodes)
+        if self.use_img and episodes.images is None:
+            raise UserError(f"{self.dataset_path}: no images in it; set use_img=False or use the image data set")
+        self.traj_lengths = episodes.traj_lengths
+        self.states = np.asarray(episodes.states, np.float32)
+        self.actions = np.asarray(episodes.actions, np.float32)
+        self.images = episodes.images if self.use_img else None
+
+    def _windows_per_episode(self) -> np.ndarray:
+        return np.maximum(self.traj_lengths - self.horizon_steps + 1, 0)
+
+    def _make_indices(self) -> np.ndarray:
+        counts = self._windows_per_episode()
+        starts = np.cumsum(self.traj_lengths) - self.traj_lengths
+        since_start = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.stack([np.repeat(starts, counts) + since_start, since_start], axis=1).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def require_dims(self, obs_dim: int, action_dim: int) -> None:
+        """UserError unless the data set has these dimensions."""
+        found = (self.states.shape[1], self.actions.shape[1])
+        if found != (obs_dim, action_dim):
+            raise UserError(
+                f"{self.dataset_path} has obs_dim={found[0]} and action_dim={found[1]}, "
+                f"the configuration says obs_dim={obs_dim} and action_dim={action_dim}"
+            )
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Windows number `indices` [B] (0 … M-1): actions [B,H,A], conditions [B,To,…]."""
+        start, since_start = self.indices[np.asarray(indices)].T
+        conditions = {"state": self.states[self._history(start, since_start, self.cond_steps)]}
+        if self.images is not None:
+            conditions["rgb"] = self.images[self._history(start, since_start, self.img_cond_steps)]
+        return Batch(self.actions[start[:, None] + np.arange(self.horizon_steps)], conditions)
+
+    def item(self, index: int) -> Any:
+        """One window without the leading B."""
+        return _first(self.gather([index]))
+
+    @staticmethod
+    def _history(start: np.ndarray, since_start: np.ndarray, steps: int) -> np.ndarray:
+        """Rows [B,steps] of the observations up to `start`, the first of the episode repeated."""
+        back = np.arange(steps - 1, -1, -1)
+        return start[:, None] - np.minimum(back[None, :], since_start[:, None])
+
+    def split(self, fraction: float, noise: NoiseSource | NoiseTape) -> tuple[np.ndarray, np.ndarray]:
+        """Window numbers (training [n], validation [M-n]), disjoint and complete, n = int(M * fraction).
+
+        Windows are drawn without regard to episodes, so neighbouring windows overlap across the two parts. (The
+        reference draws the training part this way too, but then returns all windows for validation.)
+        """
+        if not 0.0 < fraction <= 1.0:
+            raise UserError(f"train_split={fraction} must be above 0 and at most 1")
+        order = noise.permutation(len(self))
+        n = int(len(self) * fraction)
+        if n == 0:
+            raise UserError(f"train_split={fraction} leaves nothing of {len(self)} windows to train on")
+        return order[:n], order[n:]
+
+
+class QLearningDataset(SequenceDataset):
+    """Chunked transitions: reward and done of the chunk's first step, next state `horizon_steps` later.
+
+    The last window of an episode that was cut (last terminal false) is left out: its next state is not stored. As in
+    the reference, the next state of the last `horizon_steps` windows of the whole set is zero, an episode's last
+    windows see the beginning of the next episode (done masks it only where the terminal lies on the chunk's first
+    step), and the next state's history repeats the state `horizon_steps` after the episode's first.
+
+    More attributes: rewards, dones [N] float32; reward_to_go [N] float32 (discounted, with get_mc_return).
+    """
+
+    def __init__(
+        self,
+        dataset_path: str | os.PathLike,
+        max_n_episodes: int = 10000,
+        discount_factor: float = 1.0,
+        device: Any = None,
+        get_mc_return: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(dataset_path, max_n_episodes=max_n_episodes, device=device, **kwargs)
+        self.discount_factor, self.get_mc_return = discount_factor, get_mc_return
+        if get_mc_return:
+            self.reward_to_go = discounted_returns(self.rewards, self.traj_lengths, discount_factor)
+
+    def _load(self, path: os.PathLike, max_n_episodes: int) -> None:
+        super()._load(path, max_n_episodes)
+        episodes = load_episodes(path, max_n_episodes)
+        if episodes.rewards is None or episodes.terminals is None:
+            raise UserError(f"{self.dataset_path}: Q-learning needs rewards and terminals; convert the data set anew")
+        self.rewards = np.asarray(episodes.rewards, np.float32)
+        self.dones = np.asarray(episodes.terminals, np.float32)
+
+    def _windows_per_episode(self) -> np.ndarray:
+        ends = np.maximum(np.cumsum(self.traj_lengths) - 1, 0)
+        cut = self.dones[ends] == 0
+        return np.maximum(self.traj_lengths - self.horizon_steps + 1 - cut, 0)
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:
+        """Windows number `indices` [B]."""
+        indices = np.asarray(indices) % len(self)
+        actions, conditions = super().gather(indices)
+        start, since_start = self.indices[indices].T
+        rows = self._history(start, since_start, self.cond_steps) + self.horizon_steps
+        known = indices < len(self) - self.horizon_steps
+        next_states = self.states[np.where(known[:, None], rows, 0)]
+        conditions["next_state"] = np.where(known[:, None, None], next_states, np.float32(0))
+        to_go = self.reward_to_go[start, None] if self.get_mc_return else None
+        return Transition(actions, conditions, self.rewards[start, None], self.dones[start, None], to_go)
+
+
+def discounted_returns(rewards: np.ndarray, traj_lengths: np.ndarray, discount: float) -> np.ndarray:
+    """Reward-to-go of every step within its episode, [N] -> [N], accumulated in float32 from the end.
+
+    All episodes advance together, so the Python loop runs over the longest episode's steps, not over N.
+    """
+    to_go = np.zeros(len(rewards), np.float32)
+    last = np.cumsum(traj_lengths) - 1
+    following = np.zeros(len(traj_lengths), np.float32)
+    for back in range(int(traj_lengths.max(initial=0))):
+        alive = back < traj_lengths
+        rows = last[alive] - back
+        following[alive] = to_go[rows] = rewards[rows] + np.float32(discount) * following[alive]
+    return to_go
+
+
+def _first(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _first(v) for k, v in value.items()}
+    if isinstance(value, tuple):
+        return type(value)(*(_first(v) for v in value))
+    return None if value is None else value[0]

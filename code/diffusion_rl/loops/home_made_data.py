@@ -1,0 +1,251 @@
+"""Home-made data of medium quality for the locomotion tasks: train SAC up to a given return, roll it out, write npz.
+
+D4RL's files cannot be shipped with this repository; `data/gym/README.md` says what was made instead and how it differs.
+`script/dataset/make_gym_data.py` is the command.
+
+Shape letters: E environments, O observation, A action, U updates per compiled call, B batch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.data.episodes import Episodes, Normalization, read_npz, save_episodes
+from diffusion_rl.data.replay import ReplayBuffer
+from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.networks.critics import CriticObsAct
+from diffusion_rl.networks.gaussian import GaussianMLP
+
+MEDIUM_RETURN = {"hopper": 1400.0, "walker2d": 2800.0, "halfcheetah": 4700.0}  # about D4RL's medium policies
+EPISODE_STEPS = 1000
+MAX_FILE_BYTES = 8_000_000
+MANTISSA_BITS = 15  # kept of the normalised states and actions: an error below 2e-5, and a quarter less to ship
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; the reference's SAC hyper-parameters except that many environments share each update."""
+
+    seed: int = 0
+    n_envs: int = 10
+    n_eval_envs: int = 16
+    batch_size: int = 256
+    replay_ratio: float = 0.5  # gradient steps for each environment step
+    updates_per_call: int = 50
+    explore_steps: int = 10_000  # uniformly random actions before the first gradient step
+    buffer_size: int = 1_000_000
+    max_updates: int = 500_000
+    eval_every: int = 2_500  # gradient steps between evaluations
+
+
+def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
+    """Unnormalised environments in which the time limit is a truncation, never a termination."""
+    seeds = range(seed, seed + n_envs)
+    return LocomotionVectorEnv(
+        f"{task}-medium-v2", n_envs, max_episode_steps=EPISODE_STEPS, d4rl_time_limit=None, seeds=seeds, threads=1
+    )
+
+
+def make_policy(obs_dim: int, action_dim: int, seed: int) -> SAC:
+    """The reference's SAC networks: two hidden layers of 256, ReLU."""
+    common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": [256, 256], "activation_type": "ReLU"}
+    with initial_weights(NoiseSource(seed)):
+        actor = GaussianMLP(action_dim, 1, tanh_output=False, std_min=0.0067, std_max=7.3891, **common)
+        critic = CriticObsAct(action_dim=action_dim, **common)
+    return SAC(actor, critic, horizon_steps=1)
+
+
+class Sampler:
+    """Draws stochastic actions [E,1,A] for raw observations [E,1,O], without retracing for the same E."""
+
+    def __init__(self, policy: SAC, noise: NoiseSource, action_dim: int):
+        self.noise, self.action_dim = noise, action_dim
+        self._sample = tf.function(lambda obs, eps: policy.sample({"state": obs}, eps)[0])
+
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
+        eps = self.noise.normal((len(obs), self.action_dim))
+        return self._sample(tf.constant(obs, tf.float32), tf.constant(eps)).numpy()
+
+
+def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int, int], bool]) -> Episodes:
+    """Whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
+
+    Once `enough(ended episodes, transitions so far)` holds, no episode is begun, but those still running are finished
+    and kept, so that short ones are not over-represented.
+    """
+    obs = envs.reset()["state"]
+    running, open_steps = np.ones(envs.n_envs, bool), [[] for _ in range(envs.n_envs)]
+    finished: list[list[tuple]] = []
+    transitions = 0
+    while running.any():
+        actions = sampler(obs)
+        result = envs.step(actions)
+        transitions += int(running.sum())
+        for i in np.flatnonzero(running):
+            open_steps[i].append((obs[i, 0], actions[i, 0], result.rewards[i], result.terminated[i]))
+            if result.terminated[i] or result.truncated[i]:
+                finished.append(open_steps[i])
+                open_steps[i] = []
+                running[i] = not enough(len(finished), transitions)
+        obs = result.observations["state"]
+    states, actions, rewards, terminals = (np.array(x) for x in zip(*sum(finished, []), strict=True))
+    return Episodes(
+        states=states.astype(np.float32),
+        actions=actions.astype(np.float32),
+        traj_lengths=np.array([len(steps) for steps in finished]),
+        rewards=rewards.astype(np.float32),
+        terminals=terminals.astype(bool),
+    )
+
+
+def statistics(episodes: Episodes) -> dict[str, Any]:
+    """Numbers for the README: episodes, transitions, returns and lengths."""
+    returns, lengths = episodes.returns, np.asarray(episodes.traj_lengths)
+    quantiles = dict(zip(("q05", "q25", "q50", "q75", "q95"), np.quantile(returns, [0.05, 0.25, 0.5, 0.75, 0.95]), strict=True))
+    spread = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()} | quantiles
+    return {
+        "episodes": len(lengths),
+        "transitions": int(lengths.sum()),
+        "terminated_episodes": int(np.asarray(episodes.terminals).sum()),
+        "return": {k: round(float(v), 1) for k, v in spread.items()},
+        "length": {
+            "mean": round(float(lengths.mean()), 1),
+            "std": round(float(lengths.std()), 1),
+            "min": int(lengths.min()),
+            "max": int(lengths.max()),
+        },
+    }
+
+
+def train(task: str, target_return: float, settings: Settings, work_dir: Path) -> Path:
+    """Train until an evaluated return reaches `target_return` (or to `max_updates`).
+
+    Returns the file of the actor whose evaluation came nearest to the target: early in training returns jump, and the
+    first that reaches a medium return may be far above it. Every evaluated actor is kept in `work_dir`.
+    """
+    work_dir.mkdir(parents=True, exist_ok=True)
+    envs = make_envs(task, settings.n_envs, settings.seed)
+    eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings.seed)
+    update = SACUpdate(
+        policy,
+        gamma=0.99,
+        actor_lr=3e-4,
+        critic_lr=1e-3,
+        target_ema_rate=0.005,
+        target_entropy=-float(envs.action_dim),
+    )
+    noise = NoiseSource(settings.seed + 1)
+    sampler = Sampler(policy, noise, envs.action_dim)
+    collector = Collector(envs, sampler, settings)
+    start, updates, log = time.monotonic(), 0, []
+    while updates < settings.max_updates:
+        collector.collect(settings.updates_per_call / settings.replay_ratio)
+        losses = update.run(*draw_batches(collector.buffer, noise, settings, envs.action_dim))
+        updates += settings.updates_per_call
+        if updates % settings.eval_every >= settings.updates_per_call:
+            continue
+        evaluation = statistics(roll_out(sampler, eval_envs, lambda episodes, _: episodes >= 1))
+        row = {"updates": updates, "env_steps": collector.env_steps, **evaluation}
+        row |= {k: float(v) for k, v in losses.items()}
+        log.append(row)
+        save_actor(actor_file(work_dir, updates), policy)
+        (work_dir / "training.json").write_text(json.dumps(log, indent=1))
+        print(_progress_line(row, updates / (time.monotonic() - start), settings), flush=True)
+        if evaluation["return"]["mean"] >= target_return:
+            break
+    nearest = min(log, key=lambda row: abs(row["return"]["mean"] - target_return))
+    return actor_file(work_dir, nearest["updates"])
+
+
+def actor_file(work_dir: Path, updates: int) -> Path:
+    """Where `train` keeps the actor evaluated after that many gradient steps."""
+    return work_dir / f"actor_{updates:07d}.npz"
+
+
+class Collector:
+    """Steps the environments into the replay buffer."""
+
+    def __init__(self, envs: LocomotionVectorEnv, sampler: Sampler, settings: Settings):
+        self.envs, self.sampler, self.settings = envs, sampler, settings
+        obs_dim, action_dim = envs.obs_spec["state"][0], envs.action_dim
+        self.buffer = ReplayBuffer(settings.buffer_size, (1, obs_dim), (1, action_dim))
+        self.obs = envs.reset()["state"]
+        self.env_steps, self._owed = 0, float(settings.explore_steps)
+
+    def collect(self, steps: float) -> None:
+        """`steps` environment steps (fractions are carried over), after the exploration steps the first time."""
+        self._owed += steps
+        while self._owed > 0:
+            if self.env_steps < self.settings.explore_steps:
+                actions = self.sampler.noise.uniform((self.envs.n_envs, 1, self.envs.action_dim), -1.0, 1.0)
+            else:
+                actions = self.sampler(self.obs)
+            result = self.envs.step(actions)
+            following = result.observations["state"].copy()
+            ended = result.terminated | result.truncated
+            following[ended] = result.infos["final_observations"]["state"][ended]
+            self.buffer.add(self.obs, following, actions, result.rewards, result.terminated)
+            self.obs = result.observations["state"]
+            self.env_steps += self.envs.n_envs
+            self._owed -= self.envs.n_envs
+
+
+def draw_batches(
+    buffer: ReplayBuffer, noise: NoiseSource, settings: Settings, action_dim: int
+) -> tuple[Transitions, tf.Tensor, tf.Tensor]:
+    """Arguments of `SACUpdate.run`: U cycles of one critic and one actor step."""
+    shape = (settings.updates_per_call, 1, settings.batch_size)
+    batches = buffer.gather(noise.integers(0, buffer.size, shape))
+    critic_noise, actor_noise = noise.normal((*shape, action_dim)), noise.normal((shape[0], 1, 2, shape[2], action_dim))
+    return Transitions(*map(tf.constant, batches)), tf.constant(critic_noise), tf.constant(actor_noise)
+
+
+def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:
+    minutes = (settings.max_updates - row["updates"]) / rate / 60
+    returns = row["return"]
+    return (
+        f"{row['updates']:7d} updates {row['env_steps']:8d} env steps | return {returns['mean']:7.1f} +- "
+        f"{returns['std']:6.1f} length {row['length']['mean']:6.1f} | alpha {row['alpha']:.3f} "
+        f"critic {row['loss_critic']:8.2f} | {rate:4.0f} updates/s, at most {minutes:.0f} min left"
+    )
+
+
+def save_actor(path: Path, policy: SAC) -> None:
+    """The actor's weights under the reference's names."""
+    np.savez_compressed(path, **state_dict(policy.network))
+
+
+def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
+    """float32 rounded to that many mantissa bits (relative error 2^-(bits+1)); the zeros behind them compress."""
+    drop = 23 - bits
+    words = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((words + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
+
+
+def make_data(task: str, actor: Path, transitions: int, seed: int, out_dir: Path) -> dict[str, Any]:
+    """Roll the stochastic policy out until `transitions` are reached and write train.npz and normalization.npz."""
+    envs = make_envs(task, 50, seed + 20_000)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, seed)
+    load_state_dict(policy.network, read_npz(actor))
+    sampler = Sampler(policy, NoiseSource(seed + 2), envs.action_dim)
+    raw = roll_out(sampler, envs, lambda _, steps: steps >= transitions)
+    normalization = Normalization.of(raw)
+    scaled = normalization.apply(raw)
+    compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))
+    train_file, *_ = save_episodes(out_dir, {"train": compact}, normalization)
+    if train_file.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{train_file} is {train_file.stat().st_size} bytes, above {MAX_FILE_BYTES}: ask for fewer --transitions")
+    return statistics(raw) | {"bytes": train_file.stat().st_size}

@@ -1,0 +1,84 @@
+"""Gaussian policy networks: mean and standard deviation of an action chunk.
+
+Shape letters: B batch, To observation history, O observation, H horizon, A action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.networks.mlp import MLP, ResidualMLP
+
+
+class GaussianMLP(keras.layers.Layer):
+    """Mean and standard deviation from the observation history.
+
+    Args:
+        action_dim, horizon_steps: A and H.
+        cond_dim: width of the flattened observation history, To * O.
+        mlp_dims: hidden dimensions.
+        tanh_output: squash the mean (not for SAC and its kin, which squash the sample).
+        fixed_std: standard deviation of every element; None: predicted by a second head on a shared trunk.
+        learn_fixed_std: with fixed_std, learn one standard deviation for each action dimension, starting there.
+        std_min, std_max: range of a learned one: predicted ones are squashed into it, a fixed one is clamped.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        mlp_dims: Sequence[int] = (256, 256, 256),
+        activation_type: str = "Mish",
+        tanh_output: bool = True,
+        residual_style: bool = False,
+        use_layernorm: bool = False,
+        dropout: float = 0.0,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
+    ):
+        super().__init__(dtype=floatx())
+        self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
+        self.tanh_output, self.fixed_std = tanh_output, fixed_std
+        self.learn_fixed_std = learn_fixed_std and fixed_std is not None
+        build, output_dim = (ResidualMLP if residual_style else MLP), action_dim * horizon_steps
+        common = {"activation_type": activation_type, "use_layernorm": use_layernorm, "dropout": dropout}
+        if fixed_std is None:
+            trunk = {"out_activation_type": activation_type, "use_layernorm_final": use_layernorm}
+            self.mlp_base = build([cond_dim, *mlp_dims], **trunk, **common)
+            self.mlp_mean = MLP([mlp_dims[-1], output_dim])
+            self.mlp_logvar = MLP([mlp_dims[-1], output_dim])
+        else:
+            self.mlp_mean = build([cond_dim, *mlp_dims, output_dim], **common)
+            if learn_fixed_std:
+                self.logvar = tf.Variable(np.full(action_dim, np.log(fixed_std**2), floatx()), name="logvar")
+        # Not trained, but part of the reference's state_dict.
+        self.logvar_min = tf.Variable(np.log(np.asarray(std_min**2, floatx())), trainable=False, name="logvar_min")
+        self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
+
+    def call(self, cond: dict[str, Array]) -> tuple[Array, Array]:
+        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step."""
+        state = flatten_state(cond)
+        if self.fixed_std is None:
+            state = self.mlp_base(state)
+        mean = self.mlp_mean(state)
+        if self.tanh_output:
+            mean = tf.tanh(mean)
+        return mean, self._std(state, mean)
+
+    def _std(self, features: Array, mean: Array) -> Array:
+        if self.fixed_std is None:
+            squashed = tf.tanh(self.mlp_logvar(features))
+            logvar = self.logvar_min + 0.5 * (self.logvar_max - self.logvar_min) * (squashed + 1)
+            return tf.exp(0.5 * logvar)
+        if self.learn_fixed_std:
+            std = tf.exp(0.5 * tf.clip_by_value(self.logvar, self.logvar_min, self.logvar_max))
+            return tf.ones_like(mean) * tf.tile(std, [self.horizon_steps])[None]
+        return tf.ones_like(mean) * self.fixed_std
