@@ -161,7 +161,7 @@ class DiffusionPolicy:
         if quiet:
             x = mean
         else:
-            std = tf.maximum(tf.exp(0.5 * logvar), tf.cast(floor, mean.dtype))
+            std = tf.maximum(tf.exp(0.5 * logvar), tf.convert_to_tensor(floor, mean.dtype))
             x = mean + std * clip(noise, self.randn_clip_value)
         return clip(x, self.final_action_clip_value) if i == self.sampling_steps - 1 else x
 
@@ -303,7 +303,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
             if not self.learn_eta:
                 eta = tf.stop_gradient(eta)
         alpha, alpha_prev = self.table(d.ddim_alphas, index), self.table(d.ddim_alphas_prev, index)
-        sigma = tf.maximum(ddim.sigma(eta, alpha, alpha_prev), tf.cast(1e-10, self.dtype))
+        sigma = tf.maximum(ddim.sigma(eta, alpha, alpha_prev), tf.constant(1e-10, self.dtype))
         return self.denoised_mean(x, t, index, output, sigma), tf.math.log(tf.square(sigma)), eta
 
     # ---------- sampling ----------
@@ -382,7 +382,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         # Every row is a fine-tuned step, so the other network need not run at all.
         output = (self.actor if use_base_policy else self.actor_ft)(chains_prev, t, cond)
         mean, logvar, eta = self.mean_var_eta(chains_prev, t, cond, index, output, deterministic=False)
-        std = tf.maximum(tf.exp(0.5 * logvar), tf.cast(self.min_logprob_denoising_std, self.dtype))
+        std = tf.maximum(tf.exp(0.5 * logvar), tf.constant(self.min_logprob_denoising_std, self.dtype))
         return normal_log_prob(chains_next, mean, std), eta
 
     def reinforce_loss(self, cond: Cond, chains: Array, reward: Array) -> tuple[Array, Array, Array]:
