@@ -68,7 +68,7 @@ def total_loss(outputs: dict[str, Any], meta: dict[str, Any], recorded: dict[str
     else:
         for name, weight in weights.items():
             if tf.is_tensor(outputs[name]):
-                terms.append(tf.cast(weight, outputs[name].dtype) * outputs[name])
+                terms.append(weight * outputs[name])
     return tf.add_n(terms)
 
 

@@ -144,8 +144,6 @@ def moving_average(golden: Golden) -> None:
 
 def reward_scaler(golden: Golden) -> None:
     meta = golden.meta
-    if meta["kwargs"].get("per_env"):
-        raise NotCovered(f"{golden.name}: scaling per environment")
     scaler = RunningRewardScaler(meta["num_envs"], **meta["kwargs"])
     ours: dict[str, list[Any]] = {k: [] for k in ("scaled", "var", "mean", "count", "ret")}
     for reward, first in zip(golden.arrays["in/reward"], golden.arrays["in/first"], strict=True):

@@ -55,19 +55,20 @@ def _chains_are_always_returned() -> None:
     assert result.chains.shape == (2, 5, 3, 2)
 
 
-def _scaling_per_environment_is_not_offered() -> None:
+def _scaling_per_environment_says_what_it_needs() -> None:
+    from diffusion_rl.core.errors import UserError
     from diffusion_rl.core.reward_scaling import RunningRewardScaler
 
     try:
-        RunningRewardScaler(5, per_env=True)
-    except TypeError:
+        RunningRewardScaler(5, per_env=True)(np.ones((5, 6)), np.zeros((5, 6)))
+    except UserError:
         return
-    raise Mismatch("RunningRewardScaler takes per_env: decide what it does when steps and environments differ")
+    raise Mismatch("per_env scaling with other numbers of steps and environments must be refused in one line")
 
 
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
     "err_vpg_return_chain_false_ft_all": _chains_are_always_returned,  # quirk 32: no such switch
-    "err_reward_scaler_per_env": _scaling_per_environment_is_not_offered,  # quirk 60: left out, the loops never use it
+    "err_reward_scaler_per_env": _scaling_per_environment_says_what_it_needs,  # quirk 60: same semantics, clear error
 }
