@@ -156,7 +156,7 @@ class DPPO(FineTunedDiffusionPolicy):
         """
         f, rate = self.ft_denoising_steps, self.clip_ploss_coef_rate
         if f == 1:
-            return tf.fill(tf.shape(denoising_inds), tf.cast(self.clip_ploss_coef, self.dtype))
+            return tf.fill(tf.shape(denoising_inds), tf.constant(self.clip_ploss_coef, self.dtype))
         t = tf.cast(denoising_inds, self.dtype) / (f - 1)
         growth = (tf.exp(rate * t) - 1) / (math.exp(rate) - 1)
         return self.clip_ploss_coef_base + (self.clip_ploss_coef - self.clip_ploss_coef_base) * growth
@@ -204,7 +204,7 @@ def clipped_policy_loss(
 
 def quantile(ordered: Array, q: float) -> Array:
     """Quantile of sorted values [N] with linear interpolation, as torch.quantile."""
-    position = tf.cast(q, ordered.dtype) * tf.cast(tf.size(ordered) - 1, ordered.dtype)
+    position = tf.constant(q, ordered.dtype) * tf.cast(tf.size(ordered) - 1, ordered.dtype)
     below = tf.cast(tf.floor(position), tf.int32)
     above = tf.minimum(below + 1, tf.size(ordered) - 1)
     low, high = tf.gather(ordered, below), tf.gather(ordered, above)

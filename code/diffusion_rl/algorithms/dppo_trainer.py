@@ -170,7 +170,7 @@ class DPPOTrainer:
         )
         with tf.GradientTape() as tape:
             losses = a.minibatch_loss(batch, self.reward_horizon, bc_noise)
-            total = losses.pg_loss + sum(tf.cast(c, a.dtype) * getattr(losses, n) for n, c in self.coefficients.items())
+            total = losses.pg_loss + sum(tf.constant(c, a.dtype) * getattr(losses, n) for n, c in self.coefficients.items())
         names = list(self.trained)
         grads = tape.gradient(total, [self.trained[n] for n in names])
         return losses, dict(zip(names, grads, strict=True))

@@ -61,10 +61,10 @@ class AdamW:
             if self.weight_decay and self.decoupled:
                 value = value * tf.cast(decay, dtype)
             elif self.weight_decay:
-                grad = grad + tf.cast(self.weight_decay, dtype) * value
-            m_new = m.assign(tf.cast(b1, dtype) * m + tf.cast(1.0 - b1, dtype) * grad)
-            v_new = v.assign(tf.cast(b2, dtype) * v + tf.cast(1.0 - b2, dtype) * tf.square(grad))
-            denominator = tf.sqrt(v_new) / tf.cast(root_correction, dtype) + tf.cast(self.eps, dtype)
+                grad = grad + tf.constant(self.weight_decay, dtype) * value
+            m_new = m.assign(tf.constant(b1, dtype) * m + tf.constant(1.0 - b1, dtype) * grad)
+            v_new = v.assign(tf.constant(b2, dtype) * v + tf.constant(1.0 - b2, dtype) * tf.square(grad))
+            denominator = tf.sqrt(v_new) / tf.cast(root_correction, dtype) + tf.constant(self.eps, dtype)
             var.assign(value - tf.cast(step_size, dtype) * m_new / denominator)
 
     def state(self) -> dict[str, np.ndarray]:
@@ -90,5 +90,5 @@ def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> t
     """
     present = [g for g in grads if g is not None]
     norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in present]))
-    scale = tf.minimum(tf.cast(max_norm, norm.dtype) / (norm + tf.cast(1e-6, norm.dtype)), tf.cast(1.0, norm.dtype))
+    scale = tf.minimum(tf.constant(max_norm, norm.dtype) / (norm + 1e-6), 1.0)
     return [None if g is None else g * scale for g in grads], norm

@@ -32,10 +32,12 @@ def gae(
     """
     rewards, values = np.asarray(rewards, np.float64), np.asarray(values, np.float64)
     nonterminal = 1.0 - np.asarray(terminated, np.float64)
-    following = np.concatenate([values[1:], np.asarray(next_values, np.float64).reshape(1, -1)])
+    # The last row is discounted in the critic's own precision (float32 in a run), as the reference does.
+    bootstrap = gamma * np.asarray(next_values).reshape(1, -1)
+    discounted_next = np.concatenate([gamma * values[1:], bootstrap.astype(np.float64)])
     advantages = np.zeros_like(rewards)
     last = np.zeros(rewards.shape[1])
     for t in reversed(range(len(rewards))):
-        delta = rewards[t] * reward_scale_const + gamma * following[t] * nonterminal[t] - values[t]
+        delta = rewards[t] * reward_scale_const + discounted_next[t] * nonterminal[t] - values[t]
         advantages[t] = last = delta + gamma * gae_lambda * nonterminal[t] * last
     return advantages, advantages + values

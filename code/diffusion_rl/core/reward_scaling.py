@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.errors import UserError
+
 
 class RunningMeanStd:
-    """Running mean and variance of a scalar stream, merged batch by batch (Chan et al.'s parallel formula).
+    """Running mean and variance of a stream of scalars (or of rows), merged batch by batch (Chan et al.'s parallel formula).
 
     The merged variance divides by (count - 1), and the stream begins with a pseudo-count of 1e-4 at variance 1,
     as in the reference.
@@ -18,8 +20,8 @@ class RunningMeanStd:
         self.mean, self.var, self.count = 0.0, 1.0, initial_count
 
     def update(self, x: np.ndarray) -> None:
-        """Merge a batch, x [N]."""
-        batch_mean, batch_var, n = np.mean(x), np.var(x), len(x)
+        """Merge a batch, x [N, ...]; statistics are over the first axis."""
+        batch_mean, batch_var, n = np.mean(x, axis=0), np.var(x, axis=0), len(x)
         delta, total = batch_mean - self.mean, self.count + n
         self.mean = self.mean + delta * n / total
         moment = self.var * self.count + batch_var * n + delta**2 * self.count * n / total
@@ -34,21 +36,30 @@ class RunningRewardScaler:
         n_envs: number of environments E; each has its own discounted sum, which carries over between calls.
         cliprew: bound on the scaled reward.
         gamma: discount of the sum (its own, not the algorithm's).
+        per_env: statistics per column of the reward array instead of joint ones. The reference's spelling: its columns
+            are steps, so it only works when there are as many steps as environments.
     """
 
-    def __init__(self, n_envs: int, cliprew: float = 10.0, gamma: float = 0.99, epsilon: float = 1e-8):
+    def __init__(
+        self, n_envs: int, cliprew: float = 10.0, gamma: float = 0.99, epsilon: float = 1e-8, per_env: bool = False
+    ):
+        self.per_env = per_env
         self.cliprew, self.gamma, self.epsilon = cliprew, gamma, epsilon
         self.statistics = RunningMeanStd()
         self.discounted = np.zeros(n_envs)
 
     def __call__(self, reward: np.ndarray, first: np.ndarray) -> np.ndarray:
         """Update the statistics with reward [E,S] (first [E,S] marks the start of episodes) and scale it."""
+        if self.per_env and reward.shape[1] != reward.shape[0]:
+            raise UserError(
+                f"per_env reward scaling needs as many steps as environments, got {reward.shape[::-1]}: leave it off"
+            )
         sums = np.zeros_like(reward, dtype=np.float64)
         running = self.discounted
         for t in range(reward.shape[1]):
             running = sums[:, t] = reward[:, t] + (1 - first[:, t]) * self.gamma * running
         self.discounted = sums[:, -1].copy()
-        self.statistics.update(sums.reshape(-1))
+        self.statistics.update(sums if self.per_env else sums.reshape(-1))
         scaled = reward / np.sqrt(self.statistics.var + self.epsilon)
         return np.clip(scaled, -self.cliprew, self.cliprew)
 
@@ -56,8 +67,8 @@ class RunningRewardScaler:
         """Statistics and running sums as JSON values (floats survive JSON exactly)."""
         s = self.statistics
         return {
-            "mean": float(s.mean),
-            "var": float(s.var),
+            "mean": np.asarray(s.mean).tolist(),
+            "var": np.asarray(s.var).tolist(),
             "count": float(s.count),
             "discounted": self.discounted.tolist(),
         }
@@ -65,5 +76,5 @@ class RunningRewardScaler:
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
         s = self.statistics
-        s.mean, s.var, s.count = state["mean"], state["var"], state["count"]
+        s.mean, s.var, s.count = np.array(state["mean"]), np.array(state["var"]), state["count"]
         self.discounted = np.array(state["discounted"])

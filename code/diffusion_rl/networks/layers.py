@@ -70,7 +70,7 @@ class LayerNorm(keras.layers.Layer):
 
     def call(self, x: Array) -> Array:
         mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
-        return (x - mean) * tf.math.rsqrt(variance + tf.cast(self.epsilon, x.dtype)) * self.gamma + self.beta
+        return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * self.gamma + self.beta
 
 
 def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:

@@ -162,7 +162,7 @@ class DiffusionPolicy:
         if quiet:
             x = mean
         else:
-            std = tf.maximum(tf.exp(0.5 * logvar), tf.cast(floor, mean.dtype))
+            std = tf.maximum(tf.exp(0.5 * logvar), tf.convert_to_tensor(floor, mean.dtype))
             x = mean + std * clip(noise, self.randn_clip_value)
         return clip(x, self.final_action_clip_value) if i == self.sampling_steps - 1 else x
 
@@ -308,7 +308,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
             if not self.learn_eta:
                 eta = tf.stop_gradient(eta)
         alpha, alpha_prev = self.table(d.ddim_alphas, index), self.table(d.ddim_alphas_prev, index)
-        sigma = tf.maximum(ddim.sigma(eta, alpha, alpha_prev), tf.cast(1e-10, self.dtype))
+        sigma = tf.maximum(ddim.sigma(eta, alpha, alpha_prev), tf.constant(1e-10, self.dtype))
         return self.denoised_mean(x, t, index, output, sigma), tf.math.log(tf.square(sigma)), eta
 
     # ---------- sampling ----------
@@ -403,7 +403,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
 
     def log_prob_std(self, logvar: Array) -> Array:
         """Standard deviation in log-probabilities: that of the step, floored."""
-        return tf.maximum(tf.exp(0.5 * logvar), tf.cast(self.min_logprob_denoising_std, logvar.dtype))
+        return tf.maximum(tf.exp(0.5 * logvar), tf.constant(self.min_logprob_denoising_std, logvar.dtype))
 
     def reinforce_loss(self, cond: Cond, chains: Array, reward: Array) -> tuple[Array, Array, Array]:
         """REINFORCE with a value baseline, for F = K.

@@ -1,0 +1,1 @@
+"""The fidelity ladder: this package against the PyTorch reference, rung by rung (see ARCHITECTURE.md)."""

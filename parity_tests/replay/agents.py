@@ -1,0 +1,112 @@
+"""Replay of `kind = agent`: whole iterations of our loops on recorded experiences and draws, to the final weights."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.keras import precision
+from diffusion_rl.interop import torch_names
+
+from parity_tests.replay.build import build_case, locate
+from parity_tests.replay.compare import Comparison, Mismatch
+from parity_tests.replay.files import Golden
+from parity_tests.replay.scripted import ScriptedEnv, Tape
+
+# Local variables of the reference that are its inputs, or lists without a fixed meaning, are compared like the rest.
+_GROUPS = {
+    "final": "final weights",
+    "ema": "final weights",
+    "after_itr": "learning rates",
+    "calls": "losses of the minibatches",
+    "env_actions": "actions",
+}
+
+
+def replay(golden: Golden) -> None:
+    for dtype, suffix in (("float32", ""), ("float64", "64")):
+        if golden.group("out" + suffix):
+            with precision(dtype), tempfile.TemporaryDirectory() as folder:
+                ours = run(golden, Path(folder))
+            compare(golden, dtype, suffix, ours)
+
+
+def run(golden: Golden, folder: Path) -> dict[str, np.ndarray]:
+    """Run our loop on the script; returns everything under the names of the recording."""
+    cfg = copy.deepcopy(golden.meta["cfg"])
+    cfg["logdir"] = str(folder)
+    model, tape = build_case(golden), Tape(golden.draws)
+    records: list[dict[str, Any]] = []
+    ours: dict[str, np.ndarray] = {}
+    loop_class = locate(golden.meta["agent_class"])
+    if golden.meta["dataset"] is None:
+        env = ScriptedEnv(golden.subgroup("env"), cfg["act_steps"])
+        loop = loop_class(cfg, venv=env, noise=tape, model=model, observer=records.append)
+        loop.run()
+        ours["env_actions"] = np.stack(env.actions)
+    else:
+        loop = loop_class(cfg, noise=tape, model=model, dataset=_dataset(golden, folder), observer=records.append)
+        loop.run()
+        ours |= {"ema." + k: v for k, v in torch_names.state_dict(loop.ema_model).items()}
+    if tape.left_over:
+        raise Mismatch(f"{golden.name}: the reference drew more than ours: left on the tape: {tape.left_over}")
+    ours |= {"final." + k: v for k, v in torch_names.state_dict(loop.model).items()}
+    return ours | _flatten(records)
+
+
+def _dataset(golden: Golden, folder: Path) -> Any:
+    from diffusion_rl.data.sequences import SequenceDataset
+
+    if golden.meta["dataset"]["q"]:
+        raise Mismatch(f"{golden.name}: a Q-learning data set on the pre-training loop")
+    path = folder / "offline.npz"
+    np.savez(path, **golden.subgroup("dataset"))
+    return SequenceDataset(str(path), **golden.meta["dataset"]["kwargs"])
+
+
+def _flatten(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """The observer's records under the recording's names."""
+    ours: dict[str, np.ndarray] = {}
+    losses: dict[str, list[np.ndarray]] = {}
+    rates: dict[str, list[float]] = {}
+    for i, record in enumerate(records):
+        for name, value in record.items():
+            if name == "losses":
+                for key, values in value.items():
+                    losses.setdefault(key, []).append(np.atleast_1d(values))
+            elif name == "lr":
+                for key, rate in value.items():
+                    rates.setdefault(key, []).append(rate)
+            else:
+                ours[f"itr{i}.{name}"] = np.asarray(value)
+        ours.setdefault(f"itr{i}.eval_mode", np.asarray(False))
+    ours |= {f"calls.loss.{k}": np.concatenate(v) for k, v in losses.items()}
+    return ours | {f"after_itr.{k}": np.array(v) for k, v in rates.items()}
+
+
+def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray]) -> None:
+    """Rollout first, then what was made of it, the losses, and the weights at the end."""
+    recorded = golden.group("out" + suffix)
+    rounding = golden.meta.get("dev_f32_f64", {})
+    comparison = Comparison(golden.name, 7, dtype)
+    order = [
+        *(k for k in recorded if k == "env_actions" or ".chains" in k or ".obs" in k),
+        *(k for k in recorded if k.startswith("itr")),
+        *recorded,
+    ]
+    unchanged = golden.weights
+    for name in dict.fromkeys(order):
+        if name not in ours:
+            raise Mismatch(f"{golden.name} [{dtype}]: ours gives no {name}")
+        head = name.split(".")[0]
+        group = _GROUPS.get(head, name.split(".")[-1])
+        comparison.check("out/" + name, ours[name], recorded[name], quantity=group, own_rounding=rounding.get(name, 0.0))
+    for name, before in unchanged.items():  # only what the reference changed may have changed
+        if "final." + name in recorded or name in golden.meta["aliases"]:
+            continue
+        if not np.array_equal(np.asarray(ours["final." + name]).astype(before.dtype), before):
+            raise Mismatch(f"{golden.name} [{dtype}]: {name} was trained, the reference leaves it alone")

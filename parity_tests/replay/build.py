@@ -1,0 +1,159 @@
+"""From the reference's class paths and weights to our objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.interop import torch_names
+
+from parity_tests.replay.compare import Mismatch
+from parity_tests.replay.files import GOLDENS, Golden
+
+# The one map from the reference's classes and functions to ours.
+OURS: dict[str, str] = {
+    "model.common.mlp.MLP": "diffusion_rl.networks.mlp.MLP",
+    "model.common.mlp.ResidualMLP": "diffusion_rl.networks.mlp.ResidualMLP",
+    "model.common.critic.CriticObs": "diffusion_rl.networks.critics.CriticObs",
+    "model.common.critic.CriticObsAct": "diffusion_rl.networks.critics.CriticObsAct",
+    "model.diffusion.mlp_diffusion.DiffusionMLP": "diffusion_rl.networks.mlp.DiffusionMLP",
+    "model.diffusion.modules.SinusoidalPosEmb": "diffusion_rl.networks.layers.sinusoidal_embedding",
+    "model.diffusion.eta.EtaFixed": "diffusion_rl.networks.eta.EtaFixed",
+    "model.diffusion.eta.EtaAction": "diffusion_rl.networks.eta.EtaAction",
+    "model.diffusion.eta.EtaState": "diffusion_rl.networks.eta.EtaState",
+    "model.diffusion.eta.EtaStateAction": "diffusion_rl.networks.eta.EtaStateAction",
+    "model.diffusion.sampling.cosine_beta_schedule": "diffusion_rl.diffusion.schedules.cosine_betas",
+    "model.diffusion.diffusion.DiffusionModel": "diffusion_rl.policies.diffusion.DiffusionPolicy",
+    "model.diffusion.diffusion_eval.DiffusionEval": "diffusion_rl.policies.diffusion.FineTunedDiffusionPolicy",
+    "model.diffusion.diffusion_vpg.VPGDiffusion": "diffusion_rl.policies.diffusion.FineTunedDiffusionPolicy",
+    "model.diffusion.diffusion_ppo.PPODiffusion": "diffusion_rl.algorithms.dppo.DPPO",
+    "agent.dataset.sequence.StitchedSequenceDataset": "diffusion_rl.data.sequences.SequenceDataset",
+    "agent.pretrain.train_agent.EMA": "diffusion_rl.core.ema.ema_update",
+    "util.scheduler.CosineAnnealingWarmupRestarts": "diffusion_rl.core.lr_schedules.CosineWarmupRestarts",
+    "agent.finetune.train_ppo_diffusion_agent.TrainPPODiffusionAgent": "diffusion_rl.loops.on_policy.OnPolicyTraining",
+    "agent.pretrain.train_diffusion_agent.TrainDiffusionAgent": "diffusion_rl.loops.offline.PreTraining",
+}
+
+SINUSOIDAL = "model.diffusion.modules.SinusoidalPosEmb"
+EVALUATION = "model.diffusion.diffusion_eval.DiffusionEval"
+
+
+def locate(path: str) -> Any:
+    """Our object for a class path of the reference."""
+    module, name = OURS[path].rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def build(spec: Any) -> Any:
+    """Build our object from a recorded specification, recursively. Checkpoint paths are dropped: weights are loaded."""
+    if isinstance(spec, dict) and "class" in spec:
+        kwargs = {k: build(v) for k, v in spec["kwargs"].items() if v != "@CKPT"}
+        if spec["class"] == SINUSOIDAL:
+            return _Sinusoidal(**kwargs)
+        return locate(spec["class"])(**kwargs)
+    if isinstance(spec, dict):
+        return {k: build(v) for k, v in spec.items()}
+    return [build(v) for v in spec] if isinstance(spec, list) else spec
+
+
+class _Sinusoidal:
+    """The reference's module form of a function of ours."""
+
+    def __init__(self, dim: int):
+        self.dim = dim
+
+    def __call__(self, x: Any) -> Any:
+        from diffusion_rl.core.keras import floatx
+
+        return locate(SINUSOIDAL)(x, self.dim, floatx())
+
+
+def build_case(golden: Golden) -> Any:
+    """Our object with the recorded weights and schedule tables; loading must use every tensor and find every one."""
+    spec = golden.meta.get("spec")
+    if spec is None:
+        return None
+    model = build(spec)
+    weights = golden.weights
+    if weights:
+        load(golden.name, model, weights)
+    if hasattr(model, "schedule"):
+        inject_schedule(golden, model)
+    return model
+
+
+def load(case: str, model: Any, weights: dict[str, np.ndarray]) -> None:
+    """Strict loading, then the round trip: what we would write is bit for bit what was read."""
+    ours = torch_names.state_dict(model)
+    if not any(k.startswith("actor_ft.") for k in weights):
+        # A pre-trained checkpoint evaluated as such has no fine-tuned network; ours has one that must stay unused:
+        # NaN weights would show if it were not.
+        ft = {k: np.full_like(v, np.nan) for k, v in ours.items() if k.startswith("actor_ft.")}
+        if ft:
+            weights = weights | ft
+    try:
+        torch_names.load_state_dict(model, weights, strict=True)
+    except Exception as error:
+        raise Mismatch(
+            f"{case}: the reference's state_dict does not load: {error}\n"
+            "What next: names and layouts are made in diffusion_rl/interop/torch_names.py."
+        ) from error
+    written = torch_names.state_dict(model)
+    if written.keys() != weights.keys():
+        raise Mismatch(
+            f"{case}: state_dict names differ: only ours {sorted(written.keys() - weights.keys())[:5]}, "
+            f"only the reference {sorted(weights.keys() - written.keys())[:5]}"
+        )
+    for name, value in weights.items():
+        back = np.asarray(written[name])
+        if back.shape != value.shape or not np.array_equal(back.astype(value.dtype), value, equal_nan=True):
+            raise Mismatch(f"{case}: {name} does not survive loading and writing bit for bit")
+
+
+@lru_cache
+def schedule_tables(folder: Path) -> dict[str, np.ndarray]:
+    """The reference's float32 schedule tensors recorded in a folder, "K20_ddim5/betas" -> array."""
+    path = folder / "schedules_all.npz"
+    return Golden(path).group("out") if path.exists() else {}
+
+
+def recorded_schedule(golden: Golden, model: Any) -> dict[str, np.ndarray]:
+    """The schedule tensors recorded for this case: in the file itself, its folder, or the shipped folder."""
+    own = golden.subgroup("sched")
+    if own:
+        return own
+    key = f"K{model.denoising_steps}" + (f"_ddim{model.ddim_steps}" if getattr(model, "use_ddim", False) else "")
+    for folder in (golden.path.parent, GOLDENS):
+        found = {k[len(key) + 1 :]: v for k, v in schedule_tables(folder).items() if k.startswith(key + "/")}
+        if found:
+            return found
+    return {}
+
+
+def table(model: Any, name: str) -> np.ndarray:
+    """A schedule table by the reference's attribute name."""
+    return getattr(model.ddim_schedule if name.startswith("ddim_") else model.schedule, name)
+
+
+def inject_schedule(golden: Golden, model: Any) -> bool:
+    """Give the model the recorded tables, checked against its own first.
+
+    The reference's float32 square roots differ from ours in the last bit, and its float64 twins go on from exactly
+    those tables; without them nothing could agree beyond 1e-7.
+    """
+    tables = recorded_schedule(golden, model)
+    for name, value in tables.items():
+        ours = table(model, name)
+        if ours.shape != value.shape or not np.allclose(ours, value, rtol=5e-7, atol=1e-12, equal_nan=True):
+            raise Mismatch(f"{golden.name}: schedule table {name} is not the reference's")
+    for attribute in ("schedule", "ddim_schedule"):
+        own = getattr(model, attribute)
+        if own is not None:
+            fields = {f.name for f in dataclasses.fields(own)}
+            setattr(model, attribute, dataclasses.replace(own, **{k: v for k, v in tables.items() if k in fields}))
+    return bool(tables)

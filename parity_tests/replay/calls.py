@@ -1,0 +1,151 @@
+"""How each recorded call is made on our side: one small adapter per method of the reference.
+
+An adapter gets (object, golden, cast) and returns {name of the recorded output: tensor}. `cast` turns a recorded array
+into a tensor of the precision under test. Recorded draws become noise arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from parity_tests.replay.build import EVALUATION, OURS, locate, table
+from parity_tests.replay.files import Golden
+
+Cast = Callable[[Any], Any]
+Outputs = dict[str, Any]
+
+
+def caster(dtype: str) -> Cast:
+    """Arrays to tensors; floating-point ones in `dtype`, integers as they are, nested dictionaries inside out."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: cast(v) for k, v in value.items()}
+        if isinstance(value, np.ndarray):
+            return tf.constant(value, dtype if value.dtype.kind == "f" else None)
+        return value
+
+    return cast
+
+
+def noise_of(golden: Golden, cast: Cast) -> Any:
+    """All draws of a sampler as one array [steps + 1, B, H, A]."""
+    return cast(np.stack([draw for _, draw in golden.draws]))
+
+
+def network(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Forward pass; dropout masks, drawn in training mode, are arguments."""
+    arguments = cast(golden.arguments)
+    kwargs = {}
+    if golden.draws:
+        kwargs["keep_masks"] = [cast(draw) for fn, draw in golden.draws if fn == "F.dropout.keep"]
+    out = obj(*arguments.values(), **kwargs)
+    values = out if isinstance(out, tuple) else (out,)
+    return dict(zip(golden.meta["returns"], values, strict=True))
+
+
+def attributes(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    return {name: table(obj, name) for name in golden.meta["args"][0]}
+
+
+def cosine_betas(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    arguments = golden.arguments
+    return {"out": locate(golden.meta["target"])(arguments.pop("timesteps"), **arguments)}
+
+
+def q_sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    return {"out": obj.q_sample(**cast(golden.arguments))}
+
+
+def p_mean_var(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    mean, logvar = obj.p_mean_var(**cast(golden.arguments))[:2]
+    return {"mu": mean, "logvar": logvar}
+
+
+def p_losses(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    arguments = cast(golden.arguments)
+    ((_, noise),) = golden.draws
+    return {"loss": obj.loss(arguments["x_start"], arguments["cond"], arguments["t"], cast(noise))}
+
+
+def supervised_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    arguments = cast(golden.arguments)
+    (_, t), (_, noise) = golden.draws
+    return {"loss": obj.loss(arguments["x"], arguments["cond"], cast(t), cast(noise))}
+
+
+def sample_evaluation(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """The reference's evaluator ignores `deterministic` with DDPM and needs it with DDIM: always deterministic."""
+    return _sample(obj.sample(cast(golden.arguments["cond"]), noise_of(golden, cast), deterministic=True))
+
+
+def sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Chains are always returned by ours; `return_chain=False` only drops them."""
+    arguments = cast(golden.arguments)
+    arguments.pop("return_chain", None)
+    return _sample(obj.sample(noise=noise_of(golden, cast), **arguments))
+
+
+def _sample(result: Any) -> Outputs:
+    return {"trajectories": result.trajectories, "chains": result.chains}
+
+
+def log_probs(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    arguments = cast(golden.arguments)
+    arguments.pop("get_ent", None)
+    log_prob, eta = obj.log_probs(**arguments)
+    return {"logprobs": log_prob, "eta": eta}
+
+
+def log_probs_subsample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    arguments = cast(golden.arguments)
+    arguments.pop("get_ent", None)
+    log_prob, eta = obj.log_probs_subsample(**arguments)
+    return {"logprobs": log_prob, "eta": eta}
+
+
+def reinforce_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    actor, critic, eta = obj.reinforce_loss(**cast(golden.arguments))
+    return {"loss_actor": actor, "loss_critic": critic, "eta": eta}
+
+
+def ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    noise = {"bc_noise": noise_of(golden, cast)} if golden.draws else {}
+    return obj.loss(**cast(golden.arguments), **noise)._asdict()
+
+
+_DIFFUSION = "model.diffusion.diffusion.DiffusionModel"
+_VPG = "model.diffusion.diffusion_vpg.VPGDiffusion"
+_PPO = "model.diffusion.diffusion_ppo.PPODiffusion"
+
+# (class of the reference or None, method) -> (adapter, rung of its outputs)
+CALLS: dict[tuple[str | None, str], tuple[Callable[[Any, Golden, Cast], Outputs], int]] = {
+    (None, "__target__"): (cosine_betas, 1),
+    (_DIFFUSION, "__attrs__"): (attributes, 1),
+    (_DIFFUSION, "q_sample"): (q_sample, 3),
+    (_DIFFUSION, "p_mean_var"): (p_mean_var, 3),
+    (_DIFFUSION, "p_losses"): (p_losses, 3),
+    (_DIFFUSION, "loss"): (supervised_loss, 3),
+    (EVALUATION, "forward"): (sample_evaluation, 3),
+    (_VPG, "loss"): (reinforce_loss, 3),
+    (_PPO, "loss"): (ppo_loss, 3),
+}
+for _class in (_VPG, _PPO):
+    CALLS |= {
+        (_class, "__attrs__"): (attributes, 1),
+        (_class, "q_sample"): (q_sample, 3),
+        (_class, "p_mean_var"): (p_mean_var, 3),
+        (_class, "p_losses"): (p_losses, 3),
+        (_class, "forward"): (sample, 3),
+        (_class, "get_logprobs"): (log_probs, 3),
+        (_class, "get_logprobs_subsample"): (log_probs_subsample, 3),
+    }
+for _class in OURS:
+    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.")):
+        CALLS[(_class, "forward")] = (network, 2)
+    elif _class.startswith(("model.diffusion.modules.", "model.diffusion.eta.")):
+        CALLS |= {(_class, "forward"): (network, 1), (_class, "__call__"): (network, 1)}

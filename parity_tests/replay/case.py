@@ -1,0 +1,127 @@
+"""Replay of `kind = case`: one call of one method, its outputs, its gradients and the state it leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.keras import precision
+from diffusion_rl.interop import torch_names
+
+from parity_tests.replay import decisions
+from parity_tests.replay.build import build_case
+from parity_tests.replay.calls import CALLS, caster
+from parity_tests.replay.compare import Comparison, Mismatch
+from parity_tests.replay.files import Golden
+
+
+class NotCovered(Exception):
+    """Nothing in the replayer knows this call."""
+
+
+def replay(golden: Golden) -> None:
+    """Both precisions, where both are recorded."""
+    for dtype, suffix in (("float32", ""), ("float64", "64")):
+        if golden.group("out" + suffix):
+            with precision(dtype):
+                _replay(golden, dtype, suffix)
+
+
+def _replay(golden: Golden, dtype: str, suffix: str) -> None:
+    meta = golden.meta
+    key = (meta["class"], meta["method"])
+    if key not in CALLS:
+        raise NotCovered(f"{golden.name}: no adapter for {key[0]}.{key[1]} in parity_tests/replay/calls.py")
+    adapter, rung = CALLS[key]
+    model, cast = build_case(golden), caster(dtype)
+    rounding = meta.get("dev_f32_f64", {})
+    comparison = Comparison(golden.name, rung, dtype, rounding.get("out", 0.0))
+    with tf.GradientTape() as tape:
+        outputs = adapter(model, golden, cast)
+        total = total_loss(outputs, meta, golden.group("out" + suffix))
+    recorded = golden.group("out" + suffix)
+    if total is not None:
+        outputs["_total_loss"] = total
+    if meta.get("state_after"):
+        outputs |= {"state." + k: v for k, v in torch_names.state_dict(model).items()}
+    for name, value in recorded.items():
+        if decisions.check_output(golden, name, outputs):
+            continue
+        if name not in outputs or outputs[name] is None:
+            raise Mismatch(f"{golden.name} [{dtype}]: ours gives no output {name!r}")
+        comparison.check("out/" + name, outputs[name], value, quantity=quantity(meta, name))
+    if meta.get("loss"):
+        check_gradients(golden, dtype, suffix, model, tape, total, comparison, rounding.get("grad_global", 0.0))
+
+
+def total_loss(outputs: dict[str, Any], meta: dict[str, Any], recorded: dict[str, np.ndarray]) -> Any:
+    """The scalar that the reference differentiated: given weights, or the sum of the outputs' mean squares."""
+    weights = meta.get("loss")
+    if not weights:
+        return None
+    terms = []
+    if weights == "mean_square":
+        for name in meta["returns"]:
+            terms.append(tf.reduce_mean(tf.square(outputs[name])))
+    else:
+        for name, weight in weights.items():
+            if tf.is_tensor(outputs[name]):
+                terms.append(weight * outputs[name])
+    return tf.add_n(terms)
+
+
+def check_gradients(
+    golden: Golden,
+    dtype: str,
+    suffix: str,
+    model: Any,
+    tape: tf.GradientTape,
+    total: Any,
+    comparison: Comparison,
+    rounding: float,
+) -> None:
+    """Every parameter's gradient, relative to the model's largest; those without one upstream have none in ours."""
+    ours = torch_gradients(model, tape, total)
+    recorded = golden.group("grad" + suffix)
+    for name in golden.meta["grad_none"] + golden.meta.get("non_trainable", []):
+        if name in ours and np.any(ours[name]):
+            raise Mismatch(f"{golden.name} [{dtype}]: {name} has no gradient in the reference, in ours it has")
+    if recorded:
+        scale = max(max(float(np.abs(g).max(initial=0.0)) for g in recorded.values()), 1e-30)
+        comparison.check_all(
+            ours, recorded, "grad/", quantity="gradients", rung=4, scale=scale, own_rounding=rounding
+        )
+    sums = golden.meta.get("grad64_sumnorm") if dtype == "float64" else None
+    if sums:
+        scale = max(norm for _, norm in sums.values())
+        for name, recorded_sums in sums.items():
+            grad = ours[name]
+            comparison.check(
+                f"grad/{name} [sum, norm]",
+                [grad.sum(), np.sqrt((grad * grad).sum())],
+                np.array(recorded_sums),
+                quantity="gradients",
+                rung=4,
+                scale=scale,
+            )
+
+
+def torch_gradients(model: Any, tape: tf.GradientTape, total: Any) -> dict[str, np.ndarray]:
+    """Gradients under the reference's names and layouts; zeros where there is none."""
+    named = list(torch_names.named_parameters(model))
+    grads = tape.gradient(total, [variable for _, variable, _ in named])
+    return {
+        name: torch_names.to_torch(
+            np.zeros(variable.shape) if grad is None else tf.convert_to_tensor(grad).numpy(), transposed
+        )
+        for (name, variable, transposed), grad in zip(named, grads, strict=True)
+    }
+
+
+def quantity(meta: dict[str, Any], name: str) -> str:
+    """What the report calls an output."""
+    method = {"__call__": "", "__attrs__": "schedule table", "__target__": ""}.get(meta["method"], meta["method"])
+    owner = (meta.get("class") or meta.get("target")).rsplit(".", 1)[-1]
+    return f"{owner}.{method} {name}".replace(". ", " ") if method else f"{owner} {name}"

@@ -1,0 +1,43 @@
+"""One golden file in, passed (returns), failed (raises `Mismatch`) or not implemented (raises `NotImplementedCase`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from parity_tests.not_implemented import reason_for
+from parity_tests.replay import agents, build, case, custom, decisions
+from parity_tests.replay.files import Golden
+
+
+class NotImplementedCase(Exception):
+    """The case is listed in parity_tests/not_implemented.py."""
+
+
+def replay(path: str | Path) -> None:
+    """Replay one file of whatever kind.
+
+    Raises:
+        NotImplementedCase: listed as not covered, with the name of what is missing.
+        Mismatch: an array differs.
+        NotCovered: the file is neither covered nor listed.
+    """
+    golden = Golden(path)
+    classes = golden.classes()
+    reason = reason_for(golden.name, classes)
+    if reason:
+        raise NotImplementedCase(reason)
+    if golden.kind == "upstream_error":
+        if golden.name not in decisions.UPSTREAM_ERRORS:
+            raise case.NotCovered(f"{golden.name}: no decision in parity_tests/replay/decisions.py for: {golden.meta['error']}")
+        decisions.UPSTREAM_ERRORS[golden.name]()
+        return
+    if golden.kind == "schedules":
+        custom.schedules(golden)
+        return
+    unknown = sorted({path for path in classes if path not in build.OURS})
+    if unknown:
+        raise case.NotCovered(
+            f"{golden.name}: {unknown[0]} is neither mapped in parity_tests/replay/build.py nor listed in "
+            "parity_tests/not_implemented.py"
+        )
+    {"case": case.replay, "agent": agents.replay, "custom": custom.replay}[golden.kind](golden)

@@ -1,0 +1,154 @@
+"""The PyTorch twins are held to the recordings themselves, so that comparing with them means something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from parity_tests.replay.build import EVALUATION, schedule_tables
+from parity_tests.replay.compare import Comparison
+from parity_tests.replay.files import GOLDENS, Golden, case_files
+
+torch = pytest.importorskip("torch")
+
+from parity_tests.reference import networks  # noqa: E402
+from parity_tests.reference.diffusion import Policy, ddim_tables, ddpm_tables  # noqa: E402
+
+POLICIES = {
+    "model.diffusion.diffusion.DiffusionModel",
+    "model.diffusion.diffusion_vpg.VPGDiffusion",
+    "model.diffusion.diffusion_ppo.PPODiffusion",
+    EVALUATION,
+}
+
+
+def to_torch(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, dict):
+        return {k: to_torch(v, dtype) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        tensor = torch.from_numpy(np.array(value))
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return value
+
+
+def network_outputs(golden: Golden, weights: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """A single network by its class name."""
+    name, kwargs = golden.meta["class"].rsplit(".", 1)[-1], golden.meta["spec"]["kwargs"]
+    hidden, out = kwargs.get("activation_type"), kwargs.get("out_activation_type", "Identity")
+    state = arguments.get("cond", {}).get("state")
+    if name == "MLP":
+        layers = tuple(kwargs.get("append_layers") or ())
+        return (networks.mlp(weights, arguments["x"], hidden or "Tanh", out, arguments.get("append"), layers),)
+    if name == "ResidualMLP":
+        return (networks.residual_mlp(weights, arguments["x"], hidden or "Mish", out),)
+    if name == "DiffusionMLP":
+        return (networks.diffusion_mlp(weights, kwargs, arguments["x"], arguments["time"], state),)
+    if name == "CriticObs":
+        return (networks.critic(weights, kwargs, state),)
+    if name == "CriticObsAct":
+        return networks.double_critic(weights, kwargs, state, arguments["action"])
+    if name == "SinusoidalPosEmb":
+        return (networks.sinusoidal(arguments["x"], kwargs["dim"], torch.get_default_dtype()),)
+    return (networks.eta(name, weights, kwargs, state),)
+
+
+def policy_outputs(golden: Golden, policy: Policy, arguments: dict[str, Any], draws: list[Any]) -> tuple[Any, ...]:
+    """A method of a policy, by its name in the reference."""
+    method, state = golden.meta["method"], (arguments.get("cond") or arguments.get("obs") or {}).get("state")
+    noise = torch.stack(draws) if draws and all(d.shape == draws[0].shape for d in draws) else None
+    base = arguments.get("use_base_policy", False)
+    if method == "forward":
+        evaluation = golden.meta["class"] == EVALUATION
+        return policy.sample(state, noise, arguments.get("deterministic", False), base, evaluation)
+    if method == "get_logprobs":
+        return policy.chain_log_probs(state, arguments["chains"], base)
+    if method == "get_logprobs_subsample":
+        rows = (arguments["chains_prev"], arguments["chains_next"], arguments["denoising_inds"])
+        return policy.step_log_probs(state, *rows, base)
+    if method == "p_losses":
+        return (policy.supervised_loss(arguments["x_start"], state, arguments["t"], draws[0]),)
+    if method == "q_sample":
+        return (policy.noisy(arguments["x_start"], arguments["t"], arguments["noise"]),)
+    if method == "p_mean_var":
+        t, index = arguments["t"], arguments.get("index")
+        position = policy.steps - 1 - t if index is None else index
+        mean, std = policy.moments(arguments["x"], position, state, "network", None)
+        return mean, 2 * std.log()
+    if "reward" in arguments:
+        return policy.reinforce_loss(state, arguments["chains"], arguments["reward"])
+    if golden.meta["class"].endswith("PPODiffusion"):
+        del arguments["obs"]
+        arguments.pop("use_bc_loss", None)
+        return tuple(policy.ppo_loss(state, **arguments, bc_noise=noise).values())
+    return (policy.supervised_loss(arguments["x"], state, draws[0], draws[1]),)
+
+
+CASES = [
+    path
+    for path in case_files(GOLDENS)
+    if Golden(path).kind == "case" and Golden(path).meta["method"] not in ("__attrs__", "__target__")
+]
+
+
+@pytest.mark.parametrize("path", CASES, ids=[p.stem for p in CASES])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_twin_reproduces_the_recording(path, precision):
+    golden, suffix = Golden(path), {"float32": "", "float64": "64"}[precision]
+    dtype = getattr(torch, precision)
+    recorded, meta = golden.group("out" + suffix), golden.meta
+    frozen = set(meta["non_trainable"])
+    weights = {
+        name: to_torch(value, dtype).requires_grad_(name not in frozen) for name, value in golden.weights.items()
+    }
+    arguments, draws = to_torch(golden.arguments, dtype), [to_torch(d, dtype) for _, d in golden.draws]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        if meta["class"] in POLICIES:
+            values = policy_outputs(golden, _policy(golden, weights), arguments, draws)
+        else:
+            values = network_outputs(golden, weights, arguments)
+    finally:
+        torch.set_default_dtype(default)
+    outputs = dict(zip(meta["returns"], values, strict=False))
+    rounding = meta["dev_f32_f64"]
+    comparison = Comparison(golden.name + " (twin)", 3, precision, rounding["out"])
+    for name, value in recorded.items():
+        if name in outputs:
+            comparison.check(name, outputs[name].detach().numpy(), value, quantity="PyTorch twin")
+    grads = golden.group("grad" + suffix)
+    if grads:
+        total = (
+            sum(outputs[n].square().mean() for n in meta["returns"])
+            if meta["loss"] == "mean_square"
+            else sum(weight * outputs[n] for n, weight in meta["loss"].items())
+        )
+        computed = torch.autograd.grad(total, [weights[n] for n in grads], allow_unused=True)
+        scale = max(float(np.abs(g).max()) for g in grads.values())
+        for (name, value), ours in zip(grads.items(), computed, strict=True):
+            comparison.check(
+                "grad " + name, ours, value, rung=4, scale=scale, quantity="PyTorch twin", own_rounding=rounding["grad_global"]
+            )
+
+
+def _policy(golden: Golden, weights: dict[str, Any]) -> Policy:
+    """With the tables of the recording: torch's square roots are not the same on every machine."""
+    kwargs = golden.meta["spec"]["kwargs"]
+    key = f"K{kwargs['denoising_steps']}" + (f"_ddim{kwargs['ddim_steps']}" if kwargs.get("use_ddim") else "")
+    tables = {k.split("/")[1]: v for k, v in schedule_tables(GOLDENS).items() if k.split("/")[0] == key}
+    weights = weights | {"network." + n[6:]: w for n, w in weights.items() if n.startswith("actor.")}
+    return Policy(golden.meta["spec"], weights, {k: torch.from_numpy(v) for k, v in tables.items()})
+
+
+def test_twin_schedules():
+    recorded = Golden(GOLDENS / "schedules_all.npz")
+    comparison = Comparison("schedules_all (twin)", 1, "float32")
+    for key in recorded.meta["keys"]:
+        steps, _, ddim_steps = key[1:].partition("_ddim")
+        tables = ddpm_tables(int(steps))
+        if ddim_steps:
+            tables |= ddim_tables(tables, int(ddim_steps))
+        for name, value in recorded.group(f"out/{key}").items():
+            comparison.check(f"{key}/{name}", tables[name], value, quantity="PyTorch twin")
