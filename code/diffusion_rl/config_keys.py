@@ -229,7 +229,7 @@ def _parameters(target: str, where: str) -> tuple[set[str], bool]:
     callables = [vars(base)["__init__"] for base in found.__mro__ if "__init__" in vars(base)]
     names: set[str] = set()
     for constructor in callables:
-        if str(constructor.__module__).split(".")[0] != target.split(".")[0]:
+        if str(getattr(constructor, "__module__", "")).split(".")[0] != target.split(".")[0]:
             break
         parameters = list(inspect.signature(constructor).parameters.values())[1:]
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

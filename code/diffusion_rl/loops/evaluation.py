@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.make import make_vector_env
@@ -59,13 +60,11 @@ class Evaluation:
     `ft_denoising_steps` is needed for the reference's own fine-tuned `.pt` files only, which do not record it.
     """
 
-    def __init__(self, cfg: DictConfig, build: Callable[[Any], Any] | None = None):
-        from diffusion_rl.app import instantiate
-
+    def __init__(self, cfg: DictConfig):
         self.cfg = cfg
         path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
         checkpoint = open_checkpoint(path)
-        self.policy: FineTunedDiffusionPolicy = (build or instantiate)(cfg["model"])
+        self.policy: FineTunedDiffusionPolicy = instantiate(cfg["model"])
         self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, int(cfg.get("ft_denoising_steps", 0) or 0), path)
         load_policy(self.policy, checkpoint, path)
         self.seed = int(cfg.get("seed", 42))

@@ -16,6 +16,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from diffusion_rl.algorithms.dppo_trainer import LOSS_NAMES, DPPOTrainer
+from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource, initial_weights
@@ -68,8 +69,6 @@ class OnPolicyTraining:
         self.done = np.zeros(self.n_envs)
 
     def _build_model(self) -> Any:
-        from diffusion_rl.app import instantiate
-
         with initial_weights(NoiseSource(self.seed)):
             model = instantiate(self.cfg["model"])
         path = self.cfg["model"].get("network_path")

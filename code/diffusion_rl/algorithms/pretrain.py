@@ -1,0 +1,131 @@
+"""Supervised training of a diffusion policy on demonstrations: DDPM's loss, AdamW, an average of the weights.
+
+Many steps run in one compiled call. Shapes: M windows of the data set, n steps, B windows per step; H, O, A, To as in
+`policies.diffusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
+from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.networks import folded
+from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.policies.diffusion import DiffusionPolicy, clone
+
+KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
+
+
+class PreTrainer:
+    """Steps of supervised training on a data set held in memory.
+
+    Args:
+        policy: trained in place; `ema_network` is its average.
+        states, actions: [N,O] and [N,A] of all trajectories, one after the other.
+        windows: [M,2] (first step of the window, steps since its episode began).
+        train, ema: those nodes of the configuration.
+    """
+
+    def __init__(
+        self,
+        policy: DiffusionPolicy,
+        states: np.ndarray,
+        actions: np.ndarray,
+        windows: np.ndarray,
+        cond_steps: int,
+        train: Mapping[str, Any],
+        ema_decay: float,
+    ):
+        self.policy, self.cond_steps, self.ema_decay = policy, cond_steps, float(ema_decay)
+        self.ema_network = clone(policy.network)
+        self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
+        s = train["lr_scheduler"]
+        self.schedule = CosineWarmupRestarts(
+            first_cycle_steps=s["first_cycle_steps"],
+            max_lr=train["learning_rate"],
+            min_lr=s["min_lr"],
+            warmup_steps=s["warmup_steps"],
+        )
+        self.optimizer = AdamW(self.variables, self.schedule.lr, train["weight_decay"])
+        self.data = (
+            tf.constant(states, policy.dtype),
+            tf.constant(actions, policy.dtype),
+            tf.constant(windows, tf.int32),
+        )
+        self.folds = bool(train.get("fast", True)) and folded.can_fold(policy.network)
+        self._steps = tf.function(self._train_steps, reduce_retracing=True)
+        self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch), fold=self.folds), reduce_retracing=True)
+
+    # ---------- one batch ----------
+
+    def batch(self, items: Array, t: Array, noise: Array) -> tuple[Array, Array, Array, Array]:
+        """Windows `items` [B] as (action chunks [B,H,A], observation histories [B,To,O], t, noise)."""
+        states, actions, windows = self.data
+        window = tf.gather(windows, items)
+        start, since_begin = window[:, :1], window[:, 1:]
+        chunk = tf.gather(actions, start + tf.range(self.policy.horizon_steps)[None])
+        back = tf.reverse(tf.range(self.cond_steps), [0])[None]  # an episode's first observation fills a short history
+        history = tf.gather(states, start - tf.minimum(back, since_begin))
+        return chunk, history, t, noise
+
+    def loss(self, batch: tuple[Array, Array, Array, Array], fold: bool = False) -> Array:
+        """DDPM's loss; folded networks give the same number for less work."""
+        chunk, history, t, noise = batch
+        p = self.policy
+        if not fold:
+            return p.loss(chunk, {"state": history}, t, noise)
+        noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
+        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(history, [b, -1]), tf.one_hot(t, p.denoising_steps, dtype=p.dtype)]
+        weights = folded.fold_actor(p.network, np.arange(p.denoising_steps))
+        inputs = tf.ensure_shape(tf.concat(rows, axis=1), [None, weights[0].shape[0]])
+        output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))
+        return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
+
+    # ---------- many steps ----------
+
+    def steps(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, average: np.ndarray) -> np.ndarray:
+        """Train on n batches in order.
+
+        Args:
+            items: [n,B] window numbers;  t: [n,B];  noise: [n,B,H,A];  average: [n] of KEEP, COPY, AVERAGE.
+
+        Returns:
+            the loss of each step [n].
+        """
+        dtype = self.policy.dtype
+        inputs = (tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, dtype))
+        return self._steps(*inputs, tf.constant(average, tf.int32)).numpy()
+
+    def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
+        """The loss of one batch without training."""
+        inputs = (tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, self.policy.dtype))
+        return float(self._loss(*inputs).numpy())
+
+    def _train_steps(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
+        n = tf.shape(items)[0]
+        losses = tf.TensorArray(self.policy.dtype, size=n)
+        for i in tf.range(n):
+            losses = losses.write(i, self._one_step(items[i], t[i], noise[i], average[i]))
+        return losses.stack()
+
+    def _one_step(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
+        with tf.GradientTape() as tape:
+            loss = self.loss(self.batch(items, t, noise), fold=self.folds)
+        self.optimizer.apply(tape.gradient(loss, self.variables))
+        if average == COPY:
+            for mean, variable in zip(self.averaged, self.variables, strict=True):
+                mean.assign(variable)
+        elif average == AVERAGE:
+            for mean, variable in zip(self.averaged, self.variables, strict=True):
+                mean.assign(ema_update(mean, variable, self.ema_decay))
+        return loss
+
+    def end_epoch(self) -> None:
+        """Advance the learning rate."""
+        self.optimizer.learning_rate.assign(self.schedule.step())
