@@ -73,6 +73,7 @@ def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
     config = prepare(config, defaults)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _select_device(config.get("device"))
+    _start_tensorflow()
     check_arguments(OmegaConf.to_container(config))  # type: ignore[arg-type]
     return _loop_class(str(config._target_))(config).run()
 
@@ -155,6 +156,13 @@ def _select_device(device: str | None) -> None:
         tf.config.set_visible_devices(visible, "GPU")
         for gpu in visible:
             tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def _start_tensorflow() -> None:
+    from diffusion_rl.core.threads import configure_threads, silence_compiler
+
+    configure_threads()
+    silence_compiler()
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 What is different from the plain path, all of it exact:
 
 * networks are folded (`networks.folded`);
-* gradients are accumulated over chunks of about a thousand rows, which stay in cache;
+* gradients are accumulated over chunks of about a thousand rows, which stay in cache; the chunks are dealt to as many
+  independent loops as there are cores, each with matrix products of one thread, which wastes less than shared ones;
 * the critic sees each observation of the rollout once per minibatch, weighted by how often it was drawn.
 
 Shapes as in `policies.diffusion`; N samples of a rollout, B rows of a minibatch, X = H*A, O = To*obs_dim.
@@ -17,11 +18,12 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.algorithms.dppo import DPPO, PPOLoss, chunk_log_prob, clipped_policy_loss
+from diffusion_rl.core.threads import streams
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
 
-CHUNK = 1000
+CHUNK = 1000  # rows; between 250 and 2000 the time is the same within 3%
 
 
 def applicable(algorithm: DPPO) -> bool:
@@ -41,7 +43,7 @@ def gradients(
     actor_variables, critic_variables = variables_of(a.actor_ft), variables_of(a.critic)
     timesteps, positions = a.fine_tuned_timesteps()
 
-    @tf.function(jit_compile=True)
+    @tf.function
     def compute(rows: Array, data: dict[str, Array]) -> tuple[tuple[Array, ...], list[Array], list[Array]]:
         actor_losses, actor_grads = policy_gradients(rows, data)
         v_loss, critic_grads = value_gradients(rows // a.ft_denoising_steps, data)
@@ -137,7 +139,11 @@ def gradients(
 
 def _chunks(rows: int) -> tuple[int, int, int]:
     """Number and size of the chunks, and how many rows of padding the last one takes."""
+    if tf.config.list_logical_devices("GPU"):
+        return 1, rows, 0
     n_chunks = max(1, round(rows / CHUNK))
+    if n_chunks > 1:
+        n_chunks = -(-n_chunks // streams()) * streams()  # the same number for every loop
     size = -(-rows // n_chunks)
     return n_chunks, size, n_chunks * size - rows
 
@@ -150,14 +156,18 @@ def _accumulate(
     n_statistics: int,
     dtype: tf.DType,
 ) -> tuple[list[Array], Array]:
-    """Sum gradients and statistics over the chunks, inside the compiled program."""
+    """Sum gradients and statistics over the chunks, in loops that TensorFlow runs side by side."""
 
     def body(i: Array, sums: list[Array], statistics: Array) -> tuple[Array, list[Array], Array]:
         grads, more = one_chunk(i * size)
         return i + 1, [s + g for s, g in zip(sums, grads, strict=True)], statistics + more
 
-    zeros = [tf.zeros_like(w) for w in like]
-    _, sums, statistics = tf.while_loop(
-        lambda i, *_: i < n_chunks, body, (tf.constant(0), zeros, tf.zeros([n_statistics], dtype))
-    )
-    return sums, statistics
+    n_loops = streams() if n_chunks > 1 else 1
+    per_loop = n_chunks // n_loops
+    results = []
+    for loop in range(n_loops):
+        first, last = loop * per_loop, (loop + 1) * per_loop
+        start = (tf.constant(first), [tf.zeros_like(w) for w in like], tf.zeros([n_statistics], dtype))
+        results.append(tf.while_loop(lambda i, *_, last=last: i < last, body, start, parallel_iterations=1))
+    sums = [tf.add_n(parts) for parts in zip(*(r[1] for r in results), strict=True)]
+    return sums, tf.add_n([r[2] for r in results])

@@ -20,6 +20,7 @@ from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import DiffusionPolicy, clone
 
 KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
+BATCHES_PER_CALL = 10  # of the compiled training function
 
 
 class PreTrainer:
@@ -58,8 +59,10 @@ class PreTrainer:
             tf.constant(actions, policy.dtype),
             tf.constant(windows, tf.int32),
         )
+        self.group_shape = (BATCHES_PER_CALL, int(train["batch_size"]))
         self.folds = bool(train.get("fast", True)) and folded.can_fold(policy.network)
-        self._steps = tf.function(self._train_steps, reduce_retracing=True)
+        self._group = tf.function(self._train_steps, jit_compile=True)
+        self._odd_group = tf.function(self._train_steps, reduce_retracing=True)  # the end of an epoch: other shapes
         self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch), fold=self.folds), reduce_retracing=True)
 
     # ---------- one batch ----------
@@ -100,7 +103,8 @@ class PreTrainer:
         """
         dtype = self.policy.dtype
         inputs = (tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, dtype))
-        return self._steps(*inputs, tf.constant(average, tf.int32)).numpy()
+        run = self._group if items.shape == self.group_shape else self._odd_group
+        return run(*inputs, tf.constant(average, tf.int32)).numpy()
 
     def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
         """The loss of one batch without training."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from diffusion_rl.algorithms.pretrain import AVERAGE, COPY, KEEP, PreTrainer
+from diffusion_rl.algorithms.pretrain import AVERAGE, BATCHES_PER_CALL, COPY, KEEP, PreTrainer
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
@@ -21,7 +21,6 @@ from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.reports.progress import Progress
 
-BATCHES_PER_CALL = 10
 CHECKPOINT_SECONDS = 60.0
 Observer = Callable[[dict[str, Any]], None]
 

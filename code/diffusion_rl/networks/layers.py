@@ -23,8 +23,10 @@ def _softplus(x: Array) -> Array:
 
 
 def mish(x: Array) -> Array:
-    """x tanh(softplus(x)) (Misra 2019)."""
-    return x * tf.tanh(tf.nn.softplus(x))
+    """x tanh(log(1 + e^x)) (Misra 2019), with a single exponential: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)."""
+    e = tf.exp(tf.minimum(x, 20))  # from there on the factor is 1 to double precision
+    n = e * (e + 2)
+    return x * (n / (n + 2))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
