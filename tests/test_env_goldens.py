@@ -219,9 +219,7 @@ def replay_vector(recording: Recording, kind: type) -> None:
             if op == "step":
                 compare_vector_step(venv.step(np.stack(args[0])), recorded, where)
             elif op == "reset_arg" and not is_raised(recorded):
-                assert_same(
-                    venv.reset([without_video(one) for one in kwargs["options_list"]]), as_observations(recorded), where
-                )
+                assert_same(venv.reset([without_video(one) for one in kwargs["options_list"]]), as_observations(recorded), where)
             elif op == "reset":
                 assert_same(venv.reset(), as_observations(recorded), where)
             else:

@@ -46,11 +46,9 @@ def test_losses_and_gradients_equal_the_reference(which, dtype, tolerance):
         model = build(meta, group(arrays, "w"))
     inputs = {k: tf.constant(v.astype(dtype)) for k, v in group(arrays, "in").items()}
     args = [inputs[a[4:]] if isinstance(a, str) and a.startswith("@in/") else a for a in meta["args"]]
-    names = (
-        dict(zip(meta["arg_names"], args, strict=True))
-        | {k: inputs[v[4:]] for k, v in meta["kwargs"].items() if isinstance(v, str)}
-        | {k: v for k, v in meta["kwargs"].items() if not isinstance(v, str | dict)}
-    )
+    names = dict(zip(meta["arg_names"], args, strict=True)) | {
+        k: inputs[v[4:]] for k, v in meta["kwargs"].items() if isinstance(v, str)
+    } | {k: v for k, v in meta["kwargs"].items() if not isinstance(v, str | dict)}
     obs, noise = inputs["obs.state"], inputs["draw_000"]
     with tf.GradientTape() as tape:
         if which == "critic":
@@ -111,7 +109,9 @@ def test_a_whole_run_of_the_reference_agent():
         np.testing.assert_allclose(actions, arrays["out64/env_actions"][itr], atol=1e-9)
         truncated = env["env.truncated"][itr][0]
         following = env["env.final_obs" if truncated else "env.obs"][itr][0]
-        buffer.append((obs[0], following, actions[0], env["env.reward"][itr][0], env["env.terminated"][itr][0]))
+        buffer.append(
+            (obs[0], following, actions[0], env["env.reward"][itr][0], env["env.terminated"][itr][0])
+        )
         if itr == 0:
             continue
         rows = next(draws)
