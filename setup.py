@@ -35,7 +35,7 @@ setup(
     license="MIT",
     packages=find_packages("code"),
     package_dir={"": "code"},
-    package_data={"diffusion_rl": ["**/*.json", "**/*.yaml"]},
+    package_data={"diffusion_rl": ["**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "tensorflow>=2.20,<2.21",

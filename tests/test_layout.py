@@ -116,7 +116,8 @@ def test_only_interop_knows_pytorch():
 
 
 def test_randomness_comes_from_core_noise_alone():
-    pattern = re.compile(r"\bnp\.random\.|\btf\.random\.|^import random\b|^from random ", re.MULTILINE)
+    """Seeding numpy for the benefit of other people's packages is no draw."""
+    pattern = re.compile(r"\bnp\.random\.(?!seed\()|\btf\.random\.|^import random\b|^from random ", re.MULTILINE)
     inner = [path for path in modules() if path.parent.name not in ("envs",) and path.name != "noise.py"]
     assert not [str(path.relative_to(PACKAGE)) for path in inner if pattern.search(path.read_text())]
 

@@ -298,6 +298,14 @@ def test_progress_is_sparse_however_long_the_run(monkeypatch):
     assert lines[0] == "pre-training: 10/36000, 10 s elapsed, about 9:59:50 left"
 
 
+def test_the_last_values_are_shown_once_even_if_they_come_after_the_last_step():
+    stream = io.StringIO()
+    with Progress(total=2, label="fine-tuning", stream=stream) as progress:
+        progress.update(2)
+        progress.update(0, train_return=1500.0)
+    assert stream.getvalue() == "fine-tuning: 2/2, 0 s elapsed, train return 1500.0\n"
+
+
 def test_progress_on_a_terminal_is_a_bar_with_live_values():
     class Terminal(io.StringIO):
         def isatty(self):

@@ -238,7 +238,7 @@ def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: s
     if title and len(tasks) > 1:
         figure.suptitle(title, fontsize=12)
     if command:
-        footer = _footer(command, width=100 * len(tasks))
+        footer = _footer(command, width=125 * len(tasks))
         figure.supxlabel(footer, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})

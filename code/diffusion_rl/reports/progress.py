@@ -9,14 +9,15 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0  # a plain line at least this long after the previous one …
-LINE_SHARE = 0.1  # … or when this share of the whole has been done since
+LINE_SHARE = 0.1  # … or when this share of the whole has been done since …
+LEAST_SECONDS = 5.0  # … but not sooner than this
 
 
 class Progress:
     """Counts up to `total` and shows how far it is, how long it will take and the latest values.
 
     On a terminal: a bar that is redrawn. Otherwise (a file, a pipe, a CI log): a plain line every tenth of the way or
-    after ten seconds, less often in long runs, at least a second apart.
+    after ten seconds, less often in long runs, at least five seconds apart, and one at the end.
 
         with Progress(total=30, label="fine-tuning") as progress:
             progress.update(episode_return=1432.1, loss=0.02)
@@ -30,6 +31,7 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._began = self._line_time = time.monotonic()
         self._line_done = start
+        self._news = False  # whether there is anything that no line has shown yet
         self._values: dict[str, Any] = {}
         self._bar: tqdm | None = None
         if self._stream.isatty():
@@ -41,6 +43,7 @@ class Progress:
         """`n` more are done; `live` values are shown, the latest of each name."""
         self.done += n
         self._values.update(live)
+        self._news = True
         if self._bar is not None:
             self._bar.set_postfix_str(self._live_text(), refresh=False)
             self._bar.update(n)
@@ -59,7 +62,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        elif self._line_done < self.done:
+        elif self._news:
             self._print_line()
 
     def __enter__(self) -> Progress:
@@ -70,9 +73,7 @@ class Progress:
 
     def _line_is_due(self) -> bool:
         since_line = time.monotonic() - self._line_time
-        if self.done >= self.total:
-            return True
-        if since_line < 1:
+        if since_line < LEAST_SECONDS:
             return False
         patience = max(LINE_SECONDS, (time.monotonic() - self._began) / 20)
         return since_line >= patience or self.done - self._line_done >= LINE_SHARE * self.total
@@ -89,6 +90,7 @@ class Progress:
         print(", ".join(parts), file=self._stream, flush=True)
         self._line_time = time.monotonic()
         self._line_done = self.done
+        self._news = False
 
     def _live_text(self) -> str:
         return ", ".join(f"{key.replace('_', ' ')} {_short(value)}" for key, value in self._values.items())
