@@ -37,7 +37,7 @@ def shown(result: Any) -> list[float]:
     return result.observations["state"][0, :, 0].tolist()
 
 
-# ---------------------------------------------------------------------------------------- chunks in generic environments
+# ----------------------------------------------------------------------------------- chunks in generic environments
 
 
 @pytest.mark.parametrize("kind", KINDS)
