@@ -60,7 +60,7 @@ def test_follows_mujoco_210(recorded: tuple[str, dict[str, np.ndarray]]) -> None
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("task", TASKS)
 def test_equals_the_single_environment_bit_for_bit(task: str, dtype: type) -> None:
-    """Five environments, chunks of 4, resets at falls and at the time limit, against gymnasium stepping one at a time."""
+    """Five environments, chunks of 4, resets at falls and at the time limit; gymnasium steps one at a time."""
     pytest.importorskip("imageio", reason="gymnasium's MuJoCo environments import it")
     n_envs, chunks, limit = 5, 45, 150
     name = f"{task}-medium-v2"
@@ -104,6 +104,16 @@ def test_threads_do_not_change_the_numbers() -> None:
     for one, two in zip(*results, strict=True):
         np.testing.assert_array_equal(one.observations["state"], two.observations["state"])
         np.testing.assert_array_equal(one.rewards, two.rewards)
+
+
+def test_versions_without_the_rollout_class_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    actions = np.random.default_rng(0).uniform(-1, 1, (10, 3, 4, 3))
+    one = LocomotionVectorEnv("hopper-medium-v2", 3, act_steps=4)
+    monkeypatch.delattr("mujoco.rollout.Rollout", raising=False)
+    two = LocomotionVectorEnv("hopper-medium-v2", 3, act_steps=4)
+    np.testing.assert_array_equal(one.reset()["state"], two.reset()["state"])
+    for chunk in actions:
+        np.testing.assert_array_equal(one.step(chunk).observations["state"], two.step(chunk).observations["state"])
 
 
 def test_a_subset_steps_as_in_the_whole() -> None:

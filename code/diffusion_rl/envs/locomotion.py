@@ -6,7 +6,7 @@ which D4RL wraps: it clips actions to [-1, 1] before the simulator and the contr
 limit ends an episode as terminated *and* truncated, as gym's old interface made of it.
 
 Each environment is a row of plain arrays (simulator state, warm start of the solver, history, random generator), which
-threads load into a scratch simulator; saving and restoring a run is copying these arrays.
+threads load into a scratch simulator each; saving and restoring a run is copying these arrays.
 
 Shape letters: E environments, Ta actions of a chunk, To history, O observation, A action, nq/nv positions/velocities.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from diffusion_rl.envs.vector import Observations, StepResult
 try:
     import gymnasium
     import mujoco
+    from gymnasium.envs.registration import load_env_creator
+    from mujoco import rollout
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise UserError(f'locomotion needs {error.name}: pip install -e ".[gym]"') from error
 
@@ -115,20 +117,48 @@ class D4RLTerms(gymnasium.Wrapper):
 def single_locomotion(name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **kwargs: Any) -> gymnasium.Env:
     """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
 
-    time_limit: D4RL's; kwargs go to gymnasium.make.
+    time_limit: D4RL's; kwargs go to gymnasium's class.
     """
     task = task_of(name)
     if task is None:
         raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
-    env = gymnasium.make(TASKS[task].gymnasium_id, disable_env_checker=True, **kwargs).unwrapped
+    # not gymnasium.make: it warns that -v4 is old and adds wrappers
+    env = load_env_creator(gymnasium.spec(TASKS[task].gymnasium_id).entry_point)(**kwargs)
     restore_bodies(env.model, task)
     return D4RLTerms(env, time_limit)
 
 
+def _make_roll() -> Callable[..., Any]:
+    """A single-threaded `mujoco.rollout.Rollout.rollout`, or plain steps in versions before it (mujoco < 3.3)."""
+    if hasattr(rollout, "Rollout"):
+        return rollout.Rollout(nthread=0).rollout
+    return _roll_by_steps
+
+
+def _roll_by_steps(
+    models: list,
+    datas: list,
+    states: np.ndarray,
+    controls: np.ndarray,
+    *,
+    initial_warmstart: np.ndarray,
+    state: np.ndarray,
+    **_: Any,
+) -> None:
+    """What `Rollout.rollout` does with one row, in Python."""
+    model, data = models[0], datas[0]
+    mujoco.mj_setState(model, data, states[0], _PHYSICS)
+    data.qacc_warmstart[:] = initial_warmstart[0]
+    for control, after in zip(controls[0], state[0], strict=True):
+        data.ctrl[:] = control
+        mujoco.mj_step(model, data)
+        mujoco.mj_getState(model, data, after, _PHYSICS)
+
+
 @dataclass
 class Trajectory:
-    """What the simulator did with a chunk: states [E, Ta, 1+nq+nv], warmstarts [E, Ta, nv], observations [E, Ta, O],
-    rewards [E, Ta], unhealthy [E, Ta] bool."""
+    """What the simulator did with a chunk: states [E, Ta, 1+nq+nv], warmstarts [E, nv] after its last action,
+    observations [E, Ta, O], rewards [E, Ta], unhealthy [E, Ta] bool."""
 
     states: np.ndarray
     warmstarts: np.ndarray
@@ -145,6 +175,7 @@ class LocomotionPhysics:
         self.model = load_model(task)
         self.threads = max(1, min(threads, os.cpu_count() or 1))
         self._datas = [mujoco.MjData(self.model) for _ in range(self.threads)]
+        self._rolls = [_make_roll() for _ in range(self.threads)]
         self._init_qpos = self._datas[0].qpos.copy()
         self._init_qvel = self._datas[0].qvel.copy()
         self._pool = ThreadPoolExecutor(self.threads - 1, "locomotion") if self.threads > 1 else None
@@ -190,38 +221,52 @@ class LocomotionPhysics:
 
     def step(self, states: np.ndarray, warmstarts: np.ndarray, actions: np.ndarray) -> Trajectory:
         """Execute actions [E, Ta, A] from states [E, 1+nq+nv] and warm starts [E, nv], neither of which is changed."""
-        n_envs, chunk = actions.shape[:2]
-        after = np.empty((n_envs, chunk, self.state_size))
-        warm = np.empty((n_envs, chunk, self.model.nv))
-        rows = iter(range(n_envs))  # shared: each thread takes the next row when it is done with one
-        helpers = min(self.threads, n_envs) - 1
-        arguments = (rows, states, warmstarts, np.ascontiguousarray(actions, dtype=np.float64), after, warm)
-        futures = [self._pool.submit(self._step_rows, self._datas[1 + i], *arguments) for i in range(helpers)]
-        self._step_rows(self._datas[0], *arguments)
+        skip = self.task.frame_skip
+        controls = np.repeat(np.asarray(actions, dtype=np.float64), skip, axis=1)
+        substeps = np.empty((*controls.shape[:2], self.state_size))
+        warm = np.empty_like(warmstarts)
+        rows = iter(range(len(actions)))  # shared: each thread takes the next row when it is done with one
+        arguments = (rows, states, warmstarts, controls, substeps, warm)
+        helpers = min(self.threads, len(actions)) - 1
+        futures = [self._pool.submit(self._roll, 1 + i, *arguments) for i in range(helpers)]
+        self._roll(0, *arguments)
         for future in futures:
             future.result()
+        after = substeps[:, skip - 1 :: skip]
         positions = np.concatenate([states[:, None, 1], after[:, :, 1]], axis=1)
         return Trajectory(after, warm, self.observe(after), self._rewards(positions, actions), self._unhealthy(after))
 
-    def _step_rows(
+    def _roll(
         self,
-        data: mujoco.MjData,
+        thread: int,
         rows: Iterator[int],
         states: np.ndarray,
         warmstarts: np.ndarray,
-        actions: np.ndarray,
-        after: np.ndarray,
+        controls: np.ndarray,
+        substeps: np.ndarray,
         warm: np.ndarray,
     ) -> None:
-        model, skip, ctrl, warmstart = self.model, self.task.frame_skip, data.ctrl, data.qacc_warmstart
+        """Roll out one row after the other, with the interpreter lock released for the whole chunk of each.
+
+        MuJoCo's own threaded rollout of all rows at once would keep no row's warm start, without which the next chunk
+        is not bit for bit what single steps give. Row by row on Python's threads is as fast.
+        """
+        data, roll = self._datas[thread], self._rolls[thread]
+        models, datas, sensors = [self.model], [data], np.empty((1, controls.shape[1], self.model.nsensordata))
         for row in rows:
-            mujoco.mj_setState(model, data, states[row], _PHYSICS)
-            warmstart[:] = warmstarts[row]
-            for action, state_after, warm_after in zip(actions[row], after[row], warm[row], strict=True):
-                ctrl[:] = action
-                mujoco.mj_step(model, data, skip)  # releases the interpreter lock
-                mujoco.mj_getState(model, data, state_after, _PHYSICS)
-                warm_after[:] = warmstart
+            one = slice(row, row + 1)
+            roll(
+                models,
+                datas,
+                states[one],
+                controls[one],
+                skip_checks=True,
+                nstep=controls.shape[1],
+                initial_warmstart=warmstarts[one],
+                state=substeps[one],
+                sensordata=sensors,
+            )
+            warm[row] = data.qacc_warmstart
 
     def _rewards(self, positions: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """[E, Ta] from forward positions [E, Ta+1]; the order of operations is gymnasium's."""
@@ -333,8 +378,8 @@ class LocomotionVectorEnv:
         trajectory = self.physics.step(self._states[indices], self._warmstarts[indices], raw)
         outcome = self._history.advance(indices, self._outcomes(indices, trajectory))
         last = (np.arange(len(indices)), outcome.executed - 1)
+        self._warmstarts[indices] = self._warmstarts_after(indices, raw, outcome.executed, trajectory)
         self._states[indices] = trajectory.states[last]
-        self._warmstarts[indices] = trajectory.warmstarts[last]
         self._elapsed[indices] += outcome.executed
         self._record(indices, trajectory.states, outcome.executed)
         infos: dict[str, Any] = {"executed_steps": outcome.executed}
@@ -350,6 +395,18 @@ class LocomotionVectorEnv:
         return StepResult(
             {"state": observations}, outcome.rewards.astype(np.float64), outcome.terminated, outcome.truncated, infos
         )
+
+    def _warmstarts_after(
+        self, indices: np.ndarray, raw: np.ndarray, executed: np.ndarray, trajectory: Trajectory
+    ) -> np.ndarray:
+        """[N, nv] warm starts after the executed actions. Where a chunk ended early and nothing resets, the executed
+        part runs once more to learn it."""
+        warmstarts = trajectory.warmstarts.copy()
+        early = np.flatnonzero(executed < raw.shape[1]) if not self.reset_within_step else ()
+        for row in early:
+            state, warmstart = self._states[[indices[row]]], self._warmstarts[[indices[row]]]
+            warmstarts[row] = self.physics.step(state, warmstart, raw[[row], : executed[row]]).warmstarts[0]
+        return warmstarts
 
     def _outcomes(self, indices: np.ndarray, trajectory: Trajectory) -> StepOutcomes:
         """The raw trajectory under D4RL's time limit, observations normalised."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
+from omegaconf import OmegaConf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
@@ -36,6 +37,7 @@ def make_vector_env(
     environment a process), `threads` (default 2), `d4rl_time_limit` (null: a time-out is truncation alone).
     n_envs, threads: override the configured ones. Raises UserError for unknown names or wrong dimensions.
     """
+    env_cfg = _plain(env_cfg)
     name = str(env_cfg["name"])
     wrappers = env_cfg.get("wrappers") or {}
     chunks = wrappers.get("multi_step") or {}
@@ -65,6 +67,13 @@ def make_vector_env(
         venv.close()
         raise
     return venv
+
+
+def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The node as plain dicts, its interpolations resolved, so that workers need not know OmegaConf."""
+    if OmegaConf.is_config(env_cfg):
+        return OmegaConf.to_container(env_cfg, resolve=True)
+    return dict(env_cfg)
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:
@@ -115,17 +124,17 @@ def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], option
 
 def _check_registered(name: str) -> None:
     """Raise UserError now, rather than from a worker, if gymnasium does not know the id."""
-    module = name.partition(":")[0] if ":" in name else None
-    if module is not None:
+    module, _, registered = name.rpartition(":")
+    if module:
         try:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"environment {name!r}: cannot import {module} ({error}); is it on PYTHONPATH?") from error
     try:
-        gymnasium.spec(name)
+        gymnasium.spec(registered)
     except gymnasium.error.Error as error:
         examples = [f"{task}medium-v2" for task in worker.LOCOMOTION_PREFIXES]
-        raise _unknown(name, [*examples, *gymnasium.registry]) from error
+        raise _unknown(registered, [*examples, *gymnasium.registry]) from error
 
 
 def _unknown(name: str, known: list[str]) -> UserError:
@@ -143,7 +152,5 @@ def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> No
             f"obs_dim={obs_dim} is wrong for {name}: its observations have {found} entries, set obs_dim={found}"
         )
     if venv.action_dim != action_dim:
-        raise UserError(
-            f"action_dim={action_dim} is wrong for {name}: its actions have {venv.action_dim} entries, "
-            f"set action_dim={venv.action_dim}"
-        )
+        found = venv.action_dim
+        raise UserError(f"action_dim={action_dim} is wrong for {name}, which has {found}: set action_dim={found}")

@@ -95,7 +95,7 @@ class ImageWrapper(LowdimWrapper):
 
 
 class MultiStep:
-    """Executes a chunk of actions and shows the last To observations: the reference's wrapper for gymnasium's interface.
+    """Executes chunks of actions and shows the last To observations: the reference's wrapper on gymnasium's interface.
 
     env: observations are a dict of arrays or one array, which becomes {"state": array}.
     max_episode_steps: the wrapper's own limit, which truncates; it does not speak where the environment ends the

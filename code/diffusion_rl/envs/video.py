@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class LocomotionRecorder:
     def __init__(self, model: Any, path: str | Path, fps: int, width: int = 320, height: int = 240):
         import mujoco
 
+        if sys.platform == "linux" and not (os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY")):
+            raise UserError(
+                "env.save_video=true needs a way to render without a display: set MUJOCO_GL=egl or MUJOCO_GL=osmesa "
+                "(Debian: libegl1 or libosmesa6)"
+            )
         self._mujoco = mujoco
         self._writer = VideoWriter(path, fps)
         self._model = model
