@@ -64,6 +64,7 @@ class CriticObsAct(keras.layers.Layer):
 
     def call(self, cond: dict[str, Array], action: Array) -> Array | tuple[Array, Array]:
         """cond {"state": [B,To,O]}, action [B,Ta,A] -> (q1 [B], q2 [B]), or q1 alone without double Q."""
+        action = tf.convert_to_tensor(action)
         flat_action = tf.reshape(action, [tf.shape(action)[0], -1])
         x = tf.concat([flatten_state(cond), tf.ensure_shape(flat_action, [None, _flat_dim(action)])], axis=-1)
         q1 = tf.squeeze(self.Q1(x), 1)

@@ -29,10 +29,15 @@ def mish(x: Array) -> Array:
     return x * (n / (n + 2))
 
 
+def gelu(x: Array) -> Array:
+    """x Phi(x) (Hendrycks & Gimpel 2016), exact. tf.nn.gelu holds its constant in float32 whatever the input."""
+    return 0.5 * x * (1 + tf.math.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "ReLU": tf.nn.relu,
     "ELU": tf.nn.elu,
-    "GELU": lambda x: tf.nn.gelu(x, approximate=False),
+    "GELU": gelu,
     "Tanh": tf.tanh,
     "Mish": mish,
     "Identity": tf.identity,
