@@ -18,7 +18,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Server:
-    """Serves CONTENT at /file, with Range; `break_after` ends the first answers early; `requests` records the ranges."""
+    """Serves CONTENT at /file, with Range; `break_after` cuts the first answers; `requests` records the ranges."""
 
     def __init__(self):
         self.requests: list[str | None] = []

@@ -1,7 +1,7 @@
 """From episodes of any source to the npz contract: choose, split, scale, write.
 
-The steps and their order are the reference's: ranges come from the whole source, then the first episodes are taken, then
-training ones drawn, then episodes without reward left out.
+The steps and their order are the reference's: ranges come from the whole source, then the first episodes are taken,
+then training ones drawn, then episodes without reward left out.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def convert(
     return Converted({k: scaled.select(v) for k, v in splits.items()}, normalization, int((~keep).sum()))
 
 
-def convert_file(source: str | os.PathLike, out_dir: str | os.PathLike, obs_keys: Sequence[str] = (), **options) -> Converted:
+def convert_file(
+    source: str | os.PathLike, out_dir: str | os.PathLike, obs_keys: Sequence[str] = (), **options
+) -> Converted:
     """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`."""
     converted = convert(*load(source, obs_keys), **options)
     save_episodes(out_dir, converted.splits, converted.normalization)

@@ -113,7 +113,7 @@ def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int,
 def statistics(episodes: Episodes) -> dict[str, Any]:
     """Numbers for the README: episodes, transitions, returns and lengths."""
     returns, lengths = episodes.returns, np.asarray(episodes.traj_lengths)
-    quantiles = dict(zip(("q05", "q25", "q50", "q75", "q95"), np.quantile(returns, [0.05, 0.25, 0.5, 0.75, 0.95]), strict=True))
+    quantiles = {f"q{percent:02d}": np.quantile(returns, percent / 100) for percent in (5, 25, 50, 75, 95)}
     spread = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()} | quantiles
     return {
         "episodes": len(lengths),
@@ -246,6 +246,7 @@ def make_data(task: str, actor: Path, transitions: int, seed: int, out_dir: Path
     scaled = normalization.apply(raw)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))
     train_file, *_ = save_episodes(out_dir, {"train": compact}, normalization)
-    if train_file.stat().st_size > MAX_FILE_BYTES:
-        raise UserError(f"{train_file} is {train_file.stat().st_size} bytes, above {MAX_FILE_BYTES}: ask for fewer --transitions")
-    return statistics(raw) | {"bytes": train_file.stat().st_size}
+    size = train_file.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{train_file} has {size} bytes, more than {MAX_FILE_BYTES}: ask for fewer --transitions")
+    return statistics(raw) | {"bytes": size}
