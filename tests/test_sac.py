@@ -127,12 +127,12 @@ def test_a_whole_run_of_the_reference_agent():
 
 def small_update(seed: int) -> SACUpdate:
     with initial_weights(NoiseSource(seed)):
-        model = SAC(GaussianMLP(2, 1, 3, [16, 16], tanh_output=False), CriticObsAct(3, [16, 16], 2), horizon_steps=1)
+        model = SAC(GaussianMLP(2, 1, 3, [8], tanh_output=False), CriticObsAct(3, [8], 2), horizon_steps=1)
     return SACUpdate(model, gamma=0.9, actor_lr=1e-2, critic_lr=1e-2, target_ema_rate=0.1, target_entropy=-2.0)
 
 
 def test_the_compiled_call_equals_single_steps():
-    cycles, critic_steps, actor_steps, rows = 3, 2, 2, 5
+    cycles, critic_steps, actor_steps, rows = 3, 1, 1, 5
     noise = NoiseSource(0)
     lead = (cycles, critic_steps, rows)
     batches = Transitions(

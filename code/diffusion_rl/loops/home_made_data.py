@@ -48,6 +48,7 @@ class Settings:
     buffer_size: int = 1_000_000
     max_updates: int = 500_000
     eval_every: int = 2_500  # gradient steps between evaluations
+    critic_layernorm: bool = False  # steadier where the plain critics overestimate (Ball et al. 2023)
 
 
 def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
@@ -58,12 +59,12 @@ def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
     )
 
 
-def make_policy(obs_dim: int, action_dim: int, seed: int) -> SAC:
+def make_policy(obs_dim: int, action_dim: int, seed: int, critic_layernorm: bool = False) -> SAC:
     """The reference's SAC networks: two hidden layers of 256, ReLU."""
     common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": [256, 256], "activation_type": "ReLU"}
     with initial_weights(NoiseSource(seed)):
         actor = GaussianMLP(action_dim, 1, tanh_output=False, std_min=0.0067, std_max=7.3891, **common)
-        critic = CriticObsAct(action_dim=action_dim, **common)
+        critic = CriticObsAct(action_dim=action_dim, use_layernorm=critic_layernorm, **common)
     return SAC(actor, critic, horizon_steps=1)
 
 
@@ -138,7 +139,7 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     work_dir.mkdir(parents=True, exist_ok=True)
     envs = make_envs(task, settings.n_envs, settings.seed)
     eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
-    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings.seed)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings.seed, settings.critic_layernorm)
     update = SACUpdate(
         policy,
         gamma=0.99,
