@@ -48,8 +48,6 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "agent.finetune.train_ibrl_agent.*": "IBRL",
     "agent.finetune.train_calql_agent.*": "Cal-QL",
     "agent.pretrain.train_gaussian_agent.*": "Gaussian policies",
-    # data
-    "agent.dataset.sequence.StitchedSequenceQLearningDataset": "Q-learning data sets",
     # files that name no class
     "case:dipo_action_gradient_*": "DIPO",
     "case:err_gmm_transformer_*": "transformer policies",

@@ -1,26 +1,28 @@
-"""SAC's losses against the recorded PyTorch reference, its compiled update against single steps, and one whole run."""
+"""SAC against the recorded PyTorch reference (losses, gradients, a whole run), and its compiled update."""
 
 import json
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions
+from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions, gaussian_sample
 from diffusion_rl.core.keras import precision
-from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.data.replay import ReplayBuffer
+from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
 
-GOLDENS = Path(__file__).resolve().parents[1] / "parity_tests" / "goldens"
+GOLDENS = Path(os.environ.get("DPPO_GOLDEN_DIR", Path(__file__).resolve().parents[1] / "parity_tests" / "goldens"))
 
 
 def read(case: str) -> tuple[dict, dict[str, np.ndarray]]:
     path = GOLDENS / f"{case}.npz"
     if not path.exists():
-        pytest.skip(f"{path} is not shipped")
+        pytest.skip(f"no recording {case} in {GOLDENS}")
     with np.load(path) as z:
         return json.loads(str(z["meta"])), {k: z[k] for k in z.files if k != "meta"}
 
@@ -46,9 +48,7 @@ def test_losses_and_gradients_equal_the_reference(which, dtype, tolerance):
         model = build(meta, group(arrays, "w"))
     inputs = {k: tf.constant(v.astype(dtype)) for k, v in group(arrays, "in").items()}
     args = [inputs[a[4:]] if isinstance(a, str) and a.startswith("@in/") else a for a in meta["args"]]
-    names = dict(zip(meta["arg_names"], args, strict=True)) | {
-        k: inputs[v[4:]] for k, v in meta["kwargs"].items() if isinstance(v, str)
-    } | {k: v for k, v in meta["kwargs"].items() if not isinstance(v, str | dict)}
+    names = dict(zip(meta["arg_names"], args, strict=True))
     obs, noise = inputs["obs.state"], inputs["draw_000"]
     with tf.GradientTape() as tape:
         if which == "critic":
@@ -63,8 +63,6 @@ def test_losses_and_gradients_equal_the_reference(which, dtype, tolerance):
     if not meta["with_grad"]:
         return
     expected = group(arrays, f"grad{suffix}")
-    from diffusion_rl.interop.torch_names import named_parameters
-
     largest = max(np.abs(g).max() for g in expected.values())
     parameters = list(named_parameters(model))
     grads = tape.gradient(loss, [v for _, v, _ in parameters])
@@ -109,9 +107,7 @@ def test_a_whole_run_of_the_reference_agent():
         np.testing.assert_allclose(actions, arrays["out64/env_actions"][itr], atol=1e-9)
         truncated = env["env.truncated"][itr][0]
         following = env["env.final_obs" if truncated else "env.obs"][itr][0]
-        buffer.append(
-            (obs[0], following, actions[0], env["env.reward"][itr][0], env["env.terminated"][itr][0])
-        )
+        buffer.append((obs[0], following, actions[0], env["env.reward"][itr][0], env["env.terminated"][itr][0]))
         if itr == 0:
             continue
         rows = next(draws)
@@ -127,3 +123,68 @@ def test_a_whole_run_of_the_reference_agent():
         if name.startswith("final."):
             np.testing.assert_allclose(found[name[6:]], expected, atol=1e-8, err_msg=name)
     assert next(draws, None) is None
+
+
+def small_update(seed: int) -> SACUpdate:
+    with initial_weights(NoiseSource(seed)):
+        model = SAC(GaussianMLP(2, 1, 3, [8], tanh_output=False), CriticObsAct(3, [8], 2), horizon_steps=1)
+    return SACUpdate(model, gamma=0.9, actor_lr=1e-2, critic_lr=1e-2, target_ema_rate=0.1, target_entropy=-2.0)
+
+
+def test_the_compiled_call_equals_single_steps():
+    cycles, critic_steps, actor_steps, rows = 3, 1, 1, 5
+    noise = NoiseSource(0)
+    lead = (cycles, critic_steps, rows)
+    batches = Transitions(
+        *(tf.constant(noise.normal((*lead, *shape))) for shape in ((1, 3), (1, 3), (1, 2), (), ())),
+    )
+    critic_noise = tf.constant(noise.normal((*lead, 2)))
+    actor_noise = tf.constant(noise.normal((cycles, actor_steps, 2, rows, 2)))
+    compiled, plain = small_update(1), small_update(1)
+    result = compiled.run(batches, critic_noise, actor_noise)
+    for u in range(cycles):
+        for c in range(critic_steps):
+            alpha = plain.alpha
+            batch = Transitions(*(x[u, c] for x in batches))
+            plain.critic_step(batch, alpha, critic_noise[u, c])
+        for p in range(actor_steps):
+            plain.actor_step(batch.obs, alpha, actor_noise[u, p])
+    np.testing.assert_allclose(result["alpha"], plain.alpha, rtol=1e-6)
+    expected = state_dict(plain.model)
+    for name, value in state_dict(compiled.model).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, err_msg=name)
+    compiled.run(batches, critic_noise, actor_noise)
+    assert compiled.run.experimental_get_tracing_count() == 1
+
+
+def test_log_probability_of_a_squashed_sample():
+    # x = 0.5 + 2 * 0.25 = 1, a = tanh(1); log N(1; 0.5, 2) - log(1 - a^2 + 1e-6)
+    action, log_prob = gaussian_sample(tf.constant([[0.5]]), tf.constant([[2.0]]), tf.constant([[0.25]]), 10.0, True)
+    density = -0.5 * 0.25**2 - np.log(2) - 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(action, [[np.tanh(1)]], rtol=1e-6)
+    np.testing.assert_allclose(log_prob, [density - np.log(1 - np.tanh(1) ** 2 + 1e-6)], rtol=1e-6)
+    clipped, _ = gaussian_sample(tf.constant([[0.0]]), tf.constant([[1.0]]), tf.constant([[50.0]]), 3.0, False)
+    assert float(clipped[0, 0]) == 3.0
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"fixed_std": 0.2}, {"fixed_std": 0.2, "learn_fixed_std": True}])
+def test_gaussian_network_standard_deviations(kwargs):
+    network = GaussianMLP(2, 3, 4, [8, 8], std_min=0.05, std_max=0.1, **kwargs)
+    mean, std = network({"state": tf.ones([5, 1, 4])})
+    assert mean.shape == std.shape == (5, 6)
+    if kwargs.get("learn_fixed_std"):
+        np.testing.assert_allclose(std, 0.1, rtol=1e-6)  # clamped
+    elif kwargs:
+        np.testing.assert_allclose(std, 0.2)
+    else:
+        assert (std.numpy() > 0.05).all() and (std.numpy() < 0.1).all()
+
+
+def test_replay_buffer_overwrites_the_oldest():
+    buffer = ReplayBuffer(4, (1, 2), (1, 1))
+    for i in range(3):
+        rows = np.full(2, float(i))
+        buffer.add(rows[:, None, None] * np.ones((1, 1, 2)), rows[:, None, None], rows[:, None, None], rows, rows > 1)
+    assert buffer.size == 4 and buffer.rewards.tolist() == [2, 2, 1, 1] and buffer.terminated.tolist() == [1, 1, 0, 0]
+    obs, _, _, rewards, _ = buffer.gather(np.array([[0, 2], [1, 3]]))
+    assert obs.shape == (2, 2, 1, 2) and rewards.tolist() == [[2, 1], [2, 1]]

@@ -33,6 +33,7 @@ OURS: dict[str, str] = {
     "model.diffusion.diffusion_vpg.VPGDiffusion": "diffusion_rl.policies.diffusion.FineTunedDiffusionPolicy",
     "model.diffusion.diffusion_ppo.PPODiffusion": "diffusion_rl.algorithms.dppo.DPPO",
     "agent.dataset.sequence.StitchedSequenceDataset": "diffusion_rl.data.sequences.SequenceDataset",
+    "agent.dataset.sequence.StitchedSequenceQLearningDataset": "diffusion_rl.data.sequences.QLearningDataset",
     "agent.pretrain.train_agent.EMA": "diffusion_rl.core.ema.ema_update",
     "util.scheduler.CosineAnnealingWarmupRestarts": "diffusion_rl.core.lr_schedules.CosineWarmupRestarts",
     "agent.finetune.train_ppo_diffusion_agent.TrainPPODiffusionAgent": "diffusion_rl.loops.on_policy.OnPolicyTraining",

@@ -178,9 +178,12 @@ def sequence_dataset(golden: Golden) -> None:
         path = Path(folder) / "train.npz"
         np.savez(path, **golden.subgroup("dataset"))
         dataset = locate(golden.meta["class_path"])(str(path), **golden.meta["kwargs"])
-        actions, conditions = dataset.gather(np.arange(len(dataset)))
-    ours = {"length": len(dataset), "indices": dataset.indices, "items.actions": actions}
-    ours |= {f"items.conditions.{k}": v for k, v in conditions.items()}
+        items = dataset.gather(np.arange(len(dataset)))._asdict()
+    ours = {"length": len(dataset), "indices": dataset.indices}
+    ours |= {f"items.conditions.{k}": v for k, v in items.pop("conditions").items()}
+    ours |= {f"items.{k}": v for k, v in items.items() if v is not None}
+    if getattr(dataset, "get_mc_return", False):
+        ours["reward_to_go"] = dataset.reward_to_go
     comparison = Comparison(golden.name, 1, "float32")
     for name, value in recorded.items():
         if name not in ours:

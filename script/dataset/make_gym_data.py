@@ -27,7 +27,8 @@ def main() -> int:
     parser.add_argument("--actor", type=Path, help="roll this actor out instead of training one")
     parser.add_argument("--transitions", type=int, default=100_000)
     for field in dataclasses.fields(home_made.Settings):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+        kind = {"action": "store_true"} if field.type == "bool" else {"type": type(field.default)}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
     args = vars(parser.parse_args())
     settings = home_made.Settings(**{f.name: args[f.name] for f in dataclasses.fields(home_made.Settings)})
     tf.config.threading.set_intra_op_parallelism_threads(1)  # the networks are small: more threads only wait

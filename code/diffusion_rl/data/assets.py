@@ -202,8 +202,11 @@ def _attempt(url: str, partial: Path, size: int | None, report: Report) -> None:
 
 def sha256(path: Path) -> str:
     """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        while chunk := f.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _require_hash(path: Path, asset: Asset, delete: bool) -> None:
@@ -232,7 +235,8 @@ class _Progress:
         rate = max(done - self.first, 1) / max(now - self.start, 1e-3)
         text = f"{self.label}: {done / 1e6:.1f} MB"
         if total is not None:
-            text += f" of {total / 1e6:.1f} ({100 * done / max(total, 1):.0f}%), {max(total - done, 0) / rate:.0f} s left"
+            percent, left = 100 * done / max(total, 1), max(total - done, 0) / rate
+            text += f" of {total / 1e6:.1f} ({percent:.0f}%), {left:.0f} s left"
         text += f", {rate / 1e6:.1f} MB/s"
         sys.stderr.write(f"\r{text:<79}" + ("\n" if finished else "") if tty else text + "\n")
         sys.stderr.flush()

@@ -20,7 +20,7 @@ _RANGE_EPSILON = 1e-6  # keeps a constant dimension finite; part of the referenc
 
 @dataclass(frozen=True)
 class Episodes:
-    """states [N,O], actions [N,A], traj_lengths [T] with sum N; optional rewards [N], terminals [N], images [N,C,Hi,Wi].
+    """states [N,O], actions [N,A], traj_lengths [T] with sum N; optional rewards, terminals [N], images [N,C,Hi,Wi].
 
     Episodes stand one after the other. `terminals` marks the last step of an episode that really ended; the last step
     of an episode that was cut by a time limit is not marked.
@@ -127,7 +127,9 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None) ->
     known = {f.name for f in fields(Episodes)}
     lengths = arrays["traj_lengths"]
     if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (len(lengths) and lengths.min() < 0):
-        raise UserError(f"{path}: traj_lengths must be a 1-D array of non-negative integers, got {lengths.dtype} {lengths.shape}")
+        raise UserError(
+            f"{path}: traj_lengths must be a 1-D array of non-negative integers, got {lengths.dtype} {lengths.shape}"
+        )
     lengths = lengths.astype(np.int64)[:max_n_episodes]
     total = int(lengths.sum())
     for key in sorted(known & arrays.keys() - {"traj_lengths"}):

@@ -6,7 +6,10 @@ import numpy as np
 
 
 class ReplayBuffer:
-    """Transitions as float32 arrays; the oldest are overwritten. obs [N,To,O], actions [N,Ta,A], rewards, terminated [N]."""
+    """Transitions as float32 arrays, the oldest overwritten when full.
+
+    obs, next_obs [N,To,O], actions [N,Ta,A], rewards, terminated [N] with N the capacity; `size` rows are filled.
+    """
 
     def __init__(self, capacity: int, obs_shape: tuple[int, int], action_shape: tuple[int, int]):
         self.capacity, self.size, self._next = capacity, 0, 0

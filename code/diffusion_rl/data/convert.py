@@ -1,0 +1,72 @@
+"""From episodes of any source to the npz contract: choose, split, scale, write.
+
+The steps and their order are the reference's: ranges come from the whole source, then the first episodes are taken,
+then training ones drawn, then episodes without reward left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.data.episodes import Episodes, Normalization, save_episodes
+from diffusion_rl.data.sources import load
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` made: the splits, the statistics and how many episodes had no reward."""
+
+    splits: dict[str, Episodes]
+    normalization: Normalization
+    skipped: int
+
+
+def convert(
+    episodes: Episodes,
+    normalization: Normalization,
+    *,
+    max_episodes: int | None = None,
+    val_split: float = 0.0,
+    keep_unrewarded: bool = False,
+    noise: NoiseSource | NoiseTape | None = None,
+) -> Converted:
+    """Scale to [-1, 1] and split by whole episodes.
+
+    max_episodes: take the first ones only. val_split: share of them for validation, drawn with `noise`.
+    keep_unrewarded: keep episodes whose rewards add up to nothing positive, which the reference leaves out.
+    """
+    if not 0.0 <= val_split < 1.0:
+        raise UserError(f"the validation share must be at least 0 and below 1, got {val_split}")
+    chosen = np.arange(len(episodes.traj_lengths))[:max_episodes]
+    n_train = int(len(chosen) * (1 - val_split))
+    in_train = np.ones(len(chosen), bool)
+    if val_split:
+        in_train[:] = False
+        in_train[(noise or NoiseSource(0)).permutation(len(chosen))[:n_train]] = True
+    keep = np.ones(len(chosen), bool)
+    if not keep_unrewarded and episodes.rewards is not None:
+        keep = episodes.returns[chosen] > 0
+    splits = {"train": chosen[in_train & keep]} | ({"val": chosen[~in_train & keep]} if val_split else {})
+    for split, which in splits.items():
+        if not len(which):
+            raise UserError(
+                f"no episode left for {split} of {len(chosen)} ({int((~keep).sum())} have no reward: "
+                f"--keep-unrewarded keeps them)"
+            )
+    scaled = normalization.apply(episodes)
+    return Converted({k: scaled.select(v) for k, v in splits.items()}, normalization, int((~keep).sum()))
+
+
+def convert_file(
+    source: str | os.PathLike, out_dir: str | os.PathLike, obs_keys: Sequence[str] = (), **options
+) -> Converted:
+    """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`."""
+    converted = convert(*load(source, obs_keys), **options)
+    save_episodes(out_dir, converted.splits, converted.normalization)
+    return converted

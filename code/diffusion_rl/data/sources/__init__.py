@@ -1,0 +1,43 @@
+"""Readers of other people's file layouts: each gives `data.episodes.Episodes` with the values untouched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import h5py
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes
+from diffusion_rl.data.sources import d4rl, minari
+
+
+def load(path: str | os.PathLike, obs_keys: Sequence[str] = ()) -> tuple[Episodes, Normalization]:
+    """Complete episodes and the ranges of everything in a D4RL or Minari HDF5 file (or Minari's folder), or in an npz
+    of unscaled arrays; the layout is recognised.
+
+    obs_keys: for Minari observations that are dictionaries, what to concatenate, in this order.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = minari.file_in(path)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    if path.suffix == ".npz":
+        episodes = load_episodes(path)
+        return episodes, Normalization.of(episodes)
+    try:
+        with h5py.File(path, "r") as file:
+            if d4rl.recognises(file):
+                return d4rl.read(file, str(path))
+            if minari.recognises(file):
+                episodes = minari.read(file, str(path), obs_keys)
+                return episodes, Normalization.of(episodes)
+            found = ", ".join(sorted(file)[:8]) or "nothing"
+    except OSError as error:
+        raise UserError(f"{path} is not an HDF5 or npz file, or it is damaged ({error})") from error
+    raise UserError(
+        f"{path}: neither D4RL's layout (observations, actions, rewards, terminals) nor Minari's (episode_0, …); "
+        f"found {found}"
+    )

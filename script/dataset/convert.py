@@ -1,0 +1,49 @@
+"""Convert a D4RL or Minari HDF5 file (or a Minari folder) to train.npz and normalization.npz.
+
+Example: python script/dataset/convert.py hopper_medium-v2.hdf5 data/gym/hopper-medium-v2
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
+
+from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.noise import NoiseSource  # noqa: E402
+from diffusion_rl.data.convert import convert_file  # noqa: E402
+from diffusion_rl.data.validate import validate  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out_dir", type=Path)
+    parser.add_argument("--max-episodes", type=int, help="take the first ones only")
+    parser.add_argument("--val-split", type=float, default=0.0, help="share of episodes for val.npz (default: none)")
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--keep-unrewarded", action="store_true", help="keep episodes whose return is not positive")
+    parser.add_argument("--obs-keys", nargs="*", default=[], help="parts of dictionary observations, in order")
+    args = parser.parse_args()
+    try:
+        converted = convert_file(
+            args.source,
+            args.out_dir,
+            args.obs_keys,
+            max_episodes=args.max_episodes,
+            val_split=args.val_split,
+            keep_unrewarded=args.keep_unrewarded,
+            noise=NoiseSource(args.seed),
+        )
+        if converted.skipped:
+            print(f"left out {converted.skipped} episodes without positive return (--keep-unrewarded keeps them)")
+        for line in validate(args.out_dir):
+            print(line)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The maker of home-made data: a very short training, whole episodes, the files, and the shipped data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_rl.data.episodes import load_episodes, read_npz
+from diffusion_rl.data.sequences import SequenceDataset
+from diffusion_rl.data.validate import validate
+from diffusion_rl.loops import home_made_data as home_made
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TASKS = sorted(home_made.MEDIUM_RETURN)
+
+
+def test_mantissas_are_rounded():
+    x = np.random.default_rng(0).uniform(-1, 1, 1000).astype(np.float32)
+    rounded = home_made.round_mantissa(x)
+    assert np.max(np.abs(rounded / x - 1)) <= 2.0**-16
+    assert not np.any(rounded.view(np.uint32) & 0xFF)
+    assert home_made.round_mantissa(np.array([1, -1, 0], np.float32)).tolist() == [1, -1, 0]
+
+
+def test_a_short_run_from_the_command_line(tmp_path):
+    args = "hopper --max-updates 20 --eval-every 10 --updates-per-call 10 --explore-steps 100 --batch-size 16 "
+    args += f"--n-envs 4 --n-eval-envs 2 --transitions 500 --work-dir {tmp_path}/work --out-dir {tmp_path}/out"
+    command = [sys.executable, REPOSITORY / "script" / "dataset" / "make_gym_data.py", *args.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 updates" in done.stdout and "min left" in done.stdout
+    assert (tmp_path / "work" / "actor_0000020.npz").exists()
+    assert any("return" in line for line in validate(tmp_path / "out"))
+    episodes = load_episodes(tmp_path / "out" / "train.npz")
+    assert episodes.traj_lengths.sum() >= 500
+    ends = episodes.starts + episodes.traj_lengths - 1
+    assert episodes.terminals[ends].all() and episodes.terminals.sum() == len(ends)  # an untrained hopper always falls
+    first = episodes.states[episodes.starts]  # every episode begins near the standing pose
+    height = read_npz(tmp_path / "out" / "normalization.npz")
+    np.testing.assert_allclose(
+        (first[:, 0] + 1) / 2 * (height["obs_max"][0] - height["obs_min"][0]) + height["obs_min"][0], 1.25, atol=6e-3
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_shipped_data(task):
+    folder = REPOSITORY / "data" / "gym" / f"{task}-medium-v2"
+    if not folder.exists():
+        pytest.skip(f"{folder.name} is not made yet")
+    assert (folder / "train.npz").stat().st_size <= home_made.MAX_FILE_BYTES
+    text = "\n".join(validate(folder))
+    assert "constant" not in text
+    data = SequenceDataset(folder / "train.npz", horizon_steps=4)
+    assert data.states.dtype == np.float32 and len(data) > 60_000
+    assert f"{load_episodes(folder / 'train.npz').returns.mean():.1f}" in (folder.parent / "README.md").read_text()

@@ -1,0 +1,158 @@
+"""Windows over episodes: recordings of the PyTorch reference replayed, and the errors a user can meet."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.data.sequences import QLearningDataset, SequenceDataset, discounted_returns
+
+GOLDENS = Path(os.environ.get("DPPO_GOLDEN_DIR", Path(__file__).resolve().parents[1] / "parity_tests" / "goldens"))
+
+
+def golden(case: str, tmp_path: Path) -> tuple[dict, dict[str, np.ndarray], Path]:
+    """Metadata, arrays, and the recorded data set as a file."""
+    if not (GOLDENS / f"{case}.npz").exists():
+        pytest.skip(f"no recording {case} in {GOLDENS}")
+    with np.load(GOLDENS / f"{case}.npz") as z:
+        meta, arrays = json.loads(str(z["meta"])), {k: z[k] for k in z.files if k != "meta"}
+    path = tmp_path / "train.npz"
+    np.savez(path, **{k[11:]: v for k, v in arrays.items() if k.startswith("in/dataset.")})
+    return meta, arrays, path
+
+
+@pytest.mark.parametrize("case", ["dataset_base", "dataset_cond2", "dataset_img"])
+def test_windows_equal_the_reference(case, tmp_path):
+    meta, arrays, path = golden(case, tmp_path)
+    data = SequenceDataset(str(path), **meta["kwargs"])
+    assert len(data) == arrays["out/length"]
+    np.testing.assert_array_equal(data.indices, arrays["out/indices"])
+    actions, conditions = data.gather(np.arange(len(data)))
+    np.testing.assert_array_equal(actions, arrays["out/items.actions"])
+    assert set(conditions) == {k.rsplit(".", 1)[1] for k in arrays if "conditions" in k}
+    for key, values in conditions.items():
+        np.testing.assert_array_equal(values, arrays[f"out/items.conditions.{key}"])
+        assert values.dtype == arrays[f"out/items.conditions.{key}"].dtype
+    item = data.item(3)
+    np.testing.assert_array_equal(item.actions, arrays["out/items.actions"][3])
+    np.testing.assert_array_equal(item.conditions["state"], arrays["out/items.conditions.state"][3])
+
+
+def test_q_learning_transitions_equal_the_reference(tmp_path):
+    meta, arrays, path = golden("dataset_qlearn", tmp_path)
+    data = QLearningDataset(str(path), **meta["kwargs"])
+    np.testing.assert_array_equal(data.indices, arrays["out/indices"])
+    batch = data.gather(np.arange(len(data)))
+    for key in ("actions", "rewards", "dones", "reward_to_gos"):
+        np.testing.assert_array_equal(getattr(batch, key), arrays[f"out/items.{key}"], err_msg=key)
+    for key in ("state", "next_state"):
+        np.testing.assert_array_equal(batch.conditions[key], arrays[f"out/items.conditions.{key}"], err_msg=key)
+    np.testing.assert_array_equal(data.reward_to_go, arrays["out/reward_to_go"])
+    assert data.item(-1).reward_to_gos.shape == (1,)
+
+
+def test_split_draws_as_the_reference_and_validates_on_the_rest(tmp_path):
+    _, arrays, path = golden("dataset_train_val_split", tmp_path)
+    data = SequenceDataset(path, horizon_steps=4)  # 15 rows in two episodes: 15 - 2 * 3 = 9 windows, as recorded
+    assert len(data) == len(arrays["in/sample_order"])
+    n = len(arrays["out/train_indices"])
+    train, validation = data.split((n + 0.5) / len(data), NoiseTape([arrays["in/sample_order"]]))
+    np.testing.assert_array_equal(data.indices[train], arrays["out/train_indices"])
+    assert sorted([*train, *validation]) == list(range(len(data)))
+
+
+def write(path: Path, lengths=(5, 2, 4), **changes) -> Path:
+    """A data set in which a state says its row and an action is half of it."""
+    n = sum(lengths)
+    rows = np.arange(n, dtype=np.float32)
+    arrays = {
+        "states": np.stack([rows, -rows], 1),
+        "actions": rows[:, None] / 2,
+        "rewards": np.ones(n, np.float32),
+        "terminals": np.zeros(n, bool),
+        "traj_lengths": np.array(lengths),
+    } | changes
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return path
+
+
+def test_windows_by_hand(tmp_path):
+    data = SequenceDataset(write(tmp_path / "d.npz"), horizon_steps=4, cond_steps=3)
+    # episode 0 is rows 0-4: windows at 0 and 1; episode 1 (rows 5, 6) is too short; episode 2 is rows 7-10: one window
+    assert data.indices.tolist() == [[0, 0], [1, 1], [7, 0]]
+    assert data.n_short_episodes == 1
+    actions, conditions = data.gather([1, 2])
+    assert (2 * actions[..., 0]).tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
+    assert conditions["state"][..., 0].tolist() == [[0, 0, 1], [7, 7, 7]]
+
+
+def test_max_n_episodes_and_dimensions(tmp_path):
+    data = SequenceDataset(write(tmp_path / "d.npz"), horizon_steps=2, max_n_episodes=2)
+    assert data.states.shape == (7, 2) and data.traj_lengths.tolist() == [5, 2]
+    data.require_dims(2, 1)
+    with pytest.raises(UserError, match="obs_dim=2 and action_dim=1, the configuration says obs_dim=11"):
+        data.require_dims(11, 3)
+
+
+def test_q_learning_leaves_out_the_last_window_of_cut_episodes(tmp_path):
+    terminals = np.zeros(11, bool)
+    terminals[4] = True
+    data = QLearningDataset(write(tmp_path / "d.npz", terminals=terminals), horizon_steps=2)
+    assert data.indices[:, 0].tolist() == [0, 1, 2, 3, 7, 8]
+    batch = data.gather(np.arange(6))
+    assert batch.conditions["next_state"][:, 0, 0].tolist() == [2, 3, 4, 5, 0, 0]  # the last two windows: zero
+    assert batch.reward_to_gos is None
+
+
+def test_discounted_returns():
+    # episodes [1, 2, 3] and [4], discount 1/2: 1 + 2/2 + 3/4 = 2.75; 2 + 3/2 = 3.5; 3; 4
+    rewards = np.array([1, 2, 3, 4], np.float32)
+    assert discounted_returns(rewards, np.array([3, 1]), 0.5).tolist() == [2.75, 3.5, 3, 4]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5, 0.01])
+def test_a_useless_split_is_refused(fraction, tmp_path):
+    with pytest.raises(UserError, match="train_split"):
+        SequenceDataset(write(tmp_path / "d.npz"), horizon_steps=2).split(fraction, NoiseSource(0))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"states": None}, "missing states"),
+        ({"traj_lengths": None}, "missing traj_lengths"),
+        ({"traj_lengths": np.array([5, 2, 40])}, "adds up to 47"),
+        ({"traj_lengths": np.array([5.0, 6.0])}, "integers"),
+        ({"traj_lengths": np.array([12, -1])}, "non-negative"),
+        ({"states": np.full((11, 2), np.nan)}, "states holds NaN or infinity .first in row 0"),
+        ({"actions": np.r_[np.zeros(10), np.inf][:, None]}, "actions holds NaN or infinity .first in row 10"),
+        ({"states": np.zeros(11)}, "states must have 2 dimensions"),
+        ({"states": np.array([{}] * 11, dtype=object)}, "not an npz of plain arrays"),
+        ({"traj_lengths": np.array([1] * 11)}, "longest episode: 1"),
+        ({"traj_lengths": np.array([], int)}, "no transitions"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(changes, message, tmp_path):
+    path = write(tmp_path / "d.npz", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        SequenceDataset(path, horizon_steps=2)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_damaged_files(tmp_path):
+    with pytest.raises(UserError, match="no such file: .*train.npz.*convert.py"):
+        SequenceDataset(tmp_path / "train.npz")
+    path = write(tmp_path / "d.npz")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="damaged"):
+        SequenceDataset(path)
+    with pytest.raises(UserError, match="img_cond_steps"):
+        SequenceDataset(path, cond_steps=1, img_cond_steps=2)
+    with pytest.raises(UserError, match="no images"):
+        SequenceDataset(write(tmp_path / "e.npz"), horizon_steps=2, use_img=True)
+    with pytest.raises(UserError, match="Q-learning needs rewards"):
+        QLearningDataset(write(tmp_path / "f.npz", rewards=None), horizon_steps=2)
