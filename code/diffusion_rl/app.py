@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion_rl import command_line
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.core.config import first_line, instantiate, instantiate_trusted, register_resolvers, targets
+from diffusion_rl.core.config import find_class, instantiate, instantiate_trusted, register_resolvers, targets
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 
@@ -54,9 +54,9 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     """
     _find_data(config)
     OmegaConf.resolve(config)
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda key: (key.count("."), key))
     if missing:
-        raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=… on the command line")
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=… on the command line")
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     if "_target_" not in plain:
         raise UserError("the configuration has no _target_: it names no loop to run")
@@ -73,15 +73,9 @@ def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
     config = prepare(config, defaults)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _select_device(config.get("device"))
+    loop_class = find_class(config._target_)
     check_arguments(OmegaConf.to_container(config))  # type: ignore[arg-type]
-    return _loop_class(str(config._target_))(config).run()
-
-
-def _loop_class(name: str) -> Any:
-    try:
-        return hydra.utils.get_class(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"_target_: cannot import '{name}' ({first_line(error.__cause__ or error)})") from error
+    return loop_class(config).run()
 
 
 def _check_target(where: str, name: Any) -> None:

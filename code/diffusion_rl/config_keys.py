@@ -11,9 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import hydra.utils
-
-from diffusion_rl.core.config import PACKAGE, first_line, flatten, targets
+from diffusion_rl.core.config import PACKAGE, find_class, flatten, targets
 from diffusion_rl.core.errors import UserError
 
 KEYS: dict[str, str] = {
@@ -222,16 +220,16 @@ def _parameters(target: str, where: str) -> tuple[set[str], bool]:
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
     try:
-        found = hydra.utils.get_object(target)
-    except Exception as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"{where}._target_: cannot import '{target}' ({reason})") from error
-    callables = [vars(base)["__init__"] for base in found.__mro__ if "__init__" in vars(base)]
+        found = find_class(target)
+    except UserError as error:
+        raise UserError(f"{where}._target_: {error}") from error
     names: set[str] = set()
-    for constructor in callables:
-        if str(getattr(constructor, "__module__", "")).split(".")[0] != target.split(".")[0]:
+    for base in found.__mro__:
+        if base.__module__.split(".")[0] != target.split(".")[0]:
             break
-        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
