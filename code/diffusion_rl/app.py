@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion_rl import command_line
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.core.config import first_line, instantiate, instantiate_trusted, register_resolvers, targets
+from diffusion_rl.core.config import find_class, instantiate, instantiate_trusted, register_resolvers, targets
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(command_line.help_text(options))
         else:
             defaults = command_line.check_names(options)
-            _hydra_main(arguments, defaults)
+            _hydra_main(command_line.overrides_last(arguments, options), defaults)
     return status[0]
 
 
@@ -54,9 +55,9 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     """
     _find_data(config)
     OmegaConf.resolve(config)
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda key: (key.count("."), key))
     if missing:
-        raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=… on the command line")
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=… on the command line")
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     if "_target_" not in plain:
         raise UserError("the configuration has no _target_: it names no loop to run")
@@ -64,25 +65,17 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
         _check_target(f"{where}._target_".lstrip("."), mapping["_target_"])
     check_keys(plain, defaults or {})
     _complete_wandb(plain)
-    plain["logdir"] = _run_folder(plain)
     return OmegaConf.create(plain)
 
 
 def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
     """Build the loop that `config` describes and run it."""
     config = prepare(config, defaults)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     _select_device(config.get("device"))
     _start_tensorflow()
+    loop_class = find_class(config._target_)
     check_arguments(OmegaConf.to_container(config))  # type: ignore[arg-type]
-    return _loop_class(str(config._target_))(config).run()
-
-
-def _loop_class(name: str) -> Any:
-    try:
-        return hydra.utils.get_class(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"_target_: cannot import '{name}' ({first_line(error.__cause__ or error)})") from error
+    return loop_class(config).run()
 
 
 def _check_target(where: str, name: Any) -> None:
@@ -115,30 +108,6 @@ def _complete_wandb(config: dict[str, Any]) -> None:
     config["wandb"] = defaults | {key: value for key, value in wandb.items() if value is not None}
 
 
-def _run_folder(config: Mapping[str, Any]) -> str:
-    """`logdir`, or the folder that `resume` names; auto: the newest of this name and seed that has a checkpoint."""
-    logdir, resume = str(config.get("logdir")), config.get("resume") or "never"
-    if resume == "never":
-        return logdir
-    if resume == "auto":
-        if _has_checkpoint(Path(logdir)):
-            return logdir
-        folders = [f for f in Path(logdir).parent.glob(f"*_{config.get('seed')}") if _has_checkpoint(f)]
-        return str(max(folders, key=lambda f: f.name)) if folders else logdir
-    path = Path(str(resume))
-    if not path.exists():
-        raise UserError(f"resume={resume}: no such run folder or checkpoint (or use resume=auto or resume=never)")
-    folder = path.parent if path.is_file() else path
-    folder = folder.parent if folder.name == "checkpoint" else folder
-    if not _has_checkpoint(folder):
-        raise UserError(f"resume={resume}: there is no checkpoint/state_<n>.safetensors in {folder}")
-    return str(folder)
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob("checkpoint/state_*.safetensors"))
-
-
 def _select_device(device: str | None) -> None:
     """Show TensorFlow the GPU that `device` ("cuda:N", "cpu", null) names; without any GPU all are the processor."""
     import tensorflow as tf
@@ -158,6 +127,7 @@ def _select_device(device: str | None) -> None:
             tf.config.experimental.set_memory_growth(gpu, True)
 
 
+@functools.cache
 def _start_tensorflow() -> None:
     from diffusion_rl.core.threads import configure_threads, silence_compiler
 
@@ -174,10 +144,10 @@ def _reported(arguments: Sequence[str]) -> Iterator[list[int]]:
         yield status
     except SystemExit as end:
         status[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if wants_traceback:
             raise
-        print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
+        print(str(stopped) or "interrupted; resume=auto goes on from the last checkpoint", file=sys.stderr)
         status[0] = INTERRUPTED
     except Exception as error:
         line = None if wants_traceback else command_line.line_for_user(error, arguments)

@@ -38,7 +38,12 @@ def parse(arguments: Sequence[str]) -> Namespace:
         raise UserError(f"{message} (--help lists the options)")
 
     parser.error = error  # type: ignore[method-assign]
-    return parser.parse_args(list(arguments))
+    return parser.parse_intermixed_args(list(arguments))
+
+
+def overrides_last(arguments: Sequence[str], options: Namespace) -> list[str]:
+    """Hydra's parser refuses `a=1 -m b=2`: put the options first."""
+    return [argument for argument in arguments if argument not in options.overrides] + options.overrides
 
 
 def check_names(options: Namespace) -> dict[str, Any]:

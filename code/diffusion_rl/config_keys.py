@@ -11,9 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import hydra.utils
-
-from diffusion_rl.core.config import PACKAGE, first_line, flatten, targets
+from diffusion_rl.core.config import PACKAGE, find_class, flatten, targets
 from diffusion_rl.core.errors import UserError
 
 KEYS: dict[str, str] = {
@@ -28,6 +26,7 @@ KEYS: dict[str, str] = {
     "log_dir": "folder of all run folders; default $DPPO_LOG_DIR, else log [ours]",
     "logdir": "this run's folder",
     "resume": "never | auto (newest folder of this name and seed) | a run folder or checkpoint [ours]",
+    "tensorboard": "write TensorBoard events; default true [ours]",
     "wandb": "null: off; +wandb.mode=online turns it on",
     "wandb.mode": "online, offline or disabled",
     "wandb.entity": "default $DPPO_WANDB_ENTITY, else wandb's own",
@@ -49,17 +48,15 @@ KEYS: dict[str, str] = {
     "base_policy_path": "policy to start from or to evaluate: .safetensors, or the reference's .pt",
     # environments
     "env": "in pre-training just the data set's name",
-    "env.engine": "mujoco (batched, restorable) | d4rl (the original gym stack) [ours]",
-    "env.env_type": "kind of simulator if not the default",
+    "env.engine": "mujoco (locomotion batched and restorable) | gymnasium (a process per environment) [ours]",
+    "env.threads": "threads that step batched environments; default 2 [ours]",
+    "env.d4rl_time_limit": "steps after which D4RL ends an episode by itself; null: never [ours]",
     "env.name": "the environment's name",
     "env.n_envs": "E, environments stepped together",
-    "env.n_threads": "threads that step them; default the machine's cores [ours]",
     "env.max_episode_steps": "environment steps after which an episode is truncated",
     "env.reset_at_iteration": "start new episodes at each iteration",
     "env.save_video": "write videos of evaluations to render/",
-    "env.render": "show a window",
     "env.save_full_observations": "keep every observation, not only one per chunk",
-    "env.use_image_obs": "observations with images",
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
@@ -67,9 +64,6 @@ KEYS: dict[str, str] = {
     "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
     "env.wrappers.multi_step.reset_within_step": "begin the next episode in the step that ended one",
     "env.wrappers.multi_step.pass_full_observations": "infos carry every observation of the chunk",
-    "env.wrappers.multi_step.reward_agg_method": "how a chunk's rewards are put together: sum, mean, min or max",
-    "env.wrappers.multi_step.prev_action": "observations carry the previous action",
-    "env.wrappers.multi_step.verbose": "accepted, ignored",
     # evaluation
     "n_steps": "chunk steps S of an evaluation",
     "render_num": "environments of which an evaluation makes videos",
@@ -92,8 +86,6 @@ KEYS: dict[str, str] = {
     "train.gae_lambda": "lambda of generalised advantage estimation",
     "train.batch_size": "rows of a minibatch; in DPPO a row is one denoising step of one chunk",
     "train.update_epochs": "passes over an iteration's data",
-    "train.logprob_batch_size": "rows at a time when old log-probabilities are computed",
-    "train.grad_accumulate": "minibatches whose gradients make one step",
     "train.reward_scale_running": "divide rewards by the running deviation of returns",
     "train.reward_scale_const": "and multiply them with this",
     "train.target_kl": "stop an iteration's update when the approximate KL divergence exceeds this",
@@ -102,11 +94,10 @@ KEYS: dict[str, str] = {
     "train.max_grad_norm": "clip the actor's gradient to this norm",
     "train.use_bc_loss": "add a behaviour-cloning loss on the base policy's own samples",
     "train.bc_loss_coeff": "its weight",
+    "train.fast": "the compiled fast path; default true; false: the plain one, same numbers, slower [ours]",
     "train.force_train": "train in every iteration, evaluations included",
     "train.save_model_freq": "iterations (epochs) between checkpoints",
     "train.val_freq": "iterations between evaluations (epochs between validations)",
-    "train.log_freq": "iterations (epochs) between log lines",
-    "train.save_trajs": "keep an iteration's trajectories on disk",
     "train.render.freq": "iterations between videos",
     "train.render.num": "environments of which videos are made",
     "train.eta_lr": "learning rate of a learned eta (model.learn_eta)",
@@ -125,8 +116,12 @@ for _which in ("actor", "critic"):
         f"train.{_which}_weight_decay": f"decoupled weight decay of the {_which}",
     }
 
-#: Below these anything goes: they are handed to an environment as they are.
-OPEN = ("env.specific.", "env.wrappers.")
+KEYS |= dict.fromkeys(
+    ("train.logprob_batch_size", "train.log_freq", "train.save_trajs", "env.render", "env.wrappers.multi_step.verbose"),
+    "accepted for the reference's command lines; has no effect here",
+)
+#: Keyword arguments of an environment: anything goes.
+OPEN = "env.specific."
 #: Arguments that the reference's configurations pass to classes that ignore them.
 IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim"}
 #: Values that count things.
@@ -174,7 +169,7 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         if groups and value is not None and value != {}:
             raise UserError(f"{key}={value}: '{key}' is a group of keys, not a value; it holds {_some(groups)}")
         _check_kind(key, value, defaults.get(key))
-        if key in KEYS or key.startswith(objects + OPEN) or (own_env and key.startswith("env.")):
+        if key in KEYS or key.startswith((*objects, OPEN)) or (own_env and key.startswith("env.")):
             continue
         if value == {} and any(known.startswith(f"{key}.") for known in KEYS):
             continue
@@ -222,16 +217,16 @@ def _parameters(target: str, where: str) -> tuple[set[str], bool]:
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
     try:
-        found = hydra.utils.get_object(target)
-    except Exception as error:
-        reason = first_line(error.__cause__ or error)
-        raise UserError(f"{where}._target_: cannot import '{target}' ({reason})") from error
-    callables = [vars(base)["__init__"] for base in found.__mro__ if "__init__" in vars(base)]
+        found = find_class(target)
+    except UserError as error:
+        raise UserError(f"{where}._target_: {error}") from error
     names: set[str] = set()
-    for constructor in callables:
-        if str(getattr(constructor, "__module__", "")).split(".")[0] != target.split(".")[0]:
+    for base in found.__mro__:
+        if base.__module__.split(".")[0] != target.split(".")[0]:
             break
-        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False

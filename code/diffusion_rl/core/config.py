@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -129,15 +131,26 @@ def instantiate_trusted(node: Any, **arguments: Any) -> Any:
     return instantiate(OmegaConf.create(plain), **arguments)
 
 
+def find_class(name: str) -> type:
+    """The class `package.module.Class`. Raises UserError saying why it cannot be had."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None) if module else None
+    except ImportError as error:
+        raise UserError(f"cannot import '{name}': {error}") from error
+    if not inspect.isclass(found):
+        raise UserError(f"'{name}' is not a class")
+    return found
+
+
 def _is_own_class(name: Any) -> bool:
-    """Whether `name` is a class that this package defines: `diffusion_rl.core.config.ast.parse` is not."""
+    """Whether `name` is a class that this package itself defines, not one that a module of ours merely imports."""
     if not isinstance(name, str) or not name.startswith(PACKAGE):
         return False
     try:
-        found = hydra.utils.get_class(name)
-    except Exception:  # whatever goes wrong in looking it up, it is not a class of ours
+        return find_class(name).__module__.startswith(PACKAGE)
+    except UserError:
         return False
-    return found.__module__.startswith(PACKAGE)
 
 
 def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
