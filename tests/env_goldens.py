@@ -169,10 +169,7 @@ def build(path: str | Path, index: int) -> MultiStep | gymnasium.Env:
     recording = Recording(path)
     env: Any = Scripted(recording, index)
     for name, kwargs in recording.stack:
-        if name == "MultiStep":
-            env = _multi_step(env, kwargs)
-        else:
-            env = _normalizing(env, name, kwargs, recording)
+        env = _multi_step(env, kwargs) if name == "MultiStep" else _normalizing(env, name, kwargs, recording)
     return env
 
 

@@ -14,6 +14,7 @@ import pytest
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco", reason='needs pip install -e ".[gym]"')
 
+from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.envs.locomotion import (  # noqa: E402
     TASKS,
     LocomotionPhysics,
@@ -127,6 +128,12 @@ def test_a_subset_steps_as_in_the_whole() -> None:
             result = halves.step_subset(rows, chunk[rows])
             np.testing.assert_array_equal(result.observations["state"], expected.observations["state"][rows])
             np.testing.assert_array_equal(result.rewards, expected.rewards[rows])
+
+
+def test_versions_of_mujoco_with_other_physics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mujoco.__version__", "3.5.0")
+    with pytest.raises(UserError, match="mujoco 3.5.0 no longer follows"):
+        LocomotionPhysics("hopper")
 
 
 def test_names() -> None:

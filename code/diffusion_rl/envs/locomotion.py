@@ -80,6 +80,11 @@ def task_of(name: str) -> str | None:
 
 def load_model(task: str) -> mujoco.MjModel:
     """The task's model with the bodies of MuJoCo 2.1.0."""
+    if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5):
+        raise UserError(
+            f"mujoco {mujoco.__version__} no longer follows the physics of D4RL's data: "
+            'pip install "mujoco>=3.1.6,<3.5" (or the extra: pip install -e ".[gym]")'
+        )
     xml = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / TASKS[task].xml
     model = mujoco.MjModel.from_xml_path(str(xml))
     restore_bodies(model, task)
@@ -105,7 +110,7 @@ class D4RLTerms(gymnasium.Wrapper):
         self._elapsed = 0
         return self.env.reset(seed=seed, options=options)
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
         observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
         self._elapsed += 1
         if self.time_limit is not None and self._elapsed >= self.time_limit:
@@ -123,7 +128,7 @@ def single_locomotion(name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **
     if task is None:
         raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
     # not gymnasium.make: it warns that -v4 is old and adds wrappers
-    env = load_env_creator(gymnasium.spec(TASKS[task].gymnasium_id).entry_point)(**kwargs)
+    env: Any = load_env_creator(str(gymnasium.spec(TASKS[task].gymnasium_id).entry_point))(**kwargs)
     restore_bodies(env.model, task)
     return D4RLTerms(env, time_limit)
 
@@ -227,8 +232,10 @@ class LocomotionPhysics:
         warm = np.empty_like(warmstarts)
         rows = iter(range(len(actions)))  # shared: each thread takes the next row when it is done with one
         arguments = (rows, states, warmstarts, controls, substeps, warm)
-        helpers = min(self.threads, len(actions)) - 1
-        futures = [self._pool.submit(self._roll, 1 + i, *arguments) for i in range(helpers)]
+        futures = []
+        if self._pool is not None:
+            helpers = min(self.threads, len(actions)) - 1
+            futures = [self._pool.submit(self._roll, 1 + i, *arguments) for i in range(helpers)]
         self._roll(0, *arguments)
         for future in futures:
             future.result()
@@ -330,7 +337,7 @@ class LocomotionVectorEnv:
         self.d4rl_time_limit = d4rl_time_limit
         self.clip_actions = clip_actions
         self.physics = LocomotionPhysics(task, threads)
-        self.obs_spec = {"state": (self.physics.obs_dim,)}
+        self.obs_spec: dict[str, tuple[int, ...]] = {"state": (self.physics.obs_dim,)}
         self.action_dim = self.physics.action_dim
         self._history = ChunkHistory(n_envs, n_obs_steps, self.physics.obs_dim, max_episode_steps)
         self._elapsed = np.zeros(n_envs, dtype=np.int64)

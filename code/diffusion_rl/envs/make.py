@@ -71,9 +71,8 @@ def make_vector_env(
 
 def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The node as plain dicts, its interpolations resolved, so that workers need not know OmegaConf."""
-    if OmegaConf.is_config(env_cfg):
-        return OmegaConf.to_container(env_cfg, resolve=True)
-    return dict(env_cfg)
+    plain: Any = OmegaConf.to_container(env_cfg, resolve=True) if OmegaConf.is_config(env_cfg) else env_cfg
+    return dict(plain)
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:

@@ -7,7 +7,7 @@ To observation history, O observation.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -18,7 +18,7 @@ from diffusion_rl.core.normalizers import MinMaxNormalizer
 
 Observations = dict[str, np.ndarray]
 
-REWARD_AGGREGATES = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}
+REWARD_AGGREGATES: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}
 
 
 class LowdimWrapper(gymnasium.Wrapper):
@@ -46,7 +46,9 @@ class LowdimWrapper(gymnasium.Wrapper):
         self.observation_space = gymnasium.spaces.Dict(self._boxes())
 
     def _boxes(self) -> dict[str, gymnasium.Space]:
-        raw = self.env.observation_space
+        raw: Any = self.env.observation_space
+        if self.keys is None and len(raw.shape or ()) != 1:
+            raise UserError(f"normalised observations must be vectors (a one-dimensional gymnasium Box), not {raw}")
         size = raw.shape[0] if self.keys is None else sum(raw[key].shape[0] for key in self.keys)
         return {"state": gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)}
 
@@ -86,7 +88,8 @@ class ImageWrapper(LowdimWrapper):
         super().__init__(env, normalizer, **kwargs)
 
     def _boxes(self) -> dict[str, gymnasium.Space]:
-        cameras = [self.env.observation_space[key].shape for key in self.image_keys]
+        raw: Any = self.env.observation_space
+        cameras = [raw[key].shape for key in self.image_keys]
         shape = (sum(camera[0] for camera in cameras), *cameras[0][1:])
         return {"rgb": gymnasium.spaces.Box(0, 255, shape), **super()._boxes()}
 

@@ -258,7 +258,7 @@ class ProcessVectorEnv(MultiStepVectorEnv):
 def _hidden_main_module() -> Iterator[None]:
     """Keep new processes from importing the main script anew, which would load TensorFlow into each of them."""
     main = sys.modules["__main__"]
-    kept = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__dict__.pop("__file__", None)
     main.__dict__["__spec__"] = None
     try:
