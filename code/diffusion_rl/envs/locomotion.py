@@ -476,7 +476,7 @@ class LocomotionVectorEnv:
     def _start_video(self, row: int, path: str) -> None:
         from diffusion_rl.envs.video import LocomotionRecorder  # rendering libraries load only when asked for
 
-        self._recorders[row] = LocomotionRecorder(self.physics.model, path, fps=round(1 / self.physics.dt))
+        self._recorders[row] = LocomotionRecorder(task_of(self.name) or self.name, path, fps=round(1 / self.physics.dt))
 
     def _record(self, indices: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
         for position, row in enumerate(indices if self._recorders else ()):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs import worker
+from diffusion_rl.envs import processes, worker
 from diffusion_rl.envs.multi_step import MultiStep, Observations
 
 
@@ -213,11 +210,8 @@ class SyncVectorEnv(MultiStepVectorEnv):
 class _ProcessLane:
     """An environment in a process of its own."""
 
-    def __init__(self, build: Callable[[], MultiStep], context: Any):
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=worker.serve, args=(theirs, build), daemon=True)
-        self._process.start()
-        theirs.close()
+    def __init__(self, build: Callable[[], MultiStep]):
+        self._process, self._connection = processes.start(worker.serve, build)
 
     def send(self, method: str, arguments: tuple) -> None:
         self._connection.send((method, arguments))
@@ -242,29 +236,12 @@ class _ProcessLane:
 class ProcessVectorEnv(MultiStepVectorEnv):
     """Every environment in a process of its own; one that dies is reported with its index and traceback.
 
-    The processes come from a fork server that never saw TensorFlow (forking after TensorFlow has started threads is
-    unsafe) and do not import the main script: whatever `builders` name must be importable.
+    The processes know nothing of the main script (see processes.py): what `builders` name must be importable.
     """
 
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["diffusion_rl.envs.worker"])
-        with _hidden_main_module():
-            for build in builders:
-                self._lanes.append(_ProcessLane(build, context))
-
-
-@contextlib.contextmanager
-def _hidden_main_module() -> Iterator[None]:
-    """Keep new processes from importing the main script anew, which would load TensorFlow into each of them."""
-    main = sys.modules["__main__"]
-    kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
-    main.__dict__.pop("__file__", None)
-    main.__dict__["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.__dict__.update(kept)
+        for build in builders:
+            self._lanes.append(_ProcessLane(build))
 
 
 def _stack(observations: Sequence[Observations]) -> Observations:

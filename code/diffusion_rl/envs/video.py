@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
+import signal
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs import processes
 
 
 class VideoWriter:
@@ -59,43 +62,73 @@ def _missing() -> tuple[Any, Any]:
 
 
 class LocomotionRecorder:
-    """Renders simulator states off screen, the camera following the body, and writes them to an mp4 file."""
+    """Films simulator states of a locomotion task from a helper process, the camera following the body.
 
-    def __init__(self, model: Any, path: str | Path, fps: int, width: int = 320, height: int = 240):
-        import mujoco
+    Rendering has a process of its own because Mesa's software renderer crashes in one that has loaded TensorFlow.
+    """
 
-        if sys.platform == "linux" and not (os.environ.get("MUJOCO_GL") or os.environ.get("DISPLAY")):
-            raise UserError(
-                "env.save_video=true needs a way to render without a display: set MUJOCO_GL=egl or MUJOCO_GL=osmesa "
-                "(Debian: libegl1 or libosmesa6)"
-            )
-        self._mujoco = mujoco
-        self._writer = VideoWriter(path, fps)
-        self._model = model
-        self._data = mujoco.MjData(model)
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
-        self._camera.trackbodyid = 1
-        self._camera.distance = 4.0
-        self._camera.elevation = -15.0
-        try:
-            self._renderer = mujoco.Renderer(model, height, width)
-        except Exception as error:  # whatever the graphics library raises
-            self._writer.close()
-            backend = os.environ.get("MUJOCO_GL", "unset")
-            raise UserError(
-                f"env.save_video=true: MuJoCo cannot render here (MUJOCO_GL is {backend}: {error}); "
-                "set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library"
-            ) from error
+    def __init__(self, task: str, path: str | Path, fps: int, width: int = 320, height: int = 240):
+        # without a display, EGL is the likeliest to work
+        self._backend = os.environ.get("MUJOCO_GL") or ("" if os.environ.get("DISPLAY") else "egl")
+        arguments = (task, str(path), fps, width, height, self._backend)
+        self._process, self._connection = processes.start(_film, *arguments)
+        self._confirm()
 
     def add(self, state: np.ndarray) -> None:
         """state: full physics state [1+nq+nv]."""
-        mujoco = self._mujoco
-        mujoco.mj_setState(self._model, self._data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-        mujoco.mj_forward(self._model, self._data)
-        self._renderer.update_scene(self._data, self._camera)
-        self._writer.add(self._renderer.render())
+        with contextlib.suppress(OSError):  # the process died; closing says why
+            self._connection.send(state)
 
     def close(self) -> None:
-        self._writer.close()
-        self._renderer.close()
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._confirm()
+        self._connection.close()
+        self._process.join()
+
+    def _confirm(self) -> None:
+        try:
+            problem = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            problem = f"the rendering process ended with exit code {self._process.exitcode}"
+        if isinstance(problem, UserError):
+            raise problem
+        if problem is not None:
+            raise UserError(
+                f"env.save_video=true: cannot render here with MUJOCO_GL={self._backend or 'unset'} ({problem}); "
+                "set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library (Debian: libegl1 or libosmesa6)"
+            )
+
+
+def _film(connection: Connection, task: str, path: str, fps: int, width: int, height: int, backend: str) -> None:
+    """Runs in the helper process: render each state received until None comes; answer None or what went wrong, once
+    when ready and once when done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if backend:
+        os.environ["MUJOCO_GL"] = backend  # before the first import of mujoco
+    try:
+        import mujoco
+
+        from diffusion_rl.envs.locomotion import load_model
+
+        writer, model = VideoWriter(path, fps), load_model(task)
+        data, camera = mujoco.MjData(model), mujoco.MjvCamera()
+        camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+        camera.trackbodyid, camera.distance, camera.elevation = 1, 4.0, -15.0
+        renderer = mujoco.Renderer(model, height, width)
+        connection.send(None)
+        while (state := connection.recv()) is not None:
+            mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+            mujoco.mj_forward(model, data)
+            renderer.update_scene(data, camera)
+            writer.add(renderer.render())
+        writer.close()
+        connection.send(None)
+    except EOFError:  # the parent is gone
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(
+                error if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
+            )

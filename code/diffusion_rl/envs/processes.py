@@ -1,0 +1,40 @@
+"""Helper processes that never see TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
+    """Run target(connection, *arguments) in a new process; returns it and our end of the connection.
+
+    The process comes from a fork server that never imported TensorFlow (forking after TensorFlow has started threads
+    is unsafe, and software rendering in a process with TensorFlow crashes) and does not import the main script.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusion_rl.envs.worker"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    with _hidden_main_module():
+        process.start()
+    theirs.close()
+    return process, ours
+
+
+@contextlib.contextmanager
+def _hidden_main_module() -> Iterator[None]:
+    """Keep a new process from importing the main script anew, which would load TensorFlow into it."""
+    main = sys.modules["__main__"]
+    kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
+    main.__dict__.pop("__file__", None)
+    main.__dict__["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(kept)
