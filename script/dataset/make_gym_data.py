@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--actor", type=Path, help="roll this actor out instead of training one")
     parser.add_argument("--transitions", type=int, default=100_000)
     for field in dataclasses.fields(home_made.Settings):
-        kind = {"action": "store_true"} if field.type == "bool" else {"type": type(field.default)}
+        kind = {"action": "store_true"} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
     args = vars(parser.parse_args())
     settings = home_made.Settings(**{f.name: args[f.name] for f in dataclasses.fields(home_made.Settings)})
@@ -40,7 +40,7 @@ def main() -> int:
         work_dir = args["work_dir"] or Path("log/home-made") / task
         actor = args["actor"] or home_made.train(task, target, settings, work_dir)
         print(f"rolling out {actor}", flush=True)
-        found = home_made.make_data(task, actor, args["transitions"], settings.seed, out_dir)
+        found = home_made.make_data(task, actor, args["transitions"], settings, out_dir)
         print(json.dumps(found | {"directory": str(out_dir)}, indent=1))
     except UserError as error:
         print(error, file=sys.stderr)
