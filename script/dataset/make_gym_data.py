@@ -6,14 +6,17 @@ Example: python script/dataset/make_gym_data.py hopper
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
-import tensorflow as tf
-
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+import tensorflow as tf  # noqa: E402
+
 from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
 
@@ -33,6 +36,7 @@ def main() -> int:
     settings = home_made.Settings(**{f.name: args[f.name] for f in dataclasses.fields(home_made.Settings)})
     tf.config.threading.set_intra_op_parallelism_threads(1)  # the networks are small: more threads only wait
     tf.config.threading.set_inter_op_parallelism_threads(1)
+    silence_compiler()
     task = args["task"]
     out_dir = args["out_dir"] or data_dir() / "gym" / f"{task}-medium-v2"
     target = home_made.MEDIUM_RETURN[task] if args["target_return"] is None else args["target_return"]
@@ -43,7 +47,9 @@ def main() -> int:
         found = home_made.make_data(task, actor, args["transitions"], settings, out_dir)
         print(json.dumps(found | {"directory": str(out_dir)}, indent=1))
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
 
