@@ -4,6 +4,7 @@ Example: python script/dataset/convert.py hopper_medium-v2.hdf5 data/gym/hopper-
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def main() -> int:
         for line in validate(args.out_dir):
             print(line)
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -4,6 +4,7 @@ Example: python script/dataset/validate.py data/gym/hopper-medium-v2
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def main() -> int:
         for line in validate(parser.parse_args().directory):
             print(line)
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     print("ok")
     return 0

@@ -48,6 +48,7 @@ class Settings:
     buffer_size: int = 1_000_000
     max_updates: int = 500_000
     eval_every: int = 2_500  # gradient steps between evaluations
+    hidden: int = 256  # width of the two hidden layers of every network
     critic_layernorm: bool = False  # steadier where the plain critics overestimate (Ball et al. 2023)
 
 
@@ -59,12 +60,13 @@ def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
     )
 
 
-def make_policy(obs_dim: int, action_dim: int, seed: int, critic_layernorm: bool = False) -> SAC:
-    """The reference's SAC networks: two hidden layers of 256, ReLU."""
-    common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": [256, 256], "activation_type": "ReLU"}
-    with initial_weights(NoiseSource(seed)):
+def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
+    """The reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
+    dims = [settings.hidden, settings.hidden]
+    common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": dims, "activation_type": "ReLU"}
+    with initial_weights(NoiseSource(settings.seed)):
         actor = GaussianMLP(action_dim, 1, tanh_output=False, std_min=0.0067, std_max=7.3891, **common)
-        critic = CriticObsAct(action_dim=action_dim, use_layernorm=critic_layernorm, **common)
+        critic = CriticObsAct(action_dim=action_dim, use_layernorm=settings.critic_layernorm, **common)
     return SAC(actor, critic, horizon_steps=1)
 
 
@@ -139,7 +141,7 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     work_dir.mkdir(parents=True, exist_ok=True)
     envs = make_envs(task, settings.n_envs, settings.seed)
     eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
-    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings.seed, settings.critic_layernorm)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
     update = SACUpdate(
         policy,
         gamma=0.99,
@@ -236,12 +238,12 @@ def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
     return ((words + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
 
 
-def make_data(task: str, actor: Path, transitions: int, seed: int, out_dir: Path) -> dict[str, Any]:
+def make_data(task: str, actor: Path, transitions: int, settings: Settings, out_dir: Path) -> dict[str, Any]:
     """Roll the stochastic policy out until `transitions` are reached and write train.npz and normalization.npz."""
-    envs = make_envs(task, 50, seed + 20_000)
-    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, seed)
+    envs = make_envs(task, 50, settings.seed + 20_000)
+    policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
     load_state_dict(policy.network, read_npz(actor))
-    sampler = Sampler(policy, NoiseSource(seed + 2), envs.action_dim)
+    sampler = Sampler(policy, NoiseSource(settings.seed + 2), envs.action_dim)
     raw = roll_out(sampler, envs, lambda _, steps: steps >= transitions)
     normalization = Normalization.of(raw)
     scaled = normalization.apply(raw)
