@@ -1,0 +1,163 @@
+"""Our side: adapters from the rows of the table to this repository's own objects. Run by benchmarks/run.py."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "code"))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np  # noqa: E402
+import workloads as w  # noqa: E402
+from worker import Workload, serve  # noqa: E402
+
+
+def config(name: str, *overrides: str) -> Any:
+    """A shipped configuration, resolved, writing nowhere near the user's runs."""
+    from omegaconf import OmegaConf
+
+    from diffusion_rl.app import prepare
+    from diffusion_rl.configs import compose
+
+    cfg = compose(name, [*overrides, f"logdir={tempfile.gettempdir()}/unused"])
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra", None)
+    return prepare(cfg)
+
+
+@functools.cache
+def fine_tuning() -> tuple[Any, Any]:
+    """(configuration, trainer) of the default Hopper run, with random weights."""
+    from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
+    from diffusion_rl.app import instantiate
+
+    cfg = config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}", "model.network_path=null")
+    return cfg, DPPOTrainer(instantiate(cfg["model"]), cfg["train"], reward_horizon=w.HORIZON)
+
+
+@functools.cache
+def noise() -> Any:
+    from diffusion_rl.core.noise import NoiseSource
+
+    return NoiseSource(0)
+
+
+def sampling() -> Workload:
+    _, trainer = fine_tuning()
+    state = w.rollout().state[: w.ENVS]
+
+    def call() -> None:
+        draws = noise().normal(trainer.actor.noise_shape(w.ENVS))
+        trainer.act(state, draws, deterministic=False)
+
+    return call
+
+
+def values() -> Workload:
+    _, trainer = fine_tuning()
+    state = w.rollout().state
+    return lambda: trainer.values(state)
+
+
+def log_probs() -> Workload:
+    _, trainer = fine_tuning()
+    r = w.rollout()
+
+    def call() -> None:
+        trainer.values(r.state)
+        trainer.log_probs(r.state, r.chains, batch_size=10_000)
+
+    return call
+
+
+def minibatch() -> Workload:
+    _, trainer = fine_tuning()
+    r = w.rollout()
+    old = trainer.log_probs(r.state, r.chains, batch_size=10_000)
+    n_rows = trainer.load(r.state, r.chains, r.returns, r.values, r.advantages, old)
+    epoch = {"number": 0, "rows": np.empty(0, np.int64)}
+
+    def call() -> None:
+        number = epoch["number"] % (n_rows // w.MINIBATCH)
+        if number == 0:
+            epoch["rows"] = noise().permutation(n_rows)
+        trainer.minibatch(epoch["rows"][number * w.MINIBATCH :][: w.MINIBATCH], True, number)
+        epoch["number"] += 1
+
+    return call
+
+
+def pretraining() -> Workload:
+    from diffusion_rl.loops.offline import PreTraining
+
+    loop = PreTraining(config("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"))
+    loop.epoch = 20  # from where on the average is one
+    epoch = {"items": np.empty(0, np.int64)}
+
+    def call() -> None:
+        count = w.PRETRAIN_STEPS * w.PRETRAIN_BATCH
+        if len(epoch["items"]) < count:
+            epoch["items"] = loop.items[loop.noise.permutation(len(loop.items))]
+        now, epoch["items"] = epoch["items"][:count], epoch["items"][count:]
+        items = now.reshape(w.PRETRAIN_STEPS, w.PRETRAIN_BATCH)
+        t, draws = loop._draw(items.shape)
+        loop.trainer.steps(items, t, draws, loop._averaging(len(items)))
+
+    return call
+
+
+def environments() -> Workload:
+    from diffusion_rl.envs.make import make_vector_env
+
+    cfg, _ = fine_tuning()
+    venv = make_vector_env(
+        cfg["env"], obs_dim=w.OBSERVATION, action_dim=w.ACTION, act_steps=w.HORIZON, seed=0, n_envs=w.ENVS
+    )
+    venv.reset()
+    chunks, turn = w.actions(), {"i": 0}
+
+    def call() -> None:
+        venv.step(chunks[turn["i"] % len(chunks)])
+        turn["i"] += 1
+
+    return call
+
+
+def multiply(m: int, k: int, n: int) -> Workload:
+    import tensorflow as tf
+
+    g = np.random.default_rng(0)
+    a, b = (tf.constant(g.standard_normal(shape), tf.float32) for shape in ((m, k), (k, n)))
+    return lambda: tf.matmul(a, b).numpy()[0, 0]
+
+
+def write_policy(path: Path) -> None:
+    """The configured pre-trained policy, or a random one if it is not there, as a file that both sides read."""
+    from diffusion_rl.app import instantiate
+    from diffusion_rl.core.noise import initial_weights
+    from diffusion_rl.interop.torch_names import state_dict
+    from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+
+    source = Path(config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}")["base_policy_path"])
+    if source.exists():
+        checkpoint = load_checkpoint(source)
+        return save_checkpoint(path, checkpoint.tensors, checkpoint.metadata)
+    with initial_weights(noise()):
+        model = instantiate(config("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp")["model"])
+    weights = state_dict(model)
+    tensors = {f"{kind}.{name}": value for kind in ("model", "ema") for name, value in weights.items()}
+    save_checkpoint(path, tensors, {"kind": "diffusion_policy", "epoch": 1})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--write-policy"]:
+        write_policy(Path(sys.argv[2]))
+    else:
+        makers = {f.__name__: f for f in (sampling, values, log_probs, minibatch, pretraining, environments)}
+        serve(makers, multiply, packages=["tensorflow", "mujoco"])

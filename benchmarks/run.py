@@ -1,0 +1,230 @@
+"""Speed of this repository beside the PyTorch reference, turn by turn in one run.
+
+    python benchmarks/run.py                                   # beside this repository's PyTorch twins
+    python benchmarks/run.py --upstream PATH                   # beside a checkout of the authors' code
+    python benchmarks/run.py --upstream PATH --upstream-python PYTHON     # with their simulators and whole iterations
+
+Prints a Markdown table of medians and ratios. benchmarks/README.md explains the rows and how to run the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import iteration
+import machine
+from worker import Side
+from workloads import ROWS, Row, our_flops, reference_flops
+
+HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "data" / "gym" / "hopper-medium-v2"
+TORCH_THREADS = (1, 2)
+GEMM_TURNS = 5
+BUSY = 0.5
+
+
+def main() -> int:
+    options = _options()
+    if machine.load() > BUSY:
+        print(f"note: the machine is busy (load {machine.load():.1f}), timings will be off", file=sys.stderr)
+    results: dict[str, Any] = {"command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])}
+    results |= {"machine": machine.describe(), "upstream": options.upstream is not None, "rows": {}}
+    results["load_before"] = machine.load()
+    wanted = options.rows or [*ROWS, "iteration"]
+    reference, ours = _sides(options)
+    try:
+        results["about"] = {"reference": reference.ask("about"), "ours": ours.ask("about")}
+        results["gemm"] = _gemm(reference, ours, 2 if options.quick else GEMM_TURNS)
+        for name in (n for n in ROWS if n in wanted):
+            results["rows"][name] = _compare(ROWS[name], reference, ours, options.quick)
+            print(f"  {name}: {_cells(results['rows'][name])}", file=sys.stderr, flush=True)
+    finally:
+        reference.close()
+        ours.close()
+    if "iteration" in wanted:
+        results["iteration"] = _iterations(options)
+    table = markdown(results)
+    print(table)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.readme:
+        insert(options.readme, table)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--upstream", type=Path, metavar="PATH", help="checkout of the authors' DPPO")
+    parser.add_argument("--upstream-python", metavar="PYTHON", help="interpreter that has the reference's simulators")
+    parser.add_argument("--quick", action="store_true", help="few turns: to see that it works")
+    parser.add_argument(
+        "--rows", nargs="+", choices=[*ROWS, "iteration"], metavar="ROW", help=f"of {[*ROWS]}, iteration"
+    )
+    parser.add_argument("--policy", type=Path, metavar="FILE.pt", help="pre-trained policy for whole iterations")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder with train.npz and normalization.npz")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="every measurement, e.g. in benchmarks/results/"
+    )
+    parser.add_argument("--readme", type=Path, metavar="FILE.md", help="put the table between this file's markers")
+    options = parser.parse_args()
+    for name in ("upstream", "policy", "data"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            parser.error(f"--{name}: {path} does not exist")
+        setattr(options, name, path.resolve() if path else None)
+    if options.upstream_python and not options.upstream:
+        parser.error("--upstream-python needs --upstream")
+    return options
+
+
+def _sides(options: argparse.Namespace) -> tuple[Side, Side]:
+    arguments = ["--upstream", str(options.upstream), "--data", str(options.data)] if options.upstream else []
+    python = options.upstream_python or sys.executable
+    return Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py")
+
+
+# ---------- measuring ----------
+
+
+def _gemm(reference: Side, ours: Side, turns: int) -> dict[str, float]:
+    """Each framework's rate for float32 matrix products, 1e9 operations a second; torch with its better threads."""
+    rates: dict[str, list[float]] = {"reference": [], "ours": []}
+    for _ in range(turns):
+        rates["reference"].append(max(reference.ask("gemm", threads=t).get("gflops", 0.0) for t in TORCH_THREADS))
+        rates["ours"].append(ours.ask("gemm").get("gflops", 0.0))
+    return {side: statistics.median(values) for side, values in rates.items()}
+
+
+def _better_threads(side: Side, workload: str, calls: int) -> int | None:
+    """The thread count with which torch is faster at this, or None if it cannot run."""
+    times = {}
+    for threads in TORCH_THREADS:
+        answer = side.ask(workload, max(2, calls // 4), threads)
+        if "seconds" not in answer:
+            return None
+        times[threads] = min(answer["seconds"])
+    return min(times, key=lambda t: times[t])
+
+
+def _compare(row: Row, reference: Side, ours: Side, quick: bool) -> dict[str, Any]:
+    """Measure both sides in turn; the ratio is the median over the turns."""
+    threads = _better_threads(reference, row.reference, row.calls) if row.reference else None
+    sides: dict[str, Any] = {"reference": {"turns": [], "threads": threads}, "ours": {"turns": []}}
+    for _ in range(2 if quick else row.turns):
+        for name, side, workload in (("reference", reference, row.reference), ("ours", ours, row.ours)):
+            answer = side.ask(workload, row.calls, threads if name == "reference" else None) if workload else {}
+            if "seconds" in answer:
+                sides[name]["turns"].append(answer["seconds"])
+                sides[name].setdefault("cpu", []).append(statistics.median(answer["cpu_seconds"]))
+            else:
+                sides[name]["unavailable"] = answer.get("unavailable", "")
+    for side in sides.values():
+        medians = [statistics.median(turn) for turn in side["turns"]]
+        side["median"] = statistics.median(medians) if medians else None
+    pairs = list(zip(sides["reference"]["turns"], sides["ours"]["turns"], strict=False))
+    ratios = [statistics.median(a) / statistics.median(b) for a, b in pairs]
+    if ratios:
+        sides |= {"ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+    return {"title": row.title, **sides}
+
+
+def _iterations(options: argparse.Namespace) -> dict[str, Any]:
+    turns = 1 if options.quick else 3
+    both = options.upstream is not None and options.upstream_python is not None
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        policy = options.policy or folder / "policy.pt"
+        if options.policy is None:
+            subprocess.run([sys.executable, HERE / "ours.py", "--write-policy", policy], check=True)
+        starts = {"ours": lambda: iteration.our_run(policy, folder, turns + 2)}
+        if both:
+            facts = (options.upstream, options.upstream_python, policy, options.data, folder)
+            starts = {"reference": lambda: iteration.reference_run(*facts, turns + 2)} | starts
+        try:
+            return iteration.compare(starts, turns)
+        except RuntimeError as error:
+            print(f"whole iterations: {error}", file=sys.stderr)
+            return {"unavailable": str(error)}
+
+
+# ---------- showing ----------
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{seconds:.1f} s" if seconds >= 10 else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _cells(row: dict[str, Any]) -> str:
+    low, high = row.get("ratio_range", (0, 0))
+    ratio = f"**{row['ratio']:.1f}x** ({low:.1f} to {high:.1f})" if "ratio" in row else "–"
+    return f"{_time(row['reference']['median'])} | {_time(row['ours']['median'])} | {ratio}"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table and what one needs to read it."""
+    name = "PyTorch reference" if results["upstream"] else "our PyTorch twins"
+    lines = [f"| | {name} | this repository | ratio (range) |", "|---|---|---|---|"]
+    lines += [f"| {row['title']} | {_cells(row)} |" for row in results["rows"].values()]
+    run = results.get("iteration", {})
+    if "seconds" in run:
+        medians = {side: statistics.median(values) for side, values in run["seconds"].items()}
+        ratio = f"**{run['ratio']:.1f}x**" if "ratio" in run else "–"
+        title = "a whole iteration: 40 x 500 chunk steps, 5 epochs"
+        lines.append(f"| {title} | {_time(medians.get('reference'))} | {_time(medians['ours'])} | {ratio} |")
+        memory = {side: f"{gb:.1f} GB" if gb else "–" for side, gb in run["peak_memory_gb"].items()}
+        lines.append(f"| its peak memory (main process) | {memory.get('reference', '–')} | {memory['ours']} | |")
+    gemm = results["gemm"]
+    lines.append(f"| own float32 matrix product | {gemm['reference']:.0f} GFLOP/s | {gemm['ours']:.0f} GFLOP/s | |")
+    lines += [_share(results), "", *_footer(results)]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _share(results: dict[str, Any]) -> str | None:
+    row = results["rows"].get("minibatch")
+    if row is None:
+        return None
+    cells = []
+    for side, flops in (("reference", reference_flops()), ("ours", our_flops())):
+        median, rate = row[side]["median"], results["gemm"][side]
+        cells.append(f"{flops / median / (rate * 1e9):.0%} of {flops / 1e9:.0f} GFLOP" if median and rate else "–")
+    return f"| PPO minibatch, share of that rate | {cells[0]} | {cells[1]} | |"
+
+
+def _footer(results: dict[str, Any]) -> list[str]:
+    missing = {
+        side["unavailable"]
+        for row in results["rows"].values()
+        for side in (row["reference"], row["ours"])
+        if side.get("unavailable")
+    }
+    versions = [results["about"][side].get("about", "") for side in ("ours", "reference")]
+    return [
+        f"{machine.sentence(results['machine'])}; {'; '.join(v for v in versions if v)}.",
+        f"Medians of alternating turns, torch with its better thread count. `{results['command']}`",
+        *sorted(f"Not measured: {reason}." for reason in missing),
+    ]
+
+
+def insert(path: Path, table: str) -> None:
+    """Replace what is between the markers of `path` (the second one is added if it is not there yet)."""
+    begin, end = "<!-- table:benchmark -->", "<!-- end:benchmark -->"
+    before, marker, after = path.read_text().partition(begin)
+    if not marker:
+        raise SystemExit(f"{path} has no line {begin}")
+    rest = after.partition(end)[2] if end in after else after
+    path.write_text(f"{before}{begin}\n{table}\n{end}{rest}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
