@@ -12,6 +12,7 @@ import numpy as np
 from diffusion_rl.core.keras import precision
 from diffusion_rl.interop import torch_names
 
+from parity_tests.replay import decisions
 from parity_tests.replay.build import build_case, locate
 from parity_tests.replay.compare import Comparison, Mismatch
 from parity_tests.replay.files import Golden
@@ -28,24 +29,29 @@ _GROUPS = {
 
 
 def replay(golden: Golden) -> None:
+    """Both precisions, and both forms of the update: the restructured fast one and the plain one."""
+    forms = (True, False) if golden.meta["dataset"] is None else (True,)
     for dtype, suffix in (("float32", ""), ("float64", "64")):
-        if golden.group("out" + suffix):
-            with precision(dtype), tempfile.TemporaryDirectory() as folder:
-                ours = run(golden, Path(folder))
-            compare(golden, dtype, suffix, ours)
+        for fast in forms:
+            if golden.group("out" + suffix):
+                with precision(dtype), tempfile.TemporaryDirectory() as folder:
+                    ours = run(golden, Path(folder), fast)
+                compare(golden, dtype, suffix, ours, "" if fast else " plain")
 
 
-def run(golden: Golden, folder: Path) -> dict[str, np.ndarray]:
+def run(golden: Golden, folder: Path, fast: bool = True) -> dict[str, np.ndarray]:
     """Run our loop on the script; returns everything under the names of the recording."""
     cfg = copy.deepcopy(golden.meta["cfg"])
     cfg["logdir"] = str(folder)
-    model, tape = build_case(golden), Tape(golden.draws)
+    cfg["train"]["fast"] = fast
+    model, tape = build_case(golden), Tape(_used_draws(golden))
     records: list[dict[str, Any]] = []
     ours: dict[str, np.ndarray] = {}
     loop_class = locate(golden.meta["agent_class"])
     if golden.meta["dataset"] is None:
         env = ScriptedEnv(golden.subgroup("env"), cfg["act_steps"])
         loop = loop_class(cfg, venv=env, noise=tape, model=model, observer=records.append)
+        decisions.freeze_once_annealed(loop)
         loop.run()
         ours["env_actions"] = np.stack(env.actions)
     else:
@@ -56,6 +62,15 @@ def run(golden: Golden, folder: Path) -> dict[str, np.ndarray]:
         raise Mismatch(f"{golden.name}: the reference drew more than ours: left on the tape: {tape.left_over}")
     ours |= {"final." + k: v for k, v in torch_names.state_dict(loop.model).items()}
     return ours | _flatten(records)
+
+
+def _used_draws(golden: Golden) -> list[tuple[str, np.ndarray]]:
+    """torch's shuffling DataLoader draws a second permutation at the end of every epoch and takes nothing from it."""
+    if golden.meta["dataset"] is None:
+        return golden.draws
+    permutations = [i for i, (fn, _) in enumerate(golden.draws) if fn == "torch.randperm"]
+    unused = set(permutations[1::2])
+    return [draw for i, draw in enumerate(golden.draws) if i not in unused]
 
 
 def _dataset(golden: Golden, folder: Path) -> Any:
@@ -88,11 +103,11 @@ def _flatten(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     return ours | {f"after_itr.{k}": np.array(v) for k, v in rates.items()}
 
 
-def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray]) -> None:
+def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray], form: str) -> None:
     """Rollout first, then what was made of it, the losses, and the weights at the end."""
     recorded = golden.group("out" + suffix)
     rounding = golden.meta.get("dev_f32_f64", {})
-    comparison = Comparison(golden.name, 7, dtype)
+    comparison = Comparison(golden.name + form, 7, dtype)
     order = [
         *(k for k in recorded if k == "env_actions" or ".chains" in k or ".obs" in k),
         *(k for k in recorded if k.startswith("itr")),

@@ -32,6 +32,21 @@ def check_output(golden: Golden, name: str, outputs: dict[str, Any]) -> bool:
     return False
 
 
+def freeze_once_annealed(loop: Any) -> None:
+    """Quirk 40: after annealing has lowered the number of fine-tuned steps, the reference's optimizer holds parameters
+    that are no longer in the policy, which therefore stands still. Ours trains on; to compare all the rest of such a
+    recording, the actor's optimizer is taken away at that moment."""
+    model, step = loop.model, loop.model.step
+
+    def step_and_freeze() -> bool:
+        lowered = step()
+        if lowered:
+            loop.trainer.optimizers["actor"].apply = lambda grads: None
+        return lowered
+
+    model.step = step_and_freeze
+
+
 def _network() -> dict[str, Any]:
     kwargs = dict(action_dim=2, horizon_steps=3, cond_dim=4, time_dim=8, mlp_dims=[8, 8, 8], residual_style=True)
     return {"class": "model.diffusion.mlp_diffusion.DiffusionMLP", "kwargs": kwargs}
