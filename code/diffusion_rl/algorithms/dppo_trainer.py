@@ -170,7 +170,8 @@ class DPPOTrainer:
         )
         with tf.GradientTape() as tape:
             losses = a.minibatch_loss(batch, self.reward_horizon, bc_noise)
-            total = losses.pg_loss + sum(tf.constant(c, a.dtype) * getattr(losses, n) for n, c in self.coefficients.items())
+            weighted = [tf.constant(c, a.dtype) * getattr(losses, n) for n, c in self.coefficients.items()]
+            total = losses.pg_loss + tf.add_n(weighted)
         names = list(self.trained)
         grads = tape.gradient(total, [self.trained[n] for n in names])
         return losses, dict(zip(names, grads, strict=True))

@@ -84,7 +84,8 @@ class PreTrainer:
         if not fold:
             return p.loss(chunk, {"state": history}, t, noise)
         noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
-        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(history, [b, -1]), tf.one_hot(t, p.denoising_steps, dtype=p.dtype)]
+        step = tf.one_hot(t, p.denoising_steps, dtype=p.dtype)
+        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(history, [b, -1]), step]
         weights = folded.fold_actor(p.network, np.arange(p.denoising_steps))
         inputs = tf.ensure_shape(tf.concat(rows, axis=1), [None, weights[0].shape[0]])
         output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))

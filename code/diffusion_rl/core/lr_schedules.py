@@ -33,7 +33,9 @@ class CosineWarmupRestarts:
             raise ValueError(f"warmup_steps={warmup_steps} must be smaller than first_cycle_steps={first_cycle_steps}")
         self.first_cycle_steps, self.cycle_mult = first_cycle_steps, cycle_mult
         self.base_max_lr, self.min_lr, self.warmup_steps, self.gamma = max_lr, min_lr, warmup_steps, gamma
-        self.max_lr, self.cycle, self.cycle_steps, self.step_in_cycle, self.epoch = max_lr, 0, first_cycle_steps, 0, 0
+        self.max_lr, self.cycle, self.epoch = max_lr, 0, 0
+        self.step_in_cycle: float = 0
+        self.cycle_steps: float = first_cycle_steps
         self.lr = min_lr
 
     def step(self, epoch: int | None = None) -> float:

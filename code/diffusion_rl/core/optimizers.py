@@ -68,7 +68,7 @@ class AdamW:
             var.assign(value - tf.cast(step_size, dtype) * m_new / denominator)
 
     def state(self) -> dict[str, np.ndarray]:
-        """Step count, learning rate and both moments, keyed `step`, `learning_rate`, `exp_avg.<i>`, `exp_avg_sq.<i>`."""
+        """Keyed `step`, `learning_rate`, `exp_avg.<i>` and `exp_avg_sq.<i>`, i counting the variables."""
         state = {"step": self.step.numpy(), "learning_rate": self.learning_rate.numpy()}
         for i, (m, v) in enumerate(zip(self.exp_avg, self.exp_avg_sq, strict=True)):
             state[f"exp_avg.{i}"], state[f"exp_avg_sq.{i}"] = m.numpy(), v.numpy()

@@ -10,14 +10,16 @@ from diffusion_rl.core.errors import UserError
 
 
 class RunningMeanStd:
-    """Running mean and variance of a stream of scalars (or of rows), merged batch by batch (Chan et al.'s parallel formula).
+    """Running mean and variance of a stream of scalars (or of rows), merged batch by batch (Chan et al. 1979).
 
     The merged variance divides by (count - 1), and the stream begins with a pseudo-count of 1e-4 at variance 1,
     as in the reference.
     """
 
     def __init__(self, initial_count: float = 1e-4):
-        self.mean, self.var, self.count = 0.0, 1.0, initial_count
+        self.mean: Any = 0.0  # a number, or one per column
+        self.var: Any = 1.0
+        self.count = initial_count
 
     def update(self, x: np.ndarray) -> None:
         """Merge a batch, x [N, ...]; statistics are over the first axis."""

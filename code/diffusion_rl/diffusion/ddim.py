@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import tensorflow as tf
 
-Array = tf.Tensor
+Array: TypeAlias = tf.Tensor
 
 
 def predict_x0(x: Array, eps: Array, alpha: Array, sqrt_one_minus_alpha: Array) -> Array:

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import tensorflow as tf
 
-Array = tf.Tensor
+Array: TypeAlias = tf.Tensor
 
 
 def q_sample(x0: Array, noise: Array, sqrt_abar: Array, sqrt_one_minus_abar: Array) -> Array:

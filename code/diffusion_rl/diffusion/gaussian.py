@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import tensorflow as tf
 
-Array = tf.Tensor
+Array: TypeAlias = tf.Tensor
 
 
 def normal_log_prob(x: Array, mean: Array, std: Array) -> Array:

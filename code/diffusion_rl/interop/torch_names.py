@@ -86,9 +86,10 @@ def load_state_dict(module: object, weights: Mapping[str, np.ndarray], strict: b
         value = np.asarray(weights[name])
         value = value.T if transposed else value
         if value.shape != tuple(variable.shape):
+            needed = tuple(variable.shape)[:: -1 if transposed else 1]
             raise UserError(
-                f"weight {name} has shape {np.asarray(weights[name]).shape}, this network needs "
-                f"{tuple(variable.shape)[:: -1 if transposed else 1]}: check obs_dim, action_dim, horizon_steps and dims"
+                f"weight {name} has shape {np.asarray(weights[name]).shape}, this network needs {needed}: "
+                "check obs_dim, action_dim, horizon_steps and the network's dims"
             )
         variable.assign(value.astype(variable.dtype.as_numpy_dtype))
         loaded.append(name)

@@ -13,10 +13,18 @@ from omegaconf import DictConfig
 
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.loops.policy_files import is_fine_tuned, load_policy, open_checkpoint, policy_weights
-from diffusion_rl.loops.rollout import EpisodeStatistics, Rollout, collect, episode_statistics
+from diffusion_rl.loops.rollout import (
+    EpisodeStatistics,
+    Observations,
+    Rollout,
+    StepNoise,
+    collect,
+    episode_statistics,
+)
 from diffusion_rl.policies.acting import DiffusionActor
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 from diffusion_rl.reports.metrics import MetricsWriter
@@ -40,9 +48,10 @@ def evaluate(
     """
     observations = venv.reset(options)
 
-    def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        draws = noise.normal(actor.noise_shape(venv.n_envs))
-        decision = actor.act(obs["state"], draws, deterministic=True)
+    step_noise = StepNoise(noise, actor.noise_shape(venv.n_envs), floatx())
+
+    def decide(obs: Observations, step: int, group: slice) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        decision = actor.act(obs["state"], step_noise(step, group), deterministic=True)
         return decision.actions, {"chains": decision.chains}
 
     return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)
@@ -130,7 +139,7 @@ class Evaluation:
 
 
 def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:
-    """How many denoising steps of this checkpoint are fine-tuned; `asked` is the configuration's number (0: not said)."""
+    """How many denoising steps of this checkpoint are fine-tuned; `asked`: what the configuration says (0: nothing)."""
     if not is_fine_tuned(policy_weights(checkpoint)):
         if asked:
             log.warning("%s is a pre-trained policy: ft_denoising_steps=%d changes nothing", path, asked)

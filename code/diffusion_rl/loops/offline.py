@@ -122,8 +122,8 @@ class PreTraining:
         size = int(self.train["batch_size"])
         order = self.items[self.noise.permutation(len(self.items))]
         n_full = len(order) // size
-        groups = [order[i * size : min(i + BATCHES_PER_CALL, n_full) * size] for i in range(0, n_full, BATCHES_PER_CALL)]
-        batches = [group.reshape(-1, size) for group in groups]
+        starts = range(0, n_full, BATCHES_PER_CALL)
+        batches = [order[i * size : min(i + BATCHES_PER_CALL, n_full) * size].reshape(-1, size) for i in starts]
         if len(order) % size:
             batches.append(order[n_full * size :][None])
         losses = []

@@ -26,7 +26,7 @@ from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.evaluation import evaluate, seeded_options
 from diffusion_rl.loops.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
-from diffusion_rl.loops.rollout import EpisodeStatistics, Rollout, collect, episode_statistics
+from diffusion_rl.loops.rollout import EpisodeStatistics, Observations, Rollout, StepNoise, collect, episode_statistics
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.reports.progress import Progress
 
@@ -156,9 +156,10 @@ class OnPolicyTraining:
     def _collect(self, folder: RunFolder, on_step: Callable[[int, np.ndarray], None]) -> Rollout:
         observations, firsts = self._start(self._options(folder))
 
-        def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            draws = self.noise.normal(self.trainer.actor.noise_shape(self.n_envs), floatx())
-            decision = self.trainer.act(obs["state"], draws, deterministic=False)
+        noise = StepNoise(self.noise, self.trainer.actor.noise_shape(self.n_envs), floatx())
+
+        def decide(obs: Observations, step: int, group: slice) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            decision = self.trainer.act(obs["state"], noise(step, group), deterministic=False)
             return decision.actions, {"chains": decision.chains, "log_probs": decision.log_probs}
 
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
@@ -201,9 +202,8 @@ class OnPolicyTraining:
             float(train.get("gae_lambda", 0.95)),
             float(train.get("reward_scale_const", 1)),
         )
-        n_rows = trainer.load(
-            state, chains, *(x.reshape(-1).astype(floatx()) for x in (returns, values, advantages)), log_probs
-        )
+        flat = [x.reshape(-1).astype(floatx()) for x in (returns, values, advantages)]
+        n_rows = trainer.load(state, chains, *flat, log_probs)
         losses = self._minibatches(n_rows, train_actor, folder)
         y_pred, y_true = values.reshape(-1).astype(floatx()), returns.reshape(-1).astype(floatx())
         variance = np.var(y_true)
@@ -237,8 +237,8 @@ class OnPolicyTraining:
         bad = [n for n, v in losses.items() if not math.isfinite(v)]
         if bad:
             raise UserError(
-                f"{bad[0]} is {losses[bad[0]]} in iteration {self.itr}: lower train.actor_lr or train.critic_lr, or set "
-                f"train.max_grad_norm; the last good state is in {folder.checkpoints}"
+                f"{bad[0]} is {losses[bad[0]]} in iteration {self.itr}: lower train.actor_lr or train.critic_lr, or "
+                f"set train.max_grad_norm; the last good state is in {folder.checkpoints}"
             )
 
     # ---------- state ----------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -15,7 +16,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 
-Array = tf.Tensor
+Array: TypeAlias = tf.Tensor
 
 
 def _softplus(x: Array) -> Array:

@@ -161,7 +161,8 @@ class DiffusionMLP(keras.layers.Layer):
         residual_style: bool = False,
     ):
         super().__init__(dtype=floatx())
-        self.action_dim, self.horizon_steps, self.cond_dim, self.time_dim = action_dim, horizon_steps, cond_dim, time_dim
+        self.action_dim, self.horizon_steps = action_dim, horizon_steps
+        self.cond_dim, self.time_dim = cond_dim, time_dim
         self.time_embedding = TimeEmbedding(time_dim)
         if cond_mlp_dims is not None:
             self.cond_mlp = MLP([cond_dim, *cond_mlp_dims], activation_type=activation_type)

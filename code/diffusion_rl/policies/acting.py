@@ -55,9 +55,9 @@ class DiffusionActor:
         Args:
             state: [E,To,O];  noise: `noise_shape`;  deterministic: evaluate instead of explore.
         """
-        dtype = self.policy.dtype.as_numpy_dtype
-        floor = np.asarray(self.policy.min_sampling_denoising_std, dtype)
-        inputs = (np.asarray(state, dtype), np.asarray(noise, dtype), floor)
+        dtype = self.policy.dtype
+        floor = tf.constant(self.policy.min_sampling_denoising_std, dtype)
+        inputs = (tf.constant(state, dtype), tf.constant(noise, dtype), floor)
         if self.fast:
             if self._folded is None:
                 self._folded = self._fold()

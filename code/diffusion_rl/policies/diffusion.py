@@ -6,6 +6,7 @@ Everything random is an argument: `noise[0]` is x_T and `noise[1 + i]` belongs t
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,7 +220,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         actor = actor if actor is not None else network
         super().__init__(network=actor, **kwargs)
         if ft_denoising_steps > self.sampling_steps:
-            raise UserError(f"ft_denoising_steps={ft_denoising_steps} exceeds the {self.sampling_steps} denoising steps")
+            raise UserError(f"ft_denoising_steps={ft_denoising_steps}: a sample has {self.sampling_steps} steps")
         if learn_eta and not self.use_ddim:
             raise UserError("learn_eta needs use_ddim=true: DDPM has no eta")
         self.ft_denoising_steps = ft_denoising_steps
@@ -425,6 +426,4 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
 
 def clone(network: keras.layers.Layer) -> keras.layers.Layer:
     """An independent copy with the same architecture and weights."""
-    import copy
-
     return copy.deepcopy(network)

@@ -1,0 +1,33 @@
+"""Reduce a pre-training checkpoint to the weights to act with, as they ship in data/.
+
+    python script/dataset/ship_policy.py log/gym-pretrain/<name>/<date>_<seed>/checkpoint/state_40.safetensors \\
+        data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors
+"""
+
+import argparse
+import sys
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="state_<n>.safetensors of a pre-training run")
+    parser.add_argument("output", help="file to write")
+    arguments = parser.parse_args()
+    try:
+        checkpoint = load_checkpoint(arguments.checkpoint)
+        require_kind(checkpoint, "diffusion_policy", arguments.checkpoint)
+        tensors = {name: value for name, value in checkpoint.tensors.items() if name.startswith("ema.")}
+        metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
+        save_checkpoint(arguments.output, tensors, metadata)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{arguments.output}: {len(tensors)} tensors, {sum(t.size for t in tensors.values())} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
