@@ -158,6 +158,11 @@ def write_policy(path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write-policy"]:
         write_policy(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["--default-threads"]:  # TensorFlow as it comes, for its own rate of matrix products
+        serve({}, multiply)
     else:
+        from diffusion_rl.core.threads import configure_threads
+
+        configure_threads()
         makers = {f.__name__: f for f in (sampling, values, log_probs, minibatch, pretraining, environments)}
         serve(makers, multiply, packages=["tensorflow", "mujoco"])
