@@ -25,8 +25,8 @@ def test_mantissas_are_rounded():
 
 
 def test_a_short_run_from_the_command_line(tmp_path):
-    args = "hopper --max-updates 20 --eval-every 10 --updates-per-call 10 --explore-steps 100 --batch-size 16 "
-    args += f"--n-envs 4 --n-eval-envs 2 --transitions 500 --work-dir {tmp_path}/work --out-dir {tmp_path}/out"
+    args = "hopper --hidden 8 --max-updates 20 --eval-every 10 --updates-per-call 10 --explore-steps 100 "
+    args += "--batch-size 16 --n-envs 4 --n-eval-envs 2 --transitions 500 --work-dir work --out-dir out"
     command = [sys.executable, REPOSITORY / "script" / "dataset" / "make_gym_data.py", *args.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

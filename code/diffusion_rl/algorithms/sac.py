@@ -11,7 +11,7 @@ U cycles per compiled call, of C critic steps and P actor steps each. Noise, [B,
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -182,9 +182,3 @@ class SACUpdate:
             q, pi = self.cycle(Transitions(*(x[u] for x in batches)), critic_noise[u], actor_noise[u])
             critic_loss, actor_loss = critic_loss + q / cycles, actor_loss + pi / cycles
         return {"loss_critic": critic_loss, "loss_actor": actor_loss, "alpha": self.alpha}
-
-    def state(self) -> dict[str, Any]:
-        """Optimizers and temperature (the weights belong to the model)."""
-        optimizers = {"actor": self.actor_optimizer, "critic": self.critic_optimizer, "alpha": self.alpha_optimizer}
-        state = {f"{which}.{k}": v for which, o in optimizers.items() for k, v in o.state().items()}
-        return state | {"log_alpha": self.log_alpha.numpy()}

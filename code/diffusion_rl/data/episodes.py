@@ -40,8 +40,9 @@ class Episodes:
 
     @property
     def returns(self) -> np.ndarray:
-        """Undiscounted return of each episode [T], float64. Needs rewards and no empty episode."""
-        return np.add.reduceat(np.asarray(self.rewards, np.float64), self.starts)
+        """Undiscounted return of each episode [T], float64. Needs rewards."""
+        so_far = np.concatenate([[0.0], np.cumsum(self.rewards, dtype=np.float64)])
+        return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
     def select(self, episodes: Sequence[int] | np.ndarray) -> Episodes:
         """The given episodes, in the given order."""

@@ -15,7 +15,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, NoiseTape
 from diffusion_rl.data.assets import resolve
-from diffusion_rl.data.episodes import load_episodes
+from diffusion_rl.data.episodes import Episodes, load_episodes
 
 Conditions = dict[str, np.ndarray]
 
@@ -63,7 +63,7 @@ class SequenceDataset:
         self.dataset_path = str(dataset_path)
         self.horizon_steps, self.cond_steps, self.img_cond_steps = horizon_steps, cond_steps, img_cond_steps
         self.use_img = use_img
-        self._load(resolve(dataset_path), max_n_episodes)
+        self._take(load_episodes(resolve(dataset_path), max_n_episodes))
         self.indices = self._make_indices()
         self.n_short_episodes = int(np.sum(self.traj_lengths < horizon_steps))
         if not len(self.indices):
@@ -73,8 +73,7 @@ class SequenceDataset:
                 f"lower horizon_steps"
             )
 
-    def _load(self, path: os.PathLike, max_n_episodes: int) -> None:
-        episodes = load_episodes(path, max_n_episodes)
+    def _take(self, episodes: Episodes) -> None:
         if self.use_img and episodes.images is None:
             raise UserError(f"{self.dataset_path}: no images in it; set use_img=False or use the image data set")
         self.traj_lengths = episodes.traj_lengths
@@ -161,9 +160,8 @@ class QLearningDataset(SequenceDataset):
         if get_mc_return:
             self.reward_to_go = discounted_returns(self.rewards, self.traj_lengths, discount_factor)
 
-    def _load(self, path: os.PathLike, max_n_episodes: int) -> None:
-        super()._load(path, max_n_episodes)
-        episodes = load_episodes(path, max_n_episodes)
+    def _take(self, episodes: Episodes) -> None:
+        super()._take(episodes)
         if episodes.rewards is None or episodes.terminals is None:
             raise UserError(f"{self.dataset_path}: Q-learning needs rewards and terminals; convert the data set anew")
         self.rewards = np.asarray(episodes.rewards, np.float32)
