@@ -88,14 +88,14 @@ def policy_outputs(golden: Golden, policy: Policy, arguments: dict[str, Any], dr
 CASES = [
     path
     for path in case_files(GOLDENS)
-    if Golden(path).kind == "case" and Golden(path).meta["method"] not in ("__attrs__", "__target__")
+    if Golden.load(path).kind == "case" and Golden.load(path).meta["method"] not in ("__attrs__", "__target__")
 ]
 
 
 @pytest.mark.parametrize("path", CASES, ids=[p.stem for p in CASES])
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_twin_reproduces_the_recording(path, precision):
-    golden, suffix = Golden(path), {"float32": "", "float64": "64"}[precision]
+    golden, suffix = Golden.load(path), {"float32": "", "float64": "64"}[precision]
     dtype = getattr(torch, precision)
     recorded, meta = golden.group("out" + suffix), golden.meta
     frozen = set(meta["non_trainable"])
@@ -143,7 +143,7 @@ def _policy(golden: Golden, weights: dict[str, Any]) -> Policy:
 
 
 def test_twin_schedules():
-    recorded = Golden(GOLDENS / "schedules_all.npz")
+    recorded = Golden.load(GOLDENS / "schedules_all.npz")
     comparison = Comparison("schedules_all (twin)", 1, "float32")
     for key in recorded.meta["keys"]:
         steps, _, ddim_steps = key[1:].partition("_ddim")

@@ -122,20 +122,18 @@ def load(case: str, model: Any, weights: dict[str, np.ndarray]) -> None:
 def schedule_tables(folder: Path) -> dict[str, np.ndarray]:
     """The reference's float32 schedule tensors recorded in a folder, "K20_ddim5/betas" -> array."""
     path = folder / "schedules_all.npz"
-    return Golden(path).group("out") if path.exists() else {}
+    return Golden.load(path).group("out") if path.exists() else {}
 
 
 def recorded_schedule(golden: Golden, model: Any) -> dict[str, np.ndarray]:
     """The schedule tensors recorded for this case: in the file itself, its folder, or the shipped folder."""
     own = golden.subgroup("sched")
-    if own:
-        return own
     key = f"K{model.denoising_steps}" + (f"_ddim{model.ddim_steps}" if getattr(model, "use_ddim", False) else "")
     for folder in (golden.path.parent, GOLDENS):
         found = {k[len(key) + 1 :]: v for k, v in schedule_tables(folder).items() if k.startswith(key + "/")}
         if found:
-            return found
-    return {}
+            return found | own
+    return own
 
 
 def table(model: Any, name: str) -> np.ndarray:

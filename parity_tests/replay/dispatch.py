@@ -21,7 +21,7 @@ def replay(path: str | Path) -> None:
         Mismatch: an array differs.
         NotCovered: the file is neither covered nor listed.
     """
-    golden = Golden(path)
+    golden = Golden.load(path)
     classes = golden.classes()
     reason = reason_for(golden.name, classes)
     if reason:

@@ -17,16 +17,19 @@ class Golden:
 
     Attributes:
         name: file name without suffix.
+        path: of the file (need not exist for one recorded in memory).
         meta: what was called and how (`kind`, `spec`, `method`, `args`, `draws`, …).
         arrays: every array under its stored name ("in/x", "w/layer.weight", "out64/loss", …).
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.name = self.path.stem
-        with np.load(self.path, allow_pickle=False) as file:
-            self.meta: dict[str, Any] = json.loads(str(file["meta"]))
-            self.arrays = {k: file[k] for k in file.files if k != "meta"}
+    def __init__(self, path: str | Path, meta: dict[str, Any], arrays: dict[str, np.ndarray]):
+        self.path, self.name, self.meta, self.arrays = Path(path), Path(path).stem, meta, arrays
+
+    @classmethod
+    def load(cls, path: str | Path) -> Golden:
+        """Read a file. Nothing in it is executed."""
+        with np.load(path, allow_pickle=False) as file:
+            return cls(path, json.loads(str(file["meta"])), {k: file[k] for k in file.files if k != "meta"})
 
     @property
     def kind(self) -> str:
