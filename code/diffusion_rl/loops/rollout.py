@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.errors import UserError
+
 Observations = dict[str, np.ndarray]
 
 
@@ -39,6 +41,9 @@ def collect(
         observations: the present ones;  firsts: [E], 1 where they begin an episode.
         act_steps: how many actions of a chunk are executed.
         on_step: called after every step, for progress and for stopping (it may raise).
+
+    Raises:
+        UserError: an action is NaN or infinite; no simulator sees it.
     """
     n_envs = len(firsts)
     rollout = Rollout(
@@ -51,6 +56,11 @@ def collect(
     rollout.firsts[0] = firsts
     for step in range(n_steps):
         actions, keep = decide(observations)
+        if not np.isfinite(actions).all():
+            raise UserError(
+                "the policy's actions are not finite: its weights have diverged; lower train.actor_lr, or take an "
+                "earlier checkpoint"
+            )
         for key, value in observations.items():
             rollout.observations[key][step] = value
         for key, value in keep.items():
