@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{command_line.USAGE}   (--help explains)", file=sys.stderr)
         return USER_ERROR
     register_resolvers()
-    with _reported(arguments) as status:
+    with _reported(arguments) as status, _terminable():
         options = command_line.parse(arguments)
         if options.help:
             print(command_line.help_text(options))
@@ -155,6 +156,24 @@ def _reported(arguments: Sequence[str]) -> Iterator[list[int]]:
             raise
         print(f"error: {line}", file=sys.stderr)
         status[0] = USER_ERROR
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is an interruption like Ctrl-C, also before a loop has begun to catch both."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _hydra_main(arguments: Sequence[str], defaults: Mapping[str, Any]) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.make import make_vector_env
-from diffusion_rl.loops.policy_files import is_fine_tuned, load_policy, open_checkpoint, policy_weights
+from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.loops.policy_files import SAMPLING, is_fine_tuned, load_policy, open_checkpoint, policy_weights
 from diffusion_rl.loops.rollout import (
     EpisodeStatistics,
     Observations,
@@ -25,6 +26,8 @@ from diffusion_rl.loops.rollout import (
     collect,
     episode_statistics,
 )
+from diffusion_rl.loops.run_folder import write_config
+from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.policies.acting import DiffusionActor
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 from diffusion_rl.reports.metrics import MetricsWriter
@@ -73,7 +76,7 @@ class Evaluation:
         self.cfg = cfg
         path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
         checkpoint = open_checkpoint(path)
-        self.policy: FineTunedDiffusionPolicy = instantiate(cfg["model"])
+        self.policy: FineTunedDiffusionPolicy = instantiate(model_of(checkpoint, cfg["model"]))
         self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, int(cfg.get("ft_denoising_steps", 0) or 0), path)
         load_policy(self.policy, checkpoint, path)
         self.seed = int(cfg.get("seed", 42))
@@ -114,16 +117,17 @@ class Evaluation:
         return stats
 
     def _write(self, logdir: Path, stats: EpisodeStatistics, seconds: float) -> None:
-        logdir.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            logdir / "result.npz",
-            num_episode=stats.n_episodes,
-            eval_success_rate=stats.success_rate,
-            eval_episode_reward=stats.mean_return,
-            eval_best_reward=stats.mean_best_reward,
-            returns=stats.returns,
-            time=seconds,
-        )
+        write_config(logdir, OmegaConf.to_container(OmegaConf.create(self.cfg), resolve=True))  # type: ignore[arg-type]
+        with atomic_file(logdir / "result.npz") as file:
+            np.savez(
+                file,
+                num_episode=stats.n_episodes,
+                eval_success_rate=stats.success_rate,
+                eval_episode_reward=stats.mean_return,
+                eval_best_reward=stats.mean_best_reward,
+                returns=stats.returns,
+                time=seconds,
+            )
         with MetricsWriter(logdir, tensorboard=False) as metrics:
             metrics.write(
                 {
@@ -138,8 +142,23 @@ class Evaluation:
             )
 
 
+def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:
+    """The `model` node with the sampling settings that a fine-tuned checkpoint of ours was trained with.
+
+    They belong to the policy as its weights do: with others, the evaluation would not be that of the training.
+    """
+    sampling = checkpoint.metadata.get("sampling") if is_fine_tuned(policy_weights(checkpoint)) else None
+    if not sampling:
+        return model
+    model = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(model), resolve=True))
+    different = {k: v for k, v in sampling.items() if k in SAMPLING and k in model and model[k] != v}
+    if different:
+        log.info("from the checkpoint: %s", ", ".join(f"model.{k}={v}" for k, v in different.items()))
+    return OmegaConf.merge(model, {k: v for k, v in sampling.items() if k in SAMPLING})  # type: ignore[return-value]
+
+
 def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:
-    """How many denoising steps of this checkpoint are fine-tuned; `asked`: what the configuration says (0: nothing)."""
+    """How many denoising steps of this checkpoint are fine-tuned; `asked`: the configuration's number (0: not said)."""
     if not is_fine_tuned(policy_weights(checkpoint)):
         if asked:
             log.warning("%s is a pre-trained policy: ft_denoising_steps=%d changes nothing", path, asked)

@@ -16,12 +16,13 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.loops.run_folder import RunFolder
+from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.reports.progress import Progress
 
-CHECKPOINT_SECONDS = 60.0
+KIND = "diffusion_policy"  # of its checkpoints
 Observer = Callable[[dict[str, Any]], None]
 
 
@@ -80,41 +81,35 @@ class PreTraining:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         train, n_epochs = self.train, int(self.train["n_epochs"])
         per_epoch = math.ceil(len(self.items) / int(train["batch_size"]))
-        with RunFolder(self.cfg, "epoch") as folder:
-            if folder.resumed is not None:
-                self._restore(folder.resumed)
-            snapshot, saved_at = None, time.monotonic()
-            start = (self.epoch - 1) * per_epoch
-            with Progress(n_epochs * per_epoch, "pre-training", start=start) as progress:
-                while self.epoch <= n_epochs:
-                    began = time.monotonic()
+        folder = RunFolder(self.cfg, "epoch", KIND)
+        if folder.resumed is not None:
+            self._restore(folder.resumed, folder.resumed_from)
+        start = (self.epoch - 1) * per_epoch
+        with folder, Progress(n_epochs * per_epoch, "pre-training", start=start) as progress:
 
-                    def on_batches(n: int, loss: float, snapshot: tuple | None = snapshot) -> None:
-                        progress.update(n, epoch=self.epoch, loss=loss)
-                        if folder.stop_requested:
-                            folder.stop(folder.save(*snapshot, keep=False) if snapshot else None)
+            def on_batches(n: int, loss: float) -> None:
+                progress.update(n, epoch=self.epoch, loss=loss)
+                folder.stop_if_requested()
 
-                    losses = self._epoch(on_batches)
-                    row = {"epoch": self.epoch, "kind": "train", "loss": float(np.mean(losses))}
-                    row |= {"validation_loss": self._validate(), "learning_rate": self._learning_rate()}
-                    self.trainer.end_epoch()
-                    if not math.isfinite(row["loss"]):
-                        raise UserError(
-                            f"the loss became {row['loss']} in epoch {self.epoch}: lower train.learning_rate; the last "
-                            f"good state is in {folder.checkpoints}"
-                        )
-                    folder.metrics.write(row | {"seconds": time.monotonic() - began})
-                    keep = self.epoch % int(train["save_model_freq"]) == 0 or self.epoch == n_epochs
-                    snapshot = (self.epoch, *self._snapshot())
-                    if keep or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                        folder.save(*snapshot, keep=keep)
-                        saved_at = time.monotonic()
-                    if self.observer is not None:
-                        self.observer(self._observed(losses))
-                    if folder.stop_requested:
-                        folder.stop(folder.save(*snapshot, keep=keep))
-                    self.epoch += 1
-            return folder.metrics.rows
+            while self.epoch <= n_epochs:
+                began = time.monotonic()
+                losses = self._epoch(on_batches)
+                row = {"epoch": self.epoch, "kind": "train", "loss": float(np.mean(losses))}
+                if not math.isfinite(row["loss"]):
+                    raise UserError(
+                        f"the loss became {row['loss']} in epoch {self.epoch}: lower train.learning_rate; "
+                        f"{folder.last_good()}"
+                    )
+                row |= {"validation_loss": self._validate(), "learning_rate": self._learning_rate()}
+                self.trainer.end_epoch()
+                folder.metrics.write(row | {"seconds": time.monotonic() - began})
+                keep = self.epoch % int(train["save_model_freq"]) == 0 or self.epoch == n_epochs
+                folder.remember(self.epoch, *self._snapshot(), keep=keep)
+                if self.observer is not None:
+                    self.observer(self._observed(losses))
+                folder.stop_if_requested()
+                self.epoch += 1
+        return folder.metrics.rows
 
     # ---------- one epoch ----------
 
@@ -122,8 +117,8 @@ class PreTraining:
         size = int(self.train["batch_size"])
         order = self.items[self.noise.permutation(len(self.items))]
         n_full = len(order) // size
-        starts = range(0, n_full, BATCHES_PER_CALL)
-        batches = [order[i * size : min(i + BATCHES_PER_CALL, n_full) * size].reshape(-1, size) for i in starts]
+        full = order[: n_full * size].reshape(n_full, size)
+        batches = [full[i : i + BATCHES_PER_CALL] for i in range(0, n_full, BATCHES_PER_CALL)]
         if len(order) % size:
             batches.append(order[n_full * size :][None])
         losses = []
@@ -170,7 +165,7 @@ class PreTraining:
         tensors |= {f"optimizer.network.{k}": v for k, v in self.trainer.optimizer.state().items()}
         path = str(self.cfg.get("train_dataset_path", "") or "").replace("train.npz", "normalization.npz")
         metadata = {
-            "kind": "diffusion_policy",
+            "kind": KIND,
             **policy_facts(self.model),
             "normalization": normalization_facts(path),
             "train": {
@@ -181,14 +176,15 @@ class PreTraining:
         }
         return tensors, metadata
 
-    def _restore(self, checkpoint: Any) -> None:
-        state = checkpoint.metadata["train"]
-        load_state_dict(self.model, checkpoint.select("model."))
-        load_state_dict(self.ema_model, checkpoint.select("ema."))
-        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
-        self.trainer.schedule.restore(state["schedule"])
-        self.noise.restore(state["noise"])
-        self.n_batches, self.epoch = int(state["n_batches"]), int(checkpoint.metadata["epoch"]) + 1
+    def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
+        with fitting(path):
+            state = checkpoint.metadata["train"]
+            load_state_dict(self.model, checkpoint.select("model."))
+            load_state_dict(self.ema_model, checkpoint.select("ema."))
+            self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
+            self.trainer.schedule.restore(state["schedule"])
+            self.noise.restore(state["noise"])
+            self.n_batches, self.epoch = int(state["n_batches"]), int(checkpoint.metadata["epoch"]) + 1
 
     def _observed(self, losses: np.ndarray) -> dict[str, Any]:
         return {

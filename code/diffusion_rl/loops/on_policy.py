@@ -6,6 +6,7 @@ bootstrap, and a training iteration after an evaluation goes on from the evaluat
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -25,14 +26,15 @@ from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.evaluation import evaluate, seeded_options
-from diffusion_rl.loops.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.loops.rollout import EpisodeStatistics, Observations, Rollout, StepNoise, collect, episode_statistics
 from diffusion_rl.loops.run_folder import RunFolder
+from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.reports.progress import Progress
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_SECONDS = 60.0  # a passing checkpoint at least this far apart, beside those that are kept
+KIND = "dppo"  # of its checkpoints
 Observer = Callable[[dict[str, Any]], None]
 
 
@@ -67,6 +69,7 @@ class OnPolicyTraining:
         self.itr, self.env_steps = 0, 0
         self.observations: dict[str, np.ndarray] | None = None
         self.done = np.zeros(self.n_envs)
+        self.began_anew = False  # resumed, but without the simulators' state
 
     def _build_model(self) -> Any:
         with initial_weights(NoiseSource(self.seed)):
@@ -91,35 +94,30 @@ class OnPolicyTraining:
     def run(self) -> list[dict[str, Any]]:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         train, n_itr = self.train, int(self.train["n_train_itr"])
-        with RunFolder(self.cfg, "itr") as folder:
+        folder = RunFolder(self.cfg, "itr", KIND)
+        with contextlib.closing(self.venv):
             if folder.resumed is not None:
-                self._restore(folder.resumed)
-            snapshot, saved_at, began = None, time.monotonic(), time.monotonic()
-            with Progress(n_itr * self.n_steps, "fine-tuning", start=self.itr * self.n_steps) as progress:
+                self._restore(folder.resumed, folder.resumed_from)
+            with folder, Progress(n_itr * self.n_steps, "fine-tuning", start=self.itr * self.n_steps) as progress:
+                began = time.monotonic()
                 while self.itr < n_itr:
-                    row = self._iteration(folder, progress, snapshot)
+                    row = self._iteration(folder, progress)
                     row["seconds"], began = time.monotonic() - began, time.monotonic()
                     folder.metrics.write(row)
                     self._report(progress, row)
                     keep = self.itr % int(train["save_model_freq"]) == 0 or self.itr == n_itr - 1
-                    done_itr, self.itr = self.itr, self.itr + 1
-                    snapshot = (done_itr, *self._snapshot(done_itr))
-                    if keep or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                        folder.save(*snapshot, keep=keep)
-                        saved_at = time.monotonic()
-                    if folder.stop_requested:
-                        folder.stop(folder.save(*snapshot, keep=keep))
-            self.venv.close()
+                    folder.remember(self.itr, *self._snapshot(), keep=keep)
+                    self.itr += 1
+                    folder.stop_if_requested()
             return folder.metrics.rows
 
-    def _iteration(self, folder: RunFolder, progress: Progress, snapshot: tuple | None) -> dict[str, Any]:
+    def _iteration(self, folder: RunFolder, progress: Progress) -> dict[str, Any]:
         train = self.train
         evaluating = self.itr % int(train["val_freq"]) == 0 and not train.get("force_train", False)
 
         def on_step(step: int, rewards: np.ndarray) -> None:
             progress.update(1)
-            if folder.stop_requested:
-                folder.stop(folder.save(*snapshot, keep=False) if snapshot else None)
+            folder.stop_if_requested()
 
         rollout = self._evaluate(folder, on_step) if evaluating else self._collect(folder, on_step)
         self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
@@ -134,6 +132,9 @@ class OnPolicyTraining:
             "best_reward": stats.mean_best_reward if stats.n_episodes else None,
             "success_rate": stats.success_rate if stats.n_episodes else None,
         }
+        if self.began_anew:
+            row["resumed_without_simulator_state"] = True
+            self.began_anew = False
         update: dict[str, Any] = {}
         train_actor = self.itr >= int(train["n_critic_warmup_itr"])
         if not evaluating:
@@ -222,6 +223,7 @@ class OnPolicyTraining:
             permutation = self.noise.permutation(n_rows)
             for number in range(max(1, n_rows // batch_size)):  # what is left over is dropped
                 rows = permutation[number * batch_size : (number + 1) * batch_size]
+                folder.stop_if_requested()
                 bc_noise = None
                 if self.trainer.use_bc_loss:
                     bc_noise = self.noise.normal(self.trainer.actor.noise_shape(len(rows)), floatx())
@@ -238,12 +240,12 @@ class OnPolicyTraining:
         if bad:
             raise UserError(
                 f"{bad[0]} is {losses[bad[0]]} in iteration {self.itr}: lower train.actor_lr or train.critic_lr, or "
-                f"set train.max_grad_norm; the last good state is in {folder.checkpoints}"
+                f"set train.max_grad_norm; {folder.last_good()}"
             )
 
     # ---------- state ----------
 
-    def _snapshot(self, itr: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything a run needs to go on bit for bit, as tensors and JSON metadata."""
         tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
         tensors |= self.trainer.tensors()
@@ -256,7 +258,7 @@ class OnPolicyTraining:
         wrappers = self.cfg["env"].get("wrappers", None) or {}
         paths = [w.get("normalization_path") for w in wrappers.values() if w and w.get("normalization_path")]
         metadata = {
-            "kind": "dppo",
+            "kind": KIND,
             **policy_facts(self.model),
             "normalization": normalization_facts(paths[0] if paths else None),
             "train": {
@@ -269,22 +271,24 @@ class OnPolicyTraining:
         }
         return tensors, metadata
 
-    def _restore(self, checkpoint: Any) -> None:
-        state = checkpoint.metadata["train"]
-        trainer_state = state["trainer"]
-        if not trainer_state["actor_is_network"]:
-            self.model.separate_actor()
-        load_state_dict(self.model, checkpoint.select("model."))
-        self.trainer.restore(checkpoint.tensors, trainer_state)
-        self.noise.restore(state["noise"])
-        if self.scaler and state["reward_scaler"]:
-            self.scaler.restore(state["reward_scaler"])
-        self.itr, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
-        if state["env_restorable"] and getattr(self.venv, "restorable", False):
-            self.venv.set_state(checkpoint.select("train.env."))
-            self.observations, self.done = checkpoint.select("train.observations."), checkpoint.tensors["train.done"]
-        else:
-            log.warning("these environments cannot be restored: the resumed run begins with new episodes")
+    def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
+        with fitting(path):
+            state = checkpoint.metadata["train"]
+            if not state["trainer"]["actor_is_network"]:
+                self.model.separate_actor()
+            load_state_dict(self.model, checkpoint.select("model."))
+            self.trainer.restore(checkpoint.tensors, state["trainer"])
+            self.noise.restore(state["noise"])
+            if self.scaler and state["reward_scaler"]:
+                self.scaler.restore(state["reward_scaler"])
+            self.itr, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
+            if state["env_restorable"] and getattr(self.venv, "restorable", False):
+                self.venv.set_state(checkpoint.select("train.env."))
+                self.observations = checkpoint.select("train.observations.")
+                self.done = checkpoint.tensors["train.done"]
+            else:
+                self.began_anew = True
+                log.warning("these environments cannot be restored: the resumed run begins with new episodes")
 
     # ---------- watching ----------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,39 @@ from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionP
 
 log = logging.getLogger(__name__)
 
+# Constructor arguments that decide, beside the weights, which action a policy takes.
+SAMPLING = (
+    "denoised_clip_value",
+    "randn_clip_value",
+    "final_action_clip_value",
+    "eps_clip_value",
+    "predict_epsilon",
+    "use_ddim",
+    "ddim_discretize",
+    "ddim_steps",
+)
+
 
 def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> Checkpoint:
     """Load the checkpoint that the configuration names; a missing one is an error that names the cure."""
     if not path:
         raise UserError(f"{what} is not set: give the path of a checkpoint (.safetensors, or the reference's .pt)")
     return load_checkpoint(resolve(str(path)))
+
+
+@contextlib.contextmanager
+def fitting(path: Any) -> Iterator[None]:
+    """While a run's state is restored from `path`: what does not fit this configuration becomes one line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"cannot resume from {path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot resume from {path}: its training state does not fit this configuration ({reason}); use the "
+            f"settings it was saved with, or resume=never"
+        ) from error
 
 
 def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -39,7 +68,22 @@ def load_policy(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> N
 
     A pre-trained one fills the base network and its fine-tuned copy; critic and eta stay as they are. A fine-tuned one
     fills everything it holds.
+
+    Raises:
+        UserError: names the file, what differs, and what to set.
     """
+    for key in ("obs_dim", "action_dim", "horizon_steps", "denoising_steps"):
+        known, ours = checkpoint.metadata.get(key), int(getattr(policy, key))
+        if known is not None and int(known) != ours:
+            raise UserError(f"{path} was trained with {key}={known}, this run has {ours}: set {key}={known}")
+    try:
+        _fill(policy, checkpoint, path)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _fill(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> None:
     weights = policy_weights(checkpoint)
     if not isinstance(policy, FineTunedDiffusionPolicy):
         load_state_dict(policy, {k: v for k, v in weights.items() if k.startswith("network.")})
@@ -68,6 +112,7 @@ def policy_facts(policy: DiffusionPolicy) -> dict[str, Any]:
         "obs_dim": policy.obs_dim,
         "action_dim": policy.action_dim,
         "horizon_steps": policy.horizon_steps,
+        "sampling": {name: getattr(policy, name) for name in SAMPLING},
     }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.errors import UserError
+
 Observations = dict[str, np.ndarray]
 MIN_ENVS_FOR_HALVES = 8  # with fewer, a half is too small to be worth a program of its own
 
@@ -47,6 +49,9 @@ def collect(
         observations: the present ones;  firsts: [E], 1 where they begin an episode.
         act_steps: how many actions of a chunk are executed.
         on_step: called after every step, for progress and for stopping (it may raise).
+
+    Raises:
+        UserError: an action is NaN or infinite; no simulator sees it.
     """
     n_envs = len(firsts)
     rollout = Rollout(
@@ -80,6 +85,11 @@ def collect(
                 receive(step - 1, number)
                 seen = {k: v[group] for k, v in rollout.last_observations.items()}
                 actions, keep = decide(seen, step, group)
+                if not np.isfinite(actions).all():
+                    raise UserError(
+                        "the policy's actions are not finite: its weights have diverged; lower train.actor_lr, or take "
+                        "an earlier checkpoint"
+                    )
                 for key, value in seen.items():
                     rollout.observations[key][step, group] = value
                 for key, value in keep.items():

@@ -111,14 +111,9 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
     Damaged ones are skipped, with one warning that names them all.
     """
-    folder = Path(directory)
-    numbered = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := _STATE_FILE.fullmatch(path.name):
-            numbered.append((int(match[1]), path))
     skipped: list[str] = []
     found = None
-    for _, path in sorted(numbered, reverse=True):
+    for _, path in reversed(numbered_checkpoints(directory)):
         try:
             load_checkpoint(path)
         except UserError as error:
@@ -129,6 +124,23 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     if skipped:
         log.warning("skipped %s; continuing with %s", "; ".join(skipped), found or "no checkpoint")
     return found
+
+
+def numbered_checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """(n, path) of every `state_<n>.safetensors`, whole or not, by n."""
+    folder = Path(directory)
+    matches = ((_STATE_FILE.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def checkpoint_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of a checkpoint of ours, unchecked and without reading its tensors; {} where they cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(json.loads(file.read(min(length, 1 << 26)))["__metadata__"]["metadata"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 def require_kind(checkpoint: Checkpoint, kinds: str | Sequence[str], path: str | os.PathLike[str]) -> None:

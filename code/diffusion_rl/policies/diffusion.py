@@ -71,7 +71,7 @@ class DiffusionPolicy:
         self.denoised_clip_value, self.randn_clip_value = denoised_clip_value, randn_clip_value
         self.final_action_clip_value, self.eps_clip_value = final_action_clip_value, eps_clip_value
         self.denoising_steps, self.predict_epsilon = int(denoising_steps), predict_epsilon
-        self.use_ddim, self.ddim_steps = use_ddim, ddim_steps
+        self.use_ddim, self.ddim_steps, self.ddim_discretize = use_ddim, ddim_steps, ddim_discretize
         self.schedule = ddpm_schedule(self.denoising_steps)
         self.ddim_schedule = ddim_schedule(self.schedule, ddim_steps or 0, ddim_discretize) if use_ddim else None
 
