@@ -109,16 +109,22 @@ def gradients(
 
         def one_chunk(start: Array) -> tuple[list[Array], Array]:
             states_c = tf.slice(per_row[0], [start, 0], [size, per_row[0].shape[1]])
-            returns_c, values_c, weight_c = (tf.slice(v, [start], [size]) for v in per_row[1:])
-            with tf.GradientTape() as tape:
-                tape.watch(constants)
-                values = folded.critic_output(a.critic, constants, states_c)
-                total = tf.reduce_sum(weight_c * a.value_loss(values, returns_c, values_c))
-            return tape.gradient(total, constants), total[None]
+            return value_chunk(states_c, *(tf.slice(v, [start], [size]) for v in per_row[1:]), constants)
 
         sums, total = _accumulate(one_chunk, n_chunks, size, constants, 1, a.dtype)
         factor = coefficients["v_loss"] / b
         return total[0] / b, outer.gradient(weights, critic_variables, output_gradients=[s * factor for s in sums])
+
+    # The critic's activation is a dozen passes over memory unless they are fused; its matrices are small.
+    @tf.function(jit_compile=True)
+    def value_chunk(
+        states: Array, returns: Array, oldvalues: Array, weights: Array, constants: list[Array]
+    ) -> tuple[list[Array], Array]:
+        with tf.GradientTape() as tape:
+            tape.watch(constants)
+            values = folded.critic_output(a.critic, constants, states)
+            total = tf.reduce_sum(weights * a.value_loss(values, returns, oldvalues))
+        return tape.gradient(total, constants), total[None]
 
     def losses_and_gradients(rows: Array, data: dict[str, Array]) -> tuple[PPOLoss, dict[str, Any]]:
         (pg_loss, clipfrac, approx_kl, ratio, eta, v_loss), actor_grads, critic_grads = compute(rows, data)
