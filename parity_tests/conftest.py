@@ -10,7 +10,12 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 hypothesis.settings.register_profile(
-    "parity", deadline=None, derandomize=True, database=None, max_examples=15, print_blob=True,
+    "parity",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=15,
+    print_blob=True,
     phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),  # no shrinking: examples are small already
 )
 hypothesis.settings.load_profile("parity")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop import torch_names
-
 from parity_tests.reference.diffusion import Policy
 from parity_tests.replay.build import build
 

@@ -188,7 +188,6 @@ def record_call(
     meta["draws"] = [{"name": f"in/draw_{i:03d}", "fn": fn} for i, (fn, _) in enumerate(source.kept)]
     arrays |= {f"in/draw_{i:03d}": array for i, (_, array) in enumerate(source.kept)}
     meta["grad_none"] = [n for n in names if loss and n not in results[""][1]]
-    meta["dev_f32_f64"] = _rounding(results)
     return Golden(f"live/{spec['class'].rsplit('.', 1)[-1]}.{method}", meta, arrays)
 
 
@@ -218,24 +217,6 @@ def _call(model: Any, method: str, arguments: dict, returns: tuple, loss: Any, n
             found = torch.autograd.grad(total, [parameters[n] for n in names], allow_unused=True)
             grads = {n: g.numpy() for n, g in zip(names, found, strict=True) if g is not None}
     return outputs, grads
-
-
-def _rounding(results: dict[str, tuple[dict, dict]]) -> dict[str, float]:
-    """The reference's own float32-float64 deviation."""
-    (out, grad), (out64, grad64) = results[""], results["64"]
-
-    def deviation(one: np.ndarray, other: np.ndarray, scale: float) -> float:
-        difference = np.abs(one.astype(np.float64) - other)
-        return float(np.max(difference[np.isfinite(difference)], initial=0.0)) / max(scale, 1e-8)
-
-    def largest(value: np.ndarray) -> float:
-        return float(np.max(np.abs(value[np.isfinite(value)]), initial=0.0))
-
-    gradient_scale = max([largest(g) for g in grad64.values()] + [0.0])
-    return {
-        "out": max(deviation(out[k], v, largest(v)) for k, v in out64.items()),
-        "grad_global": max([deviation(grad[k], v, gradient_scale) for k, v in grad64.items()] + [0.0]),
-    }
 
 
 # ---------- whole runs ----------
@@ -273,13 +254,10 @@ def record_agent(name: str, spec: dict[str, Any], cfg: dict[str, Any], draws: Dr
         arrays |= {f"out{suffix}/{k}": v for k, v in results[suffix].items()}
     meta["draws"] = [{"name": f"in/draw_{i:04d}", "fn": fn} for i, (fn, _) in enumerate(source.kept)]
     arrays |= {f"in/draw_{i:04d}": array for i, (_, array) in enumerate(source.kept)}
-    meta["dev_f32_f64"] = {
-        k: _rounding({"": ({k: results[""][k]}, {}), "64": ({k: v}, {})})["out"] for k, v in results["64"].items()
-    }
     return Golden(f"live/{name}", meta, arrays)
 
 
-def _run_agent(spec: dict, cfg: dict, script: dict, weights: dict, source: Source, double: bool) -> dict[str, np.ndarray]:
+def _run_agent(spec: dict, cfg: dict, script: dict, weights: dict, source: Source, double: bool) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     model = build(spec)
@@ -313,7 +291,7 @@ def _run_agent(spec: dict, cfg: dict, script: dict, weights: dict, source: Sourc
             outputs[f"itr{i}.eval_mode"] = np.asarray(evaluating)
             for key in ROLLOUT if evaluating else ROLLOUT + UPDATE:
                 value = seen[key]["state"] if isinstance(seen[key], dict) else seen[key]
-                outputs[f"itr{i}.{key}"] = np.array(value)
+                outputs[f"itr{i}.{key}"] = value.numpy() if torch.is_tensor(value) else np.array(value)
             for key in ("actor_optimizer", "critic_optimizer", "eta_optimizer"):
                 if hasattr(agent, key):
                     rates.setdefault(key, []).append(getattr(agent, key).param_groups[0]["lr"])
@@ -344,4 +322,3 @@ class _Env:
     def step(self, actions: np.ndarray) -> tuple[Any, ...]:
         step = self.scripted.step(actions)
         return step.observations, step.rewards, step.terminated, step.truncated, [{} for _ in step.rewards]
-

@@ -14,7 +14,6 @@ from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
 from diffusion_rl.networks.layers import sinusoidal_embedding
-
 from parity_tests import drawn
 from parity_tests.replay.compare import Comparison
 
@@ -60,7 +59,8 @@ def test_multi_layer_perceptrons(data, residual, seed):
         twin = networks.residual_mlp if residual else networks.mlp
         theirs = twin(drawn.torch_weights(model), torch.from_numpy(x), hidden, out).detach()
         rung = 2 if dtype == "float32" else 1
-        Comparison("multi-layer perceptrons, drawn", rung, dtype).check("output", model(x), theirs, scale=_scale(theirs))
+        comparison = Comparison("multi-layer perceptrons, drawn", rung, dtype)
+        comparison.check("output", model(x), theirs, scale=_scale(theirs))
 
 
 def _scale(values) -> float:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop import torch_names
-
 from parity_tests import drawn
 from parity_tests.replay.compare import Comparison
 
@@ -66,7 +65,7 @@ def test_critics(data, size, seed):
 @given(data=st.data(), seed=drawn.seeds)
 def test_state_dict_round_trip(data, seed):
     specification, _ = data.draw(drawn.policies())
-    one, other = drawn.build_drawn(specification, seed, "float32"), drawn.build_drawn(specification, seed + 1, "float32")
+    one, other = (drawn.build_drawn(specification, seed + i, "float32") for i in range(2))
     weights = torch_names.state_dict(one)
     torch_names.load_state_dict(other, weights)
     back = torch_names.state_dict(other)

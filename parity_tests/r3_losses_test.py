@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_rl.core.returns import gae
-
 from parity_tests import drawn
 from parity_tests.replay.compare import Comparison
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
-
 from parity_tests import drawn
 from parity_tests.replay.compare import Comparison
 

@@ -9,7 +9,6 @@ from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.interop import torch_names
 from diffusion_rl.networks.layers import variables_of
-
 from parity_tests import drawn
 from parity_tests.replay.compare import Comparison
 

@@ -1,4 +1,4 @@
-"""Every recorded case of a folder: `pytest parity_tests/test_goldens.py --golden-dir DIR` (default: the shipped folder)."""
+"""Every recorded case of a folder: `pytest parity_tests/test_goldens.py --golden-dir DIR` (default: shipped)."""
 
 from pathlib import Path
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
-
 from parity_tests import drawn
 from parity_tests.replay import agents, case
 from parity_tests.replay.compare import Comparison

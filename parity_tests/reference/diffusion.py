@@ -1,5 +1,7 @@
-"""Diffusion policies and DPPO's loss, in torch, from DDPM (Ho et al. 2020), DDIM (Song et al. 2021) and DPPO (Ren et al.
-2024). A policy is (spec, weights, tables): the recorded specification, the state_dict, the schedule."""
+"""Diffusion policies and DPPO's loss, in torch: DDPM (Ho et al. 2020), DDIM (Song et al. 2021), DPPO (Ren et al. 2024).
+
+A policy is (spec, weights, tables): the recorded specification, the state_dict, the schedule.
+"""
 
 from __future__ import annotations
 

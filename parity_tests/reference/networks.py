@@ -1,4 +1,4 @@
-"""Networks as functions of (weights, inputs). Weights are {state_dict name: tensor}; the names tell the architecture."""
+"""Networks as functions of (weights, inputs). Weights are {state_dict name: tensor}; names tell the architecture."""
 
 from __future__ import annotations
 

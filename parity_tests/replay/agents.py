@@ -11,10 +11,9 @@ import numpy as np
 
 from diffusion_rl.core.keras import precision
 from diffusion_rl.interop import torch_names
-
 from parity_tests.replay import decisions
 from parity_tests.replay.build import build_case, locate
-from parity_tests.replay.compare import Comparison, Mismatch
+from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
 from parity_tests.replay.files import Golden
 from parity_tests.replay.scripted import ScriptedEnv, Tape
 
@@ -106,7 +105,6 @@ def _flatten(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray], form: str) -> None:
     """Rollout first, then what was made of it, the losses, and the weights at the end."""
     recorded = golden.group("out" + suffix)
-    rounding = golden.meta.get("dev_f32_f64", {})
     comparison = Comparison(golden.name + form, 7, dtype)
     order = [
         *(k for k in recorded if k == "env_actions" or ".chains" in k or ".obs" in k),
@@ -119,7 +117,8 @@ def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray]
             raise Mismatch(f"{golden.name} [{dtype}]: ours gives no {name}")
         head = name.split(".")[0]
         group = _GROUPS.get(head, name.split(".")[-1])
-        comparison.check("out/" + name, ours[name], recorded[name], quantity=group, own_rounding=rounding.get(name, 0.0))
+        rounding = own_rounding(golden, "out/" + name)
+        comparison.check("out/" + name, ours[name], recorded[name], quantity=group, rounding=rounding)
     for name, before in unchanged.items():  # only what the reference changed may have changed
         if "final." + name in recorded or name in golden.meta["aliases"]:
             continue

@@ -13,7 +13,6 @@ import numpy as np
 
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.interop import torch_names
-
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import GOLDENS, Golden
 
@@ -76,7 +75,7 @@ class _Sinusoidal:
         return locate(SINUSOIDAL)(x, self.dim, floatx())
 
 
-def build_case(golden: Golden) -> Any:
+def build_case(golden: Golden, recorded_tables: bool = True) -> Any:
     """Our object with the recorded weights and schedule tables; loading must use every tensor and find every one."""
     spec = golden.meta.get("spec")
     if spec is None:
@@ -85,7 +84,7 @@ def build_case(golden: Golden) -> Any:
     weights = golden.weights
     if weights:
         load(golden.name, model, weights)
-    if hasattr(model, "schedule"):
+    if hasattr(model, "schedule") and recorded_tables:
         inject_schedule(golden, model)
     return model
 

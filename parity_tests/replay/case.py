@@ -9,11 +9,10 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import precision
 from diffusion_rl.interop import torch_names
-
 from parity_tests.replay import decisions
 from parity_tests.replay.build import build_case
 from parity_tests.replay.calls import CALLS, caster
-from parity_tests.replay.compare import Comparison, Mismatch
+from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
 from parity_tests.replay.files import Golden
 
 
@@ -35,9 +34,9 @@ def _replay(golden: Golden, dtype: str, suffix: str) -> None:
     if key not in CALLS:
         raise NotCovered(f"{golden.name}: no adapter for {key[0]}.{key[1]} in parity_tests/replay/calls.py")
     adapter, rung = CALLS[key]
-    model, cast = build_case(golden), caster(dtype)
-    rounding = meta.get("dev_f32_f64", {})
-    comparison = Comparison(golden.name, rung, dtype, rounding.get("out", 0.0))
+    # our own tables where they are what is compared
+    model, cast = build_case(golden, recorded_tables=meta["method"] != "__attrs__"), caster(dtype)
+    comparison = Comparison(golden.name, rung, dtype)
     with tf.GradientTape() as tape:
         outputs = adapter(model, golden, cast)
         total = total_loss(outputs, meta, golden.group("out" + suffix))
@@ -51,9 +50,10 @@ def _replay(golden: Golden, dtype: str, suffix: str) -> None:
             continue
         if name not in outputs or outputs[name] is None:
             raise Mismatch(f"{golden.name} [{dtype}]: ours gives no output {name!r}")
-        comparison.check("out/" + name, outputs[name], value, quantity=quantity(meta, name))
+        rounding = own_rounding(golden, "out/" + name)
+        comparison.check("out/" + name, outputs[name], value, quantity=quantity(meta, name), rounding=rounding)
     if meta.get("loss"):
-        check_gradients(golden, dtype, suffix, model, tape, total, comparison, rounding.get("grad_global", 0.0))
+        check_gradients(golden, dtype, suffix, model, tape, total, comparison)
 
 
 def total_loss(outputs: dict[str, Any], meta: dict[str, Any], recorded: dict[str, np.ndarray]) -> Any:
@@ -80,7 +80,6 @@ def check_gradients(
     tape: tf.GradientTape,
     total: Any,
     comparison: Comparison,
-    rounding: float,
 ) -> None:
     """Every parameter's gradient, relative to the model's largest; those without one upstream have none in ours."""
     ours = torch_gradients(model, tape, total)
@@ -90,9 +89,8 @@ def check_gradients(
             raise Mismatch(f"{golden.name} [{dtype}]: {name} has no gradient in the reference, in ours it has")
     if recorded:
         scale = max(max(float(np.abs(g).max(initial=0.0)) for g in recorded.values()), 1e-30)
-        comparison.check_all(
-            ours, recorded, "grad/", quantity="gradients", rung=4, scale=scale, own_rounding=rounding
-        )
+        rounding = max(own_rounding(golden, "grad/" + name) for name in golden.group("grad"))
+        comparison.check_all(ours, recorded, "grad/", quantity="gradients", rung=4, scale=scale, rounding=rounding)
     sums = golden.meta.get("grad64_sumnorm") if dtype == "float64" else None
     if sums:
         scale = max(norm for _, norm in sums.values())

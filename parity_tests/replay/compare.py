@@ -29,6 +29,16 @@ class Deviation:
     gate: float
 
 
+def own_rounding(golden: Any, name: str) -> float:
+    """How far the reference's float32 array ("out/loss", "grad/weight") is from its float64 twin; 0 without a twin."""
+    prefix, rest = name.split("/", 1)
+    twin = golden.arrays.get(f"{prefix}64/{rest}")
+    if twin is None:
+        return 0.0
+    difference = np.abs(golden.arrays[name].astype(np.float64) - twin.astype(np.float64))
+    return float(np.max(difference[np.isfinite(difference)], initial=0.0))
+
+
 # Filled by every comparison of the process; parity_tests/report.py reads it.
 DEVIATIONS: list[Deviation] = []
 
@@ -40,11 +50,10 @@ class Comparison:
         case: name for messages.
         rung: which rung of the ladder the outputs belong to.
         dtype: "float32" or "float64": the precision that ours computed in.
-        own_rounding: the reference's own float32-float64 deviation for this case: in float32 nobody can be closer.
     """
 
-    def __init__(self, case: str, rung: int, dtype: str, own_rounding: float = 0.0):
-        self.case, self.rung, self.dtype, self.own_rounding = case, rung, dtype, own_rounding
+    def __init__(self, case: str, rung: int, dtype: str):
+        self.case, self.rung, self.dtype = case, rung, dtype
 
     def check(
         self,
@@ -55,27 +64,31 @@ class Comparison:
         quantity: str | None = None,
         rung: int | None = None,
         scale: float | None = None,
-        own_rounding: float | None = None,
+        rounding: float = 0.0,
         gate: float | None = None,
     ) -> None:
-        """Compare one array; `scale` replaces the reference array's own largest magnitude."""
+        """Compare one array.
+
+        Args:
+            scale: instead of the reference array's own largest magnitude.
+            rounding: how far the reference's own float32 is from its float64: nobody can be closer in float32.
+        """
         rung = self.rung if rung is None else rung
         ours, theirs = np.asarray(ours), np.asarray(theirs)
-        if gate is None:
-            rounding = self.own_rounding if own_rounding is None else own_rounding
-            gate = tolerances.gate(rung, self.dtype, rounding)
         if ours.shape != theirs.shape:
             raise Mismatch(f"{self.case} [{self.dtype}] {name}: shape {ours.shape}, the reference has {theirs.shape}")
         if theirs.size == 0:
             return
         ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
         finite = np.isfinite(theirs)
+        if scale is None:
+            scale = tolerances.absolute_scale(name, float(np.max(np.abs(theirs[finite]), initial=0.0)))
+        if gate is None:
+            gate = tolerances.gate(rung, self.dtype, rounding / scale)
         special = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
         wrong_special = (finite != np.isfinite(ours)) | (~finite & ~special)
         if wrong_special.any():
             self._fail(name, ours, theirs, wrong_special, float("inf"), gate)
-        if scale is None:
-            scale = tolerances.absolute_scale(name, float(np.max(np.abs(theirs[finite]), initial=0.0)))
         error = np.where(finite, np.abs(np.where(finite, ours, 0) - np.where(finite, theirs, 0)), 0.0)
         deviation = float(error.max()) / scale
         DEVIATIONS.append(Deviation(self.case, rung, quantity or name, self.dtype, deviation, gate))

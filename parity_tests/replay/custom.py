@@ -18,7 +18,6 @@ from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.interop import torch_names
 from diffusion_rl.networks.layers import variables_of
-
 from parity_tests.replay.build import build_case, locate
 from parity_tests.replay.calls import caster
 from parity_tests.replay.case import NotCovered, torch_gradients
@@ -203,7 +202,8 @@ def dataset_split(golden: Golden) -> None:
         dataset = SequenceDataset(str(path), horizon_steps=4)
         train, validation = dataset.split(0.7, NoiseTape([order]))
     comparison = Comparison(golden.name, 1, "float32")
-    comparison.check("out/train_indices", dataset.indices[train], recorded["train_indices"], gate=0.0)
+    ours = dataset.indices[train]
+    comparison.check("out/train_indices", ours, recorded["train_indices"], gate=0.0, quantity="sequence data set")
     if sorted([*train, *validation]) != list(range(len(dataset))) or set(train) & set(validation):
         raise Mismatch(f"{golden.name}: training and validation must divide the items between them (quirk 58)")
 

@@ -28,7 +28,8 @@ def replay(path: str | Path) -> None:
         raise NotImplementedCase(reason)
     if golden.kind == "upstream_error":
         if golden.name not in decisions.UPSTREAM_ERRORS:
-            raise case.NotCovered(f"{golden.name}: no decision in parity_tests/replay/decisions.py for: {golden.meta['error']}")
+            error = golden.meta["error"]
+            raise case.NotCovered(f"{golden.name}: no decision in parity_tests/replay/decisions.py for: {error}")
         decisions.UPSTREAM_ERRORS[golden.name]()
         return
     if golden.kind == "schedules":

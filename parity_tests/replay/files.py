@@ -1,4 +1,4 @@
-"""Reading golden files. One file is one case; `meta` is JSON, the other arrays are grouped by the prefix of their name."""
+"""Reading golden files. One file is one case: `meta` is JSON, the arrays are grouped by the prefix of their name."""
 
 from __future__ import annotations
 

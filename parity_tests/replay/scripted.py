@@ -107,5 +107,6 @@ class Tape:
     @property
     def left_over(self) -> str:
         """What was recorded and not asked for; empty if nothing."""
-        left = {k: len(s) - self._position[k] for k, s in self._streams.items()} | {"permutations": len(self._permutations)}
+        left = {k: len(s) - self._position[k] for k, s in self._streams.items()}
+        left["permutations"] = len(self._permutations)
         return ", ".join(f"{n} {k}" for k, n in left.items() if n)
