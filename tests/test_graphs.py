@@ -1,8 +1,12 @@
 """Compiled functions: traced no more once training is under way, and the fast forms equal to the plain ones."""
 
+import contextlib
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.small_runs import FINE_TUNE, PRE_TRAIN, loop, make_base_policy, make_data
 
 from diffusion_rl.algorithms import dppo_fast
 from diffusion_rl.algorithms.dppo import DPPO
@@ -16,14 +20,12 @@ from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 
-from tests.small_runs import FINE_TUNE, PRE_TRAIN, loop, make_base_policy, make_data
-
 SAME = 1e-10
-H, O, A = 4, 5, 3  # noqa: E741
+H, O, A, K = 4, 5, 3, 4  # noqa: E741
 SCHEDULE = {"first_cycle_steps": 1000, "warmup_steps": 10, "min_lr": 1e-3}
 
 
-# --- no tracing once training is under way -----------------------------------------------------------------------------
+# --- no tracing once training is under way
 
 
 def compiled_functions(owner, seen=None):
@@ -53,13 +55,13 @@ def tracing_counts(trainer):
 @pytest.mark.parametrize("fast", [True, False])
 def test_fine_tuning_traces_nothing_after_its_second_iteration(tmp_path, fast):
     base = make_base_policy(tmp_path / "base.safetensors")
-    overrides = [f"base_policy_path={base}", "train.n_train_itr=6", "train.val_freq=3", f"+train.fast={fast}"]
+    overrides = [f"base_policy_path={base}", "train.n_train_itr=5", "train.val_freq=2", f"+train.fast={fast}"]
     training = loop(FINE_TUNE, tmp_path / "run", *overrides, "train.batch_size=10")  # of 36 rows: some are left over
     counts = []
     training.observer = lambda seen: counts.append(tracing_counts(training.trainer))
     training.run()
-    # Iterations 0 and 3 evaluate; by the end of 2 there was one evaluation and two updates.
-    assert counts[2] == counts[3] == counts[4] == counts[5]
+    # Iterations 0, 2 and 4 evaluate: after the second iteration there was one evaluation and one update.
+    assert counts[1] == counts[2] == counts[3] == counts[4]
     ran = {name: count for name, count in counts[-1].items() if count}
     assert all(count == 1 or (count == 2 and "_values" in name) for name, count in ran.items()), ran
     assert any("_samplers" in name for name in ran) and any("_step" in name for name in ran)
@@ -76,13 +78,13 @@ def test_pre_training_traces_nothing_after_its_second_epoch(tmp_path):
     assert {name: count for name, count in counts[-1].items() if count} == {"._group": 1, "._odd_group": 2}
 
 
-# --- fast and plain forms are one computation --------------------------------------------------------------------------
+# --- fast and plain forms are one computation
 
 
 def make_trainer(fast, dims, ft_steps, ddim, **algorithm):
     if ddim:
         eta = EtaFixed(base_eta=0.7, min_eta=0.1, max_eta=1.0)
-        algorithm |= {"use_ddim": True, "ddim_steps": 4, "eta": eta}
+        algorithm |= {"use_ddim": True, "ddim_steps": 3, "eta": eta}
     with initial_weights(NoiseSource(3)):
         policy = DPPO(
             gamma_denoising=0.95,
@@ -94,7 +96,7 @@ def make_trainer(fast, dims, ft_steps, ddim, **algorithm):
             horizon_steps=H,
             obs_dim=O,
             action_dim=A,
-            denoising_steps=6,
+            denoising_steps=K,
             randn_clip_value=3,
             ft_denoising_steps=ft_steps,
             **algorithm,
@@ -107,15 +109,29 @@ def make_trainer(fast, dims, ft_steps, ddim, **algorithm):
     return DPPOTrainer(policy, {"fast": fast, "vf_coef": 0.5, "max_grad_norm": 1.0} | rates | schedules, H)
 
 
+def _normal(draw, *shape):
+    return draw.normal(shape, np.float64)
+
+
+@contextlib.contextmanager
+def traced_only(fast):
+    """The plain form need not be compiled to be compared with."""
+    tf.config.run_functions_eagerly(not fast)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
+
+
 def largest_difference(one, other):
     assert len(one) == len(other) > 0
     return max(np.abs(a - b).max() if np.size(a) else 0.0 for a, b in zip(one, other, strict=True))
 
 
 CASES = {
-    "1 block, DDPM, some steps": {"dims": (16,) * 3, "ft_steps": 3, "ddim": False},
-    "2 blocks, DDPM, all steps": {"dims": (16,) * 5, "ft_steps": 6, "ddim": False},
-    "1 block, DDIM, all steps": {"dims": (16,) * 3, "ft_steps": 4, "ddim": True},
+    "1 block, DDPM, some steps": {"dims": (16,) * 3, "ft_steps": 2, "ddim": False},
+    "2 blocks, DDPM, all steps": {"dims": (16,) * 5, "ft_steps": 4, "ddim": False},
+    "1 block, DDIM, all steps": {"dims": (16,) * 3, "ft_steps": 3, "ddim": True},
     "2 blocks, DDIM, some steps": {"dims": (16,) * 5, "ft_steps": 2, "ddim": True},
     "value clipping, advantage quantiles": {
         **{"dims": (16,) * 3, "ft_steps": 2, "ddim": False, "clip_vloss_coef": 0.2},
@@ -124,7 +140,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", list(CASES)[:4])
 def test_sampler_fast_equals_plain(case):
     with precision("float64"):
         draw, results = NoiseSource(1), []
@@ -133,36 +149,44 @@ def test_sampler_fast_equals_plain(case):
         noise = draw.normal(trainers[0].actor.noise_shape(5), np.float64)
         for trainer, fast in zip(trainers, (True, False), strict=True):
             assert trainer.actor.fast == fast
-            exploring, evaluating = (trainer.act(state, noise, deterministic) for deterministic in (False, True))
-            again = trainer.log_probs(state, exploring.chains, 2)  # captured while sampling = computed afterwards
+            with traced_only(fast):
+                exploring, evaluating = (trainer.act(state, noise, deterministic) for deterministic in (False, True))
+            with traced_only(False):  # captured while sampling = computed afterwards
+                again = trainer.log_probs(state, exploring.chains, 2)
             assert largest_difference([exploring.log_probs], [again]) < SAME
             results.append([*exploring, *evaluating])
         assert results[0][0].dtype == np.float64 and largest_difference(*results) < SAME
 
 
-@pytest.mark.parametrize("rows", [12, 64, 65, 67], ids=lambda b: f"B={b}")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "rows"),
+    [
+        ("1 block, DDPM, some steps", 12),
+        ("1 block, DDPM, some steps", 64),
+        ("2 blocks, DDPM, all steps", 67),
+        ("1 block, DDIM, all steps", 12),
+        ("2 blocks, DDIM, some steps", 65),
+        ("value clipping, advantage quantiles", 67),
+    ],
+)
 def test_updates_fast_equals_plain(case, rows, monkeypatch):
     """Three updates. N = 20 samples are more than 12 rows and fewer than the others; 65 and 67 rows leave padding."""
     monkeypatch.setattr(dppo_fast, "CHUNK", 16)  # several chunks
     assert dppo_fast._chunks(64)[2] == 0 and dppo_fast._chunks(67)[2] > 0
-    if case != "1 block, DDPM, some steps" and rows != 67:
-        pytest.skip("the other sizes are tried with the first case")
     n, results = 20, []
     with precision("float64"):
         for fast in (True, False):
             draw, trainer = NoiseSource(2), make_trainer(fast, **CASES[case])
             assert trainer.fast == fast
             f = trainer.algorithm.ft_denoising_steps
-            normal = lambda *shape: draw.normal(shape, np.float64)  # noqa: E731
+            normal = functools.partial(_normal, draw)
             chains = np.cumsum(0.1 * normal(n, f + 1, H, A), axis=1)
-            n_rows = trainer.load(
-                normal(n, 1, O), chains, normal(n), normal(n), normal(n), 0.3 * normal(n, f, H, A)
-            )
+            n_rows = trainer.load(normal(n, 1, O), chains, normal(n), normal(n), normal(n), 0.3 * normal(n, f, H, A))
             losses = []
             for number in range(3):
                 chosen = np.concatenate([draw.permutation(n_rows) for _ in range(2)])[:rows]
-                losses.append(list(trainer.minibatch(chosen, True, number).values()))
+                with traced_only(fast):
+                    losses.append(list(trainer.minibatch(chosen, True, number).values()))
             variables = [v for name in trainer.trained for v in trainer.trained[name]]
             results.append([np.array(losses), *(v.numpy() for v in variables), *trainer.tensors().values()])
             assert np.isfinite(losses).all() and np.abs(trainer.tensors()["optimizer.actor.exp_avg.0"]).max() > 0
@@ -181,12 +205,21 @@ def test_pre_training_fast_equals_plain(blocks, predict_epsilon):
     average = np.array([COPY, KEEP, AVERAGE])
     for fast in (True, False):
         with precision("float64"), initial_weights(NoiseSource(2)):
-            network = DiffusionMLP(A, H, 2 * O, 16, [16] * (1 + 2 * blocks), activation_type="ReLU", residual_style=True)
+            network = DiffusionMLP(
+                A, H, 2 * O, 16, [16] * (1 + 2 * blocks), activation_type="ReLU", residual_style=True
+            )
             policy = DiffusionPolicy(network, H, O, A, denoising_steps=steps, predict_epsilon=predict_epsilon)
-            train = {"fast": fast, "lr_scheduler": SCHEDULE, "learning_rate": 1e-2, "weight_decay": 1e-3, "batch_size": b}
+            train = {
+                "fast": fast,
+                "lr_scheduler": SCHEDULE,
+                "learning_rate": 1e-2,
+                "weight_decay": 1e-3,
+                "batch_size": b,
+            }
             trainer = PreTrainer(policy, states, actions, windows, 2, train, 0.9)
             assert trainer.folds == fast
-            losses = trainer.steps(items, t, noise, average)
-            held_out = trainer.evaluate(items[0], t[0], noise[0])
+            with traced_only(fast):
+                losses = trainer.steps(items, t, noise, average)
+                held_out = trainer.evaluate(items[0], t[0], noise[0])
             results.append([losses, held_out, *(v.numpy() for v in [*trainer.variables, *trainer.averaged])])
     assert results[0][0].dtype == np.float64 and largest_difference(*results) < SAME

@@ -79,6 +79,8 @@ class Evaluation:
         self.policy: FineTunedDiffusionPolicy = instantiate(model_of(checkpoint, cfg["model"]))
         self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, int(cfg.get("ft_denoising_steps", 0) or 0), path)
         load_policy(self.policy, checkpoint, path)
+        # Decide by the same program as the training did: the other one rounds differently.
+        self.fast = bool(((checkpoint.metadata.get("config") or {}).get("train") or {}).get("fast", True))
         self.seed = int(cfg.get("seed", 42))
         self.venv = make_vector_env(
             cfg["env"],
@@ -99,7 +101,7 @@ class Evaluation:
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
             rollout = evaluate(
-                DiffusionActor(self.policy),
+                DiffusionActor(self.policy, self.fast),
                 self.venv,
                 NoiseSource(self.seed),
                 n_steps,

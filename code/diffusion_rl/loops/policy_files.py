@@ -76,6 +76,9 @@ def load_policy(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> N
         known, ours = checkpoint.metadata.get(key), int(getattr(policy, key))
         if known is not None and int(known) != ours:
             raise UserError(f"{path} was trained with {key}={known}, this run has {ours}: set {key}={known}")
+    for name, value in policy_weights(checkpoint).items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: weight {name} is not finite (a training diverged); use an earlier checkpoint")
     try:
         _fill(policy, checkpoint, path)
     except UserError as error:
