@@ -23,7 +23,7 @@ EVALUATE = "gym/eval/hopper-v2/eval_diffusion_mlp"
 
 # The budget: everything else is the configuration's own value. An iteration that evaluates does not train; the last
 # one (number 30) evaluates, so that the curve ends with a point.
-ITERATIONS = 31
+ITERATIONS = 16
 FINE_TUNE_OVERRIDES = (f"train.n_train_itr={ITERATIONS}", "train.val_freq=5", f"train.save_model_freq={ITERATIONS}")
 # 40 environments for 250 chunks of 4 actions, that is 1000 steps: each finishes at least one episode.
 EVALUATE_OVERRIDES = ("env.n_envs=40", "n_steps=250", "seed=1000")
