@@ -58,7 +58,7 @@ def test_critics(data, size, seed):
         )
         ours = model({"state": state}, action)
         for i, (one, other) in enumerate(zip(ours if isinstance(ours, tuple) else [ours], values, strict=True)):
-            scale = max(1.0, float(other.abs().max()))
+            scale = max(1.0, float(other.detach().abs().max()))
             comparison.check(f"CriticObsAct q{i + 1}", one, other.detach(), scale=scale)
 
 
