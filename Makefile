@@ -1,7 +1,8 @@
 # make demo            fine-tune the shipped Hopper policy and show the return before and after (5 to 10 minutes)
 # make test            everything that can be checked on this machine
 # make parity-report   how far this port is from the PyTorch reference, quantity by quantity, to figure/parity/
-# make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side
+# make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side, and with
+#                      UPSTREAM_PYTHON=<interpreter that has its simulators> whole iterations as well
 # make lint            ruff and mypy
 # make clean           remove .venv and caches (runs in log/ stay)
 #
@@ -13,6 +14,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
 PIP_ARGS ?=
 WORKERS ?= 2
 UPSTREAM ?=
+UPSTREAM_PYTHON ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -34,8 +36,9 @@ test: $(VENV)/.test
 parity-report: $(VENV)/.test
 	@$(RUN) -m parity_tests.report
 
-benchmark: $(VENV)/$(if $(UPSTREAM),.test,.gym)
-	@$(RUN) benchmarks/run.py $(if $(UPSTREAM),--upstream $(UPSTREAM))
+benchmark: $(VENV)/.test
+	@$(RUN) benchmarks/run.py $(if $(UPSTREAM),--upstream $(UPSTREAM)) \
+	  $(if $(UPSTREAM_PYTHON),--upstream-python $(UPSTREAM_PYTHON))
 
 lint: $(VENV)/.test
 	@$(RUN) -m ruff check .
