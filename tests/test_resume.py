@@ -13,7 +13,7 @@ from tests.small_runs import (
     FINE_TUNE,
     PRE_TRAIN,
     assert_same_checkpoint,
-    config,
+    go_through,
     loop,
     make_base_policy,
     make_data,
@@ -25,7 +25,6 @@ from tests.small_runs import (
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.loops import run_folder
-from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import load_checkpoint
 
 DDIM = [
@@ -169,24 +168,23 @@ def test_what_was_saved_evaluates_to_what_the_training_evaluated(tmp_path, whole
 # --- which checkpoints there are
 
 
-def go_through(folder, steps, keep_every, resume="never"):
-    """A run folder's part in a run over these steps; returns the steps there were after every writing."""
-    seen = []
-    with RunFolder(config(FINE_TUNE, folder, "base_policy_path=x.pt", f"resume={resume}"), "itr", "dppo") as opened:
-        for step in steps:
-            opened.metrics.write({"itr": step, "kind": "train"})
-            opened.remember(step, {"model.x": np.full(3, step)}, {"train": {}}, keep=step % keep_every == 0)
-            seen.append([int(name.split("_")[1].split(".")[0]) for name in states(folder)])
-    return seen
-
-
 def test_passing_checkpoints_go_when_a_newer_one_is_there_also_those_of_an_earlier_process(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", -1.0)  # one after every step
     assert go_through(tmp_path, range(3), keep_every=4) == [[0], [0, 1], [0, 2]]
     written = go_through(tmp_path, range(3, 7), keep_every=4, resume="auto")
     assert written == [[0, 3], [0, 4], [0, 4, 5], [0, 4, 6]]
     assert [row["itr"] for row in rows(tmp_path)] == list(range(7))
-    assert load_checkpoint(state(tmp_path, 6)).tensors["model.x"].tolist() == [6, 6, 6]
+    assert load_checkpoint(state(tmp_path, 6)).tensors["model.x"][0] == 6
+
+
+def test_stopping_after_a_kept_checkpoint_does_not_make_it_a_passing_one(tmp_path):
+    def interrupted(folder):
+        os.kill(os.getpid(), signal.SIGTERM)
+        folder.stop_if_requested()
+
+    with pytest.raises(Interrupted, match="SIGTERM; state saved in .*state_0.safetensors"):
+        go_through(tmp_path, [0], keep_every=1, then=interrupted)
+    assert load_checkpoint(state(tmp_path, 0)).metadata["keep"] is True
 
 
 def test_a_newer_checkpoint_is_whole_before_the_passing_one_goes(tmp_path, monkeypatch):
