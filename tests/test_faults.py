@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import random
 import shutil
 import signal
@@ -128,7 +127,7 @@ def signal_at_step(monkeypatch, n, *numbers):
     def step(self, actions):
         if next(calls) == n:
             for number in numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
         return original(self, actions)
 
     monkeypatch.setattr(LocomotionVectorEnv, "step", step)
@@ -148,7 +147,7 @@ def test_a_signal_in_the_first_update_does_not_wait_for_its_end(tmp_path, base, 
 
     def minibatch(self, *args):
         updates.append(None)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return original(self, *args)
 
     monkeypatch.setattr(DPPOTrainer, "minibatch", minibatch)
@@ -158,7 +157,7 @@ def test_a_signal_in_the_first_update_does_not_wait_for_its_end(tmp_path, base, 
 
 
 def test_sigterm_before_the_loop_runs_is_an_interruption_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(app, "run", lambda config, defaults: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(5)))
+    monkeypatch.setattr(app, "run", lambda config, defaults: (signal.raise_signal(signal.SIGTERM), time.sleep(5)))
     assert in_this_process(monkeypatch, FINE_TUNE, tmp_path / "log") == app.INTERRUPTED
     assert capsys.readouterr().err.startswith("interrupted") and not (tmp_path / "log").exists()
 
@@ -168,7 +167,7 @@ def test_pre_training_stops_within_an_epoch(tmp_path, monkeypatch):
 
     def steps(self, *args):
         if next(calls) == 3:  # an epoch has two: whole batches and the rest
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(self, *args)
 
     monkeypatch.setattr(PreTrainer, "steps", steps)

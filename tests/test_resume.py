@@ -1,7 +1,6 @@
 """Stopped and resumed is the same as never stopped, to the bit; what was trained is what is evaluated."""
 
 import logging
-import os
 import shutil
 import signal
 
@@ -80,7 +79,7 @@ def stop_after(monkeypatch, cls, method, n, number=signal.SIGINT):
     def counted(*args, **kwargs):
         calls.append(None)
         if len(calls) == n:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(cls, method, counted)
@@ -179,7 +178,7 @@ def test_passing_checkpoints_go_when_a_newer_one_is_there_also_those_of_an_earli
 
 def test_stopping_after_a_kept_checkpoint_does_not_make_it_a_passing_one(tmp_path):
     def interrupted(folder):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         folder.stop_if_requested()
 
     with pytest.raises(Interrupted, match="SIGTERM; state saved in .*state_0.safetensors"):
