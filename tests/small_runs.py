@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusion_rl.core.config import find_class, instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.loops.policy_files import policy_facts
+from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 
 FINE_TUNE = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
@@ -107,6 +109,29 @@ def make_data(path: Path, obs_dim: int = 11, action_dim: int = 3) -> Path:
         traj_lengths=np.full(5, 40),
     )
     return path
+
+
+def go_through(
+    folder: Path,
+    steps: Iterable[int],
+    keep_every: int,
+    resume: str = "never",
+    then: Callable[[RunFolder], None] = lambda opened: None,
+    *overrides: str,
+) -> list[list[int]]:
+    """A loop that computes nothing over these steps: all of a run that the run folder sees.
+
+    `then` is called after every step. Returns the numbers of the checkpoints that there were after each.
+    """
+    seen = []
+    cfg = config(FINE_TUNE, folder, "base_policy_path=x.pt", f"resume={resume}", *overrides)
+    with RunFolder(cfg, "itr", "dppo") as opened:
+        for step in steps:
+            opened.metrics.write({"itr": step, "kind": "train"})
+            opened.remember(step, {"model.x": np.full(3000, step)}, {"train": {}}, keep=step % keep_every == 0)
+            seen.append([int(name.split("_")[1].split(".")[0]) for name in states(folder)])
+            then(opened)
+    return seen
 
 
 def rows(logdir: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import random
 import shutil
 import signal
@@ -21,6 +20,7 @@ from tests.small_runs import (
     FINE_TUNE,
     PRE_TRAIN,
     arguments,
+    go_through,
     loop,
     make_base_policy,
     make_data,
@@ -31,9 +31,12 @@ from tests.small_runs import (
 )
 
 from diffusion_rl import app
+from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
+from diffusion_rl.algorithms.pretrain import PreTrainer
 from diffusion_rl.configs import REPOSITORY
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import latest_checkpoint, load_checkpoint, save_checkpoint
 
 PLAIN = "+train.fast=false"  # compiles faster
@@ -67,6 +70,15 @@ def no_nan_on_disk(folder):
         assert all(np.isfinite(v).all() for k, v in checkpoint.tensors.items() if v.dtype.kind == "f"), name
 
 
+def in_this_process(monkeypatch, name, logdir, *overrides):
+    """The exit status of the command line."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    for function in ("hydra._internal.logging_config.configure_logging", "logging.config.dictConfig"):
+        monkeypatch.setattr(function, lambda config: None, raising=False)  # it would close pytest's handlers
+    return app.main(arguments(name, logdir, *overrides))
+
+
 # --- signals and kills, from outside
 
 
@@ -82,13 +94,13 @@ def wait_for_rows(folder, n, process, seconds=120):
     raise AssertionError("the run did not get on")
 
 
-def test_killed_at_random_moments_it_goes_on_each_time_then_ends_cleanly_on_sigterm(tmp_path, base):
-    """Every process is killed somewhere within its iterations, saving after each; the last is asked to stop."""
+def test_killed_at_a_random_moment_it_goes_on_and_ends_cleanly_on_sigterm(tmp_path, base):
+    """A process is killed somewhere within its iterations, saving after each; the next one is asked to stop."""
     folder, draw = tmp_path / "run", random.Random(time.time_ns())
     overrides = [f"base_policy_path={base}", PLAIN, "resume=auto", "train.n_train_itr=100000", "env.n_envs=2"]
     command = arguments(FINE_TUNE, folder, *overrides, "train.save_model_freq=1", "train.val_freq=1000")
     n = 0
-    for end in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+    for end in (signal.SIGKILL, signal.SIGTERM):
         process = start(command)
         wait_for_rows(folder, n + 2, process)
         time.sleep(draw.uniform(0, 0.4))
@@ -106,21 +118,6 @@ def test_killed_at_random_moments_it_goes_on_each_time_then_ends_cleanly_on_sigt
     assert "Traceback" not in stderr and itr == len(whole) - 1
 
 
-def test_a_signal_before_anything_is_there_to_save(tmp_path, base):
-    """SIGTERM in the first iteration: one line, and nothing that a new start would stumble over."""
-    folder = tmp_path / "run"
-    process = start(arguments(FINE_TUNE, folder, f"base_policy_path={base}", "train.n_steps=100000"))
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    time.sleep(0.2)
-    process.terminate()
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == app.INTERRUPTED and "Traceback" not in stderr
-    assert stderr.strip().splitlines()[-1] == "stopped by SIGTERM before there was anything to save; start again"
-    assert states(folder) == [] and rows(folder) == []
-
-
 # --- signals, from inside
 
 
@@ -130,7 +127,7 @@ def signal_at_step(monkeypatch, n, *numbers):
     def step(self, actions):
         if next(calls) == n:
             for number in numbers:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
         return original(self, actions)
 
     monkeypatch.setattr(LocomotionVectorEnv, "step", step)
@@ -145,32 +142,32 @@ def test_the_second_signal_stops_at_once_and_the_handlers_are_put_back(tmp_path,
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_a_signal_during_the_update_does_not_wait_for_its_end(tmp_path, base, monkeypatch):
-    from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-
+def test_a_signal_in_the_first_update_does_not_wait_for_its_end(tmp_path, base, monkeypatch):
     original, updates = DPPOTrainer.minibatch, []
 
     def minibatch(self, *args):
         updates.append(None)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return original(self, *args)
 
     monkeypatch.setattr(DPPOTrainer, "minibatch", minibatch)
-    with pytest.raises(Interrupted, match="state_0.safetensors"):
-        run(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", PLAIN)
-    assert len(updates) == 1 and states(tmp_path / "run") == ["state_0.safetensors"]
-    # The kept checkpoint stays a kept one: it was not written anew as a passing one.
-    assert load_checkpoint(state(tmp_path / "run", 0)).metadata["keep"] is True
+    with pytest.raises(Interrupted, match="stopped by SIGTERM before there was anything to save; start again"):
+        run(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", PLAIN, "+train.force_train=true")
+    assert len(updates) == 1 and states(tmp_path / "run") == [] and rows(tmp_path / "run") == []
+
+
+def test_sigterm_before_the_loop_runs_is_an_interruption_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(app, "run", lambda config, defaults: (signal.raise_signal(signal.SIGTERM), time.sleep(5)))
+    assert in_this_process(monkeypatch, FINE_TUNE, tmp_path / "log") == app.INTERRUPTED
+    assert capsys.readouterr().err.startswith("interrupted") and not (tmp_path / "log").exists()
 
 
 def test_pre_training_stops_within_an_epoch(tmp_path, monkeypatch):
-    from diffusion_rl.algorithms.pretrain import PreTrainer
-
     original, calls = PreTrainer.steps, itertools.count(1)
 
     def steps(self, *args):
         if next(calls) == 3:  # an epoch has two: whole batches and the rest
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return original(self, *args)
 
     monkeypatch.setattr(PreTrainer, "steps", steps)
@@ -219,41 +216,50 @@ def disk(tmp_path):
 def fill(disk, leave):
     """Take all room but `leave` bytes."""
     free = shutil.disk_usage(disk).free
-    (disk / "filler").write_bytes(b"\0" * max(0, free - leave))
+    with open(disk / "filler", "ab") as file:
+        file.write(b"\0" * max(0, free - leave))
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "metrics", "TensorBoard"])
-def test_a_disk_that_fills_up(disk, base, monkeypatch, what):
-    """After the second iteration there is no room for the next checkpoint, or not even for a line."""
-    from diffusion_rl.loops.run_folder import RunFolder
-
+def test_a_disk_that_fills_up(disk, base, monkeypatch):
+    """No room for the third checkpoint."""
     original = RunFolder.remember
 
     def remember(self, step, *args, **kwargs):
         original(self, step, *args, **kwargs)
         if step == 1:
-            fill(disk, 8192 if what == "checkpoint" else 0)
-            if what != "checkpoint":  # the last page of the metrics may have room left: take that too
-                page = (disk / "run" / "metrics.jsonl").stat().st_size % 4096
-                self.metrics._jsonl.append(
-                    b"\n" * 0 + json.dumps({"itr": 1, "x": "y" * (4096 - page - 22)}).encode() + b"\n"
-                )
+            fill(disk, 8192)
 
     monkeypatch.setattr(RunFolder, "remember", remember)
-    overrides = [f"base_policy_path={base}", PLAIN, "train.save_model_freq=1"]
-    if what == "TensorBoard":
-        overrides.append("tensorboard=true")
-    with pytest.raises(UserError, match="No space left on device|disk is full") as full:
+    overrides = [f"base_policy_path={base}", PLAIN, "train.save_model_freq=1", "train.n_train_itr=3"]
+    with pytest.raises(UserError, match="cannot write .*state_2.safetensors: No space left on device.*; make room"):
         run(FINE_TUNE, disk / "run", *overrides)
-    assert "\n" not in str(full.value) and str(disk) in str(full.value)
-    there = states(disk / "run")
-    assert there == ["state_0.safetensors", "state_1.safetensors"]
-    assert load_checkpoint(state(disk / "run", 1)).metadata["itr"] == 1
-    assert [row["itr"] for row in rows(disk / "run")][:2] == [0, 1]
+    assert states(disk / "run") == ["state_0.safetensors", "state_1.safetensors"]
+    assert [row["itr"] for row in rows(disk / "run")] == [0, 1, 2]
     monkeypatch.undo()
     (disk / "filler").unlink()
-    run(FINE_TUNE, disk / "run", *overrides, "resume=auto", "train.n_train_itr=3")
+    run(FINE_TUNE, disk / "run", *overrides, "resume=auto")
     assert load_checkpoint(state(disk / "run", 2)).metadata["itr"] == 2
+    assert [row["itr"] for row in rows(disk / "run")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("what", ["metrics", "TensorBoard"])
+def test_a_disk_without_room_for_a_line(disk, what):
+    """The last page of metrics.jsonl may have room left when the disk has none: then another file fails first."""
+
+    def fill_up(opened):
+        fill(disk, 0)
+        if what == "metrics":
+            rest = 4096 - (disk / "run" / "metrics.jsonl").stat().st_size % 4096
+            opened.metrics._jsonl.append(json.dumps({"itr": 0, "x": "y" * (rest - 22)}).encode() + b"\n")
+
+    with pytest.raises(UserError, match="disk is full|No space left") as full:
+        go_through(disk / "run", range(400), 1000, "never", fill_up, "tensorboard=true")
+    assert "\n" not in str(full.value) and str(disk) in str(full.value)
+    assert states(disk / "run") == ["state_0.safetensors"]
+    there = rows(disk / "run")
+    (disk / "filler").unlink()
+    go_through(disk / "run", [1, 2], 1, "auto")
+    assert [row["itr"] for row in rows(disk / "run")] == ([0] if what == "metrics" else []) + [0, 1, 2], there
 
 
 def test_a_disk_that_is_full_from_the_start(disk, base):
@@ -282,8 +288,6 @@ def test_a_learning_rate_that_is_far_too_high(tmp_path, base, epochs):
 
 
 def test_nan_saves_the_last_good_iteration_which_was_not_written_yet(tmp_path, base, monkeypatch):
-    from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-
     folder, training = tmp_path / "run", loop(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", PLAIN)
     original = DPPOTrainer.minibatch
 
@@ -317,18 +321,14 @@ def test_a_policy_of_nan_is_not_run(tmp_path, base):
     assert not (tmp_path / "eval").exists()
 
 
-def test_any_other_failure_saves_the_last_iteration_too(tmp_path, base, monkeypatch):
-    original, calls = LocomotionVectorEnv.step, itertools.count(1)
-
-    def step(self, actions):
-        if next(calls) == 15:
+def test_any_other_failure_saves_the_last_iteration_too(tmp_path):
+    def die(opened):
+        if opened._unsaved and opened._unsaved[0] == 2:
             raise UserError("environment 1 died")
-        return original(self, actions)
 
-    monkeypatch.setattr(LocomotionVectorEnv, "step", step)
     with pytest.raises(UserError, match="environment 1 died"):
-        run(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", PLAIN)
-    assert states(tmp_path / "run") == ["state_0.safetensors", "state_1.safetensors"]
+        go_through(tmp_path, range(5), 100, "never", die)
+    assert states(tmp_path) == ["state_0.safetensors", "state_2.safetensors"]
 
 
 # --- what does not fit: one line that names the thing and the cure, status 2, nothing touched
@@ -436,14 +436,9 @@ def places(tmp_path_factory, base, finished):
 
 @pytest.mark.parametrize("case", MISFITS)
 def test_what_does_not_fit(tmp_path, places, monkeypatch, capsys, case):
-    monkeypatch.chdir(REPOSITORY)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-    for name in ("hydra._internal.logging_config.configure_logging", "logging.config.dictConfig"):
-        monkeypatch.setattr(name, lambda config: None, raising=False)  # it would close pytest's handlers
     name, overrides, parts = MISFITS[case]
     before = contents(places["run"])
-    command = arguments(name, tmp_path / "log" / "run", *(o.format(**places) for o in overrides))
-    status = app.main(command)
+    status = in_this_process(monkeypatch, name, tmp_path / "log" / "run", *(o.format(**places) for o in overrides))
     err = capsys.readouterr().err
     assert status == app.USER_ERROR, err
     line = err.strip().splitlines()[-1]
@@ -451,11 +446,3 @@ def test_what_does_not_fit(tmp_path, places, monkeypatch, capsys, case):
     assert "Traceback" not in err and len([x for x in err.splitlines() if x.startswith("error")]) == 1
     assert not (tmp_path / "log").exists(), "nothing half-written"
     assert contents(places["run"]) == before, "nothing lost"
-
-
-def test_the_command_line_says_so_too(tmp_path):
-    """One of them as a process of its own: status 2 and one line are what the shell sees."""
-    process = start(arguments(EVALUATE, tmp_path / "run", f"base_policy_path={tmp_path}/no.safetensors"))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and not out
-    assert err.count("\n") == 1 and err.startswith(f"error: no such file: {tmp_path}/no.safetensors"), err
