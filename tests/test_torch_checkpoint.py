@@ -181,7 +181,9 @@ def test_the_same_data_give_the_same_bytes_aligned_as_torch_has_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", [b"bytes", {1, 2}, object(), np.array(["text"]), np.array([None]), np.ones(2, ">c32")], ids=repr
+    "value",
+    [b"bytes", {1, 2}, object(), np.array(["text"]), np.array([None]), np.ones(2, ">c32")],
+    ids=["bytes", "set", "object", "text array", "object array", "complex"],
 )
 def test_what_cannot_be_written_is_named(tmp_path, value):
     with pytest.raises(UserError, match="cannot hold"):
