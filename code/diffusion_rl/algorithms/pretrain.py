@@ -59,10 +59,8 @@ class PreTrainer:
             tf.constant(actions, policy.dtype),
             tf.constant(windows, tf.int32),
         )
-        self.group_shape = (BATCHES_PER_CALL, int(train["batch_size"]))
         self.folds = bool(train.get("fast", True)) and folded.can_fold(policy.network)
-        self._group = tf.function(self._train_steps, jit_compile=True)
-        self._odd_group = tf.function(self._train_steps, reduce_retracing=True)  # the end of an epoch: other shapes
+        self._steps = tf.function(self._train_steps, reduce_retracing=True)
         self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch), fold=self.folds), reduce_retracing=True)
 
     # ---------- one batch ----------
@@ -104,8 +102,7 @@ class PreTrainer:
         """
         dtype = self.policy.dtype
         inputs = (tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, dtype))
-        run = self._group if items.shape == self.group_shape else self._odd_group
-        return run(*inputs, tf.constant(average, tf.int32)).numpy()
+        return self._steps(*inputs, tf.constant(average, tf.int32)).numpy()
 
     def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
         """The loss of one batch without training."""

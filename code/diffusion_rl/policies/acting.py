@@ -7,10 +7,14 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.threads import streams
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
+
+
+MIN_PART = 8  # environments; a smaller batch costs as much
 
 
 class Decision(NamedTuple):
@@ -84,7 +88,7 @@ class DiffusionActor:
         n, n_base, timesteps = p.sampling_steps, p.sampling_steps - p.ft_denoising_steps, p.sampling_timesteps()
 
         @tf.function(jit_compile=True)
-        def sample(
+        def part(
             state: Array, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
         ) -> tuple[Array, ...]:
             batch, x = state.shape[0], noise[0]
@@ -106,6 +110,18 @@ class DiffusionActor:
                 if is_tuned:
                     log_probs.append(normal_log_prob(x, mean, p.log_prob_std(logvar)))
             return x, tf.stack(chain, axis=1), _or_empty(tf.stack(log_probs, axis=1) if log_probs else None, x)
+
+        @tf.function
+        def sample(
+            state: Array, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
+        ) -> tuple[Array, ...]:
+            """The environments in equal parts, one per core, side by side."""
+            n_envs = state.shape[0]
+            parts = max(k for k in range(1, streams() + 1) if n_envs % k == 0 and n_envs // k >= MIN_PART or k == 1)
+            size = n_envs // parts
+            cuts = [slice(i * size, (i + 1) * size) for i in range(parts)]
+            results = [part(state[cut], noise[:, cut], std_floor, base, tuned) for cut in cuts]
+            return tuple(tf.concat(outputs, axis=0) for outputs in zip(*results, strict=True))
 
         return sample
 
