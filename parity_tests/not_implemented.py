@@ -19,7 +19,7 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "model.common.vit.*": "image encoders",
     "model.common.modules.*": "image encoders",
     "model.common.critic.ViTCritic": "image encoders",
-    "model.diffusion.unet.*": "U-Net policies",
+    "model.diffusion.unet.VisionUnet1D": "image encoders",
     "model.diffusion.mlp_diffusion.VisionDiffusionMLP": "image encoders",
     # algorithms
     "model.rl.gaussian_*": "Gaussian policies' algorithms",

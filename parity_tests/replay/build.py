@@ -23,6 +23,7 @@ OURS: dict[str, str] = {
     "model.common.critic.CriticObs": "diffusion_rl.networks.critics.CriticObs",
     "model.common.critic.CriticObsAct": "diffusion_rl.networks.critics.CriticObsAct",
     "model.diffusion.mlp_diffusion.DiffusionMLP": "diffusion_rl.networks.mlp.DiffusionMLP",
+    "model.diffusion.unet.Unet1D": "diffusion_rl.networks.unet1d.Unet1D",
     "model.diffusion.modules.SinusoidalPosEmb": "diffusion_rl.networks.layers.sinusoidal_embedding",
     "model.diffusion.eta.EtaFixed": "diffusion_rl.networks.eta.EtaFixed",
     "model.diffusion.eta.EtaAction": "diffusion_rl.networks.eta.EtaAction",

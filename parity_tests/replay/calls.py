@@ -145,7 +145,7 @@ for _class in (_VPG, _PPO):
         (_class, "get_logprobs_subsample"): (log_probs_subsample, 3),
     }
 for _class in OURS:
-    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.")):
+    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.", "model.diffusion.unet.")):
         CALLS[(_class, "forward")] = (network, 2)
     elif _class.startswith(("model.diffusion.modules.", "model.diffusion.eta.")):
         CALLS |= {(_class, "forward"): (network, 1), (_class, "__call__"): (network, 1)}

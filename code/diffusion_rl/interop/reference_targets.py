@@ -11,6 +11,7 @@ REFERENCE_TARGETS = {
     "model.diffusion.diffusion_vpg.VPGDiffusion": "diffusion_rl.policies.diffusion.FineTunedDiffusionPolicy",
     "model.diffusion.diffusion_ppo.PPODiffusion": "diffusion_rl.algorithms.dppo.DPPO",
     "model.diffusion.mlp_diffusion.DiffusionMLP": "diffusion_rl.networks.mlp.DiffusionMLP",
+    "model.diffusion.unet.Unet1D": "diffusion_rl.networks.unet1d.Unet1D",
     "model.diffusion.eta.EtaFixed": "diffusion_rl.networks.eta.EtaFixed",
     "model.diffusion.eta.EtaAction": "diffusion_rl.networks.eta.EtaAction",
     "model.diffusion.eta.EtaState": "diffusion_rl.networks.eta.EtaState",
