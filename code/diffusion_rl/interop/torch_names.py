@@ -21,6 +21,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"time_(embedding|mlp)\.project\.", r"time_\1.3."),
     (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
     (r"(blocks\.\d+|final_conv\.0)\.norm\.", r"\1.block.2."),
+    (r"attn\.in_proj\.kernel$", "attn.in_proj_weight"),
+    (r"attn\.in_proj\.bias$", "attn.in_proj_bias"),
     (r"layers\.(\d+)\.linear\.", r"moduleList.\1.linear_1."),
     (r"layers\.(\d+)\.norm\.", r"moduleList.\1.norm_1."),
     (r"\.kernel$", ".weight"),
