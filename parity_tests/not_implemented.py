@@ -46,7 +46,6 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "agent.finetune.train_rlpd_agent.*": "RLPD",
     "agent.finetune.train_ibrl_agent.*": "IBRL",
     "agent.finetune.train_calql_agent.*": "Cal-QL",
-    "agent.pretrain.train_gaussian_agent.*": "Gaussian policies",
     # files that name no class
     "case:dipo_action_gradient_*": "DIPO",
     "case:err_ppo_exact_*": "exact likelihood",

@@ -50,6 +50,7 @@ OURS: dict[str, str] = {
     "agent.pretrain.train_agent.EMA": "diffusion_rl.core.ema.ema_update",
     "util.scheduler.CosineAnnealingWarmupRestarts": "diffusion_rl.core.lr_schedules.CosineWarmupRestarts",
     "agent.finetune.train_ppo_diffusion_agent.TrainPPODiffusionAgent": "diffusion_rl.loops.on_policy.OnPolicyTraining",
+    "agent.pretrain.train_gaussian_agent.TrainGaussianAgent": "diffusion_rl.loops.offline.PreTraining",
     "agent.pretrain.train_diffusion_agent.TrainDiffusionAgent": "diffusion_rl.loops.offline.PreTraining",
 }
 

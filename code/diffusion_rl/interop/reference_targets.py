@@ -2,6 +2,7 @@
 
 REFERENCE_TARGETS = {
     "agent.pretrain.train_diffusion_agent.TrainDiffusionAgent": "diffusion_rl.loops.offline.PreTraining",
+    "agent.pretrain.train_gaussian_agent.TrainGaussianAgent": "diffusion_rl.loops.offline.PreTraining",
     "agent.finetune.train_ppo_diffusion_agent.TrainPPODiffusionAgent": "diffusion_rl.loops.on_policy.OnPolicyTraining",
     "agent.eval.eval_diffusion_agent.EvalDiffusionAgent": "diffusion_rl.loops.evaluation.Evaluation",
     "agent.dataset.sequence.StitchedSequenceDataset": "diffusion_rl.data.sequences.SequenceDataset",

@@ -51,6 +51,8 @@ class GaussianPolicy:
         network_path, device: accepted for the reference's configurations; weights are loaded by the loops.
     """
 
+    KIND = "gaussian_policy"  # of checkpoints of pre-training
+
     def __init__(
         self,
         network: keras.layers.Layer,

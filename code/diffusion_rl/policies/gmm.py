@@ -28,6 +28,8 @@ class GMMPolicy:
         network_path, device, unused: accepted for the reference's configurations; weights are loaded by the loops.
     """
 
+    KIND = "gmm_policy"  # of checkpoints of pre-training
+
     def __init__(
         self,
         network: keras.layers.Layer,
