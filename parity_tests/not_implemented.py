@@ -11,19 +11,18 @@ from fnmatch import fnmatchcase
 
 NOT_IMPLEMENTED: dict[str, str] = {
     # networks
-    "model.common.mlp_gaussian.*": "Gaussian policies",
-    "model.common.mlp_gmm.*": "Gaussian mixture policies",
-    "model.common.transformer.*": "transformer policies",
-    "model.common.gaussian.*": "Gaussian policies",
-    "model.common.gmm.*": "Gaussian mixture policies",
+    "model.common.mlp_gaussian.Gaussian_VisionMLP": "image encoders",
     "model.common.vit.*": "image encoders",
     "model.common.modules.*": "image encoders",
     "model.common.critic.ViTCritic": "image encoders",
-    "model.diffusion.unet.*": "U-Net policies",
+    "model.diffusion.unet.VisionUnet1D": "image encoders",
     "model.diffusion.mlp_diffusion.VisionDiffusionMLP": "image encoders",
     # algorithms
-    "model.rl.gaussian_*": "Gaussian policies' algorithms",
-    "model.rl.gmm_*": "Gaussian mixture policies' algorithms",
+    "model.rl.gaussian_awr.*": "AWR",
+    "model.rl.gaussian_rwr.*": "RWR",
+    "model.rl.gaussian_rlpd.*": "RLPD",
+    "model.rl.gaussian_ibrl.*": "IBRL",
+    "model.rl.gaussian_calql.*": "Cal-QL",
     "model.diffusion.diffusion_awr.*": "AWR",
     "model.diffusion.diffusion_rwr.*": "RWR",
     "model.diffusion.diffusion_dql.*": "DQL",
@@ -47,10 +46,8 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "agent.finetune.train_rlpd_agent.*": "RLPD",
     "agent.finetune.train_ibrl_agent.*": "IBRL",
     "agent.finetune.train_calql_agent.*": "Cal-QL",
-    "agent.pretrain.train_gaussian_agent.*": "Gaussian policies",
     # files that name no class
     "case:dipo_action_gradient_*": "DIPO",
-    "case:err_gmm_transformer_*": "transformer policies",
     "case:err_ppo_exact_*": "exact likelihood",
     "case:err_rwr_gaussian_*": "Gaussian policies' algorithms",
 }

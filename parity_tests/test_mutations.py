@@ -66,7 +66,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
     ),
     "advantages: biased deviation": (
         dppo.DPPO,
-        "step_advantages",
+        "normalised",
         "/ (n - 1)",
         "/ n",
         ["ppo_diffusion_loss_base", "ppo_diffusion_loss_ddim"],

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions, gaussian_sample
+from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.replay import ReplayBuffer
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
+from diffusion_rl.policies.gaussian import gaussian_sample
 
 GOLDENS = Path(os.environ.get("DPPO_GOLDEN_DIR", Path(__file__).resolve().parents[1] / "parity_tests" / "goldens"))
 

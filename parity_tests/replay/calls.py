@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.algorithms.sac import Transitions
 from parity_tests.replay.build import EVALUATION, OURS, locate, table
 from parity_tests.replay.files import Golden
 
@@ -118,7 +119,59 @@ def ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     return obj.loss(**cast(golden.arguments), **noise)._asdict()
 
 
+def gaussian_sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Samples are always reparametrised and always come with their log-probability."""
+    arguments = cast(golden.arguments)
+    ((_, noise),) = golden.draws
+    network = obj.base(True) if arguments.get("use_base_policy") else None
+    action, log_prob = obj.sample(arguments["cond"], cast(noise), arguments.get("deterministic", False), network)
+    return {"action": action, "logprob": log_prob, "out": action}
+
+
+def mixture_sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    (_, modes), (_, noise) = golden.draws
+    return {"out": obj.sample(**cast(golden.arguments), modes=tf.constant(modes[:, 0]), noise=cast(noise))}
+
+
+def likelihood_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    arguments = cast(golden.arguments)
+    loss, entropy = obj.loss(arguments.pop("true_action"), **arguments)
+    return {"loss": loss, "infos.entropy": entropy}
+
+
+def action_log_probs(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    return dict(zip(golden.meta["returns"], obj.log_probs(**cast(golden.arguments)), strict=True))
+
+
+def gaussian_ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    noise = {"bc_noise": cast(golden.draws[0][1])} if golden.draws else {}
+    return obj.loss(**cast(golden.arguments), **noise)._asdict()
+
+
+def sac_loss_critic(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    a = cast(golden.arguments)
+    batch = Transitions(a["obs"]["state"], a["next_obs"]["state"], a["actions"], a["rewards"], a["terminated"])
+    return {"loss": obj.loss_critic(batch, a["gamma"], a["alpha"], cast(golden.draws[0][1]))}
+
+
+def sac_loss_actor(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    a = cast(golden.arguments)
+    return {"loss": obj.loss_actor(a["obs"]["state"], a["alpha"], cast(golden.draws[0][1]))}
+
+
+def sac_loss_temperature(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    a, noise = cast(golden.arguments), cast(golden.draws[0][1])
+    return {"loss": obj.loss_temperature(a["obs"]["state"], a["alpha"], a["target_entropy"], noise)}
+
+
+def update_target_critic(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """What is compared is the state it leaves."""
+    obj.update_target_critic(**golden.arguments)
+    return {}
+
+
 _DIFFUSION = "model.diffusion.diffusion.DiffusionModel"
+_SAC = "model.rl.gaussian_sac.SAC_Gaussian"
 _VPG = "model.diffusion.diffusion_vpg.VPGDiffusion"
 _PPO = "model.diffusion.diffusion_ppo.PPODiffusion"
 
@@ -133,7 +186,22 @@ CALLS: dict[tuple[str | None, str], tuple[Callable[[Any, Golden, Cast], Outputs]
     (EVALUATION, "forward"): (sample_evaluation, 3),
     (_VPG, "loss"): (reinforce_loss, 3),
     (_PPO, "loss"): (ppo_loss, 3),
+    ("model.common.gaussian.GaussianModel", "forward"): (gaussian_sample, 3),
+    ("model.common.gaussian.GaussianModel", "loss"): (likelihood_loss, 3),
+    ("model.common.gmm.GMMModel", "forward"): (mixture_sample, 3),
+    ("model.common.gmm.GMMModel", "loss"): (likelihood_loss, 3),
+    ("model.rl.gaussian_ppo.PPO_Gaussian", "loss"): (gaussian_ppo_loss, 3),
+    ("model.rl.gmm_ppo.PPO_GMM", "loss"): (gaussian_ppo_loss, 3),
+    (_SAC, "forward"): (gaussian_sample, 3),
+    (_SAC, "loss_critic"): (sac_loss_critic, 3),
+    (_SAC, "loss_actor"): (sac_loss_actor, 3),
+    (_SAC, "loss_temperature"): (sac_loss_temperature, 3),
+    (_SAC, "update_target_critic"): (update_target_critic, 5),
 }
+for _class in ("model.rl.gaussian_vpg.VPG_Gaussian", "model.rl.gaussian_ppo.PPO_Gaussian"):
+    CALLS |= {(_class, "forward"): (gaussian_sample, 3), (_class, "get_logprobs"): (action_log_probs, 3)}
+for _class in ("model.rl.gmm_vpg.VPG_GMM", "model.rl.gmm_ppo.PPO_GMM"):
+    CALLS |= {(_class, "forward"): (mixture_sample, 3), (_class, "get_logprobs"): (action_log_probs, 3)}
 for _class in (_VPG, _PPO):
     CALLS |= {
         (_class, "__attrs__"): (attributes, 1),
@@ -145,7 +213,9 @@ for _class in (_VPG, _PPO):
         (_class, "get_logprobs_subsample"): (log_probs_subsample, 3),
     }
 for _class in OURS:
-    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.")):
+    if (_class, "forward") in CALLS:
+        continue
+    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.", "model.diffusion.unet.")):
         CALLS[(_class, "forward")] = (network, 2)
     elif _class.startswith(("model.diffusion.modules.", "model.diffusion.eta.")):
         CALLS |= {(_class, "forward"): (network, 1), (_class, "__call__"): (network, 1)}

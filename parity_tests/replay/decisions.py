@@ -81,9 +81,18 @@ def _scaling_per_environment_says_what_it_needs() -> None:
     raise Mismatch("per_env scaling with other numbers of steps and environments must be refused in one line")
 
 
+def _predicted_spread_of_a_mixture_transformer_works() -> None:
+    kwargs = dict(action_dim=2, horizon_steps=3, cond_dim=4, num_modes=5)
+    kwargs |= dict(transformer_embed_dim=8, transformer_num_heads=2, transformer_num_layers=1)
+    network = build({"class": "model.common.transformer.GMM_Transformer", "kwargs": kwargs})
+    mean, std, logits = network({"state": tf.zeros([2, 1, 4])})
+    assert mean.shape == std.shape == (2, 5, 6) and logits.shape == (2, 5)
+
+
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
     "err_vpg_return_chain_false_ft_all": _chains_are_always_returned,  # quirk 32: no such switch
+    "err_gmm_transformer_learned_std": _predicted_spread_of_a_mixture_transformer_works,  # quirk 18: fixed
     "err_reward_scaler_per_env": _scaling_per_environment_says_what_it_needs,  # quirk 60: same semantics, clear error
 }

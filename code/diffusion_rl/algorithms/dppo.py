@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from diffusion_rl.algorithms.ppo import LOG_PROB_RANGE, ClippedPPO, clipped_policy_loss
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
-
-LOG_PROB_RANGE = (-5.0, 2.0)  # per element, old and new alike; elements outside get no gradient
 
 
 class PPOLoss(NamedTuple):
@@ -49,7 +48,7 @@ class Minibatch(NamedTuple):
     old_log_prob: Array  # [B], averaged over the chunk
 
 
-class DPPO(FineTunedDiffusionPolicy):
+class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
     """The policy with DPPO's loss.
 
     Args:
@@ -135,12 +134,7 @@ class DPPO(FineTunedDiffusionPolicy):
 
     def step_advantages(self, advantages: Array, denoising_inds: Array) -> Array:
         """Normalise [B], clamp to the quantiles, then discount by the denoising steps still to come."""
-        if self.norm_adv:
-            centred = advantages - tf.reduce_mean(advantages)
-            # unbiased deviation (N - 1), as torch.std
-            n = tf.cast(tf.size(advantages), advantages.dtype)
-            std = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (n - 1))
-            advantages = centred / (std + 1e-8)
+        advantages = self.normalised(advantages)
         low, high = self.advantage_quantiles
         if (low, high) != (0, 1):
             ordered = tf.sort(advantages)
@@ -161,15 +155,6 @@ class DPPO(FineTunedDiffusionPolicy):
         growth = (tf.exp(rate * t) - 1) / (math.exp(rate) - 1)
         return self.clip_ploss_coef_base + (self.clip_ploss_coef - self.clip_ploss_coef_base) * growth
 
-    def value_loss(self, values: Array, returns: Array, oldvalues: Array) -> Array:
-        """Half the squared error [B], optionally with the change of the value clipped."""
-        loss = tf.square(values - returns)
-        if self.clip_vloss_coef is not None:
-            bound = self.clip_vloss_coef
-            clipped = oldvalues + tf.clip_by_value(values - oldvalues, -bound, bound)
-            loss = tf.maximum(loss, tf.square(clipped - returns))
-        return 0.5 * loss
-
     def bc_loss(self, obs: Cond, noise: Array) -> Array:
         """Minus the mean log-probability, under the fine-tuned policy, of chains that the pre-trained one draws.
 
@@ -183,23 +168,6 @@ class DPPO(FineTunedDiffusionPolicy):
 def chunk_log_prob(log_prob: Array, reward_horizon: int) -> Array:
     """[B,H,A] -> [B]: clamp each element, keep the first `reward_horizon` actions, average."""
     return tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[:, :reward_horizon], axis=[1, 2])
-
-
-def clipped_policy_loss(
-    log_prob: Array, old_log_prob: Array, advantages: Array, clip_range: Array
-) -> tuple[Array, Array, Array, Array]:
-    """PPO's clipped loss per row (Schulman et al. 2017, eq. 7), all arguments [B].
-
-    Returns:
-        loss, ratio, approximate KL ((r - 1) - log r), and whether the ratio left the clip range.
-    """
-    log_ratio = log_prob - old_log_prob
-    ratio = tf.exp(log_ratio)
-    clipped = tf.clip_by_value(ratio, 1 - clip_range, 1 + clip_range)
-    loss = tf.maximum(-advantages * ratio, -advantages * clipped)
-    approx_kl = tf.stop_gradient((ratio - 1) - log_ratio)
-    outside = tf.cast(tf.abs(ratio - 1) > clip_range, ratio.dtype)
-    return loss, ratio, approx_kl, outside
 
 
 def quantile(ordered: Array, q: float) -> Array:

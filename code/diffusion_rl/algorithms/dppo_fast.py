@@ -17,7 +17,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_rl.algorithms.dppo import DPPO, PPOLoss, chunk_log_prob, clipped_policy_loss
+from diffusion_rl.algorithms.dppo import DPPO, PPOLoss, chunk_log_prob
+from diffusion_rl.algorithms.ppo import clipped_policy_loss
 from diffusion_rl.core.threads import streams
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded

@@ -1,4 +1,6 @@
-"""Supervised training of a diffusion policy on demonstrations: DDPM's loss, AdamW, an average of the weights.
+"""Supervised training of a policy on demonstrations: its own loss, AdamW, an average of the weights.
+
+Diffusion policies learn by DDPM's loss, Gaussian and mixture policies by maximum likelihood.
 
 Many steps run in one compiled call. Shapes: M windows of the data set, n steps, B windows per step; H, O, A, To as in
 `policies.diffusion`.
@@ -18,9 +20,14 @@ from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import DiffusionPolicy, clone
+from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.gmm import GMMPolicy
 
 KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
 BATCHES_PER_CALL = 10  # of the compiled training function
+
+
+PreTrainable = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
 class PreTrainer:
@@ -35,7 +42,7 @@ class PreTrainer:
 
     def __init__(
         self,
-        policy: DiffusionPolicy,
+        policy: PreTrainable,
         states: np.ndarray,
         actions: np.ndarray,
         windows: np.ndarray,
@@ -44,6 +51,7 @@ class PreTrainer:
         ema_decay: float,
     ):
         self.policy, self.cond_steps, self.ema_decay = policy, cond_steps, float(ema_decay)
+        self.ent_coef = float(train.get("ent_coef", 0))
         self.ema_network = clone(policy.network)
         self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
         s = train["lr_scheduler"]
@@ -76,9 +84,11 @@ class PreTrainer:
         return chunk, history, t, noise
 
     def loss(self, batch: tuple[Array, Array, Array, Array], fold: bool = False) -> Array:
-        """DDPM's loss; folded networks give the same number for less work."""
+        """The policy's loss; folded networks give the same number for less work."""
         chunk, history, t, noise = batch
         p = self.policy
+        if not isinstance(p, DiffusionPolicy):
+            return p.loss(chunk, {"state": history}, ent_coef=self.ent_coef)[0]
         if not fold:
             return p.loss(chunk, {"state": history}, t, noise)
         noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
@@ -96,6 +106,7 @@ class PreTrainer:
 
         Args:
             items: [n,B] window numbers;  t: [n,B];  noise: [n,B,H,A];  average: [n] of KEEP, COPY, AVERAGE.
+                (t and noise are of diffusion policies; others do not look at them.)
 
         Returns:
             the loss of each step [n].

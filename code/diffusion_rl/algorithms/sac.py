@@ -10,8 +10,7 @@ U cycles per compiled call, of C critic steps and P actor steps each. Noise, [B,
 
 from __future__ import annotations
 
-import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,11 +19,8 @@ from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.keras import keras
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.networks.layers import Array, variables_of
-
-Cond = dict[str, Array]
-
-_HALF_LOG_2PI = 0.5 * float(np.log(2.0 * np.pi))
-_DETERMINISTIC_STD = 1e-4
+from diffusion_rl.policies.diffusion import clone
+from diffusion_rl.policies.gaussian import GaussianPolicy
 
 
 class Transitions(NamedTuple):
@@ -37,31 +33,14 @@ class Transitions(NamedTuple):
     terminated: Array
 
 
-def gaussian_sample(mean: Array, std: Array, noise: Array, clip: float, squash: bool) -> tuple[Array, Array]:
-    """A sample with its log-density: x = mean + std * clip(noise), and tanh(x) with `squash` (appendix C, eq. 26).
-
-    mean, std, noise [B,D] -> sample [B,D], log_prob [B]. The density is taken at the clipped x; 1e-6 keeps the
-    logarithm finite where tanh saturates.
-    """
-    z = tf.clip_by_value(noise, -clip, clip)
-    sample = mean + std * z
-    log_prob = -0.5 * tf.square(z) - tf.math.log(std) - _HALF_LOG_2PI
-    if squash:
-        sample = tf.tanh(sample)
-        log_prob -= tf.math.log(1.0 - tf.square(sample) + 1e-6)
-    return sample, tf.reduce_sum(log_prob, axis=-1)
-
-
-class SAC:
+class SAC(GaussianPolicy):
     """A Gaussian policy with double Q-learning and the three losses; they are functions of weights, batch and noise.
 
     Args:
         actor: network cond -> (mean, std) [B,H*A], without a squashed mean.
         critic: network (cond, action [B,H,A]) -> (q1 [B], q2 [B]); the target critic starts as its copy.
         horizon_steps: H.
-        randn_clip_value: bound on the noise.
-        tanh_output: squash samples.
-        network_path, device: accepted for the reference's configurations; weights are loaded by the loops.
+        tanh_output: squash samples; the rest as in `GaussianPolicy`.
     """
 
     def __init__(
@@ -69,21 +48,11 @@ class SAC:
         actor: keras.layers.Layer,
         critic: keras.layers.Layer,
         horizon_steps: int,
-        randn_clip_value: float = 10,
         tanh_output: bool = True,
-        network_path: str | None = None,
-        device: str | None = None,
+        **kwargs: Any,
     ):
-        self.network, self.critic, self.target_critic = actor, critic, copy.deepcopy(critic)
-        self.horizon_steps, self.randn_clip_value, self.tanh_output = horizon_steps, randn_clip_value, tanh_output
-
-    def sample(self, cond: Cond, noise: Array, deterministic: bool = False) -> tuple[Array, Array]:
-        """-> actions [B,H,A], log_prob [B]. `deterministic` shrinks the standard deviation to 1e-4."""
-        mean, std = self.network(cond)
-        if deterministic:
-            std = tf.ones_like(mean) * _DETERMINISTIC_STD
-        action, log_prob = gaussian_sample(mean, std, noise, self.randn_clip_value, self.tanh_output)
-        return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
+        super().__init__(actor, horizon_steps, tanh_output=tanh_output, **kwargs)
+        self.critic, self.target_critic = critic, clone(critic)
 
     def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
         """Sum of both critics' mean squared Bellman errors; the target carries no gradient."""

@@ -71,10 +71,17 @@ def to_reference(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any])
 
 
 def infer_kind(tensors: Mapping[str, np.ndarray]) -> str:
-    """ "dppo" (a diffusion policy with a fine-tuned copy), "diffusion_policy", or "unknown"."""
+    """What these weights are of.
+
+    "dppo" (a diffusion policy with a fine-tuned copy); "diffusion_policy", "gaussian_policy" or "gmm_policy"
+    (pre-trained ones); or "unknown".
+    """
     for prefix, kind in (("model.actor_ft.", "dppo"), ("model.network.", "diffusion_policy")):
         if any(name.startswith(prefix) and any(mark in name for mark in _TIME_EMBEDDING) for name in tensors):
             return kind
+    if "model.network.logvar_min" in tensors and not any(name.startswith("model.critic.") for name in tensors):
+        mixture = any(name.startswith(("model.network.mlp_weights.", "model.network.modes_head.")) for name in tensors)
+        return "gmm_policy" if mixture else "gaussian_policy"
     return "unknown"
 
 

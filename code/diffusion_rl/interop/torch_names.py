@@ -17,8 +17,12 @@ from diffusion_rl.networks.layers import named_variables
 
 # Applied in order to "path.of.variable"; the first group of each is kept.
 _RULES: tuple[tuple[str, str], ...] = (
-    (r"time_embedding\.expand\.", "time_embedding.1."),
-    (r"time_embedding\.project\.", "time_embedding.3."),
+    (r"time_(embedding|mlp)\.expand\.", r"time_\1.1."),
+    (r"time_(embedding|mlp)\.project\.", r"time_\1.3."),
+    (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
+    (r"(blocks\.\d+|final_conv\.0)\.norm\.", r"\1.block.2."),
+    (r"attn\.in_proj\.kernel$", "attn.in_proj_weight"),
+    (r"attn\.in_proj\.bias$", "attn.in_proj_bias"),
     (r"layers\.(\d+)\.linear\.", r"moduleList.\1.linear_1."),
     (r"layers\.(\d+)\.norm\.", r"moduleList.\1.norm_1."),
     (r"\.kernel$", ".weight"),
@@ -37,7 +41,7 @@ def torch_name(path: str) -> str:
 def named_parameters(module: object) -> Iterator[tuple[str, tf.Variable, bool]]:
     """(reference name, variable, whether it is stored transposed) in the reference's order, aliases included."""
     for path, variable in named_variables(module):
-        yield torch_name(path), variable, path.endswith(".kernel") and len(variable.shape) == 2
+        yield torch_name(path), variable, path.endswith(".kernel")
 
 
 def state_dict(module: object) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from diffusion_rl.algorithms.pretrain import AVERAGE, BATCHES_PER_CALL, COPY, KEEP, PreTrainer
+from diffusion_rl.algorithms.pretrain import AVERAGE, BATCHES_PER_CALL, COPY, KEEP, PreTrainable, PreTrainer
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
@@ -22,12 +22,11 @@ from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.reports.progress import Progress
 
-KIND = "diffusion_policy"  # of its checkpoints
 Observer = Callable[[dict[str, Any]], None]
 
 
 class PreTraining:
-    """`pre_diffusion_*` configurations.
+    """`pre_*` configurations: diffusion, Gaussian and mixture policies.
 
     Args:
         cfg: the configuration (keys as in the reference).
@@ -38,7 +37,7 @@ class PreTraining:
     def __init__(
         self,
         cfg: DictConfig,
-        model: DiffusionPolicy | None = None,
+        model: PreTrainable | None = None,
         dataset: Any = None,
         noise: Any = None,
         observer: Observer | None = None,
@@ -64,7 +63,7 @@ class PreTraining:
         )
         self.epoch, self.n_batches = 1, 0
 
-    def _build_model(self) -> DiffusionPolicy:
+    def _build_model(self) -> PreTrainable:
         with initial_weights(NoiseSource(self.seed)):
             model = instantiate(self.cfg["model"])
         path = self.cfg["model"].get("network_path")
@@ -73,7 +72,7 @@ class PreTraining:
         return model
 
     @property
-    def ema_model(self) -> DiffusionPolicy:
+    def ema_model(self) -> PreTrainable:
         """The policy with averaged weights."""
         return _Averaged(self.trainer.ema_network)  # type: ignore[return-value]
 
@@ -81,7 +80,7 @@ class PreTraining:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         train, n_epochs = self.train, int(self.train["n_epochs"])
         per_epoch = math.ceil(len(self.items) / int(train["batch_size"]))
-        folder = RunFolder(self.cfg, "epoch", KIND)
+        folder = RunFolder(self.cfg, "epoch", self.model.KIND)
         if folder.resumed is not None:
             self._restore(folder.resumed, folder.resumed_from)
         start = (self.epoch - 1) * per_epoch
@@ -123,15 +122,18 @@ class PreTraining:
             batches.append(order[n_full * size :][None])
         losses = []
         for items in batches:
-            t, noise = self._draw(items.shape)
+            t, noise = self._draw(items.shape, self.noise)
             losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items))))
             on_batches(len(items), float(losses[-1][-1]))
         return np.concatenate(losses)
 
-    def _draw(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, shape: tuple[int, ...], noise: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Denoising steps and noise for windows of that shape; likelihoods need no draw: zeros, and nothing."""
         m = self.model
-        t = self.noise.integers(0, m.denoising_steps, shape)
-        return t, self.noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
+        if not isinstance(m, DiffusionPolicy):
+            return np.zeros(shape, np.int64), np.zeros((*shape, 0, 0), floatx())
+        t = noise.integers(0, m.denoising_steps, shape)
+        return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
 
     def _averaging(self, n: int) -> np.ndarray:
         """The average follows every so many batches; in the first epochs it is a plain copy."""
@@ -145,13 +147,11 @@ class PreTraining:
         """Mean loss over the held-out windows, always with the same noise; None when it is not due."""
         if not len(self.validation) or self.epoch % int(self.train.get("val_freq", 100)):
             return None
-        size, noise, m = int(self.train["batch_size"]), NoiseSource(self.seed), self.model
+        size, noise = int(self.train["batch_size"]), NoiseSource(self.seed)
         total = 0.0
         for i in range(0, len(self.validation), size):
             items = self.validation[i : i + size]
-            t = noise.integers(0, m.denoising_steps, items.shape)
-            draws = noise.normal((len(items), m.horizon_steps, m.action_dim), floatx())
-            total += self.trainer.evaluate(items, t, draws) * len(items)
+            total += self.trainer.evaluate(items, *self._draw(items.shape, noise)) * len(items)
         return total / len(self.validation)
 
     def _learning_rate(self) -> float:
@@ -165,7 +165,7 @@ class PreTraining:
         tensors |= {f"optimizer.network.{k}": v for k, v in self.trainer.optimizer.state().items()}
         path = str(self.cfg.get("train_dataset_path", "") or "").replace("train.npz", "normalization.npz")
         metadata = {
-            "kind": KIND,
+            "kind": self.model.KIND,
             **policy_facts(self.model),
             "normalization": normalization_facts(path),
             "train": {

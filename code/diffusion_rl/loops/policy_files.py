@@ -15,6 +15,8 @@ from diffusion_rl.data.assets import resolve
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
+from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.gmm import GMMPolicy
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,9 @@ SAMPLING = (
     "ddim_discretize",
     "ddim_steps",
 )
+GAUSSIAN_SAMPLING = ("randn_clip_value", "tanh_output")
+
+Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
 def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> Checkpoint:
@@ -63,7 +68,7 @@ def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:
     return any(name.startswith("actor_ft.") for name in weights)
 
 
-def load_policy(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> None:
+def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
     """Fill a policy from a pre-trained or fine-tuned checkpoint.
 
     A pre-trained one fills the base network and its fine-tuned copy; critic and eta stay as they are. A fine-tuned one
@@ -73,8 +78,8 @@ def load_policy(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> N
         UserError: names the file, what differs, and what to set.
     """
     for key in ("obs_dim", "action_dim", "horizon_steps", "denoising_steps"):
-        known, ours = checkpoint.metadata.get(key), int(getattr(policy, key))
-        if known is not None and int(known) != ours:
+        known, ours = checkpoint.metadata.get(key), getattr(policy, key, None)
+        if known is not None and ours is not None and int(known) != int(ours):
             raise UserError(f"{path} was trained with {key}={known}, this run has {ours}: set {key}={known}")
     for name, value in policy_weights(checkpoint).items():
         if not np.isfinite(value).all():
@@ -86,7 +91,7 @@ def load_policy(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> N
         raise UserError(text if str(path) in text else f"{path}: {text}") from error
 
 
-def _fill(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> None:
+def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
     weights = policy_weights(checkpoint)
     if not isinstance(policy, FineTunedDiffusionPolicy):
         load_state_dict(policy, {k: v for k, v in weights.items() if k.startswith("network.")})
@@ -107,8 +112,12 @@ def _fill(policy: DiffusionPolicy, checkpoint: Checkpoint, path: Any) -> None:
             load_state_dict(module, values)
 
 
-def policy_facts(policy: DiffusionPolicy) -> dict[str, Any]:
+def policy_facts(policy: Policy) -> dict[str, Any]:
     """What a checkpoint says of its policy, beside the configuration."""
+    if not isinstance(policy, DiffusionPolicy):
+        network = policy.network
+        sampling = {name: getattr(policy, name) for name in GAUSSIAN_SAMPLING if hasattr(policy, name)}
+        return {"action_dim": network.action_dim, "horizon_steps": policy.horizon_steps, "sampling": sampling}
     return {
         "denoising_steps": policy.denoising_steps,
         "ft_denoising_steps": getattr(policy, "ft_denoising_steps", 0),

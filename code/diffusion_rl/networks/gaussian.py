@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.networks.layers import Array, flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
+from diffusion_rl.networks.spread import SpreadOwner
 
 
-class GaussianMLP(keras.layers.Layer):
+class GaussianMLP(SpreadOwner):
     """Mean and standard deviation from the observation history.
 
     Args:
@@ -46,8 +46,7 @@ class GaussianMLP(keras.layers.Layer):
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
-        self.tanh_output, self.fixed_std = tanh_output, fixed_std
-        self.learn_fixed_std = learn_fixed_std and fixed_std is not None
+        self.tanh_output = tanh_output
         build, output_dim = (ResidualMLP if residual_style else MLP), action_dim * horizon_steps
         common = {"activation_type": activation_type, "use_layernorm": use_layernorm, "dropout": dropout}
         if fixed_std is None:
@@ -57,11 +56,7 @@ class GaussianMLP(keras.layers.Layer):
             self.mlp_logvar = MLP([mlp_dims[-1], output_dim])
         else:
             self.mlp_mean = build([cond_dim, *mlp_dims, output_dim], **common)
-            if learn_fixed_std:
-                self.logvar = tf.Variable(np.full(action_dim, np.log(fixed_std**2), floatx()), name="logvar")
-        # Not trained, but part of the reference's state_dict.
-        self.logvar_min = tf.Variable(np.log(np.asarray(std_min**2, floatx())), trainable=False, name="logvar_min")
-        self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
+        self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
 
     def call(self, cond: dict[str, Array]) -> tuple[Array, Array]:
         """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step."""
@@ -71,14 +66,6 @@ class GaussianMLP(keras.layers.Layer):
         mean = self.mlp_mean(state)
         if self.tanh_output:
             mean = tf.tanh(mean)
-        return mean, self._std(state, mean)
-
-    def _std(self, features: Array, mean: Array) -> Array:
         if self.fixed_std is None:
-            squashed = tf.tanh(self.mlp_logvar(features))
-            logvar = self.logvar_min + 0.5 * (self.logvar_max - self.logvar_min) * (squashed + 1)
-            return tf.exp(0.5 * logvar)
-        if self.learn_fixed_std:
-            std = tf.exp(0.5 * tf.clip_by_value(self.logvar, self.logvar_min, self.logvar_max))
-            return tf.ones_like(mean) * tf.tile(std, [self.horizon_steps])[None]
-        return tf.ones_like(mean) * self.fixed_std
+            return mean, self.squashed_std(self.mlp_logvar(state))
+        return mean, self.constant_std(mean, self.horizon_steps)

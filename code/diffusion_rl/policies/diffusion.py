@@ -45,6 +45,8 @@ class DiffusionPolicy:
         network_path, device: accepted for the reference's configurations; weights are loaded by the loops.
     """
 
+    KIND = "diffusion_policy"  # of checkpoints of pre-training
+
     def __init__(
         self,
         network: keras.layers.Layer,

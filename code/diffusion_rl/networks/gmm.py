@@ -1,0 +1,77 @@
+"""Gaussian mixture policy networks: means, standard deviations and weights of the modes of an action chunk.
+
+Shape letters: B batch, To observation history, O observation, H horizon, A action, M modes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx
+from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.networks.mlp import MLP, ResidualMLP
+from diffusion_rl.networks.spread import SpreadOwner
+
+
+class GMMMLP(SpreadOwner):
+    """Three separate networks on the observation history: means, standard deviations, logits of the modes.
+
+    Args:
+        action_dim, horizon_steps: A and H.
+        cond_dim: width of the flattened observation history, To * O.
+        mlp_dims: hidden dimensions, of each network.
+        num_modes: M.
+        fixed_std: standard deviation of every element; None: predicted, and clamped to its range.
+        learn_fixed_std: with fixed_std, learn one for each mode and action dimension, starting there.
+        std_min, std_max: range of a learned or predicted one.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        mlp_dims: Sequence[int] = (256, 256, 256),
+        num_modes: int = 5,
+        activation_type: str = "Mish",
+        residual_style: bool = False,
+        use_layernorm: bool = False,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
+    ):
+        super().__init__(dtype=floatx())
+        self.action_dim, self.horizon_steps, self.cond_dim, self.num_modes = (
+            action_dim,
+            horizon_steps,
+            cond_dim,
+            num_modes,
+        )
+
+        def mlp(outputs: int) -> MLP | ResidualMLP:
+            build = ResidualMLP if residual_style else MLP
+            dims = [cond_dim, *mlp_dims, outputs]
+            return build(dims, activation_type=activation_type, use_layernorm=use_layernorm)
+
+        outputs = action_dim * horizon_steps * num_modes
+        self.mlp_mean = mlp(outputs)
+        if fixed_std is None:
+            self.mlp_logvar = mlp(outputs)
+        self.init_spread(num_modes * action_dim, fixed_std, learn_fixed_std, std_min, std_max)
+        self.mlp_weights = mlp(num_modes)
+
+    def call(self, cond: dict[str, Array]) -> tuple[Array, Array, Array]:
+        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
+        state = flatten_state(cond)
+        mean = self._by_mode(tf.tanh(self.mlp_mean(state)))
+        if self.fixed_std is None:
+            std = self.clamped_std(self._by_mode(self.mlp_logvar(state)))
+        else:
+            std = self.constant_std(mean, self.horizon_steps)
+        return mean, std, self.mlp_weights(state)
+
+    def _by_mode(self, flat: Array) -> Array:
+        return tf.reshape(flat, [-1, self.num_modes, self.horizon_steps * self.action_dim])

@@ -1,0 +1,49 @@
+"""Standard deviations of Gaussian policies: fixed, learned per action dimension, or predicted.
+
+Shape letters: B batch, H horizon, A action, M mixture components.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.layers import Array
+
+
+class SpreadOwner(keras.layers.Layer):
+    """A network with a range for its standard deviation and, where it is fixed but learned, the variable for it."""
+
+    def init_spread(
+        self, size: int, fixed_std: float | None, learn_fixed_std: bool, std_min: float, std_max: float
+    ) -> None:
+        """Create the variables under the reference's names.
+
+        Args:
+            size: how many standard deviations are learned with `learn_fixed_std`: A, or M * A.
+            fixed_std: None where the network predicts it.
+        """
+        self.fixed_std, self.learn_fixed_std = fixed_std, learn_fixed_std and fixed_std is not None
+        if fixed_std is not None and learn_fixed_std:
+            self.logvar = tf.Variable(np.full(size, np.log(fixed_std**2), floatx()), name="logvar")
+        # Not trained, but part of the reference's state_dict.
+        self.logvar_min = tf.Variable(np.log(np.asarray(std_min**2, floatx())), trainable=False, name="logvar_min")
+        self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
+
+    def clamped_std(self, logvar: Array) -> Array:
+        """exp(logvar / 2) in the range; outside of it there is no gradient."""
+        return tf.exp(0.5 * tf.clip_by_value(logvar, self.logvar_min, self.logvar_max))
+
+    def squashed_std(self, raw: Array) -> Array:
+        """The range's logarithms reached by tanh: raw 0 is the geometric middle."""
+        low, high = self.logvar_min, self.logvar_max
+        return tf.exp(0.5 * (low + 0.5 * (high - low) * (tf.tanh(raw) + 1)))
+
+    def constant_std(self, mean: Array, horizon_steps: int) -> Array:
+        """The fixed standard deviation in the shape of the mean, [B,H*A] or [B,M,H*A], the same at every step."""
+        if not self.learn_fixed_std:
+            return tf.ones_like(mean) * self.fixed_std
+        per_action = tf.reshape(self.clamped_std(self.logvar), [*mean.shape[1:-1], -1])
+        repeats = [*[1] * (len(mean.shape) - 2), horizon_steps]
+        return tf.ones_like(mean) * tf.tile(per_action, repeats)[None]

@@ -1,0 +1,246 @@
+"""Transformer policies: a decoder over the positions of a chunk that attends to the embedded observation history.
+
+Shape letters: B batch, To observation history, O observation, H horizon, A action, M modes, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.noise import init_noise
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, activation, flatten_state, variables_of
+from diffusion_rl.networks.spread import SpreadOwner
+
+_ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
+INIT_STD = 0.02
+
+
+class SelfAttention(keras.layers.Layer):
+    """Multi-head attention of a sequence to itself (Vaswani et al. 2017, eq. 1), without a mask.
+
+    One projection gives queries, keys and values, in this order; heads are neighbouring channels.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__(dtype=floatx())
+        self.heads, self.head_dim = heads, dim // heads
+        self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
+
+    def call(self, x: Array) -> Array:
+        """[B,H,E] -> [B,H,E]"""
+        steps, dim = x.shape[1:]
+        split = tf.reshape(self.in_proj(x), [-1, steps, 3, self.heads, self.head_dim])
+        queries, keys, values = tf.unstack(tf.transpose(split, [2, 0, 3, 1, 4]))  # [B,heads,H,E/heads]
+        weights = tf.nn.softmax(tf.matmul(queries, keys, transpose_b=True) / math.sqrt(self.head_dim))
+        mixed = tf.transpose(tf.matmul(weights, values), [0, 2, 1, 3])
+        return self.out_proj(tf.reshape(mixed, [-1, steps, dim]))
+
+
+class AttentionToOne(keras.layers.Layer):
+    """Attention to a memory of a single entry: whatever the query, that entry's value.
+
+    Queries and keys therefore need not be computed; their weights are there for the reference's state_dict (and get
+    no gradient there either, the softmax over one entry being constant).
+    """
+
+    def __init__(self, dim: int):
+        super().__init__(dtype=floatx())
+        self.dim = dim
+        self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
+
+    def call(self, memory: Array) -> Array:
+        """[B,E] -> [B,E]"""
+        values = tf.matmul(memory, self.in_proj.kernel[:, 2 * self.dim :]) + self.in_proj.bias[2 * self.dim :]
+        return self.out_proj(values)
+
+
+class DecoderLayer(keras.layers.Layer):
+    """Self-attention, attention to the memory, feed-forward network of width 4 E; each normalised before and added."""
+
+    def __init__(self, dim: int, heads: int, activation_type: str):
+        super().__init__(dtype=floatx())
+        self.self_attn, self.multihead_attn = SelfAttention(dim, heads), AttentionToOne(dim)
+        self.linear1, self.linear2 = Linear(dim, 4 * dim), Linear(4 * dim, dim)
+        self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
+        self.activate = activation(activation_type)
+
+    def call(self, x: Array, memory: Array) -> Array:
+        """x [B,H,E] (or [1,H,E], the same for all), memory [B,E] -> [B,H,E]"""
+        x = x + self.self_attn(self.norm1(x))
+        # What norm2 gives is only queried with, so its gradient is zero; zero, not missing: weight decay acts on it.
+        idle = 0 * (self.norm2.gamma + self.norm2.beta)
+        x = x + (self.multihead_attn(memory) + idle)[:, None]
+        return x + self.linear2(self.activate(self.linear1(self.norm3(x))))
+
+
+class Decoder(keras.layers.Layer):
+    """A stack of decoder layers."""
+
+    def __init__(self, dim: int, heads: int, n_layers: int, activation_type: str):
+        super().__init__(dtype=floatx())
+        self.layers = [DecoderLayer(dim, heads, activation_type) for _ in range(n_layers)]
+
+    def call(self, x: Array, memory: Array) -> Array:
+        for layer in self.layers:
+            x = layer(x, memory)
+        return x
+
+
+class Transformer(keras.layers.Layer):
+    """From one observation vector to an output for every step of the chunk.
+
+    The observation (its history flattened) is embedded and goes through a small MLP: the memory. The decoder's input
+    is nothing but the position embeddings, and every position sees every other.
+
+    Args:
+        output_dim: outputs of each step.
+        horizon: H.
+        cond_dim: To * O.
+        n_layer, n_head, n_emb: layers, heads and E.
+        p_drop_emb, p_drop_attn: dropout; only 0 is supported (what all configurations use).
+        activation_type: "gelu" or "relu".
+    """
+
+    def __init__(
+        self,
+        output_dim: int,
+        horizon: int,
+        cond_dim: int,
+        n_layer: int = 12,
+        n_head: int = 12,
+        n_emb: int = 768,
+        p_drop_emb: float = 0.0,
+        p_drop_attn: float = 0.0,
+        activation_type: str = "gelu",
+    ):
+        super().__init__(dtype=floatx())
+        if p_drop_emb or p_drop_attn:
+            raise UserError("transformers have no dropout here: set p_drop_emb and p_drop_attn to 0")
+        if n_emb % n_head:
+            raise UserError(f"transformer_embed_dim={n_emb} must be a multiple of transformer_num_heads={n_head}")
+        if activation_type not in _ACTIVATIONS:
+            raise UserError(f"transformer_activation={activation_type!r}: choose one of {', '.join(_ACTIVATIONS)}")
+        self.cond_obs_emb = Linear(cond_dim, n_emb)
+        self.encoder = [Linear(n_emb, 4 * n_emb), activation("Mish"), Linear(4 * n_emb, n_emb)]
+        self.decoder = Decoder(n_emb, n_head, n_layer, _ACTIVATIONS[activation_type])
+        self.ln_f, self.head = LayerNorm(n_emb), Linear(n_emb, output_dim)
+        self.cond_pos_emb = tf.Variable(np.zeros((1, 1, n_emb), floatx()), name="cond_pos_emb")
+        self.pos_emb = tf.Variable(np.zeros((1, horizon, n_emb), floatx()), name="pos_emb")
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Weights and positions from N(0, 0.02^2), offsets 0, gains 1."""
+        for variable in variables_of(self):
+            if variable.name.startswith("bias"):
+                variable.assign(tf.zeros_like(variable))
+            elif not variable.name.startswith(("gamma", "beta")):
+                variable.assign(INIT_STD * init_noise().normal(variable.shape, floatx()))
+
+    def call(self, state: Array) -> tuple[Array, Array]:
+        """[B,To*O] -> outputs [B,H,output_dim] and what the head sees of them [B,H,E]."""
+        memory = self.cond_obs_emb(state) + self.cond_pos_emb[0]
+        for step in self.encoder:
+            memory = step(memory)
+        features = self.ln_f(self.decoder(tf.convert_to_tensor(self.pos_emb), memory))
+        return self.head(features), features
+
+
+class GaussianTransformer(SpreadOwner):
+    """Mean (squashed by tanh) and standard deviation of an action chunk.
+
+    Args:
+        action_dim, horizon_steps: A and H.
+        cond_dim: width of the flattened observation history, To * O.
+        transformer_*: see `Transformer`.
+        fixed_std: standard deviation of every element; None: predicted, and clamped to its range.
+        learn_fixed_std: with fixed_std, learn one for each action dimension, starting there.
+        std_min, std_max: range of a learned or predicted one.
+        modes: M, for the mixture below.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        transformer_embed_dim: int = 256,
+        transformer_num_heads: int = 8,
+        transformer_num_layers: int = 6,
+        transformer_activation: str = "gelu",
+        p_drop_emb: float = 0.0,
+        p_drop_attn: float = 0.0,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
+        modes: int = 1,
+    ):
+        super().__init__(dtype=floatx())
+        self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
+        self.init_spread(modes * action_dim, fixed_std, learn_fixed_std, std_min, std_max)
+        self.transformer = Transformer(
+            modes * action_dim * (2 if fixed_std is None else 1),
+            horizon_steps,
+            cond_dim,
+            n_layer=transformer_num_layers,
+            n_head=transformer_num_heads,
+            n_emb=transformer_embed_dim,
+            p_drop_emb=p_drop_emb,
+            p_drop_attn=p_drop_attn,
+            activation_type=transformer_activation,
+        )
+
+    def call(self, cond: dict[str, Array]) -> tuple[Array, Array]:
+        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step."""
+        out, _ = self.transformer(flatten_state(cond))
+        return self._mean_std(out, [self.horizon_steps * self.action_dim])
+
+    def _mean_std(self, out: Array, shape: Sequence[int]) -> tuple[Array, Array]:
+        """Outputs of each step [B,H,...], brought into the given shape, as mean and standard deviation."""
+        halves = tf.split(out, 2, axis=-1) if self.fixed_std is None else [out]
+        mean, *logvar = (self._arranged(half, shape) for half in halves)
+        mean = tf.tanh(mean)
+        return mean, self.clamped_std(logvar[0]) if logvar else self.constant_std(mean, self.horizon_steps)
+
+    def _arranged(self, half: Array, shape: Sequence[int]) -> Array:
+        return tf.reshape(half, [-1, *shape])
+
+
+class GMMTransformer(GaussianTransformer):
+    """Means, standard deviations and weights of a Gaussian mixture over an action chunk.
+
+    (In the reference a predicted standard deviation crashes here; it works the way the others do.)
+
+    Args:
+        num_modes: M; the rest as in `GaussianTransformer`, a learned fixed standard deviation for each mode.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        horizon_steps: int,
+        cond_dim: int,
+        num_modes: int = 5,
+        transformer_embed_dim: int = 256,
+        **kwargs: Any,
+    ):
+        super().__init__(action_dim, horizon_steps, cond_dim, transformer_embed_dim, modes=num_modes, **kwargs)
+        self.num_modes = num_modes
+        self.modes_head = Linear(horizon_steps * transformer_embed_dim, num_modes)
+
+    def call(self, cond: dict[str, Array]) -> tuple[Array, Array, Array]:
+        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
+        out, features = self.transformer(flatten_state(cond))
+        mean, std = self._mean_std(out, [self.num_modes, self.horizon_steps * self.action_dim])
+        return mean, std, self.modes_head(tf.reshape(features, [-1, features.shape[1] * features.shape[2]]))
+
+    def _arranged(self, half: Array, shape: Sequence[int]) -> Array:
+        by_step = tf.reshape(half, [-1, self.horizon_steps, self.num_modes, self.action_dim])
+        return tf.reshape(tf.transpose(by_step, [0, 2, 1, 3]), [-1, *shape])

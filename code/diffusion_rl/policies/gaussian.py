@@ -1,0 +1,123 @@
+"""Gaussian policies: a pre-trained one, and one that is being fine-tuned.
+
+Shape letters: B batch, To observation history, O observation, H chunk, A action; cond = {"state": [B,To,O]}. Noise,
+[B,H*A] standard normal, is an argument.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_rl.core.keras import keras
+from diffusion_rl.diffusion.gaussian import normal_log_prob
+from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.policies.diffusion import Cond, clone
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+DETERMINISTIC_STD = 1e-4  # "deterministic" samples still have a little noise
+
+
+def gaussian_sample(mean: Array, std: Array, noise: Array, clip: float, squash: bool) -> tuple[Array, Array]:
+    """A sample with its log-density: x = mean + std * clip(noise), and tanh(x) with `squash`.
+
+    mean, std, noise [B,D] -> sample [B,D], log_prob [B]. The density (Haarnoja et al. 2018, appendix C, eq. 26) is
+    taken at the clipped x; 1e-6 keeps the logarithm finite where tanh saturates.
+    """
+    z = tf.clip_by_value(noise, -clip, clip)
+    sample = mean + std * z
+    log_prob = -0.5 * tf.square(z) - tf.math.log(std) - _HALF_LOG_2PI
+    if squash:
+        sample = tf.tanh(sample)
+        log_prob -= tf.math.log(1.0 - tf.square(sample) + 1e-6)
+    return sample, tf.reduce_sum(log_prob, axis=-1)
+
+
+def gaussian_entropy(std: Array) -> Array:
+    """Entropy of N(., std^2), elementwise."""
+    return 0.5 + _HALF_LOG_2PI + tf.math.log(std)
+
+
+class GaussianPolicy:
+    """A policy that is a Gaussian, independent in every element of the chunk.
+
+    Args:
+        network: cond -> (mean, std), both [B,H*A].
+        horizon_steps: H.
+        randn_clip_value: bound on the noise.
+        tanh_output: squash samples (SAC and its kin; their networks do not squash the mean).
+        network_path, device: accepted for the reference's configurations; weights are loaded by the loops.
+    """
+
+    KIND = "gaussian_policy"  # of checkpoints of pre-training
+
+    def __init__(
+        self,
+        network: keras.layers.Layer,
+        horizon_steps: int,
+        randn_clip_value: float = 10,
+        tanh_output: bool = False,
+        network_path: str | None = None,
+        device: str | None = None,
+    ):
+        self.network = network
+        self.horizon_steps, self.randn_clip_value, self.tanh_output = horizon_steps, randn_clip_value, tanh_output
+
+    @property
+    def dtype(self) -> tf.DType:
+        """The precision of the weights, and so of all results."""
+        return variables_of(self.network)[0].dtype
+
+    def mean_std(
+        self, cond: Cond, deterministic: bool = False, network: keras.layers.Layer | None = None
+    ) -> tuple[Array, Array]:
+        """Mean and standard deviation [B,H*A], of another network if one is given."""
+        mean, std = (network or self.network)(cond)
+        return mean, tf.ones_like(mean) * DETERMINISTIC_STD if deterministic else std
+
+    def sample(
+        self, cond: Cond, noise: Array, deterministic: bool = False, network: keras.layers.Layer | None = None
+    ) -> tuple[Array, Array]:
+        """-> actions [B,H,A], reparametrised, and their log_prob [B], summed over the chunk.
+
+        `deterministic` shrinks the standard deviation to 1e-4.
+        """
+        mean, std = self.mean_std(cond, deterministic, network)
+        action, log_prob = gaussian_sample(mean, std, noise, self.randn_clip_value, self.tanh_output)
+        return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
+
+    def loss(self, actions: Array, cond: Cond, ent_coef: float) -> tuple[Array, Array]:
+        """Supervised: minus the log-probability of actions [B,H,A], less `ent_coef` times the entropy.
+
+        Both are means over batch and elements (of the Gaussian before squashing). Returns the loss and the entropy.
+        """
+        mean, std = self.mean_std(cond)
+        log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
+        entropy = tf.reduce_mean(gaussian_entropy(std))
+        return -tf.reduce_mean(log_prob) - ent_coef * entropy, entropy
+
+
+class FineTunedGaussianPolicy(GaussianPolicy):
+    """A Gaussian policy under training, with its critic and a frozen copy of how it began.
+
+    Args:
+        actor: the network, also known as `network` and `actor_ft`; `actor` is the copy.
+        critic: state value, cond -> [B,1].
+    """
+
+    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
+        super().__init__(network=actor, **kwargs)
+        self.critic = critic
+        self.actor_ft, self.actor = actor, clone(actor)
+
+    def base(self, use_base_policy: bool) -> keras.layers.Layer:
+        """The frozen network, or the one under training."""
+        return self.actor if use_base_policy else self.actor_ft
+
+    def log_probs(self, cond: Cond, actions: Array, use_base_policy: bool = False) -> tuple[Array, Array, Array]:
+        """Log-probability [B] of actions [B,H,A], averaged over their elements; mean entropy; mean std."""
+        mean, std = self.mean_std(cond, network=self.base(use_base_policy))
+        log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
+        return tf.reduce_mean(log_prob, axis=-1), tf.reduce_mean(gaussian_entropy(std)), tf.reduce_mean(std)

@@ -1,0 +1,111 @@
+"""Gaussian mixture policies: a pre-trained one, and one that is being fine-tuned.
+
+Shape letters: B batch, To observation history, O observation, H chunk, A action, M modes; cond = {"state": [B,To,O]}.
+Draws are arguments: the mode of each row (or a uniform draw that picks it), and standard normal noise for every mode.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from diffusion_rl.core.keras import keras
+from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.policies.diffusion import Cond
+from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
+
+tfd = tfp.distributions
+
+
+class GMMPolicy:
+    """A policy that is a mixture of Gaussians over whole chunks.
+
+    Args:
+        network: cond -> (means [B,M,H*A], stds [B,M,H*A], logits [B,M]).
+        horizon_steps: H.
+        network_path, device, unused: accepted for the reference's configurations; weights are loaded by the loops.
+    """
+
+    KIND = "gmm_policy"  # of checkpoints of pre-training
+
+    def __init__(
+        self,
+        network: keras.layers.Layer,
+        horizon_steps: int,
+        network_path: str | None = None,
+        device: str | None = None,
+        **unused: Any,
+    ):
+        self.network, self.horizon_steps = network, horizon_steps
+
+    @property
+    def dtype(self) -> tf.DType:
+        """The precision of the weights, and so of all results."""
+        return variables_of(self.network)[0].dtype
+
+    def distribution(self, cond: Cond, deterministic: bool = False) -> tfd.MixtureSameFamily:
+        """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4."""
+        means, stds, logits = self.network(cond)
+        if deterministic:
+            stds = tf.ones_like(means) * DETERMINISTIC_STD
+        return tfd.MixtureSameFamily(
+            tfd.Categorical(logits=logits), tfd.Independent(tfd.Normal(means, stds), reinterpreted_batch_ndims=1)
+        )
+
+    def log_probs(self, cond: Cond, actions: Array) -> tuple[Array, Array, Array]:
+        """Joint log-probability [B] of actions [B,H,A], approximate entropy, mean standard deviation.
+
+        The entropy is that of the modes' Gaussians, weighted by the modes and averaged over the batch: without the
+        mixing itself.
+        """
+        mixture = self.distribution(cond)
+        stds = mixture.components_distribution.distribution.scale
+        weights = tf.nn.softmax(mixture.mixture_distribution.logits)
+        entropy = tf.reduce_sum(weights * tf.reduce_sum(gaussian_entropy(stds), axis=-1), axis=-1)
+        std = tf.reduce_sum(weights * tf.reduce_mean(stds, axis=-1), axis=-1)
+        log_prob = mixture.log_prob(tf.reshape(actions, [-1, stds.shape[-1]]))
+        return log_prob, tf.reduce_mean(entropy), tf.reduce_mean(std)
+
+    def loss(self, actions: Array, cond: Cond, **unused: Any) -> tuple[Array, Array]:
+        """Supervised: minus the joint log-probability of actions [B,H,A], averaged over the batch; and the entropy."""
+        log_prob, entropy, _ = self.log_probs(cond, actions)
+        return -tf.reduce_mean(log_prob), entropy
+
+    def sample(
+        self,
+        cond: Cond,
+        noise: Array,
+        uniform: Array | None = None,
+        deterministic: bool = False,
+        modes: Array | None = None,
+    ) -> Array:
+        """-> actions [B,H,A]
+
+        Args:
+            noise: [B,M,H*A] standard normal; the chosen mode's is used.
+            uniform: [B] in [0,1): the mode is where it falls in the cumulated weights.
+            modes: [B] integers, instead of `uniform`.
+        """
+        mixture = self.distribution(cond, deterministic)
+        gaussians = mixture.components_distribution.distribution
+        if modes is None:
+            cumulated = tf.cumsum(tf.nn.softmax(mixture.mixture_distribution.logits), axis=-1)
+            below = tf.cast(cumulated[:, :-1] <= tf.cast(uniform, cumulated.dtype)[:, None], tf.int32)
+            modes = tf.reduce_sum(below, axis=-1)
+        actions = tf.gather(gaussians.loc + gaussians.scale * noise, modes, axis=1, batch_dims=1)
+        return tf.reshape(actions, [-1, self.horizon_steps, actions.shape[-1] // self.horizon_steps])
+
+
+class FineTunedGMMPolicy(GMMPolicy):
+    """A mixture policy under training, with its critic.
+
+    Args:
+        actor: the network, also known as `network` and `actor_ft`.
+        critic: state value, cond -> [B,1].
+    """
+
+    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
+        super().__init__(network=actor, **kwargs)
+        self.actor_ft, self.critic = actor, critic
