@@ -11,16 +11,12 @@ from fnmatch import fnmatchcase
 
 NOT_IMPLEMENTED: dict[str, str] = {
     # networks
-    "model.common.mlp_gaussian.*": "Gaussian policies",
+    "model.common.mlp_gaussian.Gaussian_MLP": "Gaussian policies",
     "model.common.mlp_gmm.*": "Gaussian mixture policies",
     "model.common.transformer.*": "transformer policies",
     "model.common.gaussian.*": "Gaussian policies",
     "model.common.gmm.*": "Gaussian mixture policies",
-    "model.common.vit.*": "image encoders",
-    "model.common.modules.*": "image encoders",
-    "model.common.critic.ViTCritic": "image encoders",
     "model.diffusion.unet.*": "U-Net policies",
-    "model.diffusion.mlp_diffusion.VisionDiffusionMLP": "image encoders",
     # algorithms
     "model.rl.gaussian_*": "Gaussian policies' algorithms",
     "model.rl.gmm_*": "Gaussian mixture policies' algorithms",
@@ -35,7 +31,7 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "model.diffusion.sde_lib.*": "exact likelihood",
     # loops
     "agent.finetune.train_*_gaussian_agent.*": "Gaussian policies' algorithms",
-    "agent.finetune.train_ppo_diffusion_img_agent.*": "image encoders",
+    "agent.finetune.train_ppo_diffusion_img_agent.*": "loops over images",
     "agent.finetune.train_ppo_exact_diffusion_agent.*": "exact likelihood",
     "agent.finetune.train_awr_diffusion_agent.*": "AWR",
     "agent.finetune.train_rwr_diffusion_agent.*": "RWR",

@@ -123,7 +123,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
     "loading: kernels not transposed": (
         torch_names,
         "to_torch",
-        "np.ascontiguousarray(value.T) if transposed else value",
+        "np.ascontiguousarray(channels_first(value)) if transposed else value",
         "value",
         ["net_mlp", "net_diffusion_mlp_res", "critic_obs_res"],
     ),

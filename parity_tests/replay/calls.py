@@ -38,14 +38,20 @@ def noise_of(golden: Golden, cast: Cast) -> Any:
 
 
 def network(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    """Forward pass; dropout masks, drawn in training mode, are arguments."""
+    """Forward pass; dropout masks, drawn in training mode, and shifts of images are arguments."""
     arguments = cast(golden.arguments)
-    kwargs = {}
-    if golden.draws:
-        kwargs["keep_masks"] = [cast(draw) for fn, draw in golden.draws if fn == "F.dropout.keep"]
+    masks = [cast(draw) for fn, draw in golden.draws if fn == "F.dropout.keep"]
+    kwargs = {"keep_masks": masks} if masks else {}
+    if shifts := [draw for fn, draw in golden.draws if fn == "torch.randint"]:
+        kwargs["shifts"] = cast(image_shifts(shifts))
     out = obj(*arguments.values(), **kwargs)
     values = out if isinstance(out, tuple) else (out,)
     return dict(zip(golden.meta["returns"], values, strict=True))
+
+
+def image_shifts(draws: list[np.ndarray]) -> np.ndarray:
+    """The draws of the cameras, [B,1,1,2] each, as [B,cameras,2]."""
+    return np.stack([draw[:, 0, 0] for draw in draws], axis=1)
 
 
 def attributes(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -73,9 +79,15 @@ def p_losses(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 
 def supervised_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Draws: t, the noise, then what the network draws to see its images."""
     arguments = cast(golden.arguments)
-    (_, t), (_, noise) = golden.draws
-    return {"loss": obj.loss(arguments["x"], arguments["cond"], cast(t), cast(noise))}
+    (_, t), (_, noise), *seeing = golden.draws
+    cond = arguments["cond"]
+    if seeing:
+        masks = [cast(draw) for fn, draw in seeing if fn == "F.dropout.keep"]
+        shifts = [draw for fn, draw in seeing if fn == "torch.randint"]
+        cond = obj.network.encode(cond, cast(image_shifts(shifts)) if shifts else None, masks)
+    return {"loss": obj.loss(arguments["x"], cond, cast(t), cast(noise))}
 
 
 def sample_evaluation(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -145,7 +157,9 @@ for _class in (_VPG, _PPO):
         (_class, "get_logprobs_subsample"): (log_probs_subsample, 3),
     }
 for _class in OURS:
-    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.")):
+    if _class.endswith(".RandomShiftsAug"):
+        CALLS[(_class, "__call__")] = (network, 1)
+    elif _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.")):
         CALLS[(_class, "forward")] = (network, 2)
     elif _class.startswith(("model.diffusion.modules.", "model.diffusion.eta.")):
         CALLS |= {(_class, "forward"): (network, 1), (_class, "__call__"): (network, 1)}

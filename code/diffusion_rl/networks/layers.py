@@ -64,6 +64,10 @@ class Linear(keras.layers.Layer):
         self.bias = tf.Variable(draw[-1], name="bias")
 
     def call(self, x: Array) -> Array:
+        """[..., in] -> [..., out]; of more than one leading dimension only the first may be unknown."""
+        if len(x.shape) > 2:  # one product over all rows: a batched one would sum a kernel gradient per batch entry
+            rows = tf.reshape(x, [-1, x.shape[-1]])
+            return tf.reshape(self(rows), [-1, *x.shape[1:-1], self.kernel.shape[1]])
         return tf.matmul(x, self.kernel) + self.bias
 
 
