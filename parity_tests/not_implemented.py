@@ -16,7 +16,6 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "model.common.transformer.*": "transformer policies",
     "model.common.gaussian.*": "Gaussian policies",
     "model.common.gmm.*": "Gaussian mixture policies",
-    "model.diffusion.unet.*": "U-Net policies",
     # algorithms
     "model.rl.gaussian_*": "Gaussian policies' algorithms",
     "model.rl.gmm_*": "Gaussian mixture policies' algorithms",

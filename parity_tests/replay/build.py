@@ -30,6 +30,8 @@ OURS: dict[str, str] = {
     "model.common.critic.ViTCritic": "diffusion_rl.networks.vision.ViTCritic",
     "model.common.mlp_gaussian.Gaussian_VisionMLP": "diffusion_rl.networks.vision.GaussianVisionMLP",
     "model.diffusion.mlp_diffusion.VisionDiffusionMLP": "diffusion_rl.networks.vision.VisionDiffusionMLP",
+    "model.diffusion.unet.Unet1D": "diffusion_rl.networks.unet1d.Unet1D",
+    "model.diffusion.unet.VisionUnet1D": "diffusion_rl.networks.vision_unet1d.VisionUnet1D",
     "model.diffusion.modules.SinusoidalPosEmb": "diffusion_rl.networks.layers.sinusoidal_embedding",
     "model.diffusion.eta.EtaFixed": "diffusion_rl.networks.eta.EtaFixed",
     "model.diffusion.eta.EtaAction": "diffusion_rl.networks.eta.EtaAction",

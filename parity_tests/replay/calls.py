@@ -159,7 +159,7 @@ for _class in (_VPG, _PPO):
 for _class in OURS:
     if _class.endswith(".RandomShiftsAug"):
         CALLS[(_class, "__call__")] = (network, 1)
-    elif _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.")):
+    elif _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.", "model.diffusion.unet.")):
         CALLS[(_class, "forward")] = (network, 2)
     elif _class.startswith(("model.diffusion.modules.", "model.diffusion.eta.")):
         CALLS |= {(_class, "forward"): (network, 1), (_class, "__call__"): (network, 1)}

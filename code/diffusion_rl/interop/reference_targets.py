@@ -15,6 +15,8 @@ REFERENCE_TARGETS = {
     "model.common.mlp_gaussian.Gaussian_VisionMLP": "diffusion_rl.networks.vision.GaussianVisionMLP",
     "model.common.vit.VitEncoder": "diffusion_rl.networks.vit.VitEncoder",
     "model.common.critic.ViTCritic": "diffusion_rl.networks.vision.ViTCritic",
+    "model.diffusion.unet.Unet1D": "diffusion_rl.networks.unet1d.Unet1D",
+    "model.diffusion.unet.VisionUnet1D": "diffusion_rl.networks.vision_unet1d.VisionUnet1D",
     "model.diffusion.eta.EtaFixed": "diffusion_rl.networks.eta.EtaFixed",
     "model.diffusion.eta.EtaAction": "diffusion_rl.networks.eta.EtaAction",
     "model.diffusion.eta.EtaState": "diffusion_rl.networks.eta.EtaState",

@@ -102,15 +102,15 @@ def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
 
 
 class TimeEmbedding(keras.layers.Layer):
-    """Sinusoidal embedding followed by Linear(dim, 2 dim), Mish, Linear(2 dim, dim)."""
+    """Sinusoidal embedding followed by Linear(dim, expansion * dim), Mish, Linear(expansion * dim, dim)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, expansion: int = 2):
         super().__init__(dtype=floatx())
         if dim < 4 or dim % 2:
             raise UserError(f"time_dim={dim}: the sinusoidal embedding needs an even dimension of at least 4")
         self.dim = dim
-        self.expand = Linear(dim, 2 * dim)
-        self.project = Linear(2 * dim, dim)
+        self.expand = Linear(dim, expansion * dim)
+        self.project = Linear(expansion * dim, dim)
 
     def call(self, t: Array) -> Array:
         return self.project(mish(self.expand(sinusoidal_embedding(t, self.dim, self.expand.kernel.dtype))))

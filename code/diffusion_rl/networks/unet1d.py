@@ -1,0 +1,243 @@
+"""One-dimensional U-Net over an action chunk (Janner et al. 2022; Chi et al. 2023), conditioned by FiLM.
+
+Shape letters: B batch, H horizon, A action, To observation history, O observation, C channels, G width of the
+condition (time embedding and observation together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.convolution import Conv1d, ConvTranspose1d, GroupNorm
+from diffusion_rl.networks.layers import Array, Linear, TimeEmbedding, activation, flatten_state
+from diffusion_rl.networks.mlp import ResidualMLP
+
+
+class ConvBlock(keras.layers.Layer):
+    """Convolution that keeps the length (odd kernels), group normalisation (none without groups), activation."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel_size: int, n_groups: int | None, activation_type: str, epsilon: float
+    ):
+        super().__init__(dtype=floatx())
+        self.conv = Conv1d(in_dim, out_dim, kernel_size, padding=kernel_size // 2)
+        if n_groups is not None:
+            self.norm = GroupNorm(n_groups, out_dim, epsilon)
+        self.normalises, self.activate = n_groups is not None, activation(activation_type)
+
+    def call(self, x: Array) -> Array:
+        """[B,H,I] -> [B,H,C]"""
+        x = self.conv(x)
+        return self.activate(self.norm(x) if self.normalises else x)
+
+
+class FiLMBlock(keras.layers.Layer):
+    """Two convolution blocks with a skip; between them the condition scales and shifts channels (Perez et al. 2018).
+
+    Args:
+        cond_dim: G.
+        cond_predict_scale: the condition gives scale and shift of every channel, in this order; otherwise a shift.
+        larger_encoder: three Linear layers on the condition instead of an activation and one.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        cond_dim: int,
+        kernel_size: int = 5,
+        n_groups: int | None = None,
+        cond_predict_scale: bool = False,
+        larger_encoder: bool = False,
+        activation_type: str = "Mish",
+        groupnorm_eps: float = 1e-5,
+    ):
+        super().__init__(dtype=floatx())
+        self.out_dim, self.cond_predict_scale = out_dim, cond_predict_scale
+        block = (kernel_size, n_groups, activation_type, groupnorm_eps)
+        self.blocks = [ConvBlock(in_dim, out_dim, *block), ConvBlock(out_dim, out_dim, *block)]
+        act, film_dim = activation(activation_type), 2 * out_dim if cond_predict_scale else out_dim
+        if larger_encoder:
+            self.cond_encoder = [Linear(cond_dim, film_dim), act, Linear(film_dim, film_dim), act]
+            self.cond_encoder += [Linear(film_dim, film_dim)]
+        else:
+            self.cond_encoder = [act, Linear(cond_dim, film_dim)]
+        if in_dim != out_dim:
+            self.residual_conv = Conv1d(in_dim, out_dim, 1)
+        self.changes_width = in_dim != out_dim
+
+    def call(self, x: Array, cond: Array) -> Array:
+        """x [B,H,I], cond [B,G] -> [B,H,C]"""
+        for step in self.cond_encoder:
+            cond = step(cond)
+        out = self.blocks[0](x)
+        if self.cond_predict_scale:
+            scale, shift = cond[:, None, : self.out_dim], cond[:, None, self.out_dim :]
+            out = scale * out + shift
+        else:
+            out = out + cond[:, None]
+        return self.blocks[1](out) + (self.residual_conv(x) if self.changes_width else x)
+
+
+class Downsample(keras.layers.Layer):
+    """Half the length: convolution with stride 2."""
+
+    def __init__(self, dim: int):
+        super().__init__(dtype=floatx())
+        self.conv = Conv1d(dim, dim, 3, stride=2, padding=1)
+
+    def call(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class Upsample(keras.layers.Layer):
+    """Twice the length: transposed convolution with stride 2."""
+
+    def __init__(self, dim: int):
+        super().__init__(dtype=floatx())
+        self.conv = ConvTranspose1d(dim, dim, 4, stride=2, padding=1)
+
+    def call(self, x: Array) -> Array:
+        return self.conv(x)
+
+
+class UNetTrunk(keras.layers.Layer):
+    """The U of convolutions, conditioned on one vector: base of the networks for states and for images.
+
+    L levels are joined by L-1 halvings on the way down and as many doublings on the way up; the features of the first
+    level are kept but no step up takes them, as in the reference.
+
+    Args:
+        action_dim: A.
+        cond_dim: G.
+        dim, dim_mults: channels of the levels are dim times these.
+        kernel_size: odd.
+        n_groups: groups of channels of the normalisation; None: no normalisation.
+        larger_encoder, cond_predict_scale: see `FiLMBlock`.
+        groupnorm_eps: epsilon inside the normalisation's root.
+    """
+
+    def build_trunk(
+        self,
+        action_dim: int,
+        cond_dim: int,
+        dim: int,
+        dim_mults: Sequence[int],
+        kernel_size: int,
+        n_groups: int | None,
+        larger_encoder: bool,
+        activation_type: str,
+        cond_predict_scale: bool,
+        groupnorm_eps: float,
+    ) -> None:
+        """Build the layers; subclasses call it when they know the width of their condition."""
+        if kernel_size % 2 == 0:
+            raise UserError(f"kernel_size={kernel_size}: the U-Net needs an odd one, or its chunks change length")
+        self.levels = len(dim_mults)
+        film = (kernel_size, n_groups, cond_predict_scale, larger_encoder, activation_type, groupnorm_eps)
+        dims = [action_dim, *(dim * m for m in dim_mults)]
+        widths = list(zip(dims[:-1], dims[1:], strict=True))
+
+        def pair(in_dim: int, out_dim: int) -> list[FiLMBlock]:
+            return [FiLMBlock(in_dim, out_dim, cond_dim, *film), FiLMBlock(out_dim, out_dim, cond_dim, *film)]
+
+        self.mid_modules = pair(dims[-1], dims[-1])
+        self.down_modules = [
+            [*pair(before, after), *([Downsample(after)] if level < self.levels - 1 else [])]
+            for level, (before, after) in enumerate(widths)
+        ]
+        self.up_modules = [[*pair(2 * after, before), Upsample(before)] for before, after in reversed(widths[1:])]
+        self.final_conv = [
+            ConvBlock(dim, dim, kernel_size, n_groups, activation_type, groupnorm_eps),
+            Conv1d(dim, action_dim, 1),
+        ]
+
+    def trunk(self, x: Array, cond: Array) -> Array:
+        """x [B,H,A], cond [B,G] -> [B,H,A].
+
+        Where H is odd and there are two levels the result has H+1 steps.
+
+        Raises:
+            UserError: more levels than H can be halved.
+        """
+        horizon, skips = x.shape[1], []
+        for one, two, *down in self.down_modules:
+            x = two(one(x, cond), cond)
+            skips.append(x)
+            for halve in down:
+                x = halve(x)
+        for block in self.mid_modules:
+            x = block(x, cond)
+        for one, two, double in self.up_modules:
+            skip = skips.pop()
+            if skip.shape[1] != x.shape[1]:
+                parts = 2 ** (self.levels - 1)
+                raise UserError(
+                    f"horizon_steps={horizon}: a U-Net of {self.levels} levels needs a multiple of {parts} "
+                    "(or fewer network.dim_mults)"
+                )
+            x = double(two(one(tf.concat([x, skip], axis=-1), cond), cond))
+        for layer in self.final_conv:
+            x = layer(x)
+        return x
+
+
+class Unet1D(UNetTrunk):
+    """Noise prediction from a noisy chunk, the denoising step and the observation history.
+
+    Args:
+        action_dim: A.
+        cond_dim: width of the flattened observation history, To * O.
+        diffusion_step_embed_dim: width of the time embedding.
+        smaller_encoder: one Linear layer on the condition in every block instead of three.
+        cond_mlp_dims: the observation first goes through a residual MLP of these dimensions; this also makes the
+            encoders of the blocks the small ones. Two dimensions are two Linear layers without a nonlinearity.
+        dim, dim_mults, kernel_size, n_groups, cond_predict_scale, groupnorm_eps: see `UNetTrunk`.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        cond_dim: int,
+        diffusion_step_embed_dim: int = 32,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        smaller_encoder: bool = False,
+        cond_mlp_dims: Sequence[int] | None = None,
+        kernel_size: int = 5,
+        n_groups: int | None = None,
+        activation_type: str = "Mish",
+        cond_predict_scale: bool = False,
+        groupnorm_eps: float = 1e-5,
+    ):
+        super().__init__(dtype=floatx())
+        self.action_dim, self.cond_dim, self.time_dim = action_dim, cond_dim, diffusion_step_embed_dim
+        self.time_mlp = TimeEmbedding(diffusion_step_embed_dim, expansion=4)
+        self.has_cond_mlp = cond_mlp_dims is not None
+        if cond_mlp_dims is not None:
+            self.cond_mlp = ResidualMLP([cond_dim, *cond_mlp_dims], activation_type=activation_type)
+            cond_dim = cond_mlp_dims[-1]
+        self.build_trunk(
+            action_dim,
+            diffusion_step_embed_dim + cond_dim,
+            dim,
+            dim_mults,
+            kernel_size,
+            n_groups,
+            larger_encoder=not (self.has_cond_mlp or smaller_encoder),
+            activation_type=activation_type,
+            cond_predict_scale=cond_predict_scale,
+            groupnorm_eps=groupnorm_eps,
+        )
+
+    def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
+        """x [B,H,A], time [B] integers, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
+        state = flatten_state(cond)
+        if self.has_cond_mlp:
+            state = self.cond_mlp(state)
+        features = tf.concat([self.time_mlp(tf.reshape(time, [-1])), state], axis=-1)
+        return self.trunk(x, features)
