@@ -14,6 +14,7 @@ ENCODER_CONFIG = "model.common.vit.VitEncoderConfig"
 NETWORK = "model.diffusion.mlp_diffusion.VisionDiffusionMLP"
 GAUSSIAN = "model.common.mlp_gaussian.Gaussian_VisionMLP"
 CRITIC = "model.common.critic.ViTCritic"
+UNET = "model.diffusion.unet.VisionUnet1D"
 
 
 @st.composite
@@ -73,6 +74,27 @@ def networks(draw: Any, size: dict[str, int], kind: str = NETWORK) -> tuple[dict
         arguments["fixed_std"] = draw(st.sampled_from([None, 0.1]))
         arguments["learn_fixed_std"] = arguments["fixed_std"] is not None and draw(st.booleans())
     return spec(kind, **arguments), history
+
+
+@st.composite
+def unets(draw: Any, size: dict[str, int]) -> tuple[dict[str, Any], int]:
+    """A U-Net, and the length of the image history. The horizon must be even."""
+    arguments, history = draw(seeing(size, dense=False))  # the reference's needs the spatial embedding (quirk 9)
+    groups = draw(st.sampled_from([None, 1, 2]))
+    arguments |= {
+        "action_dim": size["action_dim"],
+        "diffusion_step_embed_dim": draw(st.sampled_from([4, 6])),
+        "dim": 2 * draw(st.integers(1, 2)),
+        "dim_mults": draw(st.sampled_from([[1], [1, 1], [1, 2]])),
+        "smaller_encoder": draw(st.booleans()),
+        # and an encoder of the state that keeps its width
+        "cond_mlp_dims": draw(st.sampled_from([None, [3, arguments["cond_dim"]]])),
+        "kernel_size": draw(st.sampled_from([3, 5])),
+        "n_groups": groups,
+        "activation_type": draw(st.sampled_from(["Mish", "ReLU"])),
+        "cond_predict_scale": draw(st.booleans()),
+    }
+    return spec(UNET, **arguments), history
 
 
 def images(specification: dict[str, Any], draws: Draws, batch: int, history: int) -> np.ndarray:

@@ -74,9 +74,10 @@ def test_networks_and_gradients(kind, data, size, seed, batch):
 
 
 @given(data=st.data(), seed=drawn.seeds)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.rsplit(".", 1)[-1])
+@pytest.mark.parametrize("kind", (*KINDS, drawn_vision.UNET), ids=lambda kind: kind.rsplit(".", 1)[-1])
 def test_state_dict_round_trip(kind, data, seed):
-    specification, _ = data.draw(drawn_vision.networks(SIZE, kind))
+    unet = kind == drawn_vision.UNET
+    specification, _ = data.draw(drawn_vision.unets(SIZE) if unet else drawn_vision.networks(SIZE, kind))
     one, other = (drawn.build_drawn(specification, seed + i, "float32") for i in range(2))
     weights = torch_names.state_dict(one)
     assert len(weights) == len(list(torch_names.named_parameters(one)))
@@ -96,8 +97,10 @@ def network_of(dtype: str = "float64", kind: str = drawn_vision.NETWORK, **chang
         drawn_vision.ENCODER, obs_shape=[3, 16, 24], cfg=cfg, num_channel=3 * steps, img_h=16, img_w=24
     )
     kwargs = {"backbone": backbone, "cond_dim": 8, "mlp_dims": [6], "spatial_emb": 5, "num_img": 1} | changes
+    if kind == drawn_vision.UNET:
+        del kwargs["mlp_dims"]
     if kind != drawn_vision.CRITIC:
-        kwargs = {"action_dim": 2, "horizon_steps": 3} | kwargs
+        kwargs = {"action_dim": 2} | ({} if kind == drawn_vision.UNET else {"horizon_steps": 3}) | kwargs
     specification = drawn.spec(kind, **kwargs)
     return drawn.build_drawn(specification, 3, dtype), specification
 
@@ -124,6 +127,18 @@ def test_history_may_be_longer_than_the_images_used(kind, cameras):
     cond = drawn_vision.observation(specification, draws, SIZE, 3, 4)
     recent = cond | {"rgb": cond["rgb"][:, -2:]}
     np.testing.assert_array_equal(model.encode(cond)["features"], model.encode(recent)["features"])
+
+
+@pytest.mark.parametrize("changes", [{"spatial_emb": 0, "visual_feature_dim": 6}, {"cond_mlp_dims": [5, 3]}], ids=str)
+def test_unets_that_the_reference_cannot_build(changes):
+    """Quirk 9: without the spatial embedding, and with an encoder of the state that changes its width."""
+    model, specification = network_of(kind=drawn_vision.UNET, dim=2, dim_mults=[1, 2], **changes)
+    draws = drawn.Draws(1)
+    cond = drawn_vision.observation(specification, draws, SIZE, 2, 1)
+    x, t = draws.normal(2, 4, 2), draws.integers(5, 2)
+    out = model(x, t, cond)
+    assert out.shape == x.shape
+    np.testing.assert_array_equal(out, model(x, t, model.encode(cond)))
 
 
 def test_shifted_images_by_hand():

@@ -52,12 +52,17 @@ def test_critic_and_eta(data, size, seed):
 @given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, batch=st.integers(1, 3))
 def test_networks_that_see(data, size, seed, batch):
     """With the reference's own shifts and dropout masks."""
-    kind = data.draw(st.sampled_from([drawn_vision.NETWORK, drawn_vision.GAUSSIAN, drawn_vision.CRITIC]))
-    spec, history = data.draw(drawn_vision.networks(size, kind))
+    kinds = [drawn_vision.NETWORK, drawn_vision.GAUSSIAN, drawn_vision.CRITIC, drawn_vision.UNET]
+    kind = data.draw(st.sampled_from(kinds))
+    if kind == drawn_vision.UNET:
+        size = size | {"horizon_steps": 2 * size["horizon_steps"]}
+        spec, history = data.draw(drawn_vision.unets(size))
+    else:
+        spec, history = data.draw(drawn_vision.networks(size, kind))
     returns = ("mean", "scale") if kind == drawn_vision.GAUSSIAN else ("out",)
 
     def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
-        noisy = {"x": d.chunk(size, batch), "time": d.integers(20, batch)} if kind == drawn_vision.NETWORK else {}
+        noisy = {"x": d.chunk(size, batch), "time": d.integers(20, batch)} if "diffusion" in kind else {}
         return noisy | {"cond": drawn_vision.observation(spec, d, size, batch, history)}
 
     case.replay(live.record_call(spec, "forward", prepare, returns, "mean_square", narrow(seed)))

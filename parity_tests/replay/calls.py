@@ -40,18 +40,21 @@ def noise_of(golden: Golden, cast: Cast) -> Any:
 def network(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     """Forward pass; dropout masks, drawn in training mode, and shifts of images are arguments."""
     arguments = cast(golden.arguments)
-    masks = [cast(draw) for fn, draw in golden.draws if fn == "F.dropout.keep"]
-    kwargs = {"keep_masks": masks} if masks else {}
-    if shifts := [draw for fn, draw in golden.draws if fn == "torch.randint"]:
-        kwargs["shifts"] = cast(image_shifts(shifts))
-    out = obj(*arguments.values(), **kwargs)
+    out = obj(*arguments.values(), **sight(golden.draws, cast))
     values = out if isinstance(out, tuple) else (out,)
     return dict(zip(golden.meta["returns"], values, strict=True))
 
 
-def image_shifts(draws: list[np.ndarray]) -> np.ndarray:
-    """The draws of the cameras, [B,1,1,2] each, as [B,cameras,2]."""
-    return np.stack([draw[:, 0, 0] for draw in draws], axis=1)
+def sight(draws: list[tuple[str, np.ndarray]], cast: Cast) -> dict[str, Any]:
+    """Dropout masks, and shifts of images: the cameras' draws, [B,1,1,2] each, as [B,cameras,2]."""
+    masks = [cast(draw) for fn, draw in draws if fn == "F.dropout.keep"]
+    shifts = [draw[:, 0, 0] for fn, draw in draws if fn == "torch.randint"]
+    return ({"keep_masks": masks} if masks else {}) | ({"shifts": cast(np.stack(shifts, axis=1))} if shifts else {})
+
+
+def seen(policy: Any, cond: Any, draws: list[tuple[str, np.ndarray]], cast: Cast) -> Any:
+    """The observation as the policy's network sees it with these draws."""
+    return policy.network.encode(cond, **sight(draws, cast)) if draws else cond
 
 
 def attributes(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -73,20 +76,18 @@ def p_mean_var(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 
 def p_losses(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Draws: the noise, then what the network draws to see its images."""
     arguments = cast(golden.arguments)
-    ((_, noise),) = golden.draws
-    return {"loss": obj.loss(arguments["x_start"], arguments["cond"], arguments["t"], cast(noise))}
+    (_, noise), *seeing = golden.draws
+    cond = seen(obj, arguments["cond"], seeing, cast)
+    return {"loss": obj.loss(arguments["x_start"], cond, arguments["t"], cast(noise))}
 
 
 def supervised_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     """Draws: t, the noise, then what the network draws to see its images."""
     arguments = cast(golden.arguments)
     (_, t), (_, noise), *seeing = golden.draws
-    cond = arguments["cond"]
-    if seeing:
-        masks = [cast(draw) for fn, draw in seeing if fn == "F.dropout.keep"]
-        shifts = [draw for fn, draw in seeing if fn == "torch.randint"]
-        cond = obj.network.encode(cond, cast(image_shifts(shifts)) if shifts else None, masks)
+    cond = seen(obj, arguments["cond"], seeing, cast)
     return {"loss": obj.loss(arguments["x"], cond, cast(t), cast(noise))}
 
 
