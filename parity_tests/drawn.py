@@ -173,7 +173,7 @@ class Draws:
         self.generator, self.dtype = np.random.default_rng(seed), dtype
 
     def normal(self, *shape: int, scale: float = 1.0) -> np.ndarray:
-        return (scale * self.generator.standard_normal(shape)).astype(self.dtype)
+        return np.asarray(scale * self.generator.standard_normal(shape), self.dtype)
 
     def integers(self, high: int, *shape: int) -> np.ndarray:
         return self.generator.integers(0, high, shape)

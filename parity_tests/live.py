@@ -92,8 +92,14 @@ class Source:
         def normal(fn: str, shape: tuple[int, ...]) -> torch.Tensor:
             return self.take(fn, shape, lambda: generator.standard_normal(shape).astype(np.float32))
 
-        def randint(low: int, high: int, shape: tuple[int, ...], **unused: Any) -> torch.Tensor:
-            return self.take("torch.randint", shape, lambda: generator.integers(low, high, shape))
+        def randint(low: int, high: int, size: tuple[int, ...], dtype: Any = None, **unused: Any) -> torch.Tensor:
+            return self.take("torch.randint", size, lambda: generator.integers(low, high, size)).to(dtype)
+
+        def dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+            if not training or p == 0:
+                return x
+            shape = tuple(x.shape)
+            return x * self.take("F.dropout.keep", shape, lambda: generator.random(shape) >= p) / (1 - p)
 
         def randperm(n: int, **unused: Any) -> torch.Tensor:
             return self.take("torch.randperm", (n,), lambda: generator.permutation(n))
@@ -103,6 +109,7 @@ class Source:
             mock.patch.object(torch, "randn_like", lambda x, **unused: normal("torch.randn_like", tuple(x.shape))),
             mock.patch.object(torch, "randint", randint),
             mock.patch.object(torch, "randperm", randperm),
+            mock.patch.object(torch.nn.functional, "dropout", dropout),
         ):
             yield
 

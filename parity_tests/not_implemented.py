@@ -11,12 +11,6 @@ from fnmatch import fnmatchcase
 
 NOT_IMPLEMENTED: dict[str, str] = {
     # networks
-    "model.common.mlp_gaussian.Gaussian_VisionMLP": "image encoders",
-    "model.common.vit.*": "image encoders",
-    "model.common.modules.*": "image encoders",
-    "model.common.critic.ViTCritic": "image encoders",
-    "model.diffusion.unet.VisionUnet1D": "image encoders",
-    "model.diffusion.mlp_diffusion.VisionDiffusionMLP": "image encoders",
     # algorithms
     "model.rl.gaussian_awr.*": "AWR",
     "model.rl.gaussian_rwr.*": "RWR",
@@ -34,7 +28,7 @@ NOT_IMPLEMENTED: dict[str, str] = {
     "model.diffusion.sde_lib.*": "exact likelihood",
     # loops
     "agent.finetune.train_*_gaussian_agent.*": "Gaussian policies' algorithms",
-    "agent.finetune.train_ppo_diffusion_img_agent.*": "image encoders",
+    "agent.finetune.train_ppo_diffusion_img_agent.*": "loops over images",
     "agent.finetune.train_ppo_exact_diffusion_agent.*": "exact likelihood",
     "agent.finetune.train_awr_diffusion_agent.*": "AWR",
     "agent.finetune.train_rwr_diffusion_agent.*": "RWR",

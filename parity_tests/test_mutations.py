@@ -16,7 +16,7 @@ from diffusion_rl.algorithms import dppo
 from diffusion_rl.core import ema, optimizers, returns, reward_scaling
 from diffusion_rl.diffusion import ddim, schedules
 from diffusion_rl.interop import torch_names
-from diffusion_rl.networks import layers, mlp
+from diffusion_rl.networks import layers, mlp, vision, vit
 from diffusion_rl.policies import diffusion
 from parity_tests.replay import dispatch
 from parity_tests.replay.case import NotCovered
@@ -123,9 +123,30 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
     "loading: kernels not transposed": (
         torch_names,
         "to_torch",
-        "np.ascontiguousarray(value.T) if transposed else value",
+        "np.ascontiguousarray(channels_first(value)) if transposed else value",
         "value",
         ["net_mlp", "net_diffusion_mlp_res", "critic_obs_res"],
+    ),
+    "loading: height and width of kernels exchanged": (
+        torch_names,
+        "channels_last",
+        "np.moveaxis(value, (0, 1), (-1, -2))",
+        "value.T",
+        ["net_vit_embed2", "critic_vit_1img"],
+    ),
+    "images: shifts taken as (y, x)": (
+        vision.RandomShiftsAug,
+        "__call__",
+        "tf.reshape(shifts, [-1, 2])",
+        "tf.reverse(tf.reshape(shifts, [-1, 2]), [1])",
+        ["aug_random_shifts_a", "diffusion_loss_vision"],
+    ),
+    "attention: scores not scaled": (
+        vit.MultiHeadAttention,
+        "call",
+        "1 / math.sqrt(head_dim)",
+        "1",
+        ["net_vit_embed2", "net_vision_diffusion_mlp_1img"],
     ),
     "networks: residual taken after the activation": (
         mlp.ResidualBlock,

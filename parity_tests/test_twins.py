@@ -14,7 +14,7 @@ from parity_tests.replay.files import GOLDENS, Golden, case_files
 
 torch = pytest.importorskip("torch")
 
-from parity_tests.reference import networks  # noqa: E402
+from parity_tests.reference import networks, vision  # noqa: E402
 from parity_tests.reference.diffusion import Policy, ddim_tables, ddpm_tables  # noqa: E402
 
 POLICIES = {
@@ -29,6 +29,13 @@ TWINS = POLICIES | {
     "model.common.critic.CriticObs",
     "model.common.critic.CriticObsAct",
     "model.diffusion.mlp_diffusion.DiffusionMLP",
+    "model.diffusion.mlp_diffusion.VisionDiffusionMLP",
+    "model.common.mlp_gaussian.Gaussian_VisionMLP",
+    "model.common.critic.ViTCritic",
+    "model.common.vit.VitEncoder",
+    "model.common.vit.VitEncoderConfig",
+    "model.common.modules.SpatialEmb",
+    "model.common.modules.RandomShiftsAug",
     "model.diffusion.modules.SinusoidalPosEmb",
     *(f"model.diffusion.eta.Eta{kind}" for kind in ("Fixed", "Action", "State", "StateAction")),
 }
@@ -41,6 +48,26 @@ def to_torch(value: Any, dtype: torch.dtype) -> Any:
         tensor = torch.from_numpy(np.array(value))
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
     return value
+
+
+def vision_outputs(golden: Golden, weights: dict[str, Any], arguments: dict[str, Any], draws: list[Any]) -> Any:
+    """A part or network that sees images, by its class name; None if it is none."""
+    name, kwargs = golden.meta["class"].rsplit(".", 1)[-1], golden.meta["spec"]["kwargs"]
+    if name == "RandomShiftsAug":
+        return (vision.shifted(arguments["x"], draws[0].flatten(1), kwargs["pad"]),)
+    if name == "SpatialEmb":
+        return (vision.spatial_emb(weights, arguments["feat"], arguments["prop"]),)
+    if name == "VitEncoder":
+        patches = vision.vit(weights, kwargs["cfg"]["kwargs"], arguments["obs"])
+        return (patches.flatten(1) if arguments.get("flatten") else patches,)
+    if "backbone" not in kwargs:
+        return None
+    seen = vision.features(weights, kwargs, arguments["cond"], [draw.flatten(1) for draw in draws])
+    if name == "ViTCritic":
+        return (networks.critic(weights, kwargs, seen),)
+    if name == "Gaussian_VisionMLP":
+        return vision.gaussian_mlp(weights, kwargs, seen)
+    return (vision.diffusion_mlp(weights, kwargs, arguments["x"], arguments["time"], seen),)
 
 
 def network_outputs(golden: Golden, weights: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -66,7 +93,8 @@ def network_outputs(golden: Golden, weights: dict[str, Any], arguments: dict[str
 
 def policy_outputs(golden: Golden, policy: Policy, arguments: dict[str, Any], draws: list[Any]) -> tuple[Any, ...]:
     """A method of a policy, by its name in the reference."""
-    method, state = golden.meta["method"], (arguments.get("cond") or arguments.get("obs") or {}).get("state")
+    method, cond = golden.meta["method"], arguments.get("cond") or arguments.get("obs") or {}
+    state = cond if "rgb" in cond else cond.get("state")
     noise = torch.stack(draws) if draws and all(d.shape == draws[0].shape for d in draws) else None
     base = arguments.get("use_base_policy", False)
     if method == "forward":
@@ -92,7 +120,9 @@ def policy_outputs(golden: Golden, policy: Policy, arguments: dict[str, Any], dr
         del arguments["obs"]
         arguments.pop("use_bc_loss", None)
         return tuple(policy.ppo_loss(state, **arguments, bc_noise=noise).values())
-    return (policy.supervised_loss(arguments["x"], state, draws[0], draws[1]),)
+    t, noise, *shifts = draws
+    state = state | {"shifts": [shift.flatten(1) for shift in shifts]} if shifts else state
+    return (policy.supervised_loss(arguments["x"], state, t, noise),)
 
 
 def covered(path: Path) -> bool:
@@ -121,7 +151,7 @@ def test_twin_reproduces_the_recording(path, precision):
         if meta["class"] in POLICIES:
             values = policy_outputs(golden, _policy(golden, weights), arguments, draws)
         else:
-            values = network_outputs(golden, weights, arguments)
+            values = vision_outputs(golden, weights, arguments, draws) or network_outputs(golden, weights, arguments)
     finally:
         torch.set_default_dtype(default)
     outputs = dict(zip(meta["returns"], values, strict=False))

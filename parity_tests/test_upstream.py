@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
-from parity_tests import drawn
+from parity_tests import drawn, drawn_vision
 from parity_tests.replay import agents, case
 from parity_tests.replay.compare import Comparison
 
@@ -47,6 +47,37 @@ def test_critic_and_eta(data, size, seed):
 
     for spec, method in ((data.draw(drawn.critics(size)), "forward"), (data.draw(drawn.etas(size)), "__call__")):
         case.replay(live.record_call(spec, method, prepare, ("out",), "mean_square", narrow(seed)))
+
+
+@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, batch=st.integers(1, 3))
+def test_networks_that_see(data, size, seed, batch):
+    """With the reference's own shifts and dropout masks."""
+    kinds = [drawn_vision.NETWORK, drawn_vision.GAUSSIAN, drawn_vision.CRITIC, drawn_vision.UNET]
+    kind = data.draw(st.sampled_from(kinds))
+    if kind == drawn_vision.UNET:
+        size = size | {"horizon_steps": 2 * size["horizon_steps"]}
+        spec, history = data.draw(drawn_vision.unets(size))
+    else:
+        spec, history = data.draw(drawn_vision.networks(size, kind))
+    returns = ("mean", "scale") if kind == drawn_vision.GAUSSIAN else ("out",)
+
+    def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        noisy = {"x": d.chunk(size, batch), "time": d.integers(20, batch)} if "diffusion" in kind else {}
+        return noisy | {"cond": drawn_vision.observation(spec, d, size, batch, history)}
+
+    case.replay(live.record_call(spec, "forward", prepare, returns, "mean_square", narrow(seed)))
+
+
+@given(data=st.data(), seed=drawn.seeds)
+def test_image_encoder(data, seed):
+    spec = data.draw(drawn_vision.encoders(channels=data.draw(st.integers(1, 4))))
+    shape = (2, *spec["kwargs"]["obs_shape"])
+    flatten = {"flatten": True} if data.draw(st.booleans()) else {}
+
+    def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        return {"obs": 255 * d.generator.random(shape, np.float32)} | flatten
+
+    case.replay(live.record_call(spec, "forward", prepare, ("out",), "mean_square", narrow(seed)))
 
 
 @given(steps=st.integers(1, 120), share=st.integers(1, 8))

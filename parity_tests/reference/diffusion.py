@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity_tests.reference import networks
+from parity_tests.reference import networks, vision
 from parity_tests.reference.networks import Weights, below
+
+# Observations [B,To,O], or {"state", "rgb"} and the "shifts" of each camera [B,2] where images are augmented.
+State = Tensor | dict[str, Any]
 
 
 def ddpm_tables(steps: int) -> dict[str, Tensor]:
@@ -89,16 +92,20 @@ class Policy:
     def at(self, name: str, rows: Tensor) -> Tensor:
         return self.tables[name][rows].view(-1, 1, 1)
 
-    def output(self, which: str, x: Tensor, t: Tensor, state: Tensor) -> Tensor:
-        return networks.diffusion_mlp(below(self.weights, which), self.net_kwargs, x, t, state)
+    def output(self, which: str, x: Tensor, t: Tensor, state: State) -> Tensor:
+        weights = below(self.weights, which)
+        if isinstance(state, dict):
+            seen = vision.features(weights, self.net_kwargs, state, state.get("shifts", ()))
+            return vision.diffusion_mlp(weights, self.net_kwargs, x, t, seen)
+        return networks.diffusion_mlp(weights, self.net_kwargs, x, t, state)
 
-    def eta(self, state: Tensor) -> Tensor:
-        spec = self.kwargs["eta"]
+    def eta(self, state: State) -> Tensor:
+        spec, state = self.kwargs["eta"], state["state"] if isinstance(state, dict) else state
         value = networks.eta(spec["class"].rsplit(".", 1)[-1], below(self.weights, "eta"), spec["kwargs"], state)
         return (value if self.get("learn_eta") else value.detach())[:, None]
 
     def moments(
-        self, x: Tensor, position: Tensor, state: Tensor, which: str, eta: Tensor | None
+        self, x: Tensor, position: Tensor, state: State, which: str, eta: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (before floors) of the next sample. `eta` None: DDIM's noise is zero."""
         t = self.timesteps[position]
@@ -127,7 +134,7 @@ class Policy:
         return before.sqrt() * x0 + direction * eps, sigma
 
     def sample(
-        self, state: Tensor, noise: Tensor, deterministic: bool, base: bool = False, evaluation: bool = False
+        self, state: State, noise: Tensor, deterministic: bool, base: bool = False, evaluation: bool = False
     ) -> tuple[Tensor, Tensor]:
         """(chunks, chain of the fine-tuned steps). `evaluation` is the rule of pre-trained policies and evaluators."""
         quiet = deterministic or evaluation
@@ -154,7 +161,7 @@ class Policy:
         return x, torch.stack(chain, 1)
 
     def step_log_probs(
-        self, state: Tensor, before: Tensor, after: Tensor, inds: Tensor, base: bool = False
+        self, state: State, before: Tensor, after: Tensor, inds: Tensor, base: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-density of single fine-tuned steps, per element, and eta."""
         position = inds + self.steps - self.tuned
@@ -164,24 +171,26 @@ class Policy:
         log_prob = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(after)
         return log_prob, torch.ones_like(mean) if eta is None else eta
 
-    def chain_log_probs(self, state: Tensor, chains: Tensor, base: bool = False) -> tuple[Tensor, Tensor]:
+    def chain_log_probs(self, state: State, chains: Tensor, base: bool = False) -> tuple[Tensor, Tensor]:
         """The same for whole chains [B,F+1,H,A], rows sample by sample."""
         batch = len(chains)
         inds = torch.arange(self.tuned).repeat(batch)
-        rows = state.repeat_interleave(self.tuned, 0)
+        rows = _repeated(state, self.tuned)
         return self.step_log_probs(rows, chains[:, :-1].flatten(0, 1), chains[:, 1:].flatten(0, 1), inds, base)
 
     def noisy(self, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return self.at("sqrt_alphas_cumprod", t) * x + self.at("sqrt_one_minus_alphas_cumprod", t) * noise
 
-    def supervised_loss(self, x: Tensor, state: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def supervised_loss(self, x: Tensor, state: State, t: Tensor, noise: Tensor) -> Tensor:
         target = noise if self.get("predict_epsilon", True) else x
         return (self.output("network", self.noisy(x, t, noise), t, state) - target).square().mean()
 
-    def value(self, state: Tensor) -> Tensor:
-        return networks.critic(below(self.weights, "critic"), self.kwargs["critic"]["kwargs"], state)[:, 0]
+    def value(self, state: State) -> Tensor:
+        weights, kwargs = below(self.weights, "critic"), self.kwargs["critic"]["kwargs"]
+        seen = vision.features(weights, kwargs, state) if isinstance(state, dict) else state
+        return networks.critic(weights, kwargs, seen)[:, 0]
 
-    def reinforce_loss(self, state: Tensor, chains: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def reinforce_loss(self, state: State, chains: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_prob, eta = self.chain_log_probs(state, chains)
         per_sample = log_prob.sum(-1).view(len(reward), -1).mean(1)
         advantage = (reward - self.value(state)).detach()
@@ -189,14 +198,14 @@ class Policy:
 
     def ppo_loss(
         self,
-        obs: Tensor,
+        obs: State,
         chains_prev: Tensor,
         chains_next: Tensor,
         denoising_inds: Tensor,
         returns: Tensor,
         oldvalues: Tensor,
         advantages: Tensor,
-        oldlogprobs: Tensor,
+        oldlogprobs: State,
         reward_horizon: int = 4,
         bc_noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
@@ -239,3 +248,9 @@ class Policy:
             "bc_loss": bc,
             "eta": eta.mean().detach(),
         }
+
+
+def _repeated(state: State, times: int) -> State:
+    if isinstance(state, dict):
+        return {k: v.repeat_interleave(times, 0) for k, v in state.items()}
+    return state.repeat_interleave(times, 0)

@@ -39,14 +39,23 @@ def noise_of(golden: Golden, cast: Cast) -> Any:
 
 
 def network(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    """Forward pass; dropout masks, drawn in training mode, are arguments."""
+    """Forward pass; dropout masks, drawn in training mode, and shifts of images are arguments."""
     arguments = cast(golden.arguments)
-    kwargs = {}
-    if golden.draws:
-        kwargs["keep_masks"] = [cast(draw) for fn, draw in golden.draws if fn == "F.dropout.keep"]
-    out = obj(*arguments.values(), **kwargs)
+    out = obj(*arguments.values(), **sight(golden.draws, cast))
     values = out if isinstance(out, tuple) else (out,)
     return dict(zip(golden.meta["returns"], values, strict=True))
+
+
+def sight(draws: list[tuple[str, np.ndarray]], cast: Cast) -> dict[str, Any]:
+    """Dropout masks, and shifts of images: the cameras' draws, [B,1,1,2] each, as [B,cameras,2]."""
+    masks = [cast(draw) for fn, draw in draws if fn == "F.dropout.keep"]
+    shifts = [draw[:, 0, 0] for fn, draw in draws if fn == "torch.randint"]
+    return ({"keep_masks": masks} if masks else {}) | ({"shifts": cast(np.stack(shifts, axis=1))} if shifts else {})
+
+
+def seen(policy: Any, cond: Any, draws: list[tuple[str, np.ndarray]], cast: Cast) -> Any:
+    """The observation as the policy's network sees it with these draws."""
+    return policy.network.encode(cond, **sight(draws, cast)) if draws else cond
 
 
 def attributes(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -68,15 +77,19 @@ def p_mean_var(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 
 def p_losses(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Draws: the noise, then what the network draws to see its images."""
     arguments = cast(golden.arguments)
-    ((_, noise),) = golden.draws
-    return {"loss": obj.loss(arguments["x_start"], arguments["cond"], arguments["t"], cast(noise))}
+    (_, noise), *seeing = golden.draws
+    cond = seen(obj, arguments["cond"], seeing, cast)
+    return {"loss": obj.loss(arguments["x_start"], cond, arguments["t"], cast(noise))}
 
 
 def supervised_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """Draws: t, the noise, then what the network draws to see its images."""
     arguments = cast(golden.arguments)
-    (_, t), (_, noise) = golden.draws
-    return {"loss": obj.loss(arguments["x"], arguments["cond"], cast(t), cast(noise))}
+    (_, t), (_, noise), *seeing = golden.draws
+    cond = seen(obj, arguments["cond"], seeing, cast)
+    return {"loss": obj.loss(arguments["x"], cond, cast(t), cast(noise))}
 
 
 def sample_evaluation(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -215,7 +228,9 @@ for _class in (_VPG, _PPO):
 for _class in OURS:
     if (_class, "forward") in CALLS:
         continue
-    if _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.", "model.diffusion.unet.")):
+    if _class.endswith(".RandomShiftsAug"):
+        CALLS[(_class, "__call__")] = (network, 1)
+    elif _class.startswith(("model.common.", "model.diffusion.mlp_diffusion.", "model.diffusion.unet.")):
         CALLS[(_class, "forward")] = (network, 2)
     elif _class.startswith(("model.diffusion.modules.", "model.diffusion.eta.")):
         CALLS |= {(_class, "forward"): (network, 1), (_class, "__call__"): (network, 1)}

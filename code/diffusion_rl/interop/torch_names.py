@@ -1,7 +1,8 @@
 """Names and layouts of the reference's state_dict for our modules: the bridge for weights, both ways.
 
-A module's own variable path is rewritten by the rules below; kernels are transposed. Modules that appear under two
-names (the base network of a fine-tuned policy is `network` and `actor`) appear twice, as in PyTorch.
+A module's own variable path is rewritten by the rules below; kernels [..., in, out] are stored as [out, in, ...].
+Modules that appear under two names (the base network of a fine-tuned policy is `network` and `actor`) appear twice, as
+in PyTorch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,14 @@ from diffusion_rl.networks.layers import named_variables
 
 # Applied in order to "path.of.variable"; the first group of each is kept.
 _RULES: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)vision\.", r"\1"),  # the reference's vision networks hold these parts themselves
+    (r"patch_embed\.conv1\.", "patch_embed.embed.0."),
+    (r"patch_embed\.norm\.", "patch_embed.embed.1."),
+    (r"patch_embed\.conv2\.", "patch_embed.embed.3."),
+    (r"input_linear\.", "input_proj.0."),
+    (r"input_norm\.", "input_proj.1."),
+    (r"compress\.linear\.", "compress.0."),
+    (r"compress\.norm\.", "compress.1."),
     (r"time_(embedding|mlp)\.expand\.", r"time_\1.1."),
     (r"time_(embedding|mlp)\.project\.", r"time_\1.3."),
     (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
@@ -60,7 +69,17 @@ def unique_parameters(module: object) -> Iterator[tuple[str, tf.Variable, bool]]
 
 def to_torch(value: np.ndarray, transposed: bool) -> np.ndarray:
     """One array in the reference's layout."""
-    return np.ascontiguousarray(value.T) if transposed else value
+    return np.ascontiguousarray(channels_first(value)) if transposed else value
+
+
+def channels_first(value: np.ndarray) -> np.ndarray:
+    """A kernel [..., in, out] as [out, in, ...]."""
+    return np.moveaxis(value, (-1, -2), (0, 1))
+
+
+def channels_last(value: np.ndarray) -> np.ndarray:
+    """A kernel [out, in, ...] as [..., in, out]."""
+    return np.moveaxis(value, (0, 1), (-1, -2))
 
 
 def load_state_dict(module: object, weights: Mapping[str, np.ndarray], strict: bool = True) -> list[str]:
@@ -88,13 +107,13 @@ def load_state_dict(module: object, weights: Mapping[str, np.ndarray], strict: b
         if name not in weights:
             continue
         value = np.asarray(weights[name])
-        value = value.T if transposed else value
-        if value.shape != tuple(variable.shape):
-            needed = tuple(variable.shape)[:: -1 if transposed else 1]
+        needed = to_torch(np.empty(variable.shape, np.bool_), transposed).shape
+        if value.shape != needed:
             raise UserError(
-                f"weight {name} has shape {np.asarray(weights[name]).shape}, this network needs {needed}: "
+                f"weight {name} has shape {value.shape}, this network needs {needed}: "
                 "check obs_dim, action_dim, horizon_steps and the network's dims"
             )
+        value = channels_last(value) if transposed else value
         variable.assign(value.astype(variable.dtype.as_numpy_dtype))
         loaded.append(name)
     return loaded

@@ -100,7 +100,7 @@ class EtaState(keras.layers.Layer):
             _xavier_normal(layer.linear, gain)
 
     def call(self, cond: dict[str, Array]) -> Array:
-        if "rgb" in cond:
+        if "rgb" in cond or "features" in cond:
             raise UserError("eta that depends on the state does not take images: use EtaFixed or EtaAction")
         eta = tf.tanh(self.mlp_res(flatten_state(cond))) + self.base
         # (min - base) + base, not min: the reference's own rounding of the bounds

@@ -2,6 +2,9 @@
 
 Shapes: B batch, K denoising steps, F fine-tuned ones, To observation history, H horizon, O observation, A action.
 Everything random is an argument: `noise[0]` is x_T and `noise[1 + i]` belongs to step i, both before clamping.
+
+An observation `cond` is {"state": [B,To,O]}, with "rgb" [B,To,C,Hi,Wi] where the networks see images. Their features do
+not depend on the denoising step: samples and log-probabilities of chains encode every observation once (`encoded`).
 """
 
 from __future__ import annotations
@@ -28,6 +31,11 @@ class Sample(NamedTuple):
     trajectories: Array  # [B,H,A]
     chains: Array | None = None  # [B,F+1,H,A], noisiest first
     log_probs: Array | None = None  # [B,F,H,A] of the steps of the chain, if asked for
+
+
+def encoded(network: keras.layers.Layer, cond: Cond) -> Cond:
+    """The observation as this network takes it without looking at the images again; others get it as it is."""
+    return network.encode(cond) if hasattr(network, "encode") else cond
 
 
 class DiffusionPolicy:
@@ -151,7 +159,7 @@ class DiffusionPolicy:
                 1e-3 and zero at the last step (DDIM: zero throughout).
         """
         noise = tf.cast(noise, self.dtype)
-        x, batch = noise[0], tf.shape(noise)[1]
+        x, batch, cond = noise[0], tf.shape(noise)[1], encoded(self.network, cond)
         for i, t in enumerate(self.sampling_timesteps()):
             mean, logvar = self.p_mean_var(x, tf.fill([batch], int(t)), cond, tf.fill([batch], i))
             x = self.next_sample(i, int(t), mean, logvar, noise[i + 1], floor=1e-3, zero_at_end=True)
@@ -183,6 +191,7 @@ class DiffusionPolicy:
 
         Args:
             x: [B,H,A] clean chunks;  t: [B] in [0, K);  noise: [B,H,A].
+            cond: the observation, or what the network's `encode` made of it with the draws of augmentation and dropout.
         """
         output = self.network(self.q_sample(x, t, noise), t, cond)
         return tf.reduce_mean(tf.square(output - (noise if self.predict_epsilon else x)))
@@ -346,10 +355,13 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         chain, log_probs = [x] if first == 0 else [], []
         floor = self.min_sampling_denoising_std if std_floor is None else std_floor
         floor = 1e-3 if deterministic else floor
+        n_base = n if use_base_policy else first
+        seen_by_base = encoded(self.actor, cond) if n_base else cond
+        seen_by_tuned = encoded(self.actor_ft, cond) if n_base < n else cond
         for i, t in enumerate(self.sampling_timesteps()):
             t_batch, index = tf.fill([batch], int(t)), tf.fill([batch], i)
-            tuned = i >= first and not use_base_policy
-            output = (self.actor_ft if tuned else self.actor)(x, t_batch, cond)
+            network, seen = (self.actor, seen_by_base) if i < n_base else (self.actor_ft, seen_by_tuned)
+            output = network(x, t_batch, seen)
             mean, logvar, _ = self.mean_var_eta(x, t_batch, cond, index, output, deterministic)
             x = self.next_sample(i, int(t), mean, logvar, noise[i + 1], floor, zero_at_end=deterministic)
             if i >= first - 1:
@@ -365,9 +377,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         n, f = self.sampling_steps, self.ft_denoising_steps
         return self.sampling_timesteps()[n - f :].copy(), np.arange(n - f, n)
 
-    def log_probs(
-        self, cond: Cond, chains: Array, use_base_policy: bool = False
-    ) -> tuple[Array, Array]:
+    def log_probs(self, cond: Cond, chains: Array, use_base_policy: bool = False) -> tuple[Array, Array]:
         """Log-probabilities of whole chains.
 
         Args:
@@ -378,6 +388,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         """
         f = self.ft_denoising_steps
         batch = tf.shape(chains)[0]
+        cond = encoded(self.actor if use_base_policy else self.actor_ft, cond)
         repeated = {k: tf.repeat(v, f, axis=0) for k, v in cond.items()}
         inds = tf.tile(tf.range(f), [batch])
         previous = tf.reshape(chains[:, :-1], [-1, self.horizon_steps, self.action_dim])

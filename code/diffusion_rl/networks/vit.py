@@ -1,0 +1,239 @@
+"""A small vision transformer (Dosovitskiy et al. 2021) whose patches come from convolutions (IBRL, Hu et al. 2023).
+
+Shapes: B batch, C channels, Hi, Wi image, P patches, D embedding, N heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.noise import init_noise
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, gelu
+
+LINEAR_STD = 0.02  # initial weights of the transformer and of the position embedding
+PATCH = 8  # side of the first convolution's window, whatever `patch_size` says
+
+
+@dataclass(frozen=True)
+class VitEncoderConfig:
+    """Architecture of the encoder.
+
+    Attributes:
+        depth: number of transformer blocks.
+        embed_dim, num_heads: D and N.
+        embed_style: "embed1" cuts the image into patches of 8; "embed2" uses two overlapping convolutions.
+        embed_norm: embed2 only: normalise every channel over the image after the first convolution.
+        patch_size, stride: in the reference's configurations, but nothing reads them there either.
+    """
+
+    patch_size: int = PATCH
+    depth: int = 1
+    embed_dim: int = 128
+    num_heads: int = 4
+    stride: int = -1
+    embed_style: str = "embed2"
+    embed_norm: int = 0
+
+
+class Conv2d(keras.layers.Layer):
+    """Convolution without padding; kernel [k,k,in,out], bias [out], both uniform in +-1/sqrt(in k k)."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
+        super().__init__(dtype=floatx())
+        bound = 1.0 / math.sqrt(in_dim * kernel_size**2)
+        shape = (kernel_size, kernel_size, in_dim, out_dim)
+        self.kernel = tf.Variable(init_noise().uniform(shape, -bound, bound, dtype=floatx()), name="kernel")
+        self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+        self.stride = stride
+
+    def call(self, x: Array) -> Array:
+        """[B,Hi,Wi,in] -> [B,(Hi-k)/stride+1,(Wi-k)/stride+1,out]."""
+        return tf.nn.conv2d(x, self.kernel, self.stride, "VALID") + self.bias
+
+
+class InstanceNorm(keras.layers.Layer):
+    """Normalisation of each channel over its image, with gain and offset (group normalisation with groups of one)."""
+
+    def __init__(self, dim: int, epsilon: float = 1e-5):
+        super().__init__(dtype=floatx())
+        self.epsilon = epsilon
+        self.gamma = tf.Variable(np.ones(dim, floatx()), name="gamma")
+        self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
+
+    def call(self, x: Array) -> Array:
+        """[B,Hi,Wi,D] -> the same."""
+        mean, variance = tf.nn.moments(x, axes=[1, 2], keepdims=True)
+        return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * self.gamma + self.beta
+
+
+class PatchEmbed1(keras.layers.Layer):
+    """Patches of 8 x 8 pixels that do not overlap."""
+
+    def __init__(self, embed_dim: int, num_channel: int, img_h: int, img_w: int):
+        super().__init__(dtype=floatx())
+        self.num_patch = math.prod(_windows(size, (PATCH, PATCH)) for size in (img_h, img_w))
+        self.conv = Conv2d(num_channel, embed_dim, PATCH, stride=PATCH)
+
+    def call(self, x: Array) -> Array:
+        """[B,Hi,Wi,C] -> [B,P,D]."""
+        return _patches(self.conv(x), self.num_patch)
+
+
+class PatchEmbed2(keras.layers.Layer):
+    """Two convolutions with a ReLU between: windows of 8 every 4 pixels, of which 3 x 3 every 2 make a patch."""
+
+    def __init__(self, embed_dim: int, use_norm: bool, num_channel: int, img_h: int, img_w: int):
+        super().__init__(dtype=floatx())
+        self.num_patch = math.prod(_windows(size, (PATCH, 4), (3, 2)) for size in (img_h, img_w))
+        self.conv1 = Conv2d(num_channel, embed_dim, PATCH, stride=4)
+        self.use_norm = bool(use_norm)
+        if use_norm:
+            self.norm = InstanceNorm(embed_dim)
+        self.conv2 = Conv2d(embed_dim, embed_dim, 3, stride=2)
+
+    def call(self, x: Array) -> Array:
+        """[B,Hi,Wi,C] -> [B,P,D]."""
+        x = self.conv1(x)
+        x = self.norm(x) if self.use_norm else x
+        return _patches(self.conv2(tf.nn.relu(x)), self.num_patch)
+
+
+def _windows(size: int, *convolutions: tuple[int, int]) -> int:
+    """How many windows (width, stride) after one another leave of `size` pixels; none may be cut off."""
+    left = size
+    for width, stride in convolutions:
+        if left < width or (left - width) % stride:
+            least = PATCH * len(convolutions)
+            raise UserError(
+                f"image side {size}: this patch embedding needs a multiple of 8, at least {least}: crop the images"
+            )
+        left = (left - width) // stride + 1
+    return left
+
+
+def _patches(x: Array, num_patch: int) -> Array:
+    return tf.reshape(x, [-1, num_patch, x.shape[-1]])
+
+
+class MultiHeadAttention(keras.layers.Layer):
+    """Every patch attends to every patch: softmax(q k^T / sqrt(D/N)) v, head by head (Vaswani et al. 2017, eq. 1)."""
+
+    def __init__(self, embed_dim: int, num_head: int):
+        super().__init__(dtype=floatx())
+        if embed_dim % num_head:
+            raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_head}")
+        self.embed_dim, self.num_head = embed_dim, num_head
+        self.qkv_proj = _transformer_linear(embed_dim, 3 * embed_dim)
+        self.out_proj = _transformer_linear(embed_dim, embed_dim)
+
+    def call(self, x: Array) -> Array:
+        """[B,P,D] -> [B,P,D]. The 3 D outputs of `qkv_proj` are ordered (q|k|v, head, D/N)."""
+        patches, head_dim = x.shape[1], self.embed_dim // self.num_head
+        qkv = tf.reshape(self.qkv_proj(x), [-1, patches, 3, self.num_head, head_dim])
+        q, k, v = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))  # each [B,N,P,D/N]
+        attention = tf.nn.softmax(tf.matmul(q, k, transpose_b=True) * (1 / math.sqrt(head_dim)))
+        mixed = tf.transpose(tf.matmul(attention, v), [0, 2, 1, 3])
+        return self.out_proj(tf.reshape(mixed, [-1, patches, self.embed_dim]))
+
+
+class TransformerLayer(keras.layers.Layer):
+    """Pre-norm block: x + attention(norm(x)), then x + W2 gelu(W1 norm(x)) of four times the width."""
+
+    def __init__(self, embed_dim: int, num_head: int):
+        super().__init__(dtype=floatx())
+        self.layer_norm1 = LayerNorm(embed_dim)
+        self.mha = MultiHeadAttention(embed_dim, num_head)
+        self.layer_norm2 = LayerNorm(embed_dim)
+        self.linear1 = _transformer_linear(embed_dim, 4 * embed_dim)
+        self.linear2 = _transformer_linear(4 * embed_dim, embed_dim)
+
+    def call(self, x: Array) -> Array:
+        """[B,P,D] -> [B,P,D]."""
+        x = x + self.mha(self.layer_norm1(x))
+        return x + self.linear2(gelu(self.linear1(self.layer_norm2(x))))
+
+
+def _transformer_linear(in_dim: int, out_dim: int) -> Linear:
+    """A Linear with small normal weights and no initial bias."""
+    linear = Linear(in_dim, out_dim)
+    linear.kernel.assign(init_noise().normal((in_dim, out_dim), dtype=floatx()) * LINEAR_STD)
+    linear.bias.assign(tf.zeros_like(linear.bias))
+    return linear
+
+
+class Vit(keras.layers.Layer):
+    """Patch embedding plus position embedding, transformer blocks, LayerNorm. No class token."""
+
+    def __init__(self, cfg: VitEncoderConfig, num_channel: int, img_h: int, img_w: int):
+        super().__init__(dtype=floatx())
+        if cfg.embed_style == "embed1":
+            patch_embed = PatchEmbed1(cfg.embed_dim, num_channel, img_h, img_w)
+        elif cfg.embed_style == "embed2":
+            patch_embed = PatchEmbed2(cfg.embed_dim, bool(cfg.embed_norm), num_channel, img_h, img_w)
+        else:
+            raise UserError(f"unknown embed_style {cfg.embed_style!r}: choose embed1 or embed2")
+        self.num_patches = patch_embed.num_patch
+        position = init_noise().normal((1, self.num_patches, cfg.embed_dim), dtype=floatx()) * LINEAR_STD
+        self.pos_embed = tf.Variable(position, name="pos_embed")
+        self.patch_embed = patch_embed
+        self.net = [TransformerLayer(cfg.embed_dim, cfg.num_heads) for _ in range(cfg.depth)]
+        self.norm = LayerNorm(cfg.embed_dim)
+
+    def call(self, x: Array) -> Array:
+        """[B,Hi,Wi,C] -> [B,P,D]."""
+        x = self.patch_embed(x) + self.pos_embed
+        for block in self.net:
+            x = block(x)
+        return self.norm(x)
+
+
+class VitEncoder(keras.layers.Layer):
+    """Images to patch features.
+
+    Args:
+        obs_shape: accepted for the reference's configurations; the sizes below count.
+        cfg: the architecture, as `VitEncoderConfig` or a mapping of its fields.
+        num_channel: C, with a history of images stacked along the channels: 3 times its length.
+        img_h, img_w: Hi, Wi.
+
+    Attributes:
+        num_patch: P;  patch_repr_dim: D;  repr_dim: P * D.
+
+    Raises:
+        UserError: the windows of the convolutions do not fill the image exactly.
+    """
+
+    def __init__(
+        self,
+        obs_shape: Any = None,
+        cfg: VitEncoderConfig | Mapping[str, Any] | None = None,
+        num_channel: int = 3,
+        img_h: int = 96,
+        img_w: int = 96,
+    ):
+        super().__init__(dtype=floatx())
+        if not isinstance(cfg, VitEncoderConfig):
+            cfg = VitEncoderConfig(**(cfg or {}))
+        self.image_shape = (num_channel, img_h, img_w)
+        self.vit = Vit(cfg, num_channel, img_h, img_w)
+        self.num_patch, self.patch_repr_dim = self.vit.num_patches, cfg.embed_dim
+        self.repr_dim = self.num_patch * cfg.embed_dim
+
+    def call(self, obs: Array, flatten: bool = False) -> Array:
+        """[B,C,Hi,Wi] pixels in [0,255] -> [B,P,D], or [B,P*D] if `flatten`."""
+        if tuple(obs.shape[1:]) != self.image_shape:
+            raise UserError(
+                f"images [C,H,W] = {list(obs.shape[1:])} (history stacked along C), the encoder is built for "
+                f"{list(self.image_shape)}: set num_channel, img_h, img_w and img_cond_steps accordingly"
+            )
+        channels_last = tf.cast(tf.transpose(obs, [0, 2, 3, 1]), self.compute_dtype)  # moved while still bytes
+        features = self.vit(channels_last / 255.0 - 0.5)
+        return tf.reshape(features, [-1, self.repr_dim]) if flatten else features
