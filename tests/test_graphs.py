@@ -75,7 +75,8 @@ def test_pre_training_traces_nothing_after_its_second_epoch(tmp_path):
     training.observer = lambda seen: counts.append(tracing_counts(training.trainer))
     training.run()
     assert counts[1] == counts[2] == counts[3] == counts[4]
-    assert {name: count for name, count in counts[-1].items() if count} == {"._steps": 3}  # full groups, then ever more general shapes
+    # full groups, then ever more general shapes
+    assert {name: count for name, count in counts[-1].items() if count} == {"._steps": 3}
 
 
 # --- fast and plain forms are one computation

@@ -38,7 +38,8 @@ ANNEALING = [
     *("+train.fast=false", "ft_denoising_steps=3", "+model.ft_denoising_steps_d=1", "+model.ft_denoising_steps_t=2"),
     *("+train.force_train=true", "+train.use_bc_loss=true", "+train.bc_loss_coeff=0.1"),
 ]
-# The fast form, collecting in two halves, with evaluations; DDIM with a learned eta, history, critic warm-up, resets; annealed steps, BC loss.
+# The fast form, collecting in two halves, with evaluations; DDIM with a learned eta, history, critic warm-up, resets;
+# annealed steps, BC loss.
 VARIANTS = {"DDPM": ["env.n_envs=8"], "DDIM": DDIM, "annealing": ANNEALING}
 LONG = ["env.n_envs=4", "env.max_episode_steps=28", "train.n_steps=24"]  # some episodes end
 

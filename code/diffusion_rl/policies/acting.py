@@ -13,7 +13,6 @@ from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 
-
 MIN_PART = 8  # environments; a smaller batch costs as much
 
 
