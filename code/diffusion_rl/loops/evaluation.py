@@ -22,7 +22,6 @@ from diffusion_rl.loops.rollout import (
     EpisodeStatistics,
     Observations,
     Rollout,
-    StepNoise,
     collect,
     episode_statistics,
 )
@@ -51,10 +50,9 @@ def evaluate(
     """
     observations = venv.reset(options)
 
-    step_noise = StepNoise(noise, actor.noise_shape(venv.n_envs), floatx())
-
-    def decide(obs: Observations, step: int, group: slice) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        decision = actor.act(obs["state"], step_noise(step, group), deterministic=True)
+    def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        draws = noise.normal(actor.noise_shape(venv.n_envs), floatx())
+        decision = actor.act(obs["state"], draws, deterministic=True)
         return decision.actions, {"chains": decision.chains}
 
     return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)

@@ -27,7 +27,7 @@ from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.evaluation import evaluate, seeded_options
 from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
-from diffusion_rl.loops.rollout import EpisodeStatistics, Observations, Rollout, StepNoise, collect, episode_statistics
+from diffusion_rl.loops.rollout import EpisodeStatistics, Observations, Rollout, collect, episode_statistics
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.reports.progress import Progress
@@ -157,10 +157,9 @@ class OnPolicyTraining:
     def _collect(self, folder: RunFolder, on_step: Callable[[int, np.ndarray], None]) -> Rollout:
         observations, firsts = self._start(self._options(folder))
 
-        noise = StepNoise(self.noise, self.trainer.actor.noise_shape(self.n_envs), floatx())
-
-        def decide(obs: Observations, step: int, group: slice) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            decision = self.trainer.act(obs["state"], noise(step, group), deterministic=False)
+        def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            draws = self.noise.normal(self.trainer.actor.noise_shape(self.n_envs), floatx())
+            decision = self.trainer.act(obs["state"], draws, deterministic=False)
             return decision.actions, {"chains": decision.chains, "log_probs": decision.log_probs}
 
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
