@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -61,7 +62,7 @@ class VectorEnv(Protocol):
         """Release processes, threads and files."""
 
 
-class MultiStepVectorEnv:
+class MultiStepVectorEnv(abc.ABC):
     """E `MultiStep` environments behind the `VectorEnv` interface, each behind a lane: here, or in a process.
 
     builders[i] makes environment i. Subclasses say what a lane is. The simulators cannot be saved: `restorable` is
@@ -89,8 +90,9 @@ class MultiStepVectorEnv:
         if seeds is not None:
             self.seed(seeds)
 
+    @abc.abstractmethod
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        raise NotImplementedError
+        """Make the environments."""
 
     def seed(self, seeds: Sequence[int]) -> None:
         if len(seeds) != self.n_envs:
