@@ -10,20 +10,30 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "code/diffusion_rl/__init__
 
 MUJOCO = "mujoco>=3.1.6,<3.5"  # from 3.5 on the engine no longer follows MuJoCo 2.1.0's trajectories
 
+FIGURES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
+SWEEP = ["hydra-joblib-launcher>=1.2"]
+NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl")  # hardware, clusters, and packages that need numpy < 2 and a compiler
+
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
     "robomimic": ["robosuite==1.4.1", MUJOCO, "imageio", "numba"],
     "d3il": [MUJOCO, "imageio"],
-    "kitchen": ["gymnasium>=1.0,<2", "gymnasium-robotics", MUJOCO, "imageio"],
-    "d4rl": ["gymnasium>=1.0,<2", "minari[hdf5]"],
+    "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
+    "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
+    # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use
+    "d4rl": ["gymnasium>=1.0,<2", MUJOCO, "imageio", "d4rl==1.1", "gym==0.23.1", "mujoco-py==2.1.2.14"]
+    + ["cython<3", "numpy<2", "packaging", "setuptools<70", "dm_control<1.0.37"],
+    "figures": FIGURES,
+    "sweep": SWEEP,
+    "submitit": ["hydra-submitit-launcher"],
     "parity": ["torch==2.13.0", "hypothesis", "einops", "pytest>=8"],
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.21"],
     "ray": ["ray", "hydra-ray-launcher"],
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", *FIGURES, *SWEEP],
 }
 EXTRAS["all"] = sorted(
-    {requirement for name, group in EXTRAS.items() if name not in ("cuda", "ray") for requirement in group}
+    {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}
 )
 
 setup(
@@ -35,7 +45,7 @@ setup(
     license="MIT",
     packages=find_packages("code"),
     package_dir={"": "code"},
-    package_data={"diffusion_rl": ["**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz"]},
+    package_data={"diffusion_rl": ["**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz", "**/*.csv"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "tensorflow>=2.20,<2.21",

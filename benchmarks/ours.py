@@ -106,7 +106,7 @@ def pretraining() -> Workload:
             epoch["items"] = loop.items[loop.noise.permutation(len(loop.items))]
         now, epoch["items"] = epoch["items"][:count], epoch["items"][count:]
         items = now.reshape(w.PRETRAIN_STEPS, w.PRETRAIN_BATCH)
-        t, draws = loop._draw(items.shape)
+        t, draws = loop._draw(items.shape, loop.noise)
         loop.trainer.steps(items, t, draws, loop._averaging(len(items)))
 
     return call
@@ -161,8 +161,10 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--default-threads"]:  # TensorFlow as it comes, for its own rate of matrix products
         serve({}, multiply)
     else:
+        import our_networks
+
         from diffusion_rl.core.threads import configure_threads
 
         configure_threads()
         makers = {f.__name__: f for f in (sampling, values, log_probs, minibatch, pretraining, environments)}
-        serve(makers, multiply, packages=["tensorflow", "mujoco"])
+        serve(makers | our_networks.makers(), multiply, packages=["tensorflow", "mujoco"])

@@ -222,7 +222,12 @@ def main() -> None:
 
         side = Twins()
     names = ("sampling", "log_probs", "minibatch", "pretraining", "environments")
-    serve({n: getattr(side, n) for n in names if hasattr(side, n)}, multiply, torch.set_num_threads, ["torch"])
+    makers = {n: getattr(side, n) for n in names if hasattr(side, n)}
+    if arguments.upstream:
+        import reference_networks
+
+        makers |= reference_networks.makers()
+    serve(makers, multiply, torch.set_num_threads, ["torch"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/run.py                                   # beside this repository's PyTorch twins
     python benchmarks/run.py --upstream PATH                   # beside a checkout of the authors' code
     python benchmarks/run.py --upstream PATH --upstream-python PYTHON     # with their simulators and whole iterations
+    python benchmarks/run.py --upstream PATH --networks                   # the other networks instead
 
 Prints a Markdown table of medians and ratios. benchmarks/README.md explains the rows and how to run the reference.
 """
@@ -21,9 +22,12 @@ from typing import Any
 
 import iteration
 import machine
+import networks
+import workloads
 from worker import Side
-from workloads import ROWS, Row, our_flops, reference_flops
+from workloads import Row, our_flops, reference_flops
 
+ROWS = workloads.ROWS | networks.rows()
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data" / "gym" / "hopper-medium-v2"
 TORCH_THREADS = (1, 2)
@@ -35,10 +39,10 @@ def main() -> int:
     options = _options()
     if machine.load() > BUSY:
         print(f"note: the machine is busy (load {machine.load():.1f}), timings will be off", file=sys.stderr)
-    results: dict[str, Any] = {"command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])}
+    results: dict[str, Any] = {"command": _command(options)}
     results |= {"machine": machine.describe(), "upstream": options.upstream is not None, "rows": {}}
     results["load_before"] = machine.load()
-    wanted = options.rows or [*ROWS, "iteration"]
+    wanted = options.rows or (networks.rows() if options.networks else [*workloads.ROWS, "iteration"])
     reference, ours = _sides(options)
     try:
         results["about"] = {"reference": reference.ask("about"), "ours": ours.ask("about")}
@@ -65,6 +69,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="checkout of the authors' DPPO")
     parser.add_argument("--upstream-python", metavar="PYTHON", help="interpreter that has the reference's simulators")
+    parser.add_argument("--networks", action="store_true", help="U-Nets, networks that see, transformers, Gaussians")
     parser.add_argument("--quick", action="store_true", help="few turns: to see that it works")
     parser.add_argument(
         "--rows", nargs="+", choices=[*ROWS, "iteration"], metavar="ROW", help=f"of {[*ROWS]}, iteration"
@@ -84,6 +89,17 @@ def _options() -> argparse.Namespace:
     if options.upstream_python and not options.upstream:
         parser.error("--upstream-python needs --upstream")
     return options
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line that was given, with placeholders for this machine's paths."""
+    words = ["python", "benchmarks/run.py"]
+    words += ["--upstream", "PATH"] * bool(options.upstream) + ["--upstream-python", "PYTHON"] * bool(
+        options.upstream_python
+    )
+    words += ["--networks"] * options.networks + ["--quick"] * options.quick
+    words += ["--rows", *options.rows] if options.rows else []
+    return shlex.join(words)
 
 
 def _sides(options: argparse.Namespace) -> tuple[Side, Side]:

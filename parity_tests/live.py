@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from parity_tests.drawn import Draws
+from parity_tests.reference.forward import stored, tensors
 from parity_tests.replay.files import Golden
 from parity_tests.replay.scripted import ScriptedEnv
 
@@ -101,6 +102,17 @@ class Source:
             shape = tuple(x.shape)
             return x * self.take("F.dropout.keep", shape, lambda: generator.random(shape) >= p) / (1 - p)
 
+        def modes(probabilities: torch.Tensor, n: int, replacement: bool = False) -> torch.Tensor:
+            shape = (len(probabilities), n)
+            return self.take("torch.multinomial", shape, lambda: generator.integers(probabilities.shape[1], size=shape))
+
+        def sample(name: str) -> Any:
+            def at_mean_and_scale(dist: torch.distributions.Normal, sample_shape: Any = ()) -> torch.Tensor:
+                with torch.set_grad_enabled(name == "rsample" and torch.is_grad_enabled()):
+                    return dist.loc + dist.scale * normal(f"Normal.{name}.eps", tuple(dist.loc.shape))
+
+            return at_mean_and_scale
+
         def randperm(n: int, **unused: Any) -> torch.Tensor:
             return self.take("torch.randperm", (n,), lambda: generator.permutation(n))
 
@@ -109,6 +121,9 @@ class Source:
             mock.patch.object(torch, "randn_like", lambda x, **unused: normal("torch.randn_like", tuple(x.shape))),
             mock.patch.object(torch, "randint", randint),
             mock.patch.object(torch, "randperm", randperm),
+            mock.patch.object(torch, "multinomial", modes),
+            mock.patch.object(torch.distributions.Normal, "sample", sample("sample")),
+            mock.patch.object(torch.distributions.Normal, "rsample", sample("rsample")),
             mock.patch.object(torch.nn.functional, "dropout", dropout),
         ):
             yield
@@ -145,20 +160,11 @@ def as_double(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def tensors(value: Any, double: bool) -> Any:
-    if isinstance(value, dict):
-        return {k: tensors(v, double) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        tensor = torch.from_numpy(value.copy())
-        return tensor.double() if double and tensor.is_floating_point() else tensor
-    return value
-
-
 def record_call(
     spec: dict[str, Any],
     method: str,
     prepare: Any,
-    returns: tuple[str, ...],
+    returns: tuple[str, ...] | None,
     loss: Any = None,
     draws: Draws | None = None,
 ) -> Golden:
@@ -166,6 +172,7 @@ def record_call(
 
     Args:
         prepare: (the reference's object, draws) -> arguments by name, as arrays.
+        returns: names of the returned values; None: they are numbered.
         loss: weights of the returned values, or "mean_square".
     """
     draws = draws or Draws(0, "float32")
@@ -176,20 +183,22 @@ def record_call(
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     meta: dict[str, Any] = {
         "kind": "case", "spec": spec, "class": spec["class"], "method": method, "target": None, "mode": "train",
-        "arg_names": list(arguments), "kwargs": {}, "returns": list(returns), "loss": loss,
+        "arg_names": list(arguments), "kwargs": {}, "loss": loss,
         "non_trainable": [n for n, p in model.named_parameters() if not p.requires_grad],
         "aliases": aliases_of(model), "state_after": None,
     }  # fmt: skip
     arrays = {"w/" + k: v for k, v in arrays_of(model).items() if k not in meta["aliases"]} | tables_of(model)
-    meta["args"] = [_store(name, value, arrays) for name, value in arguments.items()]
+    meta["args"] = [stored(name, value, arrays) for name, value in arguments.items()]
     source = Source(draws)
     results = {}
     for double, suffix in ((False, ""), (True, "64")):
         with double_precision() if double else contextlib.nullcontext():
             subject = as_double(model) if double else model
             source = Source(draws, source.kept)
-            results[suffix] = _call(subject, method, tensors(arguments, double), returns, loss, names, source)
+            given = tensors(arguments, torch.float64 if double else torch.float32)
+            results[suffix] = _call(subject, method, given, returns, loss, names, source)
         outputs, grads = results[suffix]
+        meta["returns"] = [name for name in outputs if name != "_total_loss"] if returns is None else list(returns)
         arrays |= {f"out{suffix}/{k}": v for k, v in outputs.items()}
         arrays |= {f"grad{suffix}/{k}": v for k, v in grads.items()}
     meta["draws"] = [{"name": f"in/draw_{i:03d}", "fn": fn} for i, (fn, _) in enumerate(source.kept)]
@@ -198,20 +207,14 @@ def record_call(
     return Golden(f"live/{spec['class'].rsplit('.', 1)[-1]}.{method}", meta, arrays)
 
 
-def _store(name: str, value: Any, arrays: dict[str, np.ndarray]) -> Any:
-    if isinstance(value, dict):
-        return {k: _store(f"{name}.{k}", v, arrays) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        arrays["in/" + name] = value
-        return "@in/" + name
-    return value
-
-
-def _call(model: Any, method: str, arguments: dict, returns: tuple, loss: Any, names: list, source: Source) -> tuple:
+def _call(model: Any, method: str, arguments: dict, returns: Any, loss: Any, names: list, source: Source) -> tuple:
     with source.active(), torch.set_grad_enabled(bool(loss)):
         values = getattr(model, method)(**arguments)
-    values = dict(zip(returns, values if isinstance(values, tuple) else (values,), strict=True))
-    outputs = {k: np.asarray(v.detach() if torch.is_tensor(v) else v) for k, v in values.items() if v is not None}
+    values = values if isinstance(values, tuple) else (values,)
+    values = dict(zip(returns or [f"out{i}" for i in range(len(values))], values, strict=True))
+    named = {k: v for k, v in values.items() if v is not None and not isinstance(v, dict)}
+    named |= {f"{k}.{part}": v for k, parts in values.items() if isinstance(parts, dict) for part, v in parts.items()}
+    outputs = {k: np.asarray(v.detach() if torch.is_tensor(v) else v) for k, v in named.items()}
     grads: dict[str, np.ndarray] = {}
     if loss:
         if loss == "mean_square":

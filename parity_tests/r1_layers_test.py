@@ -46,40 +46,6 @@ def test_activations(name, seed):
         Comparison("activations, drawn", 1, dtype).check(name, activation(name)(tf.constant(x)), theirs)
 
 
-@given(data=st.data(), residual=st.booleans(), seed=drawn.seeds)
-def test_multi_layer_perceptrons(data, residual, seed):
-    dims = [data.draw(st.integers(1, 9)), *data.draw(drawn.hidden_dims(residual)), data.draw(st.integers(1, 9))]
-    hidden, out = data.draw(drawn.activations), data.draw(drawn.activations)
-    norms = {k: data.draw(st.booleans()) for k in ("use_layernorm", "use_layernorm_final")}
-    cls = "model.common.mlp." + ("ResidualMLP" if residual else "MLP")
-    specification = drawn.spec(cls, dim_list=dims, activation_type=hidden, out_activation_type=out, **norms)
-    for dtype in PRECISIONS:
-        model = drawn.build_drawn(specification, seed, dtype)
-        x = drawn.Draws(seed, dtype).normal(5, dims[0])
-        twin = networks.residual_mlp if residual else networks.mlp
-        theirs = twin(drawn.torch_weights(model), torch.from_numpy(x), hidden, out).detach()
-        rung = 2 if dtype == "float32" else 1
-        comparison = Comparison("multi-layer perceptrons, drawn", rung, dtype)
-        comparison.check("output", model(x), theirs, scale=_scale(theirs))
-
-
-def _scale(values) -> float:
-    """Outputs of a LayerNorm over few numbers may all be nearly zero: then compare absolutely."""
-    return max(1.0, float(values.abs().max()))
-
-
-@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds)
-def test_eta(data, size, seed):
-    specification = data.draw(drawn.etas(size))
-    for dtype in PRECISIONS:
-        model = drawn.build_drawn(specification, seed, dtype)
-        state = drawn.Draws(seed, dtype).state(size, 4)
-        kind = specification["class"].rsplit(".", 1)[-1]
-        weights = drawn.torch_weights(model)
-        theirs = networks.eta(kind, weights, specification["kwargs"], torch.from_numpy(state)).detach()
-        Comparison("eta, drawn", 1, dtype).check(kind, model({"state": state}), theirs)
-
-
 @given(steps=st.integers(1, 200), share=st.integers(1, 10))
 def test_noise_schedules(steps, share):
     ours, theirs = ddpm_schedule(steps), ddpm_tables(steps)

@@ -2,64 +2,96 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import precision
 from diffusion_rl.interop import torch_names
-from parity_tests import drawn
+from diffusion_rl.networks.critics import CriticEnsemble, CriticObsAct
+from parity_tests import drawn, drawn_networks, drawn_vision
+from parity_tests.replay import case
+from parity_tests.replay.build import OURS
+from parity_tests.replay.case import torch_gradients
 from parity_tests.replay.compare import Comparison
 
 torch = pytest.importorskip("torch")
 
-from parity_tests.reference import networks  # noqa: E402
-
-PRECISIONS = ("float32", "float64")
-
-
-@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, batch=st.integers(1, 6))
-def test_diffusion_mlp(data, size, seed, batch):
-    specification = data.draw(drawn.diffusion_mlps(size))
-    for dtype in PRECISIONS:
-        model, draws = drawn.build_drawn(specification, seed, dtype), drawn.Draws(seed, dtype)
-        x, t, state = draws.chunk(size, batch), draws.integers(20, batch), draws.state(size, batch)
-        theirs = networks.diffusion_mlp(
-            drawn.torch_weights(model), specification["kwargs"], *map(torch.from_numpy, (x, t, state))
-        ).detach()
-        scale = max(1.0, float(theirs.abs().max()))
-        Comparison("DiffusionMLP, drawn", 2, dtype).check("output", model(x, t, {"state": state}), theirs, scale=scale)
+from parity_tests.reference import forward  # noqa: E402
+from parity_tests.reference.networks import nothing_drawn  # noqa: E402
 
 
-@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds)
-def test_critics(data, size, seed):
-    specification = data.draw(drawn.critics(size))
-    double = drawn.spec(
-        "model.common.critic.CriticObsAct",
-        cond_dim=size["obs_dim"] * size["cond_steps"],
-        mlp_dims=[7, 5],
-        action_dim=size["action_dim"],
-        action_steps=size["horizon_steps"],
-        use_layernorm=data.draw(st.booleans()),
-        double_q=data.draw(st.booleans()),
-        residual_style=True,  # ignored, as in the reference (quirk 1)
-    )
-    for dtype in PRECISIONS:
-        draws = drawn.Draws(seed, dtype)
-        state, action = draws.state(size, 4), draws.chunk(size, 4)
-        comparison = Comparison("critics, drawn", 2, dtype)
-        model = drawn.build_drawn(specification, seed, dtype)
-        theirs = networks.critic(drawn.torch_weights(model), specification["kwargs"], torch.from_numpy(state)).detach()
-        comparison.check("CriticObs", model({"state": state}), theirs, scale=max(1.0, float(theirs.abs().max())))
-        model = drawn.build_drawn(double, seed, dtype)
-        values = networks.double_critic(
-            drawn.torch_weights(model), double["kwargs"], torch.from_numpy(state), torch.from_numpy(action)
+@pytest.mark.parametrize("kind", drawn_networks.KINDS)
+@given(data=st.data(), seed=drawn.seeds)
+def test_network(kind, data, seed):
+    """Values, and the gradient of every tensor, against the twin; with its dropout masks and shifts of images."""
+    specification, prepare = data.draw(drawn_networks.calls(kind))
+    model, draws = drawn.build_drawn(specification, seed, "float32"), drawn.Draws(seed, "float32")
+    weights = torch_names.state_dict(model)
+    case.replay(forward.recorded(specification, weights, prepare(draws), draws.generator))
+
+
+def test_every_network_has_a_twin_and_drawn_calls():
+    networks = {path for path, ours in OURS.items() if ours.startswith("diffusion_rl.networks.")}
+    assert networks - {drawn_vision.ENCODER_CONFIG} == set(forward.TWINS)
+    names = {path.rsplit(".", 1)[-1] for path in forward.TWINS if ".eta." not in path}
+    assert names == set(drawn_networks.KINDS) - {"Eta"} | {"SinusoidalPosEmb"}  # which is drawn on rung 1
+
+
+@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, members=st.integers(1, 4))
+def test_critic_ensemble(data, size, seed, members):
+    """All members in one go, each as if it were alone; the twin's weights are stacked as well."""
+    specification = drawn_networks.action_critics(data.draw, size, double_q=False)
+    for dtype in ("float32", "float64"):
+        critics = [drawn.build_drawn(specification, seed + i, dtype) for i in range(members)]
+        with precision(dtype):
+            ensemble, draws = CriticEnsemble(critics), drawn.Draws(seed, dtype)
+        arguments = {"cond": {"state": draws.state(size, 4)}, "action": draws.chunk(size, 4)}
+        weights = drawn.torch_weights(ensemble)
+        inputs = forward.tensors(arguments, getattr(torch, dtype))
+        (theirs,) = forward.outputs(specification, weights, inputs, nothing_drawn)
+        with tf.GradientTape() as tape:
+            ours = ensemble(**arguments)
+            total = tf.reduce_mean(tf.square(ours))
+        comparison = Comparison("critic ensembles, drawn", 2, dtype)
+        comparison.check("values", ours, theirs.detach(), scale=max(1.0, float(theirs.detach().abs().max())))
+        alone = np.stack([critic(**arguments) for critic in critics])
+        comparison.check("values, one by one", ours, alone, scale=max(1.0, float(np.abs(alone).max())))
+        subset = draws.generator.permutation(members)[:2]
+        comparison.check("a subset", ensemble(**arguments, subset=subset), ours.numpy()[subset])
+        if dtype == "float32":
+            continue
+        found = torch.autograd.grad(theirs.square().mean(), list(weights.values()))
+        scale = max(float(grad.abs().max()) for grad in found)
+        grads = {name: grad.numpy() for name, grad in zip(weights, found, strict=True)}
+        comparison.check_all(torch_gradients(ensemble, tape, total), grads, "grad ", rung=4, scale=max(scale, 1e-12))
+
+
+def test_names_of_an_ensemble():
+    """Members of a list, or stacked; either way every bit survives."""
+    specification = {"cond_dim": 3, "mlp_dims": [4, 4], "action_dim": 2, "use_layernorm": True, "double_q": False}
+    holder, other = (
+        SimpleNamespace(
+            ensemble_params=CriticEnsemble([CriticObsAct(**specification) for _ in range(3)]),
+            target_networks=CriticEnsemble([CriticObsAct(**specification) for _ in range(3)]),
         )
-        ours = model({"state": state}, action)
-        for i, (one, other) in enumerate(zip(ours if isinstance(ours, tuple) else [ours], values, strict=True)):
-            scale = max(1.0, float(other.detach().abs().max()))
-            comparison.check(f"CriticObsAct q{i + 1}", one, other.detach(), scale=scale)
+        for _ in range(2)
+    )
+    weights = torch_names.state_dict(holder)
+    assert weights["ensemble_params.Q1.moduleList.0.linear_1.weight"].shape == (3, 4, 5)
+    assert weights["target_networks.2.Q1.moduleList.0.linear_1.weight"].shape == (4, 5)
+    assert weights["target_networks.0.Q1.moduleList.1.norm_1.bias"].shape == (4,)
+    torch_names.load_state_dict(other, weights)
+    back = torch_names.state_dict(other)
+    assert list(back) == list(weights)
+    assert all(np.array_equal(back[name], weights[name]) for name in weights)
+    with pytest.raises(UserError, match="double_q"):
+        CriticEnsemble([CriticObsAct(**specification | {"double_q": True})])
 
 
 @given(data=st.data(), seed=drawn.seeds)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from parity_tests.replay.build import EVALUATION, schedule_tables
-from parity_tests.replay.compare import Comparison, own_rounding
+from parity_tests.replay.compare import Comparison, gradients_rounding, own_rounding
 from parity_tests.replay.files import GOLDENS, Golden, case_files
 
 torch = pytest.importorskip("torch")
 
-from parity_tests.reference import networks, vision  # noqa: E402
+from parity_tests.reference import forward  # noqa: E402
 from parity_tests.reference.diffusion import Policy, ddim_tables, ddpm_tables  # noqa: E402
 
 POLICIES = {
@@ -23,72 +23,7 @@ POLICIES = {
     "model.diffusion.diffusion_ppo.PPODiffusion",
     EVALUATION,
 }
-TWINS = POLICIES | {
-    "model.common.mlp.MLP",
-    "model.common.mlp.ResidualMLP",
-    "model.common.critic.CriticObs",
-    "model.common.critic.CriticObsAct",
-    "model.diffusion.mlp_diffusion.DiffusionMLP",
-    "model.diffusion.mlp_diffusion.VisionDiffusionMLP",
-    "model.common.mlp_gaussian.Gaussian_VisionMLP",
-    "model.common.critic.ViTCritic",
-    "model.common.vit.VitEncoder",
-    "model.common.vit.VitEncoderConfig",
-    "model.common.modules.SpatialEmb",
-    "model.common.modules.RandomShiftsAug",
-    "model.diffusion.modules.SinusoidalPosEmb",
-    *(f"model.diffusion.eta.Eta{kind}" for kind in ("Fixed", "Action", "State", "StateAction")),
-}
-
-
-def to_torch(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, dict):
-        return {k: to_torch(v, dtype) for k, v in value.items()}
-    if isinstance(value, np.ndarray):
-        tensor = torch.from_numpy(np.array(value))
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-    return value
-
-
-def vision_outputs(golden: Golden, weights: dict[str, Any], arguments: dict[str, Any], draws: list[Any]) -> Any:
-    """A part or network that sees images, by its class name; None if it is none."""
-    name, kwargs = golden.meta["class"].rsplit(".", 1)[-1], golden.meta["spec"]["kwargs"]
-    if name == "RandomShiftsAug":
-        return (vision.shifted(arguments["x"], draws[0].flatten(1), kwargs["pad"]),)
-    if name == "SpatialEmb":
-        return (vision.spatial_emb(weights, arguments["feat"], arguments["prop"]),)
-    if name == "VitEncoder":
-        patches = vision.vit(weights, kwargs["cfg"]["kwargs"], arguments["obs"])
-        return (patches.flatten(1) if arguments.get("flatten") else patches,)
-    if "backbone" not in kwargs:
-        return None
-    seen = vision.features(weights, kwargs, arguments["cond"], [draw.flatten(1) for draw in draws])
-    if name == "ViTCritic":
-        return (networks.critic(weights, kwargs, seen),)
-    if name == "Gaussian_VisionMLP":
-        return vision.gaussian_mlp(weights, kwargs, seen)
-    return (vision.diffusion_mlp(weights, kwargs, arguments["x"], arguments["time"], seen),)
-
-
-def network_outputs(golden: Golden, weights: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """A single network by its class name."""
-    name, kwargs = golden.meta["class"].rsplit(".", 1)[-1], golden.meta["spec"]["kwargs"]
-    hidden, out = kwargs.get("activation_type"), kwargs.get("out_activation_type", "Identity")
-    state = arguments.get("cond", {}).get("state")
-    if name == "MLP":
-        layers = tuple(kwargs.get("append_layers") or ())
-        return (networks.mlp(weights, arguments["x"], hidden or "Tanh", out, arguments.get("append"), layers),)
-    if name == "ResidualMLP":
-        return (networks.residual_mlp(weights, arguments["x"], hidden or "Mish", out),)
-    if name == "DiffusionMLP":
-        return (networks.diffusion_mlp(weights, kwargs, arguments["x"], arguments["time"], state),)
-    if name == "CriticObs":
-        return (networks.critic(weights, kwargs, state),)
-    if name == "CriticObsAct":
-        return networks.double_critic(weights, kwargs, state, arguments["action"])
-    if name == "SinusoidalPosEmb":
-        return (networks.sinusoidal(arguments["x"], kwargs["dim"], torch.get_default_dtype()),)
-    return (networks.eta(name, weights, kwargs, state),)
+TWINS = POLICIES | set(forward.TWINS) | {"model.common.vit.VitEncoderConfig"}
 
 
 def policy_outputs(golden: Golden, policy: Policy, arguments: dict[str, Any], draws: list[Any]) -> tuple[Any, ...]:
@@ -120,8 +55,9 @@ def policy_outputs(golden: Golden, policy: Policy, arguments: dict[str, Any], dr
         del arguments["obs"]
         arguments.pop("use_bc_loss", None)
         return tuple(policy.ppo_loss(state, **arguments, bc_noise=noise).values())
-    t, noise, *shifts = draws
-    state = state | {"shifts": [shift.flatten(1) for shift in shifts]} if shifts else state
+    t, noise, *_ = draws
+    if len(draws) > 2:
+        state = state | {"draw": forward.playing(golden.draws[2:], policy.dtype)}
     return (policy.supervised_loss(arguments["x"], state, t, noise),)
 
 
@@ -142,16 +78,16 @@ def test_twin_reproduces_the_recording(path, precision):
     recorded, meta = golden.group("out" + suffix), golden.meta
     frozen = set(meta["non_trainable"])
     weights = {
-        name: to_torch(value, dtype).requires_grad_(name not in frozen) for name, value in golden.weights.items()
+        name: forward.tensors(value, dtype).requires_grad_(name not in frozen) for name, value in golden.weights.items()
     }
-    arguments, draws = to_torch(golden.arguments, dtype), [to_torch(d, dtype) for _, d in golden.draws]
+    arguments, draws = forward.tensors(golden.arguments, dtype), [forward.tensors(d, dtype) for _, d in golden.draws]
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         if meta["class"] in POLICIES:
             values = policy_outputs(golden, _policy(golden, weights), arguments, draws)
         else:
-            values = vision_outputs(golden, weights, arguments, draws) or network_outputs(golden, weights, arguments)
+            values = forward.outputs(meta["spec"], weights, arguments, forward.playing(golden.draws, dtype))
     finally:
         torch.set_default_dtype(default)
     outputs = dict(zip(meta["returns"], values, strict=False))
@@ -169,8 +105,10 @@ def test_twin_reproduces_the_recording(path, precision):
         )
         computed = torch.autograd.grad(total, [weights[n] for n in grads], allow_unused=True)
         scale = max(float(np.abs(g).max()) for g in grads.values())
+        rounding = gradients_rounding(golden, scale)
         for (name, value), ours in zip(grads.items(), computed, strict=True):
-            comparison.check("grad " + name, ours, value, rung=4, scale=scale, quantity="PyTorch twin")
+            options = {"rung": 4, "scale": scale, "rounding": rounding, "quantity": "PyTorch twin"}
+            comparison.check("grad " + name, ours, value, **options)
 
 
 def _policy(golden: Golden, weights: dict[str, Any]) -> Policy:

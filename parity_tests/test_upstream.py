@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusion_rl.core.keras import precision
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
-from parity_tests import drawn, drawn_vision
+from diffusion_rl.interop import torch_names
+from diffusion_rl.networks.critics import CriticEnsemble
+from parity_tests import drawn, drawn_networks
 from parity_tests.replay import agents, case
 from parity_tests.replay.compare import Comparison
 
@@ -19,6 +23,9 @@ torch = pytest.importorskip("torch")
 from parity_tests import live  # noqa: E402
 
 pytestmark = pytest.mark.upstream
+GAUSSIAN, GMM = "model.common.gaussian.GaussianModel", "model.common.gmm.GMMModel"
+PPO_GAUSSIAN, PPO_GMM = "model.rl.gaussian_ppo.PPO_Gaussian", "model.rl.gmm_ppo.PPO_GMM"
+LIKELIHOODS = ("Gaussian_MLP", "Gaussian_Transformer", "GMM_MLP", "GMM_Transformer")
 LOSS = {"pg_loss": 1.0, "entropy_loss": 0.01, "v_loss": 0.5, "bc_loss": 0.1}
 
 
@@ -31,53 +38,116 @@ def narrow(seed: int) -> drawn.Draws:
     return drawn.Draws(seed, "float32")
 
 
-@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, batch=st.integers(1, 5))
-def test_diffusion_mlp(data, size, seed, batch):
-    def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
-        return {"x": d.chunk(size, batch), "time": d.integers(20, batch), "cond": {"state": d.state(size, batch)}}
-
-    spec = data.draw(drawn.diffusion_mlps(size))
-    case.replay(live.record_call(spec, "forward", prepare, ("out",), "mean_square", narrow(seed)))
-
-
-@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds)
-def test_critic_and_eta(data, size, seed):
-    def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
-        return {"cond": {"state": d.state(size, 4)}}
-
-    for spec, method in ((data.draw(drawn.critics(size)), "forward"), (data.draw(drawn.etas(size)), "__call__")):
-        case.replay(live.record_call(spec, method, prepare, ("out",), "mean_square", narrow(seed)))
-
-
-@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, batch=st.integers(1, 3))
-def test_networks_that_see(data, size, seed, batch):
-    """With the reference's own shifts and dropout masks."""
-    kinds = [drawn_vision.NETWORK, drawn_vision.GAUSSIAN, drawn_vision.CRITIC, drawn_vision.UNET]
-    kind = data.draw(st.sampled_from(kinds))
-    if kind == drawn_vision.UNET:
-        size = size | {"horizon_steps": 2 * size["horizon_steps"]}
-        spec, history = data.draw(drawn_vision.unets(size))
-    else:
-        spec, history = data.draw(drawn_vision.networks(size, kind))
-    returns = ("mean", "scale") if kind == drawn_vision.GAUSSIAN else ("out",)
-
-    def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
-        noisy = {"x": d.chunk(size, batch), "time": d.integers(20, batch)} if "diffusion" in kind else {}
-        return noisy | {"cond": drawn_vision.observation(spec, d, size, batch, history)}
-
-    case.replay(live.record_call(spec, "forward", prepare, returns, "mean_square", narrow(seed)))
-
-
+# RandomShiftsAug is no module there: it is seen in the networks that augment
+@pytest.mark.parametrize("kind", [kind for kind in drawn_networks.KINDS if kind != "RandomShiftsAug"])
 @given(data=st.data(), seed=drawn.seeds)
-def test_image_encoder(data, seed):
-    spec = data.draw(drawn_vision.encoders(channels=data.draw(st.integers(1, 4))))
-    shape = (2, *spec["kwargs"]["obs_shape"])
-    flatten = {"flatten": True} if data.draw(st.booleans()) else {}
+def test_network(kind, data, seed):
+    """With the reference's own shifts and dropout masks."""
+    spec, prepare = data.draw(drawn_networks.calls(kind, genuine=True))
+    method = "__call__" if kind == "Eta" else "forward"
+    case.replay(live.record_call(spec, method, lambda model, d: prepare(d), None, "mean_square", narrow(seed)))
 
-    def prepare(model: Any, d: drawn.Draws) -> dict[str, Any]:
-        return {"obs": 255 * d.generator.random(shape, np.float32)} | flatten
 
-    case.replay(live.record_call(spec, "forward", prepare, ("out",), "mean_square", narrow(seed)))
+@given(data=st.data(), size=drawn.sizes(), seed=drawn.seeds, members=st.integers(2, 4))
+def test_critic_ensemble(data, size, seed, members):
+    """Stacked and mapped by torch.func, as RLPD and IBRL do."""
+    spec = drawn_networks.action_critics(data.draw, size, double_q=False)
+    draws = narrow(seed)
+    networks = [live.build(spec).double() for _ in range(members)]
+    for network in networks:
+        live.scramble(network, draws)
+    stacked, buffers = torch.func.stack_module_state(networks)
+    with precision("float64"):
+        ensemble = CriticEnsemble([drawn.build_drawn(spec, seed, "float64") for _ in range(members)])
+    torch_names.load_state_dict(ensemble, {name: value.detach().numpy() for name, value in stacked.items()})
+    state, action = (x.astype(np.float64) for x in (draws.state(size, 3), draws.chunk(size, 3)))
+
+    def values(parameters: Any, buffers: Any, data: Any) -> Any:
+        return torch.func.functional_call(networks[0], (parameters, buffers), data)
+
+    inputs = {"state": torch.from_numpy(state)}, torch.from_numpy(action)
+    theirs = torch.vmap(values, in_dims=(0, 0, None))(stacked, buffers, inputs)
+    found = torch.autograd.grad(theirs.square().mean(), list(stacked.values()))
+    with tf.GradientTape() as tape:
+        ours = ensemble({"state": state}, action)
+        total = tf.reduce_mean(tf.square(ours))
+    comparison = Comparison("critic ensemble, live", 2, "float64")
+    comparison.check("values", ours, theirs.detach(), scale=max(1.0, float(theirs.detach().abs().max())))
+    grads = {name: grad.numpy() for name, grad in zip(stacked, found, strict=True)}
+    scale = max(float(np.abs(grad).max()) for grad in grads.values())
+    comparison.check_all(case.torch_gradients(ensemble, tape, total), grads, "grad ", rung=4, scale=max(scale, 1e-12))
+
+
+@st.composite
+def likelihood_policies(draw: Any, kind: str, tuned: bool) -> tuple[dict[str, Any], drawn_networks.Size, int]:
+    """A policy on a Gaussian or mixture network, pre-trained or tuned by PPO; the sizes; the batch."""
+    size, batch = draw(drawn.sizes()), draw(st.integers(2, 5))
+    network, _ = drawn_networks.KINDS[kind](draw, size, batch, True)
+    if "dropout" in network["kwargs"]:
+        network["kwargs"]["dropout"] = 0
+    mixture = kind.startswith("GMM")
+    options: dict[str, Any] = {"horizon_steps": size["horizon_steps"], "device": "cpu"}
+    if not mixture:
+        options |= {"randn_clip_value": draw(st.sampled_from([0.7, 10])), "tanh_output": draw(st.booleans())}
+    if not tuned:
+        return drawn.spec(GMM if mixture else GAUSSIAN, network=network, **options), size, batch
+    options |= {"clip_ploss_coef": draw(st.sampled_from([0.01, 0.2])), "norm_adv": draw(st.booleans())}
+    options |= {"clip_vloss_coef": draw(st.sampled_from([None, 0.1]))}
+    cls = PPO_GMM if mixture else PPO_GAUSSIAN
+    return drawn.spec(cls, actor=network, critic=draw(drawn.critics(size)), **options), size, batch
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+@given(data=st.data(), seed=drawn.seeds, deterministic=st.booleans(), reparameterize=st.booleans())
+def test_likelihood_policy(kind, data, seed, deterministic, reparameterize):
+    spec, size, batch = data.draw(likelihood_policies(kind, tuned=False))
+    mixture = kind.startswith("GMM")
+
+    def sampling(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        more = {} if mixture else {"reparameterize": reparameterize, "get_logprob": True}
+        return {"cond": {"state": d.state(size, batch)}, "deterministic": deterministic} | more
+
+    def losses(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        cond = {"state": d.state(size, batch)}
+        return {"true_action": d.chunk(size, batch), "cond": cond} | ({} if mixture else {"ent_coef": 0.01})
+
+    returns = ("out",) if mixture else ("action", "logprob")
+    case.replay(live.record_call(spec, "forward", sampling, returns, None, narrow(seed)))
+    case.replay(live.record_call(spec, "loss", losses, ("loss", "infos"), {"loss": 1.0}, narrow(seed)))
+
+
+@pytest.mark.parametrize("kind", LIKELIHOODS)
+@given(data=st.data(), seed=drawn.seeds, base=st.booleans(), deterministic=st.booleans())
+def test_likelihood_ppo(kind, data, seed, base, deterministic):
+    spec, size, batch = data.draw(likelihood_policies(kind, tuned=True))
+    use_bc = {} if kind.startswith("GMM") else {"use_bc_loss": data.draw(st.booleans())}
+    use_base = {} if kind.startswith("GMM") else {"use_base_policy": base}
+
+    def sampling(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        return {"cond": {"state": d.state(size, batch)}, "deterministic": deterministic} | use_base
+
+    def densities(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        return {"cond": {"state": d.state(size, batch)}, "actions": d.chunk(size, batch)} | use_base
+
+    def losses(model: Any, d: drawn.Draws) -> dict[str, Any]:
+        state = d.state(size, batch)
+        cond = {"state": torch.from_numpy(state)}
+        with live.Source(d).active(), torch.no_grad():
+            actions = model(cond)
+            old, values = model.get_logprobs(cond, actions)[0].numpy(), model.critic(cond).numpy()[:, 0]
+        return {
+            "obs": {"state": state},
+            "actions": actions.numpy(),
+            "returns": values + d.normal(batch, scale=0.5),
+            "oldvalues": values + d.normal(batch, scale=0.15),
+            "advantages": d.normal(batch, scale=2.0),
+            "oldlogprobs": old + d.normal(batch, scale=0.05),
+        } | use_bc
+
+    parts = (*live.LOSS_PARTS[:-1], "std")
+    case.replay(live.record_call(spec, "forward", sampling, ("out",), None, narrow(seed)))
+    case.replay(live.record_call(spec, "get_logprobs", densities, ("logprobs", "entropy", "std"), None, narrow(seed)))
+    case.replay(live.record_call(spec, "loss", losses, parts, LOSS, narrow(seed)))
 
 
 @given(steps=st.integers(1, 120), share=st.integers(1, 8))

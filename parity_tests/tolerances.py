@@ -2,6 +2,9 @@
 
 Deviations are relative to the largest magnitude of the compared array; gradients to the largest gradient entry of the
 whole model (some gradients are zero in theory).
+
+On drawn networks: values 1.1e-6 and 4.3e-15; gradients 2e-12 in float64, of a U-Net whose groups are single numbers:
+their normalised value is zero, and rounding grows by 1 / sqrt(epsilon) = 316 a layer on its way back.
 """
 
 from __future__ import annotations

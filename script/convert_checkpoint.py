@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.interop.description import describe_networks
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -31,16 +32,20 @@ def main() -> None:
 
 
 def describe(checkpoint: Checkpoint, target: Path) -> None:
-    """Print the kind of the checkpoint, and the tensors and parameters of each part."""
-    facts = {key: checkpoint.metadata[key] for key in ("epoch", "itr", "network") if key in checkpoint.metadata}
-    print(f"kind: {checkpoint.metadata.get('kind', 'unknown')}", *(f"{key}: {facts[key]}" for key in facts), sep="\n")
+    """Print the kind of the checkpoint, and the network, tensors and parameters of each part."""
+    metadata, networks = checkpoint.metadata, describe_networks(checkpoint.tensors)
+    print(f"kind: {metadata.get('kind', 'unknown')}")
+    print(*(f"{counter}: {metadata[counter]}" for counter in ("epoch", "itr") if counter in metadata), sep="\n")
     parts = collections.defaultdict(list)
     for name, tensor in checkpoint.tensors.items():
         parts[".".join(name.split(".")[:2])].append(tensor.size)
     for part, sizes in parts.items():
-        left_out = target.suffix == ".pt" and part.split(".")[0] not in ("model", "ema")
-        note = "  (left out: a .pt file of the reference has no place for it)" if left_out else ""
-        print(f"  {part:<24} {len(sizes):>4} tensors {sum(sizes):>12,} parameters{note}")
+        group, _, name = part.partition(".")
+        left_out = target.suffix == ".pt" and group not in ("model", "ema")
+        note = "(left out: a .pt file of the reference has no place for it)" if left_out else ""
+        facts = networks.get(name, {}) if group in ("model", "ema") else {}
+        note = note or ", ".join(str(v) if k == "class" else f"{k}={v}" for k, v in facts.items())
+        print(f"  {part:<24} {len(sizes):>4} tensors {sum(sizes):>12,} parameters  {note}".rstrip())
     print(f"wrote {target}")
 
 

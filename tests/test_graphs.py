@@ -9,6 +9,7 @@ import tensorflow as tf
 from tests.small_runs import FINE_TUNE, PRE_TRAIN, loop, make_base_policy, make_data
 
 from diffusion_rl.algorithms import dppo_fast
+from diffusion_rl.algorithms.chunked import chunks
 from diffusion_rl.algorithms.dppo import DPPO
 from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
 from diffusion_rl.algorithms.pretrain import AVERAGE, COPY, KEEP, PreTrainer
@@ -173,7 +174,7 @@ def test_sampler_fast_equals_plain(case):
 def test_updates_fast_equals_plain(case, rows, monkeypatch):
     """Three updates. N = 20 samples are more than 12 rows and fewer than the others; 65 and 67 rows leave padding."""
     monkeypatch.setattr(dppo_fast, "CHUNK", 16)  # several chunks
-    assert dppo_fast._chunks(64)[2] == 0 and dppo_fast._chunks(67)[2] > 0
+    assert chunks(64, 16)[2] == 0 and chunks(67, 16)[2] > 0
     n, results = 20, []
     with precision("float64"):
         for fast in (True, False):

@@ -64,6 +64,7 @@ def tensor(offset=0, size=(4,), stride=(1,), body=None, function=b"ctorch._utils
 
 FOUR = [("data/0", np.arange(4, dtype=np.float32).tobytes())]
 REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+META = b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n"
 ORDERED = b"ccollections\nOrderedDict\n"
 
 
@@ -174,6 +175,9 @@ def damaged_pickles() -> dict[str, bytes]:
         "v3 without storage": proto2(
             b"ctorch._utils\n_rebuild_tensor_v3\n(NK\x00K\x04\x85K\x01\x85\x89Nctorch\nuint16\ntR"
         ),
+        "a tensor without elements of an unknown type": proto2(META + b"(NK\x04\x85K\x01\x85\x89tR"),
+        "a tensor without elements or size": proto2(META + b"(ctorch\nfloat32\nNN\x89tR"),
+        "a tensor without elements of negative size": proto2(META + b"(ctorch\nfloat32\nJ\xff\xff\xff\xff\x85)\x89tR"),
         "v3 of an unknown type": proto2(b"ctorch._utils\n_rebuild_tensor_v3\n(NK\x00K\x04\x85K\x01\x85\x89NNtR"),
     }
     return {name: archive_of(program, FOUR) for name, program in programs.items()}
@@ -306,6 +310,6 @@ def test_formats_of_other_times_name_the_cure(tmp_path):
         read_pt(tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"no checkpoint at .*y\.pt"):
         read_pt(tmp_path / "y.pt")
-    torch.save({"a": torch.ones(2, device="meta")}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="_rebuild_meta_tensor_no_storage"):
+    torch.save({"a": torch.ones(2).to_sparse()}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="_rebuild_sparse_tensor"):
         read_pt(tmp_path / "x.pt")

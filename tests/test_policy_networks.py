@@ -8,7 +8,7 @@ from diffusion_rl.algorithms.pretrain import AVERAGE, BATCHES_PER_CALL, PreTrain
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.interop.reference_checkpoint import infer_kind
+from diffusion_rl.interop.description import infer_kind
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.networks.gaussian import GaussianMLP
 from diffusion_rl.networks.gmm import GMMMLP

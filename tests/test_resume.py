@@ -37,6 +37,7 @@ DDIM = [
 ANNEALING = [
     *("+train.fast=false", "ft_denoising_steps=3", "+model.ft_denoising_steps_d=1", "+model.ft_denoising_steps_t=2"),
     *("+train.force_train=true", "+train.use_bc_loss=true", "+train.bc_loss_coeff=0.1"),
+    "+model.train_after_annealing=true",
 ]
 # The fast form, deciding in two parts, with evaluations; DDIM with a learned eta, history, critic warm-up, resets;
 # annealed steps, BC loss.
@@ -236,3 +237,13 @@ def test_a_folder_that_holds_a_run_is_not_started_over(tmp_path):
     state(tmp_path / "run", 0).unlink()  # as after a kill before the first checkpoint
     go_through(tmp_path / "run", [0, 1], keep_every=1, resume="auto")
     assert [row["itr"] for row in rows(tmp_path / "run")] == [0, 1]
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    def intrude(opened):
+        with pytest.raises(UserError, match="another process is writing to .*run: wait for it"):
+            go_through(tmp_path / "run", [7], keep_every=1, resume="auto")
+
+    go_through(tmp_path / "run", [0, 1], 1, "never", intrude)
+    go_through(tmp_path / "run", [2], keep_every=1, resume="auto")
+    assert [row["itr"] for row in rows(tmp_path / "run")] == [0, 1, 2]

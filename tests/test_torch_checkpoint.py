@@ -270,9 +270,9 @@ def test_reference_to_ours_and_back(tmp_path, data, kind):
 def test_what_the_tensors_tell_about_the_network(tmp_path):
     def described(data):
         torch.save(data, tmp_path / "x.pt")
-        return load_checkpoint(tmp_path / "x.pt").metadata["network"]
+        return load_checkpoint(tmp_path / "x.pt").metadata["networks"]["network"]
 
-    common = {"time_dim": 16, "cond_mlp_dims": None, "cond_dim": 11, "output_dim": 12}
+    common = {"class": "DiffusionMLP", "time_dim": 16, "cond_mlp_dims": None, "cond_dim": 11, "output_dim": 12}
     residual = {"residual_style": True, "mlp_dims": [8, 8, 8, 8, 8]}
     assert described(pre_trained(residual=True)) == {**common, **residual, "use_layernorm": False}
     assert described(fine_tuned(residual=True, layernorm=True)) == {**common, **residual, "use_layernorm": True}
@@ -287,7 +287,7 @@ def test_what_the_tensors_tell_about_the_network(tmp_path):
 def test_other_models_convert_too_as_of_unknown_kind(tmp_path):
     torch.save({"model": {"critic.a": torch.ones(2)}, "itr": 1, "note": "text", "loss": 0.5}, tmp_path / "x.pt")
     checkpoint = load_checkpoint(tmp_path / "x.pt")
-    assert checkpoint.metadata["kind"] == "unknown" and "network" not in checkpoint.metadata
+    assert checkpoint.metadata["kind"] == "unknown" and checkpoint.metadata["networks"] == {}
     save_checkpoint(tmp_path / "y.pt", checkpoint.tensors, checkpoint.metadata)
     back = torch.load(tmp_path / "y.pt", weights_only=True)
     assert list(back) == ["model", "itr", "note", "loss"] and back["note"] == "text" and back["loss"] == 0.5
@@ -356,7 +356,7 @@ def test_the_command_converts_both_ways_and_overwrites_only_by_force(tmp_path):
     torch.save(fine_tuned(residual=True), tmp_path / "a.pt")
     done = convert("a.pt", "b.safetensors", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "kind: dppo" in done.stdout and "itr: 7" in done.stdout and "'time_dim': 16" in done.stdout
+    assert "kind: dppo" in done.stdout and "itr: 7" in done.stdout and "time_dim=16" in done.stdout
     assert "model.actor_ft" in done.stdout and "wrote b.safetensors" in done.stdout
     before = (tmp_path / "b.safetensors").read_bytes()
     again = convert("a.pt", "b.safetensors", folder=tmp_path)

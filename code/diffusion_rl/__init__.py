@@ -5,6 +5,5 @@ import os
 # TensorFlow reads these when it is imported: keep its log noise off the user's terminal, and Keras 2 as the Keras.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 __version__ = "0.1.0"

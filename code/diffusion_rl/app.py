@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl import command_line
+from diffusion_rl import command_line, sweeps
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
 from diffusion_rl.core.config import find_class, instantiate, instantiate_trusted, register_resolvers, targets
@@ -43,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.help:
             print(command_line.help_text(options))
         else:
-            defaults = command_line.check_names(options)
-            _hydra_main(command_line.overrides_last(arguments, options), defaults)
+            _hydra_mains(arguments, options)
     return status[0]
 
 
@@ -73,8 +74,8 @@ def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
     """Build the loop that `config` describes and run it."""
     config = prepare(config, defaults)
     _select_device(config.get("device"))
-    _start_tensorflow()
     loop_class = find_class(config._target_)
+    _start_tensorflow(bool(getattr(loop_class, "SHARED_OPERATIONS", False)))
     check_arguments(OmegaConf.to_container(config))  # type: ignore[arg-type]
     return loop_class(config).run()
 
@@ -103,7 +104,7 @@ def _complete_wandb(config: dict[str, Any]) -> None:
     env = config.get("env_name") or config.get("env")
     defaults = {
         "entity": os.environ.get("DPPO_WANDB_ENTITY"),
-        "project": f"{config.get('suite')}-{env}-{config.get('stage')}",
+        "project": config.get("project") or f"{config.get('suite')}-{env}-{config.get('stage')}",
         "run": f"{time.strftime('%H-%M-%S')}_{config.get('name')}",
     }
     config["wandb"] = defaults | {key: value for key, value in wandb.items() if value is not None}
@@ -129,16 +130,19 @@ def _select_device(device: str | None) -> None:
 
 
 @functools.cache
-def _start_tensorflow() -> None:
+def _start_tensorflow(shared: bool) -> None:
     from diffusion_rl.core.threads import configure_threads, silence_compiler
 
-    configure_threads()
+    configure_threads(shared)
     silence_compiler()
 
 
 @contextlib.contextmanager
-def _reported(arguments: Sequence[str]) -> Iterator[list[int]]:
-    """Turns what the user can mend into one line on stderr. Yields [exit status], filled in at the end."""
+def _reported(arguments: Sequence[str], label: str = "") -> Iterator[list[int]]:
+    """Turns what the user can mend into one line on stderr. Yields [exit status], filled in at the end.
+
+    label: what to begin the line with, where there are several runs.
+    """
     status = [0]
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
@@ -154,7 +158,7 @@ def _reported(arguments: Sequence[str]) -> Iterator[list[int]]:
         line = None if wants_traceback else command_line.line_for_user(error, arguments)
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {label}{line}", file=sys.stderr, flush=True)
         status[0] = USER_ERROR
 
 
@@ -176,15 +180,49 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _hydra_main(arguments: Sequence[str], defaults: Mapping[str, Any]) -> None:
+def _hydra_mains(arguments: Sequence[str], options: Namespace) -> None:
+    """Everything is checked before the first run begins; one that fails does not keep the next from running."""
+    swept = sweeps.swept_keys(options)
+    checked = [(one, command_line.check_names(one)) for one in sweeps.configurations(options)]
+    if len(checked) == 1:
+        _hydra_main(command_line.overrides_last(arguments, options), checked[0][1], swept)
+        return
+    statuses = [0]
+    for one, defaults in checked:
+        with _reported(arguments) as status:
+            _hydra_main(command_line.overrides_last(arguments, one), defaults, swept)
+        statuses.append(status[0])
+        if status[0] == INTERRUPTED:
+            break
+    sys.exit(max(statuses))
+
+
+def _hydra_main(arguments: Sequence[str], defaults: Mapping[str, Any], swept: Sequence[str]) -> None:
     """Hydra composes (once, or for each job of a multirun) and calls `run`."""
     before = os.environ.get("HYDRA_FULL_ERROR")
 
-    def job(config: DictConfig) -> Any:
+    def job(config: DictConfig) -> Any:  # a launcher may call it in another process
+        register_resolvers()
         _set_environment("HYDRA_FULL_ERROR", before)
+        if sweeps.in_multirun():
+            return one_of_many(config)
         with _reported(arguments) as status:
             return run(config, defaults)
         sys.exit(status[0])
+
+    def one_of_many(config: DictConfig) -> Any:
+        sweeps.name_job(config, swept)
+        label = sweeps.job_label(swept)
+        try:
+            with _reported(arguments, f"{label}: ") as status:
+                return run(config, defaults)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            _set_environment("HYDRA_FULL_ERROR", "1")
+        if status[0] == INTERRUPTED:
+            sys.exit(INTERRUPTED)
+        raise sweeps.JobFailed(f"{label} failed, see above; the other jobs went on")
 
     argv = sys.argv
     sys.argv = [argv[0], *arguments]

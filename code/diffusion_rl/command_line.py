@@ -42,8 +42,11 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def overrides_last(arguments: Sequence[str], options: Namespace) -> list[str]:
-    """Hydra's parser refuses `a=1 -m b=2`: put the options first."""
-    return [argument for argument in arguments if argument not in options.overrides] + options.overrides
+    """Hydra's parser refuses `a=1 -m b=2`: put the options first. The configuration is the one that `options` name."""
+    flags = [argument for argument in arguments if argument not in options.overrides]
+    for flag, value in (("--config-dir", options.config_dir), ("--config-name", options.config_name)):
+        flags += [f"{flag}={value}"] if value else []  # of an option given twice, the last counts
+    return flags + options.overrides
 
 
 def check_names(options: Namespace) -> dict[str, Any]:
@@ -69,7 +72,8 @@ def check_names(options: Namespace) -> dict[str, Any]:
 
 def _others(folder: str | None, name: str) -> str:
     if folder is None:
-        folders = sorted(f"{CONFIG_ROOT.name}/{Path(c).parent}" for c in shipped_configs() if Path(c).name == name)
+        places = sorted((not c.startswith("gym/"), Path(c)) for c in shipped_configs() if Path(c).name == name)
+        folders = [f"{CONFIG_ROOT.name}/{place.parent}" for _, place in places]
         return f"; add --config-dir={folders[0]} (or {', '.join(folders[1:])})" if folders else "; add --config-dir=DIR"
     here = sorted(path.stem for path in Path(folder).glob("*.yaml"))
     close = _did_you_mean(name, here)

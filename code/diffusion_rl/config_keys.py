@@ -19,6 +19,7 @@ KEYS: dict[str, str] = {
     "_target_": "the loop: a class of diffusion_rl.loops",
     "suite": "family of tasks: first part of the log and data folders [ours]",
     "stage": "pretrain, finetune, scratch or eval: second part of the log folder's name [ours]",
+    "project": "wandb's project; default <suite>-<environment>-<stage> [ours]",
     "name": "name of the run: third part of the log folder",
     "seed": "seed of weights, noise, minibatches and environments",
     "device": "cuda:N: N-th GPU if there is one, else the processor; cpu: never a GPU",
@@ -30,10 +31,12 @@ KEYS: dict[str, str] = {
     "wandb": "null: off; +wandb.mode=online turns it on",
     "wandb.mode": "online, offline or disabled",
     "wandb.entity": "default $DPPO_WANDB_ENTITY, else wandb's own",
-    "wandb.project": "default <suite>-<environment>-<stage>",
+    "wandb.project": "default `project`",
     "wandb.run": "default <time>_<name>",
     # the task
     "env_name": "the environment's name",
+    "task": "Furniture-Bench: the piece of furniture",
+    "randomness": "Furniture-Bench: how much initial poses vary, low or med",
     "obs_dim": "dimension O of one observation",
     "action_dim": "dimension A of one action",
     "cond_steps": "To, observations the policy sees",
@@ -41,16 +44,20 @@ KEYS: dict[str, str] = {
     "act_steps": "Ta, actions of a plan that are executed",
     "denoising_steps": "K, denoising steps",
     "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
+    "use_ddim": "sample with DDIM",
+    "ddim_steps": "its denoising steps",
     "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
     # files
     "train_dataset_path": "pre-training data (npz)",
     "normalization_path": "minima and maxima of observations and actions (npz)",
     "base_policy_path": "policy to start from or to evaluate: .safetensors, or the reference's .pt",
+    "offline_dataset_path": "demonstrations of RLPD, IBRL and Cal-QL (npz)",
     # environments
     "env": "in pre-training just the data set's name",
-    "env.engine": "mujoco (locomotion batched and restorable) | gymnasium (a process per environment) [ours]",
+    "env.engine": "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]",
     "env.threads": "threads that step batched environments; default 2 [ours]",
     "env.d4rl_time_limit": "steps after which D4RL ends an episode by itself; null: never [ours]",
+    "env.env_type": "furniture: Furniture-Bench's simulator, all environments in one",
     "env.name": "the environment's name",
     "env.n_envs": "E, environments stepped together",
     "env.max_episode_steps": "environment steps after which an episode is truncated",
@@ -72,9 +79,6 @@ KEYS: dict[str, str] = {
     "train.n_epochs": "passes over the data",
     "train.learning_rate": "base learning rate",
     "train.weight_decay": "decoupled weight decay",
-    "train.lr_scheduler.first_cycle_steps": "epochs of the first cosine cycle",
-    "train.lr_scheduler.warmup_steps": "epochs of linear warm-up",
-    "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
     "train.epoch_start_ema": "epoch from which weights are averaged; until then they are copied",
     "train.update_ema_freq": "epochs between updates of the averaged weights",
     "train.train_split": "share of the data trained on; the rest validates",
@@ -104,6 +108,43 @@ KEYS: dict[str, str] = {
     "train.eta_weight_decay": "its weight decay",
     "train.eta_update_interval": "updates of the actor between two of eta",
 }
+KEYS |= {
+    # algorithms on a replay buffer
+    "train.replay_ratio": "how often each new transition is drawn for an update",
+    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR)",
+    "train.scale_reward_factor": "factor on rewards",
+    "train.target_ema_rate": "share of the trained networks in a step of their targets",
+    "train.critic_tau": "the same (IDQL, QSM)",
+    "train.log_freq": "iterations between rows of the metrics; default 1",
+    "train.n_explore_steps": "first iterations, with random actions and without updates",
+    "train.n_eval_episode": "episodes of an evaluation",
+    "train.eta": "weight of the value against imitation (DQL)",
+    "train.q_grad_coeff": "factor on the critic's slope (QSM)",
+    "train.action_lr": "learning rate of actions (DIPO)",
+    "train.action_gradient_steps": "steps that an action climbs (DIPO)",
+    "train.eval_deterministic": "evaluations without exploration noise (IDQL)",
+    "train.eval_sample_num": "samples among which a decision chooses (IDQL)",
+    "train.use_expectile_exploration": "choose by the value's expectile, not the best (IDQL)",
+    "train.beta": "inverse temperature of weights (DRWR, DAWR)",
+    "train.max_reward_weight": "largest weight (DRWR)",
+    "train.max_adv_weight": "largest weight (DAWR)",
+    "train.critic_update_ratio": "actor updates for each of the critic's (DAWR)",
+    "train.lr": "base learning rate (DRWR)",
+    "train.lr_scheduler.first_cycle_steps": "iterations (epochs) of the first cosine cycle",
+    "train.lr_scheduler.warmup_steps": "iterations (epochs) of linear warm-up",
+    "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
+    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL)",
+    "train.target_entropy": "entropy that the temperature aims at",
+    "train.automatic_entropy_tuning": "learn the temperature (Cal-QL)",
+    "train.critic_replay_ratio": "rows drawn for the critic per step (SAC)",
+    "train.actor_replay_ratio": "rows drawn for the actor per step (SAC)",
+    "train.critic_num_update": "critic updates for each of the actor's (RLPD, IBRL)",
+    "train.update_freq": "iterations between updates (IBRL)",
+    "train.train_online": "collect in the environment too (Cal-QL)",
+    "train.num_update": "updates of an offline iteration (Cal-QL)",
+    "train.n_episode_per_epoch": "episodes collected per iteration (Cal-QL)",
+    "train.n_random_actions": "random actions of the conservative term (Cal-QL)",
+}
 for _which in ("actor", "critic", "eta"):
     KEYS |= {
         f"train.{_which}_lr_scheduler.first_cycle_steps": "iterations of the first cosine cycle",
@@ -117,13 +158,16 @@ for _which in ("actor", "critic"):
     }
 
 KEYS |= dict.fromkeys(
-    ("train.logprob_batch_size", "train.log_freq", "train.save_trajs", "env.render", "env.wrappers.multi_step.verbose"),
+    (
+        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs", "env.render"),
+        "env.wrappers.multi_step.verbose",
+    ),
     "accepted for the reference's command lines; has no effect here",
 )
 #: Keyword arguments of an environment: anything goes.
 OPEN = "env.specific."
 #: Arguments that the reference's configurations pass to classes that ignore them.
-IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim"}
+IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim", "rtol", "atol"}
 #: Values that count things.
 _WHOLE = {
     *("obs_dim", "action_dim", "cond_steps", "horizon_steps", "act_steps", "denoising_steps", "ft_denoising_steps"),

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parity_tests.reference import networks, vision
+from parity_tests.reference import forward, networks
 from parity_tests.reference.networks import Weights, below
 
-# Observations [B,To,O], or {"state", "rgb"} and the "shifts" of each camera [B,2] where images are augmented.
+# Observations [B,To,O], or {"state", "rgb"} and what "draw"s shifts and masks where images are augmented.
 State = Tensor | dict[str, Any]
 
 
@@ -72,7 +72,7 @@ class Policy:
     def __init__(self, spec: dict[str, Any], weights: Weights, tables: dict[str, Tensor] | None = None):
         self.kwargs = {"denoising_steps": 100, "denoised_clip_value": 1.0, "randn_clip_value": 10} | spec["kwargs"]
         self.weights = weights
-        self.net_kwargs = (self.kwargs.get("actor") or self.kwargs["network"])["kwargs"]
+        self.network = self.kwargs.get("actor") or self.kwargs["network"]
         self.dtype = next(iter(weights.values())).dtype
         self.ddim = bool(self.kwargs.get("use_ddim"))
         steps = int(self.kwargs["denoising_steps"])
@@ -93,11 +93,9 @@ class Policy:
         return self.tables[name][rows].view(-1, 1, 1)
 
     def output(self, which: str, x: Tensor, t: Tensor, state: State) -> Tensor:
-        weights = below(self.weights, which)
-        if isinstance(state, dict):
-            seen = vision.features(weights, self.net_kwargs, state, state.get("shifts", ()))
-            return vision.diffusion_mlp(weights, self.net_kwargs, x, t, seen)
-        return networks.diffusion_mlp(weights, self.net_kwargs, x, t, state)
+        cond = state if isinstance(state, dict) else {"state": state}
+        draw, arguments = cond.get("draw", networks.nothing_drawn), {"x": x, "time": t, "cond": cond}
+        return forward.outputs(self.network, below(self.weights, which), arguments, draw)[0]
 
     def eta(self, state: State) -> Tensor:
         spec, state = self.kwargs["eta"], state["state"] if isinstance(state, dict) else state
@@ -186,9 +184,9 @@ class Policy:
         return (self.output("network", self.noisy(x, t, noise), t, state) - target).square().mean()
 
     def value(self, state: State) -> Tensor:
-        weights, kwargs = below(self.weights, "critic"), self.kwargs["critic"]["kwargs"]
-        seen = vision.features(weights, kwargs, state) if isinstance(state, dict) else state
-        return networks.critic(weights, kwargs, seen)[:, 0]
+        arguments = {"cond": state if isinstance(state, dict) else {"state": state}}
+        weights = below(self.weights, "critic")
+        return forward.outputs(self.kwargs["critic"], weights, arguments, networks.nothing_drawn)[0][:, 0]
 
     def reinforce_loss(self, state: State, chains: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_prob, eta = self.chain_log_probs(state, chains)

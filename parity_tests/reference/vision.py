@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity_tests.reference import networks
-from parity_tests.reference.networks import Weights, affine, below, either_mlp, normalised
-
-Shifts = Sequence[Tensor]
+from parity_tests.reference.networks import Draw, Weights, affine, attended, below, dropped, normalised, nothing_drawn
 
 
 def vit(weights: Weights, cfg: Mapping[str, Any], pixels: Tensor) -> Tensor:
@@ -36,11 +34,8 @@ def vit(weights: Weights, cfg: Mapping[str, Any], pixels: Tensor) -> Tensor:
 
 
 def attention(weights: Weights, heads: int, x: Tensor) -> Tensor:
-    """Self-attention, written with index names: batch, heads, patches p and q, features."""
-    parts = affine(weights, "qkv_proj", x).chunk(3, dim=-1)
-    q, k, v = (part.unflatten(-1, (heads, -1)) for part in parts)
-    scores = torch.einsum("bphf,bqhf->bhpq", q, k) / q.shape[-1] ** 0.5
-    return affine(weights, "out_proj", torch.einsum("bhpq,bqhf->bphf", scores.softmax(-1), v).flatten(2))
+    """Self-attention; one projection gives queries, keys and values."""
+    return affine(weights, "out_proj", attended(*affine(weights, "qkv_proj", x).chunk(3, dim=-1), heads))
 
 
 def spatial_emb(weights: Weights, features: Tensor, state: Tensor) -> Tensor:
@@ -60,21 +55,26 @@ def shifted(images: Tensor, shifts: Tensor, pad: int = 4) -> Tensor:
     return torch.stack([image[:, y : y + height, x : x + width] for image, (x, y) in pairs])
 
 
-def features(weights: Weights, kwargs: Mapping[str, Any], cond: Mapping[str, Tensor], shifts: Shifts = ()) -> Tensor:
-    """Image features and state [B,F+O]; `shifts` [B,2] for each camera, or none."""
-    cameras, state = kwargs.get("num_img", 1), cond["state"].flatten(1)
+def features(
+    weights: Weights, kwargs: Mapping[str, Any], cond: Mapping[str, Any], draw: Draw = nothing_drawn
+) -> Tensor:
+    """Image features and state [B,F+O]. Every camera's images are shifted first, then come the masks of dropout."""
+    cameras, state, rate = kwargs.get("num_img", 1), cond["state"].flatten(1), kwargs.get("dropout", 0)
     recent = cond["rgb"][:, -kwargs.get("img_cond_steps", 1) :].to(state.dtype)
     cfg = kwargs["backbone"]["kwargs"].get("cfg", {}).get("kwargs", {})
+    views = [view.flatten(1, 2) for view in recent.chunk(cameras, dim=2)]
+    for i, view in enumerate(views):
+        shifts = draw("torch.randint", (len(view), 1, 1, 2), 9) if kwargs.get("augment") else None
+        views[i] = view if shifts is None else shifted(view, shifts.flatten(1))
+    patches = [vit(below(weights, "backbone"), cfg, view) for view in views]
     found = []
-    for i, view in enumerate(recent.chunk(cameras, dim=2)):
-        view = view.flatten(1, 2)
-        view = shifted(view, shifts[i]) if len(shifts) else view
-        patches = vit(below(weights, "backbone"), cfg, view)
+    for i, patch in enumerate(patches):
         compress = below(weights, "compress" if cameras == 1 else f"compress{i + 1}")
         if "weight" in compress:
-            found.append(spatial_emb(compress, patches, state))
+            found.append(dropped(spatial_emb(compress, patch, state), rate, draw))
         else:
-            found.append(F.relu(normalised(compress, "1", affine(compress, "0", patches.flatten(1)), 1e-5)))
+            flat = normalised(compress, "1", affine(compress, "0", patch.flatten(1)), 1e-5)
+            found.append(F.relu(dropped(flat, rate, draw)))
     return torch.cat([*found, state], -1)
 
 
@@ -82,16 +82,3 @@ def diffusion_mlp(weights: Weights, kwargs: Mapping[str, Any], x: Tensor, t: Ten
     """Noise prediction from encoded observations `seen`."""
     own = {k: v for k, v in weights.items() if k.startswith(("time_embedding.", "mlp_mean."))}
     return networks.diffusion_mlp(own, kwargs, x, t, seen)
-
-
-def gaussian_mlp(weights: Weights, kwargs: Mapping[str, Any], seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B,H*A]."""
-    hidden = kwargs.get("activation_type", "Mish")
-    mean = either_mlp(below(weights, "mlp_mean"), seen, hidden).tanh()
-    if "logvar" in weights:
-        logvar = weights["logvar"].repeat(kwargs["horizon_steps"]).expand_as(mean)
-    elif kwargs.get("fixed_std") is not None:
-        return mean, torch.full_like(mean, kwargs["fixed_std"])
-    else:
-        logvar = either_mlp(below(weights, "mlp_logvar"), seen, hidden)
-    return mean, (0.5 * logvar.clamp(weights["logvar_min"], weights["logvar_max"])).exp()

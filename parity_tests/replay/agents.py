@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.keras import precision
+from diffusion_rl.core.keras import floatx, precision
 from diffusion_rl.interop import torch_names
-from parity_tests.replay import decisions
+from diffusion_rl.policies.gmm import GMMPolicy
 from parity_tests.replay.build import build_case, locate
 from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
 from parity_tests.replay.files import Golden
@@ -20,6 +20,7 @@ from parity_tests.replay.scripted import ScriptedEnv, Tape
 # Local variables of the reference that are its inputs, or lists without a fixed meaning, are compared like the rest.
 _GROUPS = {
     "final": "final weights",
+    "final_ens": "final weights",
     "ema": "final weights",
     "after_itr": "learning rates",
     "calls": "losses of the minibatches",
@@ -29,7 +30,7 @@ _GROUPS = {
 
 def replay(golden: Golden) -> None:
     """Both precisions, and both forms of the update: the restructured fast one and the plain one."""
-    forms = (True, False) if golden.meta["dataset"] is None else (True,)
+    forms = (True,) if _pre_training(golden) else (True, False)
     for dtype, suffix in (("float32", ""), ("float64", "64")):
         for fast in forms:
             if golden.group("out" + suffix):
@@ -47,25 +48,44 @@ def run(golden: Golden, folder: Path, fast: bool = True) -> dict[str, np.ndarray
     records: list[dict[str, Any]] = []
     ours: dict[str, np.ndarray] = {}
     loop_class = locate(golden.meta["agent_class"])
-    if golden.meta["dataset"] is None:
+    data = {"dataset": _dataset(golden, folder)} if golden.meta["dataset"] is not None else {}
+    if not _pre_training(golden):
         env = ScriptedEnv(golden.subgroup("env"), cfg["act_steps"])
-        loop = loop_class(cfg, venv=env, noise=tape, model=model, observer=records.append)
-        decisions.freeze_once_annealed(loop)
+        loop = loop_class(cfg, venv=env, noise=tape, model=model, observer=records.append, **data)
+        if isinstance(model, GMMPolicy):
+            take_recorded_modes(loop.trainer.actor)
         loop.run()
-        ours["env_actions"] = np.stack(env.actions)
+        ours["env_actions"] = np.stack(env.actions) if env.actions else np.zeros(0)
     else:
-        loop = loop_class(cfg, noise=tape, model=model, dataset=_dataset(golden, folder), observer=records.append)
+        loop = loop_class(cfg, noise=tape, model=model, observer=records.append, **data)
         loop.run()
         ours |= {"ema." + k: v for k, v in torch_names.state_dict(loop.ema_model).items()}
     if tape.left_over:
         raise Mismatch(f"{golden.name}: the reference drew more than ours: left on the tape: {tape.left_over}")
     ours |= {"final." + k: v for k, v in torch_names.state_dict(loop.model).items()}
+    ours |= {k.replace("final.ensemble_params.", "final_ens."): v for k, v in ours.items()}
     return ours | _flatten(records)
+
+
+def take_recorded_modes(actor: Any) -> None:
+    """torch draws the mode of a mixture by itself and that was recorded; ours takes a uniform number that picks it."""
+
+    def draw(noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+        network = actor.policy.network
+        shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
+        modes = noise.choose(np.ones((n_envs, network.num_modes)))
+        return {"modes": modes, "noise": noise.normal(shape, floatx())}
+
+    actor.draw = draw
+
+
+def _pre_training(golden: Golden) -> bool:
+    return golden.meta["agent_class"].startswith("agent.pretrain.")
 
 
 def _used_draws(golden: Golden) -> list[tuple[str, np.ndarray]]:
     """torch's shuffling DataLoader draws a second permutation at the end of every epoch and takes nothing from it."""
-    if golden.meta["dataset"] is None:
+    if not _pre_training(golden):
         return golden.draws
     permutations = [i for i, (fn, _) in enumerate(golden.draws) if fn == "torch.randperm"]
     unused = set(permutations[1::2])
@@ -73,13 +93,12 @@ def _used_draws(golden: Golden) -> list[tuple[str, np.ndarray]]:
 
 
 def _dataset(golden: Golden, folder: Path) -> Any:
-    from diffusion_rl.data.sequences import SequenceDataset
+    from diffusion_rl.data.sequences import QLearningDataset, SequenceDataset
 
-    if golden.meta["dataset"]["q"]:
-        raise Mismatch(f"{golden.name}: a Q-learning data set on the pre-training loop")
     path = folder / "offline.npz"
     np.savez(path, **golden.subgroup("dataset"))
-    return SequenceDataset(str(path), **golden.meta["dataset"]["kwargs"])
+    kind = QLearningDataset if golden.meta["dataset"]["q"] else SequenceDataset
+    return kind(str(path), **golden.meta["dataset"]["kwargs"])
 
 
 def _flatten(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -94,12 +113,27 @@ def _flatten(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
                     losses.setdefault(key, []).append(np.atleast_1d(values))
             elif name == "lr":
                 for key, rate in value.items():
+                    key = key.removeprefix("policy_")  # RWR's only optimizer
                     rates.setdefault(key, []).append(rate)
             else:
                 ours[f"itr{i}.{name}"] = np.asarray(value)
         ours.setdefault(f"itr{i}.eval_mode", np.asarray(False))
-    ours |= {f"calls.loss.{k}": np.concatenate(v) for k, v in losses.items()}
+    for k, v in losses.items():
+        method = k.split(".")[0]  # the off-policy losses are called after the reference's methods
+        ours |= {f"calls.loss.{k}": np.concatenate(v), f"calls.{method}.loss": np.concatenate(v)}
+    ours |= {f"calls.{k}.loss": np.concatenate(v) for k, v in _repeated(losses).items()}
+    if "loss_actor" in losses:
+        ours["calls.loss.loss"] = ours["calls.loss_actor.loss"]  # where it is supervised
     return ours | {f"after_itr.{k}": np.array(v) for k, v in rates.items()}
+
+
+def _repeated(losses: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """A loss that an update evaluates several times, `loss_actor.0`, `loss_actor.1`, …: in the order of evaluation."""
+    names = {name.partition(".")[0] for name in losses if "." in name}
+    return {
+        n: [np.stack([np.concatenate(v) for k, v in losses.items() if k.startswith(n + ".")], axis=1).reshape(-1)]
+        for n in names
+    }
 
 
 def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray], form: str) -> None:
@@ -120,7 +154,8 @@ def compare(golden: Golden, dtype: str, suffix: str, ours: dict[str, np.ndarray]
         rounding = own_rounding(golden, "out/" + name)
         comparison.check("out/" + name, ours[name], recorded[name], quantity=group, rounding=rounding)
     for name, before in unchanged.items():  # only what the reference changed may have changed
-        if "final." + name in recorded or name in golden.meta["aliases"]:
+        ensemble = name.replace("ensemble_params.", "final_ens.")
+        if {"final." + name, ensemble} & recorded.keys() or name in golden.meta["aliases"]:
             continue
         if not np.array_equal(np.asarray(ours["final." + name]).astype(before.dtype), before):
             raise Mismatch(f"{golden.name} [{dtype}]: {name} was trained, the reference leaves it alone")

@@ -13,53 +13,24 @@ import numpy as np
 
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.interop import torch_names
+from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import GOLDENS, Golden
 
-# The one map from the reference's classes and functions to ours.
-OURS: dict[str, str] = {
+# From the reference's classes and functions to ours: those that configurations name, and what recordings name besides.
+OURS: dict[str, str] = REFERENCE_TARGETS | {
     "model.common.mlp.MLP": "diffusion_rl.networks.mlp.MLP",
     "model.common.mlp.ResidualMLP": "diffusion_rl.networks.mlp.ResidualMLP",
-    "model.common.critic.CriticObs": "diffusion_rl.networks.critics.CriticObs",
-    "model.common.critic.CriticObsAct": "diffusion_rl.networks.critics.CriticObsAct",
-    "model.diffusion.mlp_diffusion.DiffusionMLP": "diffusion_rl.networks.mlp.DiffusionMLP",
-    "model.common.mlp_gaussian.Gaussian_MLP": "diffusion_rl.networks.gaussian.GaussianMLP",
-    "model.common.mlp_gmm.GMM_MLP": "diffusion_rl.networks.gmm.GMMMLP",
-    "model.common.transformer.Gaussian_Transformer": "diffusion_rl.networks.transformer.GaussianTransformer",
-    "model.common.transformer.GMM_Transformer": "diffusion_rl.networks.transformer.GMMTransformer",
-    "model.common.gaussian.GaussianModel": "diffusion_rl.policies.gaussian.GaussianPolicy",
-    "model.common.gmm.GMMModel": "diffusion_rl.policies.gmm.GMMPolicy",
-    "model.rl.gaussian_vpg.VPG_Gaussian": "diffusion_rl.policies.gaussian.FineTunedGaussianPolicy",
-    "model.rl.gaussian_ppo.PPO_Gaussian": "diffusion_rl.algorithms.gaussian_ppo.GaussianPPO",
-    "model.rl.gaussian_sac.SAC_Gaussian": "diffusion_rl.algorithms.sac.SAC",
-    "model.rl.gmm_vpg.VPG_GMM": "diffusion_rl.policies.gmm.FineTunedGMMPolicy",
-    "model.rl.gmm_ppo.PPO_GMM": "diffusion_rl.algorithms.gmm_ppo.GMMPPO",
-    "model.common.vit.VitEncoder": "diffusion_rl.networks.vit.VitEncoder",
     "model.common.vit.VitEncoderConfig": "diffusion_rl.networks.vit.VitEncoderConfig",
     "model.common.modules.SpatialEmb": "diffusion_rl.networks.vision.SpatialEmb",
     "model.common.modules.RandomShiftsAug": "diffusion_rl.networks.vision.RandomShiftsAug",
-    "model.common.critic.ViTCritic": "diffusion_rl.networks.vision.ViTCritic",
-    "model.common.mlp_gaussian.Gaussian_VisionMLP": "diffusion_rl.networks.vision.GaussianVisionMLP",
-    "model.diffusion.mlp_diffusion.VisionDiffusionMLP": "diffusion_rl.networks.vision.VisionDiffusionMLP",
-    "model.diffusion.unet.Unet1D": "diffusion_rl.networks.unet1d.Unet1D",
-    "model.diffusion.unet.VisionUnet1D": "diffusion_rl.networks.vision_unet1d.VisionUnet1D",
     "model.diffusion.modules.SinusoidalPosEmb": "diffusion_rl.networks.layers.sinusoidal_embedding",
-    "model.diffusion.eta.EtaFixed": "diffusion_rl.networks.eta.EtaFixed",
-    "model.diffusion.eta.EtaAction": "diffusion_rl.networks.eta.EtaAction",
-    "model.diffusion.eta.EtaState": "diffusion_rl.networks.eta.EtaState",
-    "model.diffusion.eta.EtaStateAction": "diffusion_rl.networks.eta.EtaStateAction",
     "model.diffusion.sampling.cosine_beta_schedule": "diffusion_rl.diffusion.schedules.cosine_betas",
-    "model.diffusion.diffusion.DiffusionModel": "diffusion_rl.policies.diffusion.DiffusionPolicy",
-    "model.diffusion.diffusion_eval.DiffusionEval": "diffusion_rl.policies.diffusion.FineTunedDiffusionPolicy",
-    "model.diffusion.diffusion_vpg.VPGDiffusion": "diffusion_rl.policies.diffusion.FineTunedDiffusionPolicy",
-    "model.diffusion.diffusion_ppo.PPODiffusion": "diffusion_rl.algorithms.dppo.DPPO",
-    "agent.dataset.sequence.StitchedSequenceDataset": "diffusion_rl.data.sequences.SequenceDataset",
     "agent.dataset.sequence.StitchedSequenceQLearningDataset": "diffusion_rl.data.sequences.QLearningDataset",
+    "agent.finetune.train_awr_diffusion_agent.td_values": "diffusion_rl.core.returns.td_lambda",
+    "model.diffusion.diffusion_idql.expectile_loss": "diffusion_rl.algorithms.idql.expectile_loss",
     "agent.pretrain.train_agent.EMA": "diffusion_rl.core.ema.ema_update",
     "util.scheduler.CosineAnnealingWarmupRestarts": "diffusion_rl.core.lr_schedules.CosineWarmupRestarts",
-    "agent.finetune.train_ppo_diffusion_agent.TrainPPODiffusionAgent": "diffusion_rl.loops.on_policy.OnPolicyTraining",
-    "agent.pretrain.train_gaussian_agent.TrainGaussianAgent": "diffusion_rl.loops.offline.PreTraining",
-    "agent.pretrain.train_diffusion_agent.TrainDiffusionAgent": "diffusion_rl.loops.offline.PreTraining",
 }
 
 SINUSOIDAL = "model.diffusion.modules.SinusoidalPosEmb"
@@ -198,6 +169,28 @@ def _recorded_roots(tables: dict[str, np.ndarray]) -> np.ndarray:
     return found
 
 
+def inject_flow_roots(golden: Golden, sde: Any) -> None:
+    """Square roots of the flow's tables are not recorded: where torch is installed they are its own."""
+    if not importlib.util.find_spec("torch"):
+        return
+    import torch
+
+    own = sde.tables
+
+    def tables(schedule: Any, min_beta: float) -> Any:
+        found = own(schedule, min_beta)
+        alphas = torch.from_numpy(np.float32(1) - found.betas)
+        roots = {"sqrt_alphas": torch.sqrt(alphas).numpy()}
+        if (found.betas != schedule.betas).any():
+            roots["sqrt_one_minus_alphas_cumprod"] = torch.sqrt(1 - torch.cumprod(alphas, 0)).numpy()
+        for name, value in roots.items():
+            if not np.allclose(getattr(found, name), value, rtol=5e-7, atol=2e-7):
+                raise Mismatch(f"{golden.name}: the flow's table {name} is not the reference's")
+        return found._replace(**roots)
+
+    sde.tables = tables
+
+
 def inject_schedule(golden: Golden, model: Any) -> bool:
     """Give the model the recorded tables, checked against its own first.
 
@@ -211,6 +204,8 @@ def inject_schedule(golden: Golden, model: Any) -> bool:
         ours = table(model, name)
         if ours.shape != value.shape or not np.allclose(ours, value, rtol=5e-7, atol=2e-7, equal_nan=True):
             raise Mismatch(f"{golden.name}: schedule table {name} is not the reference's")
+    if hasattr(model, "sde"):
+        inject_flow_roots(golden, model.sde)
     for attribute in ("schedule", "ddim_schedule"):
         own = getattr(model, attribute)
         if own is not None:

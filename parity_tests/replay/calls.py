@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.algorithms.sac import Transitions
+from parity_tests.replay import off_policy_calls
 from parity_tests.replay.build import EVALUATION, OURS, locate, table
-from parity_tests.replay.files import Golden
-
-Cast = Callable[[Any], Any]
-Outputs = dict[str, Any]
+from parity_tests.replay.files import Cast, Golden, Outputs
 
 
 def caster(dtype: str) -> Cast:
@@ -62,9 +59,11 @@ def attributes(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     return {name: table(obj, name) for name in golden.meta["args"][0]}
 
 
-def cosine_betas(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    arguments = golden.arguments
-    return {"out": locate(golden.meta["target"])(arguments.pop("timesteps"), **arguments)}
+def function(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    """A function that is not a method: the first argument has another name."""
+    first, *rest = golden.meta["args"]
+    call = locate(golden.meta["target"])
+    return {"out": call(cast(golden.resolve(first)), *rest, **golden.meta["kwargs"])}
 
 
 def q_sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -161,36 +160,28 @@ def gaussian_ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     return obj.loss(**cast(golden.arguments), **noise)._asdict()
 
 
-def sac_loss_critic(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    a = cast(golden.arguments)
-    batch = Transitions(a["obs"]["state"], a["next_obs"]["state"], a["actions"], a["rewards"], a["terminated"])
-    return {"loss": obj.loss_critic(batch, a["gamma"], a["alpha"], cast(golden.draws[0][1]))}
+def probes_of(obj: Any, golden: Golden, cast: Cast) -> Any:
+    """Rademacher probes are recorded as the 0 and 1 they are made of."""
+    ((fn, draw),) = golden.draws
+    return cast((2.0 * draw - 1.0).astype(np.float32) if fn == "torch.randint" else draw)
 
 
-def sac_loss_actor(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    a = cast(golden.arguments)
-    return {"loss": obj.loss_actor(a["obs"]["state"], a["alpha"], cast(golden.draws[0][1]))}
+def exact_log_probs(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    return {"logprobs": obj.exact_log_probs(*cast(golden.arguments).values(), probes_of(obj, golden, cast))}
 
 
-def sac_loss_temperature(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    a, noise = cast(golden.arguments), cast(golden.draws[0][1])
-    return {"loss": obj.loss_temperature(a["obs"]["state"], a["alpha"], a["target_entropy"], noise)}
-
-
-def update_target_critic(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    """What is compared is the state it leaves."""
-    obj.update_target_critic(**golden.arguments)
-    return {}
+def exact_ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
+    return obj.loss(**cast(golden.arguments), probes=probes_of(obj, golden, cast))._asdict()
 
 
 _DIFFUSION = "model.diffusion.diffusion.DiffusionModel"
-_SAC = "model.rl.gaussian_sac.SAC_Gaussian"
 _VPG = "model.diffusion.diffusion_vpg.VPGDiffusion"
 _PPO = "model.diffusion.diffusion_ppo.PPODiffusion"
+_EXACT = "model.diffusion.diffusion_ppo_exact.PPOExactDiffusion"
 
 # (class of the reference or None, method) -> (adapter, rung of its outputs)
 CALLS: dict[tuple[str | None, str], tuple[Callable[[Any, Golden, Cast], Outputs], int]] = {
-    (None, "__target__"): (cosine_betas, 1),
+    (None, "__target__"): (function, 1),
     (_DIFFUSION, "__attrs__"): (attributes, 1),
     (_DIFFUSION, "q_sample"): (q_sample, 3),
     (_DIFFUSION, "p_mean_var"): (p_mean_var, 3),
@@ -199,17 +190,14 @@ CALLS: dict[tuple[str | None, str], tuple[Callable[[Any, Golden, Cast], Outputs]
     (EVALUATION, "forward"): (sample_evaluation, 3),
     (_VPG, "loss"): (reinforce_loss, 3),
     (_PPO, "loss"): (ppo_loss, 3),
+    (_EXACT, "get_exact_logprobs"): (exact_log_probs, 3),
+    (_EXACT, "loss"): (exact_ppo_loss, 3),
     ("model.common.gaussian.GaussianModel", "forward"): (gaussian_sample, 3),
     ("model.common.gaussian.GaussianModel", "loss"): (likelihood_loss, 3),
     ("model.common.gmm.GMMModel", "forward"): (mixture_sample, 3),
     ("model.common.gmm.GMMModel", "loss"): (likelihood_loss, 3),
     ("model.rl.gaussian_ppo.PPO_Gaussian", "loss"): (gaussian_ppo_loss, 3),
     ("model.rl.gmm_ppo.PPO_GMM", "loss"): (gaussian_ppo_loss, 3),
-    (_SAC, "forward"): (gaussian_sample, 3),
-    (_SAC, "loss_critic"): (sac_loss_critic, 3),
-    (_SAC, "loss_actor"): (sac_loss_actor, 3),
-    (_SAC, "loss_temperature"): (sac_loss_temperature, 3),
-    (_SAC, "update_target_critic"): (update_target_critic, 5),
 }
 for _class in ("model.rl.gaussian_vpg.VPG_Gaussian", "model.rl.gaussian_ppo.PPO_Gaussian"):
     CALLS |= {(_class, "forward"): (gaussian_sample, 3), (_class, "get_logprobs"): (action_log_probs, 3)}
@@ -225,6 +213,17 @@ for _class in (_VPG, _PPO):
         (_class, "get_logprobs"): (log_probs, 3),
         (_class, "get_logprobs_subsample"): (log_probs_subsample, 3),
     }
+CALLS |= off_policy_calls.CALLS
+for _class in off_policy_calls.DIFFUSION:
+    CALLS |= {
+        (_class, "__attrs__"): (attributes, 1),
+        (_class, "q_sample"): (q_sample, 3),
+        (_class, "p_mean_var"): (p_mean_var, 3),
+    }
+    for _method, _adapter in (("loss", supervised_loss), ("p_losses", p_losses)):
+        CALLS.setdefault((_class, _method), (_adapter, 3))
+for _class in off_policy_calls.GAUSSIAN:
+    CALLS.setdefault((_class, "forward"), (gaussian_sample, 3))
 for _class in OURS:
     if (_class, "forward") in CALLS:
         continue

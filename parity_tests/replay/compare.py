@@ -40,6 +40,16 @@ def own_rounding(golden: Any, name: str) -> float:
     return float(np.max(difference[np.isfinite(difference)], initial=0.0))
 
 
+def gradients_rounding(golden: Any, scale: float) -> float:
+    """The same for all gradients of a case together; `scale` is the largest of them.
+
+    Where the float64 gradients were too large for the file, it keeps how far the float32 ones were from them.
+    """
+    if golden.meta.get("grad64_omitted"):
+        return scale * golden.meta["dev_f32_f64"]["grad_global"]
+    return max(own_rounding(golden, "grad/" + name) for name in golden.group("grad"))
+
+
 # Filled by every comparison of the process; parity_tests/report.py reads it.
 DEVIATIONS: list[Deviation] = []
 

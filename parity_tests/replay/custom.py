@@ -5,11 +5,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.algorithms.dipo import DIPO
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
@@ -170,6 +172,29 @@ def advantages(golden: Golden) -> None:
     Comparison(golden.name, 3, "float64").check_all(ours, golden.group("out"), "out/", quantity="GAE")
 
 
+def td_targets(golden: Golden) -> None:
+    given = golden.group("in")
+    arguments = (given["rewards"], given["terminateds"], given["state_values"])
+    ours = {"td": locate(golden.meta["class_path"])(*arguments, **golden.meta["kwargs"])}
+    Comparison(golden.name, 3, "float32").check_all(ours, golden.group("out"), "out/", quantity="TD(lambda)")
+
+
+def improved_actions(golden: Golden) -> None:
+    """DIPO's ascent of the critic."""
+    meta = golden.meta
+    for dtype, suffix in PRECISIONS:
+        recorded = golden.group("out" + suffix)
+        if not recorded:
+            continue
+        with precision(dtype):
+            cast, critic = caster(dtype), build_case(golden)
+            policy = SimpleNamespace(critic=critic)
+            given = cast(golden.group("in"))
+            steps = (meta["action_lr"], meta["action_gradient_steps"], meta["action_grad_norm"])
+            ours = {"guided_action": DIPO.improve(policy, {"state": given["state"]}, given["actions"], *steps)}
+        Comparison(golden.name, 3, dtype).check_all(ours, recorded, "out/", quantity="DIPO improved actions")
+
+
 def sequence_dataset(golden: Golden) -> None:
     """Every item, its place in the data, and their number."""
     recorded = golden.group("out")
@@ -217,6 +242,8 @@ _PIECES: list[tuple[Callable[[dict[str, Any]], bool], Callable[[Golden], None]]]
     (lambda meta: "betas" in meta and "eps" in meta, given_gradients),
     (lambda meta: "optimizer" in meta and "scheduler" in meta, optimizer_trajectory),
     (_names("agent.pretrain.train_agent.EMA"), moving_average),
+    (_names("agent.finetune.train_awr_diffusion_agent.td_values"), td_targets),
+    (lambda meta: "action_gradient_steps" in meta, improved_actions),
     (lambda meta: "num_envs" in meta, reward_scaler),
     (lambda meta: "gae_lambda" in meta, advantages),
     (_names("agent.dataset.sequence."), sequence_dataset),

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.transitions import Transitions
 from parity_tests.replay.build import build
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import Golden
 
 _PPO = "model.diffusion.diffusion_ppo.PPODiffusion"
+_EXACT = "model.diffusion.diffusion_ppo_exact.PPOExactDiffusion"
 
 
 def check_output(golden: Golden, name: str, outputs: dict[str, Any]) -> bool:
@@ -32,19 +34,13 @@ def check_output(golden: Golden, name: str, outputs: dict[str, Any]) -> bool:
     return False
 
 
-def freeze_once_annealed(loop: Any) -> None:
-    """Quirk 40: after annealing has lowered the number of fine-tuned steps, the reference's optimizer holds parameters
-    that are no longer in the policy, which therefore stands still. Ours trains on; to compare all the rest of such a
-    recording, the actor's optimizer is taken away at that moment."""
-    model, step = loop.model, loop.model.step
+def derivative_exists(golden: Golden) -> bool:
+    """True where frozen weights have a derivative in ours, which nobody takes.
 
-    def step_and_freeze() -> bool:
-        lowered = step()
-        if lowered:
-            loop.trainer.optimizers["actor"].apply = lambda grads: None
-        return lowered
-
-    model.step = step_and_freeze
+    The flow of exact likelihood runs through the frozen network. torch marks weights as frozen; here it is the
+    optimizer that does not hold them, and the recorded iterations show that they stay as they are.
+    """
+    return golden.meta.get("class") == _EXACT
 
 
 def _network() -> dict[str, Any]:
@@ -89,10 +85,31 @@ def _predicted_spread_of_a_mixture_transformer_works() -> None:
     assert mean.shape == std.shape == (2, 5, 6) and logits.shape == (2, 5)
 
 
+def _flow_at_the_end_of_time_works() -> None:
+    sde = {"class": "model.diffusion.sde_lib.VPSDE", "kwargs": {"N": 4}}
+    options = dict(sde=sde, clip_ploss_coef=0.1, sde_step_size=0.05, ft_denoising_steps=2, actor=_network())
+    policy = _policy(_EXACT, **options)
+    log_prob = policy.exact_log_probs({"state": tf.zeros([2, 1, 4])}, tf.zeros([2, 3, 2]), tf.ones([2, 3, 2]))
+    assert log_prob.shape == (2,) and np.isfinite(log_prob).all()
+
+
+def _weighted_likelihood_of_any_batch() -> None:
+    kwargs = dict(action_dim=3, horizon_steps=2, cond_dim=5, mlp_dims=[8, 8])
+    actor = {"class": "model.common.mlp_gaussian.Gaussian_MLP", "kwargs": kwargs}
+    policy = build({"class": "model.rl.gaussian_rwr.RWR_Gaussian", "kwargs": {"actor": actor, "horizon_steps": 2}})
+    whole = Transitions(obs=tf.ones([4, 1, 5]), actions=tf.reshape(tf.range(24.0) / 24, [4, 2, 3]))
+    rows = [Transitions(whole.obs[i : i + 1], whole.actions[i : i + 1]) for i in range(4)]
+    weights = tf.constant([1.0, 2.0, 0.5, 0.0])
+    single = [policy.weighted_loss(row, weights[i : i + 1], {}) for i, row in enumerate(rows)]
+    np.testing.assert_allclose(policy.weighted_loss(whole, weights, {}), np.mean(single), rtol=1e-6)
+
+
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
     "err_vpg_return_chain_false_ft_all": _chains_are_always_returned,  # quirk 32: no such switch
     "err_gmm_transformer_learned_std": _predicted_spread_of_a_mixture_transformer_works,  # quirk 18: fixed
+    "err_ppo_exact_small_step_index": _flow_at_the_end_of_time_works,  # quirk 42: fixed
+    "err_rwr_gaussian_batch": _weighted_likelihood_of_any_batch,  # quirk 45: fixed
     "err_reward_scaler_per_env": _scaling_per_environment_says_what_it_needs,  # quirk 60: same semantics, clear error
 }

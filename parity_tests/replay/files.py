@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+Cast = Callable[[Any], Any]  # a recorded array as a tensor of the precision under test
+Outputs = dict[str, Any]
 
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 
@@ -46,11 +50,16 @@ class Golden:
         return {k[len(start) :]: v for k, v in self.arrays.items() if k.startswith(start)}
 
     @cached_property
-    def weights(self) -> dict[str, np.ndarray]:
-        """The reference's state_dict, names of shared tensors filled in."""
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """The reference's, names of shared tensors filled in."""
         weights = self.group("w")
         weights.update({alias: weights[name] for alias, name in self.meta.get("aliases", {}).items()})
         return weights
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """The state_dict, and what the reference stacks beside it for ensembles of critics."""
+        return self.state_dict | {"ensemble_params." + name: value for name, value in self.group("ens").items()}
 
     @cached_property
     def draws(self) -> list[tuple[str, np.ndarray]]:

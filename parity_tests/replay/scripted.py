@@ -69,13 +69,19 @@ class Tape:
     A loop may so ask for a whole sample's or a whole epoch's noise at once, or piece by piece.
     """
 
-    KINDS = {"torch.randn": "normal", "torch.randn_like": "normal", "torch.randint": "integers"}
+    KINDS = {
+        **dict.fromkeys(("torch.randn", "torch.randn_like", "Normal.sample.eps", "Normal.rsample.eps"), "normal"),
+        **dict.fromkeys(("torch.randint", "np.random.choice"), "integers"),
+        **dict.fromkeys(("torch.rand", "np.random.uniform"), "uniform"),
+        "torch.multinomial": "choices",
+    }
+    PERMUTATIONS = ("torch.randperm", "np.random.shuffle.perm")
 
     def __init__(self, draws: Sequence[tuple[str, np.ndarray]]):
-        parts: dict[str, list[np.ndarray]] = {"normal": [], "integers": []}
-        self._permutations = [a for fn, a in draws if fn == "torch.randperm"]
+        parts: dict[str, list[np.ndarray]] = {kind: [] for kind in ("normal", "integers", "uniform", "choices")}
+        self._permutations = [a for fn, a in draws if fn in self.PERMUTATIONS]
         for fn, array in draws:
-            if fn != "torch.randperm":
+            if fn not in self.PERMUTATIONS:
                 parts[self.KINDS[fn]].append(array.reshape(-1))
         self._streams = {k: np.concatenate(v) if v else np.zeros(0) for k, v in parts.items()}
         self._position = dict.fromkeys(parts, 0)
@@ -92,6 +98,15 @@ class Tape:
 
     def integers(self, low: int, high: int, shape: Sequence[int]) -> np.ndarray:
         return self._take("integers", shape)
+
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
+        return (low + (high - low) * self._take("uniform", shape)).astype(dtype)
+
+    def distinct(self, high: int, n: int) -> np.ndarray:
+        return self._take("integers", (n,))
+
+    def choose(self, weights: np.ndarray) -> np.ndarray:
+        return self._take("choices", (len(weights),))
 
     def permutation(self, n: int) -> np.ndarray:
         if not self._permutations or len(self._permutations[0]) != n:

@@ -14,6 +14,7 @@ from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.convert import convert_file  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
+from diffusion_rl.envs.kitchen import goal_of  # noqa: E402
 
 
 def main() -> int:
@@ -25,12 +26,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--keep-unrewarded", action="store_true", help="keep episodes whose return is not positive")
     parser.add_argument("--obs-keys", nargs="*", default=[], help="parts of dictionary observations, in order")
+    parser.add_argument(
+        "--kitchen", metavar="TASK", help="Minari's kitchen sets: make D4RL's observations of this task"
+    )
     args = parser.parse_args()
     try:
+        goal = goal_of(args.kitchen) if args.kitchen else None
         converted = convert_file(
             args.source,
             args.out_dir,
-            args.obs_keys,
+            ["observation"] if args.kitchen else args.obs_keys,
+            kitchen_goal=goal,
             max_episodes=args.max_episodes,
             val_split=args.val_split,
             keep_unrewarded=args.keep_unrewarded,

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.loops.policy_files import policy_weights
 from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
 
 
@@ -18,8 +19,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         checkpoint = load_checkpoint(arguments.checkpoint)
-        require_kind(checkpoint, "diffusion_policy", arguments.checkpoint)
-        tensors = {name: value for name, value in checkpoint.tensors.items() if name.startswith("ema.")}
+        require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
+        group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
+        tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
         save_checkpoint(arguments.output, tensors, metadata)
     except UserError as error:

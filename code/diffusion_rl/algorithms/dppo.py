@@ -53,30 +53,27 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
 
     Args:
         gamma_denoising: discount over denoising steps.
-        clip_ploss_coef: clip range of the ratio at the last (cleanest) step.
-        clip_ploss_coef_base: the same at the first (noisiest) fine-tuned step.
+        clip_ploss_coef_base: clip range of the ratio at the first (noisiest) fine-tuned step; `clip_ploss_coef` is
+            that at the last.
         clip_ploss_coef_rate: exponential rate of the interpolation between them.
-        clip_vloss_coef: clip range of the value (None: not clipped).
         clip_advantage_lower_quantile, clip_advantage_upper_quantile: advantages are clamped to these quantiles.
-        norm_adv: normalise advantages within the minibatch.
+        kwargs: of `ClippedPPO` and the policy.
     """
+
+    KIND = "dppo"
 
     def __init__(
         self,
         gamma_denoising: float,
-        clip_ploss_coef: float,
         clip_ploss_coef_base: float = 1e-3,
         clip_ploss_coef_rate: float = 3,
-        clip_vloss_coef: float | None = None,
         clip_advantage_lower_quantile: float = 0,
         clip_advantage_upper_quantile: float = 1,
-        norm_adv: bool = True,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.gamma_denoising, self.norm_adv = gamma_denoising, norm_adv
-        self.clip_ploss_coef, self.clip_ploss_coef_base = clip_ploss_coef, clip_ploss_coef_base
-        self.clip_ploss_coef_rate, self.clip_vloss_coef = clip_ploss_coef_rate, clip_vloss_coef
+        self.gamma_denoising = gamma_denoising
+        self.clip_ploss_coef_base, self.clip_ploss_coef_rate = clip_ploss_coef_base, clip_ploss_coef_rate
         self.advantage_quantiles = (clip_advantage_lower_quantile, clip_advantage_upper_quantile)
 
     def loss(
@@ -112,11 +109,11 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
     def minibatch_loss(self, batch: Minibatch, reward_horizon: int, bc_noise: Array | None = None) -> PPOLoss:
         """The loss from old log-probabilities already averaged over the chunk."""
         new, eta = self.log_probs_subsample(batch.obs, batch.chains_prev, batch.chains_next, batch.denoising_inds)
-        pg_loss, ratio, approx_kl, clipfrac = clipped_policy_loss(
+        pg_loss, ratio, approx_kl, clipfrac = self.step_policy_loss(
             chunk_log_prob(new, reward_horizon),
             batch.old_log_prob,
             self.step_advantages(batch.advantages, batch.denoising_inds),
-            self.clip_range(batch.denoising_inds),
+            batch.denoising_inds,
         )
         newvalues = tf.reshape(self.critic(batch.obs), [-1])
         return PPOLoss(
@@ -131,6 +128,12 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         )
 
     # ---------- the pieces ----------
+
+    def step_policy_loss(
+        self, log_prob: Array, old_log_prob: Array, advantages: Array, denoising_inds: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """`clipped_policy_loss` of denoising steps, all arguments [B]; advantages are those of `step_advantages`."""
+        return clipped_policy_loss(log_prob, old_log_prob, advantages, self.clip_range(denoising_inds))
 
     def step_advantages(self, advantages: Array, denoising_inds: Array) -> Array:
         """Normalise [B], clamp to the quantiles, then discount by the denoising steps still to come."""

@@ -3,8 +3,7 @@
 What is different from the plain path, all of it exact:
 
 * networks are folded (`networks.folded`);
-* gradients are accumulated over chunks of about a thousand rows, which stay in cache; the chunks are dealt to as many
-  independent loops as there are cores, each with matrix products of one thread, which wastes less than shared ones;
+* gradients are accumulated over chunks of about a thousand rows (`algorithms.chunked`);
 * the critic sees each observation of the rollout once per minibatch, weighted by how often it was drawn.
 
 Shapes as in `policies.diffusion`; N samples of a rollout, B rows of a minibatch, X = H*A, O = To*obs_dim.
@@ -17,9 +16,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from diffusion_rl.algorithms.chunked import accumulate, chunks
 from diffusion_rl.algorithms.dppo import DPPO, PPOLoss, chunk_log_prob
-from diffusion_rl.algorithms.ppo import clipped_policy_loss
-from diffusion_rl.core.threads import streams
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
@@ -55,10 +53,8 @@ def gradients(
         sample, step = rows // f, rows % f
         advantages = a.step_advantages(tf.gather(data["advantages"], sample), step)
         old_log_prob = tf.gather(tf.reshape(data["old_log_prob"], [-1]), rows)
-        n_chunks, size, padding = _chunks(b)
-        per_row = [
-            tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], a.dtype))
-        ]
+        n_chunks, size, padding = chunks(b, CHUNK)
+        per_row = [tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], a.dtype))]
         states = tf.reshape(data["state"], [data["state"].shape[0], -1])
         x_dim = a.horizon_steps * a.action_dim
         links = tf.reshape(data["chains"], [-1, x_dim])
@@ -80,15 +76,15 @@ def gradients(
                 t, index = tf.gather(timesteps, step_c), tf.gather(positions, step_c)
                 mean, logvar, eta = a.mean_var_eta(previous, t, cond, index, output, deterministic=False)
                 log_prob = normal_log_prob(following, mean, a.log_prob_std(logvar))
-                loss, ratio, approx_kl, outside = clipped_policy_loss(
-                    chunk_log_prob(log_prob, reward_horizon), old_c, advantages_c, a.clip_range(step_c)
+                loss, ratio, approx_kl, outside = a.step_policy_loss(
+                    chunk_log_prob(log_prob, reward_horizon), old_c, advantages_c, step_c
                 )
                 total = tf.reduce_sum(weight_c * loss)
             watched = [loss, outside, approx_kl, ratio, tf.reduce_mean(eta + tf.zeros_like(mean), axis=[1, 2])]
             sums = tf.stack([tf.reduce_sum(weight_c * v) for v in watched])
             return tape.gradient(total, constants, unconnected_gradients=tf.UnconnectedGradients.ZERO), sums
 
-        sums, statistics = _accumulate(one_chunk, n_chunks, size, constants, 5, a.dtype)
+        sums, statistics = accumulate(one_chunk, n_chunks, size, constants, 5, a.dtype)
         scaled = [s / b for s in sums]
         grads = outer.gradient(weights, actor_variables, output_gradients=scaled)
         return tf.unstack(statistics / b), grads
@@ -102,7 +98,7 @@ def gradients(
         else:
             per_row = [tf.gather(v, sample) for v in (states, data["returns"], data["values"])]
             per_row.append(tf.ones([b], a.dtype))
-        n_chunks, size, padding = _chunks(min(n, b))
+        n_chunks, size, padding = chunks(min(n, b), CHUNK)
         per_row = [tf.pad(v, [[0, padding]] + [[0, 0]] * (len(v.shape) - 1)) for v in per_row]
         with tf.GradientTape() as outer:
             weights = folded.fold_critic(a.critic)
@@ -112,7 +108,7 @@ def gradients(
             states_c = tf.slice(per_row[0], [start, 0], [size, per_row[0].shape[1]])
             return value_chunk(states_c, *(tf.slice(v, [start], [size]) for v in per_row[1:]), constants)
 
-        sums, total = _accumulate(one_chunk, n_chunks, size, constants, 1, a.dtype)
+        sums, total = accumulate(one_chunk, n_chunks, size, constants, 1, a.dtype)
         factor = coefficients["v_loss"] / b
         return total[0] / b, outer.gradient(weights, critic_variables, output_gradients=[s * factor for s in sums])
 
@@ -142,39 +138,3 @@ def gradients(
         return losses, {"actor": actor_grads, "critic": critic_grads}
 
     return losses_and_gradients
-
-
-def _chunks(rows: int) -> tuple[int, int, int]:
-    """Number and size of the chunks, and how many rows of padding the last one takes."""
-    if tf.config.list_logical_devices("GPU"):
-        return 1, rows, 0
-    n_chunks = max(1, round(rows / CHUNK))
-    if n_chunks > 1:
-        n_chunks = -(-n_chunks // streams()) * streams()  # the same number for every loop
-    size = -(-rows // n_chunks)
-    return n_chunks, size, n_chunks * size - rows
-
-
-def _accumulate(
-    one_chunk: Callable[[Array], tuple[list[Array], Array]],
-    n_chunks: int,
-    size: int,
-    like: Sequence[Array],
-    n_statistics: int,
-    dtype: tf.DType,
-) -> tuple[list[Array], Array]:
-    """Sum gradients and statistics over the chunks, in loops that TensorFlow runs side by side."""
-
-    def body(i: Array, sums: list[Array], statistics: Array) -> tuple[Array, list[Array], Array]:
-        grads, more = one_chunk(i * size)
-        return i + 1, [s + g for s, g in zip(sums, grads, strict=True)], statistics + more
-
-    n_loops = streams() if n_chunks > 1 else 1
-    per_loop = n_chunks // n_loops
-    results = []
-    for loop in range(n_loops):
-        first, last = loop * per_loop, (loop + 1) * per_loop
-        start = (tf.constant(first), [tf.zeros_like(w) for w in like], tf.zeros([n_statistics], dtype))
-        results.append(tf.while_loop(lambda i, *_, last=last: i < last, body, start, parallel_iterations=1))
-    sums = [tf.add_n(parts) for parts in zip(*(r[1] for r in results), strict=True)]
-    return sums, tf.add_n([r[2] for r in results])

@@ -28,18 +28,22 @@ class PPOTerms(NamedTuple):
 
 
 class ClippedPPO:
-    """Advantages and the loss of the value, for policies with a `critic`.
+    """Advantages and the loss of actor and critic, for policies with a `critic`; stands before the policy's class.
 
-    Attributes:
-        norm_adv: normalise advantages within the minibatch.
+    Args:
         clip_ploss_coef: clip range of the ratio.
         clip_vloss_coef: clip range of the change of the value (None: not clipped).
+        norm_adv: normalise advantages within the minibatch.
+        kwargs: of the policy.
     """
 
-    norm_adv: bool
-    clip_ploss_coef: float
-    clip_vloss_coef: float | None
     critic: Any
+
+    def __init__(
+        self, clip_ploss_coef: float, clip_vloss_coef: float | None = None, norm_adv: bool = True, **kwargs: Any
+    ):
+        super().__init__(**kwargs)
+        self.clip_ploss_coef, self.clip_vloss_coef, self.norm_adv = clip_ploss_coef, clip_vloss_coef, norm_adv
 
     def normalised(self, advantages: Array) -> Array:
         """Advantages with mean 0 and deviation 1, where that is asked for."""
@@ -51,6 +55,15 @@ class ClippedPPO:
         std = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (n - 1))
         return centred / (std + 1e-8)
 
+    def policy_loss(self, log_prob: Array, old_log_prob: Array, advantages: Array) -> tuple[Array, Array, Array, Array]:
+        """`clipped_policy_loss` of chunks that are single decisions: log-probabilities [B] are clamped here."""
+        return clipped_policy_loss(
+            tf.clip_by_value(log_prob, *LOG_PROB_RANGE),
+            tf.clip_by_value(old_log_prob, *LOG_PROB_RANGE),
+            advantages,
+            tf.constant(self.clip_ploss_coef, log_prob.dtype),
+        )
+
     def value_loss(self, values: Array, returns: Array, oldvalues: Array) -> Array:
         """Half the squared error, optionally with the change of the value clipped."""
         loss = tf.square(values - returns)
@@ -60,31 +73,32 @@ class ClippedPPO:
             loss = tf.maximum(loss, tf.square(clipped - returns))
         return 0.5 * loss
 
-    def terms(
+
+class ChunkPPO(ClippedPPO):
+    """PPO for Gaussian and mixture policies: the action chunk is one decision."""
+
+    log_probs: Any  # of the policy: observation, actions -> log-probabilities [B], entropy, standard deviation
+
+    def loss(
         self,
         obs: dict[str, Array],
-        log_prob: Array,
-        old_log_prob: Array,
-        advantages: Array,
+        actions: Array,
         returns: Array,
         oldvalues: Array,
-        entropy: Array,
-        std: Array,
-        bc_loss: Array | None = None,
+        advantages: Array,
+        oldlogprobs: Array,
+        use_bc_loss: bool = False,
+        bc_noise: Array | None = None,
     ) -> PPOTerms:
-        """All parts of the loss of a policy whose actions are single decisions.
+        """The loss of one minibatch.
 
         Args:
-            obs: {"state": [B,To,O]}
-            log_prob, old_log_prob: [B] of the actions, now and when they were taken; clamped here.
-            entropy, std: scalars.
+            obs: {"state": [B,To,O]};  actions: [B,H,A];  returns, oldvalues, advantages: [B]
+            oldlogprobs: [B], in the policy's way of counting, of the policy that collected the data.
+            use_bc_loss, bc_noise: add `bc_loss`, drawn with bc_noise.
         """
-        pg_loss, ratio, approx_kl, clipfrac = clipped_policy_loss(
-            tf.clip_by_value(log_prob, *LOG_PROB_RANGE),
-            tf.clip_by_value(old_log_prob, *LOG_PROB_RANGE),
-            self.normalised(advantages),
-            tf.constant(self.clip_ploss_coef, log_prob.dtype),
-        )
+        log_prob, entropy, std = self.log_probs(obs, actions)
+        pg_loss, ratio, approx_kl, clipfrac = self.policy_loss(log_prob, oldlogprobs, self.normalised(advantages))
         values = tf.reshape(self.critic(obs), [-1])
         return PPOTerms(
             pg_loss=tf.reduce_mean(pg_loss),
@@ -93,9 +107,17 @@ class ClippedPPO:
             clipfrac=tf.reduce_mean(clipfrac),
             approx_kl=tf.reduce_mean(approx_kl),
             ratio=tf.reduce_mean(tf.stop_gradient(ratio)),
-            bc_loss=tf.zeros([], log_prob.dtype) if bc_loss is None else bc_loss,
+            bc_loss=self.bc_loss(obs, bc_noise) if use_bc_loss else tf.zeros([], log_prob.dtype),
             std=tf.stop_gradient(std),
         )
+
+    def bc_noise_shape(self, rows: int) -> tuple[int, ...] | None:
+        """Of the noise of `bc_loss`; None: the algorithm has no such loss."""
+        return None
+
+    def bc_loss(self, obs: dict[str, Array], noise: Array | None) -> Array:
+        """What imitation of the pre-trained policy adds: nothing unless the algorithm has such a loss."""
+        return tf.zeros([], obs["state"].dtype)
 
 
 def clipped_policy_loss(

@@ -8,7 +8,7 @@ Many steps run in one compiled call. Shapes: M windows of the data set, n steps,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class PreTrainer:
         chunk, history, t, noise = batch
         p = self.policy
         if not isinstance(p, DiffusionPolicy):
-            return p.loss(chunk, {"state": history}, ent_coef=self.ent_coef)[0]
+            return p.loss(chunk, {"state": history}, ent_coef=self.ent_coef, **self._dropout(noise))[0]
         if not fold:
             return p.loss(chunk, {"state": history}, t, noise)
         noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
@@ -99,6 +99,12 @@ class PreTrainer:
         output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))
         return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
 
+    def _dropout(self, masks: Array) -> dict[str, Sequence[Array]]:
+        """Dropout's masks [B,widths] as the network takes them; none where nothing was drawn, as in evaluation."""
+        if not masks.shape[-1]:
+            return {}
+        return {"keep_masks": tf.split(masks, [width for _, width in self.policy.network.masks_shapes(1)], axis=-1)}
+
     # ---------- many steps ----------
 
     def steps(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, average: np.ndarray) -> np.ndarray:
@@ -106,7 +112,8 @@ class PreTrainer:
 
         Args:
             items: [n,B] window numbers;  t: [n,B];  noise: [n,B,H,A];  average: [n] of KEEP, COPY, AVERAGE.
-                (t and noise are of diffusion policies; others do not look at them.)
+                (t and noise are of diffusion policies. Others do not look at t; their noise are dropout's masks,
+                [n,B,sum of their widths].)
 
         Returns:
             the loss of each step [n].

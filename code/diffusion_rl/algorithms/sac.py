@@ -2,152 +2,148 @@
 
     eq. 5, 6   the critics regress on  r + gamma (1 - terminated) (min_i Q_i'(o', a') - alpha log pi(a' | o'))
     eq. 9      the actor minimises     alpha log pi(a | o) - min_i Q_i(o, a)   with a = tanh(mean + std * noise)
-    eq. 18     the temperature         alpha (log pi(a | o) + target entropy), see `SAC.loss_temperature` for the sign
+    eq. 18     the temperature         alpha (log pi(a | o) + target entropy), see `loss_temperature` for the sign
 
-Shapes: B batch, To observation history, H chunk, O observation, A action; cond = {"state": [B,To,O]}.
-U cycles per compiled call, of C critic steps and P actor steps each. Noise, [B,H*A] standard normal, is an argument.
+Shapes: B batch, To observation history, H chunk, O observation, A action; cond = {"state": [B,To,O]}. Noise, [B,H*A]
+standard normal, is an argument.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
-from diffusion_rl.core.keras import keras
-from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.algorithms.off_policy import (
+    Experience,
+    OffPolicy,
+    Part,
+    Phase,
+    Progress,
+    Settings,
+    bellman_error,
+    follow,
+)
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import clone
-from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.exploring import ExploringGaussianPolicy
+
+ACTOR_STEPS = 2  # of an update that trains the actor
 
 
-class Transitions(NamedTuple):
-    """obs, next_obs [B,To,O], actions [B,H,A] in [-1,1], rewards [B], terminated [B] (1: nothing follows)."""
+class SoftPolicy(OffPolicy, ExploringGaussianPolicy):
+    """A Gaussian policy with a temperature (not in the reference's state_dict): SAC, RLPD and Cal-QL."""
 
-    obs: Array
-    next_obs: Array
-    actions: Array
-    rewards: Array
-    terminated: Array
+    _log_alpha: tf.Variable
 
+    def temperature(self, settings: Settings) -> Part:
+        """The temperature, at its beginning; Adam at the critic's rate."""
+        self._log_alpha = tf.Variable(np.log(settings["init_temperature"]), dtype=tf.float64)
+        return Part([self._log_alpha], "critic_", constant=True)
 
-class SAC(GaussianPolicy):
-    """A Gaussian policy with double Q-learning and the three losses; they are functions of weights, batch and noise.
+    @property
+    def alpha(self) -> Array:
+        """The temperature in the precision of the weights."""
+        return tf.cast(tf.exp(self._log_alpha), self.dtype)
 
-    Args:
-        actor: network cond -> (mean, std) [B,H*A], without a squashed mean.
-        critic: network (cond, action [B,H,A]) -> (q1 [B], q2 [B]); the target critic starts as its copy.
-        horizon_steps: H.
-        tanh_output: squash samples; the rest as in `GaussianPolicy`.
-    """
-
-    def __init__(
-        self,
-        actor: keras.layers.Layer,
-        critic: keras.layers.Layer,
-        horizon_steps: int,
-        tanh_output: bool = True,
-        **kwargs: Any,
-    ):
-        super().__init__(actor, horizon_steps, tanh_output=tanh_output, **kwargs)
-        self.critic, self.target_critic = critic, clone(critic)
-
-    def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
-        """Sum of both critics' mean squared Bellman errors; the target carries no gradient."""
-        next_actions, next_log_prob = self.sample({"state": batch.next_obs}, noise)
-        next_q = tf.minimum(*self.target_critic({"state": batch.next_obs}, next_actions))
-        target = batch.rewards + gamma * (next_q - alpha * next_log_prob) * (1.0 - batch.terminated)
-        target = tf.stop_gradient(target)
-        q1, q2 = self.critic({"state": batch.obs}, batch.actions)
-        return tf.reduce_mean(tf.square(q1 - target)) + tf.reduce_mean(tf.square(q2 - target))
-
-    def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
-        """Mean of alpha log pi - min Q at reparametrised actions."""
-        actions, log_prob = self.sample({"state": obs}, noise)
-        return tf.reduce_mean(alpha * log_prob - tf.minimum(*self.critic({"state": obs}, actions)))
+    def watched(self) -> dict[str, float]:
+        return {"log_alpha": float(self._log_alpha.numpy())}
 
     def loss_temperature(self, obs: Array, alpha: Array, target_entropy: float, noise: Array) -> Array:
         """-mean(alpha (log pi + target entropy)): alpha grows while the entropy is below its target."""
         _, log_prob = self.sample({"state": obs}, noise)
         return -tf.reduce_mean(alpha * tf.stop_gradient(log_prob + target_entropy))
 
-    def update_target_critic(self, tau: float) -> None:
-        """target <- (1 - tau) target + tau critic."""
-        for old, new in zip(variables_of(self.target_critic), variables_of(self.critic), strict=True):
-            old.assign(ema_update(old, new, 1.0 - tau))
+    def step_temperature(self, obs: Array, noise: Array, step: Any, settings: Settings) -> Array:
+        """One gradient step on the temperature."""
+        return step(
+            "log_alpha", lambda: self.loss_temperature(obs, self.alpha, float(settings["target_entropy"]), noise)
+        )
 
 
-class SACUpdate:
-    """The optimizers, the temperature, and many gradient steps in one compiled call.
+class SoftActorCritic(SoftPolicy):
+    """A soft policy with double Q-learning: SAC and Cal-QL.
 
-    One cycle: C times a critic step and the target critic's, each on a batch of its own, then P times an actor and a
-    temperature step on the last of these batches. The reference's usual ratios are C = P = 2.
+    Args:
+        actor: network cond -> (mean, std) [B,H*A], without a squashed mean.
+        critic: network (cond, action [B,H,A]) -> (q1 [B], q2 [B]); the target critic starts as its copy.
+        horizon_steps: H; the rest as in `GaussianPolicy` (`tanh_output` squashes samples).
     """
 
-    def __init__(
-        self,
-        model: SAC,
-        *,
-        gamma: float,
-        actor_lr: float,
-        critic_lr: float,
-        target_ema_rate: float,
-        target_entropy: float,
-        init_temperature: float = 1.0,
-    ):
-        self.model, self.gamma, self.tau, self.target_entropy = model, gamma, target_ema_rate, target_entropy
-        self.actor_variables = [v for v in variables_of(model.network) if v.trainable]
-        self.critic_variables = [v for v in variables_of(model.critic) if v.trainable]
-        self.log_alpha = tf.Variable(np.log(init_temperature), dtype=tf.float64)
-        self.actor_optimizer = AdamW(self.actor_variables, actor_lr)
-        self.critic_optimizer = AdamW(self.critic_variables, critic_lr)
-        self.alpha_optimizer = AdamW([self.log_alpha], critic_lr)
-        self.run = tf.function(self._cycles, jit_compile=True)
+    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, horizon_steps: int, **kwargs: Any):
+        super().__init__(actor, horizon_steps, **kwargs)
+        self.critic, self.target_critic = critic, clone(critic)
 
-    @property
-    def alpha(self) -> Array:
-        """The temperature in the precision of the weights."""
-        return tf.cast(tf.exp(self.log_alpha), self.actor_variables[0].dtype)
+    def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
+        """Mean of alpha log pi - min Q at reparametrised actions."""
+        actions, log_prob = self.sample({"state": obs}, noise)
+        return tf.reduce_mean(alpha * log_prob - tf.minimum(*self.critic({"state": obs}, actions)))
 
-    def critic_step(self, batch: Transitions, alpha: Array, noise: Array) -> Array:
-        """One step of the critic, then of its target. noise [B,H*A]."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self.critic_variables)
-            loss = self.model.loss_critic(batch, self.gamma, alpha, noise)
-        self.critic_optimizer.apply(tape.gradient(loss, self.critic_variables))
-        self.model.update_target_critic(self.tau)
-        return loss
+    def update_target_critic(self, tau: float) -> None:
+        """target <- (1 - tau) target + tau critic."""
+        follow(self.target_critic, self.critic, tau)
 
-    def actor_step(self, obs: Array, alpha: Array, noise: Array) -> Array:
-        """One step of the actor, then of the temperature. noise [2,B,H*A]: a draw for each."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self.actor_variables)
-            loss = self.model.loss_actor(obs, alpha, noise[0])
-        self.actor_optimizer.apply(tape.gradient(loss, self.actor_variables))
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self.log_alpha)
-            temperature_loss = self.model.loss_temperature(obs, self.alpha, self.target_entropy, noise[1])
-        self.alpha_optimizer.apply(tape.gradient(temperature_loss, [self.log_alpha]))
-        return loss
 
-    def cycle(self, batches: Transitions, critic_noise: Array, actor_noise: Array) -> tuple[Array, Array]:
-        """batches [C,B,...], critic_noise [C,B,H*A], actor_noise [P,2,B,H*A] -> mean losses of critic and actor."""
-        critic_losses, actor_losses = [], []
-        for c in range(critic_noise.shape[0]):
-            alpha = self.alpha  # the value before this batch's temperature steps serves the whole batch
-            batch = Transitions(*(x[c] for x in batches))
-            critic_losses.append(self.critic_step(batch, alpha, critic_noise[c]))
-        for p in range(actor_noise.shape[0]):
-            actor_losses.append(self.actor_step(batch.obs, alpha, actor_noise[p]))
-        return tf.add_n(critic_losses) / len(critic_losses), tf.add_n(actor_losses) / len(actor_losses)
+class SAC(SoftActorCritic):
+    """The losses are functions of weights, batch and noise; arguments of `SoftActorCritic`."""
 
-    def _cycles(self, batches: Transitions, critic_noise: Array, actor_noise: Array) -> dict[str, Array]:
-        """Everything with a leading U -> losses, means over the U cycles, and the temperature after them."""
-        cycles = critic_noise.shape[0]
-        critic_loss = actor_loss = tf.zeros([], self.actor_variables[0].dtype)
-        for u in tf.range(cycles):
-            q, pi = self.cycle(Transitions(*(x[u] for x in batches)), critic_noise[u], actor_noise[u])
-            critic_loss, actor_loss = critic_loss + q / cycles, actor_loss + pi / cycles
-        return {"loss_critic": critic_loss, "loss_actor": actor_loss, "alpha": self.alpha}
+    KIND = "sac"
+
+    def experience(self, settings: Settings) -> Experience:
+        return Experience(counts_episodes=True, explores=True)
+
+    def parts(self, settings: Settings) -> dict[str, Part]:
+        return {
+            "actor": Part(self.trainable(), "actor_", constant=True),
+            "critic": Part(variables_of(self.critic), "critic_", constant=True),
+            "log_alpha": self.temperature(settings),
+        }
+
+    def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
+        """An update in every so many iterations, of the actor in fewer; an iteration is one step of one environment."""
+        every, every_actor = (
+            max(1, int(settings["batch_size"] / settings[f"{part}_replay_ratio"])) for part in ("critic", "actor")
+        )
+        if progress.itr <= settings["n_explore_steps"] or progress.itr % every:
+            return []
+        return [Phase(1, progress.itr % every_actor == 0)]
+
+    # ---------- losses ----------
+
+    def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
+        """Sum of both critics' mean squared Bellman errors; the target carries no gradient."""
+        following = {"state": batch.next_obs}
+        next_actions, next_log_prob = self.sample(following, noise)
+        soft_value = tf.minimum(*self.target_critic(following, next_actions)) - alpha * next_log_prob
+        return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, soft_value, gamma)
+
+    # ---------- one update ----------
+
+    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+        b = int(settings["batch_size"])
+        draws = {"rows": rows.distinct(b), "next_noise": noise.normal(self.noise_shape(b), floatx())}
+        if train_actor:
+            steps = settings.get("actor_steps", ACTOR_STEPS)
+            draws["actor_noise"] = noise.normal((steps, 2, *self.noise_shape(b)), floatx())
+        return draws
+
+    def update(
+        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
+    ) -> dict[str, Array]:
+        """The critic and its target; then several times the actor and the temperature on the same batch."""
+        batch, alpha = data.online.at(draws["rows"]), self.alpha  # its value at the beginning serves throughout
+        losses = {
+            "loss_critic": step(
+                "critic", lambda: self.loss_critic(batch, settings["gamma"], alpha, draws["next_noise"])
+            )
+        }
+        self.update_target_critic(settings["target_ema_rate"])
+        for k in range(draws["actor_noise"].shape[0]) if train_actor else ():
+            noise = draws["actor_noise"][k]
+            actor = step("actor", lambda noise=noise: self.loss_actor(batch.obs, alpha, noise[0]))
+            temperature = self.step_temperature(batch.obs, noise[1], step, settings)
+            losses |= {f"loss_actor.{k}": actor, f"loss_temperature.{k}": temperature}
+        return losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -37,6 +38,17 @@ class CosineWarmupRestarts:
         self.step_in_cycle: float = 0
         self.cycle_steps: float = first_cycle_steps
         self.lr = min_lr
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], prefix: str) -> CosineWarmupRestarts:
+        """The schedule that `<prefix>lr` and `<prefix>lr_scheduler` describe."""
+        cycle = settings[f"{prefix}lr_scheduler"]
+        return cls(
+            first_cycle_steps=cycle["first_cycle_steps"],
+            max_lr=settings[f"{prefix}lr"],
+            min_lr=cycle["min_lr"],
+            warmup_steps=cycle["warmup_steps"],
+        )
 
     def step(self, epoch: int | None = None) -> float:
         """Advance by one, or jump to `epoch`; returns the new rate."""

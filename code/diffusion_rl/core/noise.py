@@ -36,6 +36,16 @@ class NoiseSource:
         """A permutation of 0 … n-1, int64."""
         return self._generator.permutation(n)
 
+    def distinct(self, high: int, n: int) -> np.ndarray:
+        """n different integers in [0, high), int64."""
+        return self._generator.choice(high, n, replace=False)
+
+    def choose(self, weights: np.ndarray) -> np.ndarray:
+        """For each row of weights [B,N] (not negative, of any sum) an index drawn in proportion to them, int64 [B]."""
+        cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
+        threshold = self._generator.random((len(weights), 1)) * cumulative[:, -1:]
+        return np.minimum((cumulative <= threshold).sum(axis=1), weights.shape[1] - 1)
+
     def state(self) -> dict[str, Any]:
         """The whole state as JSON values."""
         return _plain(self._generator.bit_generator.state)
@@ -114,3 +124,18 @@ def initial_weights(source: NoiseSource) -> Iterator[None]:
         yield
     finally:
         _init_source.pop()
+
+
+def normal_inside(shape: Any, dtype: Any) -> Any:
+    """Standard normal draws that a compiled program makes itself, anew in every call: for exported policies only,
+    which have no `NoiseSource`. TensorFlow and TensorFlow Lite seed them from the operating system."""
+    import tensorflow as tf  # not above: command lines that need no TensorFlow import this module
+
+    return tf.random.normal(shape, dtype=dtype)
+
+
+def uniform_inside(shape: Any, dtype: Any) -> Any:
+    """The same, uniform in [0, 1)."""
+    import tensorflow as tf
+
+    return tf.random.uniform(shape, dtype=dtype)

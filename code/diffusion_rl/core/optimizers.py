@@ -5,7 +5,7 @@ Keras' AdamW places epsilon and the decay elsewhere and cannot be configured to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -92,3 +92,35 @@ def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> t
     norm = tf.sqrt(tf.add_n([tf.reduce_sum(tf.square(g)) for g in present]))
     scale = tf.minimum(tf.constant(max_norm, norm.dtype) / (norm + 1e-6), 1.0)
     return [None if g is None else g * scale for g in grads], norm
+
+
+class GradientSteps:
+    """One optimizer step of a named part of a model on a loss. Graph-safe.
+
+    Args:
+        optimizers: by the part's name.
+    """
+
+    def __init__(self, optimizers: Mapping[str, AdamW]):
+        self.optimizers = optimizers
+
+    def __call__(
+        self, part: str, loss: Callable[[], tf.Tensor], max_norm: float | None = None, apply: bool = True
+    ) -> tf.Tensor:
+        """Evaluate the loss, differentiate it by the part's variables alone and take a step; returns the loss.
+
+        Args:
+            max_norm: clip the gradient's norm to it (None: no clipping).
+            apply: False only evaluates the loss.
+        """
+        if not apply:
+            return loss()
+        optimizer = self.optimizers[part]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(optimizer.variables)
+            value = loss()
+        grads = tape.gradient(value, optimizer.variables)
+        if max_norm is not None:
+            grads, _ = clip_by_global_norm(grads, max_norm)
+        optimizer.apply(grads)
+        return value

@@ -5,6 +5,48 @@ from __future__ import annotations
 import numpy as np
 
 
+def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
+    """Discounted sum of an episode's rewards from each step on, [T] -> [T] float64."""
+    to_go = np.array(rewards, np.float64)
+    for t in reversed(range(len(to_go) - 1)):
+        to_go[t] += gamma * to_go[t + 1]
+    return to_go
+
+
+def td_lambda(
+    rewards: np.ndarray,
+    terminated: np.ndarray,
+    values: np.ndarray,
+    gamma: float = 0.99,
+    alpha: float = 0.95,
+    lam: float = 0.95,
+) -> np.ndarray:
+    """TD(lambda) targets of state values, with the temporal-difference error scaled by alpha.
+
+        delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
+        A_t     = alpha delta_t + gamma lambda (1 - terminated_t) A_{t+1}
+
+    After the last step its own state's value stands in for the next one's, which is not known.
+
+    Args:
+        rewards, terminated, values: [S,E]
+
+    Returns:
+        A + V, [S,E] float32.
+    """
+    targets = np.zeros_like(values, np.float32)
+    following = np.where(terminated[-1].astype(bool), 0, values[-1])
+    accumulated: np.ndarray | float = 0.0
+    for t in reversed(range(len(rewards))):
+        alive = 1 - terminated[t]
+        if t < len(rewards) - 1:
+            following = values[t + 1] * alive
+        error = rewards[t] + gamma * following - values[t]
+        accumulated = alpha * error + gamma * lam * alive * accumulated
+        targets[t] = accumulated + values[t]
+    return targets
+
+
 def gae(
     rewards: np.ndarray,
     values: np.ndarray,

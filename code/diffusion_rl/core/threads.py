@@ -18,14 +18,17 @@ def streams() -> int:
     return min(cores(), 8)
 
 
-def configure_threads() -> None:
+def configure_threads(shared: bool = False) -> None:
     """One thread per operation, several operations at a time. To be called before TensorFlow does anything.
 
     The matrices here are small: sharing one product between threads costs 15 to 25 % of the processor's time, running
     independent parts of an update side by side costs nothing (measured, see benchmarks/README.md).
+
+    Args:
+        shared: all threads for each operation instead, for updates that have no independent parts.
     """
     try:
-        tf.config.threading.set_intra_op_parallelism_threads(1)
+        tf.config.threading.set_intra_op_parallelism_threads(streams() if shared else 1)
         tf.config.threading.set_inter_op_parallelism_threads(streams())
     except RuntimeError:  # TensorFlow is running already: a second job of a multirun
         pass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -64,9 +64,29 @@ def convert(
 
 
 def convert_file(
-    source: str | os.PathLike, out_dir: str | os.PathLike, obs_keys: Sequence[str] = (), **options
+    source: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    obs_keys: Sequence[str] = (),
+    *,
+    kitchen_goal: np.ndarray | None = None,
+    **options,
 ) -> Converted:
-    """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`."""
-    converted = convert(*load(source, obs_keys), **options)
+    """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
+
+    kitchen_goal: [30]; the source is one of Minari's kitchen sets and gets D4RL's observations with this goal.
+    """
+    episodes, normalization = load(source, obs_keys)
+    if kitchen_goal is not None:
+        episodes = replace(episodes, states=kitchen_states(episodes.states, kitchen_goal))
+        normalization = Normalization.of(episodes)
+    converted = convert(episodes, normalization, **options)
     save_episodes(out_dir, converted.splits, converted.normalization)
     return converted
+
+
+def kitchen_states(states: np.ndarray, goal: np.ndarray) -> np.ndarray:
+    """Observations of FrankaKitchen-v1 [N, 59], positions and velocities of robot and objects, as D4RL's [N, 60]:
+    both positions and the goal [30]."""
+    if states.shape[1:] != (59,):
+        raise UserError(f"observations have {states.shape[1:]} entries, those of Minari's kitchen sets have 59")
+    return np.concatenate([states[:, :9], states[:, 18:39], np.tile(goal, (len(states), 1))], axis=1)

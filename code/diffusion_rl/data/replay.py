@@ -1,37 +1,98 @@
-"""A preallocated first-in first-out replay buffer."""
+"""A first-in first-out replay buffer of tensors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx
+from diffusion_rl.core.transitions import Transitions
+
+SCALARS = ("rewards", "terminated", "returns", "advantages", "weights")
 
 
 class ReplayBuffer:
-    """Transitions as float32 arrays, the oldest overwritten when full.
+    """Rows of `Transitions` in preallocated variables, the oldest overwritten when full.
 
-    obs, next_obs [N,To,O], actions [N,Ta,A], rewards, terminated [N] with N the capacity; `size` rows are filled.
+    What is added waits on the host until `flush` (or anything that reads) moves it over at once. Rows are addressed in
+    two ways: by age (0 = oldest), as random draws do, and by place in the variables, as compiled programs do.
+
+    Args:
+        capacity: rows N.
+        shapes: {field of Transitions: shape of a row}; `fields` gives the usual ones.
     """
 
-    def __init__(self, capacity: int, obs_shape: tuple[int, int], action_shape: tuple[int, int]):
-        self.capacity, self.size, self._next = capacity, 0, 0
-        self.obs = np.zeros((capacity, *obs_shape), np.float32)
-        self.next_obs = np.zeros((capacity, *obs_shape), np.float32)
-        self.actions = np.zeros((capacity, *action_shape), np.float32)
-        self.rewards = np.zeros(capacity, np.float32)
-        self.terminated = np.zeros(capacity, np.float32)
+    def __init__(self, capacity: int, shapes: Mapping[str, tuple[int, ...]]):
+        self.capacity, self.size, self._next = int(capacity), 0, 0
+        self.stores = {k: tf.Variable(tf.zeros([self.capacity, *s], floatx())) for k, s in shapes.items()}
+        self._waiting: dict[str, list[np.ndarray]] = {k: [] for k in shapes}
+        self._write = tf.function(self._scatter, reduce_retracing=True)
 
-    def add(self, obs, next_obs, actions, rewards, terminated) -> None:
-        """Append E transitions (one of each environment)."""
-        n = len(obs)
-        where = (self._next + np.arange(n)) % self.capacity
-        for store, new in zip(self.arrays, (obs, next_obs, actions, rewards, terminated), strict=True):
-            store[where] = new
-        self._next = int((self._next + n) % self.capacity)
+    def add(self, **rows: np.ndarray) -> None:
+        """Append rows: of each field that the environment gives, [n, …]. Fields left out are zero."""
+        n = len(rows["obs"])
+        for name, store in self.stores.items():
+            value = rows.get(name, np.zeros((n, *store.shape[1:]), floatx()))
+            self._waiting[name].append(np.array(value, floatx()))
+
+    def flush(self) -> None:
+        """Move what was added into the variables."""
+        if not self._waiting["obs"]:
+            return
+        rows = {k: np.concatenate(v)[-self.capacity :] for k, v in self._waiting.items()}
+        self._waiting = {k: [] for k in self._waiting}
+        n = len(rows["obs"])
+        self._write((self._next + np.arange(n)) % self.capacity, rows)
+        self._next = (self._next + n) % self.capacity
         self.size = min(self.size + n, self.capacity)
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.obs, self.next_obs, self.actions, self.rewards, self.terminated
+    def _scatter(self, where: tf.Tensor, rows: dict[str, tf.Tensor]) -> None:
+        for name, values in rows.items():
+            self.stores[name].scatter_update(tf.IndexedSlices(values, where))
 
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
-        """(obs, next_obs, actions, rewards, terminated) at `indices` of any shape."""
-        return tuple(a[indices] for a in self.arrays)
+    def clear(self) -> None:
+        """Forget everything."""
+        self.size = self._next = 0
+        self._waiting = {k: [] for k in self._waiting}
+
+    def places(self, ages: np.ndarray) -> np.ndarray:
+        """Places int32 in the variables of rows given by age (0 = oldest)."""
+        oldest = self._next if self.size == self.capacity else 0
+        return ((oldest + ages) % self.capacity).astype(np.int32)
+
+    def at(self, places: tf.Tensor) -> Transitions:
+        """The rows at these places; for compiled programs."""
+        return Transitions(**{"obs": None, "actions": None} | {k: tf.gather(v, places) for k, v in self.stores.items()})
+
+    def replace(self, name: str, places: tf.Tensor, values: tf.Tensor) -> None:
+        """Overwrite a field at these places; for compiled programs. Of a place named twice the values must be equal."""
+        self.stores[name].scatter_update(tf.IndexedSlices(values, places))
+
+    def read(self, name: str) -> np.ndarray:
+        """A field of all rows, oldest first."""
+        self.flush()
+        return tf.gather(self.stores[name], self.places(np.arange(self.size))).numpy()
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Overwrite a field of the newest rows (or of all), oldest first."""
+        self.flush()
+        values = np.asarray(values, floatx())[-self.size :]
+        self._write(self.places(np.arange(self.size - len(values), self.size)), {name: values})
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All rows, oldest first, by field."""
+        return {name: self.read(name) for name in self.stores}
+
+    def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Hold exactly these rows."""
+        self.clear()
+        self.add(**tensors)
+        self.flush()
+
+
+def fields(names: tuple[str, ...], obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> dict[str, tuple]:
+    """Shapes of these fields of `Transitions`: observations [To,O], actions [Ta,A], numbers."""
+    shapes: dict[str, tuple[int, ...]] = {"obs": obs_shape, "next_obs": obs_shape, "actions": action_shape}
+    return {name: () if name in SCALARS else shapes[name] for name in names}

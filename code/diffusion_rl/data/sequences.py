@@ -143,7 +143,7 @@ class QLearningDataset(SequenceDataset):
     windows see the beginning of the next episode (done masks it only where the terminal lies on the chunk's first
     step), and the next state's history repeats the state `horizon_steps` after the episode's first.
 
-    More attributes: rewards, dones [N] float32; reward_to_go [N] float32 (discounted, with get_mc_return).
+    More attributes: rewards, dones [N] float32; reward_to_go [N] (discounted, with get_mc_return).
     """
 
     def __init__(
@@ -158,7 +158,10 @@ class QLearningDataset(SequenceDataset):
         super().__init__(dataset_path, max_n_episodes=max_n_episodes, device=device, **kwargs)
         self.discount_factor, self.get_mc_return = discount_factor, get_mc_return
         if get_mc_return:
-            self.reward_to_go = discounted_returns(self.rewards, self.traj_lengths, discount_factor)
+            from diffusion_rl.core.keras import floatx  # slow to import
+
+            rewards = self.rewards.astype(floatx())
+            self.reward_to_go = discounted_returns(rewards, self.traj_lengths, discount_factor)
 
     def _take(self, episodes: Episodes) -> None:
         super()._take(episodes)
@@ -186,17 +189,17 @@ class QLearningDataset(SequenceDataset):
 
 
 def discounted_returns(rewards: np.ndarray, traj_lengths: np.ndarray, discount: float) -> np.ndarray:
-    """Reward-to-go of every step within its episode, [N] -> [N], accumulated in float32 from the end.
+    """Reward-to-go of every step within its episode, [N] -> [N], accumulated from the end in their precision.
 
     All episodes advance together, so the Python loop runs over the longest episode's steps, not over N.
     """
-    to_go = np.zeros(len(rewards), np.float32)
+    to_go = np.zeros_like(rewards)
     last = np.cumsum(traj_lengths) - 1
-    following = np.zeros(len(traj_lengths), np.float32)
+    following = np.zeros(len(traj_lengths), rewards.dtype)
     for back in range(int(traj_lengths.max(initial=0))):
         alive = back < traj_lengths
         rows = last[alive] - back
-        following[alive] = to_go[rows] = rewards[rows] + np.float32(discount) * following[alive]
+        following[alive] = to_go[rows] = rewards[rows] + rewards.dtype.type(discount) * following[alive]
     return to_go
 
 

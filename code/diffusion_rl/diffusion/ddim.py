@@ -1,7 +1,7 @@
 """Steps of DDIM (Song et al. 2021) as pure functions; `alpha` here is DDPM's alphas_cumprod, as in that paper.
 
-    x       x_t                    x0      estimate of the clean chunk
-    eps     predicted noise        sigma   standard deviation of the step
+x       x_t                    x0      estimate of the clean chunk
+eps     predicted noise        sigma   standard deviation of the step
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Steps of DDPM (Ho et al. 2020) as pure functions. Coefficients are tables' entries, broadcastable to x [B,H,A].
 
-    x      x_t, the noisy chunk           x0     the network's estimate of the clean chunk
-    eps    predicted noise                abar   alphas_cumprod
+x      x_t, the noisy chunk           x0     the network's estimate of the clean chunk
+eps    predicted noise                abar   alphas_cumprod
 """
 
 from __future__ import annotations

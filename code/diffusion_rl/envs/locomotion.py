@@ -27,6 +27,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes
+from diffusion_rl.envs.d4rl import D4RL_EPISODE_STEPS
 from diffusion_rl.envs.vector import Observations, StepResult
 
 try:
@@ -38,7 +39,6 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     raise UserError(f'locomotion needs {error.name}: pip install -e ".[gym]"') from error
 
 FLAVOURS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
-D4RL_EPISODE_STEPS = 1000
 _BODIES = Path(__file__).parent / "assets" / "mujoco210_bodies.json"
 _PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 

@@ -12,10 +12,10 @@ from omegaconf import OmegaConf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import worker
+from diffusion_rl.envs import d4rl, kitchen, worker
 from diffusion_rl.envs.vector import ProcessVectorEnv, VectorEnv
 
-ENGINES = ("mujoco", "gymnasium")
+ENGINES = ("mujoco", "gymnasium", "d4rl")
 
 
 def make_vector_env(
@@ -33,12 +33,16 @@ def make_vector_env(
     env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
     `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
     `mujoco_locomotion_lowdim.normalization_path`, `specific` (keyword arguments of the environment),
-    `save_full_observations`; ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every
-    environment a process), `threads` (default 2), `d4rl_time_limit` (null: a time-out is truncation alone).
+    `save_full_observations`, `env_type` (furniture: Furniture-Bench); ours: `engine` ("mujoco" batches the locomotion
+    tasks, "gymnasium" gives every environment a process, "d4rl" too, with D4RL's own simulators), `threads` (default
+    2), `d4rl_time_limit` (null: a time-out is truncation alone).
     n_envs, threads: override the configured ones. Raises UserError for unknown names or wrong dimensions.
     """
     env_cfg = _plain(env_cfg)
     name = str(env_cfg["name"])
+    count = env_cfg["n_envs"] if n_envs is None else n_envs
+    if env_cfg.get("env_type") == "furniture":
+        return _checked(_furniture(env_cfg, count, act_steps), name, obs_dim, action_dim)
     wrappers = env_cfg.get("wrappers") or {}
     chunks = wrappers.get("multi_step") or {}
     configured = chunks.get("n_action_steps", act_steps)
@@ -55,18 +59,27 @@ def make_vector_env(
         "full_observations": env_cfg.get("save_full_observations", chunks.get("pass_full_observations", False)),
         "normalizer": _normalizer(wrappers, obs_dim, action_dim),
     }
-    count = env_cfg["n_envs"] if n_envs is None else n_envs
     seeds = [seed + i for i in range(count)]
     if engine == "mujoco" and _is_locomotion(name):
         venv = _locomotion(env_cfg, count, seeds, threads, chunk_options)
     else:
         venv = _processes(env_cfg, count, seeds, chunk_options)
+    return _checked(venv, name, obs_dim, action_dim)
+
+
+def _checked(venv: VectorEnv, name: str, obs_dim: int, action_dim: int) -> VectorEnv:
     try:
         _check_dims(name, venv, obs_dim, action_dim)
     except UserError:
         venv.close()
         raise
     return venv
+
+
+def _furniture(env_cfg: Mapping[str, Any], n_envs: int, act_steps: int) -> VectorEnv:
+    from diffusion_rl.envs.furniture import FurnitureVectorEnv
+
+    return FurnitureVectorEnv(env_cfg.get("specific") or {}, n_envs, act_steps, env_cfg["max_episode_steps"])
 
 
 def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,22 +106,29 @@ def _locomotion(
     from diffusion_rl.envs import locomotion  # needs the simulator, which other environments do not
 
     name = str(env_cfg["name"])
-    if locomotion.task_of(name) is None:
-        raise _unknown(name, locomotion.known_names())
+    _check_locomotion(name)
     return locomotion.LocomotionVectorEnv(
         name,
         n_envs,
         seeds=seeds,
         threads=env_cfg.get("threads", 2) if threads is None else threads,
-        d4rl_time_limit=env_cfg.get("d4rl_time_limit", locomotion.D4RL_EPISODE_STEPS),
+        d4rl_time_limit=env_cfg.get("d4rl_time_limit", d4rl.D4RL_EPISODE_STEPS),
         **options,
     )
 
 
 def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict[str, Any]) -> VectorEnv:
     name = str(env_cfg["name"])
-    if not _is_locomotion(name):
+    original, is_kitchen = env_cfg.get("engine") == "d4rl", name.startswith(kitchen.PREFIX)
+    if original:
+        d4rl.require()
+    if is_kitchen and not original:
+        kitchen.check_available(name)
+    elif original or _is_locomotion(name):
+        _check_locomotion(name)
+    else:
         _check_registered(name)
+    limit = kitchen.EPISODE_STEPS if is_kitchen else d4rl.D4RL_EPISODE_STEPS
     chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
     recipe = worker.EnvRecipe(
         name=name,
@@ -116,9 +136,17 @@ def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], option
         chunks=chunks,
         normalizer=options["normalizer"],
         render=bool(env_cfg.get("save_video", False)),
-        d4rl_time_limit=env_cfg.get("d4rl_time_limit", 1000),
+        d4rl_time_limit=env_cfg.get("d4rl_time_limit", limit),
+        original=original,
     )
     return ProcessVectorEnv([recipe] * n_envs, options["act_steps"], seeds)
+
+
+def _check_locomotion(name: str) -> None:
+    from diffusion_rl.envs import locomotion
+
+    if locomotion.task_of(name) is None:
+        raise _unknown(name, locomotion.known_names())
 
 
 def _check_registered(name: str) -> None:

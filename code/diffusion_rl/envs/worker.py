@@ -13,6 +13,8 @@ from typing import Any
 import gymnasium
 
 from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs import kitchen
+from diffusion_rl.envs.d4rl import OriginalEnv
 from diffusion_rl.envs.multi_step import LowdimWrapper, MultiStep
 
 LOCOMOTION_PREFIXES = ("hopper-", "walker2d-", "halfcheetah-")
@@ -23,7 +25,8 @@ class EnvRecipe:
     """Everything a worker needs to build its environment.
 
     name: a gymnasium id, with the module that registers it if it is the user's own ("my_pkg:MyEnv-v0"), or a D4RL
-    locomotion name. kwargs: for its constructor. chunks: keyword arguments of MultiStep.
+    locomotion or kitchen name. kwargs: for its constructor. chunks: keyword arguments of MultiStep. original: step
+    D4RL's own simulator instead of gymnasium's.
     """
 
     name: str
@@ -32,6 +35,7 @@ class EnvRecipe:
     normalizer: MinMaxNormalizer | None = None
     render: bool = False
     d4rl_time_limit: int | None = None
+    original: bool = False
 
     def __call__(self) -> MultiStep:
         env = self._base()
@@ -41,10 +45,14 @@ class EnvRecipe:
 
     def _base(self) -> gymnasium.Env:
         render_mode = "rgb_array" if self.render else None
+        if self.original:
+            return OriginalEnv(self.name, time_limit=self.d4rl_time_limit, **self.kwargs)
         if self.name.startswith(LOCOMOTION_PREFIXES):
             from diffusion_rl.envs.locomotion import single_locomotion  # needs the simulator
 
             return single_locomotion(self.name, time_limit=self.d4rl_time_limit, render_mode=render_mode, **self.kwargs)
+        if self.name.startswith(kitchen.PREFIX):
+            return kitchen.Kitchen(self.name, time_limit=self.d4rl_time_limit, render_mode=render_mode, **self.kwargs)
         return gymnasium.make(self.name, render_mode=render_mode, disable_env_checker=True, **self.kwargs)
 
 

@@ -7,6 +7,7 @@ has no means to import or to call anything: it knows the dozen names that tensor
 plain values for them itself, and refuses the file at the first other name.
 
 Types: float16/32/64, bfloat16, int8…64, uint8…64, bool, complex64/128. Views keep their values and lose their strides.
+Tensors of torch's "meta" device have a type and a shape but no elements: `MetaTensor`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,14 @@ _ALIGNMENT = 64
 _LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
 
 
+@dataclass(frozen=True)
+class MetaTensor:
+    """A tensor without elements; its type's name ("float32") and its shape are all there is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class _Refused(Exception):
     """The pickle wants something that has no place in a checkpoint."""
 
@@ -63,8 +73,8 @@ def read_pt(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote to `path`, with numpy arrays for the tensors; nothing in the file is executed.
 
     Dictionaries (ordered ones too), lists, tuples, strings, numbers, bools and None come back as themselves, a
-    `torch.Size` as a tuple, a `Parameter` as an array, a `torch.dtype` or device as a string. Tensors that are the same
-    view of one storage come back as one array.
+    `torch.Size` as a tuple, a `Parameter` as an array, a `torch.dtype` or device as a string, tensors without elements
+    as `MetaTensor`. Tensors that are the same view of one storage come back as one array.
 
     Raises:
         UserError: the file is missing, damaged, of another format, or its pickle wants more than the above.
@@ -266,8 +276,13 @@ class _Interpreter:
         typed = _Storage(storage.key, element.name, storage.numel // element.itemsize)
         return self._tensor_v2(typed, offset, size, stride, grad, hooks, *rest)
 
-    def _parameter(self, data: Any, *_: Any) -> np.ndarray:
-        if type(data) is not np.ndarray:
+    def _meta_tensor(self, dtype: Any, size: Any, _stride: Any, _grad: Any) -> MetaTensor:
+        if type(dtype) is not str or dtype.replace(".", " ") not in _DTYPE_NAMES or len(size) > _MAX_DIMENSIONS:
+            raise ValueError("a tensor without elements whose type or size makes no sense")
+        return MetaTensor(dtype.removeprefix("torch."), tuple(map(_natural, size)))
+
+    def _parameter(self, data: Any, *_: Any) -> np.ndarray | MetaTensor:
+        if type(data) not in (np.ndarray, MetaTensor):
             raise ValueError("a parameter that is not a tensor")
         return data
 
@@ -334,6 +349,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch._utils _rebuild_tensor": _Interpreter._tensor_v2,
     "torch._utils _rebuild_tensor_v2": _Interpreter._tensor_v2,
     "torch._utils _rebuild_tensor_v3": _Interpreter._tensor_v3,
+    "torch._utils _rebuild_meta_tensor_no_storage": _Interpreter._meta_tensor,
     "torch._utils _rebuild_parameter": _Interpreter._parameter,
     "torch._utils _rebuild_parameter_with_state": _Interpreter._parameter,
     "torch Size": _Interpreter._size,
@@ -390,7 +406,8 @@ def write_pt(path: str | os.PathLike[str], data: Any) -> None:
     tensors that share it, as torch itself does. The same data give the same bytes.
 
     Args:
-        data: Dictionaries, lists, tuples, strings, numbers, bools, None, and arrays of the types listed above.
+        data: Dictionaries, lists, tuples, strings, numbers, bools, None, `MetaTensor`s, and arrays of the types listed
+            above.
 
     Raises:
         UserError: the file cannot be written, or `data` holds something else.
@@ -439,6 +456,8 @@ class _Writer:
             self.program += _literal(value)
         elif isinstance(value, np.ndarray):
             self._tensor(value)
+        elif isinstance(value, MetaTensor):
+            self._meta_tensor(value)
         elif isinstance(value, Mapping):
             ordered = isinstance(value, collections.OrderedDict)
             self.program += _name("collections OrderedDict") + b")R" if ordered else b"}"
@@ -477,6 +496,12 @@ class _Writer:
         self.value(_contiguous_strides(array.shape))
         self.program += _literal(False) + _name("collections OrderedDict") + b")R"
         self.program += (_name(f"torch {array.dtype.name}") if untyped else b"") + b"tR"
+
+    def _meta_tensor(self, tensor: MetaTensor) -> None:
+        self.program += _name("torch._utils _rebuild_meta_tensor_no_storage") + b"(" + _name(f"torch {tensor.dtype}")
+        self.value(tensor.shape)
+        self.value(_contiguous_strides(tensor.shape))
+        self.program += _literal(False) + b"tR"
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,13 +2,15 @@
 
 A module's own variable path is rewritten by the rules below; kernels [..., in, out] are stored as [out, in, ...].
 Modules that appear under two names (the base network of a fine-tuned policy is `network` and `actor`) appear twice, as
-in PyTorch.
+in PyTorch. An ensemble is one variable here; in the reference its members are modules of a list,
+`target_networks.<m>.<name>`, except in `ensemble_params.<name>`, which are stacked as ours are.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -47,39 +49,60 @@ def torch_name(path: str) -> str:
     return path
 
 
-def named_parameters(module: object) -> Iterator[tuple[str, tf.Variable, bool]]:
-    """(reference name, variable, whether it is stored transposed) in the reference's order, aliases included."""
+class Parameter(NamedTuple):
+    """A tensor of the reference's state_dict, and where it is in ours.
+
+    Attributes:
+        name: the reference's.
+        variable: ours.
+        transposed: the variable is a kernel [..., in, out], the tensor [out, in, ...].
+        member: the tensor is this entry of a variable that is stacked [M, ...].
+        stacked: variable and tensor are stacked both, [M, ...].
+    """
+
+    name: str
+    variable: tf.Variable
+    transposed: bool
+    member: int | None = None
+    stacked: bool = False
+
+    def to_torch(self, value: np.ndarray) -> np.ndarray:
+        """The tensor for a value (or gradient) of the variable."""
+        value = value if self.member is None else value[self.member]
+        return np.ascontiguousarray(channels_first(value, int(self.stacked))) if self.transposed else value
+
+    def assign(self, tensor: np.ndarray) -> None:
+        """Give the variable, or its entry, the tensor's value."""
+        value = channels_last(tensor, int(self.stacked)) if self.transposed else tensor
+        target = self.variable if self.member is None else self.variable[self.member]
+        target.assign(value.astype(self.variable.dtype.as_numpy_dtype))
+
+
+def named_parameters(module: object) -> Iterator[Parameter]:
+    """Every tensor of the reference's state_dict, aliases included."""
     for path, variable in named_variables(module):
-        yield torch_name(path), variable, path.endswith(".kernel")
+        transposed = path.endswith(".kernel")
+        owner, is_ensemble, rest = path.rpartition("members.")
+        if is_ensemble and owner not in ("", "ensemble_params."):
+            for m in range(variable.shape[0]):
+                yield Parameter(torch_name(f"{owner}{m}.{rest}"), variable, transposed, member=m)
+        else:
+            yield Parameter(torch_name(owner + rest), variable, transposed, stacked=bool(is_ensemble))
 
 
 def state_dict(module: object) -> dict[str, np.ndarray]:
     """The weights of a module or policy under the reference's names and in its layouts."""
-    return {n: to_torch(v.numpy(), transposed) for n, v, transposed in named_parameters(module)}
+    return {p.name: p.to_torch(p.variable.numpy()) for p in named_parameters(module)}
 
 
-def unique_parameters(module: object) -> Iterator[tuple[str, tf.Variable, bool]]:
-    """Like `named_parameters`, each variable once under its first name (`network.*`, not its alias `actor.*`)."""
-    seen: set[int] = set()
-    for name, variable, transposed in named_parameters(module):
-        if id(variable) not in seen:
-            seen.add(id(variable))
-            yield name, variable, transposed
+def channels_first(value: np.ndarray, first: int = 0) -> np.ndarray:
+    """A kernel [..., in, out] as [out, in, ...], behind `first` axes that stay."""
+    return np.moveaxis(value, (-1, -2), (first, first + 1))
 
 
-def to_torch(value: np.ndarray, transposed: bool) -> np.ndarray:
-    """One array in the reference's layout."""
-    return np.ascontiguousarray(channels_first(value)) if transposed else value
-
-
-def channels_first(value: np.ndarray) -> np.ndarray:
-    """A kernel [..., in, out] as [out, in, ...]."""
-    return np.moveaxis(value, (-1, -2), (0, 1))
-
-
-def channels_last(value: np.ndarray) -> np.ndarray:
-    """A kernel [out, in, ...] as [..., in, out]."""
-    return np.moveaxis(value, (0, 1), (-1, -2))
+def channels_last(value: np.ndarray, first: int = 0) -> np.ndarray:
+    """A kernel [out, in, ...] as [..., in, out], behind `first` axes that stay."""
+    return np.moveaxis(value, (first, first + 1), (-1, -2))
 
 
 def load_state_dict(module: object, weights: Mapping[str, np.ndarray], strict: bool = True) -> list[str]:
@@ -96,26 +119,25 @@ def load_state_dict(module: object, weights: Mapping[str, np.ndarray], strict: b
     """
     expected = list(named_parameters(module))
     if strict:
-        names = {n for n, _, _ in expected}
+        names = {p.name for p in expected}
         missing, left_over = sorted(names - set(weights)), sorted(set(weights) - names)
         if missing or left_over:
             raise UserError(
                 f"these weights are not of this network: missing {_few(missing)}, left over {_few(left_over)}"
             )
     loaded = []
-    for name, variable, transposed in expected:
-        if name not in weights:
+    for parameter in expected:
+        if parameter.name not in weights:
             continue
-        value = np.asarray(weights[name])
-        needed = to_torch(np.empty(variable.shape, np.bool_), transposed).shape
+        value = np.asarray(weights[parameter.name])
+        needed = parameter.to_torch(np.empty(parameter.variable.shape, np.bool_)).shape
         if value.shape != needed:
             raise UserError(
-                f"weight {name} has shape {value.shape}, this network needs {needed}: "
+                f"weight {parameter.name} has shape {value.shape}, this network needs {needed}: "
                 "check obs_dim, action_dim, horizon_steps and the network's dims"
             )
-        value = channels_last(value) if transposed else value
-        variable.assign(value.astype(variable.dtype.as_numpy_dtype))
-        loaded.append(name)
+        parameter.assign(value)
+        loaded.append(parameter.name)
     return loaded
 
 

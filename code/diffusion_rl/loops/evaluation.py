@@ -13,11 +13,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.interop.files import atomic_file
-from diffusion_rl.loops.policy_files import SAMPLING, is_fine_tuned, load_policy, open_checkpoint, policy_weights
+from diffusion_rl.loops.policy_files import (
+    GAUSSIAN_SAMPLING,
+    SAMPLING,
+    Policy,
+    is_fine_tuned,
+    load_policy,
+    open_checkpoint,
+    policy_weights,
+)
 from diffusion_rl.loops.rollout import (
     EpisodeStatistics,
     Observations,
@@ -27,7 +34,7 @@ from diffusion_rl.loops.rollout import (
 )
 from diffusion_rl.loops.run_folder import write_config
 from diffusion_rl.loops.run_state import Checkpoint
-from diffusion_rl.policies.acting import DiffusionActor
+from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 from diffusion_rl.reports.metrics import MetricsWriter
 from diffusion_rl.reports.progress import Progress
@@ -36,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(
-    actor: DiffusionActor,
+    actor: Any,
     venv: Any,
     noise: NoiseSource,
     n_steps: int,
@@ -51,9 +58,8 @@ def evaluate(
     observations = venv.reset(options)
 
     def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        draws = noise.normal(actor.noise_shape(venv.n_envs), floatx())
-        decision = actor.act(obs["state"], draws, deterministic=True)
-        return decision.actions, {"chains": decision.chains}
+        decision = actor.act(obs["state"], actor.draw(noise, venv.n_envs), deterministic=True)
+        return decision.actions, decision.arrays()
 
     return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)
 
@@ -74,8 +80,10 @@ class Evaluation:
         self.cfg = cfg
         path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
         checkpoint = open_checkpoint(path)
-        self.policy: FineTunedDiffusionPolicy = instantiate(model_of(checkpoint, cfg["model"]))
-        self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, int(cfg.get("ft_denoising_steps", 0) or 0), path)
+        self.policy: Policy = instantiate(model_of(checkpoint, cfg["model"]))
+        if isinstance(self.policy, FineTunedDiffusionPolicy):
+            asked = int(cfg.get("ft_denoising_steps", 0) or 0)
+            self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, asked, path)
         load_policy(self.policy, checkpoint, path)
         # Decide by the same program as the training did: the other one rounds differently.
         self.fast = bool(((checkpoint.metadata.get("config") or {}).get("train") or {}).get("fast", True))
@@ -99,7 +107,7 @@ class Evaluation:
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
             rollout = evaluate(
-                DiffusionActor(self.policy, self.fast),
+                actor_for(self.policy, self.fast),
                 self.venv,
                 NoiseSource(self.seed),
                 n_steps,
@@ -108,7 +116,7 @@ class Evaluation:
             )
         self.venv.close()
         threshold = cfg["env"].get("best_reward_threshold_for_success", 0)
-        stats = episode_statistics(rollout.rewards, rollout.firsts, cfg["act_steps"], threshold)
+        stats = episode_statistics(rollout, cfg["act_steps"], threshold)
         print(
             f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "
             f"avg episode reward {stats.mean_return:.4f} | avg best reward {stats.mean_best_reward:.4f}"
@@ -151,10 +159,11 @@ def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:
     if not sampling:
         return model
     model = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(model), resolve=True))
-    different = {k: v for k, v in sampling.items() if k in SAMPLING and k in model and model[k] != v}
+    sampling = {k: v for k, v in sampling.items() if k in (*SAMPLING, *GAUSSIAN_SAMPLING)}
+    different = {k: v for k, v in sampling.items() if k in model and model[k] != v}
     if different:
         log.info("from the checkpoint: %s", ", ".join(f"model.{k}={v}" for k, v in different.items()))
-    return OmegaConf.merge(model, {k: v for k, v in sampling.items() if k in SAMPLING})  # type: ignore[return-value]
+    return OmegaConf.merge(model, sampling)  # type: ignore[return-value]
 
 
 def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:

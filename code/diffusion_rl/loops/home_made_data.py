@@ -18,13 +18,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.algorithms.sac import SAC, SACUpdate, Transitions
+from diffusion_rl.algorithms.off_policy import Phase
+from diffusion_rl.algorithms.sac import SAC
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.episodes import Episodes, Normalization, read_npz, save_episodes
-from diffusion_rl.data.replay import ReplayBuffer
+from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.loops.learner import Learner
+from diffusion_rl.loops.off_policy import Buffers, Rows
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
 
@@ -43,7 +46,7 @@ class Settings:
     n_eval_envs: int = 16
     batch_size: int = 256
     replay_ratio: float = 0.5  # gradient steps for each environment step
-    updates_per_call: int = 50
+    updates_per_call: int = 32
     explore_steps: int = 10_000  # uniformly random actions before the first gradient step
     buffer_size: int = 1_000_000
     max_updates: int = 500_000
@@ -67,7 +70,7 @@ def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
     with initial_weights(NoiseSource(settings.seed)):
         actor = GaussianMLP(action_dim, 1, tanh_output=False, std_min=0.0067, std_max=7.3891, **common)
         critic = CriticObsAct(action_dim=action_dim, use_layernorm=settings.critic_layernorm, **common)
-    return SAC(actor, critic, horizon_steps=1)
+    return SAC(actor, critic, horizon_steps=1, tanh_output=True)
 
 
 class Sampler:
@@ -142,27 +145,24 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     envs = make_envs(task, settings.n_envs, settings.seed)
     eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
-    update = SACUpdate(
-        policy,
-        gamma=0.99,
-        actor_lr=3e-4,
-        critic_lr=1e-3,
-        target_ema_rate=0.005,
-        target_entropy=-float(envs.action_dim),
-    )
     noise = NoiseSource(settings.seed + 1)
     sampler = Sampler(policy, noise, envs.action_dim)
     collector = Collector(envs, sampler, settings)
+    buffers = Buffers(collector.buffer)
+    learner = Learner(policy, sac_settings(settings, envs.action_dim), buffers)
     start, updates, log = time.monotonic(), 0, []
     while updates < settings.max_updates:
         collector.collect(settings.updates_per_call / settings.replay_ratio)
-        losses = update.run(*draw_batches(collector.buffer, noise, settings, envs.action_dim))
+        collector.buffer.flush()
+        rows = Rows(buffers, noise, settings.n_envs)
+        losses = learner.run(Phase(settings.updates_per_call), noise, rows, lambda count, found: None)
         updates += settings.updates_per_call
         if updates % settings.eval_every >= settings.updates_per_call:
             continue
         evaluation = statistics(roll_out(sampler, eval_envs, lambda episodes, _: episodes >= 1))
         row = {"updates": updates, "env_steps": collector.env_steps, **evaluation}
-        row |= {k: float(v) for k, v in losses.items()}
+        row |= {k.partition(".")[0]: float(v.mean()) for k, v in losses.items()}
+        row["alpha"] = float(np.exp(policy.watched()["log_alpha"]))
         log.append(row)
         save_actor(actor_file(work_dir, updates), policy)
         (work_dir / "training.json").write_text(json.dumps(log, indent=1))
@@ -184,7 +184,8 @@ class Collector:
     def __init__(self, envs: LocomotionVectorEnv, sampler: Sampler, settings: Settings):
         self.envs, self.sampler, self.settings = envs, sampler, settings
         obs_dim, action_dim = envs.obs_spec["state"][0], envs.action_dim
-        self.buffer = ReplayBuffer(settings.buffer_size, (1, obs_dim), (1, action_dim))
+        names = ("obs", "actions", "next_obs", "rewards", "terminated")
+        self.buffer = ReplayBuffer(settings.buffer_size, fields(names, (1, obs_dim), (1, action_dim)))
         self.obs = envs.reset()["state"]
         self.env_steps, self._owed = 0, float(settings.explore_steps)
 
@@ -200,20 +201,30 @@ class Collector:
             following = result.observations["state"].copy()
             ended = result.terminated | result.truncated
             following[ended] = result.infos["final_observations"]["state"][ended]
-            self.buffer.add(self.obs, following, actions, result.rewards, result.terminated)
+            self.buffer.add(
+                obs=self.obs,
+                next_obs=following,
+                actions=actions,
+                rewards=result.rewards,
+                terminated=result.terminated,
+            )
             self.obs = result.observations["state"]
             self.env_steps += self.envs.n_envs
             self._owed -= self.envs.n_envs
 
 
-def draw_batches(
-    buffer: ReplayBuffer, noise: NoiseSource, settings: Settings, action_dim: int
-) -> tuple[Transitions, tf.Tensor, tf.Tensor]:
-    """Arguments of `SACUpdate.run`: U cycles of one critic and one actor step."""
-    shape = (settings.updates_per_call, 1, settings.batch_size)
-    batches = buffer.gather(noise.integers(0, buffer.size, shape))
-    critic_noise, actor_noise = noise.normal((*shape, action_dim)), noise.normal((shape[0], 1, 2, shape[2], action_dim))
-    return Transitions(*map(tf.constant, batches)), tf.constant(critic_noise), tf.constant(actor_noise)
+def sac_settings(settings: Settings, action_dim: int) -> dict[str, Any]:
+    """The `train` node of SAC with one actor step for each of the critic's."""
+    return {
+        "gamma": 0.99,
+        "actor_lr": 3e-4,
+        "critic_lr": 1e-3,
+        "target_ema_rate": 0.005,
+        "target_entropy": -float(action_dim),
+        "init_temperature": 1.0,
+        "batch_size": settings.batch_size,
+        "actor_steps": 1,
+    }
 
 
 def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:

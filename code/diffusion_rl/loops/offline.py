@@ -127,11 +127,13 @@ class PreTraining:
             on_batches(len(items), float(losses[-1][-1]))
         return np.concatenate(losses)
 
-    def _draw(self, shape: tuple[int, ...], noise: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Denoising steps and noise for windows of that shape; likelihoods need no draw: zeros, and nothing."""
+    def _draw(self, shape: tuple[int, ...], noise: Any, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Denoising steps and noise for windows of that shape; for likelihoods zeros, and dropout's masks if any."""
         m = self.model
         if not isinstance(m, DiffusionPolicy):
-            return np.zeros(shape, np.int64), np.zeros((*shape, 0, 0), floatx())
+            masks = m.network.masks_shapes(1) if training and getattr(m.network, "dropout", 0) else []
+            keep = noise.uniform((*shape, sum(width for _, width in masks))) >= m.network.dropout if masks else None
+            return np.zeros(shape, np.int64), np.zeros((*shape, 0)) if keep is None else keep.astype(floatx())
         t = noise.integers(0, m.denoising_steps, shape)
         return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
 
@@ -151,7 +153,7 @@ class PreTraining:
         total = 0.0
         for i in range(0, len(self.validation), size):
             items = self.validation[i : i + size]
-            total += self.trainer.evaluate(items, *self._draw(items.shape, noise)) * len(items)
+            total += self.trainer.evaluate(items, *self._draw(items.shape, noise, training=False)) * len(items)
         return total / len(self.validation)
 
     def _learning_rate(self) -> float:

@@ -14,8 +14,9 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint
+from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
-from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,13 @@ def fitting(path: Any) -> Iterator[None]:
 
 
 def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The weights to act with: the averaged ones of a pre-trained policy, else the model's."""
-    return checkpoint.select("ema.") or checkpoint.select("model.")
+    """The weights to act with: the averaged ones of a pre-trained diffusion policy, else the model's.
+
+    (Of pre-trained Gaussian and mixture policies the reference takes the last weights, not the average.)
+    """
+    last = checkpoint.metadata.get("kind") in (GaussianPolicy.KIND, GMMPolicy.KIND)
+    first, second = ("model.", "ema.") if last else ("ema.", "model.")
+    return checkpoint.select(first) or checkpoint.select(second)
 
 
 def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:
@@ -71,8 +77,8 @@ def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:
 def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
     """Fill a policy from a pre-trained or fine-tuned checkpoint.
 
-    A pre-trained one fills the base network and its fine-tuned copy; critic and eta stay as they are. A fine-tuned one
-    fills everything it holds.
+    A pre-trained one fills the base network and its fine-tuned copy; critic and eta stay as they are. A fine-tuned
+    diffusion policy fills everything it holds; of other policies the network is taken, and training starts from it.
 
     Raises:
         UserError: names the file, what differs, and what to set.
@@ -93,10 +99,16 @@ def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
 
 def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
     weights = policy_weights(checkpoint)
-    if not isinstance(policy, FineTunedDiffusionPolicy):
-        load_state_dict(policy, {k: v for k, v in weights.items() if k.startswith("network.")})
+    if getattr(policy, "CONTINUES", False):  # the same algorithm's earlier training: critics and all
+        load_state_dict(policy, weights)
         return
     network = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
+    if not isinstance(policy, FineTunedDiffusionPolicy):
+        for module in (policy.network, *getattr(policy, "copies", ())):
+            load_state_dict(module, network)
+        if isinstance(policy, FineTunedGaussianPolicy):
+            copy_weights(policy.network, policy.actor)
+        return
     network = network or {k.removeprefix("actor."): v for k, v in weights.items() if k.startswith("actor.")}
     if not network:
         raise UserError(f"{path} holds no diffusion policy (no network.* or actor.* weights)")

@@ -24,8 +24,31 @@ class Rollout:
     firsts: np.ndarray  # [S+1,E], 1 where an episode begins
     decisions: dict[str, np.ndarray] = field(default_factory=dict)  # what the policy said, each [S,E,...]
 
+    def first(self, n: int) -> Rollout:
+        """Its first n steps; the observations after them are not known."""
+        return Rollout(
+            observations={k: v[:n] for k, v in self.observations.items()},
+            last_observations={},
+            rewards=self.rewards[:n],
+            terminated=self.terminated[:n],
+            firsts=self.firsts[: n + 1],
+            decisions={k: v[:n] for k, v in self.decisions.items()},
+        )
+
+    def episodes(self) -> list[tuple[int, int, int]]:
+        """(environment, first step, step after the last) of the episodes that began and ended in it.
+
+        Episodes of a single chunk are not counted, as in the reference.
+        """
+        found = []
+        for env in range(self.rewards.shape[1]):
+            starts = np.flatnonzero(self.firsts[:, env] == 1)
+            found += [(env, a, b) for a, b in zip(starts[:-1], starts[1:], strict=True) if b - a > 1]
+        return found
+
 
 Decide = Callable[[Observations], tuple[np.ndarray, dict[str, np.ndarray]]]
+Store = Callable[[Observations, np.ndarray, Any], None]
 
 
 def collect(
@@ -36,8 +59,10 @@ def collect(
     firsts: np.ndarray,
     act_steps: int,
     on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
+    store: Store = lambda observations, actions, result: None,
+    n_episodes: int | None = None,
 ) -> Rollout:
-    """Run the policy for `n_steps` chunks in all environments.
+    """Run the policy for `n_steps` chunks in all environments, or until `n_episodes` have ended if that is sooner.
 
     (Stepping one half of the environments while the policy decides for the other was tried: slower, 20 ms a step
     against 14 on two cores, because both already use all cores.)
@@ -47,6 +72,7 @@ def collect(
         observations: the present ones;  firsts: [E], 1 where they begin an episode.
         act_steps: how many actions of a chunk are executed.
         on_step: called after every step, for progress and for stopping (it may raise).
+        store: is given what was acted on, the executed chunks [E,Ta,A] and the answer of `venv`, which it may change.
 
     Raises:
         UserError: an action is NaN or infinite; no simulator sees it.
@@ -60,6 +86,7 @@ def collect(
         firsts=np.zeros((n_steps + 1, n_envs)),
     )
     rollout.firsts[0] = firsts
+    ended = 0
     for step in range(n_steps):
         actions, keep = decide(observations)
         if not np.isfinite(actions).all():
@@ -74,11 +101,16 @@ def collect(
                 rollout.decisions[key] = np.empty((n_steps, *value.shape), value.dtype)
             rollout.decisions[key][step] = value
         result = venv.step(actions[:, :act_steps])
+        store(observations, actions[:, :act_steps], result)
         observations = result.observations
         rollout.rewards[step] = result.rewards
         rollout.terminated[step] = result.terminated
         rollout.firsts[step + 1] = result.terminated | result.truncated
         on_step(step, rollout.rewards[step])
+        ended += int(rollout.firsts[step + 1].sum())
+        if n_episodes is not None and ended >= n_episodes:
+            rollout = rollout.first(step + 1)
+            break
     rollout.last_observations = observations
     return rollout
 
@@ -94,21 +126,10 @@ class EpisodeStatistics:
     returns: np.ndarray  # [n_episodes]
 
 
-def episode_statistics(
-    rewards: np.ndarray, firsts: np.ndarray, act_steps: int, threshold: float
-) -> EpisodeStatistics:
-    """Find whole episodes in rewards [S,E] by the marks firsts [S+1,E] and summarise them.
-
-    Episodes of a single chunk are not counted, as in the reference.
-    """
-    returns, best = [], []
-    for env in range(rewards.shape[1]):
-        starts = np.flatnonzero(firsts[:, env] == 1)
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
-            if end - start > 1:
-                episode = rewards[start:end, env]
-                returns.append(np.sum(episode))
-                best.append(np.max(episode) / act_steps)
+def episode_statistics(rollout: Rollout, act_steps: int, threshold: float) -> EpisodeStatistics:
+    """Summarise the whole episodes of a rollout."""
+    episodes = [rollout.rewards[start:end, env] for env, start, end in rollout.episodes()]
+    returns, best = [np.sum(e) for e in episodes], [np.max(e) / act_steps for e in episodes]
     if not returns:
         return EpisodeStatistics(0, 0.0, 0.0, 0.0, np.array([]))
     return EpisodeStatistics(

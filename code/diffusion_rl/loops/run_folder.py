@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
@@ -163,6 +163,20 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.path)
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.close()
+            raise
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not in the main thread: signals are somebody else's
+                break
+        return self
+
+    def _begin(self) -> None:
         write_config(self.path, self.resolved)
         self.metrics = MetricsWriter(
             self.path,
@@ -171,12 +185,6 @@ class RunFolder:
             config=self.resolved,
         )
         self._drop_what_follows()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not in the main thread: signals are somebody else's
-                break
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         for number, handler in self._before.items():
@@ -185,11 +193,17 @@ class RunFolder:
             with contextlib.suppress(UserError):  # the disk may be what failed
                 self._save(keep=False)
         self.metrics.close()
+        self._lock.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal is not None:  # the second time at once
             raise KeyboardInterrupt
         self._signal = number
+
+    @property
+    def stopping(self) -> bool:
+        """Whether SIGINT or SIGTERM has arrived."""
+        return self._signal is not None
 
     def stop_if_requested(self) -> None:
         """If SIGINT or SIGTERM has arrived: save what is remembered and end the run with `Interrupted`."""
@@ -201,6 +215,24 @@ class RunFolder:
         if self._last_saved is None:
             raise Interrupted(f"stopped by {name} before there was anything to save; start again")
         raise Interrupted(f"stopped by {name}; state saved in {self._last_saved}; go on with resume={self.path}")
+
+
+def _locked(folder: Path) -> IO[str]:
+    """A file that this process alone holds, for as long as it is open; its end, however it comes, releases it."""
+    file = (folder / ".lock").open("w")
+    with contextlib.suppress(ImportError):  # a system without fcntl goes without
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"another process is writing to {folder}: wait for it, stop it, or name another logdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+    return file
 
 
 def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:

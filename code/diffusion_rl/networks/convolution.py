@@ -3,9 +3,8 @@
 Shape letters: B batch, T time steps in, U time steps out, I channels in, D channels out, k kernel size. Time comes
 before channels, [B,T,I].
 
-TensorFlow's own convolutions are slow on CPUs, backwards above all. A short signal goes through one product with the
-banded matrix [T*I, U*D] that the kernel stands for; a long one, where that matrix would be mostly zeros, through
-products of shifted copies.
+TensorFlow's own convolutions of one dimension are slow on CPUs, backwards above all. Here a few neighbouring outputs at
+a time are one product with the banded matrix that the kernel stands for: of a short signal all of them, [T*I, U*D].
 """
 
 from __future__ import annotations
@@ -20,31 +19,36 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 from diffusion_rl.networks.layers import Array
 
-BANDED_UP_TO = 3  # times the kernel size: longest signal for which the banded matrix wastes less than it saves
+BLOCK = 4  # outputs of one product: more are fewer products, of matrices with more zeros in them
 
 
 def taps(n_in: int, n_out: int, kernel_size: int, stride: int, padding: int) -> np.ndarray:
-    """[n_in, n_out, k] of 0 and 1: which tap of the kernel leads from input t to output u: t = u * stride + j - p."""
-    t, u, j = np.ogrid[:n_in, :n_out, :kernel_size]
-    return t == u * stride + j - padding
+    """[T,U]: the tap j of the kernel that leads from input t to output u, t = u * stride + j - p; k where none does."""
+    t, u = np.ogrid[:n_in, :n_out]
+    j = t - u * stride + padding
+    return np.where((j >= 0) & (j < kernel_size), j, kernel_size)
 
 
-def banded_product(x: Array, kernel: Array, where: np.ndarray) -> Array:
-    """Convolution as a product with the matrix of all the kernel's shifts.
+def banded_product(x: Array, kernel: Array, tap: np.ndarray) -> Array:
+    """Convolution as products with the matrix of the kernel's shifts.
 
     Args:
         x: [B,T,I];  kernel: [k,I,D].
-        where: [T,U,k] of 0 and 1, which tap leads from t to u.
+        tap: [T,U] of `taps`.
 
     Returns:
         [B,U,D]
     """
-    n_in, n_out, k = where.shape
-    inputs, outputs = kernel.shape[1:]
-    matrix = tf.matmul(where.reshape(-1, k).astype(kernel.dtype.as_numpy_dtype), tf.reshape(kernel, [k, -1]))
-    matrix = tf.transpose(tf.reshape(matrix, [n_in, n_out, inputs, outputs]), [0, 2, 1, 3])
-    rows = tf.reshape(x, [-1, n_in * inputs])
-    return tf.reshape(tf.matmul(rows, tf.reshape(matrix, [n_in * inputs, n_out * outputs])), [-1, n_out, outputs])
+    (n_in, n_out), (k, inputs, outputs) = tap.shape, kernel.shape
+    blocks = [*tf.unstack(kernel), tf.zeros([inputs, outputs], kernel.dtype)]
+    rows, products = tf.reshape(x, [-1, n_in * inputs]), []
+    for first in range(0, n_out, BLOCK):
+        columns = tap[:, first : first + BLOCK]
+        used = np.flatnonzero((columns < k).any(axis=1))
+        start, stop = (used[0], used[-1] + 1) if len(used) else (0, 1)  # none: outputs that see only padding
+        matrix = tf.concat([tf.concat([blocks[j] for j in row], axis=1) for row in columns[start:stop]], axis=0)
+        products.append(tf.matmul(rows[:, start * inputs : stop * inputs], matrix))
+    return tf.reshape(tf.concat(products, axis=1), [-1, n_out, outputs])
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
@@ -53,35 +57,20 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
     x [B,T,I], kernel [k,I,D] -> [B,U,D] with U = (T + 2 padding - k) // stride + 1.
     """
     n_in, (k, inputs, outputs) = x.shape[1], kernel.shape
-    n_out = (n_in + 2 * padding - k) // stride + 1
     if k == 1 and stride == 1 and padding == 0:
         return tf.reshape(tf.matmul(tf.reshape(x, [-1, inputs]), kernel[0]), [-1, n_in, outputs])
-    if n_in <= BANDED_UP_TO * k:
-        return banded_product(x, kernel, taps(n_in, n_out, k, stride, padding))
-    padded = tf.pad(x, [[0, 0], [padding, padding + stride - 1], [0, 0]])
-    windows = tf.concat([padded[:, j : j + n_out * stride : stride] for j in range(k)], axis=-1)
-    flat = tf.reshape(windows, [-1, k * inputs])
-    return tf.reshape(tf.matmul(flat, tf.reshape(kernel, [k * inputs, outputs])), [-1, n_out, outputs])
+    n_out = (n_in + 2 * padding - k) // stride + 1
+    return banded_product(x, kernel, taps(n_in, n_out, k, stride, padding))
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     """y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
 
-    x [B,T,I], kernel [k,D,I] with k a multiple of the stride -> [B,U,D] with U = (T - 1) stride + k - 2 padding.
+    x [B,T,I], kernel [k,D,I] -> [B,U,D] with U = (T - 1) stride + k - 2 padding.
     """
-    n_in, (k, outputs, inputs) = x.shape[1], kernel.shape
+    n_in, k = x.shape[1], kernel.shape[0]
     n_out = (n_in - 1) * stride + k - 2 * padding
-    if n_in <= BANDED_UP_TO * k:
-        where = taps(n_out, n_in, k, stride, padding).transpose(1, 0, 2)
-        return banded_product(x, tf.transpose(kernel, [0, 2, 1]), where)
-    by_tap = tf.matmul(tf.reshape(x, [-1, inputs]), tf.reshape(kernel, [k * outputs, inputs]), transpose_b=True)
-    by_tap = tf.reshape(by_tap, [-1, n_in, k, outputs])
-    pieces, extra = [], k // stride - 1  # `stride` neighbouring taps fill one stretch of the output
-    for i in range(k // stride):
-        stretch = by_tap[:, :, i * stride : (i + 1) * stride]
-        pieces.append(tf.pad(stretch, [[0, 0], [i, extra - i], [0, 0], [0, 0]]))
-    whole = tf.reshape(tf.add_n(pieces), [-1, (n_in + extra) * stride, outputs])
-    return whole[:, padding : padding + n_out]
+    return banded_product(x, tf.transpose(kernel, [0, 2, 1]), taps(n_out, n_in, k, stride, padding).T)
 
 
 class Conv1d(keras.layers.Layer):

@@ -7,8 +7,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.networks.layers import Array, flatten_state, named_variables, with_variables
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 
 
@@ -67,8 +68,35 @@ class CriticObsAct(keras.layers.Layer):
         action = tf.convert_to_tensor(action)
         flat_action = tf.reshape(action, [tf.shape(action)[0], -1])
         x = tf.concat([flatten_state(cond), tf.ensure_shape(flat_action, [None, _flat_dim(action)])], axis=-1)
-        q1 = tf.squeeze(self.Q1(x), 1)
-        return (q1, tf.squeeze(self.Q2(x), 1)) if self.double_q else q1
+        q1 = tf.squeeze(self.Q1(x), -1)
+        return (q1, tf.squeeze(self.Q2(x), -1)) if self.double_q else q1
+
+
+class CriticEnsemble(keras.layers.Layer):
+    """M action values by one batched product per layer (RLPD, Ball et al. 2023): weights with a leading axis M.
+
+    The reference starts all members as copies of one network: `CriticEnsemble([critic] * M)`.
+
+    Args:
+        members: M networks of the same architecture, of one output each, whose weights are stacked. They are not kept.
+    """
+
+    def __init__(self, members: Sequence[CriticObsAct]):
+        super().__init__(dtype=floatx())
+        if any(member.double_q for member in members):
+            raise UserError("members of an ensemble of critics have one value each: set critic.double_q to false")
+        self.size = len(members)
+        weights = [dict(named_variables(member)) for member in members]
+        self.members = with_variables(
+            members[0],
+            lambda path, variable: tf.Variable(tf.stack([w[path] for w in weights]), trainable=variable.trainable),
+        )
+
+    def call(self, cond: dict[str, Array], action: Array, subset: Array | None = None) -> Array:
+        """cond {"state": [B,To,O]}, action [B,Ta,A] -> [M,B]; with `subset` [N] of indices only these: [N,B]."""
+        if subset is None:
+            return self.members(cond, action)
+        return with_variables(self.members, lambda path, variable: tf.gather(variable, subset))(cond, action)
 
 
 def _flat_dim(action: Array) -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.networks.layers import Array, flatten_state
 from diffusion_rl.networks.mlp import DiffusionMLP, ResidualBlock, ResidualMLP
 
 
@@ -85,6 +85,27 @@ def actor_output(network: DiffusionMLP, folded: Sequence[Array], rows: Array) ->
     if len(blocks) > 3:
         return product + tf.matmul(h, w_out) + constant
     return product + tf.matmul(rows, w_out)
+
+
+class FoldedActor:
+    """A network, folded once for several evaluations with the network's own arguments.
+
+    Args:
+        network: one that `can_fold`.
+        n_steps: denoising steps T.
+    """
+
+    def __init__(self, network: DiffusionMLP, n_steps: int):
+        self.network, self.n_steps = network, n_steps
+        self.weights = fold_actor(network, np.arange(n_steps))
+
+    def __call__(self, x: Array, t: Array, cond: dict[str, Array]) -> Array:
+        """x [B,H,A], t [B], cond {"state": [B,To,O]} -> [B,H,A]."""
+        network = self.network
+        flat = tf.reshape(x, [-1, network.horizon_steps * network.action_dim])
+        rows = tf.concat([flat, flatten_state(cond), tf.one_hot(t, self.n_steps, dtype=flat.dtype)], axis=1)
+        output = actor_output(network, self.weights, rows)
+        return tf.reshape(output, [-1, network.horizon_steps, network.action_dim])
 
 
 def fold_critic(critic: CriticObs) -> list[Array]:

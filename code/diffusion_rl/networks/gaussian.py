@@ -46,7 +46,7 @@ class GaussianMLP(SpreadOwner):
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
-        self.tanh_output = tanh_output
+        self.tanh_output, self.dropout = tanh_output, dropout
         build, output_dim = (ResidualMLP if residual_style else MLP), action_dim * horizon_steps
         common = {"activation_type": activation_type, "use_layernorm": use_layernorm, "dropout": dropout}
         if fixed_std is None:
@@ -58,12 +58,20 @@ class GaussianMLP(SpreadOwner):
             self.mlp_mean = build([cond_dim, *mlp_dims, output_dim], **common)
         self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
 
-    def call(self, cond: dict[str, Array]) -> tuple[Array, Array]:
-        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step."""
-        state = flatten_state(cond)
+    def masks_shapes(self, batch: int) -> list[tuple[int, int]]:
+        """Shapes of the 0/1 dropout masks that training draws, one for each hidden layer; none without dropout."""
+        dropped = self.mlp_base if self.fixed_std is None else self.mlp_mean
+        return dropped.masks_shapes(batch) if isinstance(dropped, MLP) else []
+
+    def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
+        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
+
+        `keep_masks`: see `masks_shapes`; none in evaluation.
+        """
+        state, masks = flatten_state(cond), {"keep_masks": keep_masks} if keep_masks else {}
         if self.fixed_std is None:
-            state = self.mlp_base(state)
-        mean = self.mlp_mean(state)
+            state, masks = self.mlp_base(state, **masks), {}
+        mean = self.mlp_mean(state, **masks)
         if self.tanh_output:
             mean = tf.tanh(mean)
         if self.fixed_std is None:

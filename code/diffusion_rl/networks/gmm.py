@@ -44,12 +44,8 @@ class GMMMLP(SpreadOwner):
         std_max: float = 1.0,
     ):
         super().__init__(dtype=floatx())
-        self.action_dim, self.horizon_steps, self.cond_dim, self.num_modes = (
-            action_dim,
-            horizon_steps,
-            cond_dim,
-            num_modes,
-        )
+        self.action_dim, self.horizon_steps = action_dim, horizon_steps
+        self.cond_dim, self.num_modes = cond_dim, num_modes
 
         def mlp(outputs: int) -> MLP | ResidualMLP:
             build = ResidualMLP if residual_style else MLP

@@ -5,9 +5,10 @@ Weights take the dtype of `core.keras.floatx()` and draw their initial values fr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +18,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 
 Array: TypeAlias = tf.Tensor
+T = TypeVar("T")
 
 
 def _softplus(x: Array) -> Array:
@@ -54,7 +56,10 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 class Linear(keras.layers.Layer):
-    """y = x @ kernel + bias; kernel [in,out], bias [out], both uniform in +-1/sqrt(in)."""
+    """y = x @ kernel + bias; kernel [in,out], bias [out], both uniform in +-1/sqrt(in).
+
+    With stacked weights (`stacked`), kernel [M,in,out] and bias [M,out], every member makes its own product.
+    """
 
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(dtype=floatx())
@@ -64,7 +69,12 @@ class Linear(keras.layers.Layer):
         self.bias = tf.Variable(draw[-1], name="bias")
 
     def call(self, x: Array) -> Array:
-        """[..., in] -> [..., out]; of more than one leading dimension only the first may be unknown."""
+        """[..., in] -> [..., out]; of more than one leading dimension only the first may be unknown.
+
+        Stacked: [B,in], the same for all members, or [M,B,in] -> [M,B,out].
+        """
+        if self.kernel.shape.rank > 2:
+            return tf.matmul(x, self.kernel) + self.bias[:, None]
         if len(x.shape) > 2:  # one product over all rows: a batched one would sum a kernel gradient per batch entry
             rows = tf.reshape(x, [-1, x.shape[-1]])
             return tf.reshape(self(rows), [-1, *x.shape[1:-1], self.kernel.shape[1]])
@@ -82,7 +92,8 @@ class LayerNorm(keras.layers.Layer):
 
     def call(self, x: Array) -> Array:
         mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
-        return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * self.gamma + self.beta
+        gamma, beta = (w if w.shape.rank == 1 else w[:, None] for w in (self.gamma, self.beta))  # stacked: [M,1,dim]
+        return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * gamma + beta
 
 
 def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
@@ -132,6 +143,25 @@ def _named(value: object, path: str) -> Iterator[tuple[str, tf.Variable]]:
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from _named(item, f"{path}.{i}")
+
+
+def with_variables(module: T, change: Callable[[str, tf.Variable], tf.Variable | Array], prefix: str = "") -> T:
+    """A copy of a module that computes with change(path, variable) in place of each variable; paths as above."""
+    copied = copy.copy(module)
+    for name, value in vars(module).items():
+        if not name.startswith("_"):
+            copied.__dict__[name] = _changed(value, f"{prefix}{name}", change)
+    return copied
+
+
+def _changed(value: Any, path: str, change: Callable[[str, tf.Variable], tf.Variable | Array]) -> Any:
+    if isinstance(value, (tf.Variable, tf.Tensor)):
+        return change(path, value)
+    if isinstance(value, keras.layers.Layer):
+        return with_variables(value, change, path + ".")
+    if isinstance(value, (list, tuple)):
+        return [_changed(item, f"{path}.{i}", change) for i, item in enumerate(value)]
+    return value
 
 
 def variables_of(module: object) -> list[tf.Variable]:

@@ -69,6 +69,10 @@ class MLP(keras.layers.Layer):
             for i in range(last + 1)
         ]
 
+    def masks_shapes(self, batch: int) -> list[tuple[int, int]]:
+        """Shapes of the 0/1 dropout masks that training draws, in the order of the layers."""
+        return [(batch, layer.linear.kernel.shape[-1]) for layer in self.layers if layer.dropout]
+
     def call(self, x: Array, append: Array | None = None, keep_masks: Sequence[Array] = ()) -> Array:
         """x [B,in] -> [B,out]; `append` [B,append_dim]; `keep_masks` one dropout mask per layer that has dropout."""
         masks = iter(keep_masks)

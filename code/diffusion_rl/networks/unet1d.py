@@ -113,37 +113,53 @@ class UNetTrunk(keras.layers.Layer):
 
     Args:
         action_dim: A.
-        cond_dim: G.
+        cond_dim: width of the flattened observation history, To * O.
+        diffusion_step_embed_dim: width of the time embedding.
         dim, dim_mults: channels of the levels are dim times these.
+        smaller_encoder: one Linear layer on the condition in every block instead of three.
+        cond_mlp_dims: the observation first goes through a residual MLP of these dimensions; this also makes the
+            encoders of the blocks the small ones. Two dimensions are two Linear layers without a nonlinearity.
         kernel_size: odd.
         n_groups: groups of channels of the normalisation; None: no normalisation.
-        larger_encoder, cond_predict_scale: see `FiLMBlock`.
+        cond_predict_scale: see `FiLMBlock`.
         groupnorm_eps: epsilon inside the normalisation's root.
+        image_dim: width of the image features of subclasses that have some.
     """
 
-    def build_trunk(
+    def __init__(
         self,
         action_dim: int,
         cond_dim: int,
-        dim: int,
-        dim_mults: Sequence[int],
-        kernel_size: int,
-        n_groups: int | None,
-        larger_encoder: bool,
-        activation_type: str,
-        cond_predict_scale: bool,
-        groupnorm_eps: float,
-    ) -> None:
-        """Build the layers; subclasses call it when they know the width of their condition."""
+        diffusion_step_embed_dim: int = 32,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        smaller_encoder: bool = False,
+        cond_mlp_dims: Sequence[int] | None = None,
+        kernel_size: int = 5,
+        n_groups: int | None = None,
+        activation_type: str = "Mish",
+        cond_predict_scale: bool = False,
+        groupnorm_eps: float = 1e-5,
+        image_dim: int = 0,
+    ):
+        super().__init__(dtype=floatx())
         if kernel_size % 2 == 0:
             raise UserError(f"kernel_size={kernel_size}: the U-Net needs an odd one, or its chunks change length")
+        self.action_dim, self.cond_dim, self.time_dim = action_dim, cond_dim, diffusion_step_embed_dim
+        self.time_mlp = TimeEmbedding(diffusion_step_embed_dim, expansion=4)
+        self.has_cond_mlp, state_dim = cond_mlp_dims is not None, cond_dim
+        if cond_mlp_dims is not None:
+            self.cond_mlp = ResidualMLP([cond_dim, *cond_mlp_dims], activation_type=activation_type)
+            state_dim = cond_mlp_dims[-1]
+        seen_dim = diffusion_step_embed_dim + image_dim + state_dim
+        larger_encoder = not (self.has_cond_mlp or smaller_encoder)
         self.levels = len(dim_mults)
         film = (kernel_size, n_groups, cond_predict_scale, larger_encoder, activation_type, groupnorm_eps)
         dims = [action_dim, *(dim * m for m in dim_mults)]
         widths = list(zip(dims[:-1], dims[1:], strict=True))
 
         def pair(in_dim: int, out_dim: int) -> list[FiLMBlock]:
-            return [FiLMBlock(in_dim, out_dim, cond_dim, *film), FiLMBlock(out_dim, out_dim, cond_dim, *film)]
+            return [FiLMBlock(in_dim, out_dim, seen_dim, *film), FiLMBlock(out_dim, out_dim, seen_dim, *film)]
 
         self.mid_modules = pair(dims[-1], dims[-1])
         self.down_modules = [
@@ -151,19 +167,25 @@ class UNetTrunk(keras.layers.Layer):
             for level, (before, after) in enumerate(widths)
         ]
         self.up_modules = [[*pair(2 * after, before), Upsample(before)] for before, after in reversed(widths[1:])]
+        width = dims[1]  # the reference says `dim`, and fails where the first of dim_mults is not 1
         self.final_conv = [
-            ConvBlock(dim, dim, kernel_size, n_groups, activation_type, groupnorm_eps),
-            Conv1d(dim, action_dim, 1),
+            ConvBlock(width, width, kernel_size, n_groups, activation_type, groupnorm_eps),
+            Conv1d(width, action_dim, 1),
         ]
 
-    def trunk(self, x: Array, cond: Array) -> Array:
-        """x [B,H,A], cond [B,G] -> [B,H,A].
+    def encoded_state(self, cond: dict[str, Array]) -> Array:
+        """{"state": [B,To,O]} -> the observation as the blocks are conditioned on it."""
+        return self.cond_mlp(flatten_state(cond)) if self.has_cond_mlp else flatten_state(cond)
+
+    def trunk(self, x: Array, time: Array, features: Array) -> Array:
+        """x [B,H,A], time [B] integers, features of images and observation [B,F] -> [B,H,A].
 
         Where H is odd and there are two levels the result has H+1 steps.
 
         Raises:
             UserError: more levels than H can be halved.
         """
+        cond = tf.concat([self.time_mlp(tf.reshape(time, [-1])), features], axis=-1)
         horizon, skips = x.shape[1], []
         for one, two, *down in self.down_modules:
             x = two(one(x, cond), cond)
@@ -187,57 +209,8 @@ class UNetTrunk(keras.layers.Layer):
 
 
 class Unet1D(UNetTrunk):
-    """Noise prediction from a noisy chunk, the denoising step and the observation history.
-
-    Args:
-        action_dim: A.
-        cond_dim: width of the flattened observation history, To * O.
-        diffusion_step_embed_dim: width of the time embedding.
-        smaller_encoder: one Linear layer on the condition in every block instead of three.
-        cond_mlp_dims: the observation first goes through a residual MLP of these dimensions; this also makes the
-            encoders of the blocks the small ones. Two dimensions are two Linear layers without a nonlinearity.
-        dim, dim_mults, kernel_size, n_groups, cond_predict_scale, groupnorm_eps: see `UNetTrunk`.
-    """
-
-    def __init__(
-        self,
-        action_dim: int,
-        cond_dim: int,
-        diffusion_step_embed_dim: int = 32,
-        dim: int = 32,
-        dim_mults: Sequence[int] = (1, 2, 4, 8),
-        smaller_encoder: bool = False,
-        cond_mlp_dims: Sequence[int] | None = None,
-        kernel_size: int = 5,
-        n_groups: int | None = None,
-        activation_type: str = "Mish",
-        cond_predict_scale: bool = False,
-        groupnorm_eps: float = 1e-5,
-    ):
-        super().__init__(dtype=floatx())
-        self.action_dim, self.cond_dim, self.time_dim = action_dim, cond_dim, diffusion_step_embed_dim
-        self.time_mlp = TimeEmbedding(diffusion_step_embed_dim, expansion=4)
-        self.has_cond_mlp = cond_mlp_dims is not None
-        if cond_mlp_dims is not None:
-            self.cond_mlp = ResidualMLP([cond_dim, *cond_mlp_dims], activation_type=activation_type)
-            cond_dim = cond_mlp_dims[-1]
-        self.build_trunk(
-            action_dim,
-            diffusion_step_embed_dim + cond_dim,
-            dim,
-            dim_mults,
-            kernel_size,
-            n_groups,
-            larger_encoder=not (self.has_cond_mlp or smaller_encoder),
-            activation_type=activation_type,
-            cond_predict_scale=cond_predict_scale,
-            groupnorm_eps=groupnorm_eps,
-        )
+    """Noise prediction from a noisy chunk, the denoising step and the observation history; arguments: `UNetTrunk`."""
 
     def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
         """x [B,H,A], time [B] integers, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
-        state = flatten_state(cond)
-        if self.has_cond_mlp:
-            state = self.cond_mlp(state)
-        features = tf.concat([self.time_mlp(tf.reshape(time, [-1])), state], axis=-1)
-        return self.trunk(x, features)
+        return self.trunk(x, time, self.encoded_state(cond))

@@ -13,7 +13,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
@@ -22,6 +21,7 @@ from diffusion_rl.core.noise import init_noise
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
+from diffusion_rl.networks.spread import SpreadOwner
 from diffusion_rl.networks.vit import VitEncoder
 
 Cond = dict[str, Array]
@@ -173,9 +173,9 @@ class ImageFeatures(keras.layers.Layer):
         _, steps, channels, height, width = recent.shape
         if channels % self.num_img:
             raise UserError(f"images of {channels} channels are not of num_img={self.num_img} cameras")
-        apart = tf.reshape(recent, [-1, steps, self.num_img, channels // self.num_img, height, width])
-        stacked = [-1, steps * channels // self.num_img, height, width]
-        return [tf.reshape(apart[:, :, i], stacked) for i in range(self.num_img)]
+        each = channels // self.num_img
+        stacked = [-1, steps * each, height, width]
+        return [tf.reshape(recent[:, :, i * each : (i + 1) * each], stacked) for i in range(self.num_img)]
 
 
 class SeesImages:
@@ -267,7 +267,7 @@ class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
         return tf.reshape(out, [-1, self.horizon_steps, self.action_dim])
 
 
-class GaussianVisionMLP(SeesImages, keras.layers.Layer):
+class GaussianVisionMLP(SeesImages, SpreadOwner):
     """Mean and standard deviation of an action chunk from images.
 
     Unlike in `GaussianMLP`, the mean is always squashed by tanh, and a predicted log-variance has a network of its own
@@ -304,13 +304,8 @@ class GaussianVisionMLP(SeesImages, keras.layers.Layer):
         augment: bool = False,
     ):
         super().__init__(dtype=floatx())
-        self.action_dim, self.horizon_steps, self.fixed_std = action_dim, horizon_steps, fixed_std
-        self.learn_fixed_std = learn_fixed_std and fixed_std is not None
-        if self.learn_fixed_std:
-            self.logvar = tf.Variable(np.full(action_dim, np.log(fixed_std**2), floatx()), name="logvar")
-        # Not trained, but part of the reference's state_dict.
-        self.logvar_min = tf.Variable(np.log(np.asarray(std_min**2, floatx())), trainable=False, name="logvar_min")
-        self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
+        self.action_dim, self.horizon_steps = action_dim, horizon_steps
+        self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
         self.vision = ImageFeatures(
             backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment
         )
@@ -325,13 +320,9 @@ class GaussianVisionMLP(SeesImages, keras.layers.Layer):
         """cond (plain or encoded) -> mean, standard deviation, both [B,H*A], step by step."""
         features = self.encode(cond, shifts, keep_masks)["features"]
         mean = tf.tanh(self.mlp_mean(features))
-        if self.learn_fixed_std:
-            std = tf.exp(0.5 * tf.clip_by_value(self.logvar, self.logvar_min, self.logvar_max))
-            return mean, tf.ones_like(mean) * tf.tile(std, [self.horizon_steps])[None]
-        if self.fixed_std is not None:
-            return mean, tf.ones_like(mean) * self.fixed_std
-        logvar = tf.clip_by_value(self.mlp_logvar(features), self.logvar_min, self.logvar_max)
-        return mean, tf.exp(0.5 * logvar)
+        if self.fixed_std is None:
+            return mean, self.clamped_std(self.mlp_logvar(features))
+        return mean, self.constant_std(mean, self.horizon_steps)
 
 
 class ViTCritic(SeesImages, CriticObs):

@@ -1,34 +1,133 @@
-"""Decisions of a diffusion policy for a vector of environments: one compiled program per decision."""
+"""Decisions of policies for a vector of environments: one compiled program per decision.
+
+An actor draws what one decision needs from a source of noise (`draw`) and decides with it (`act`).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.threads import streams
+from diffusion_rl.core.batching import in_chunks, parts
+from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array
-from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
+from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
+from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.gmm import GMMPolicy
 
-MIN_PART = 8  # environments; a smaller batch costs as much
+MIN_PART = 4  # images
+CHUNKS = {False: 100, True: 10}  # observations whose chains are looked at together: without images, with
+
+Sampler = Callable[..., tuple[Array, ...]]  # (observation, noise, floor of the noise, folded weights) -> Decision
 
 
 class Decision(NamedTuple):
     """Action chunks and what led to them."""
 
     actions: np.ndarray  # [E,H,A]
-    chains: np.ndarray  # [E,F+1,H,A]
-    log_probs: np.ndarray  # [E,F,H,A] of the steps of the chain
+    chains: np.ndarray | None  # [E,F+1,H,A]; None where there is no denoising
+    log_probs: np.ndarray  # [E,F,H,A] of the steps of the chain; else [E] of the chunks
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What there is, by name."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fast: bool = True) -> Any:
+    """The actor of a policy; `fast` concerns diffusion policies only."""
+    if isinstance(policy, GaussianPolicy):
+        return GaussianActor(policy)
+    return GMMActor(policy) if isinstance(policy, GMMPolicy) else DiffusionActor(policy, fast)
+
+
+class SingleStepActor:
+    """Samples chunks that are single decisions, with their log-probabilities as the policy's PPO counts them."""
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+        self._decide = tf.function(self.decisions)
+
+    def weights_changed(self) -> None:
+        """To be called after every change of the weights; nothing is kept between decisions here."""
+
+    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+        """What one decision needs: the arguments of `policy.sample` beside the observation."""
+        raise NotImplementedError
+
+    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+        """Compiled: actions [E,H,A] and their log-probabilities [E]."""
+        raise NotImplementedError
+
+    def act(self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool) -> Decision:
+        """Decide for all environments.
+
+        Args:
+            state: [E,To,O];  draws: of `draw`;  deterministic: evaluate instead of explore.
+        """
+        given = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
+        actions, log_probs = self._decide(tf.constant(state, self.policy.dtype), given, deterministic)
+        return Decision(actions.numpy(), None, log_probs.numpy())
+
+
+class GaussianActor(SingleStepActor):
+    """Decisions of a Gaussian policy."""
+
+    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+        network = self.policy.network
+        return {"noise": noise.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
+
+    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+        actions, _ = self.policy.sample({"state": state}, deterministic=deterministic, **draws)
+        return actions, self.policy.log_probs({"state": state}, actions)[0]
+
+
+class GMMActor(SingleStepActor):
+    """Decisions of a mixture policy: a uniform draw picks the mode."""
+
+    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+        network = self.policy.network
+        uniform = noise.uniform((n_envs,), dtype=floatx())
+        shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
+        return {"uniform": uniform, "noise": noise.normal(shape, floatx())}
+
+    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+        actions = self.policy.sample({"state": state}, deterministic=deterministic, **draws)
+        return actions, self.policy.log_probs({"state": state}, actions)[0]
+
+
+class CompiledNetwork:
+    """A network for small batches: each denoising step is one program of fused operations, which has one thread.
+
+    Images are encoded without the compiler, whose convolutions are slower, in equal parts on all cores.
+    """
+
+    def __init__(self, network: keras.layers.Layer):
+        self._network = network
+        self._call = tf.function(lambda x, t, cond: network(x, t, cond), jit_compile=True)
+        if hasattr(network, "encode"):
+            self.encode = self._encode
+
+    def __call__(self, x: Array, t: Array, cond: Cond) -> Array:
+        return self._call(x, t, cond)
+
+    def _encode(self, cond: Cond) -> Cond:
+        cuts = parts(cond["state"].shape[0], MIN_PART)
+        seen = [self._network.encode({name: array[cut] for name, array in cond.items()}) for cut in cuts]
+        return {name: tf.concat([part[name] for part in seen], axis=0) for name in seen[0]}
 
 
 class DiffusionActor:
     """Samples action chunks, with the log-probabilities of the fine-tuned steps.
 
     Where the networks can be folded (`networks.folded`), the denoising loop is unrolled into one compiled program;
-    otherwise `FineTunedDiffusionPolicy.sample` is compiled as it stands. Both give the same numbers up to rounding.
+    otherwise it is `FineTunedDiffusionPolicy.sample` with compiled networks. The plain path, `sample` in a graph as it
+    stands, gives the same numbers up to rounding.
 
     Args:
         policy: whose present weights are used.
@@ -37,9 +136,11 @@ class DiffusionActor:
 
     def __init__(self, policy: FineTunedDiffusionPolicy, fast: bool = True):
         self.policy = policy
-        self.fast = fast and folded.can_fold(policy.actor) and folded.can_fold(policy.actor_ft)
-        build = self._fast_sampler if self.fast else self._plain_sampler
+        self.folds = fast and folded.can_fold(policy.actor) and folded.can_fold(policy.actor_ft)
+        self.fast = fast
+        build = self._folded_sampler if self.folds else self._compiled_sampler if fast else self._plain_sampler
         self._samplers = {deterministic: build(deterministic) for deterministic in (False, True)}
+        self._log_probs = {sees: self._chunked_log_probs(about) for sees, about in CHUNKS.items()}
         self._fold = tf.function(self._fold_networks)
         self._folded: tuple[list[Array], list[Array]] | None = None
 
@@ -52,28 +153,55 @@ class DiffusionActor:
         p = self.policy
         return (p.sampling_steps + 1, n_envs, p.horizon_steps, p.action_dim)
 
-    def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool) -> Decision:
+    def draw(self, noise: Any, n_envs: int) -> np.ndarray:
+        """The noise of one decision."""
+        return noise.normal(self.noise_shape(n_envs), floatx())
+
+    def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
         """Decide for all environments.
 
         Args:
             state: [E,To,O];  noise: `noise_shape`;  deterministic: evaluate instead of explore.
+            rgb: [E,To,C,Hi,Wi] pixels, where the networks see images.
         """
         dtype = self.policy.dtype
+        cond = {"state": tf.constant(state, dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
         floor = tf.constant(self.policy.min_sampling_denoising_std, dtype)
-        inputs = (tf.constant(state, dtype), tf.constant(noise, dtype), floor)
-        if self.fast:
+        weights: tuple[list[Array], ...] = ()
+        if self.folds:
             if self._folded is None:
                 self._folded = self._fold()
-            inputs += self._folded
-        return Decision(*(output.numpy() for output in self._samplers[deterministic](*inputs)))
+            weights = self._folded
+        outputs = self._samplers[deterministic](cond, tf.constant(noise, dtype), floor, *weights)
+        return Decision(*(output.numpy() for output in outputs))
 
-    def _plain_sampler(self, deterministic: bool):
-        @tf.function
-        def sample(state: Array, noise: Array, std_floor: Array) -> tuple[Array, ...]:
-            out = self.policy.sample({"state": state}, noise, deterministic, with_log_probs=True, std_floor=std_floor)
-            return out.trajectories, out.chains, _or_empty(out.log_probs, out.trajectories)
+    def log_probs(self, state: np.ndarray, chains: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
+        """Log-probabilities [N,F,H,A] of chains [N,F+1,H,A], with the fine-tuned network; images are encoded once.
 
-        return sample
+        Args:
+            state, rgb: of the N observations, as in `act`; a whole rollout in batches of one size, since every size is
+                compiled anew.
+        """
+        dtype = self.policy.dtype
+        images = () if rgb is None else (tf.constant(rgb),)
+        flat = self._log_probs[bool(images)](tf.constant(chains, dtype), tf.constant(state, dtype), *images)[0].numpy()
+        return flat.reshape(len(chains), -1, *flat.shape[1:])
+
+    def _chunked_log_probs(self, about: int) -> Callable[..., list[Array]]:
+        def log_probs(chains: Array, state: Array, *rgb: Array) -> list[Array]:
+            cond = dict(zip(("state", "rgb"), (state, *rgb), strict=False))
+            return [self.policy.log_probs(cond, chains)[0]]
+
+        return in_chunks(log_probs, about)
+
+    def _plain_sampler(self, deterministic: bool) -> Sampler:
+        return _sampler(self.policy, deterministic)
+
+    def _compiled_sampler(self, deterministic: bool) -> Sampler:
+        """Compiled networks, called step by step: unrolled into one program these would compile for a minute."""
+        policy = copy.copy(self.policy)
+        policy.actor, policy.actor_ft = (CompiledNetwork(network) for network in (policy.actor, policy.actor_ft))
+        return _sampler(policy, deterministic)
 
     def _fold_networks(self) -> tuple[list[Array], list[Array]]:
         p = self.policy
@@ -82,16 +210,16 @@ class DiffusionActor:
         tuned = folded.fold_actor(p.actor_ft, timesteps[n_base:]) if p.ft_denoising_steps else []
         return base, tuned
 
-    def _fast_sampler(self, deterministic: bool):
+    def _folded_sampler(self, deterministic: bool) -> Sampler:
         p = self.policy
         n, n_base, timesteps = p.sampling_steps, p.sampling_steps - p.ft_denoising_steps, p.sampling_timesteps()
 
         @tf.function(jit_compile=True)
-        def part(
-            state: Array, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
+        def sample(
+            cond: Cond, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
         ) -> tuple[Array, ...]:
-            batch, x = state.shape[0], noise[0]
-            flat = tf.reshape(state, [batch, -1])
+            batch, x = noise.shape[1], noise[0]
+            flat = tf.reshape(cond["state"], [batch, -1])
             chain, log_probs = [x] if n_base == 0 else [], []
             for i, t in enumerate(timesteps):
                 is_tuned = i >= n_base
@@ -101,7 +229,7 @@ class DiffusionActor:
                 rows = tf.concat([tf.reshape(x, [batch, -1]), flat, step], axis=1)
                 output = tf.reshape(folded.actor_output(network, weights, rows), x.shape)
                 t_batch, index = tf.fill([batch], int(t)), tf.fill([batch], i)
-                mean, logvar, _ = p.mean_var_eta(x, t_batch, {"state": state}, index, output, deterministic)
+                mean, logvar, _ = p.mean_var_eta(x, t_batch, cond, index, output, deterministic)
                 floor = 1e-3 if deterministic else std_floor
                 x = p.next_sample(i, int(t), mean, logvar, noise[i + 1], floor, zero_at_end=deterministic)
                 if i >= n_base - 1:
@@ -110,19 +238,16 @@ class DiffusionActor:
                     log_probs.append(normal_log_prob(x, mean, p.log_prob_std(logvar)))
             return x, tf.stack(chain, axis=1), _or_empty(tf.stack(log_probs, axis=1) if log_probs else None, x)
 
-        @tf.function
-        def sample(
-            state: Array, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
-        ) -> tuple[Array, ...]:
-            """The environments in equal parts, one per core, side by side."""
-            n_envs = state.shape[0]
-            parts = max(k for k in range(1, streams() + 1) if n_envs % k == 0 and n_envs // k >= MIN_PART or k == 1)
-            size = n_envs // parts
-            cuts = [slice(i * size, (i + 1) * size) for i in range(parts)]
-            results = [part(state[cut], noise[:, cut], std_floor, base, tuned) for cut in cuts]
-            return tuple(tf.concat(outputs, axis=0) for outputs in zip(*results, strict=True))
-
         return sample
+
+
+def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
+    @tf.function
+    def sample(cond: Cond, noise: Array, std_floor: Array) -> tuple[Array, ...]:
+        out = policy.sample(cond, noise, deterministic, with_log_probs=True, std_floor=std_floor)
+        return out.trajectories, out.chains, _or_empty(out.log_probs, out.trajectories)
+
+    return sample
 
 
 def _or_empty(log_probs: Array | None, like: Array) -> Array:

@@ -169,13 +169,15 @@ class DiffusionPolicy:
         self, i: int, t: int, mean: Array, logvar: Array, noise: Array, floor: float | Array, zero_at_end: bool
     ) -> Array:
         """mean + std * clamped noise, with the floor of the standard deviation, and the final clamp."""
-        quiet = (self.use_ddim or t == 0) if zero_at_end else False
-        if quiet:
-            x = mean
-        else:
-            std = tf.maximum(tf.exp(0.5 * logvar), tf.convert_to_tensor(floor, mean.dtype))
-            x = mean + std * clip(noise, self.randn_clip_value)
+        x = self.noisy(t, mean, logvar, noise, floor, zero_at_end)
         return clip(x, self.final_action_clip_value) if i == self.sampling_steps - 1 else x
+
+    def noisy(self, t: int, mean: Array, logvar: Array, noise: Array, floor: float | Array, zero_at_end: bool) -> Array:
+        """mean + std * clamped noise."""
+        if zero_at_end and (self.use_ddim or t == 0):
+            return mean
+        std = tf.maximum(tf.exp(0.5 * logvar), tf.convert_to_tensor(floor, mean.dtype))
+        return mean + std * clip(noise, self.randn_clip_value)
 
     # ---------- supervised training ----------
 
@@ -193,8 +195,16 @@ class DiffusionPolicy:
             x: [B,H,A] clean chunks;  t: [B] in [0, K);  noise: [B,H,A].
             cond: the observation, or what the network's `encode` made of it with the draws of augmentation and dropout.
         """
-        output = self.network(self.q_sample(x, t, noise), t, cond)
-        return tf.reduce_mean(tf.square(output - (noise if self.predict_epsilon else x)))
+        return tf.reduce_mean(self.errors(x, cond, t, noise))
+
+    def errors(self, x: Array, cond: Cond, t: Array, noise: Array) -> Array:
+        """The squared errors [B,H,A] of which `loss` is the mean."""
+        output = self.predictor(self.network)(self.q_sample(x, t, noise), t, cond)
+        return tf.square(output - (noise if self.predict_epsilon else x))
+
+    def predictor(self, network: keras.layers.Layer) -> Any:
+        """What is called in a network's place; subclasses may give it a faster form."""
+        return network
 
 
 class FineTunedDiffusionPolicy(DiffusionPolicy):
@@ -208,6 +218,8 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         critic: state value, {"state"} -> [B,1]. None where the policy is only evaluated.
         ft_denoising_steps: F.
         ft_denoising_steps_d, ft_denoising_steps_t: lower F by `d` every `t` calls of `step` (0: never).
+        train_after_annealing: go on training once F has been lowered. The reference then does not: its optimizer holds
+            parameters that are no longer in the policy. That is the default, because results depend on it.
         min_sampling_denoising_std: floor of the standard deviation when exploring; a number, or an object that is
             called for the number and has `step()`.
         min_logprob_denoising_std: floor of the standard deviation in log-probabilities.
@@ -221,6 +233,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         ft_denoising_steps: int = 0,
         ft_denoising_steps_d: int = 0,
         ft_denoising_steps_t: int = 0,
+        train_after_annealing: bool = False,
         min_sampling_denoising_std: Any = 0.1,
         min_logprob_denoising_std: float = 0.1,
         eta: keras.layers.Layer | None = None,
@@ -236,7 +249,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
             raise UserError("learn_eta needs use_ddim=true: DDPM has no eta")
         self.ft_denoising_steps = ft_denoising_steps
         self.ft_denoising_steps_d, self.ft_denoising_steps_t = ft_denoising_steps_d, ft_denoising_steps_t
-        self.ft_denoising_steps_cnt = 0
+        self.ft_denoising_steps_cnt, self.train_after_annealing = 0, train_after_annealing
         self._min_sampling_denoising_std = min_sampling_denoising_std
         self.min_logprob_denoising_std = min_logprob_denoising_std
         self.eta, self.learn_eta = eta, learn_eta
@@ -255,9 +268,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
     def step(self) -> bool:
         """Advance the annealing of the exploration floor and of F by one iteration.
 
-        Returns True if F was lowered: the fine-tuned network has then become the base one as well, and training
-        continues on `actor_ft`. (The reference goes on with a fresh copy that its optimizer does not know, so that the
-        policy is never trained again; here it stays trained.)
+        Returns True if F was lowered: the fine-tuned network has then become the base one as well.
         """
         if hasattr(self._min_sampling_denoising_std, "step"):
             self._min_sampling_denoising_std.step()
@@ -269,6 +280,11 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         self.separate_actor()
         copy_weights(self.actor_ft, self.actor)
         return True
+
+    @property
+    def actor_is_frozen(self) -> bool:
+        """Whether annealing has ended the actor's training (see `train_after_annealing`)."""
+        return self.actor is not self.network and not self.train_after_annealing
 
     def separate_actor(self) -> None:
         """Let `actor` differ from `network`, which keeps the pre-trained weights, as the reference's does."""

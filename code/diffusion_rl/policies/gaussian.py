@@ -7,6 +7,7 @@ Shape letters: B batch, To observation history, O observation, H chunk, A action
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -88,12 +89,24 @@ class GaussianPolicy:
         action, log_prob = gaussian_sample(mean, std, noise, self.randn_clip_value, self.tanh_output)
         return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
 
-    def loss(self, actions: Array, cond: Cond, ent_coef: float) -> tuple[Array, Array]:
+    def log_probs(self, cond: Cond, actions: Array) -> tuple[Array, Array, Array]:
+        """Log-probability [B] of actions [B,H,A], averaged over their elements; mean entropy; mean std."""
+        return self._log_probs(cond, actions, self.network)
+
+    def _log_probs(self, cond: Cond, actions: Array, network: keras.layers.Layer) -> tuple[Array, Array, Array]:
+        mean, std = self.mean_std(cond, network=network)
+        log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
+        return tf.reduce_mean(log_prob, axis=-1), tf.reduce_mean(gaussian_entropy(std)), tf.reduce_mean(std)
+
+    def loss(
+        self, actions: Array, cond: Cond, ent_coef: float, keep_masks: Sequence[Array] = ()
+    ) -> tuple[Array, Array]:
         """Supervised: minus the log-probability of actions [B,H,A], less `ent_coef` times the entropy.
 
-        Both are means over batch and elements (of the Gaussian before squashing). Returns the loss and the entropy.
+        Both are means over batch and elements (of the Gaussian before squashing). `keep_masks`: dropout's, of networks
+        that have it, when training. Returns the loss and the entropy.
         """
-        mean, std = self.mean_std(cond)
+        mean, std = self.network(cond, keep_masks=keep_masks) if keep_masks else self.mean_std(cond)
         log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
         entropy = tf.reduce_mean(gaussian_entropy(std))
         return -tf.reduce_mean(log_prob) - ent_coef * entropy, entropy
@@ -117,7 +130,5 @@ class FineTunedGaussianPolicy(GaussianPolicy):
         return self.actor if use_base_policy else self.actor_ft
 
     def log_probs(self, cond: Cond, actions: Array, use_base_policy: bool = False) -> tuple[Array, Array, Array]:
-        """Log-probability [B] of actions [B,H,A], averaged over their elements; mean entropy; mean std."""
-        mean, std = self.mean_std(cond, network=self.base(use_base_policy))
-        log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
-        return tf.reduce_mean(log_prob, axis=-1), tf.reduce_mean(gaussian_entropy(std)), tf.reduce_mean(std)
+        """As of a pre-trained policy, of either network."""
+        return self._log_probs(cond, actions, self.base(use_base_policy))

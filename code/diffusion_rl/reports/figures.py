@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ import yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.metrics import Row, read_rows, replace_file, step_of
 
-# Okabe and Ito's colours, told apart with any colour vision; the yellow is left out (too pale on white).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's colours, told apart with any colour vision, without the yellow (pale on white); then three of Tol's.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255", "#999933", "#999999")
 AXIS_LABELS = {
     "env_steps": "environment steps",
     "itr": "iterations",
@@ -35,6 +35,9 @@ STUDENT_T = (
 )
 
 
+Estimate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
 @dataclass
 class Run:
     """One run folder: what it is, and its rows."""
@@ -48,7 +51,10 @@ class Run:
 
 @dataclass
 class Curve:
-    """One quantity of one group of runs: values [seeds, points], NaN where a seed has no point."""
+    """One quantity of one group of runs: values [seeds, points], NaN where a seed has no point.
+
+    estimate: values -> centre, low, high [points]; the centre is called `mean`, whatever it is.
+    """
 
     label: str
     task: str
@@ -57,12 +63,13 @@ class Curve:
     itr: np.ndarray
     x: np.ndarray
     values: np.ndarray
+    estimate: Estimate
     mean: np.ndarray = field(init=False)
     low: np.ndarray = field(init=False)
     high: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.mean, self.low, self.high = mean_and_interval(self.values)
+        self.mean, self.low, self.high = self.estimate(self.values)
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -118,26 +125,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def run_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
+    """The label of each run from one for each run, or one for each name."""
+    names = list(dict.fromkeys(run.name for run in runs))
+    if len(labels) == len(runs):
+        return list(labels)
+    if len(labels) == len(names):
+        return [labels[names.index(run.name)] for run in runs]
+    raise UserError(f"{len(labels)} labels for {len(runs)} runs with {len(names)} names: give one for each of either")
+
+
 def group_runs(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[tuple[str, str], list[Run]]:
     """Runs by (label, task). Without labels: by name. With one label a run: by label. With one a name: renamed."""
-    names = list(dict.fromkeys(run.name for run in runs))
-    if not labels:
-        keys = [run.name for run in runs]
-    elif len(labels) == len(runs):
-        keys = list(labels)
-    elif len(labels) == len(names):
-        keys = [labels[names.index(run.name)] for run in runs]
-    else:
-        raise UserError(
-            f"{len(labels)} labels for {len(runs)} runs with {len(names)} names: give one for each of either"
-        )
     groups: dict[tuple[str, str], list[Run]] = {}
-    for key, run in zip(keys, runs, strict=True):
+    for key, run in zip(run_labels(runs, labels or [run.name for run in runs]), runs, strict=True):
         groups.setdefault((key, run.task), []).append(run)
     return groups
 
 
-def curve_of(label: str, runs: Sequence[Run], kind: str, x: str, y: str) -> Curve | None:
+def curve_of(
+    label: str, runs: Sequence[Run], kind: str, x: str, y: str, estimate: Estimate = mean_and_interval
+) -> Curve | None:
     """The points of `kind` of a group of runs, lined up by iteration; None if there are none."""
     points = [_points(run, kind, x, y) for run in runs]
     itrs = sorted(set().union(*points))
@@ -146,7 +154,8 @@ def curve_of(label: str, runs: Sequence[Run], kind: str, x: str, y: str) -> Curv
     values = np.array([[seed.get(itr, (np.nan, np.nan))[1] for itr in itrs] for seed in points])
     xs = np.array([[seed.get(itr, (np.nan, np.nan))[0] for itr in itrs] for seed in points])
     # Seeds of one experiment are at the same number of steps in the same iteration; if not, their mean is drawn.
-    return Curve(label, runs[0].task, kind, _seed_names(runs), np.array(itrs), np.nanmean(xs, axis=0), values)
+    x_mean = np.nanmean(xs, axis=0)
+    return Curve(label, runs[0].task, kind, _seed_names(runs), np.array(itrs), x_mean, values, estimate)
 
 
 def _seed_names(runs: Sequence[Run]) -> list[str]:
@@ -194,19 +203,20 @@ def learning_curve(
         folder = groups[missing[0]][0].folder
         raise UserError(f"{folder}: its metrics hold no rows with both {x} and {y}")
     output.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(output.with_suffix(".csv"), _curves_csv(curves, x, y, command))
+    heading = f"{y} against {x}; mean over seeds and the 95% interval of the mean (Student's t)"
+    replace_file(output.with_suffix(".csv"), curves_csv(curves, x, heading, command).encode())
     replace_file(output, _draw(curves, x, y, title, command))
     return output
 
 
-def _curves_csv(curves: Sequence[Curve], x: str, y: str, command: str) -> bytes:
-    """One line a point: mean and interval over seeds, then the value of each seed."""
+def curves_csv(curves: Sequence[Curve], x: str, heading: str, command: str, centre: str = "mean") -> str:
+    """One line a point: centre and interval over seeds, then the value of each seed."""
     seeds = list(dict.fromkeys(seed for curve in curves for seed in curve.seeds))
     text = io.StringIO()
-    text.write(f"# {y} against {x}; mean over seeds and the 95% interval of the mean (Student's t)\n")
+    text.write(f"# {heading}\n")
     text.write(f"# made by: {command}\n" if command else "")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["task", "label", "kind", "itr", x, "n_seeds", "mean", "low", "high", *(f"seed_{s}" for s in seeds)])
+    table.writerow(["task", "label", "kind", "itr", x, "n_seeds", centre, "low", "high", *(f"seed_{s}" for s in seeds)])
     for curve in curves:
         for point in range(len(curve.itr)):
             column = dict(zip(curve.seeds, curve.values[:, point], strict=True))
@@ -216,7 +226,7 @@ def _curves_csv(curves: Sequence[Curve], x: str, y: str, command: str) -> bytes:
                 + [_number(value) for value in (curve.mean[point], curve.low[point], curve.high[point])]
                 + [_number(column.get(seed, np.nan)) for seed in seeds]
             )
-    return text.getvalue().encode()
+    return text.getvalue()
 
 
 def _number(value: float) -> str:
@@ -238,7 +248,7 @@ def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: s
     if title and len(tasks) > 1:
         figure.suptitle(title, fontsize=12)
     if command:
-        footer = _footer(command, width=125 * len(tasks))
+        footer = footer_of(command, width=125 * len(tasks))
         figure.supxlabel(footer, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})
@@ -253,15 +263,15 @@ def _draw_panel(panel: Any, curves: Sequence[Curve], x: str) -> None:
         count = len(curve.seeds)
         shown = curve.label.removeprefix(f"{curve.task}_")
         name = f"{shown} ({count} seed{'s' if count > 1 else ''})" if first else None
-        _draw_curve(panel, curve, colour, name)
-    _style(panel, x)
+        draw_curve(panel, curve, colour, name)
+    style_panel(panel, x)
     handles, names = panel.get_legend_handles_labels()
     handles, names = [*handles, *_kind_handles(curves)], [*names, *_kind_names(curves)]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14)}
     panel.legend(handles, names, frameon=False, fontsize=8.5, ncols=2, **place)
 
 
-def _draw_curve(panel: Any, curve: Curve, colour: str, name: str | None) -> None:
+def draw_curve(panel: Any, curve: Curve, colour: str, name: str | None) -> None:
     evaluation = curve.kind == "eval"
     line = {"color": colour, "label": name, "zorder": 4 if evaluation else 3}
     if evaluation:
@@ -296,7 +306,7 @@ def _kind_handles(curves: Sequence[Curve]) -> list[Any]:
     return [handles[name] for name in _kind_names(curves)]
 
 
-def _style(panel: Any, x: str) -> None:
+def style_panel(panel: Any, x: str) -> None:
     from matplotlib.ticker import EngFormatter
 
     panel.set_xlabel(AXIS_LABELS.get(x, x.replace("_", " ")))
@@ -308,7 +318,7 @@ def _style(panel: Any, x: str) -> None:
     panel.margins(x=0.02)
 
 
-def _footer(command: str, width: int) -> str:
+def footer_of(command: str, width: int) -> str:
     """At most two lines of the command; the whole of it is in the CSV and in the PNG's metadata."""
     lines = [command[start : start + width] for start in range(0, len(command), width)]
     return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][: width - 2] + " …"])

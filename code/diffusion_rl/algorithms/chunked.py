@@ -1,0 +1,83 @@
+"""Gradients of a minibatch accumulated over chunks of rows, in independent loops, one per core.
+
+The intermediate results of a chunk stay in cache (or at least in memory), and loops with matrix products of one thread
+each waste less than shared ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_rl.core.threads import streams
+from diffusion_rl.networks.layers import Array
+
+
+def chunks(rows: int, largest: int) -> tuple[int, int, int]:
+    """Number and size of the chunks of about `largest` rows, and how many rows of padding the last one takes."""
+    if tf.config.list_logical_devices("GPU"):
+        return 1, rows, 0
+    n_chunks = max(1, round(rows / largest))
+    if n_chunks > 1:
+        n_chunks = -(-n_chunks // streams()) * streams()  # the same number for every loop
+    size = -(-rows // n_chunks)
+    return n_chunks, size, n_chunks * size - rows
+
+
+def accumulate(
+    one_chunk: Callable[[Array], tuple[list[Array], Array]],
+    n_chunks: int,
+    size: int,
+    like: Sequence[Array],
+    n_statistics: int,
+    dtype: tf.DType,
+) -> tuple[list[Array], Array]:
+    """Sum gradients and statistics over the chunks, in loops that TensorFlow runs side by side.
+
+    Args:
+        one_chunk: first row of the chunk -> (gradients shaped as `like`, statistics [n_statistics]).
+    """
+
+    def body(i: Array, sums: list[Array], statistics: Array) -> tuple[Array, list[Array], Array]:
+        grads, more = one_chunk(i * size)
+        return i + 1, [s + g for s, g in zip(sums, grads, strict=True)], statistics + more
+
+    start = ([tf.zeros_like(w) for w in like], tf.zeros([n_statistics], dtype))
+    results = _side_by_side(body, lambda n: start, n_chunks)
+    sums = [tf.add_n(parts) for parts in zip(*(r[1] for r in results), strict=True)]
+    return sums, tf.add_n([r[2] for r in results])
+
+
+def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype: tf.DType) -> Array:
+    """The values of all chunks, [n_chunks * size].
+
+    Args:
+        one_chunk: first row of the chunk -> [size].
+    """
+
+    per_loop = n_chunks // _n_loops(n_chunks)
+
+    def body(i: Array, values: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
+        return i + 1, values.write(i % per_loop, one_chunk(i * size))
+
+    results = _side_by_side(body, lambda n: (tf.TensorArray(dtype, n, element_shape=[size]),), n_chunks)
+    return tf.concat([r[1].concat() for r in results], axis=0)
+
+
+def _n_loops(n_chunks: int) -> int:
+    return streams() if n_chunks > 1 else 1
+
+
+def _side_by_side(body: Callable[..., tuple], start: Callable[[int], tuple], n_chunks: int) -> list[tuple[Any, ...]]:
+    """Deal the chunks to loops; `body` gets the number of a chunk and the loop's own values, which begin as
+    `start(number of chunks of a loop)`."""
+    n_loops = _n_loops(n_chunks)
+    per_loop = n_chunks // n_loops
+    results = []
+    for loop in range(n_loops):
+        first, last = loop * per_loop, (loop + 1) * per_loop
+        begin = (tf.constant(first), *start(per_loop))
+        results.append(tf.while_loop(lambda i, *_, last=last: i < last, body, begin, parallel_iterations=1))
+    return results

@@ -1,0 +1,141 @@
+"""What the off-policy loop asks of an algorithm, and the few formulas that several of them share.
+
+An algorithm is its policy (`draw_action`, `act`) together with
+
+    parts      what is trained, and by which settings
+    experience how its data are kept
+    phases     which updates an iteration consists of
+    draw       everything random of one update, in the order of the PyTorch reference
+    update     one update: losses, gradient steps, target networks; compiled, many of them in one call
+
+`settings` is the `train` node of the configuration throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.networks.layers import Array, variables_of
+
+Settings = Mapping[str, Any]
+
+
+class Part(NamedTuple):
+    """Variables with an optimizer of their own.
+
+    Attributes:
+        prefix: of its settings, `<prefix>lr`, `<prefix>weight_decay` and `<prefix>lr_scheduler`.
+        constant: no weight decay, and the rate stays as it is.
+    """
+
+    variables: list[tf.Variable]
+    prefix: str
+    constant: bool = False
+
+
+class Phase(NamedTuple):
+    """`n` updates by one method of the algorithm.
+
+    Attributes:
+        update, draw: names of the methods.
+        train_actor: False while only critics are trained.
+        before: name of a method that is given the buffers first.
+    """
+
+    n: int
+    train_actor: bool = True
+    update: str = "update"
+    draw: str = "draw"
+    before: str | None = None
+
+
+class Progress(NamedTuple):
+    """How far the loop is.
+
+    Attributes:
+        itr: the iteration, from 0.
+        transitions: collected in it.
+        rows: in the replay buffer.
+        first_episode: length of the first whole episode of the iteration; 0 without one.
+    """
+
+    itr: int
+    transitions: int
+    rows: int
+    first_episode: int
+
+
+@dataclass(frozen=True)
+class Experience:
+    """How the loop keeps an algorithm's experience and collects it.
+
+    Attributes:
+        fields: of `Transitions`.
+        offline_fields: of the offline data set's rows, kept apart; empty: there is none.
+        starts_with_dataset: the replay buffer begins with the offline data instead.
+        counts_steps: `buffer_size` counts steps of all environments together, not transitions.
+        acts_on_last: after a truncation the policy decides once on the old episode's last observation (in the reference
+            an array that is shared by mistake, quirk 65).
+        whole_episodes: nothing is kept but the complete episodes of the present iteration, as whole chunks.
+        n_episodes: an iteration collects so many episodes instead of `n_steps` steps; 0: it collects nothing.
+        counts_episodes: an evaluation lasts `n_eval_episode` episodes instead of `n_steps` steps.
+        explores: uniformly random actions in the first `n_explore_steps` iterations.
+        evaluates_at_once: evaluations begin in iteration `n_explore_steps`, not after it.
+    """
+
+    fields: tuple[str, ...] = ("obs", "actions", "next_obs", "rewards", "terminated")
+    offline_fields: tuple[str, ...] = ()
+    starts_with_dataset: bool = False
+    counts_steps: bool = False
+    acts_on_last: bool = False
+    whole_episodes: bool = False
+    n_episodes: int | None = None
+    counts_episodes: bool = False
+    explores: bool = False
+    evaluates_at_once: bool = False
+
+
+class OffPolicy:
+    """Mixed into a policy: what holds unless an algorithm says otherwise."""
+
+    KIND: str  # of checkpoints
+
+    def experience(self, settings: Settings) -> Experience:
+        """How the data are kept."""
+        return Experience()
+
+    def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
+        """As many updates as draw each new transition `replay_ratio` times; the actor's after the critic's warm-up."""
+        n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
+        return [Phase(n, progress.itr >= settings["n_critic_warmup_itr"])]
+
+    def watched(self) -> dict[str, float]:
+        """Numbers for the metrics beside the losses."""
+        return {}
+
+
+# ---------- formulas ----------
+
+
+def bellman_error(q: tuple[Array, ...], batch: Transitions, next_value: Array, gamma: float) -> Array:
+    """Sum over critics [B] of the mean squared distance to r + gamma (1 - terminated) V(o'), which has no gradient."""
+    target = tf.stop_gradient(batch.rewards + gamma * next_value * (1.0 - batch.terminated))
+    return tf.add_n([tf.reduce_mean(tf.square(each - target)) for each in q])
+
+
+def follow(target: Any, source: Any, tau: float) -> None:
+    """target <- (1 - tau) target + tau source, weight by weight."""
+    for old, new in zip(variables_of(target), variables_of(source), strict=True):
+        old.assign(ema_update(old, new, 1.0 - tau))
+
+
+def mixed(data: Any, draws: Mapping[str, Array]) -> Transitions:
+    """A batch of demonstrations (`offline_rows`) followed by replayed transitions (`rows`)."""
+    halves = zip(data.offline.at(draws["offline_rows"]), data.online.at(draws["rows"]), strict=True)
+    return Transitions(*(None if a is None else tf.concat([a, b], axis=0) for a, b in halves))

@@ -1,0 +1,51 @@
+"""Work on many rows: in chunks that stay in cache, side by side on all cores.
+
+`core.threads` gives every operation one thread; the cores are used by working on several chunks at a time. Shapes: B
+rows; whatever is given row by row has them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+from diffusion_rl.core.threads import streams
+
+
+def parts(rows: int, least: int) -> list[slice]:
+    """As many equal parts of the rows as there are cores, of at least that many; fewer where they do not divide."""
+    count = max(k for k in range(1, streams() + 1) if k == 1 or (rows % k == 0 and rows // k >= least))
+    return _cut(rows, rows // count)
+
+
+def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Callable[..., list[tf.Tensor]]:
+    """A compiled function of arrays by row that works chunk by chunk and joins the outputs along their first axis.
+
+    Args:
+        function: from arrays of b rows to outputs by row, whose first axis is b or a multiple of it; or to sums over
+            the rows with a first axis of 1, so that the chunks' sums come out one below the other.
+        about: rows of a chunk, a little more or less so that all chunks are alike.
+    """
+    one_chunk = tf.function(function, experimental_attributes={"_noinline": True})  # one copy, however many chunks
+
+    @tf.function
+    def compute(*arrays: tf.Tensor) -> list[tf.Tensor]:
+        rows = arrays[0].shape[0]
+        results: list[Sequence[tf.Tensor]] = []
+        for cut in _cut(rows, _even(rows, about)):
+            with tf.control_dependencies([results[-streams()][0]] if len(results) >= streams() else []):
+                results.append(one_chunk(*(tf.identity(a[cut]) for a in arrays)))  # after the one `streams` before it
+        return [tf.concat(outputs, axis=0) for outputs in zip(*results, strict=True)]
+
+    return compute
+
+
+def _even(rows: int, about: int) -> int:
+    """Rows of a chunk: the largest divisor of `rows` that is not above `about` (if one is above half of it)."""
+    sizes = (s for s in range(min(about, rows), about // 2, -1) if rows % s == 0)
+    return next(sizes, about)
+
+
+def _cut(rows: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]

@@ -1,0 +1,115 @@
+"""The policies of the off-policy algorithms: how they sample, and what they draw to act.
+
+A diffusion policy of which every denoising step is trained, and a Gaussian one. Shape letters as in
+`policies.diffusion`; `settings` is the `train` node of the configuration.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import keras
+from diffusion_rl.diffusion.gaussian import clip
+from diffusion_rl.networks.folded import FoldedActor, can_fold
+from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
+from diffusion_rl.policies.gaussian import GaussianPolicy
+
+
+class ExploringDiffusionPolicy(DiffusionPolicy):
+    """Samples with DDPM and, when exploring, with at least a given noise at every step.
+
+    Args:
+        actor: the network, then known as `network` and `actor`; or
+        network: the same under one name.
+        min_sampling_denoising_std: floor of the standard deviation when exploring.
+
+    Attributes:
+        fast: evaluate networks that can be folded in that form; the same numbers up to rounding.
+    """
+
+    def __init__(
+        self,
+        actor: keras.layers.Layer | None = None,
+        network: keras.layers.Layer | None = None,
+        min_sampling_denoising_std: float = 0.1,
+        use_ddim: bool = False,
+        **kwargs: Any,
+    ):
+        if use_ddim:
+            raise UserError("model.use_ddim=true: this algorithm samples with DDPM only")
+        super().__init__(network=actor if actor is not None else network, **kwargs)
+        if actor is not None:
+            self.actor = self.network
+        self.min_sampling_denoising_std = float(min_sampling_denoising_std)
+        self.fast = False
+
+    def predictor(self, network: keras.layers.Layer) -> Any:
+        return FoldedActor(network, self.denoising_steps) if self.fast and can_fold(network) else network
+
+    def noise_shape(self, batch: int) -> tuple[int, ...]:
+        """Shape of the noise that a sample takes: [K+1,B,H,A]."""
+        return (self.denoising_steps + 1, batch, self.horizon_steps, self.action_dim)
+
+    def sample(
+        self,
+        cond: Cond,
+        noise: Array,
+        deterministic: bool = False,
+        network: keras.layers.Layer | None = None,
+        final_clip: float | None = None,
+    ) -> Array:
+        """Denoise from noise[0]; differentiable.
+
+        Args:
+            noise: `noise_shape`, standard normal.
+            deterministic: DDPM's own noise (at least 1e-3) and none at the last step, instead of the exploration floor.
+            network: another network than the policy's own.
+            final_clip: bound on the sample, instead of `final_action_clip_value`.
+
+        Returns:
+            action chunks [B,H,A].
+        """
+        noise = tf.cast(noise, self.dtype)
+        predict = self.predictor(self.network if network is None else network)
+        x, batch = noise[0], tf.shape(noise)[1]
+        floor = 1e-3 if deterministic else self.min_sampling_denoising_std
+        for i, t in enumerate(self.sampling_timesteps()):
+            t_batch = tf.fill([batch], int(t))
+            mean = self.denoised_mean(x, t_batch, None, predict(x, t_batch, cond), None)
+            logvar = self.table(self.schedule.ddpm_logvar_clipped, t_batch)
+            x = self.noisy(int(t), mean, logvar, noise[i + 1], floor, zero_at_end=deterministic)
+        return clip(x, self.final_action_clip_value if final_clip is None else final_clip)
+
+    # ---------- acting ----------
+
+    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Any) -> dict[str, Array]:
+        """The draws that `act` takes; `noise` is the source."""
+        return {"noise": noise.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
+
+    def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
+        """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
+        return self.sample(cond, draws["noise"], deterministic)
+
+
+class ExploringGaussianPolicy(GaussianPolicy):
+    """A Gaussian policy that explores by its own spread; arguments as in `GaussianPolicy`."""
+
+    def noise_shape(self, batch: int) -> tuple[int, int]:
+        """Shape of the noise of one sample: [B,H*A]."""
+        return (batch, self.horizon_steps * self.network.action_dim)
+
+    def trainable(self) -> list[tf.Variable]:
+        """The network's weights that are trained."""
+        return [v for v in variables_of(self.network) if v.trainable]
+
+    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Any) -> dict[str, Any]:
+        """The draws that `act` takes; `noise` is the source."""
+        return {"noise": noise.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
+
+    def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
+        """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
+        return self.sample(cond, draws["noise"], deterministic)[0]

@@ -1,0 +1,78 @@
+"""The command line of the figures: `python script/make_figures.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.reports.compare import compare
+from diffusion_rl.reports.figures import learning_curve
+
+
+def main() -> int:
+    """Run the process's command line and return its exit status: 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(description="Figures from run folders, each with a CSV of the numbers drawn.")
+    commands = parser.add_subparsers(required=True, metavar="figure")
+    _add_learning_curve(commands)
+    _add_compare(commands)
+    args = parser.parse_args()
+    try:
+        args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _add_common(command: argparse.ArgumentParser, output: str) -> None:
+    command.add_argument("run_folder", nargs="+", help="log/<suite>-<stage>/<name>/<date>_<seed>")
+    command.add_argument("--output", default=output, help="the PNG; a CSV goes beside it")
+    command.add_argument("--x", default="env_steps", help="env_steps, itr, epoch or any other column of the metrics")
+    command.add_argument("--label", action="append", help="legend text: once for each name, or once for each run")
+
+
+def _add_learning_curve(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("learning_curve", help="return against environment steps, seeds as intervals")
+    _add_common(command, "figure/learning_curve.png")
+    command.add_argument("--y", default="episode_return", help="any column of the metrics")
+    command.add_argument("--title")
+    command.set_defaults(draw=_draw_learning_curve)
+
+
+def _draw_learning_curve(args: argparse.Namespace, command: str) -> None:
+    path = learning_curve(
+        args.run_folder, args.output, x=args.x, y=args.y, labels=args.label, title=args.title, command=command
+    )
+    print(f"{path}\n{path.with_suffix('.csv')}")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("compare", help="algorithms by task: interquartile means beside published curves")
+    _add_common(command, "figure/compare.png")
+    command.add_argument("--task", action="append", default=[], help="hopper, …; once for each panel; default: all")
+    command.add_argument("--y", help="any column of the metrics; default: success_rate in robomimic, else the return")
+    command.add_argument("--kind", choices=("eval", "train"), default="eval", help="which rows of the metrics")
+    command.add_argument(
+        "--published", choices=("same", "all", "none"), default="same", help="whose published curves are drawn too"
+    )
+    command.add_argument("--table", action="store_true", help="print the final values as Markdown and LaTeX")
+    command.set_defaults(draw=_draw_compare)
+
+
+def _draw_compare(args: argparse.Namespace, command: str) -> None:
+    path, tables = compare(
+        args.run_folder,
+        args.output,
+        tasks=args.task,
+        x=args.x,
+        y=args.y,
+        kind=args.kind,
+        labels=args.label,
+        references=args.published,
+        command=command,
+    )
+    print(f"{path}\n{path.with_suffix('.csv')}")
+    if args.table:
+        print(f"\n{tables}")

@@ -1,0 +1,289 @@
+"""Exported policies: the checkpoint's actions in a process that knows TensorFlow only; what cannot be exported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from omegaconf import OmegaConf
+
+from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.core.config import instantiate
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.interop.torch_names import state_dict
+from diffusion_rl.loops import export
+from diffusion_rl.loops.policy_files import policy_facts
+from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.policies.deployed import DeployedPolicy
+
+OBS, A, H, TA, TO = 5, 3, 4, 2, 2  # dimensions of observation and action; plan, executed part, history
+SIZE = {"action_dim": A, "horizon_steps": H}
+MLP = {"_target_": "diffusion_rl.networks.mlp.DiffusionMLP", **SIZE, "cond_dim": OBS * TO, "mlp_dims": [16, 16, 16]}
+UNET = {
+    "_target_": "diffusion_rl.networks.unet1d.Unet1D",
+    "action_dim": A,
+    "cond_dim": OBS * TO,
+    "dim": 8,
+    "dim_mults": [1, 2],
+    "n_groups": 4,
+}
+SEEING = {
+    "backbone": {
+        "_target_": "diffusion_rl.networks.vit.VitEncoder",
+        "cfg": {"depth": 1, "embed_dim": 8, "num_heads": 2, "embed_norm": 0},
+        "num_channel": 6,
+        "img_h": 16,
+        "img_w": 24,
+    },
+    "cond_dim": OBS * TO,
+    "img_cond_steps": 2,
+    "num_img": 2,
+    "spatial_emb": 8,
+    "augment": True,
+}
+VISION = {"_target_": "diffusion_rl.networks.vision.VisionDiffusionMLP", **SIZE, **SEEING, "mlp_dims": [16, 16, 16]}
+VISION_UNET = {**UNET, **SEEING, "_target_": "diffusion_rl.networks.vision_unet1d.VisionUnet1D"}
+CRITIC = {"_target_": "diffusion_rl.networks.critics.CriticObs", "cond_dim": OBS * TO, "mlp_dims": [8]}
+CRITIC_ACT = {**CRITIC, "_target_": "diffusion_rl.networks.critics.CriticObsAct", "action_dim": A, "action_steps": H}
+GAUSSIAN = {**MLP, "_target_": "diffusion_rl.networks.gaussian.GaussianMLP", "mlp_dims": [16, 16]}
+MIXTURE = {**GAUSSIAN, "_target_": "diffusion_rl.networks.gmm.GMMMLP", "num_modes": 3}
+
+DDIM = {"use_ddim": True, "ddim_steps": 5, "eta": {"_target_": "diffusion_rl.networks.eta.EtaFixed"}}
+DPPO = {
+    "_target_": "diffusion_rl.algorithms.dppo.DPPO",
+    **{"horizon_steps": H, "obs_dim": OBS, "action_dim": A, "critic": CRITIC, "denoising_steps": 20},
+    **{"gamma_denoising": 0.99, "clip_ploss_coef": 0.01, "ft_denoising_steps": 4, "randn_clip_value": 3},
+}
+PRE = {
+    "_target_": "diffusion_rl.policies.diffusion.DiffusionPolicy",
+    **{"horizon_steps": H, "obs_dim": OBS, "action_dim": A, "denoising_steps": 10},
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {**DPPO, "actor": MLP},
+    "mlp ddim": {**DPPO, "actor": {**MLP, "residual_style": True}, **DDIM, "learn_eta": True},
+    "pre-trained mlp": {**PRE, "network": {**MLP, "cond_mlp_dims": [8]}},
+    "unet": {**PRE, "network": UNET, "denoising_steps": 5},
+    "image mlp": {**DPPO, "actor": VISION, **DDIM},
+    "image unet": {**PRE, "network": VISION_UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
+    "gaussian": {
+        "_target_": "diffusion_rl.policies.gaussian.GaussianPolicy",
+        **{"horizon_steps": H, "network": {**GAUSSIAN, "fixed_std": 0.1}},
+    },
+    "gaussian ppo": {
+        "_target_": "diffusion_rl.algorithms.gaussian_ppo.GaussianPPO",
+        **{"horizon_steps": H, "actor": GAUSSIAN, "critic": CRITIC, "clip_ploss_coef": 0.1},
+    },
+    "sac": {
+        "_target_": "diffusion_rl.algorithms.sac.SAC",
+        **{"horizon_steps": H, "actor": {**GAUSSIAN, "tanh_output": False}, "critic": CRITIC_ACT},
+    },
+    "mixture": {
+        "_target_": "diffusion_rl.policies.gmm.GMMPolicy",
+        **{"horizon_steps": H, "network": {**MIXTURE, "fixed_std": 0.1}},
+    },
+}
+FRESH = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+path, inputs, result = sys.argv[1:]
+inputs = dict(np.load(inputs))
+if path.endswith(".tflite"):
+    interpreter = tf.lite.Interpreter(path)
+    assert not [op["op_name"] for op in interpreter._get_ops_details() if op["op_name"].startswith("Flex")]
+    runs = {name: interpreter.get_signature_runner(name) for name in ("serving_default", "with_noise")}
+else:
+    policy = tf.saved_model.load(path)
+    runs = {name: policy.signatures[name] for name in ("serving_default", "with_noise")}
+given = {name: tf.constant(value) for name, value in inputs.items()}
+observation = {name: given[name] for name in given if name in ("state", "rgb")}
+if path.endswith(".tflite"):
+    given, observation = ({k: v.numpy() for k, v in values.items()} for values in (given, observation))
+outputs = {f"{i} {k}": np.array(v) for i in range(2) for k, v in runs["serving_default"](**observation).items()}
+outputs |= {k: np.array(v) for k, v in runs["with_noise"](**given).items()}
+assert not [name for name in sys.modules if name.startswith(("diffusion_rl", "torch", "omegaconf"))]
+np.savez(result, **outputs)
+"""
+
+
+def make_checkpoint(folder: Path, name: str, **metadata: Any) -> Path:
+    """A checkpoint as the loops write it, of random weights; the base policy and the fine-tuned one differ."""
+    model = MODELS[name]
+    with initial_weights(NoiseSource(len(name))):
+        policy = instantiate(OmegaConf.create(model))
+    draw = NoiseSource(1)
+    for variable in variables_of(getattr(policy, "actor_ft", policy.network)):
+        variable.assign_add(0.05 * draw.normal(variable.shape))
+    normalization = {
+        "obs_min": [-1.0, 0.0, 3.0, -10.0, 0.5],
+        "obs_max": [1.0, 2.0, 3.1, 10.0, 0.5],
+        "action_min": [-1.0, -0.5, -4.0],
+        "action_max": [1.0, 0.7, 4.0],
+    }
+    config = {"obs_dim": OBS, "action_dim": A, "cond_steps": TO, "act_steps": TA, "model": model}
+    facts = {"kind": "dppo" if "actor_ft" in vars(policy) else policy.KIND, **policy_facts(policy)}
+    facts |= {"normalization": normalization, "config": config, **metadata}
+    path = folder / "state_7.safetensors"
+    save_checkpoint(path, {f"model.{k}": v for k, v in state_dict(policy).items()}, facts)
+    return path
+
+
+def in_a_fresh_process(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    folder = path.parent
+    np.savez(folder / "inputs.npz", **inputs)
+    command = [sys.executable, "-I", "-c", FRESH, str(path), str(folder / "inputs.npz"), str(folder / "out.npz")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(folder / "out.npz"))
+
+
+@pytest.mark.parametrize("file_format", ["savedmodel", "tflite"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_checkpoints_actions_in_a_process_with_tensorflow_only(tmp_path, name, file_format):
+    checkpoint = make_checkpoint(tmp_path, name)
+    written = export.export_policy(checkpoint, file_format)
+    assert written.path.parent == tmp_path and written.deviation <= 1e-5
+    source = export.open_policy(checkpoint)
+    inputs = export.random_inputs(source, 1 if file_format == "tflite" else 3, NoiseSource(9))
+    expected = export.decide(source, inputs)
+    outputs = in_a_fresh_process(written.path, inputs)
+    assert outputs["plan"].shape == (len(expected), H, A)
+    np.testing.assert_allclose(outputs["plan"], expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(outputs["actions"], outputs["plan"][:, :TA])
+    for draw in ("0 plan", "1 plan"):  # noise of its own, anew every time
+        assert outputs[draw].shape == expected.shape and np.all(np.isfinite(outputs[draw]))
+    assert np.any(outputs["0 plan"] != outputs["1 plan"])
+
+
+def test_noise_drawn_inside_is_standard_normal(tmp_path):
+    """A policy whose action is its noise: 10 actions of deviation 1e-4 around a mean that is known."""
+    source = export.open_policy(make_checkpoint(tmp_path, "gaussian"))
+    inputs = export.random_inputs(source, 1, NoiseSource(3))
+    mean = export.decide(source, inputs | {"noise": np.zeros_like(inputs["noise"])})
+    scale = 1e-4 * (source.normalizer.action_max - source.normalizer.action_min) / 2
+    for file_format, load in (("savedmodel", export.load_saved_model), ("tflite", export.load_tflite)):
+        run = load(export.export_policy(tmp_path / "state_7.safetensors", file_format).path)
+        draws = [(run("serving_default", {"state": inputs["state"]})["plan"] - mean) / scale for _ in range(300)]
+        assert abs(np.mean(draws)) < 0.1 and abs(np.std(draws) - 1) < 0.1
+
+
+def test_the_image_is_encoded_once_for_a_decision(tmp_path):
+    source = export.open_policy(make_checkpoint(tmp_path, "image unet"))
+    module = DeployedPolicy(source.policy, source.normalizer, TO, TA, batch=1)
+    convolutions = [op for op in module.act.graph.get_operations() if op.type == "Conv2D"]
+    assert len(convolutions) == 2 * SEEING["num_img"] and source.policy.sampling_steps > 1
+
+
+def test_a_fine_tuned_policy_uses_as_many_steps_as_its_checkpoint_says(tmp_path):
+    """The number is lowered in training (`ft_denoising_steps_d`): the configuration's is then not the policy's."""
+    path = make_checkpoint(tmp_path, "mlp", ft_denoising_steps=2)
+    assert export.open_policy(path).policy.ft_denoising_steps == 2
+
+
+def test_a_checkpoint_of_the_reference_with_a_configuration(tmp_path):
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path, "mlp"))
+    save_checkpoint(tmp_path / "x.pt", checkpoint.tensors, checkpoint.metadata)
+    with pytest.raises(UserError, match="does not hold its configuration"):
+        export.open_policy(tmp_path / "x.pt")
+    np.savez(tmp_path / "normalization.npz", **checkpoint.metadata["normalization"])
+    config = {**checkpoint.metadata["config"], "normalization_path": str(tmp_path / "normalization.npz")}
+    source = export.open_policy(tmp_path / "x.pt", config)
+    inputs = export.random_inputs(source, 2, NoiseSource(0))
+    ours = export.open_policy(tmp_path / "state_7.safetensors")
+    np.testing.assert_array_equal(export.decide(source, inputs), export.decide(ours, inputs))
+
+
+def test_an_export_that_acts_otherwise_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path, "mlp ddim")
+    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    with pytest.raises(UserError, match="acts otherwise than the checkpoint, by .*nothing was written"):
+        export.export_policy(checkpoint, "savedmodel")
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_what_is_there_is_replaced_by_force_only(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, "gaussian")
+    for file_format in ("savedmodel", "tflite"):
+        export.export_policy(checkpoint, file_format)
+        with pytest.raises(UserError, match="exists: .*--force"):
+            export.export_policy(checkpoint, file_format)
+        export.export_policy(checkpoint, file_format, force=True)
+    (tmp_path / "mine").mkdir()
+    for other in (tmp_path / "mine", checkpoint):
+        with pytest.raises(UserError, match="is not an export"):
+            export.export_policy(checkpoint, "tflite", other, force=True)
+    left = {"state_7.safetensors", "state_7.tflite", "state_7_savedmodel", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {**PRE, "_target_": "diffusion_rl.algorithms.ppo.ClippedPPO"}}, "of a ClippedPPO, which cannot be"),
+        ({"model": {**PRE, "_target_": "os.system"}}, "of a system, which cannot be exported; these can: DPPO, "),
+        ({"model": {**PRE, "network": {**MLP, "_target_": "os.system"}}}, "refused"),
+        ({"model": {**PRE, "network": {**MLP, "cond_mlp_dims": [8], "mlp_dims": [7, 7, 7]}}}, "weight .* has shape"),
+        ({"obs_dim": 6}, "its normalization is for obs_dim=5"),
+        ({"model": None}, "does not hold its configuration"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, change, message):
+    path = make_checkpoint(tmp_path, "pre-trained mlp")
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.metadata["config"] | change
+    with pytest.raises(UserError, match=message) as caught:
+        export.open_policy(path, config)
+    assert "\n" not in str(caught.value)
+
+
+def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "code"), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_command_and_the_example(tmp_path):
+    shipped = "data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors"
+    for file_format, output in (("savedmodel", tmp_path / "hopper"), ("tflite", tmp_path / "hopper.tflite")):
+        done = command("script/export_policy.py", shipped, "--format", file_format, "--output", output)
+        assert done.returncode == 0, done.stderr
+        for text in ("state [", "noise [21,", "acts as the checkpoint does", "median", "p99", f"wrote {output}"):
+            assert text in done.stdout
+        shown = command("-I", "script/examples/act.py", output)
+        assert shown.returncode == 0 and shown.stdout.count("[") >= 5, shown.stderr
+
+
+def test_the_command_refuses_in_one_line_with_status_2(tmp_path):
+    shipped, other = "data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors", "data/gym/hopper-medium-v2/train.npz"
+    for arguments, message in (
+        ([shipped, "--format", "onnx"], "unknown format 'onnx': choose savedmodel or tflite"),
+        ([tmp_path / "gone.safetensors", "--format", "tflite"], "no checkpoint at"),
+        ([other, "--format", "tflite"], r"a checkpoint is called"),
+        ([shipped, "--format", "tflite", "model.use_ddim=true"], "name it with --config"),
+    ):
+        done = command("script/export_policy.py", *arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.startswith("Error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_weights_are_stored_once(tmp_path):
+    """Two signatures share them, and critics stay behind."""
+    path = export.export_policy(make_checkpoint(tmp_path, "mlp"), "savedmodel").path
+    stored = tf.train.load_checkpoint(str(path / "variables" / "variables")).get_variable_to_shape_map()
+    size = sum(int(np.prod(shape)) for name, shape in stored.items() if "VARIABLE_VALUE" in name)
+    policy = export.open_policy(tmp_path / "state_7.safetensors").policy
+    assert size == sum(int(tf.size(v)) for net in (policy.actor, policy.actor_ft) for v in variables_of(net))

@@ -1,0 +1,183 @@
+"""The off-policy loop: the replay buffer, updates compiled together, and resuming, for every algorithm."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tests.small_runs import assert_same_checkpoint, make_base_policy, make_data, rows, states
+
+from diffusion_rl import app
+from diffusion_rl.algorithms.dql import DQL
+from diffusion_rl.algorithms.off_policy import Phase
+from diffusion_rl.configs import compose
+from diffusion_rl.core.config import find_class, instantiate
+from diffusion_rl.core.keras import precision
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.data.replay import ReplayBuffer, fields
+from diffusion_rl.interop.torch_names import state_dict
+from diffusion_rl.loops.learner import Learner
+from diffusion_rl.loops.off_policy import Buffers, Rows
+from diffusion_rl.loops.policy_files import policy_facts
+from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.networks.critics import CriticObsAct
+from diffusion_rl.networks.mlp import DiffusionMLP
+
+FIELDS = ("obs", "actions", "next_obs", "rewards", "terminated")
+CHUNKS = [
+    *("env.n_envs=3", "env.max_episode_steps=24", "++env.threads=1", "denoising_steps=3", "+tensorboard=false"),
+    *("train.n_steps=12", "train.batch_size=12", "train.val_freq=3", "train.n_train_itr=4"),
+    *("train.save_model_freq=1",),
+]
+SMALL = "mlp_dims=[16,16,16]"
+REPLAYED = ["train.replay_ratio=1", "train.n_critic_warmup_itr=2", f"model.actor.{SMALL}", f"model.critic.{SMALL}"]
+STEPS = [
+    *("env.max_episode_steps=20", "++env.threads=1", "+tensorboard=false", "train.batch_size=8", "train.log_freq=2"),
+    *("model.actor.mlp_dims=[16,16]", "model.critic.mlp_dims=[16,16]", "train.n_eval_episode=1"),
+    *("train.n_train_itr=14", "train.save_model_freq=1", "train.val_freq=5", "train.buffer_size=1000"),
+]
+HOPPER, CHEETAH = "gym/finetune/hopper-v2", "gym/finetune/halfcheetah-v2"
+# configuration -> overrides; a buffer of 40 rows overflows
+RUNS = {
+    f"{HOPPER}/ft_rwr_diffusion_mlp": [*CHUNKS, f"model.network.{SMALL}", "train.update_epochs=2"],
+    f"{HOPPER}/ft_awr_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.critic_update_ratio=2", "train.buffer_size=14"],
+    f"{HOPPER}/ft_dipo_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=40"],
+    f"{HOPPER}/ft_idql_diffusion_mlp": [
+        *(o for o in (*CHUNKS, *REPLAYED) if not o.startswith("model.critic.")),
+        *(f"model.critic_q.{SMALL}", f"model.critic_v.{SMALL}", "train.buffer_size=14", "train.eval_sample_num=3"),
+    ],
+    f"{HOPPER}/ft_dql_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=40", "+train.max_grad_norm=1"],
+    f"{HOPPER}/ft_qsm_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=14"],
+    "gym/scratch/halfcheetah-v2/sac_mlp": [*STEPS, "train.n_explore_steps=9", "train.actor_replay_ratio=4"],
+    "gym/scratch/halfcheetah-v2/rlpd_mlp": [
+        *(*STEPS, "train.n_explore_steps=2", "model.n_critics=3", "train.critic_num_update=2"),
+    ],
+    f"{CHEETAH}/ibrl_mlp": STEPS,
+    "gym/pretrain/halfcheetah-medium-v2/calql_mlp_offline": [*STEPS, "train.n_train_itr=4", "train.num_update=3"],
+    f"{CHEETAH}/calql_mlp_online": [*STEPS, "train.n_train_itr=4", "train.val_freq=3"],
+}
+
+
+def overrides(name: str, folder: Path) -> list[str]:
+    """Those of `RUNS`, with the files that the run starts from."""
+    given = [*RUNS[name]]
+    if name.startswith(HOPPER):
+        base = folder / "base.safetensors"
+        given.append(f"base_policy_path={make_base_policy(base, 'denoising_steps=3', f'model.network.{SMALL}')}")
+    elif not name.endswith("sac_mlp"):
+        given.append(f"offline_dataset_path={make_data(folder / 'demonstrations.npz', 17, 6)}")
+    if name.endswith(("ibrl_mlp", "calql_mlp_online")):
+        cfg = prepared(name, folder, *given, "base_policy_path=none")
+        with initial_weights(NoiseSource(5)):
+            policy = instantiate({**cfg.model, "network_path": None})
+        weights = {f"model.{k}": v for k, v in state_dict(policy).items()}
+        path = folder / "base.safetensors"
+        save_checkpoint(path, weights, {"kind": policy.KIND, **policy_facts(policy)})
+        given.append(f"base_policy_path={path}")
+    return given
+
+
+def prepared(name: str, logdir: Path, *given: str):
+    composed = compose(name, [*given, f"logdir={logdir}"])
+    del composed.hydra
+    return app.prepare(composed)
+
+
+def run(name: str, logdir: Path, *given: str):
+    """The loop, built and run to its end."""
+    cfg = prepared(name, logdir, *given)
+    built = find_class(cfg._target_)(cfg)
+    built.run()
+    return built
+
+
+@pytest.mark.parametrize("name", RUNS, ids=[name.rsplit("/", 1)[1] for name in RUNS])
+def test_resumed_equals_never_stopped(tmp_path, name):
+    given = overrides(name, tmp_path)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    loop = run(name, whole, *given)
+    last = loop.itr - 1
+    between = last - 2
+    shutil.copytree(whole, halves)
+    for path in (halves / "checkpoint").iterdir():
+        if int(path.stem.removeprefix("state_")) > between:
+            path.unlink()
+    run(name, halves, *given, "resume=auto")
+    assert rows(halves) == rows(whole)
+    assert states(halves) == states(whole)
+    one, two = (folder / "checkpoint" / f"state_{last}.safetensors" for folder in (whole, halves))
+    assert_same_checkpoint(one, two)
+    tensors = load_checkpoint(one).tensors
+    for part in loop.trainer.parts:  # everything was trained
+        assert tensors[f"optimizer.{part}.step"] > 0, part
+    kinds = {row["kind"] for row in rows(whole)}
+    assert kinds == {"train", "eval"}, kinds
+
+
+def small_dql(seed: int) -> DQL:
+    with initial_weights(NoiseSource(seed)):
+        actor = DiffusionMLP(2, 2, 3, time_dim=4, mlp_dims=[8, 8, 8], activation_type="ReLU", residual_style=True)
+        critic = CriticObsAct(3, [8, 8], 2, 2)
+    return DQL(actor, critic, horizon_steps=2, obs_dim=3, action_dim=2, denoising_steps=3, randn_clip_value=3)
+
+
+def learned(fast: bool, n: int) -> tuple[dict, dict]:
+    """Weights and losses of n DQL updates on drawn data."""
+    schedule = {"first_cycle_steps": 10, "warmup_steps": 0, "min_lr": 1e-3}
+    train = {"fast": fast, "gamma": 0.9, "eta": 1.0, "batch_size": 5, "target_ema_rate": 0.1, "max_grad_norm": 0.1}
+    for part in ("actor", "critic"):
+        train |= {f"{part}_lr": 1e-3, f"{part}_weight_decay": 0.01, f"{part}_lr_scheduler": schedule}
+    with precision("float64"):
+        model, noise = small_dql(1), NoiseSource(2)
+        buffer = ReplayBuffer(9, fields(FIELDS, (1, 3), (2, 2)))
+        shapes = {"obs": (9, 1, 3), "next_obs": (9, 1, 3), "actions": (9, 2, 2), "rewards": (9,), "terminated": (9,)}
+        buffer.add(**{name: noise.normal(shape, np.float64) for name, shape in shapes.items()})
+        buffer.flush()
+        buffers = Buffers(buffer)
+        learner = Learner(model, train, buffers)
+        losses = learner.run(Phase(n), noise, Rows(buffers, noise, 1), lambda count, found: None)
+        weights = state_dict(model)
+        learner.run(Phase(n), noise, Rows(buffers, noise, 1), lambda count, found: None)
+        (program,) = learner._programs.values()
+        assert program.experimental_get_tracing_count() == 1
+        return weights, losses
+
+
+def test_updates_compiled_together_equal_plain_ones_one_by_one(monkeypatch):
+    together = learned(fast=True, n=3)
+    monkeypatch.setattr("diffusion_rl.loops.learner.UPDATES_PER_CALL", 1)
+    single = learned(fast=False, n=3)
+    for ours, theirs in zip(together, single, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def test_the_replay_buffer_overwrites_the_oldest():
+    buffer = ReplayBuffer(4, fields(FIELDS, (1, 2), (1, 1)))
+    for i in range(3):
+        each = np.full(2, float(i))
+        buffer.add(
+            obs=each[:, None, None] * np.ones((1, 1, 2)),
+            actions=each[:, None, None],
+            next_obs=np.zeros((2, 1, 2)),
+            rewards=each,
+            terminated=each > 1,
+        )
+    assert buffer.read("rewards").tolist() == [1, 1, 2, 2] and buffer.size == 4
+    found = buffer.at(tf.constant(buffer.places(np.array([3, 0]))))
+    assert found.rewards.numpy().tolist() == [2, 1] and found.terminated.numpy().tolist() == [1, 0]
+    assert found.obs.shape == (2, 1, 2) and found.returns is None
+    again = ReplayBuffer(4, fields(FIELDS, (1, 2), (1, 1)))
+    again.restore(buffer.tensors())
+    buffer.write("rewards", np.array([7.0]))
+    assert buffer.read("rewards").tolist() == [1, 1, 2, 7] and again.read("rewards").tolist() == [1, 1, 2, 2]
+
+
+def test_draws_without_replacement_and_by_weight():
+    noise = NoiseSource(0)
+    assert sorted(noise.distinct(6, 6)) == list(range(6))
+    chosen = np.stack([noise.choose(np.array([[0.0, 1.0, 3.0], [0.0, 0.0, 0.5]])) for _ in range(2000)])
+    assert (chosen[:, 1] == 2).all() and not (chosen[:, 0] == 0).any()
+    assert abs((chosen[:, 0] == 2).mean() - 0.75) < 0.04
