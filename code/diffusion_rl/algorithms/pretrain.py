@@ -100,10 +100,11 @@ class PreTrainer:
         return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
 
     def _dropout(self, masks: Array) -> dict[str, Sequence[Array]]:
-        """Dropout's masks [B,widths] as the network takes them; none where nothing was drawn, as in evaluation."""
-        if not masks.shape[-1]:
+        """Dropout's masks [B,widths] as the network takes them; none without dropout or in evaluation, which draws none."""
+        network = self.policy.network
+        if not getattr(network, "dropout", 0) or not masks.shape[-1]:
             return {}
-        return {"keep_masks": tf.split(masks, [width for _, width in self.policy.network.masks_shapes(1)], axis=-1)}
+        return {"keep_masks": tf.split(masks, [width for _, width in network.masks_shapes(1)], axis=-1)}
 
     # ---------- many steps ----------
 
