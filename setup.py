@@ -16,7 +16,8 @@ NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl")  # hardware, clusters, and pack
 
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
-    "robomimic": ["robosuite==1.4.1", MUJOCO, "imageio", "numba"],
+    # robosuite asks for numba, scipy and opencv itself; 1.5 has other controllers
+    "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
     "d3il": [MUJOCO, "imageio"],
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
