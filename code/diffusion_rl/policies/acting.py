@@ -60,18 +60,22 @@ class SingleStepActor:
         """What one decision needs: the arguments of `policy.sample` beside the observation."""
         raise NotImplementedError
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+    def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
         """Compiled: actions [E,H,A] and their log-probabilities [E]."""
         raise NotImplementedError
 
-    def act(self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool) -> Decision:
+    def act(
+        self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool, rgb: np.ndarray | None = None
+    ) -> Decision:
         """Decide for all environments.
 
         Args:
             state: [E,To,O];  draws: of `draw`;  deterministic: evaluate instead of explore.
+            rgb: [E,To,C,Hi,Wi] pixels, where the network sees images.
         """
+        obs = {"state": tf.constant(state, self.policy.dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
         given = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
-        actions, log_probs = self._decide(tf.constant(state, self.policy.dtype), given, deterministic)
+        actions, log_probs = self._decide(obs, given, deterministic)
         return Decision(actions.numpy(), None, log_probs.numpy())
 
 
@@ -82,9 +86,9 @@ class GaussianActor(SingleStepActor):
         network = self.policy.network
         return {"noise": noise.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        actions, _ = self.policy.sample({"state": state}, deterministic=deterministic, **draws)
-        return actions, self.policy.log_probs({"state": state}, actions)[0]
+    def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+        actions, _ = self.policy.sample(obs, deterministic=deterministic, **draws)
+        return actions, self.policy.log_probs(obs, actions)[0]
 
 
 class GMMActor(SingleStepActor):
@@ -96,9 +100,9 @@ class GMMActor(SingleStepActor):
         shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
         return {"uniform": uniform, "noise": noise.normal(shape, floatx())}
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        actions = self.policy.sample({"state": state}, deterministic=deterministic, **draws)
-        return actions, self.policy.log_probs({"state": state}, actions)[0]
+    def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+        actions = self.policy.sample(obs, deterministic=deterministic, **draws)
+        return actions, self.policy.log_probs(obs, actions)[0]
 
 
 class CompiledNetwork:
