@@ -48,7 +48,7 @@ def rows() -> dict[str, Row]:
     for name, case in CASES.items():
         count = f"{case.updates} updates" if case.updates > 1 else "an iteration's updates"
         key = f"{name} updates"
-        table[key] = Row(f"{case.title}: {count}", key, key, 1, 5)
+        table[key] = Row(f"{case.title}: {count}", key, key, 1, 3)
     return table
 
 

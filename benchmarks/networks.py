@@ -104,7 +104,7 @@ class Case(NamedTuple):
     policy: dict[str, Any]  # with the network as `actor`
     rows: int  # B of forward and gradient: a minibatch
     chunk: int = 1000  # rows that this repository works on at a time
-    turns: int = 5
+    turns: int = 3
 
     @property
     def denoises(self) -> bool:
