@@ -160,7 +160,11 @@ class Robomimic(gymnasium.Env):
         if self._shows_pictures and not self._was_reset:
             self.base.reset()  # the first pictures are right only after one
             self._was_reset = True
-        return self._pick(self.base.reset_to({"states": self.init_state})), {}
+        return self.show(self.init_state), {}
+
+    def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
+        """The observation of a flat simulator state, in which the simulation goes on."""
+        return self._pick(self.base.reset_to({"states": state}))
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         raw, reward, _, info = self.base.step(action)
