@@ -18,7 +18,8 @@ UPSTREAM_PYTHON ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-TEST_EXTRAS := gym,kitchen,robomimic,parity,test
+TEST_EXTRAS := gym,kitchen,parity,test
+ROBOSUITE := $(shell grep -o 'robosuite==[0-9.]*' setup.py)
 PACKAGING := setup.py pyproject.toml
 
 .PHONY: help demo test parity-report benchmark lint clean
@@ -72,5 +73,6 @@ $(VENV)/.gym: $(VENV)/.made $(PACKAGING)
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.gym $(PACKAGING)
-	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]')
+	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]' \
+	&& $(RUN) -m pip install $(PIP_ARGS) --no-deps '$(ROBOSUITE)')
 	@touch $@

@@ -12,6 +12,9 @@ MUJOCO = "mujoco>=3.1.6,<3.5"  # from 3.5 on the engine no longer follows MuJoCo
 
 FIGURES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 SWEEP = ["hydra-joblib-launcher>=1.2"]
+# What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
+# `make test` installs robosuite without its requirements.
+ROBOSUITE_NEEDS = ["numba", "scipy", "opencv-python-headless", "termcolor", "Pillow", "imageio[ffmpeg]"]
 NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl")  # hardware, clusters, and packages that need numpy < 2 and a compiler
 
 EXTRAS = {
@@ -31,7 +34,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.21"],
     "ray": ["ray", "hydra-ray-launcher"],
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", *FIGURES, *SWEEP],
+    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}
