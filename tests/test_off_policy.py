@@ -49,6 +49,10 @@ RUNS = {
     ],
     f"{HOPPER}/ft_dql_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=40", "+train.max_grad_norm=1"],
     f"{HOPPER}/ft_qsm_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=14"],
+    f"{HOPPER}/ft_dacer_mlp": [
+        *(*CHUNKS, *REPLAYED, "train.n_critic_warmup_itr=1", "train.buffer_size=14", "train.batch_size=6"),
+        *("train.temperature_interval=4", "train.entropy_states=2", "train.entropy_samples=20"),
+    ],
     "gym/scratch/halfcheetah-v2/sac_mlp": [*STEPS, "train.n_explore_steps=9", "train.actor_replay_ratio=4"],
     "gym/scratch/halfcheetah-v2/rlpd_mlp": [
         *(*STEPS, "train.n_explore_steps=2", "model.n_critics=3", "train.critic_num_update=2"),
