@@ -79,7 +79,7 @@ def run_of(name, task="hopper-medium-v2", seed="0"):
         ("hopper-medium-v2_sac_ppo_diffusion_mlp_ta4_td20_tdf10", "DPOER"),
         ("hopper-medium-v2_ppo_gaussian_mlp_ta4", "Gaussian PPO"),
         ("hopper-medium-v2_rlpd_mlp_ta1", "RLPD"),
-        ("hopper-medium-v2_ppo_exact_diffusion_mlp_ta4", "ppo_exact_diffusion_mlp_ta4"),
+        ("hopper-medium-v2_ppo_exact_diffusion_mlp_ta4", "DPPO (exact)"),
         (f"{DPPO},train.gamma=0.9", "DPPO train.gamma=0.9"),
         ("mine", "mine"),
     ],

@@ -51,7 +51,7 @@ RUNS = {
     f"{HOPPER}/ft_qsm_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=14"],
     f"{HOPPER}/ft_dacer_mlp": [
         *(*CHUNKS, *REPLAYED, "train.n_critic_warmup_itr=1", "train.buffer_size=14", "train.batch_size=6"),
-        *("train.temperature_interval=4", "train.entropy_states=2", "train.entropy_samples=20"),
+        *("train.temperature_interval=12", "train.entropy_states=2", "train.entropy_samples=20"),
     ],
     "gym/scratch/halfcheetah-v2/sac_mlp": [*STEPS, "train.n_explore_steps=9", "train.actor_replay_ratio=4"],
     "gym/scratch/halfcheetah-v2/rlpd_mlp": [

@@ -102,12 +102,8 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- acting ----------
 
-    def denoised(self, cond: Cond, noise: Array) -> Array:
-        """Action chunks [B,H,A] without exploration. noise [K+1,B,H,A]."""
-        return self.sample(cond, noise, deterministic=True, final_clip=1.0)
-
     def explored(self, cond: Cond, noise: Array, exploration: Array) -> Array:
-        """Action chunks [B,H,A] with noise of the learned size. exploration [B,H,A] standard normal."""
+        """Action chunks [B,H,A] with noise of the learned size. noise [K+1,B,H,A], exploration [B,H,A] normal."""
         size = tf.cast(tf.exp(tf.stop_gradient(self._log_alpha)), self.dtype) * self.exploration_scale
         actions = self.sample(cond, noise, deterministic=True)
         return tf.clip_by_value(actions + size * tf.cast(exploration, self.dtype), -1.0, 1.0)
@@ -122,7 +118,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         if deterministic:
-            return self.denoised(cond, draws["noise"])
+            return self.sample(cond, draws["noise"], deterministic=True)
         return self.explored(cond, draws["noise"], draws["exploration"])
 
     # ---------- losses ----------
