@@ -54,6 +54,7 @@ def test_ibrl_draws_masks_for_every_network_when_training_and_none_when_evaluati
     noise, batch = NoiseSource(0), int(train.batch_size)
     buffer = ReplayBuffer(batch, fields(("obs",), (1, 60), (1, 9)))
     buffer.add(obs=np.zeros((batch, 1, 60)))
+    buffer.flush()
     rows = Rows(Buffers(buffer), noise, 1)
     drawn = {
         (2, batch, 32): model.draw_critic(noise, rows, train, True)["keep"],

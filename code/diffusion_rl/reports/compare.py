@@ -51,6 +51,7 @@ ALGORITHMS = {
     "ft_diffusion": "DPPO",
     "ft_gaussian": "Gaussian PPO",
     "dacer": "DACER",
+    "original_dacer": "DACER",
     "sac": "SAC",
     "rlpd": "RLPD",
     "calql": "Cal-QL",
