@@ -104,7 +104,7 @@ class Case(NamedTuple):
     policy: dict[str, Any]  # with the network as `actor`
     rows: int  # B of forward and gradient: a minibatch
     chunk: int = 1000  # rows that this repository works on at a time
-    turns: int = 5
+    turns: int = 3
 
     @property
     def denoises(self) -> bool:
@@ -208,7 +208,7 @@ def rows() -> dict[str, Row]:
             "sampling": f"{case.title}: sampling, {ENVS} environments",
         }
         for kind in KINDS:
-            calls = 5 if kind == "sampling" else 1
+            calls = (5 if case.denoises else 40) if kind == "sampling" else 1
             table[f"{name} {kind}"] = Row(titles[kind], f"{name} {kind}", f"{name} {kind}", calls, case.turns)
         if case.sees:
             key = f"{name} log-probs"

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import networks as n
-import numpy as np
 import tensorflow as tf
 from worker import Workload
 
@@ -16,7 +15,7 @@ from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 from diffusion_rl.networks.layers import variables_of
-from diffusion_rl.policies.acting import DiffusionActor
+from diffusion_rl.policies.acting import DiffusionActor, actor_for
 
 
 def translated(description: Any) -> Any:
@@ -74,20 +73,8 @@ def sampling(name: str) -> Workload:
         actor = DiffusionActor(model)
         shape = actor.noise_shape(n.ENVS)
         return lambda: actor.act(given.state, noise.normal(shape), deterministic=False, rgb=given.rgb)
-    modes = getattr(model.network, "num_modes", None)
-    width = n.HORIZON * n.ACTION
-    shape = (n.ENVS, width) if modes is None else (n.ENVS, modes, width)
-
-    @tf.function(jit_compile=True)
-    def sample(state: tf.Tensor, *draws: tf.Tensor) -> tf.Tensor:
-        drawn = model.sample({"state": state}, *draws)
-        return drawn[0] if modes is None else drawn
-
-    def call() -> np.ndarray:
-        draws = [noise.normal(shape)] + ([] if modes is None else [noise.uniform((n.ENVS,))])
-        return sample(tf.constant(given.state), *map(tf.constant, draws)).numpy()
-
-    return call
+    single = actor_for(model)
+    return lambda: single.act(given.state, single.draw(noise, n.ENVS), deterministic=False)
 
 
 def log_probs(name: str) -> Workload:

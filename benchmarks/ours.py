@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import tempfile
@@ -158,13 +159,22 @@ def write_policy(path: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write-policy"]:
         write_policy(Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["--write-algorithms"]:
+        import algorithms
+        import our_algorithms
+
+        described = {name: our_algorithms.described(config, name) for name in algorithms.CASES}
+        Path(sys.argv[2]).write_text(json.dumps(described))
     elif sys.argv[1:2] == ["--default-threads"]:  # TensorFlow as it comes, for its own rate of matrix products
         serve({}, multiply)
     else:
+        import our_algorithms
         import our_networks
 
         from diffusion_rl.core.threads import configure_threads
 
-        configure_threads()
+        configure_threads(shared=sys.argv[1:2] == ["--shared-operations"])  # as off-policy training has it
         makers = {f.__name__: f for f in (sampling, values, log_probs, minibatch, pretraining, environments)}
-        serve(makers | our_networks.makers(), multiply, packages=["tensorflow", "mujoco"])
+        serve(
+            makers | our_networks.makers() | our_algorithms.makers(config), multiply, packages=["tensorflow", "mujoco"]
+        )

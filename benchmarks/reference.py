@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--upstream", type=Path, help="the authors' checkout; without it, our twins")
     parser.add_argument("--data", type=Path, help="folder with train.npz and normalization.npz")
+    parser.add_argument("--algorithms", type=Path, help="file of resolved configurations")
     arguments = parser.parse_args()
     if arguments.upstream:
         side: Any = Upstream(arguments)
@@ -227,6 +229,10 @@ def main() -> None:
         import reference_networks
 
         makers |= reference_networks.makers()
+    if arguments.upstream and arguments.algorithms:
+        import reference_algorithms
+
+        makers |= reference_algorithms.makers(json.loads(arguments.algorithms.read_text()))
     serve(makers, multiply, torch.set_num_threads, ["torch"])
 
 

@@ -4,6 +4,7 @@
     python benchmarks/run.py --upstream PATH                   # beside a checkout of the authors' code
     python benchmarks/run.py --upstream PATH --upstream-python PYTHON     # with their simulators and whole iterations
     python benchmarks/run.py --upstream PATH --networks                   # the other networks instead
+    python benchmarks/run.py --upstream PATH --algorithms                 # updates of the algorithms with a buffer
 
 Prints a Markdown table of medians and ratios. benchmarks/README.md explains the rows and how to run the reference.
 """
@@ -20,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import algorithms
 import iteration
 import machine
 import networks
@@ -27,7 +29,7 @@ import workloads
 from worker import Side
 from workloads import Row, our_flops, reference_flops
 
-ROWS = workloads.ROWS | networks.rows()
+ROWS = workloads.ROWS | networks.rows() | algorithms.rows()
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data" / "gym" / "hopper-medium-v2"
 TORCH_THREADS = (1, 2)
@@ -42,8 +44,8 @@ def main() -> int:
     results: dict[str, Any] = {"command": _command(options)}
     results |= {"machine": machine.describe(), "upstream": options.upstream is not None, "rows": {}}
     results["load_before"] = machine.load()
-    wanted = options.rows or (networks.rows() if options.networks else [*workloads.ROWS, "iteration"])
-    reference, ours = _sides(options)
+    wanted = options.rows or _selection(options)
+    reference, ours = _sides(options, any(name in algorithms.rows() for name in wanted))
     try:
         results["about"] = {"reference": reference.ask("about"), "ours": ours.ask("about")}
         results["gemm"] = _gemm(reference, 2 if options.quick else GEMM_TURNS)
@@ -70,6 +72,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--upstream", type=Path, metavar="PATH", help="checkout of the authors' DPPO")
     parser.add_argument("--upstream-python", metavar="PYTHON", help="interpreter that has the reference's simulators")
     parser.add_argument("--networks", action="store_true", help="U-Nets, networks that see, transformers, Gaussians")
+    parser.add_argument("--algorithms", action="store_true", help="updates of the algorithms with a replay buffer")
     parser.add_argument("--quick", action="store_true", help="few turns: to see that it works")
     parser.add_argument(
         "--rows", nargs="+", choices=[*ROWS, "iteration"], metavar="ROW", help=f"of {[*ROWS]}, iteration"
@@ -97,15 +100,27 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--upstream", "PATH"] * bool(options.upstream) + ["--upstream-python", "PYTHON"] * bool(
         options.upstream_python
     )
-    words += ["--networks"] * options.networks + ["--quick"] * options.quick
+    words += ["--networks"] * options.networks + ["--algorithms"] * options.algorithms
+    words += ["--quick"] * options.quick
     words += ["--rows", *options.rows] if options.rows else []
     return shlex.join(words)
 
 
-def _sides(options: argparse.Namespace) -> tuple[Side, Side]:
+def _selection(options: argparse.Namespace) -> list[str]:
+    if options.networks or options.algorithms:
+        return [*(networks.rows() if options.networks else ()), *(algorithms.rows() if options.algorithms else ())]
+    return [*workloads.ROWS, "iteration"]
+
+
+def _sides(options: argparse.Namespace, with_algorithms: bool) -> tuple[Side, Side]:
     arguments = ["--upstream", str(options.upstream), "--data", str(options.data)] if options.upstream else []
+    ours = []
+    if with_algorithms:
+        file = Path(tempfile.mkdtemp()) / "algorithms.json"
+        subprocess.run([sys.executable, HERE / "ours.py", "--write-algorithms", file], check=True)
+        arguments, ours = [*arguments, "--algorithms", str(file)], ["--shared-operations"]
     python = options.upstream_python or sys.executable
-    return Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py")
+    return Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py", ours)
 
 
 # ---------- measuring ----------

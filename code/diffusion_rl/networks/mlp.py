@@ -112,7 +112,8 @@ def draw_masks(network: Any, noise: Any, shape: Sequence[int]) -> np.ndarray:
 
 def split_masks(network: Any, masks: Array | None) -> list[Array]:
     """Masks [B,W] as the network takes them, one for each layer; none if there are none."""
-    return [] if masks is None or not masks.shape[-1] else tf.split(masks, _widths(network), axis=-1)
+    widths = [] if masks is None or not masks.shape[-1] else _widths(network)
+    return tf.split(masks, widths, axis=-1) if widths else []
 
 
 def _widths(network: Any) -> list[int]:

@@ -21,7 +21,7 @@ from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
-MIN_PART = 4  # images
+MIN_PART, MIN_ROWS = 4, 10  # of an observation batch in equal parts: images, observations without
 CHUNKS = {False: 100, True: 10}  # observations whose chains are looked at together: without images, with
 
 Sampler = Callable[..., tuple[Array, ...]]  # (observation, noise, floor of the noise, folded weights) -> Decision
@@ -60,9 +60,18 @@ class SingleStepActor:
         """What one decision needs: the arguments of `policy.sample` beside the observation."""
         raise NotImplementedError
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        """Compiled: actions [E,H,A] and their log-probabilities [E]."""
+    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        """Actions [E,H,A] of the policy."""
         raise NotImplementedError
+
+    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+        """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
+        cond, policy = {"state": state}, copy.copy(self.policy)
+        each = [policy.network({"state": state[cut]}) for cut in parts(state.shape[0], MIN_ROWS)]  # side by side
+        outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*each, strict=True))
+        policy.network = policy.actor_ft = lambda cond: outputs
+        actions = self.sample(policy, cond, draws, deterministic)
+        return actions, policy.log_probs(cond, actions)[0]
 
     def act(self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool) -> Decision:
         """Decide for all environments.
@@ -82,9 +91,8 @@ class GaussianActor(SingleStepActor):
         network = self.policy.network
         return {"noise": noise.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        actions, _ = self.policy.sample({"state": state}, deterministic=deterministic, **draws)
-        return actions, self.policy.log_probs({"state": state}, actions)[0]
+    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        return policy.sample(cond, deterministic=deterministic, **draws)[0]
 
 
 class GMMActor(SingleStepActor):
@@ -96,9 +104,8 @@ class GMMActor(SingleStepActor):
         shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
         return {"uniform": uniform, "noise": noise.normal(shape, floatx())}
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        actions = self.policy.sample({"state": state}, deterministic=deterministic, **draws)
-        return actions, self.policy.log_probs({"state": state}, actions)[0]
+    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        return policy.sample(cond, deterministic=deterministic, **draws)
 
 
 class CompiledNetwork:
