@@ -113,11 +113,7 @@ def _lift(env: Any, arms: list[Arm]) -> list[Plan]:
 def _can(env: Any, arms: list[Arm]) -> list[Plan]:
     def plan(arm: Arm) -> Plan:
         can = _body(env, env.objects[env.object_id].root_body)
-        low = env.target_bin_placements[env.object_id] - [
-            0.06,
-            0.04,
-            0.0,
-        ]  # the bin's middle is out of comfortable reach
+        low = env.target_bin_placements[env.object_id] - [0.06, 0.04, 0.0]  # the middle is out of comfortable reach
         yield from arm.grasp(can)
         yield from arm.lift(0.25)
         yield from arm.go(lambda: np.array([low[0], low[1], arm.position[2]]), near=0.02)
@@ -147,8 +143,10 @@ def _square(env: Any, arms: list[Arm]) -> list[Plan]:
     def plan(arm: Arm) -> Plan:
         yield from arm.grasp(handle, across)
         yield from arm.lift(0.15)
-        quarter = np.round(np.arctan2(along()[1], along()[0]) / (np.pi / 2)) * np.pi / 2  # the peg's nearest side
-        square = np.array([-np.sin(quarter), np.cos(quarter), 0.0])
+        quarter = np.round(np.arctan2(along()[1], along()[0]) / (np.pi / 2))  # of a turn: the peg's nearest side
+        if quarter == 0:
+            quarter = 1  # with the handle beyond the peg, the hand would be out of reach
+        square = np.array([-np.sin(quarter * np.pi / 2), np.cos(quarter * np.pi / 2), 0.0])
 
         def over(height: float) -> Point:
             """Where the gripper has to be for the nut to hang over the peg."""
