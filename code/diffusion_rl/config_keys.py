@@ -70,6 +70,7 @@ KEYS: dict[str, str] = {
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
     "env.robomimic_env_cfg_path": "robomimic: the description of the environment (JSON)",
     "env.reward_shaping": "robomimic: robosuite's shaped reward instead of 0 and 1; default false",
+    "env.reflections": "robomimic: images with the floor's reflections, slower; default false [ours]",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
     "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",

@@ -22,6 +22,7 @@ class EnvRobosuite:
     An observation has `object` (robosuite's `object-state`), every entry of a robot (`robot0_eef_pos` …) and the
     cameras that were said to be of the modality "rgb", upright, [C, Hi, Wi] float32 in [0, 1].
     `env` is the environment of robosuite itself. Episodes never end by themselves.
+    reflections: whether rendered images have the floor's faint ones, which take most of the time.
     """
 
     def __init__(
@@ -47,14 +48,13 @@ class EnvRobosuite:
         for name in self.env.observation_names:
             if "joint_pos" in name or "eef_vel" in name:
                 self.env.modify_observable(observable_name=name, attribute="active", modifier=True)
-        self._without_reflections()
+        self.reflections = True
 
-    def _without_reflections(self) -> None:
-        """Reflections, which the scene renders a second time for, change no pixel here. The context of the renderer
-        lives as long as the simulation: until `hard_reset` makes a new one."""
+    def _set_reflections(self) -> None:
+        """The context of the renderer lives as long as the simulation: until `hard_reset` makes a new one."""
         context = self.env.sim._render_context_offscreen
         if context is not None:
-            context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+            context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = self.reflections
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, dict[str, Any]]:
         """observation, reward, done (always false), info after one action [A] in [-1, 1]."""
@@ -63,8 +63,9 @@ class EnvRobosuite:
 
     def reset(self) -> Observation:
         """Begin an episode, drawn from numpy's global generator."""
+        self._set_reflections()
         raw = self.env.reset()
-        self._without_reflections()
+        self._set_reflections()
         return self.get_observation(raw)
 
     def reset_to(self, state: Mapping[str, Any]) -> Observation | None:
@@ -76,7 +77,7 @@ class EnvRobosuite:
             self.reset()
             self.env.reset_from_xml_string(self.env.edit_model_xml(state["model"]))
             self.env.sim.reset()
-            self._without_reflections()
+            self._set_reflections()
         if "states" not in state:
             return None
         self.env.sim.set_state_from_flattened(state["states"])

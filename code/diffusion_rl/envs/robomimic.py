@@ -86,10 +86,16 @@ def read_env_meta(path: str | Path) -> dict[str, Any]:
 
 
 def make_simulator(
-    meta: Mapping[str, Any], *, low_dim_keys: Sequence[str], image_keys: Sequence[str], render: bool, seed: int
+    meta: Mapping[str, Any],
+    *,
+    low_dim_keys: Sequence[str],
+    image_keys: Sequence[str],
+    render: bool,
+    seed: int,
+    reflections: bool = False,
 ) -> Any:
     """A robomimic environment (`EnvRobosuite`) of `meta`. What it draws when it is made (the size of Lift's cube)
-    follows from `seed`."""
+    follows from `seed`. reflections: robosuite's pixels exactly, but for more than twice the time."""
     activate()
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
@@ -112,6 +118,7 @@ def make_simulator(
         ) from error
     env.env.hard_reset = False  # a hard one builds the model anew: slow, and memory grows
     env.postprocess_visual_obs = False
+    env.reflections = reflections
     return env
 
 
@@ -207,6 +214,7 @@ class RobomimicRecipe:
     normalizer: MinMaxNormalizer | None = None
     chunks: dict[str, Any] = field(default_factory=dict)
     render: bool = False
+    reflections: bool = False
 
     def __call__(self) -> MultiStep:
         base = make_simulator(
@@ -215,6 +223,7 @@ class RobomimicRecipe:
             image_keys=self.image_keys,
             render=self.render,
             seed=self.seed,
+            reflections=self.reflections,
         )
         env = Robomimic(base, [*self.low_dim_keys, *self.image_keys], **self.options)
         common: dict[str, Any] = {"keys": self.low_dim_keys, "clamp": self.clamp, "never_terminates": True}
@@ -228,7 +237,7 @@ def recipes(
 ) -> list[RobomimicRecipe]:
     """What builds the environments of the `env` node `env_cfg`, one for each seed.
 
-    Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video` and `wrappers.robomimic_lowdim` or
+    Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video`, `reflections` and `wrappers.robomimic_lowdim` or
     `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`, `render_hw`,
     `render_camera_name`). Raises UserError if robosuite is missing or the memory will not do.
     """
@@ -249,13 +258,10 @@ def recipes(
     options = {ours: wrapper[name] for name, ours in renames.items() if wrapper.get(name) is not None}
     render = bool(env_cfg.get("save_video", False))
     check_memory(meta["env_name"], len(seeds), bool(image_keys) or render)
+    common: dict[str, Any] = {"clamp": bool(wrapper.get("clamp_obs")), "normalizer": normalizer, "chunks": chunks}
+    common |= {"render": render, "reflections": bool(env_cfg.get("reflections", False))}
     keys = list(wrapper["low_dim_keys"])
-    return [
-        RobomimicRecipe(
-            meta, seed, keys, image_keys, options, bool(wrapper.get("clamp_obs")), normalizer, chunks, render
-        )
-        for seed in seeds
-    ]
+    return [RobomimicRecipe(meta, seed, keys, image_keys, options, **common) for seed in seeds]
 
 
 def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:
