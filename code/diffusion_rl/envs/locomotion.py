@@ -36,7 +36,7 @@ try:
     from gymnasium.envs.registration import load_env_creator
     from mujoco import rollout
 except ImportError as error:  # pragma: no cover - depends on the installation
-    raise UserError(f'locomotion needs {error.name}: pip install -e ".[gym]"') from error
+    raise UserError(f'locomotion needs {error.name or error}: pip install -e ".[gym]"') from error
 
 FLAVOURS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
 _BODIES = Path(__file__).parent / "assets" / "mujoco210_bodies.json"
