@@ -63,9 +63,11 @@ KEYS: dict[str, str] = {
     "env.max_episode_steps": "environment steps after which an episode is truncated",
     "env.reset_at_iteration": "start new episodes at each iteration",
     "env.save_video": "write videos of evaluations to render/",
+    "env.render": "avoiding: show environment 0 in a window; elsewhere without effect",
     "env.save_full_observations": "keep every observation, not only one per chunk",
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
+    "env.wrappers.d3il_lowdim.normalization_path": "the same for the avoiding task",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
     "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",
     "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
@@ -159,7 +161,7 @@ for _which in ("actor", "critic"):
 
 KEYS |= dict.fromkeys(
     (
-        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs", "env.render"),
+        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs"),
         "env.wrappers.multi_step.verbose",
     ),
     "accepted for the reference's command lines; has no effect here",
