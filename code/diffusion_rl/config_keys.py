@@ -35,7 +35,8 @@ KEYS: dict[str, str] = {
     "wandb.run": "default <time>_<name>",
     # the task
     "env_name": "the environment's name",
-    "task": "Furniture-Bench: the piece of furniture",
+    "task": "Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations",
+    "mode": "avoiding: the gaps that the demonstrations take; only names the set",
     "randomness": "Furniture-Bench: how much initial poses vary, low or med",
     "obs_dim": "dimension O of one observation",
     "action_dim": "dimension A of one action",
@@ -46,6 +47,7 @@ KEYS: dict[str, str] = {
     "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
     "use_ddim": "sample with DDIM",
     "ddim_steps": "its denoising steps",
+    "num_modes": "M, components of a Gaussian mixture",
     "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
     # files
     "train_dataset_path": "pre-training data (npz)",
