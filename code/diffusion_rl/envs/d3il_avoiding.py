@@ -72,7 +72,7 @@ class AvoidingVectorEnv:
         self._arms = panda.ArmStates.empty(n_envs)
         self._setpoints = np.zeros((n_envs, 2))
         self._modes = avoiding.new_modes(n_envs)
-        self._collided = np.zeros(n_envs, dtype=bool)
+        self.collided = np.zeros(n_envs, dtype=bool)
         self._started = False
         if render:
             from diffusion_rl.envs.video import StateViewer  # rendering libraries load only when asked for
@@ -111,7 +111,7 @@ class AvoidingVectorEnv:
         after = self.physics.move(self._arms, setpoints[:, 1:])
         tools = np.concatenate([self._arms.tool[:, None], after.tool], axis=1)
         touching = np.concatenate([self._arms.touching[:, None], after.touching[:, :-1]], axis=1)
-        collided = self._collided[:, None] | np.logical_or.accumulate(touching, axis=1)
+        collided = self.collided[:, None] | np.logical_or.accumulate(touching, axis=1)
         modes = self._modes_along(tools)
         outcome = self._history.advance(
             np.arange(self.n_envs),
@@ -125,7 +125,7 @@ class AvoidingVectorEnv:
         )
         last = (np.arange(self.n_envs), outcome.executed - 1)
         self._arms = after[last]
-        self._setpoints, self._modes, self._collided = setpoints[:, 1:][last], modes[:, 1:][last], collided[last]
+        self._setpoints, self._modes, self.collided = setpoints[:, 1:][last], modes[:, 1:][last], collided[last]
         self._watch(after, outcome.executed)
         infos: dict[str, Any] = {"executed_steps": outcome.executed}
         if self.full_observations:
@@ -167,7 +167,7 @@ class AvoidingVectorEnv:
         self._arms[rows] = start
         self._setpoints[rows] = start.tool.astype(np.float32)
         self._modes[rows] = avoiding.NOT_PASSED
-        self._collided[rows] = False
+        self.collided[rows] = False
         self._history.start(rows, self._observe(self._setpoints[rows], self._arms.tool[rows]))
 
     def get_state(self) -> dict[str, np.ndarray]:
@@ -190,7 +190,7 @@ class AvoidingVectorEnv:
         self._started = True
 
     def _state(self) -> dict[str, np.ndarray]:
-        own = {"setpoints": self._setpoints, "modes": self._modes, "collided": self._collided}
+        own = {"setpoints": self._setpoints, "modes": self._modes, "collided": self.collided}
         history = {"chunk_steps": self._history.count, "history": self._history.frames}
         return own | history | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
 
