@@ -18,7 +18,7 @@ UPSTREAM_PYTHON ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-TEST_EXTRAS := gym,kitchen,parity,test
+TEST_EXTRAS := gym,kitchen,d3il,parity,test
 PACKAGING := setup.py pyproject.toml
 
 .PHONY: help demo test parity-report benchmark lint clean

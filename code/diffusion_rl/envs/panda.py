@@ -1,7 +1,7 @@
 """A Franka Panda with a rod, steered by positions of its tool as in D3IL (Jia et al. 2024, arXiv:2402.14606).
 
 The joints and links are those of the model in the robosuite package. Masses, torque limits and controller are D3IL's;
-with them the robot follows D3IL's recordings within 0.2 mrad.
+with them the robot follows D3IL's recordings within a few mrad, mostly a few tenths.
 
 A setpoint (x, y) of the tool holds for 35 ms. Every millisecond an inverse kinematics of its own, which never looks at
 the simulated arm, moves joint targets towards the setpoint; a joint-space PD controller that makes up for gravity and
