@@ -208,7 +208,7 @@ def rows() -> dict[str, Row]:
             "sampling": f"{case.title}: sampling, {ENVS} environments",
         }
         for kind in KINDS:
-            calls = 5 if kind == "sampling" else 1
+            calls = (5 if case.denoises else 40) if kind == "sampling" else 1
             table[f"{name} {kind}"] = Row(titles[kind], f"{name} {kind}", f"{name} {kind}", calls, case.turns)
         if case.sees:
             key = f"{name} log-probs"

@@ -100,7 +100,7 @@ class PreTrainer:
         return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
 
     def _dropout(self, masks: Array) -> dict[str, Sequence[Array]]:
-        """Dropout's masks [B,widths] as the network takes them; none without dropout or in evaluation, which draws none."""
+        """Dropout's masks [B,widths] as the network takes them; none without dropout, and in evaluation."""
         network = self.policy.network
         if not getattr(network, "dropout", 0) or not masks.shape[-1]:
             return {}

@@ -21,7 +21,7 @@ from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
-MIN_PART = 4  # images
+MIN_PART, MIN_ROWS = 4, 10  # of an observation batch in equal parts: images, observations without
 CHUNKS = {False: 100, True: 10}  # observations whose chains are looked at together: without images, with
 
 Sampler = Callable[..., tuple[Array, ...]]  # (observation, noise, floor of the noise, folded weights) -> Decision
@@ -67,7 +67,8 @@ class SingleStepActor:
     def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
         """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
         cond, policy = {"state": state}, copy.copy(self.policy)
-        outputs = policy.network(cond)
+        each = [policy.network({"state": state[cut]}) for cut in parts(state.shape[0], MIN_ROWS)]  # side by side
+        outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*each, strict=True))
         policy.network = policy.actor_ft = lambda cond: outputs
         actions = self.sample(policy, cond, draws, deterministic)
         return actions, policy.log_probs(cond, actions)[0]
