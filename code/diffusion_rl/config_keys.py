@@ -115,7 +115,7 @@ KEYS: dict[str, str] = {
 KEYS |= {
     # algorithms on a replay buffer
     "train.replay_ratio": "how often each new transition is drawn for an update",
-    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR)",
+    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)",
     "train.scale_reward_factor": "factor on rewards",
     "train.target_ema_rate": "share of the trained networks in a step of their targets",
     "train.critic_tau": "the same (IDQL, QSM)",
@@ -137,8 +137,12 @@ KEYS |= {
     "train.lr_scheduler.first_cycle_steps": "iterations (epochs) of the first cosine cycle",
     "train.lr_scheduler.warmup_steps": "iterations (epochs) of linear warm-up",
     "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
-    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL)",
+    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL, DACER)",
     "train.target_entropy": "entropy that the temperature aims at",
+    "train.temperature_lr": "learning rate of log alpha (DACER) [ours]",
+    "train.temperature_interval": "critic steps between two updates of the temperature (DACER) [ours]",
+    "train.entropy_states": "states whose entropy is estimated then (DACER) [ours]",
+    "train.entropy_samples": "actions of each of them (DACER) [ours]",
     "train.automatic_entropy_tuning": "learn the temperature (Cal-QL)",
     "train.critic_replay_ratio": "rows drawn for the critic per step (SAC)",
     "train.actor_replay_ratio": "rows drawn for the actor per step (SAC)",
