@@ -65,6 +65,7 @@ def test_fine_tuning_as_configured(tmp_path, policy) -> None:
 
     small = [
         "env.n_envs=2",
+        "env.max_episode_steps=20",
         "train.n_train_itr=2",
         "train.update_epochs=1",
         "train.batch_size=50",
