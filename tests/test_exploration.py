@@ -59,9 +59,13 @@ def test_the_shipped_policies(tmp_path, monkeypatch, capsys) -> None:
 
 @pytest.mark.skipif(not HAS_SIMULATOR, reason='needs pip install -e ".[d3il]"')
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian", "gmm"])
-def test_fine_tuning_as_configured(tmp_path, policy) -> None:
+def test_fine_tuning_as_configured(tmp_path, policy, monkeypatch) -> None:
     from diffusion_rl import app
     from diffusion_rl.configs import compose
+    from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
+
+    videos: list[str] = []
+    monkeypatch.setattr(AvoidingVectorEnv, "_start_video", lambda self, row, path: videos.append(path))
 
     small = [
         "env.n_envs=2",
@@ -69,6 +73,7 @@ def test_fine_tuning_as_configured(tmp_path, policy) -> None:
         "train.n_train_itr=2",
         "train.update_epochs=1",
         "train.batch_size=50",
+        "env.save_video=true",  # of ten environments, by default, but there are two
         "+tensorboard=false",
     ]
     config = compose(
@@ -79,3 +84,5 @@ def test_fine_tuning_as_configured(tmp_path, policy) -> None:
     rows = app.run(config)
     assert len(rows) == 2 and all(np.isfinite(row["episode_return"]) for row in rows)
     assert (tmp_path / "checkpoint" / "state_1.safetensors").exists()
+    names = [f"itr-{itr}_trial-{trial}.mp4" for itr in (0, 1) for trial in (0, 1)]
+    assert [path.rsplit("/", 1)[1] for path in videos] == names
