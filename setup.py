@@ -21,7 +21,7 @@ EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
     # robosuite asks for numba, scipy and opencv itself; 1.5 has other controllers
     "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
-    "d3il": [MUJOCO, "imageio"],
+    "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio"],  # for its model of the Panda; not imported
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
     # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use

@@ -35,7 +35,8 @@ KEYS: dict[str, str] = {
     "wandb.run": "default <time>_<name>",
     # the task
     "env_name": "the environment's name",
-    "task": "Furniture-Bench: the piece of furniture",
+    "task": "Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations",
+    "mode": "avoiding: the gaps that the demonstrations take; only names the set",
     "randomness": "Furniture-Bench: how much initial poses vary, low or med",
     "obs_dim": "dimension O of one observation",
     "action_dim": "dimension A of one action",
@@ -47,7 +48,7 @@ KEYS: dict[str, str] = {
     "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
     "use_ddim": "sample with DDIM",
     "ddim_steps": "its denoising steps",
-    "num_modes": "modes of a mixture policy",
+    "num_modes": "M, components of a Gaussian mixture",
     "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
     # files
     "train_dataset_path": "pre-training data (npz)",
@@ -66,12 +67,14 @@ KEYS: dict[str, str] = {
     "env.max_episode_steps": "environment steps after which an episode is truncated",
     "env.reset_at_iteration": "start new episodes at each iteration",
     "env.save_video": "write videos of evaluations to render/",
+    "env.render": "avoiding: show environment 0 in a window; elsewhere without effect",
     "env.save_full_observations": "keep every observation, not only one per chunk",
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
     "env.robomimic_env_cfg_path": "robomimic: the description of the environment (JSON)",
     "env.reward_shaping": "robomimic: robosuite's shaped reward instead of 0 and 1; default false",
     "env.reflections": "robomimic: images with the floor's reflections, slower; default false [ours]",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
+    "env.wrappers.d3il_lowdim.normalization_path": "the same for the avoiding task",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
     "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",
     "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
@@ -193,7 +196,7 @@ for _which in ("actor", "critic"):
 
 KEYS |= dict.fromkeys(
     (
-        *("train.online_utd_ratio", "train.save_trajs", "env.render", "env.use_image_obs"),
+        *("train.online_utd_ratio", "train.save_trajs", "env.use_image_obs"),
         "env.wrappers.multi_step.verbose",
     ),
     "accepted for the reference's command lines; has no effect here",

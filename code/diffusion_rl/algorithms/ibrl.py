@@ -80,7 +80,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         self, cond: Cond, network: keras.layers.Layer, noise: Array, deterministic: bool, keep: Array | None = None
     ) -> list[Array]:
         """Actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A], keep [2,B,W]."""
-        masks = [split_masks(network, each) for each in (keep if keep is not None else (None, None))]
+        masks = [split_masks(network, None if keep is None else keep[i]) for i in range(2)]
         imitated, _ = self.sample(cond, noise[0], True, self.bc_policy, masks[0])
         learned, _ = self.sample(cond, noise[1], deterministic, network, masks[1])
         return [imitated, learned]

@@ -186,7 +186,7 @@ class FineTuning(abc.ABC):
         options = options or [{} for _ in range(self.n_envs)]
         render = self.train.get("render", {})
         if self.cfg["env"].get("save_video", False) and self.itr % int(render.get("freq", 1)) == 0:
-            for i in range(int(render.get("num", 0))):
+            for i in range(min(int(render.get("num", 0)), self.n_envs)):
                 options[i]["video_path"] = str(folder.path / "render" / f"itr-{self.itr}_trial-{i}.mp4")
         return options
 
