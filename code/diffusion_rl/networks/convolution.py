@@ -76,17 +76,22 @@ def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> A
 class Conv1d(keras.layers.Layer):
     """torch's Conv1d on [B,T,I]: kernel [k,I,D], bias [D], both uniform in +-1/sqrt(k I) at first."""
 
-    def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, padding: int = 0):
+    def __init__(
+        self, in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, padding: int = 0, has_bias: bool = True
+    ):
         super().__init__(dtype=floatx())
         self.stride, self.padding = stride, padding
         bound = 1.0 / math.sqrt(in_dim * kernel_size)
         self.kernel = tf.Variable(
             init_noise().uniform((kernel_size, in_dim, out_dim), -bound, bound, dtype=floatx()), name="kernel"
         )
-        self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+        self.has_bias = has_bias
+        if has_bias:
+            self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
 
     def call(self, x: Array) -> Array:
-        return convolve(x, self.kernel, self.stride, self.padding) + self.bias
+        y = convolve(x, self.kernel, self.stride, self.padding)
+        return y + self.bias if self.has_bias else y
 
 
 class ConvTranspose1d(keras.layers.Layer):
