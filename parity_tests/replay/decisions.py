@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.data.episodes import Episodes, split_episodes
+from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
 from parity_tests.replay.build import build
 from parity_tests.replay.compare import Mismatch
@@ -128,6 +130,21 @@ def _value_network_of(horizon: int, dim: int, dim_mults: tuple[int, ...]) -> Cal
     return check
 
 
+def _four_steps() -> Episodes:
+    """One episode, whose last step is its end."""
+    end = np.array([False, False, False, True])
+    return split_episodes(
+        {"states": np.zeros((4, 2)), "actions": np.zeros((4, 1)), "rewards": np.zeros(4), "terminals": end},
+        timeouts=end,
+        name="four steps",
+    )
+
+
+def _an_end_at_the_time_limit_is_an_end() -> None:
+    data = TrajectoryDataset(_four_steps(), 2, "GaussianNormalizer", termination_penalty=-5)
+    np.testing.assert_array_equal(data.rewards, [0, 0, 0, -5])
+
+
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
@@ -139,6 +156,8 @@ UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     # Diffuser
     "err_unet_indivisible": _refused(lambda: TemporalUnet(6, 5, dim=8, dim_mults=(1, 2, 4))),
     "err_value_narrow": _refused(lambda: ValueFunction(4, 5, dim=8, dim_mults=(1, 2))),
+    "err_ds_too_long": _refused(lambda: TrajectoryDataset(_four_steps(), 2, "GaussianNormalizer", max_path_length=3)),
+    "err_ds_terminal_and_timeout": _an_end_at_the_time_limit_is_an_end,  # fixed
     "err_value_H64_m1248": _value_network_of(64, 8, (1, 2, 4, 8)),
     "err_value_H16_m14": _value_network_of(16, 16, (1, 4)),
 }

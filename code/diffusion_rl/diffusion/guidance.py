@@ -60,7 +60,13 @@ def value_and_gradient(value: Value, x: Array, t: Array) -> tuple[Array, Array]:
     return values, tape.gradient(values, x)
 
 
-def best_first(values: Array, *others: Array) -> tuple[Array, ...]:
-    """Values [B] in descending order, equal ones in the order given, and everything else arranged likewise."""
-    order = tf.argsort(values, direction="DESCENDING", stable=True)
-    return tuple(tf.gather(each, order) for each in (values, *others))
+def best_first(values: Array, samples: Array, groups: int = 1) -> tuple[Array, Array]:
+    """Values [B] in descending order, equal ones in the order given, and samples [B,...] arranged likewise.
+
+    Args:
+        groups: of B / groups neighbours; each is sorted by itself.
+    """
+    grouped = tf.reshape(values, [groups, -1])
+    order = tf.argsort(grouped, axis=-1, direction="DESCENDING", stable=True)
+    rows = tf.reshape(order + tf.range(groups)[:, None] * tf.shape(grouped)[1], [-1])
+    return tf.gather(values, rows), tf.gather(samples, rows)

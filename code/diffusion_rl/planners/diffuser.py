@@ -10,7 +10,7 @@ argument: `noise[0]` is x_T and `noise[1 + i]` belongs to the i-th step, the las
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -163,7 +163,12 @@ class TrajectoryDiffusion(NoisyTrajectories):
         return mean + tf.exp(0.5 * log_variance) * drawn, values
 
     def sample(
-        self, conditions: Conditions, noise: Array, guide: Guide | None = None, with_chain: bool = False
+        self,
+        conditions: Conditions,
+        noise: Array,
+        guide: Guide | None = None,
+        with_chain: bool = False,
+        groups: int = 1,
     ) -> Plans:
         """Denoise trajectories. Graph-safe: a loop of T steps that is compiled once.
 
@@ -171,6 +176,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
             conditions: known observations [B,O], or [1,O] for all samples, by time index.
             noise: [T+1,B,H,D]; H may differ from the horizon of training if there is no guide.
             with_chain: return every intermediate trajectory.
+            groups: of samples that are sorted by value each by itself.
         """
         known = Known.of(conditions, noise.shape[2], self.action_dim, noise[0])
         steps, batch = self.n_timesteps, tf.shape(noise)[1]
@@ -186,7 +192,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         start = (tf.constant(0), x, tf.zeros([batch], noise.dtype), chain.write(0, x) if with_chain else chain)
         _, x, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
         if guide is not None:
-            values, x = best_first(values, x)
+            values, x = best_first(values, x, groups)
         return Plans(x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else None)
 
 
@@ -212,3 +218,62 @@ class ValueDiffusion(NoisyTrajectories):
         p, y = prediction - infos["mean_pred"], target - infos["mean_targ"]
         spread = tf.sqrt(tf.reduce_sum(p * p) * tf.reduce_sum(y * y))
         return tf.reduce_mean(self.error(prediction - target)), infos | {"corr": tf.reduce_sum(p * y) / spread}
+
+
+class Decision(NamedTuple):
+    """What to do in E environments, and the plans it was taken from, in the environment's units."""
+
+    action: np.ndarray  # [E,A]
+    actions: np.ndarray  # [E,B,H,A], the best plan first
+    observations: np.ndarray  # [E,B,H,O]
+    values: np.ndarray  # [E,B]
+
+
+class Diffuser:
+    """Acts by planning: of B trajectories from the current observation the first action of the best.
+
+    Args:
+        diffusion: the model of trajectories.
+        normalizers: of "observations" and "actions".
+        guide: None: plans are not guided, and the first is acted upon.
+        batch_size: B.
+        horizon: of the plans, where it is to differ from training's (not with a guide).
+    """
+
+    def __init__(
+        self,
+        diffusion: TrajectoryDiffusion,
+        normalizers: Mapping[str, Any],
+        guide: Guide | None = None,
+        batch_size: int = 64,
+        horizon: int | None = None,
+    ):
+        self.diffusion, self.normalizers, self.guide = diffusion, normalizers, guide
+        self.batch_size, self.horizon = batch_size, horizon or diffusion.horizon
+        self._sample = tf.function(self._plans, autograph=False)
+
+    def draw(self, noise: Any, n_envs: int) -> np.ndarray:
+        """The draws of one decision, [T+1,E*B,H,D]; `noise` is the source."""
+        rows = n_envs * self.batch_size
+        return noise.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
+
+    def act(self, conditions: Mapping[int, np.ndarray], noise: np.ndarray) -> Decision:
+        """Decide in E environments.
+
+        Args:
+            conditions: observations [E,O] by time index (0: the current ones), in the environment's units.
+            noise: of `draw`.
+        """
+        n_envs, dtype = len(conditions[0]), self.diffusion.dtype
+        known = {
+            t: tf.constant(np.repeat(self.normalizers["observations"].normalize(o), self.batch_size, axis=0), dtype)
+            for t, o in conditions.items()
+        }
+        trajectories, values = (each.numpy() for each in self._sample(known, tf.constant(noise, dtype), n_envs))
+        plans = trajectories.reshape(n_envs, self.batch_size, *trajectories.shape[1:])
+        actions = self.normalizers["actions"].unnormalize(plans[..., : self.diffusion.action_dim])
+        observations = self.normalizers["observations"].unnormalize(plans[..., self.diffusion.action_dim :])
+        return Decision(actions[:, 0, 0], actions, observations, values.reshape(n_envs, self.batch_size))
+
+    def _plans(self, conditions: Conditions, noise: Array, groups: int) -> tuple[Array, Array]:
+        return self.diffusion.sample(conditions, noise, self.guide, groups=groups)[:2]
