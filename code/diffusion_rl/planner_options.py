@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -169,28 +170,17 @@ def _is_deferred(value: Any) -> bool:
 
 
 def expand(template: str, values: Mapping[str, Any]) -> str:
-    """ "f:…{name}…" with the values of the names; there is nothing but names between the braces."""
-    try:
-        return template.removeprefix(DEFERRED).format_map({key: _Text(value) for key, value in values.items()})
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"{template}: {error} is no option that could stand there") from None
+    """ "f:…{name}…" with the values of the names; nothing but names may stand between the braces."""
 
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UserError(f"{template}: there is no option {match[1]}")
+        return str(values[match[1]])
 
-class _Text:
-    """A value that can be printed and nothing else: format strings could otherwise reach into objects."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, value: Any):
-        self._text = str(value)
-
-    def __format__(self, spec: str) -> str:
-        return format(self._text, spec)
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("_text", "__class__", "__format__"):
-            return object.__getattribute__(self, name)
-        raise AttributeError(name)
+    text = re.sub(r"\{(\w+)\}", value, template.removeprefix(DEFERRED))
+    if "{" in text or "}" in text:
+        raise UserError(f"{template}: only names of options can stand between braces")
+    return text
 
 
 def experiment_name(watch: Sequence[Sequence[str]], values: Mapping[str, Any]) -> str:

@@ -19,12 +19,16 @@ from diffusion_rl import planner_commands, planner_options
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
+from diffusion_rl.core.noise import NoiseTape
 from diffusion_rl.data.episodes import Episodes, split_episodes
 from diffusion_rl.data.field_normalizers import normalizer
 from diffusion_rl.data.trajectories import TrajectoryDataset, fit, leaving_goal, without_last_steps
 from diffusion_rl.diffusion.guidance import Guide, value_and_gradient
 from diffusion_rl.diffusion.inpainting import Known
+from diffusion_rl.interop.torch_names import state_dict
+from diffusion_rl.loops.diffuser_training import DiffuserTraining
 from diffusion_rl.planners.diffuser import Diffuser
+from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 from diffusion_rl.reports import plan_results
 from parity_tests.replay.calls import caster
 from parity_tests.replay.case import NotCovered
@@ -109,7 +113,8 @@ def policy(golden: Golden, options: dict[str, Any], obj: Any, noise: Any) -> Out
     guide = Guide(obj.guide.model.value, **options["sample"])
     planner = Diffuser(obj.diffusion, fit(flat, options["normalizer"]), guide, options["batch_size"])
     decision = planner.act({0: golden.arrays["in/observation"][None]}, noise)
-    return {name: value[0] for name, value in decision._asdict().items()}
+    plans = {name: value[0] for name, value in decision._asdict().items()}
+    return plans | {"action": plans["actions"][0, 0]}
 
 
 # ---------- data ----------
@@ -204,6 +209,89 @@ def moving_average(golden: Golden) -> None:
         for _ in range(params["n"]):
             average = {k: ema_update(v, weights[f"cur.{k}"].astype(dtype), params["beta"]) for k, v in average.items()}
         compare(golden, dtype, suffix, average, 5, "EMA")
+
+
+# ---------- training ----------
+
+
+def training(golden: Golden) -> None:
+    """A training run on the recorded batches, step by step."""
+    for dtype, suffix in PRECISIONS:
+        with precision(dtype):
+            ours = training_run(golden)
+        comparison = Comparison(golden.name, 6, dtype)
+        spread = golden.meta["dev_f32_f64"]["out"]  # relative; weights are recorded in float32 only
+        for name, value in golden.group("out" + suffix).items():
+            if name not in ours:
+                raise Mismatch(f"{golden.name} [{dtype}]: ours gives no {name}")
+            rounding = own_rounding(golden, "out/" + name) or spread * float(np.abs(value).max())
+            comparison.check("out/" + name, ours[name], value, quantity="Diffuser's training runs", rounding=rounding)
+
+
+def training_run(golden: Golden) -> Outputs:
+    params, data = golden.meta["params"], dataset_of(golden)
+    model, options = build(params["model"]), dict(params["trainer"])
+    load(golden.name, model, {k[6:]: v for k, v in golden.weights.items() if k.startswith("model.")})
+    ema = {k: options.pop(k) for k in ("ema_decay", "step_start_ema", "update_ema_every")}
+    trainer = DiffuserTrainer(model, data, options.pop("train_lr"), **ema)
+    options["batch_size"] = options.pop("train_batch_size")
+    del options["save_parallel"]
+    rows: dict[str, list[Any]] = {"losses": [], "infos": [], "model_sumnorm": [], "ema_sumnorm": []}
+    labels: list[int] = []
+
+    def observe(step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
+        rows["losses"].extend(losses)
+        rows["infos"].extend(np.stack([infos[k] for k in golden.meta["text"]["info_keys"]], axis=1))
+        for name, variables in (("model_sumnorm", trainer.variables), ("ema_sumnorm", trainer.averaged)):
+            flat = np.concatenate([v.numpy().astype(np.float64).reshape(-1) for v in variables])
+            rows[name].append([flat.sum(), np.sqrt((flat * flat).sum())])
+
+    pictures = Pictures()
+    tape = NoiseTape(used_draws(golden, options))
+    run = DiffuserTraining(
+        trainer,
+        data,
+        tape,
+        n_train_steps=params["steps"] + 1,  # so that the last save, which the reference has not, is not made
+        save=lambda label, tensors, metadata: labels.append(label),
+        say=lambda line: None,
+        renderer=pictures,
+        merge=False,
+        observer=observe,
+        **options,
+    )
+    for step in range(params["steps"]):
+        run.run(until=step + 1)
+    if tape.remaining:
+        raise Mismatch(f"{golden.name}: {tape.remaining} recorded draws were not made")
+    if sorted({f"state_{label}.pt" for label in labels}) != golden.meta["text"]["files"]:
+        raise Mismatch(f"{golden.name}: ours saves {labels}, the reference {golden.meta['text']['files']}")
+    average = {f"ema_model.{k}": v for k, v in state_dict(trainer.ema_model).items()}
+    return {k: np.array(v) for k, v in rows.items()} | {"step": run.step} | average | pictures.given
+
+
+class Pictures:
+    """Keeps what is to be drawn."""
+
+    def __init__(self) -> None:
+        self.given: Outputs = {}
+
+    def composite(self, name: str, observations: np.ndarray) -> None:
+        self.given[f"render.{name}"] = observations
+
+
+def used_draws(golden: Golden, options: dict[str, Any]) -> list[np.ndarray]:
+    """The draws without the permutations that torch's sampler makes at the end of a pass and does not use: they come
+    before a smaller batch, or right before the next permutation."""
+    draws, kept = golden.draws, []
+    for i, (name, draw) in enumerate(draws):
+        if name == "torch.randperm" and i + 1 < len(draws):
+            following, after = draws[i + 1]
+            smaller = following == "torch.randint" and len(after) < options["batch_size"]
+            if smaller or (following == "torch.randperm" and not options["sample_freq"]):
+                continue
+        kept.append(draw)
+    return kept
 
 
 # ---------- commands ----------
@@ -306,6 +394,7 @@ RUNNERS: dict[str, Callable[[Golden], None]] = {
     "normalizer": field_normalizers,
     "dataset": dataset,
     "ema": moving_average,
+    "trainer": training,
     "parser": command_lines,
     "read_results": results,
     "table": table,

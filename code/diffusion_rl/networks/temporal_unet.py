@@ -160,6 +160,48 @@ class TemporalUnet(keras.layers.Layer):
         return x
 
 
+class ActionTemporalUnet(TemporalUnet):
+    """The U-Net over actions alone; features of the current observation stand beside each of them.
+
+    Args:
+        transition_dim: A.
+        observation_dim: O.
+        obs_embed: "mlp" (three Linear layers, to 1 + O // 3 features) or "raw" (the observation as it is).
+        horizon, dim, dim_mults, attention: as in `TemporalUnet`.
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        transition_dim: int,
+        observation_dim: int,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        attention: bool = False,
+        obs_embed: str = "mlp",
+    ):
+        if obs_embed not in ("mlp", "raw"):
+            raise UserError(f"obs_embed={obs_embed!r}: choose mlp or raw (there is no encoder of images here)")
+        features = observation_dim if obs_embed == "raw" else 1 + observation_dim // 3
+        super().__init__(horizon, transition_dim, 0, dim, dim_mults, attention, input_dim=transition_dim + features)
+        self.obs_mlp: list = []
+        if obs_embed == "mlp":
+            wide = 2 * observation_dim
+            self.obs_mlp = [Linear(observation_dim, wide), mish, Linear(wide, observation_dim), mish]
+            self.obs_mlp.append(Linear(observation_dim, features))
+
+    def encode(self, observation: Array) -> Array:
+        """[B,O] -> features [B,F]"""
+        for step in self.obs_mlp:
+            observation = step(observation)
+        return observation
+
+    def call(self, x: Array, time: Array, features: Array) -> Array:
+        """x [B,H,A], time [B] integers, features [B,F] of `encode` -> noise or clean actions [B,H,A]."""
+        beside = tf.repeat(features[:, None], x.shape[1], axis=1)
+        return super().call(tf.concat([x, beside], axis=-1), time)
+
+
 class ValueFunction(keras.layers.Layer):
     """The return of a noisy trajectory.
 

@@ -147,18 +147,32 @@ class TrajectoryDiffusion(NoisyTrajectories):
         spread = (self.table(name, t, x.dtype) for name in ("ddpm_var", "ddpm_logvar_clipped"))
         return ddpm.posterior_mean(x, x0, *coefficients), *spread
 
-    def p_mean_variance(self, x: Array, t: Array) -> tuple[Array, Array, Array]:
+    def given(self, conditions: Conditions) -> Any:
+        """What the network sees of the conditions besides the trajectory itself; here nothing."""
+        return None
+
+    def output(self, x: Array, t: Array, given: Any) -> Array:
+        """The network's output [B,H,D]."""
+        return self.model(x, t)
+
+    def known(self, conditions: Conditions, like: Array) -> Known:
+        """The entries of trajectories [B,H,D] that the conditions fix."""
+        return Known.of(conditions, like.shape[1], self.action_dim, like)
+
+    def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
         """The same of x_{t-1} given x_t alone."""
-        x0 = self.predict_x0(x, t, self.model(x, t))
+        x0 = self.predict_x0(x, t, self.output(x, t, given))
         return self.posterior(clip(x0, 1.0 if self.clip_denoised else None), x, t)
 
-    def step(self, x: Array, t: Array, noise: Array, known: Known, guide: Guide | None) -> tuple[Array, Array]:
+    def step(
+        self, x: Array, t: Array, noise: Array, known: Known, guide: Guide | None, given: Any = None
+    ) -> tuple[Array, Array]:
         """x_{t-1} [B,H,D] without the known entries in place, and the values [B] that led to it."""
         values = tf.zeros(tf.shape(x)[:1], x.dtype)
         if guide is not None:
             variance = tf.exp(self.table("ddpm_logvar_clipped", t, x.dtype))
             x, values = guide.ascend(x, t, variance, known.put)
-        mean, _, log_variance = self.p_mean_variance(x, t)
+        mean, _, log_variance = self.p_mean_variance(x, t, given)
         drawn = tf.cast(t > 0, x.dtype)[:, None, None] * noise
         return mean + tf.exp(0.5 * log_variance) * drawn, values
 
@@ -178,13 +192,13 @@ class TrajectoryDiffusion(NoisyTrajectories):
             with_chain: return every intermediate trajectory.
             groups: of samples that are sorted by value each by itself.
         """
-        known = Known.of(conditions, noise.shape[2], self.action_dim, noise[0])
+        known, given = self.known(conditions, noise[0]), self.given(conditions)
         steps, batch = self.n_timesteps, tf.shape(noise)[1]
         chain = tf.TensorArray(noise.dtype, size=steps + 1 if with_chain else 0, element_shape=noise.shape[1:])
 
         def body(i: Array, x: Array, values: Array, chain: tf.TensorArray) -> tuple[Array, ...]:
             t = tf.fill([batch], steps - 1 - i)
-            x, values = self.step(x, t, noise[i + 1], known, guide)
+            x, values = self.step(x, t, noise[i + 1], known, guide, given)
             x = known.put(x)
             return i + 1, x, values, chain.write(i + 1, x) if with_chain else chain
 
@@ -221,21 +235,20 @@ class ValueDiffusion(NoisyTrajectories):
 
 
 class Decision(NamedTuple):
-    """What to do in E environments, and the plans it was taken from, in the environment's units."""
+    """B plans for each of E environments, in the environment's units, the best first where they were guided."""
 
-    action: np.ndarray  # [E,A]
-    actions: np.ndarray  # [E,B,H,A], the best plan first
-    observations: np.ndarray  # [E,B,H,O]
+    actions: np.ndarray  # [E,B,H,A]
+    observations: np.ndarray  # [E,B,H,O], or no entries where actions alone are planned
     values: np.ndarray  # [E,B]
 
 
 class Diffuser:
-    """Acts by planning: of B trajectories from the current observation the first action of the best.
+    """Plans from the current observation.
 
     Args:
         diffusion: the model of trajectories.
         normalizers: of "observations" and "actions".
-        guide: None: plans are not guided, and the first is acted upon.
+        guide: None: plans are not guided.
         batch_size: B.
         horizon: of the plans, where it is to differ from training's (not with a guide).
     """
@@ -248,6 +261,11 @@ class Diffuser:
         batch_size: int = 64,
         horizon: int | None = None,
     ):
+        if guide is not None and diffusion.transition_dim == diffusion.action_dim:
+            raise UserError(
+                "guided planning needs a model of states and actions, and this one has actions only, of which no "
+                "value is known: plan with scripts/plan_unguided.py, or train with --diffusion_type states_actions"
+            )
         self.diffusion, self.normalizers, self.guide = diffusion, normalizers, guide
         self.batch_size, self.horizon = batch_size, horizon or diffusion.horizon
         self._sample = tf.function(self._plans, autograph=False)
@@ -258,7 +276,7 @@ class Diffuser:
         return noise.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
 
     def act(self, conditions: Mapping[int, np.ndarray], noise: np.ndarray) -> Decision:
-        """Decide in E environments.
+        """Plan in E environments.
 
         Args:
             conditions: observations [E,O] by time index (0: the current ones), in the environment's units.
@@ -272,8 +290,10 @@ class Diffuser:
         trajectories, values = (each.numpy() for each in self._sample(known, tf.constant(noise, dtype), n_envs))
         plans = trajectories.reshape(n_envs, self.batch_size, *trajectories.shape[1:])
         actions = self.normalizers["actions"].unnormalize(plans[..., : self.diffusion.action_dim])
-        observations = self.normalizers["observations"].unnormalize(plans[..., self.diffusion.action_dim :])
-        return Decision(actions[:, 0, 0], actions, observations, values.reshape(n_envs, self.batch_size))
+        observations = plans[..., self.diffusion.action_dim :]
+        if observations.shape[-1]:
+            observations = self.normalizers["observations"].unnormalize(observations)
+        return Decision(actions, observations, values.reshape(n_envs, self.batch_size))
 
     def _plans(self, conditions: Conditions, noise: Array, groups: int) -> tuple[Array, Array]:
         return self.diffusion.sample(conditions, noise, self.guide, groups=groups)[:2]

@@ -6,7 +6,7 @@ Many steps run in one compiled call. Shapes: n steps, B windows of a step, other
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -52,8 +52,8 @@ class DiffuserTrainer:
         self._rows = tf.constant(np.stack([dataset.first_rows, dataset.end_rows], axis=1), tf.int32)
         self._values = None if dataset.values is None else tf.constant(dataset.values, model.dtype)
         self.names: list[str] = []  # of what a step reports besides its loss; known once it was compiled
-        self._many = tf.function(self._train_steps, reduce_retracing=True)
-        self._one = tf.function(self._micro_batches, reduce_retracing=True)
+        self._many: dict[int, Callable[..., Array]] = {}  # by size of the batches
+        self._one: dict[int, Callable[..., Array]] = {}  # by number of micro-batches
 
     # ---------- one batch ----------
 
@@ -64,6 +64,7 @@ class DiffuserTrainer:
         padding = self._transitions.shape[0] - 1
         x = tf.gather(self._transitions, tf.where(window < rows[:, 1:], window, padding))
         conditions = {time: x[:, time, self.model.action_dim :] for time in self.condition_times}
+        x = x[..., : self.model.transition_dim]  # actions come first; some models have them alone
         if self._values is None:
             return self.model.loss(x, conditions, t, noise)
         return self.model.loss(x, conditions, t, noise, tf.gather(self._values, items))
@@ -87,12 +88,25 @@ class DiffuserTrainer:
         """
         items, t, noise = (np.stack(column) for column in zip(*batches, strict=True))
         average = tf.constant([self.averaging(first + i) for i in range(len(batches))], tf.int32)
-        return self._named(self._many(*self._tensors((items, t, noise)), average).numpy())
+        size = items.shape[1]
+        if size not in self._many:
+            signature = [*self._specs(None, size), tf.TensorSpec([None], tf.int32)]
+            self._many[size] = tf.function(self._train_steps, input_signature=signature)
+        return self._named(self._many[size](*self._tensors((items, t, noise)), average).numpy())
 
     def step(self, micro_batches: Sequence[MicroBatch], number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """One step on micro-batches of any sizes, each of which counts alike; returns the same of each of them."""
+        count = len(micro_batches)
+        if count not in self._one:
+            signature = [[self._specs(None)] * count, tf.TensorSpec([], tf.int32)]  # a smaller one is no other program
+            self._one[count] = tf.function(self._micro_batches, input_signature=signature)
         tensors = [self._tensors(batch) for batch in micro_batches]
-        return self._named(self._one(tensors, tf.constant(self.averaging(number))).numpy())
+        return self._named(self._one[count](tensors, tf.constant(self.averaging(number))).numpy())
+
+    def _specs(self, *size: int | None) -> tuple[tf.TensorSpec, ...]:
+        """Of windows, t and noise."""
+        noise = tf.TensorSpec([*size, self.horizon, self.model.transition_dim], self.model.dtype)
+        return tf.TensorSpec(size, tf.int32), tf.TensorSpec(size, tf.int32), noise
 
     def _tensors(self, batch: MicroBatch) -> tuple[Array, Array, Array]:
         items, t, noise = batch
