@@ -227,8 +227,9 @@ def trajectory_loss(obj: Any, given: dict[str, Any], draws: list[Any]) -> Output
 
 
 def value_loss(obj: Any, given: dict[str, Any], draws: list[Any]) -> Outputs:
-    t, noise = draws
-    return named_loss(obj.loss(given["x"], given["cond"], t, noise, given["target"]))
+    *t, noise = draws
+    x, t = given.get("x", given.get("x_start")), given.get("t", t[0] if t else None)
+    return named_loss(obj.loss(x, given["cond"], t, noise, given["target"]))
 
 
 def named_loss(found: tuple[Any, dict[str, Any]]) -> Outputs:
@@ -250,6 +251,7 @@ CALLS: dict[tuple[str, str], tuple[Callable[[Any, dict[str, Any], list[Any]], Ou
     (_GAUSSIAN, "predict_start_from_noise"): (predict_start, 3),
     (_GAUSSIAN, "p_losses"): (trajectory_loss, 3),
     (_GAUSSIAN, "loss"): (trajectory_loss, 3),
+    (_VALUE, "p_losses"): (value_loss, 3),
     (_VALUE, "loss"): (value_loss, 3),
 }
 for _name in ("SinusoidalPosEmb", "Conv1dBlock", "Downsample1d", "Upsample1d", "LinearAttention", "LayerNorm"):
@@ -276,7 +278,8 @@ def _replay(golden: Golden, dtype: str, suffix: str) -> None:
     obj, cast = build(meta["spec"]), caster(dtype)
     load(golden.name, obj, golden.weights)
     given, draws = arguments(golden, cast), [cast(draw) for _, draw in golden.draws]
-    inputs = [given[name] for name in meta["input_grads"]]
+    input_names = meta.get("input_grads", [])
+    inputs = [given[name] for name in input_names]
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(inputs)
         outputs = adapter(obj, given, draws)
@@ -291,7 +294,7 @@ def _replay(golden: Golden, dtype: str, suffix: str) -> None:
         rounding = own_rounding(golden, "out/" + name)
         comparison.check("out/" + name, outputs[name], value, quantity=f"Diffuser's {short} {name}", rounding=rounding)
     if meta["loss"]:
-        taken = zip(meta["input_grads"], tape.gradient(total, inputs), strict=True)
+        taken = zip(input_names, tape.gradient(total, inputs), strict=True)
         ours = {f"input.{name}": grad.numpy() for name, grad in taken}
         has_weights = bool(golden.weights) and not isinstance(obj, Nothing)
         if isinstance(obj, ChannelsFirst):
