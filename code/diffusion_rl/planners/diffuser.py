@@ -199,7 +199,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         def body(i: Array, x: Array, values: Array, chain: tf.TensorArray) -> tuple[Array, ...]:
             t = tf.fill([batch], steps - 1 - i)
             x, values = self.step(x, t, noise[i + 1], known, guide, given)
-            x = known.put(x)
+            x = tf.ensure_shape(known.put(x), noise.shape[1:])  # a batch of one loses its shape on the way
             return i + 1, x, values, chain.write(i + 1, x) if with_chain else chain
 
         x = known.put(noise[0])
