@@ -17,7 +17,7 @@ NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl")  # hardware, clusters, and pack
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
     "robomimic": ["robosuite==1.4.1", MUJOCO, "imageio", "numba"],
-    "d3il": [MUJOCO, "imageio"],
+    "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio"],  # for its model of the Panda; not imported
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
     # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use

@@ -7,6 +7,7 @@ ladder and each quantity, the worst deviation in float32 and in float64, beside 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections import defaultdict
@@ -171,6 +172,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     DEVIATIONS.clear()
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # each case is compiled anew, which it warns of
     passed, failed, missing = replay_folder(arguments.folder)
     rows = rows_of(DEVIATIONS)
     arguments.output.mkdir(parents=True, exist_ok=True)

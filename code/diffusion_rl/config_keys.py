@@ -35,7 +35,8 @@ KEYS: dict[str, str] = {
     "wandb.run": "default <time>_<name>",
     # the task
     "env_name": "the environment's name",
-    "task": "Furniture-Bench: the piece of furniture",
+    "task": "Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations",
+    "mode": "avoiding: the gaps that the demonstrations take; only names the set",
     "randomness": "Furniture-Bench: how much initial poses vary, low or med",
     "obs_dim": "dimension O of one observation",
     "action_dim": "dimension A of one action",
@@ -46,6 +47,7 @@ KEYS: dict[str, str] = {
     "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
     "use_ddim": "sample with DDIM",
     "ddim_steps": "its denoising steps",
+    "num_modes": "M, components of a Gaussian mixture",
     "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
     # files
     "train_dataset_path": "pre-training data (npz)",
@@ -63,9 +65,11 @@ KEYS: dict[str, str] = {
     "env.max_episode_steps": "environment steps after which an episode is truncated",
     "env.reset_at_iteration": "start new episodes at each iteration",
     "env.save_video": "write videos of evaluations to render/",
+    "env.render": "avoiding: show environment 0 in a window; elsewhere without effect",
     "env.save_full_observations": "keep every observation, not only one per chunk",
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
+    "env.wrappers.d3il_lowdim.normalization_path": "the same for the avoiding task",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
     "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",
     "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
@@ -111,7 +115,7 @@ KEYS: dict[str, str] = {
 KEYS |= {
     # algorithms on a replay buffer
     "train.replay_ratio": "how often each new transition is drawn for an update",
-    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR)",
+    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)",
     "train.scale_reward_factor": "factor on rewards",
     "train.target_ema_rate": "share of the trained networks in a step of their targets",
     "train.critic_tau": "the same (IDQL, QSM)",
@@ -133,8 +137,12 @@ KEYS |= {
     "train.lr_scheduler.first_cycle_steps": "iterations (epochs) of the first cosine cycle",
     "train.lr_scheduler.warmup_steps": "iterations (epochs) of linear warm-up",
     "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
-    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL)",
+    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL, DACER)",
     "train.target_entropy": "entropy that the temperature aims at",
+    "train.temperature_lr": "learning rate of log alpha (DACER) [ours]",
+    "train.temperature_interval": "critic steps between two updates of the temperature (DACER) [ours]",
+    "train.entropy_states": "states whose entropy is estimated then (DACER) [ours]",
+    "train.entropy_samples": "actions of each of them (DACER) [ours]",
     "train.automatic_entropy_tuning": "learn the temperature (Cal-QL)",
     "train.critic_replay_ratio": "rows drawn for the critic per step (SAC)",
     "train.actor_replay_ratio": "rows drawn for the actor per step (SAC)",
@@ -159,7 +167,7 @@ for _which in ("actor", "critic"):
 
 KEYS |= dict.fromkeys(
     (
-        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs", "env.render"),
+        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs"),
         "env.wrappers.multi_step.verbose",
     ),
     "accepted for the reference's command lines; has no effect here",

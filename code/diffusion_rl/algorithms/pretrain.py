@@ -8,7 +8,7 @@ Many steps run in one compiled call. Shapes: M windows of the data set, n steps,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.mlp import split_masks
 from diffusion_rl.policies.diffusion import DiffusionPolicy, clone
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
@@ -88,7 +89,9 @@ class PreTrainer:
         chunk, history, t, noise = batch
         p = self.policy
         if not isinstance(p, DiffusionPolicy):
-            return p.loss(chunk, {"state": history}, ent_coef=self.ent_coef, **self._dropout(noise))[0]
+            masks = split_masks(p.network, noise)
+            dropout = {"keep_masks": masks} if masks else {}
+            return p.loss(chunk, {"state": history}, ent_coef=self.ent_coef, **dropout)[0]
         if not fold:
             return p.loss(chunk, {"state": history}, t, noise)
         noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
@@ -98,13 +101,6 @@ class PreTrainer:
         inputs = tf.ensure_shape(tf.concat(rows, axis=1), [None, weights[0].shape[0]])
         output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))
         return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
-
-    def _dropout(self, masks: Array) -> dict[str, Sequence[Array]]:
-        """Dropout's masks [B,widths] as the network takes them; none without dropout, and in evaluation."""
-        network = self.policy.network
-        if not getattr(network, "dropout", 0) or not masks.shape[-1]:
-            return {}
-        return {"keep_masks": tf.split(masks, [width for _, width in network.masks_shapes(1)], axis=-1)}
 
     # ---------- many steps ----------
 

@@ -32,10 +32,10 @@ def make_vector_env(
 
     env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
     `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
-    `mujoco_locomotion_lowdim.normalization_path`, `specific` (keyword arguments of the environment),
-    `save_full_observations`, `env_type` (furniture: Furniture-Bench); ours: `engine` ("mujoco" batches the locomotion
-    tasks, "gymnasium" gives every environment a process, "d4rl" too, with D4RL's own simulators), `threads` (default
-    2), `d4rl_time_limit` (null: a time-out is truncation alone).
+    `mujoco_locomotion_lowdim.normalization_path` (or `d3il_lowdim`), `specific` (keyword arguments of the environment),
+    `save_full_observations`, `render` (avoiding: a window), `env_type` (furniture: Furniture-Bench); ours: `engine`
+    ("mujoco" batches the locomotion tasks, "gymnasium" gives every environment a process, "d4rl" too, with D4RL's own
+    simulators), `threads` (default 2), `d4rl_time_limit` (null: a time-out is truncation alone).
     n_envs, threads: override the configured ones. Raises UserError for unknown names or wrong dimensions.
     """
     env_cfg = _plain(env_cfg)
@@ -60,7 +60,9 @@ def make_vector_env(
         "normalizer": _normalizer(wrappers, obs_dim, action_dim),
     }
     seeds = [seed + i for i in range(count)]
-    if engine == "mujoco" and _is_locomotion(name):
+    if name.startswith("avoiding"):
+        venv: VectorEnv = _avoiding(env_cfg, count, chunk_options)
+    elif engine == "mujoco" and _is_locomotion(name):
         venv = _locomotion(env_cfg, count, seeds, threads, chunk_options)
     else:
         venv = _processes(env_cfg, count, seeds, chunk_options)
@@ -115,6 +117,12 @@ def _locomotion(
         d4rl_time_limit=env_cfg.get("d4rl_time_limit", d4rl.D4RL_EPISODE_STEPS),
         **options,
     )
+
+
+def _avoiding(env_cfg: Mapping[str, Any], n_envs: int, options: dict[str, Any]) -> VectorEnv:
+    from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
+
+    return AvoidingVectorEnv(str(env_cfg["name"]), n_envs, render=bool(env_cfg.get("render", False)), **options)
 
 
 def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict[str, Any]) -> VectorEnv:

@@ -16,6 +16,8 @@ REFERENCE_TARGETS = {
     "agent.finetune.train_idql_diffusion_agent.TrainIDQLDiffusionAgent": _OFF_POLICY,
     "agent.finetune.train_dql_diffusion_agent.TrainDQLDiffusionAgent": _OFF_POLICY,
     "agent.finetune.train_qsm_diffusion_agent.TrainQSMDiffusionAgent": _OFF_POLICY,
+    "agent.finetune.train_dacer_agent.TrainDacerAgent": _OFF_POLICY,
+    "agent.finetune.train_dacer_agent_original.TrainOriginalDacerAgent": _OFF_POLICY,
     "agent.finetune.train_sac_agent.TrainSACAgent": _OFF_POLICY,
     "agent.finetune.train_rlpd_agent.TrainRLPDAgent": _OFF_POLICY,
     "agent.finetune.train_calql_agent.TrainCalQLAgent": _OFF_POLICY,
@@ -38,6 +40,8 @@ REFERENCE_TARGETS = {
     "model.diffusion.diffusion_idql.IDQLDiffusion": "diffusion_rl.algorithms.idql.IDQL",
     "model.diffusion.diffusion_dql.DQLDiffusion": "diffusion_rl.algorithms.dql.DQL",
     "model.diffusion.diffusion_qsm.QSMDiffusion": "diffusion_rl.algorithms.qsm.QSM",
+    "model.diffusion.diffusion_DACER.DACER_Diffusion": "diffusion_rl.algorithms.dacer.DACER",
+    "model.diffusion.diffusion_DACER_ORIGINAL.DACER_Original_Diffusion": "diffusion_rl.algorithms.dacer.DACER",
     "model.rl.gaussian_rwr.RWR_Gaussian": "diffusion_rl.algorithms.rwr.GaussianRWR",
     "model.rl.gaussian_awr.AWR_Gaussian": "diffusion_rl.algorithms.awr.GaussianAWR",
     "model.rl.gaussian_rlpd.RLPD_Gaussian": "diffusion_rl.algorithms.rlpd.RLPD",
@@ -67,4 +71,5 @@ REFERENCE_TARGETS = {
     "model.diffusion.eta.EtaStateAction": "diffusion_rl.networks.eta.EtaStateAction",
     "model.common.critic.CriticObs": "diffusion_rl.networks.critics.CriticObs",
     "model.common.critic.CriticObsAct": "diffusion_rl.networks.critics.CriticObsAct",
+    "model.common.critic.CriticObsAct_DACER": "diffusion_rl.networks.critics.DistributionalCritic",
 }

@@ -103,7 +103,7 @@ class Evaluation:
         options = seeded_options(self.seed, n_envs)
         logdir = Path(cfg["logdir"])
         if cfg["env"].get("save_video", False):
-            for i in range(int(cfg.get("render_num", 0))):
+            for i in range(min(int(cfg.get("render_num", 0)), n_envs)):
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
             rollout = evaluate(

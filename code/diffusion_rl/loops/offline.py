@@ -19,6 +19,7 @@ from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.networks.mlp import draw_masks
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.reports.progress import Progress
 
@@ -131,9 +132,8 @@ class PreTraining:
         """Denoising steps and noise for windows of that shape; for likelihoods zeros, and dropout's masks if any."""
         m = self.model
         if not isinstance(m, DiffusionPolicy):
-            masks = m.network.masks_shapes(1) if training and getattr(m.network, "dropout", 0) else []
-            keep = noise.uniform((*shape, sum(width for _, width in masks))) >= m.network.dropout if masks else None
-            return np.zeros(shape, np.int64), np.zeros((*shape, 0)) if keep is None else keep.astype(floatx())
+            masks = draw_masks(m.network, noise, shape) if training else np.zeros((*shape, 0), floatx())
+            return np.zeros(shape, np.int64), masks
         t = noise.integers(0, m.denoising_steps, shape)
         return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
 

@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.figures import learning_curve
 
+AddCommand = Callable[[argparse._SubParsersAction], None]
 
-def main() -> int:
-    """Run the process's command line and return its exit status: 2 for what the user can mend."""
+
+def main(more: Sequence[AddCommand] = ()) -> int:
+    """Run the process's command line and return its exit status: 2 for what the user can mend.
+
+    more: add the commands of figures that take more than run folders.
+    """
     parser = argparse.ArgumentParser(description="Figures from run folders, each with a CSV of the numbers drawn.")
     commands = parser.add_subparsers(required=True, metavar="figure")
     _add_learning_curve(commands)
     _add_compare(commands)
+    for add_command in more:
+        add_command(commands)
     args = parser.parse_args()
     try:
         args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]]))
