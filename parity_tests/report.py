@@ -97,6 +97,7 @@ def _quantity(deviation: Deviation) -> str:
         }.get(name, "episodes and statistics")
     if deviation.rung in (2, 3) or "schedule table" in name:
         return name.split(" ")[0].removesuffix(".schedule") + (" tables" if "schedule table" in name else "")
+    name = name.split(" state.")[0]  # not each weight of a target network apart
     return name.removesuffix(" out").removesuffix(" _total_loss").removesuffix(".forward").removesuffix("out/")
 
 
