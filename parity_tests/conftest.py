@@ -23,16 +23,18 @@ hypothesis.settings.load_profile("parity")
 
 def pytest_collection_modifyitems(config, items):
     """Live comparisons exist only with a checkout to compare with."""
-    if config.getoption("--upstream"):
-        return
-    live = [item for item in items if item.get_closest_marker("upstream")]
-    if live:
-        config.hook.pytest_deselected(items=live)
-        items[:] = [item for item in items if not item.get_closest_marker("upstream")]
+    for marker in ("upstream", "upstream_diffuser"):
+        if config.getoption("--" + marker.replace("_", "-")):
+            continue
+        live = [item for item in items if item.get_closest_marker(marker)]
+        if live:
+            config.hook.pytest_deselected(items=live)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "upstream: compares with a live checkout of the reference (--upstream PATH)")
+    config.addinivalue_line("markers", "upstream_diffuser: the same of jannerm/diffuser (--upstream-diffuser PATH)")
 
 
 @pytest.hookimpl(trylast=True)

@@ -16,9 +16,9 @@ CONFIG_ROOT = next((d for d in (REPOSITORY / "cfg", Path.cwd() / "cfg") if (d / 
 
 
 def shipped_configs() -> list[str]:
-    """Names of all shipped configurations, such as "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"."""
+    """Names of all configurations of `script/run.py`, such as "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"."""
     files = (path.relative_to(CONFIG_ROOT) for path in CONFIG_ROOT.rglob("*.yaml"))
-    return sorted(str(path.with_suffix("")) for path in files if path.parts[0] != "_base")
+    return sorted(str(path.with_suffix("")) for path in files if path.parts[0] not in ("_base", "planning"))
 
 
 def compose(name: str, overrides: Sequence[str] = (), *, folder: str | Path | None = None) -> DictConfig:

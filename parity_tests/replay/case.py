@@ -81,9 +81,14 @@ def check_gradients(
     tape: tf.GradientTape,
     total: Any,
     comparison: Comparison,
+    ours: dict[str, np.ndarray] | None = None,
 ) -> None:
-    """Every parameter's gradient, relative to the model's largest; those without one upstream have none in ours."""
-    ours = torch_gradients(model, tape, total)
+    """Every parameter's gradient, relative to the model's largest; those without one upstream have none in ours.
+
+    Args:
+        ours: our gradients under the reference's names, where they have been taken already.
+    """
+    ours = torch_gradients(model, tape, total) if ours is None else ours
     recorded = golden.group("grad" + suffix)
     frozen = [] if decisions.derivative_exists(golden) else golden.meta.get("non_trainable", [])
     for name in golden.meta["grad_none"] + frozen:

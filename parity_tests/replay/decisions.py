@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.data.episodes import Episodes, split_episodes
+from diffusion_rl.data.trajectories import TrajectoryDataset
+from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
 from parity_tests.replay.build import build
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import Golden
@@ -67,7 +71,6 @@ def _chains_are_always_returned() -> None:
 
 
 def _scaling_per_environment_says_what_it_needs() -> None:
-    from diffusion_rl.core.errors import UserError
     from diffusion_rl.core.reward_scaling import RunningRewardScaler
 
     try:
@@ -104,6 +107,44 @@ def _weighted_likelihood_of_any_batch() -> None:
     np.testing.assert_allclose(policy.weighted_loss(whole, weights, {}), np.mean(single), rtol=1e-6)
 
 
+def _refused(call: Callable[[], Any]) -> Callable[[], None]:
+    """Also an error in ours, but a line for people."""
+
+    def check() -> None:
+        try:
+            call()
+        except UserError:
+            return
+        raise Mismatch("this must be refused in one line")
+
+    return check
+
+
+def _value_network_of(horizon: int, dim: int, dim_mults: tuple[int, ...]) -> Callable[[], None]:
+    """The size of the last layer is that of what comes in (the reference computes it, wrongly for long horizons)."""
+
+    def check() -> None:
+        network = ValueFunction(horizon, 5, dim=dim, dim_mults=dim_mults)
+        assert network(tf.zeros([2, horizon, 5]), tf.zeros([2], tf.int64)).shape == (2, 1)
+
+    return check
+
+
+def _four_steps() -> Episodes:
+    """One episode, whose last step is its end."""
+    end = np.array([False, False, False, True])
+    return split_episodes(
+        {"states": np.zeros((4, 2)), "actions": np.zeros((4, 1)), "rewards": np.zeros(4), "terminals": end},
+        timeouts=end,
+        name="four steps",
+    )
+
+
+def _an_end_at_the_time_limit_is_an_end() -> None:
+    data = TrajectoryDataset(_four_steps(), 2, "GaussianNormalizer", termination_penalty=-5)
+    np.testing.assert_array_equal(data.rewards, [0, 0, 0, -5])
+
+
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
@@ -112,4 +153,11 @@ UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_ppo_exact_small_step_index": _flow_at_the_end_of_time_works,  # quirk 42: fixed
     "err_rwr_gaussian_batch": _weighted_likelihood_of_any_batch,  # quirk 45: fixed
     "err_reward_scaler_per_env": _scaling_per_environment_says_what_it_needs,  # quirk 60: same semantics, clear error
+    # Diffuser
+    "err_unet_indivisible": _refused(lambda: TemporalUnet(6, 5, dim=8, dim_mults=(1, 2, 4))),
+    "err_value_narrow": _refused(lambda: ValueFunction(4, 5, dim=8, dim_mults=(1, 2))),
+    "err_ds_too_long": _refused(lambda: TrajectoryDataset(_four_steps(), 2, "GaussianNormalizer", max_path_length=3)),
+    "err_ds_terminal_and_timeout": _an_end_at_the_time_limit_is_an_end,  # fixed
+    "err_value_H64_m1248": _value_network_of(64, 8, (1, 2, 4, 8)),
+    "err_value_H16_m14": _value_network_of(16, 16, (1, 4)),
 }

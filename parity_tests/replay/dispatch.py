@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from parity_tests.not_implemented import reason_for
-from parity_tests.replay import agents, build, case, custom, decisions
+from parity_tests.replay import agents, build, case, custom, decisions, diffuser, diffuser_runs
 from parity_tests.replay.files import Golden
 
 
@@ -34,6 +34,12 @@ def replay(path: str | Path) -> None:
         return
     if golden.kind == "schedules":
         custom.schedules(golden)
+        return
+    if golden.meta.get("runner") in diffuser_runs.RUNNERS:
+        diffuser_runs.replay(golden)
+        return
+    if diffuser.recognises(golden):
+        diffuser.replay(golden)
         return
     unknown = sorted({path for path in classes if path not in build.OURS})
     if unknown:

@@ -30,6 +30,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"compress\.norm\.", "compress.1."),
     (r"time_(embedding|mlp)\.expand\.", r"time_\1.1."),
     (r"time_(embedding|mlp)\.project\.", r"time_\1.3."),
+    (r"linear_attention\.", "fn.fn."),
+    (r"channel_norm\.", "fn.norm."),
     (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
     (r"(blocks\.\d+|final_conv\.0)\.norm\.", r"\1.block.2."),
     (r"attn\.in_proj\.kernel$", "attn.in_proj_weight"),

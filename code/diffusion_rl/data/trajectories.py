@@ -1,0 +1,142 @@
+"""Data sets of Diffuser: windows of H transitions, actions first, with what is known of them and their returns.
+
+Shape letters: N transitions, M windows, B batch, H horizon, A action, O observation, D = A + O, L length of an episode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.episodes import Episodes
+from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+
+FIELDS = ("observations", "actions")
+
+
+class TrajectoryDataset:
+    """Windows of normalised transitions.
+
+    A window may run over the end of its episode (`use_padding`); what lies there are zeros before normalisation.
+
+    Args:
+        episodes: complete ones, in the environment's units.
+        horizon: H.
+        normalizer: name of the class for observations and actions.
+        max_path_length: no episode may be longer; windows end before it.
+        termination_penalty: added to the last reward of episodes that ended; None adds nothing.
+        goal: the last observation of a window is known, not only the first.
+        discount: of the returns; None: the windows have none.
+        normed: scale the returns to [-1, 1].
+    """
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        horizon: int,
+        normalizer: str = "LimitsNormalizer",
+        max_path_length: int = 1000,
+        termination_penalty: float | None = 0,
+        use_padding: bool = True,
+        goal: bool = False,
+        discount: float | None = None,
+        normed: bool = False,
+    ):
+        self.horizon, self.normalizer = horizon, normalizer
+        self.path_lengths = np.asarray(episodes.traj_lengths, np.int64)
+        self.starts, self.max_path_length = episodes.starts, max_path_length
+        longest = int(self.path_lengths.max())
+        if longest > max_path_length:
+            raise UserError(f"an episode has {longest} steps: set max_path_length to that (now {max_path_length})")
+        raw = {"observations": _float32(episodes.states), "actions": _float32(episodes.actions)}
+        self.normalizers = fit(raw, normalizer)
+        self.observation_dim, self.action_dim = raw["observations"].shape[1], raw["actions"].shape[1]
+        self.rewards = self._rewards(episodes, termination_penalty)
+        padded = {k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in raw.items()}
+        normed_fields = [_float32(self.normalizers[k].normalize(padded[k])) for k in ("actions", "observations")]
+        self.transitions = np.concatenate(normed_fields, axis=1)  # [N+1,D]; the last row is what padding becomes
+        self.windows = self._windows(use_padding)
+        if not len(self.windows):
+            raise UserError(f"no episode has a window of {horizon} steps: choose a smaller horizon")
+        self.condition_times = (0, horizon - 1) if goal else (0,)
+        self.values = None if discount is None else self._values(discount, normed)  # [M,1]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def _rewards(self, episodes: Episodes, penalty: float | None) -> np.ndarray:
+        rewards = np.zeros(len(episodes.states), np.float32) if episodes.rewards is None else episodes.rewards
+        rewards = _float32(rewards).copy()
+        if penalty is not None and episodes.terminals is not None:
+            last = self.starts + self.path_lengths - 1
+            rewards[last[np.asarray(episodes.terminals, bool)[last]]] += np.float32(penalty)
+        return rewards
+
+    def _windows(self, use_padding: bool) -> np.ndarray:
+        """[M,2]: episode and first step. The last possible start of every episode is left out, as in the reference."""
+        found = []
+        for episode, length in enumerate(self.path_lengths):
+            end = min(length - 1, self.max_path_length - self.horizon)
+            end = end if use_padding else min(end, length - self.horizon)
+            first = np.arange(max(end, 0))
+            found.append(np.stack([np.full_like(first, episode), first], axis=1))
+        return np.concatenate(found)
+
+    def _values(self, discount: float, normed: bool) -> np.ndarray:
+        """Discounted sum of the rewards from a window's first step to the end of its episode."""
+        returns = np.zeros(len(self.rewards))
+        for start, length in zip(self.starts, self.path_lengths, strict=True):
+            later = 0.0
+            for t in range(start + length - 1, start - 1, -1):
+                returns[t] = later = float(self.rewards[t]) + discount * later
+        values = returns[self.first_rows]
+        if normed:
+            low, high = (float(np.float32(bound)) for bound in (values.min(), values.max()))
+            self.value_bounds = low, high
+            values = (values - low) / (high - low) * 2 - 1
+        return _float32(values[:, None])
+
+    @property
+    def first_rows(self) -> np.ndarray:
+        """Row of `transitions` at which each window begins, [M]."""
+        return self.starts[self.windows[:, 0]] + self.windows[:, 1]
+
+    @property
+    def end_rows(self) -> np.ndarray:
+        """Row after the last one of each window's episode, [M]."""
+        return (self.starts + self.path_lengths)[self.windows[:, 0]]
+
+    def rows(self, items: np.ndarray) -> np.ndarray:
+        """Rows of `transitions` in windows `items` [B]: [B,H]."""
+        rows = self.first_rows[items][:, None] + np.arange(self.horizon)
+        return np.where(rows < self.end_rows[items][:, None], rows, len(self.transitions) - 1)
+
+    def trajectories(self, items: np.ndarray) -> np.ndarray:
+        """Windows `items` [B]: [B,H,D]."""
+        return self.transitions[self.rows(items)]
+
+
+def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, DebugNormalizer]:
+    """A normalizer of that name for each field."""
+    return {key: normalizer(name).fit(rows) for key, rows in fields.items()}
+
+
+def without_last_steps(episodes: Episodes) -> Episodes:
+    """Every episode without its last step: Maze2D's, whose last step already belongs to the next goal."""
+    lengths = np.asarray(episodes.traj_lengths)
+    keep = np.ones(len(episodes.states), bool)
+    keep[episodes.starts + lengths - 1] = False
+    kept = {k: v[keep] for k, v in episodes.arrays().items() if k != "traj_lengths"}
+    return replace(episodes, traj_lengths=lengths - 1, **kept)
+
+
+def leaving_goal(observations: np.ndarray, goal: np.ndarray, distance: float = 0.5) -> np.ndarray:
+    """[N] bool: the position [N,:2] is within `distance` of the goal and at the next step it no longer is."""
+    at_goal = np.linalg.norm(observations[:, :2] - goal, axis=-1) < distance
+    return np.append(at_goal[:-1] & ~at_goal[1:], False)
+
+
+def _float32(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x).astype(np.float32)

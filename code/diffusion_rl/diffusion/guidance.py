@@ -1,0 +1,72 @@
+"""Guidance of a denoising step by the gradient of a value (Janner et al. 2022, algorithm 1; Dhariwal & Nichol 2021).
+
+Like the authors' code and unlike the paper's formula, x_t itself is moved before the step, not the step's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import tensorflow as tf
+
+Array: TypeAlias = tf.Tensor
+Value = Callable[[Array, Array], Array]  # (x [B,H,D], t [B]) -> [B]
+
+
+@dataclass(frozen=True)
+class Guide:
+    """How a value moves samples.
+
+    Attributes:
+        value: the return of noisy trajectories at a step.
+        scale: length of a step along the gradient.
+        n_guide_steps: steps along it before each denoising step.
+        t_stopgrad: denoising steps below this one are not guided.
+        scale_grad_by_std: multiply the gradient by the denoising step's variance (the name is the reference's).
+    """
+
+    value: Value
+    scale: float = 0.001
+    n_guide_steps: int = 1
+    t_stopgrad: int = 0
+    scale_grad_by_std: bool = True
+
+    def ascend(self, x: Array, t: Array, variance: Array, put: Callable[[Array], Array]) -> tuple[Array, Array]:
+        """Move x along the value's gradient.
+
+        Args:
+            x: [B,H,D];  t: [B];  variance: of the denoising step, [B,1,1].
+            put: restores the known entries.
+
+        Returns:
+            the moved x, and its values [B] before the last move.
+        """
+        allowed = tf.cast(t >= self.t_stopgrad, x.dtype)[:, None, None]
+        factor = self.scale * allowed * (variance if self.scale_grad_by_std else tf.ones_like(variance))
+        values = tf.zeros(tf.shape(x)[:1], x.dtype)
+        for _ in range(self.n_guide_steps):
+            values, gradient = value_and_gradient(self.value, x, t)
+            x = put(x + factor * gradient)
+        return x, values
+
+
+def value_and_gradient(value: Value, x: Array, t: Array) -> tuple[Array, Array]:
+    """Values [B] and the gradient of each by its own trajectory, [B,H,D]."""
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(x)
+        values = value(x, t)
+    return values, tape.gradient(values, x)
+
+
+def best_first(values: Array, samples: Array, groups: int = 1) -> tuple[Array, Array]:
+    """Values [B] in descending order, equal ones in the order given, and samples [B,...] arranged likewise.
+
+    Args:
+        groups: of B / groups neighbours; each is sorted by itself.
+    """
+    grouped = tf.reshape(values, [groups, -1])
+    order = tf.argsort(grouped, axis=-1, direction="DESCENDING", stable=True)
+    rows = tf.reshape(order + tf.range(groups)[:, None] * tf.shape(grouped)[1], [-1])
+    return tf.gather(values, rows), tf.gather(samples, rows)

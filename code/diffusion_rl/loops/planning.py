@@ -1,0 +1,130 @@
+"""The planning loop: plan in every environment, execute the beginning of the plan, plan again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.planners.action_diffuser import aggregate
+from diffusion_rl.planners.diffuser import Decision, Diffuser
+
+# D4RL's returns of a random and of an expert policy: a normalised score is 0 for the first and 1 for the second.
+REFERENCE_RETURNS = {
+    "hopper": (-20.272305, 3234.3),
+    "halfcheetah": (-280.178953, 12135.0),
+    "walker2d": (1.629008, 4592.3),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+}
+
+
+def normalized_score(dataset: str, episode_return: float | np.ndarray) -> Any:
+    """D4RL's score of a return, 0 to 1; not a number where D4RL has no reference for the data set."""
+    low, high = next((v for k, v in REFERENCE_RETURNS.items() if dataset.startswith(k)), (np.nan, np.nan))
+    return (episode_return - low) / (high - low)
+
+
+@dataclass
+class Episodes:
+    """One episode of each of E environments.
+
+    Attributes:
+        returns, scores: [E];  steps: number of the last step [E];  terminated: whether it ended before the limit [E].
+        seconds: of each decision, without the first.
+        spreads, sizes: of each executed decision the standard deviation of the first action over the samples and its
+            mean magnitude, [A] each.
+    """
+
+    returns: np.ndarray
+    scores: np.ndarray
+    steps: np.ndarray
+    terminated: np.ndarray
+    seconds: list[float] = field(default_factory=list)
+    spreads: list[np.ndarray] = field(default_factory=list)
+    sizes: list[np.ndarray] = field(default_factory=list)
+
+    def action_statistics(self) -> dict[str, list[float]]:
+        """Means over the executed decisions (the original divides by the limit of steps)."""
+        return {"std": np.mean(self.spreads, axis=0).tolist(), "mean_abs": np.mean(self.sizes, axis=0).tolist()}
+
+    def latency(self) -> dict[str, float]:
+        """Of a decision in all environments together."""
+        if not self.seconds:
+            return {}
+        mean = float(np.mean(self.seconds))
+        return {"milliseconds_per_decision": 1000 * mean, "decisions_per_second": 1 / mean}
+
+
+def run_episodes(
+    planner: Diffuser,
+    venv: VectorEnv,
+    noise: Any,
+    dataset: str,
+    *,
+    seed: int,
+    max_episode_length: int,
+    how: str = "first",
+    n_exec: int = 1,
+    clip_actions: bool = True,
+    say: Callable[[int, np.ndarray, np.ndarray, Decision], None] = lambda *facts: None,
+    show: Callable[[int, Decision, list[np.ndarray]], None] = lambda *facts: None,
+) -> Episodes:
+    """Act in E environments until every first episode has ended.
+
+    Args:
+        venv: environments without normalisation, one action a step; environment i starts from seed + i.
+        how: which plan of the samples is executed (`aggregate`).
+        n_exec: actions executed before planning again.
+        clip_actions: to [-1, 1].
+        say: called after every step with its number, the rewards [E], the returns so far [E] and the decision.
+        show: called with the number of a step at which a plan was made, the decision and the observations so far.
+    """
+    observations = venv.reset([{"seed": seed + i} for i in range(venv.n_envs)])["state"][:, -1]
+    alive, rollout = np.ones(venv.n_envs, bool), [observations]
+    steps = np.zeros(venv.n_envs, np.int64)
+    found = Episodes(np.zeros(venv.n_envs), np.zeros(venv.n_envs), steps, np.zeros(venv.n_envs, bool))
+    plan: list[np.ndarray] = []
+    for t in range(max_episode_length):
+        if not plan:
+            decision = _decide(planner, observations, noise, found, first=t == 0)
+            show(t, decision, rollout)
+            chosen = aggregate(decision.actions, how)
+            chosen = np.clip(chosen, -1, 1) if clip_actions else chosen
+            plan = [chosen[:, i] for i in range(min(n_exec, chosen.shape[1]))]
+            found.spreads.append(decision.actions[:, :, 0].std(axis=1).mean(axis=0))
+            found.sizes.append(np.abs(decision.actions[:, :, 0]).mean(axis=(0, 1)))
+        result = venv.step(plan.pop(0)[:, None])
+        found.returns += np.where(alive, result.rewards, 0)
+        found.steps[alive] = t
+        say(t, result.rewards, found.returns, decision)
+        found.terminated |= alive & result.terminated
+        alive &= ~(result.terminated | result.truncated)
+        observations = result.observations["state"][:, -1]
+        rollout.append(observations)
+        if not alive.any():
+            break
+    found.scores = np.asarray(normalized_score(dataset, found.returns))
+    return found
+
+
+def _decide(planner: Diffuser, observations: np.ndarray, noise: Any, found: Episodes, first: bool) -> Decision:
+    draws, began = planner.draw(noise, len(observations)), time.perf_counter()
+    decision = planner.act({0: observations}, draws)
+    if not first:  # the first compiles the program
+        found.seconds.append(time.perf_counter() - began)
+    return decision
+
+
+def write_json(path: Path, facts: Any) -> None:
+    """Sorted and indented, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())

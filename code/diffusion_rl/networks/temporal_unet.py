@@ -1,0 +1,272 @@
+"""Diffuser's networks (Janner et al. 2022): a U-Net over time that sees whole trajectories, and a value network.
+
+Shape letters: B batch, H horizon, D width of a transition (action and observation), C channels, M width of the time
+embedding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.convolution import Conv1d
+from diffusion_rl.networks.layers import Array, Linear, TimeEmbedding, mish
+from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
+
+GROUPS = 8  # of every group normalisation
+EPSILON = 1e-5
+
+
+def conv_block(in_dim: int, out_dim: int, kernel_size: int = 5, n_groups: int = GROUPS) -> ConvBlock:
+    """Convolution, group normalisation, Mish."""
+    return ConvBlock(in_dim, out_dim, kernel_size, n_groups, "Mish", EPSILON)
+
+
+class ResidualTemporalBlock(keras.layers.Layer):
+    """Two convolution blocks with a skip; between them the embedded time shifts every channel.
+
+    `horizon` is accepted for the reference's specifications and does nothing.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, embed_dim: int, horizon: int | None = None, kernel_size: int = 5):
+        super().__init__(dtype=floatx())
+        self.blocks = [conv_block(in_dim, out_dim, kernel_size), conv_block(out_dim, out_dim, kernel_size)]
+        self.time_mlp = [mish, Linear(embed_dim, out_dim)]
+        if in_dim != out_dim:
+            self.residual_conv = Conv1d(in_dim, out_dim, 1)
+        self.changes_width = in_dim != out_dim
+
+    def call(self, x: Array, t: Array) -> Array:
+        """x [B,H,I], t [B,M] -> [B,H,C]"""
+        for step in self.time_mlp:
+            t = step(t)
+        out = self.blocks[1](self.blocks[0](x) + t[:, None])
+        return out + (self.residual_conv(x) if self.changes_width else x)
+
+
+class ChannelNorm(keras.layers.Layer):
+    """Normalisation over channels; gain `g` and offset `b` have the shape [1,C,1] that the reference keeps them in."""
+
+    def __init__(self, dim: int, eps: float = EPSILON):
+        super().__init__(dtype=floatx())
+        self.eps = eps
+        self.g = tf.Variable(tf.ones([1, dim, 1], floatx()), name="g")
+        self.b = tf.Variable(tf.zeros([1, dim, 1], floatx()), name="b")
+
+    def call(self, x: Array) -> Array:
+        mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+        normal = (x - mean) * tf.math.rsqrt(variance + tf.constant(self.eps, x.dtype))
+        return normal * tf.reshape(self.g, [-1]) + tf.reshape(self.b, [-1])
+
+
+class LinearAttention(keras.layers.Layer):
+    """Attention whose cost grows linearly with time (Shen et al. 2021): softmax over time of the keys alone."""
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
+        super().__init__(dtype=floatx())
+        self.heads, self.dim_head = heads, dim_head
+        self.to_qkv = Conv1d(dim, 3 * heads * dim_head, 1, has_bias=False)
+        self.to_out = Conv1d(heads * dim_head, dim, 1)
+
+    def call(self, x: Array) -> Array:
+        """[B,H,C] -> [B,H,C]"""
+        steps = x.shape[1]
+        qkv = tf.reshape(self.to_qkv(x), [-1, steps, 3, self.heads, self.dim_head])
+        q, k, v = (tf.transpose(part, [0, 2, 1, 3]) for part in tf.unstack(qkv, axis=2))  # [B,heads,H,dim_head]
+        context = tf.matmul(tf.nn.softmax(k, axis=2), v, transpose_a=True)
+        out = tf.matmul(q * self.dim_head**-0.5, context)
+        return self.to_out(tf.reshape(tf.transpose(out, [0, 2, 1, 3]), [-1, steps, self.heads * self.dim_head]))
+
+
+class AttentionBlock(keras.layers.Layer):
+    """x + attention(normalised x)."""
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
+        super().__init__(dtype=floatx())
+        self.linear_attention = LinearAttention(dim, heads, dim_head)
+        self.channel_norm = ChannelNorm(dim)
+
+    def call(self, x: Array) -> Array:
+        return x + self.linear_attention(self.channel_norm(x))
+
+
+class TemporalUnet(keras.layers.Layer):
+    """Denoises trajectories; convolutions all through, so any horizon that can be halved often enough will do.
+
+    Features of the first level are kept but no step up takes them, as in the reference.
+
+    Args:
+        horizon: H it is trained with.
+        transition_dim: D of the output.
+        cond_dim: accepted for the reference's specifications and does nothing.
+        dim, dim_mults: channels of the levels are dim times these; M = dim.
+        attention: linear attention at every level.
+        input_dim: channels of the input, where it has more than the output.
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        transition_dim: int,
+        cond_dim: int = 0,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        attention: bool = False,
+        input_dim: int | None = None,
+    ):
+        super().__init__(dtype=floatx())
+        self.horizon, self.transition_dim, self.levels = horizon, transition_dim, len(dim_mults)
+        require_horizon(horizon, self.levels)
+        dims = [input_dim or transition_dim, *(dim * m for m in dim_mults)]
+        widths = list(itertools.pairwise(dims))
+
+        def attend(width: int) -> keras.layers.Layer | None:
+            return AttentionBlock(width) if attention else None
+
+        def pair(before: int, after: int) -> list[ResidualTemporalBlock]:
+            return [ResidualTemporalBlock(before, after, dim), ResidualTemporalBlock(after, after, dim)]
+
+        self.time_mlp = TimeEmbedding(dim, expansion=4)
+        self.downs = [
+            [*pair(before, after), attend(after), Downsample(after) if level < self.levels - 1 else None]
+            for level, (before, after) in enumerate(widths)
+        ]
+        self.mid_block1, self.mid_block2 = pair(dims[-1], dims[-1])
+        self.mid_attn = attend(dims[-1])
+        self.ups = [[*pair(2 * after, before), attend(before), Upsample(before)] for before, after in widths[:0:-1]]
+        self.final_conv = [conv_block(dims[1], dims[1]), Conv1d(dims[1], transition_dim, 1)]
+
+    def call(self, x: Array, time: Array) -> Array:
+        """x [B,H,D], time [B] integers -> noise or clean trajectories [B,H,D].
+
+        Raises:
+            UserError: H cannot be halved once between any two levels.
+        """
+        require_horizon(x.shape[1], self.levels)
+        t, skips = self.time_mlp(time), []
+        for one, two, attend, halve in self.downs:
+            x = _optional(attend, two(one(x, t), t))
+            skips.append(x)
+            x = _optional(halve, x)
+        x = self.mid_block2(_optional(self.mid_attn, self.mid_block1(x, t)), t)
+        for one, two, attend, double in self.ups:
+            x = double(_optional(attend, two(one(tf.concat([x, skips.pop()], axis=-1), t), t)))
+        for layer in self.final_conv:
+            x = layer(x)
+        return x
+
+
+class ActionTemporalUnet(TemporalUnet):
+    """The U-Net over actions alone; features of the current observation stand beside each of them.
+
+    Args:
+        transition_dim: A.
+        observation_dim: O.
+        obs_embed: "mlp" (three Linear layers, to 1 + O // 3 features) or "raw" (the observation as it is).
+        horizon, dim, dim_mults, attention: as in `TemporalUnet`.
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        transition_dim: int,
+        observation_dim: int,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        attention: bool = False,
+        obs_embed: str = "mlp",
+    ):
+        if obs_embed not in ("mlp", "raw"):
+            raise UserError(f"obs_embed={obs_embed!r}: choose mlp or raw (there is no encoder of images here)")
+        features = observation_dim if obs_embed == "raw" else 1 + observation_dim // 3
+        super().__init__(horizon, transition_dim, 0, dim, dim_mults, attention, input_dim=transition_dim + features)
+        self.obs_mlp: list = []
+        if obs_embed == "mlp":
+            wide = 2 * observation_dim
+            self.obs_mlp = [Linear(observation_dim, wide), mish, Linear(wide, observation_dim), mish]
+            self.obs_mlp.append(Linear(observation_dim, features))
+
+    def encode(self, observation: Array) -> Array:
+        """[B,O] -> features [B,F]"""
+        for step in self.obs_mlp:
+            observation = step(observation)
+        return observation
+
+    def call(self, x: Array, time: Array, features: Array) -> Array:
+        """x [B,H,A], time [B] integers, features [B,F] of `encode` -> noise or clean actions [B,H,A]."""
+        beside = tf.repeat(features[:, None], x.shape[1], axis=1)
+        return super().call(tf.concat([x, beside], axis=-1), time)
+
+
+class ValueFunction(keras.layers.Layer):
+    """The return of a noisy trajectory.
+
+    Args:
+        horizon: H; unlike the U-Net it works for this one only.
+        transition_dim, dim, dim_mults: as in `TemporalUnet`; dim times the last of dim_mults is a multiple of 32.
+        cond_dim: accepted for the reference's specifications and does nothing.
+        out_dim: numbers to predict.
+    """
+
+    def __init__(
+        self,
+        horizon: int,
+        transition_dim: int,
+        cond_dim: int = 0,
+        dim: int = 32,
+        dim_mults: Sequence[int] = (1, 2, 4, 8),
+        out_dim: int = 1,
+    ):
+        super().__init__(dtype=floatx())
+        self.horizon, self.transition_dim = horizon, transition_dim
+        dims = [transition_dim, *(dim * m for m in dim_mults)]
+        half, quarter = dims[-1] // 2, dims[-1] // 4
+        if dims[-1] % (4 * GROUPS):
+            raise UserError(
+                f"the value network's widest level has {dims[-1]} channels: choose dim_mults so that dim times the "
+                f"last of them is a multiple of {4 * GROUPS}"
+            )
+        self.time_mlp = TimeEmbedding(dim, expansion=4)
+        self.blocks = [
+            [ResidualTemporalBlock(a, b, dim), ResidualTemporalBlock(b, b, dim), Downsample(b)]
+            for a, b in itertools.pairwise(dims)
+        ]
+        self.mid_block1, self.mid_down1 = ResidualTemporalBlock(dims[-1], half, dim), Downsample(half)
+        self.mid_block2, self.mid_down2 = ResidualTemporalBlock(half, quarter, dim), Downsample(quarter)
+        steps = horizon
+        for _ in range(len(dim_mults) + 2):
+            steps = (steps + 1) // 2
+        features = quarter * steps
+        self.final_block = [Linear(features + dim, features // 2), mish, Linear(features // 2, out_dim)]
+
+    def call(self, x: Array, time: Array) -> Array:
+        """x [B,H,D], time [B] integers -> [B,out_dim]. Raises UserError for another H than it was built for."""
+        if x.shape[1] != self.horizon:
+            raise UserError(f"the value network was trained for horizon {self.horizon}, not {x.shape[1]}: plan with it")
+        t = self.time_mlp(time)
+        for one, two, halve in self.blocks:
+            x = halve(two(one(x, t), t))
+        x = self.mid_down1(self.mid_block1(x, t))
+        x = self.mid_down2(self.mid_block2(x, t))
+        x = tf.reshape(tf.transpose(x, [0, 2, 1]), [-1, x.shape[1] * x.shape[2]])  # channel by channel
+        x = tf.concat([x, t], axis=-1)
+        for layer in self.final_block:
+            x = layer(x)
+        return x
+
+
+def require_horizon(horizon: int, levels: int) -> None:
+    """Raises UserError if a U-Net of so many levels cannot halve and double the horizon back to itself."""
+    parts = 2 ** (levels - 1)
+    if horizon % parts:
+        raise UserError(
+            f"horizon={horizon}: a U-Net of {levels} levels needs a multiple of {parts} (or fewer dim_mults)"
+        )
+
+
+def _optional(layer: keras.layers.Layer | None, x: Array) -> Array:
+    return x if layer is None else layer(x)

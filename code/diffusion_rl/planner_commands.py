@@ -1,0 +1,70 @@
+"""The planners' commands that need no TensorFlow: results of plans as text and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.planner_options import pairs
+from diffusion_rl.reports import plan_results
+
+
+def run(command: Callable[[Sequence[str]], Any]) -> int:
+    """A command with the arguments of this process; its exit status. Errors that a user can mend are one line."""
+    try:
+        command(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_results(arguments: Sequence[str]) -> None:
+    """`[--dataset NAME] [--logbase DIR]`: scores of the plans below a folder (logs/pretrained)."""
+    options = _known(arguments, {"dataset": None, "logbase": "logs/pretrained"})
+    dataset = options["dataset"]
+    for experiment in plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS):
+        print(experiment)
+
+
+def table(arguments: Sequence[str]) -> None:
+    """`[--logbase DIR] [--labels FILE]`: a LaTeX table of the published scores.
+
+    --logbase: Diffuser's column from the plans below a folder, where there are some. --labels: a JSON file with other
+    words for the rows and columns, {"Dataset": "…", "hopper": "…"}.
+    """
+    options = _known(arguments, {"logbase": None, "labels": None})
+    means, errors = plan_results.published()
+    if options["logbase"]:
+        own = plan_results.experiments(options["logbase"])
+        if not own:
+            raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
+        means["Diffuser"] = {each.dataset: round(each.mean, 1) for each in own}
+        errors["Diffuser"] = {each.dataset: round(each.error, 2) for each in own}
+    labels = _labels(options["labels"]) if options["labels"] else None
+    print(plan_results.latex_table(means, errors, labels=labels))
+
+
+def _labels(path: str) -> dict[str, str]:
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--labels {path}: {error}; a JSON object of words is needed") from error
+
+
+def _known(arguments: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    given = pairs(arguments)
+    unknown = sorted(given.keys() - defaults.keys())
+    if unknown:
+        raise UserError(f"--{unknown[0]} is no option of this command: there are --{', --'.join(defaults)}")
+    return defaults | given

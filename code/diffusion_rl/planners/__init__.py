@@ -1,0 +1,1 @@
+"""Planners: diffusion models of trajectories, and how to act by them."""

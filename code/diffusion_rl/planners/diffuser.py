@@ -1,0 +1,305 @@
+"""Diffuser (Janner et al. 2022, arXiv:2205.09991): plan by denoising whole trajectories, guided by a value.
+
+A trajectory is H transitions of D = A + O numbers, actions first, normalised. Entries that are known (the current
+observation, a goal) are put back after every step. Of many samples the one of the highest value is acted upon.
+
+Shape letters: B batch, T denoising steps, H horizon, A action, O observation, D = A + O. Everything random is an
+argument: `noise[0]` is x_T and `noise[1 + i]` belongs to the i-th step, the last one's being multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import keras
+from diffusion_rl.diffusion import ddpm
+from diffusion_rl.diffusion.gaussian import clip
+from diffusion_rl.diffusion.guidance import Guide, best_first
+from diffusion_rl.diffusion.inpainting import Conditions, Known, apply_conditions
+from diffusion_rl.diffusion.schedules import DDPMSchedule, ddpm_schedule
+from diffusion_rl.networks.convolution import shared_matrices
+from diffusion_rl.networks.layers import Array, variables_of
+
+LOSSES = {"l1": tf.abs, "l2": tf.square, "value_l1": tf.abs, "value_l2": tf.square}
+Losses = tuple[Array, dict[str, Array]]  # the loss, and what else is worth logging
+
+
+class Plans(NamedTuple):
+    """A batch of sampled trajectories, the best first where they were guided."""
+
+    trajectories: Array  # [B,H,D]
+    values: Array  # [B], zero without guidance
+    chains: Array | None = None  # [B,T+1,H,D], noisiest first, in the order of the noise
+
+
+class NoisyTrajectories:
+    """The forward process on trajectories: what the diffusion model and the value model have in common.
+
+    Args:
+        model: the network.
+        horizon, observation_dim, action_dim: H, O, A.
+        n_timesteps: T.
+        loss_type: "l1" or "l2", "value_l1" or "value_l2".
+        clip_denoised: bound the estimate of the clean trajectory by +-1.
+        predict_epsilon: the network gives the noise; otherwise the clean trajectory.
+        action_weight: of the first action's error.
+        loss_discount: weight of errors by time, scaled to a mean of one.
+        loss_weights: {index of an observation entry: weight of its error}.
+    """
+
+    def __init__(
+        self,
+        model: keras.layers.Layer,
+        horizon: int,
+        observation_dim: int,
+        action_dim: int,
+        n_timesteps: int = 1000,
+        loss_type: str = "l1",
+        clip_denoised: bool = False,
+        predict_epsilon: bool = True,
+        action_weight: float = 1.0,
+        loss_discount: float = 1.0,
+        loss_weights: Mapping[int, float] | None = None,
+    ):
+        if loss_type not in LOSSES:
+            raise UserError(f"loss_type={loss_type!r}: choose one of {', '.join(LOSSES)}")
+        self.model, self.horizon, self.n_timesteps = model, horizon, n_timesteps
+        self.observation_dim, self.action_dim = observation_dim, action_dim
+        self.error, self.clip_denoised, self.predict_epsilon = LOSSES[loss_type], clip_denoised, predict_epsilon
+        self.schedule: DDPMSchedule = ddpm_schedule(n_timesteps)
+        self.loss_weights = self.weights_of(action_weight, loss_discount, loss_weights)
+
+    @property
+    def transition_dim(self) -> int:
+        """D"""
+        return self.action_dim + self.observation_dim
+
+    @property
+    def dtype(self) -> tf.DType:
+        """Of the weights, and so of everything computed with them."""
+        found = variables_of(self.model)
+        return found[0].dtype if found else tf.float32
+
+    def table(self, name: str, t: Array, dtype: tf.DType) -> Array:
+        """Entries of a schedule table at steps t [B], as [B,1,1]."""
+        return tf.gather(tf.constant(getattr(self.schedule, name), dtype), t)[:, None, None]
+
+    def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
+        """x_t of clean trajectories [B,H,D] at steps t [B]."""
+        tables = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+        return ddpm.q_sample(x_start, noise, *(self.table(name, t, x_start.dtype) for name in tables))
+
+    def weights_of(
+        self, action_weight: float, loss_discount: float, loss_weights: Mapping[int, float] | None
+    ) -> np.ndarray:
+        """[H,D] float32"""
+        discounts = np.float32(loss_discount) ** np.arange(self.horizon, dtype=np.float32)
+        by_entry = np.ones(self.transition_dim, np.float32)
+        for index, weight in (loss_weights or {}).items():
+            by_entry[self.action_dim + int(index)] *= weight
+        weights = np.outer(discounts / discounts.mean(), by_entry)
+        weights[0, : self.action_dim] = action_weight
+        return weights
+
+
+class TrajectoryDiffusion(NoisyTrajectories):
+    """The model of trajectories; `model` maps (x [B,H,D], t [B]) to [B,H,D]. Arguments: `NoisyTrajectories`."""
+
+    KIND = "diffuser"  # of checkpoints
+
+    # ---------- training ----------
+
+    def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array) -> Losses:
+        """Weighted error of the noise or the clean trajectory; x, noise [B,H,D], t [B] integers.
+
+        The known entries of the clean trajectory are exact by construction, so their error is zero. Of predicted noise
+        nothing is known: all of its entries count (the reference overwrites them with observations).
+        """
+        output = self.model(apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim), t)
+        if self.predict_epsilon:
+            return self.weighted(output, noise)
+        return self.weighted(apply_conditions(output, conditions, self.action_dim), x)
+
+    def weighted(self, output: Array, target: Array) -> Losses:
+        """Mean weighted error [B,H,D] -> scalar; `a0_loss` is the first action's, as the reference prints it: divided
+        by its weight; `a0_error` is the plain one."""
+        errors, weights = self.error(output - target), tf.constant(self.loss_weights, output.dtype)
+        first = errors[:, 0, : self.action_dim]
+        infos = {"a0_loss": tf.reduce_mean(first / weights[0, : self.action_dim]), "a0_error": tf.reduce_mean(first)}
+        return tf.reduce_mean(errors * weights), infos
+
+    # ---------- sampling ----------
+
+    def predict_x0(self, x: Array, t: Array, output: Array) -> Array:
+        """The clean trajectory by the network's output [B,H,D]."""
+        if not self.predict_epsilon:
+            return output
+        tables = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
+        return ddpm.predict_x0(x, output, *(self.table(name, t, x.dtype) for name in tables))
+
+    def posterior(self, x0: Array, x: Array, t: Array) -> tuple[Array, Array, Array]:
+        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t and the clean trajectory."""
+        coefficients = (self.table(name, t, x.dtype) for name in ("ddpm_mu_coef1", "ddpm_mu_coef2"))
+        spread = (self.table(name, t, x.dtype) for name in ("ddpm_var", "ddpm_logvar_clipped"))
+        return ddpm.posterior_mean(x, x0, *coefficients), *spread
+
+    def given(self, conditions: Conditions) -> Any:
+        """What the network sees of the conditions besides the trajectory itself; here nothing."""
+        return None
+
+    def output(self, x: Array, t: Array, given: Any) -> Array:
+        """The network's output [B,H,D]."""
+        return self.model(x, t)
+
+    def known(self, conditions: Conditions, like: Array) -> Known:
+        """The entries of trajectories [B,H,D] that the conditions fix."""
+        return Known.of(conditions, like.shape[1], self.action_dim, like)
+
+    def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
+        """The same of x_{t-1} given x_t alone."""
+        x0 = self.predict_x0(x, t, self.output(x, t, given))
+        return self.posterior(clip(x0, 1.0 if self.clip_denoised else None), x, t)
+
+    def step(
+        self, x: Array, t: Array, noise: Array, known: Known, guide: Guide | None, given: Any = None
+    ) -> tuple[Array, Array]:
+        """x_{t-1} [B,H,D] without the known entries in place, and the values [B] that led to it."""
+        values = tf.zeros(tf.shape(x)[:1], x.dtype)
+        if guide is not None:
+            variance = tf.exp(self.table("ddpm_logvar_clipped", t, x.dtype))
+            x, values = guide.ascend(x, t, variance, known.put)
+        mean, _, log_variance = self.p_mean_variance(x, t, given)
+        drawn = tf.cast(t > 0, x.dtype)[:, None, None] * noise
+        return mean + tf.exp(0.5 * log_variance) * drawn, values
+
+    def sample(
+        self,
+        conditions: Conditions,
+        noise: Array,
+        guide: Guide | None = None,
+        with_chain: bool = False,
+        groups: int = 1,
+    ) -> Plans:
+        """Denoise trajectories. Graph-safe: a loop of T steps that is compiled once.
+
+        Args:
+            conditions: known observations [B,O], or [1,O] for all samples, by time index.
+            noise: [T+1,B,H,D]; H may differ from the horizon of training if there is no guide.
+            with_chain: return every intermediate trajectory.
+            groups: of samples that are sorted by value each by itself.
+        """
+        known, given = self.known(conditions, noise[0]), self.given(conditions)
+        steps, batch = self.n_timesteps, tf.shape(noise)[1]
+        chain = tf.TensorArray(noise.dtype, size=steps + 1 if with_chain else 0, element_shape=noise.shape[1:])
+
+        def body(i: Array, x: Array, values: Array, chain: tf.TensorArray) -> tuple[Array, ...]:
+            t = tf.fill([batch], steps - 1 - i)
+            x, values = self.step(x, t, noise[i + 1], known, guide, given)
+            x = tf.ensure_shape(known.put(x), noise.shape[1:])  # a batch of one loses its shape on the way
+            return i + 1, x, values, chain.write(i + 1, x) if with_chain else chain
+
+        x = known.put(noise[0])
+        with shared_matrices():
+            # What no step changes is made before the loop: these results are not used.
+            self.output(x, tf.zeros([batch], tf.int32), given)
+            if guide is not None:
+                guide.value(x, tf.zeros([batch], tf.int32))
+            start = (tf.constant(0), x, tf.zeros([batch], noise.dtype), chain.write(0, x) if with_chain else chain)
+            _, x, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
+        if guide is not None:
+            values, x = best_first(values, x, groups)
+        return Plans(x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else None)
+
+
+class ValueDiffusion(NoisyTrajectories):
+    """The return of noisy trajectories; `model` maps (x [B,H,D], t [B]) to [B,1]. Arguments: `NoisyTrajectories`."""
+
+    KIND = "diffuser_values"  # of checkpoints
+
+    def value(self, x: Array, t: Array) -> Array:
+        """[B]"""
+        return self.model(x, t)[:, 0]
+
+    def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array, target: Array) -> Losses:
+        """Error of the predicted returns; x, noise [B,H,D], t [B] integers, target [B,1]."""
+        noisy = apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim)
+        return self.regression(self.model(noisy, t), target)
+
+    def regression(self, prediction: Array, target: Array) -> Losses:
+        """Mean error; means, extremes and Pearson's correlation (not a number for a single row) for the log."""
+        infos = {}
+        for name, reduce in (("mean", tf.reduce_mean), ("min", tf.reduce_min), ("max", tf.reduce_max)):
+            infos |= {f"{name}_pred": reduce(prediction), f"{name}_targ": reduce(target)}
+        p, y = prediction - infos["mean_pred"], target - infos["mean_targ"]
+        spread = tf.sqrt(tf.reduce_sum(p * p) * tf.reduce_sum(y * y))
+        return tf.reduce_mean(self.error(prediction - target)), infos | {"corr": tf.reduce_sum(p * y) / spread}
+
+
+class Decision(NamedTuple):
+    """B plans for each of E environments, in the environment's units, the best first where they were guided."""
+
+    actions: np.ndarray  # [E,B,H,A]
+    observations: np.ndarray  # [E,B,H,O], or no entries where actions alone are planned
+    values: np.ndarray  # [E,B]
+
+
+class Diffuser:
+    """Plans from the current observation.
+
+    Args:
+        diffusion: the model of trajectories.
+        normalizers: of "observations" and "actions".
+        guide: None: plans are not guided.
+        batch_size: B.
+        horizon: of the plans, where it is to differ from training's (not with a guide).
+    """
+
+    def __init__(
+        self,
+        diffusion: TrajectoryDiffusion,
+        normalizers: Mapping[str, Any],
+        guide: Guide | None = None,
+        batch_size: int = 64,
+        horizon: int | None = None,
+    ):
+        if guide is not None and diffusion.transition_dim == diffusion.action_dim:
+            raise UserError(
+                "guided planning needs a model of states and actions, and this one has actions only, of which no "
+                "value is known: plan with scripts/plan_unguided.py, or train with --diffusion_type states_actions"
+            )
+        self.diffusion, self.normalizers, self.guide = diffusion, normalizers, guide
+        self.batch_size, self.horizon = batch_size, horizon or diffusion.horizon
+        self._sample = tf.function(self._plans, autograph=False)
+
+    def draw(self, noise: Any, n_envs: int) -> np.ndarray:
+        """The draws of one decision, [T+1,E*B,H,D]; `noise` is the source."""
+        rows = n_envs * self.batch_size
+        return noise.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
+
+    def act(self, conditions: Mapping[int, np.ndarray], noise: np.ndarray) -> Decision:
+        """Plan in E environments.
+
+        Args:
+            conditions: observations [E,O] by time index (0: the current ones), in the environment's units.
+            noise: of `draw`.
+        """
+        n_envs, dtype = len(conditions[0]), self.diffusion.dtype
+        known = {
+            t: tf.constant(np.repeat(self.normalizers["observations"].normalize(o), self.batch_size, axis=0), dtype)
+            for t, o in conditions.items()
+        }
+        trajectories, values = (each.numpy() for each in self._sample(known, tf.constant(noise, dtype), n_envs))
+        plans = trajectories.reshape(n_envs, self.batch_size, *trajectories.shape[1:])
+        actions = self.normalizers["actions"].unnormalize(plans[..., : self.diffusion.action_dim])
+        observations = plans[..., self.diffusion.action_dim :]
+        if observations.shape[-1]:
+            observations = self.normalizers["observations"].unnormalize(observations)
+        return Decision(actions, observations, values.reshape(n_envs, self.batch_size))
+
+    def _plans(self, conditions: Conditions, noise: Array, groups: int) -> tuple[Array, Array]:
+        return self.diffusion.sample(conditions, noise, self.guide, groups=groups)[:2]

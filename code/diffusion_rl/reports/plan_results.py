@@ -1,0 +1,144 @@
+"""Scores of planning: the results in the folders of plans, and a LaTeX table of them beside published ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+
+BUFFERS = ("medium-replay", "medium", "medium-expert")
+DATASETS = [f"{task}-{buffer}-v2" for task in ("hopper", "walker2d", "halfcheetah") for buffer in BUFFERS]
+ALGORITHMS = ("BC", "CQL", "IQL", "DT", "TT", "MOPO", "MOReL", "MBOP", "Diffuser")
+HIGHLIGHTED = 0.95  # of the row's best score
+LABELS = {
+    "Dataset": "Dataset",
+    "Environment": "Environment",
+    "Average": "Average",
+    "medium-expert": "Medium-Expert",
+    "medium": "Medium",
+    "medium-replay": "Medium-Replay",
+    "halfcheetah": "HalfCheetah",
+    "hopper": "Hopper",
+    "walker2d": "Walker2d",
+}
+_COLOURS = {"tblue": "1F77B4", "tred": "FF6961", "tgreen": "429E9D", "thighlight": "000000"}
+Scores = Mapping[str, Mapping[str, float]]  # by algorithm, then data set
+
+
+class Experiment(NamedTuple):
+    """The trials of one experiment; scores are 100 times the normalised ones."""
+
+    dataset: str
+    folder: Path
+    scores: list[float]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+    @property
+    def error(self) -> float:
+        """Of the mean."""
+        return float(np.std(self.scores) / math.sqrt(len(self.scores))) if len(self.scores) > 1 else 0.0
+
+    def __str__(self) -> str:
+        columns = (
+            f"{self.dataset:<30} | {self.folder.name:<50} | {self.folder.parent!s:<50} | {len(self.scores)} scores "
+        )
+        return f"{columns}\n    {self.mean:.1f} +/- {self.error:.2f}"
+
+
+def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list[Experiment]:
+    """Every `<logbase>/<dataset>/plans*/<experiment>` with a finished trial (a folder with a rollout.json)."""
+    found = []
+    for dataset in datasets:
+        for folder in sorted(Path(logbase).glob(f"{dataset}/plans*/*"), key=str):
+            trials = sorted(folder.glob("*/rollout.json"), key=str)
+            if trials:
+                found.append(Experiment(dataset, folder, [_score(path) for path in trials]))
+    return found
+
+
+def _score(path: Path) -> float:
+    try:
+        return json.loads(path.read_text())["score"] * 100
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} has no score in it ({error}): delete it or plan again") from error
+
+
+def published() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Published means and errors by algorithm and data set."""
+    means: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    with open(Path(__file__).parent / "published" / "d4rl_locomotion.csv", newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            means.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["mean"])
+            if row["error"]:
+                errors.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["error"])
+    return means, errors
+
+
+def latex_table(
+    means: Scores, errors: Scores, algorithms: Iterable[str] = ALGORITHMS, labels: Mapping[str, str] | None = None
+) -> str:
+    """A table of all data sets; scores near the best of their row are bold.
+
+    Args:
+        errors: only the algorithms in it are printed with theirs.
+        labels: other words for those of `LABELS`.
+    """
+    words, algorithms = LABELS | dict(labels or {}), list(algorithms)
+    lines = [rf"\definecolor{{{name}}}{{HTML}}{{{code}}}" for name, code in _COLOURS.items()]
+    heads = (_head(name) for name in (words["Dataset"], words["Environment"], *algorithms))
+    lines += [
+        r"\newcolumntype{P}{>{\raggedleft\arraybackslash}X}",
+        r"\begin{table*}[hb!]",
+        r"\centering",
+        r"\small",
+        rf"\begin{{tabularx}}{{\textwidth}}{{ll{'P' * (len(algorithms) - 1)}r}}",
+        r"\toprule",
+        " & ".join(heads) + r" \\ ",
+    ]
+    for buffer in reversed(BUFFERS):
+        lines.append(r"\midrule")
+        for task in ("halfcheetah", "hopper", "walker2d"):
+            cells = _cells(f"{task}-{buffer}-v2", means, errors, algorithms)
+            lines.append(" & ".join([words[buffer], words[task], *cells]) + r" \\ ")
+    averages = [float(np.round(np.mean(list(means[name].values())), 1)) for name in algorithms]
+    best = max(averages)
+    bold = " & ".join(_bold(value, best) for value in averages)
+    lines += [
+        r"\midrule",
+        rf"\multicolumn{{2}}{{c}}{{\bf {words['Average']}}} & {bold} \hspace{{.6cm}} \\ ",
+        r"\bottomrule",
+        r"\end{tabularx}",
+        r"\vspace{-.0cm}",
+        r"\caption{",
+        "}",
+        r"\label{table:locomotion}",
+        r"\end{table*}",
+    ]
+    return "\n".join(lines)
+
+
+def _head(name: str) -> str:
+    return rf"\multicolumn{{1}}{{r}}{{\bf \color{{black}} {name}}}"
+
+
+def _cells(dataset: str, means: Scores, errors: Scores, algorithms: Iterable[str]) -> Iterable[str]:
+    best = max(means[name][dataset] for name in algorithms if dataset in means[name])
+    for name in algorithms:
+        mean, error = means[name].get(dataset), errors.get(name, {}).get(dataset)
+        cell = f"${_bold(mean, best)}$" if mean is not None else "$-$"
+        yield cell if error is None else rf"{cell} \scriptsize{{\raisebox{{1pt}}{{$\pm {error}$}}}}"
+
+
+def _bold(value: float, best: float) -> str:
+    return rf"\textbf{{\color{{thighlight}}{value}}}" if value >= best * HIGHLIGHTED else str(value)

@@ -1,0 +1,11 @@
+"""The table of offline scores in LaTeX: python plotting/table.py [--logbase DIR] [--labels FILE]."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "code"))
+
+from diffusion_rl import planner_commands  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(planner_commands.table))

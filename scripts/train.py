@@ -1,0 +1,10 @@
+"""Train a diffusion model of trajectories: python scripts/train.py --dataset NAME [--option VALUE ...]."""
+
+import sys
+
+import _checkout  # noqa: F401
+
+from diffusion_rl import planner_app, planner_commands
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(planner_app.train))

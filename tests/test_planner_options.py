@@ -1,0 +1,65 @@
+"""The planners' command lines: options, deferred texts, names of folders, and what is refused."""
+
+import pytest
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.planner_options import expand, experiment_name, parse
+
+
+def options(experiment, *arguments, config="config.locomotion"):
+    return parse(experiment, arguments, "hopper-medium-expert-v2", config, save=False)
+
+
+def test_the_order_of_values():
+    assert options("plan").scale == 0.0001  # the data set's
+    assert options("plan", "--dataset", "walker2d-medium-v2").scale == 0.1  # the experiment's
+    assert options("plan", "--scale", "1e-3").scale == 1e-3  # the command line's
+
+
+def test_deferred_texts_see_the_final_values():
+    given = options("plan", "---horizon", "16", "--value_loadpath", "f:values/mine_H{horizon}_d{discount}")
+    assert given.value_loadpath == "values/mine_H16_d0.997"
+    assert given.diffusion_loadpath == "diffusion/defaults_H16_T20"
+
+
+@pytest.mark.parametrize("template", ["f:{nothing}", "f:{horizon.__class__}", "f:{horizon[0]}", "f:{0}", "f:{"])
+def test_deferred_texts_hold_names_only(template):
+    with pytest.raises(UserError):
+        expand(template, {"horizon": 32})
+
+
+def test_types():
+    given = options("diffusion", "--dim_mults", "(1,4,8)", "--attention", "True", "--n_train_steps", "1000")
+    assert (given.dim_mults, given.attention, given.n_train_steps) == ((1, 4, 8), True, 1000.0)
+    assert options("diffusion", "--loss_discount", "0.9").loss_discount == 0.9
+    assert options("diffusion", "--seed", "5").seed == 5
+    assert options("diffusion", "--bucket", "gs://bucket/x").bucket == "gs://bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--horizn", "16"], "did you mean --horizon"),
+        (["--horizon"], "has no value"),
+        (["--horizon", "abc"], "whole number"),
+        (["--n_saves", "5.5"], "whole number"),
+        (["--learning_rate", "high"], "a number is needed"),
+        (["--predict_epsilon", "yes"], "True or False"),
+        (["--dim_mults", "__import__('os')"], "write"),
+        (["--config", "config.nothing"], "there are config.locomotion, config.maze2d"),
+    ],
+)
+def test_what_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        options("diffusion", *arguments)
+
+
+def test_names_of_experiments():
+    watch = [["prefix", ""], ["horizon", "H"], ["nothing", "n"], ["weights", "w"]]
+    values = {"prefix": "plans/", "horizon": 32, "weights": (1, 2)}
+    assert experiment_name(watch, values) == "plans/H32_w1-2"
+
+
+def test_models_of_actions_have_folders_of_their_own():
+    assert options("diffusion", "--diffusion_type", "actions_only").exp_name == "diffusion/actions_H32_T20"
+    assert options("diffusion", "--diffusion_type", "actions_only", "--prefix", "mine").exp_name == "mine_H32_T20"

@@ -1,0 +1,106 @@
+"""The planners end to end on a small made-up data set: train, resume, values, guided and unguided plans, results."""
+
+import json
+import os
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+
+from diffusion_rl import planner_app, planner_commands
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.loops.planner_files import load_experiment
+from diffusion_rl.loops.run_state import load_checkpoint
+
+NAME = "hopper-medium-v2"
+SIZE = ["--dataset", NAME, "--horizon", "4", "--n_diffusion_steps", "3", "--seed", "0"]
+TRAIN = [*SIZE, "--dim_mults", "(1,)", "--n_saves", "2", "--save_freq", "3", "--batch_size", "4", "--sample_freq", "0"]
+PLAN = [*SIZE, "--max_episode_length", "4", "--batch_size", "3"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    """A working directory with three episodes of Hopper's dimensions under D4RL's file name, and trained models."""
+    draw, n, folder = NoiseSource(0), 60, tmp_path_factory.mktemp("planners")
+    ends = np.isin(np.arange(n), (19, 39, 59))
+    with h5py.File(folder / "hopper_medium-v2.hdf5", "w") as file:
+        file["observations"] = draw.normal((n, 11))
+        file["actions"] = draw.uniform((n, 3), -1, 1)
+        file["rewards"] = draw.normal((n,))
+        file["terminals"] = ends & (np.arange(n) == 19)
+        file["timeouts"] = ends & (np.arange(n) != 19)
+    before, environment = os.getcwd(), os.environ.get("D4RL_DATASET_DIR")
+    os.environ["D4RL_DATASET_DIR"] = str(folder)
+    os.chdir(folder)
+    planner_app.train([*TRAIN, "--n_train_steps", "6"])
+    planner_app.train_values([*TRAIN, "--n_train_steps", "3", "--discount", "0.997"])
+    yield folder
+    os.chdir(before)
+    if environment is None:
+        del os.environ["D4RL_DATASET_DIR"]
+    else:
+        os.environ["D4RL_DATASET_DIR"] = environment
+
+
+@pytest.fixture
+def trained(folder):
+    return folder / "logs" / NAME / "diffusion" / "defaults_H4_T3"
+
+
+def test_what_training_leaves(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert {"args.json", "diff.txt", "metrics.jsonl", "state_0.safetensors", "state_6.safetensors"} <= names
+    for part in ("dataset", "model", "diffusion", "trainer"):
+        facts = json.loads((trained / f"{part}_config.json").read_text())
+        assert pickle.loads((trained / f"{part}_config.pkl").read_bytes()) == facts
+
+
+def test_plans_and_results(folder, capsys):
+    planner_app.plan_guided(PLAN)
+    rollout = json.loads((folder / "logs" / NAME / "plans" / "H4_T3_d0.997" / "0" / "rollout.json").read_text())
+    assert sorted(rollout) == ["epoch_diffusion", "epoch_value", "return", "score", "step", "term"]
+    assert (rollout["epoch_diffusion"], rollout["epoch_value"]) == (6, 3) and isinstance(rollout["term"], bool)
+    planner_app.plan_unguided([*PLAN, "--n_envs", "2", "--n_exec", "2"])  # with the model of states and actions
+    unguided = folder / "logs" / NAME / "plans" / "unguided_H4_T3"
+    second = json.loads((unguided / "0-1" / "rollout.json").read_text())
+    assert sorted(second) == ["epoch_diffusion", "return", "score", "step", "term"]
+    assert len(json.loads((unguided / "0" / "action_stats.json").read_text())["std"]) == 3
+    assert json.loads((unguided / "0" / "latency.json").read_text())["milliseconds_per_decision"] > 0
+    capsys.readouterr()
+    planner_commands.read_results(["--logbase", "logs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[2].endswith("| 2 scores ")
+
+
+def test_actions_alone_are_never_guided(folder):
+    planner_app.train([*TRAIN, "--n_train_steps", "1", "--diffusion_type", "actions_only"])
+    assert (folder / "logs" / NAME / "diffusion" / "actions_H4_T3" / "state_1.safetensors").is_file()
+    planner_app.plan_unguided([*PLAN, "--aggregate", "medoid", "--suffix", "1"])
+    with pytest.raises(UserError, match="actions only"):
+        planner_app.plan_guided([*PLAN, "--diffusion_loadpath", "f:diffusion/actions_H{horizon}_T{n_diffusion_steps}"])
+
+
+def test_resumed_is_uninterrupted(folder, trained):
+    parts = [*TRAIN, "--logbase", "parts"]
+    planner_app.train([*parts, "--n_train_steps", "4"])
+    planner_app.train([*parts, "--n_train_steps", "6", "--resume", "True"])
+    with pytest.raises(UserError, match="--resume True"):
+        planner_app.train([*parts, "--n_train_steps", "6"])
+    one = load_checkpoint(trained / "state_6.safetensors").tensors
+    other = load_checkpoint(folder / "parts" / trained.relative_to(folder / "logs") / "state_6.safetensors").tensors
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+def test_what_is_missing_is_named(trained):
+    with pytest.raises(UserError, match="train a model first"):
+        planner_app.plan_guided([*PLAN, "--logbase", "elsewhere"])
+    with pytest.raises(UserError, match="no data for walker2d-expert-v2: download http"):
+        planner_app.train([*TRAIN, "--dataset", "walker2d-expert-v2"])
+    with pytest.raises(UserError, match="no checkpoint 5 in .* there are 0, 3, 6"):
+        load_experiment(trained, epoch="5")
+    with pytest.raises(UserError, match=r"defaults_H4_T3_d0.99; there are .*--discount"):
+        planner_app.plan_guided([*PLAN, "--discount", "0.99"])
