@@ -72,7 +72,7 @@ $(VENV)/.gym: $(VENV)/.made $(PACKAGING)
 	$(call step,Installing TensorFlow and MuJoCo with pip (a few minutes the first time),$(RUN) -m pip install $(PIP_ARGS) -e '.[gym]')
 	@touch $@
 
-# Of robosuite the tests want the Panda's files; what it depends on needs a C compiler (evdev).
+# One of the packages that robosuite asks for needs a C compiler (evdev, for keyboards); the extra `test` has the others.
 $(VENV)/.test: $(VENV)/.gym $(PACKAGING)
 	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]' \
 	&& $(RUN) -m pip install $(PIP_ARGS) --no-deps $(ROBOSUITE))

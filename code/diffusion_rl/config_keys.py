@@ -41,6 +41,7 @@ KEYS: dict[str, str] = {
     "obs_dim": "dimension O of one observation",
     "action_dim": "dimension A of one action",
     "cond_steps": "To, observations the policy sees",
+    "img_cond_steps": "Ti, the last of them that it sees as images",
     "horizon_steps": "H, actions the policy plans",
     "act_steps": "Ta, actions of a plan that are executed",
     "denoising_steps": "K, denoising steps",
@@ -54,6 +55,7 @@ KEYS: dict[str, str] = {
     "normalization_path": "minima and maxima of observations and actions (npz)",
     "base_policy_path": "policy to start from or to evaluate: .safetensors, or the reference's .pt",
     "offline_dataset_path": "demonstrations of RLPD, IBRL and Cal-QL (npz)",
+    "robomimic_env_cfg_path": "robomimic's description of the environment (JSON)",
     # environments
     "env": "in pre-training just the data set's name",
     "env.engine": "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]",
@@ -68,6 +70,9 @@ KEYS: dict[str, str] = {
     "env.render": "avoiding: show environment 0 in a window; elsewhere without effect",
     "env.save_full_observations": "keep every observation, not only one per chunk",
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
+    "env.robomimic_env_cfg_path": "robomimic: the description of the environment (JSON)",
+    "env.reward_shaping": "robomimic: robosuite's shaped reward instead of 0 and 1; default false",
+    "env.reflections": "robomimic: images with the floor's reflections, slower; default false [ours]",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
     "env.wrappers.d3il_lowdim.normalization_path": "the same for the avoiding task",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
@@ -159,6 +164,30 @@ for _which in ("actor", "critic", "eta"):
         f"train.{_which}_lr_scheduler.warmup_steps": "iterations of linear warm-up",
         f"train.{_which}_lr_scheduler.min_lr": "learning rate at the cycle's ends",
     }
+for _which in ("lowdim", "image"):
+    KEYS |= {
+        f"env.wrappers.robomimic_{_which}.{key}": meaning
+        for key, meaning in {
+            "normalization_path": "statistics that normalise observations and actions",
+            "low_dim_keys": "parts of the state, in this order",
+            "clamp_obs": "clip the normalised state to [-1, 1]; default false",
+            "init_state": "simulator state that every episode begins with",
+            "render_hw": "height and width of videos; default 256 and 256",
+            "render_camera_name": "camera of videos; default agentview",
+        }.items()
+    }
+for _where in ("", "env.wrappers.robomimic_image."):
+    KEYS |= {
+        f"{_where}shape_meta.obs.rgb.shape": "[channels of all images, height, width]",
+        f"{_where}shape_meta.obs.state.shape": "[O]",
+        f"{_where}shape_meta.action.shape": "[A]",
+    }
+KEYS |= {
+    "env.wrappers.robomimic_image.image_keys": "cameras, in this order",
+    "train.augment": "shift the images of a rollout at random by up to 4 pixels",
+    "train.grad_accumulate": "minibatches whose gradients are added up for a step of the optimizers",
+    "train.logprob_batch_size": "images that are looked at together between rollout and update; else no effect",
+}
 for _which in ("actor", "critic"):
     KEYS |= {
         f"train.{_which}_lr": f"base learning rate of the {_which}",
@@ -167,7 +196,7 @@ for _which in ("actor", "critic"):
 
 KEYS |= dict.fromkeys(
     (
-        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs"),
+        *("train.online_utd_ratio", "train.save_trajs", "env.use_image_obs"),
         "env.wrappers.multi_step.verbose",
     ),
     "accepted for the reference's command lines; has no effect here",

@@ -58,7 +58,8 @@ def evaluate(
     observations = venv.reset(options)
 
     def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        decision = actor.act(obs["state"], actor.draw(noise, venv.n_envs), deterministic=True)
+        draws = actor.draw(noise, venv.n_envs)
+        decision = actor.act(obs["state"], draws, deterministic=True, rgb=obs.get("rgb"))
         return decision.actions, decision.arrays()
 
     return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)

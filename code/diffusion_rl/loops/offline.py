@@ -61,6 +61,8 @@ class PreTraining:
             self.dataset.cond_steps,
             self.train,
             cfg["ema"]["decay"],
+            self.dataset.images,
+            self.dataset.img_cond_steps,
         )
         self.epoch, self.n_batches = 1, 0
 
@@ -124,7 +126,8 @@ class PreTraining:
         losses = []
         for items in batches:
             t, noise = self._draw(items.shape, self.noise)
-            losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items))))
+            shifts = self._draw_shifts(items.shape)
+            losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items)), shifts))
             on_batches(len(items), float(losses[-1][-1]))
         return np.concatenate(losses)
 
@@ -136,6 +139,12 @@ class PreTraining:
             return np.zeros(shape, np.int64), masks
         t = noise.integers(0, m.denoising_steps, shape)
         return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
+
+    def _draw_shifts(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Shifts of the images of windows of that shape, for networks that augment them."""
+        network = self.model.network
+        size = network.shifts_shape(1) if hasattr(network, "shifts_shape") else None
+        return None if size is None else self.noise.integers(0, 2 * network.vision.aug.pad + 1, (*shape, *size[1:]))
 
     def _averaging(self, n: int) -> np.ndarray:
         """The average follows every so many batches; in the first epochs it is a plain copy."""
