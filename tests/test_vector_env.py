@@ -447,7 +447,8 @@ def test_video_of_locomotion(tmp_path: Path) -> None:
 def test_video_without_a_renderer_is_one_clear_line(tmp_path: Path) -> None:
     """In a program of its own: the fork server of this one may have imported MuJoCo with another setting."""
     program = (
-        "import os; from diffusion_rl.envs.locomotion import LocomotionVectorEnv; os.environ['MUJOCO_GL'] = 'nonsense'; "
+        "import os; from diffusion_rl.envs.locomotion import LocomotionVectorEnv\n"
+        "os.environ['MUJOCO_GL'] = 'nonsense'\n"
         f"LocomotionVectorEnv('hopper-medium-v2', 1).reset([{{'video_path': {str(tmp_path / 'hopper.mp4')!r}}}])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
