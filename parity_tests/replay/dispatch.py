@@ -6,6 +6,7 @@ from pathlib import Path
 
 from parity_tests.not_implemented import reason_for
 from parity_tests.replay import agents, build, case, custom, decisions, diffuser, diffuser_runs
+from parity_tests.replay import diffuser_lite as _diffuser_lite  # noqa: F401  (adds its classes to Diffuser's)
 from parity_tests.replay.files import Golden
 
 
