@@ -19,6 +19,7 @@ UPSTREAM_PYTHON ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 TEST_EXTRAS := gym,kitchen,parity,test
+ROBOSUITE := $(shell sed -n 's/.*"\(robosuite==[0-9.]*\)".*/\1/p' setup.py | head -n 1)
 PACKAGING := setup.py pyproject.toml
 
 .PHONY: help demo test parity-report benchmark lint clean
@@ -71,6 +72,8 @@ $(VENV)/.gym: $(VENV)/.made $(PACKAGING)
 	$(call step,Installing TensorFlow and MuJoCo with pip (a few minutes the first time),$(RUN) -m pip install $(PIP_ARGS) -e '.[gym]')
 	@touch $@
 
+# One of the packages that robosuite asks for needs a C compiler (evdev, for keyboards); the extra `test` has the others.
 $(VENV)/.test: $(VENV)/.gym $(PACKAGING)
-	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]')
+	$(call step,Installing PyTorch and the test tools with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[$(TEST_EXTRAS)]' \
+	&& $(RUN) -m pip install $(PIP_ARGS) --no-deps $(ROBOSUITE))
 	@touch $@

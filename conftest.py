@@ -9,6 +9,7 @@ import pytest
 OPTIONS = {
     "--golden-dir": "folder of recordings to replay instead of the shipped one",
     "--trajectories": "file of recorded MuJoCo 2.1.0 trajectories instead of the shipped one",
+    "--recordings": "folder of D3IL's avoiding recordings (pickles) to replay",
     "--upstream": "checkout of the PyTorch reference to compare with live",
     "--upstream-diffuser": "checkout of the PyTorch Diffuser (jannerm/diffuser) to compare with live",
 }

@@ -12,12 +12,16 @@ MUJOCO = "mujoco>=3.1.6,<3.5"  # from 3.5 on the engine no longer follows MuJoCo
 
 FIGURES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 SWEEP = ["hydra-joblib-launcher>=1.2"]
+# What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
+# `make test` installs robosuite without its requirements.
+ROBOSUITE_NEEDS = ["numba", "scipy", "opencv-python-headless", "termcolor", "Pillow", "imageio[ffmpeg]"]
 NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl")  # hardware, clusters, and packages that need numpy < 2 and a compiler
 
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
-    "robomimic": ["robosuite==1.4.1", MUJOCO, "imageio", "numba"],
-    "d3il": [MUJOCO, "imageio"],
+    # robosuite asks for numba, scipy and opencv itself; 1.5 has other controllers
+    "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
+    "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio"],  # for its model of the Panda; not imported
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
     # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use
@@ -30,7 +34,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.21"],
     "ray": ["ray", "hydra-ray-launcher"],
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", *FIGURES, *SWEEP],
+    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}

@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-NOT_IMPLEMENTED: dict[str, str] = {
-    # networks
-    # algorithms
-    # loops
-    "agent.finetune.train_ppo_diffusion_img_agent.*": "loops over images",
-}
+NOT_IMPLEMENTED: dict[str, str] = {}
 
 
 def reason_for(case: str, classes: Iterable[str]) -> str | None:

@@ -140,7 +140,7 @@ def table(rows: Sequence[Difference]) -> str:
 
 def _used_targets() -> dict[str, str]:
     values = (flat[key] for flat in reference_values().values() for key in flat if key.endswith("_target_"))
-    return {name: REFERENCE_TARGETS[name] for name in values}
+    return {name: REFERENCE_TARGETS[name] for name in values if name in REFERENCE_TARGETS}
 
 
 def _code(values: Sequence[Any]) -> str:

@@ -7,6 +7,7 @@ ladder and each quantity, the worst deviation in float32 and in float64, beside 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections import defaultdict
@@ -96,6 +97,7 @@ def _quantity(deviation: Deviation) -> str:
         }.get(name, "episodes and statistics")
     if deviation.rung in (2, 3) or "schedule table" in name:
         return name.split(" ")[0].removesuffix(".schedule") + (" tables" if "schedule table" in name else "")
+    name = name.split(" state.")[0]  # not each weight of a target network apart
     return name.removesuffix(" out").removesuffix(" _total_loss").removesuffix(".forward").removesuffix("out/")
 
 
@@ -171,6 +173,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     arguments = parser.parse_args()
     DEVIATIONS.clear()
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)  # each case is compiled anew, which it warns of
     passed, failed, missing = replay_folder(arguments.folder)
     rows = rows_of(DEVIATIONS)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""Figures from run folders. `python script/make_figures.py --help` lists them."""
+"""Figures from run folders and policies. `python script/make_figures.py --help` lists them."""
 
 import sys
 
+from diffusion_rl.exploration import add_command
 from diffusion_rl.reports.commands import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main([add_command]))

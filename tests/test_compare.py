@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_figures import make_run, png_text, read_csv
 
+from diffusion_rl.configs import compose, shipped_configs
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports import compare as comparison
 from diffusion_rl.reports import published
@@ -79,13 +80,32 @@ def run_of(name, task="hopper-medium-v2", seed="0"):
         ("hopper-medium-v2_sac_ppo_diffusion_mlp_ta4_td20_tdf10", "DPOER"),
         ("hopper-medium-v2_ppo_gaussian_mlp_ta4", "Gaussian PPO"),
         ("hopper-medium-v2_rlpd_mlp_ta1", "RLPD"),
-        ("hopper-medium-v2_ppo_exact_diffusion_mlp_ta4", "ppo_exact_diffusion_mlp_ta4"),
+        ("hopper-medium-v2_ppo_exact_diffusion_mlp_ta4", "DPPO (exact)"),
         (f"{DPPO},train.gamma=0.9", "DPPO train.gamma=0.9"),
         ("mine", "mine"),
     ],
 )
 def test_algorithms_by_the_papers_names(name, label):
     assert comparison.algorithm_labels([run_of(name)]) == [label]
+
+
+LABELS = {
+    **{"DPPO": "DPPO", "ExactDPPO": "DPPO (exact)", "DPOER": "DPOER", "RWR": "DRWR", "AWR": "DAWR", "DQL": "DQL"},
+    **{"IDQL": "IDQL", "DIPO": "DIPO", "QSM": "QSM", "DACER": "DACER", "GaussianPPO": "Gaussian PPO", "IBRL": "IBRL"},
+    **{"CalQL": "Cal-QL", "GMMPPO": "GMM PPO"},
+}
+
+
+@pytest.mark.parametrize("config", [name for name in shipped_configs() if "/finetune/" in name])
+def test_every_fine_tuning_run_has_the_label_of_its_algorithm(config):
+    cfg = compose(config)
+    run = Run(Path(cfg.name), cfg.name, cfg.env_name, "0", [])
+    assert comparison.algorithm_labels([run]) == [LABELS[cfg.model._target_.rpartition(".")[2]]]
+
+
+def test_both_published_curves_of_dpoer_are_its():
+    assert comparison._references("hopper", "env_steps", "episode_return", ["DPOER"], "same") == ["DPOER", "DPOER_50"]
+    assert comparison._references("hopper", "env_steps", "episode_return", ["DPPO"], "same") == ["DPPO"]
 
 
 def test_different_experiments_are_never_taken_for_seeds_of_one():

@@ -1,9 +1,13 @@
-"""Dropout in supervised training of Gaussian policies: masks are drawn when training and only then."""
+"""Dropout of Gaussian policies, in supervised training and IBRL: masks are drawn when training and only then."""
 
 import numpy as np
 
 from diffusion_rl import app
 from diffusion_rl.configs import compose
+from diffusion_rl.core.config import instantiate
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.data.replay import ReplayBuffer, fields
+from diffusion_rl.loops.off_policy import Buffers, Rows
 from diffusion_rl.loops.offline import PreTraining
 
 GAUSSIAN = "gym/pretrain/hopper-medium-v2/pre_gaussian_mlp"
@@ -35,3 +39,42 @@ def test_the_masks_reach_the_network(tmp_path):
     losses = [float(trainer.loss(b)) for b in (batch, without, kept)]
     assert len(set(losses)) == 3 and np.isfinite(losses).all()
     loop.run()
+
+
+IBRL = "gym/finetune/kitchen-complete-v0/ibrl_mlp"
+
+
+def ibrl():
+    composed = compose(IBRL, ["model.actor.mlp_dims=[16,16]", "model.critic.mlp_dims=[8,8]", "model.network_path=null"])
+    return instantiate(composed.model), composed.train
+
+
+def test_ibrl_draws_masks_for_every_network_when_training_and_none_when_evaluating():
+    model, train = ibrl()
+    noise, batch = NoiseSource(0), int(train.batch_size)
+    buffer = ReplayBuffer(batch, fields(("obs",), (1, 60), (1, 9)))
+    buffer.add(obs=np.zeros((batch, 1, 60)))
+    buffer.flush()
+    rows = Rows(Buffers(buffer), noise, 1)
+    drawn = {
+        (2, batch, 32): model.draw_critic(noise, rows, train, True)["keep"],
+        (batch, 32): model.draw(noise, rows, train, True)["keep"],
+        (2, 50, 32): model.draw_action(noise, 50, False, train)["keep"],
+    }
+    for shape, keep in drawn.items():
+        assert keep.shape == shape and set(np.unique(keep)) == {0, 1} and abs(keep.mean() - 0.5) < 0.03
+    assert "keep" not in model.draw_action(noise, 50, True, train)
+
+
+def test_ibrls_masks_reach_the_networks():
+    """With all units dropped an action does not depend on the observation; each network has masks of its own."""
+    model, _ = ibrl()
+    source = NoiseSource(1)
+    cond, noise = {"state": source.normal((3, 1, 60))}, np.zeros((2, 3, 9 * model.horizon_steps), np.float32)
+    some, none = np.ones((3, 32), np.float32), np.zeros((3, 32), np.float32)
+    imitated, learned = (
+        a.numpy() for a in model.proposals(cond, model.target_actor, noise, False, np.stack([none, some]))
+    )
+    assert np.ptp(imitated, axis=0).max() == 0 and np.ptp(learned, axis=0).max() > 0
+    losses = [float(model.loss_actor(cond["state"], noise[0], keep)) for keep in (None, some, none)]
+    assert len(set(losses)) == 3

@@ -29,8 +29,8 @@ from diffusion_rl.envs.vector import ProcessVectorEnv, SyncVectorEnv  # noqa: E4
 SHIPPED = Path(__file__).parent.parent / "parity_tests" / "goldens_env"
 
 OUT_OF_SCOPE = {
+    "env_robo*_init_*": "initial states: tests/test_robomimic.py",
     "env_furniture_*": "furniture environments: tests/test_furniture.py",
-    "env_robo*_init_*": "later: robomimic environments (reset_to an initial state, videos)",
     "env_roboimg_bad_key": "error path of the reference's image wrapper; a configuration error here",
     "env_roboimg_no_*": "error paths of the reference's image wrapper without cameras or without state",
     "env_make_async_gym_render": "crash of the reference: float64 observations written to float32 shared memory",

@@ -17,7 +17,7 @@ from diffusion_rl.configs import REPOSITORY
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
-from diffusion_rl.interop.torch_names import state_dict
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops import export
 from diffusion_rl.loops.policy_files import policy_facts
 from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
@@ -164,6 +164,36 @@ def test_the_checkpoints_actions_in_a_process_with_tensorflow_only(tmp_path, nam
     assert np.any(outputs["0 plan"] != outputs["1 plan"])
 
 
+DIFFUSING = {**PRE, "actor": MLP, "denoising_steps": 4, "randn_clip_value": 3}
+DISTRIBUTIONAL = {**CRITIC_ACT, "_target_": "diffusion_rl.networks.critics.DistributionalCritic"}
+SQUASHED = {**MODELS["sac"], "tanh_output": True}
+SINGLE = {**SQUASHED, "critic": {**CRITIC_ACT, "double_q": False}, "n_critics": 2}
+OFF_POLICY = {
+    "rwr.RWR": {**PRE, "network": MLP, "denoising_steps": 4},
+    "awr.AWR": {**DIFFUSING, "critic": CRITIC},
+    "awr.GaussianAWR": {"horizon_steps": H, "actor": GAUSSIAN, "critic": CRITIC},
+    **dict.fromkeys(("dipo.DIPO", "dql.DQL", "qsm.QSM"), {**DIFFUSING, "critic": CRITIC_ACT}),
+    "dacer.DACER": {**DIFFUSING, "critic": DISTRIBUTIONAL},
+    "sac.SAC": SQUASHED,
+    "rlpd.RLPD": SINGLE,
+}
+
+
+@pytest.mark.parametrize("name", OFF_POLICY)
+def test_off_policy_algorithms_act_as_in_their_evaluations(tmp_path, monkeypatch, name):
+    model = {**OFF_POLICY[name], "_target_": f"diffusion_rl.algorithms.{name}"}
+    monkeypatch.setitem(MODELS, name, model)
+    path = make_checkpoint(tmp_path, name)
+    algorithm = instantiate(OmegaConf.create(model))
+    load_state_dict(algorithm, load_checkpoint(path).select("model."))
+    source = export.open_policy(path)
+    inputs = export.random_inputs(source, 3, NoiseSource(9))
+    cond = {"state": tf.constant(source.normalizer.normalize_obs(inputs["state"]))}
+    expected = algorithm.act(cond, {"noise": tf.constant(inputs["noise"])}, True, {})
+    expected = source.normalizer.unnormalize_action(expected.numpy())
+    np.testing.assert_allclose(export.decide(source, inputs), expected, rtol=0, atol=1e-6)
+
+
 def test_noise_drawn_inside_is_standard_normal(tmp_path):
     """A policy whose action is its noise: 10 actions of deviation 1e-4 around a mean that is known."""
     source = export.open_policy(make_checkpoint(tmp_path, "gaussian"))
@@ -229,7 +259,8 @@ def test_what_is_there_is_replaced_by_force_only(tmp_path):
     ("change", "message"),
     [
         ({"model": {**PRE, "_target_": "diffusion_rl.algorithms.ppo.ClippedPPO"}}, "of a ClippedPPO, which cannot be"),
-        ({"model": {**PRE, "_target_": "os.system"}}, "of a system, which cannot be exported; these can: DPPO, "),
+        ({"model": {**PRE, "_target_": "diffusion_rl.algorithms.idql.IDQL"}}, "of a IDQL, which cannot be exported"),
+        ({"model": {**PRE, "_target_": "os.system"}}, "of a system, which cannot be exported; these can: AWR, CalQL, "),
         ({"model": {**PRE, "network": {**MLP, "_target_": "os.system"}}}, "refused"),
         ({"model": {**PRE, "network": {**MLP, "cond_mlp_dims": [8], "mlp_dims": [7, 7, 7]}}}, "weight .* has shape"),
         ({"obs_dim": 6}, "its normalization is for obs_dim=5"),

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.video import VideoWriter
 from diffusion_rl.reports import figures
+from diffusion_rl.reports.contact_sheet import GAP
 from diffusion_rl.reports.metrics import MetricsWriter
 
 SCRIPT = Path(__file__).resolve().parents[1] / "script" / "make_figures.py"
@@ -140,3 +142,28 @@ def test_a_wrong_folder_is_one_line_and_exit_status_2(tmp_path, prepare, message
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr.count("\n") == 1 and message in ended.stderr and str(folder) in ended.stderr
     assert not (tmp_path / "out").exists()
+
+
+# Videos
+
+
+def test_a_contact_sheet_shows_first_and_last_frame(tmp_path):
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip("imageio_ffmpeg")
+    videos = [tmp_path / f"{name}.mp4" for name in ("up", "down")]
+    for path, levels in zip(videos, (range(0, 250, 10), range(240, -1, -10)), strict=True):
+        writer = VideoWriter(path, fps=20)
+        for level in levels:
+            writer.add(np.full((32, 48, 3), level))
+        writer.close()
+    output = tmp_path / "sheets" / "sheet.png"
+    command = [sys.executable, SCRIPT, "contact_sheet", *videos, "--columns", "3", "--output", output]
+    ended = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.strip() == str(output), ended.stderr
+    sheet = imageio.imread(output)[..., :3].astype(int)
+    assert sheet.shape == (2 * 32 + GAP, 3 * 48 + 2 * GAP, 3)
+    levels = [[sheet[y, x].mean() for x in (24, 76, 128)] for y in (16, 52)]
+    np.testing.assert_allclose(levels, [[0, 120, 240], [240, 120, 0]], atol=8)
+    assert "contact_sheet" in png_text(output)["Description"]
+    wrong = subprocess.run([sys.executable, SCRIPT, "contact_sheet", __file__], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "cannot be read as a video" in wrong.stderr

@@ -20,6 +20,7 @@ from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.loops.learner import Learner
 from diffusion_rl.loops.off_policy import Buffers, Rows
 from diffusion_rl.loops.policy_files import policy_facts
+from diffusion_rl.loops.rollout import Rollout, RunningEpisodes
 from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.mlp import DiffusionMLP
@@ -33,7 +34,7 @@ CHUNKS = [
 SMALL = "mlp_dims=[16,16,16]"
 REPLAYED = ["train.replay_ratio=1", "train.n_critic_warmup_itr=2", f"model.actor.{SMALL}", f"model.critic.{SMALL}"]
 STEPS = [
-    *("env.max_episode_steps=20", "++env.threads=1", "+tensorboard=false", "train.batch_size=8", "train.log_freq=2"),
+    *("env.max_episode_steps=2", "++env.threads=1", "+tensorboard=false", "train.batch_size=8", "train.log_freq=2"),
     *("model.actor.mlp_dims=[16,16]", "model.critic.mlp_dims=[16,16]", "train.n_eval_episode=1"),
     *("train.n_train_itr=14", "train.save_model_freq=1", "train.val_freq=5", "train.buffer_size=1000"),
 ]
@@ -49,11 +50,15 @@ RUNS = {
     ],
     f"{HOPPER}/ft_dql_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=40", "+train.max_grad_norm=1"],
     f"{HOPPER}/ft_qsm_diffusion_mlp": [*CHUNKS, *REPLAYED, "train.buffer_size=14"],
+    f"{HOPPER}/ft_dacer_mlp": [
+        *(*CHUNKS, *REPLAYED, "train.n_critic_warmup_itr=1", "train.buffer_size=14", "train.batch_size=6"),
+        *("train.temperature_interval=12", "train.entropy_states=2", "train.entropy_samples=20"),
+    ],
     "gym/scratch/halfcheetah-v2/sac_mlp": [*STEPS, "train.n_explore_steps=9", "train.actor_replay_ratio=4"],
     "gym/scratch/halfcheetah-v2/rlpd_mlp": [
         *(*STEPS, "train.n_explore_steps=2", "model.n_critics=3", "train.critic_num_update=2"),
     ],
-    f"{CHEETAH}/ibrl_mlp": STEPS,
+    f"{CHEETAH}/ibrl_mlp": [*STEPS, "++model.actor.dropout=0.5", "++model.actor.residual_style=false"],
     "gym/pretrain/halfcheetah-medium-v2/calql_mlp_offline": [*STEPS, "train.n_train_itr=4", "train.num_update=3"],
     f"{CHEETAH}/calql_mlp_online": [*STEPS, "train.n_train_itr=4", "train.val_freq=3"],
 }
@@ -113,6 +118,56 @@ def test_resumed_equals_never_stopped(tmp_path, name):
         assert tensors[f"optimizer.{part}.step"] > 0, part
     kinds = {row["kind"] for row in rows(whole)}
     assert kinds == {"train", "eval"}, kinds
+
+
+def test_training_returns_of_steps_are_of_the_episodes_that_ended_since_the_last_row(tmp_path):
+    """Iterations of one step, two environments; an evaluation cuts off what is under way, whose end does not count."""
+    name, seen = "gym/scratch/halfcheetah-v2/sac_mlp", []
+    given = [*RUNS[name], "env.max_episode_steps=3", "env.n_envs=2", "train.n_train_itr=24", "train.log_freq=7"]
+    cfg = prepared(name, tmp_path, *given, "+train.fast=false", "train.val_freq=10")
+    find_class(cfg._target_)(cfg, observer=seen.append).run()
+    running, ended, expected = None, [], {}
+    for step in seen:
+        if step["eval_mode"]:
+            running = None
+            continue
+        if step["firsts_trajs"][0].all():
+            running = np.zeros(2)
+        if running is not None:
+            running = running + step["reward_trajs"][0]
+            ended += list(running) if step["firsts_trajs"][1].all() else []
+        if step["itr"] % 7 == 0:
+            expected[step["itr"]], ended = ended, []
+    told = {row["itr"]: row for row in rows(tmp_path) if row["kind"] == "train"}
+    assert told.keys() == expected.keys() and [len(returns) for returns in expected.values()] == [0, 4, 4, 4]
+    for itr, returns in expected.items():
+        assert told[itr]["episodes"] == len(returns)
+        assert told[itr]["episode_return"] == (pytest.approx(np.mean(returns)) if returns else None)
+
+
+def test_running_episodes_by_hand():
+    """Two environments; the first ends after 1 + 2 + 3, the second was not seen from its beginning, then 4 + 5 ends."""
+    episodes = RunningEpisodes(2)
+
+    def step(rewards, before, after):
+        one = Rollout({}, {}, np.array([rewards]), np.zeros((1, 2)), np.array([before, after]))
+        episodes.add(one)
+
+    step([1.0, 7.0], [1, 0], [0, 1])
+    step([2.0, 4.0], [0, 1], [0, 0])
+    assert episodes.statistics(1, 0).n_episodes == 0
+    again = RunningEpisodes(2)
+    again.restore(episodes.state())
+    step([3.0, 5.0], [0, 0], [1, 1])
+    found = episodes.statistics(2, 1.6)
+    assert found.returns.tolist() == [6, 9] and found.mean_return == 7.5
+    assert found.mean_best_reward == (1.5 + 2.5) / 2 and found.success_rate == 0.5
+    episodes.clear()
+    step([8.0, 8.0], [1, 1], [1, 0])  # an episode of a single chunk
+    episodes.interrupt()
+    step([1.0, 1.0], [0, 0], [1, 1])  # not seen from their beginnings
+    assert episodes.statistics(1, 0).n_episodes == 0
+    assert again.state()["running"].tolist() == [[3, 2, 2], [4, 4, 1]]
 
 
 def small_dql(seed: int) -> DQL:

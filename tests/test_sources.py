@@ -123,6 +123,43 @@ def test_wrong_d4rl_files(changes, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def robomimic_file(path: Path, arms: int = 1) -> Path:
+    """Eleven demonstrations of 3 steps, with pictures of 4 by 5 pixels."""
+    with h5py.File(path, "w") as f:
+        for i in range(11):
+            group, rows = f.create_group(f"data/demo_{i}"), np.arange(3.0)[:, None] + 10 * i
+            for arm in range(arms):
+                for part, size in (("eef_pos", 3), ("eef_quat", 4), ("gripper_qpos", 2), ("joint_pos", 7)):
+                    group[f"obs/robot{arm}_{part}"] = np.tile(rows, size) + arm
+            group["obs/object"] = np.tile(-rows, 10)
+            group["obs/agentview_image"] = np.full((3, 4, 5, 3), [i, 50, 100], np.uint8)
+            group["actions"] = np.full((3, 7 * arms), i / 10)
+            group["rewards"], group["dones"] = np.array([0.0, 0, 1]), np.array([0, 0, 1])
+    return path
+
+
+@pytest.mark.parametrize("arms", [1, 2])
+def test_robomimic_demonstrations(arms, tmp_path):
+    episodes, normalization = load(robomimic_file(tmp_path / "r.hdf5", arms), max_episodes=4)
+    assert episodes.traj_lengths.tolist() == [3] * 4 and not episodes.terminals.any()
+    assert episodes.states.shape == (12, 9 * arms + 10) and episodes.images is None
+    assert episodes.states[:, 0].tolist() == [10 * i + t for i in range(4) for t in range(3)]
+    assert normalization.obs_max[[0, -1]].tolist() == [32, 0]  # of the episodes that were read, as in the reference
+
+
+def test_robomimic_pictures_from_the_command_line(tmp_path):
+    source, out = robomimic_file(tmp_path / "r.hdf5"), tmp_path / "out"
+    options = f"--load_path {source} --save_dir {out} --normalize --cameras agentview agentview --val_split 0.3"
+    ended = run("process_robomimic_dataset.py", *options.split())
+    assert ended.returncode == 0, ended.stderr
+    found = load_episodes(out / "train.npz")
+    assert len(found.traj_lengths) == 7 and found.states.shape == (21, 9) and found.returns.tolist() == [1] * 7
+    assert found.images.shape == (21, 6, 4, 5) and found.images.dtype == np.uint8
+    assert (found.images[:, [1, 2, 4, 5]] == np.array([50, 100, 50, 100])[None, :, None, None]).all()
+    wrong = run("process_robomimic_dataset.py", *options.replace("agentview", "above").split())
+    assert wrong.returncode == 2 and "data/demo_0: missing obs/above_image" in wrong.stderr
+
+
 def test_unknown_files(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         load(tmp_path / "nothing.hdf5")

@@ -12,6 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -384,3 +385,28 @@ def test_the_command_refuses_in_one_line_with_status_2(tmp_path):
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
         assert done.stderr.startswith("Error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
+
+
+def test_the_command_says_what_to_do_about_damaged_and_foreign_files(tmp_path):
+    torch.save(fine_tuned(residual=True), tmp_path / "good.pt")
+    save_checkpoint(tmp_path / "good.safetensors", *from_reference(read_pt(tmp_path / "good.pt")))
+    for suffix in ("pt", "safetensors"):
+        payload = (tmp_path / f"good.{suffix}").read_bytes()
+        (tmp_path / f"cut.{suffix}").write_bytes(payload[: len(payload) // 2])
+        np.savez(tmp_path / "data.npz", states=np.zeros((3, 2)))
+        (tmp_path / "data.npz").rename(tmp_path / f"foreign.{suffix}")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "bare.pt")
+    safetensors.numpy.save_file({"a": np.zeros(3)}, tmp_path / "bare.safetensors")
+    for name, complaint, cure in (
+        ("cut.pt", "is damaged", "use another copy"),
+        ("cut.safetensors", "is damaged", "use another, or delete it"),
+        ("foreign.pt", "refused: it is a zip archive, but not of the form that torch.save writes", "nothing in it was"),
+        ("foreign.safetensors", "is damaged", "use another, or delete it"),
+        ("bare.pt", 'it has no "model"', "give the state_<n>.pt that a training wrote"),
+        ("bare.safetensors", "no checkpoint of this package", "give the state_<n>.safetensors that a training wrote"),
+    ):
+        target = "x.safetensors" if name.endswith(".pt") else "x.pt"
+        done = convert(name, target, folder=tmp_path)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert done.stderr.startswith(f"Error: {name} ") and complaint in done.stderr and cure in done.stderr
+        assert not (tmp_path / target).exists()

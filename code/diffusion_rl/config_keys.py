@@ -35,23 +35,27 @@ KEYS: dict[str, str] = {
     "wandb.run": "default <time>_<name>",
     # the task
     "env_name": "the environment's name",
-    "task": "Furniture-Bench: the piece of furniture",
+    "task": "Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations",
+    "mode": "avoiding: the gaps that the demonstrations take; only names the set",
     "randomness": "Furniture-Bench: how much initial poses vary, low or med",
     "obs_dim": "dimension O of one observation",
     "action_dim": "dimension A of one action",
     "cond_steps": "To, observations the policy sees",
+    "img_cond_steps": "Ti, the last of them that it sees as images",
     "horizon_steps": "H, actions the policy plans",
     "act_steps": "Ta, actions of a plan that are executed",
     "denoising_steps": "K, denoising steps",
     "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
     "use_ddim": "sample with DDIM",
     "ddim_steps": "its denoising steps",
+    "num_modes": "M, components of a Gaussian mixture",
     "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
     # files
     "train_dataset_path": "pre-training data (npz)",
     "normalization_path": "minima and maxima of observations and actions (npz)",
     "base_policy_path": "policy to start from or to evaluate: .safetensors, or the reference's .pt",
     "offline_dataset_path": "demonstrations of RLPD, IBRL and Cal-QL (npz)",
+    "robomimic_env_cfg_path": "robomimic's description of the environment (JSON)",
     # environments
     "env": "in pre-training just the data set's name",
     "env.engine": "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]",
@@ -63,9 +67,14 @@ KEYS: dict[str, str] = {
     "env.max_episode_steps": "environment steps after which an episode is truncated",
     "env.reset_at_iteration": "start new episodes at each iteration",
     "env.save_video": "write videos of evaluations to render/",
+    "env.render": "avoiding: show environment 0 in a window; elsewhere without effect",
     "env.save_full_observations": "keep every observation, not only one per chunk",
     "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
+    "env.robomimic_env_cfg_path": "robomimic: the description of the environment (JSON)",
+    "env.reward_shaping": "robomimic: robosuite's shaped reward instead of 0 and 1; default false",
+    "env.reflections": "robomimic: images with the floor's reflections, slower; default false [ours]",
     "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
+    "env.wrappers.d3il_lowdim.normalization_path": "the same for the avoiding task",
     "env.wrappers.multi_step.n_obs_steps": "observation history To",
     "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",
     "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
@@ -111,7 +120,7 @@ KEYS: dict[str, str] = {
 KEYS |= {
     # algorithms on a replay buffer
     "train.replay_ratio": "how often each new transition is drawn for an update",
-    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR)",
+    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)",
     "train.scale_reward_factor": "factor on rewards",
     "train.target_ema_rate": "share of the trained networks in a step of their targets",
     "train.critic_tau": "the same (IDQL, QSM)",
@@ -133,8 +142,12 @@ KEYS |= {
     "train.lr_scheduler.first_cycle_steps": "iterations (epochs) of the first cosine cycle",
     "train.lr_scheduler.warmup_steps": "iterations (epochs) of linear warm-up",
     "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
-    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL)",
+    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL, DACER)",
     "train.target_entropy": "entropy that the temperature aims at",
+    "train.temperature_lr": "learning rate of log alpha (DACER) [ours]",
+    "train.temperature_interval": "critic steps between two updates of the temperature (DACER) [ours]",
+    "train.entropy_states": "states whose entropy is estimated then (DACER) [ours]",
+    "train.entropy_samples": "actions of each of them (DACER) [ours]",
     "train.automatic_entropy_tuning": "learn the temperature (Cal-QL)",
     "train.critic_replay_ratio": "rows drawn for the critic per step (SAC)",
     "train.actor_replay_ratio": "rows drawn for the actor per step (SAC)",
@@ -151,6 +164,30 @@ for _which in ("actor", "critic", "eta"):
         f"train.{_which}_lr_scheduler.warmup_steps": "iterations of linear warm-up",
         f"train.{_which}_lr_scheduler.min_lr": "learning rate at the cycle's ends",
     }
+for _which in ("lowdim", "image"):
+    KEYS |= {
+        f"env.wrappers.robomimic_{_which}.{key}": meaning
+        for key, meaning in {
+            "normalization_path": "statistics that normalise observations and actions",
+            "low_dim_keys": "parts of the state, in this order",
+            "clamp_obs": "clip the normalised state to [-1, 1]; default false",
+            "init_state": "simulator state that every episode begins with",
+            "render_hw": "height and width of videos; default 256 and 256",
+            "render_camera_name": "camera of videos; default agentview",
+        }.items()
+    }
+for _where in ("", "env.wrappers.robomimic_image."):
+    KEYS |= {
+        f"{_where}shape_meta.obs.rgb.shape": "[channels of all images, height, width]",
+        f"{_where}shape_meta.obs.state.shape": "[O]",
+        f"{_where}shape_meta.action.shape": "[A]",
+    }
+KEYS |= {
+    "env.wrappers.robomimic_image.image_keys": "cameras, in this order",
+    "train.augment": "shift the images of a rollout at random by up to 4 pixels",
+    "train.grad_accumulate": "minibatches whose gradients are added up for a step of the optimizers",
+    "train.logprob_batch_size": "images that are looked at together between rollout and update; else no effect",
+}
 for _which in ("actor", "critic"):
     KEYS |= {
         f"train.{_which}_lr": f"base learning rate of the {_which}",
@@ -159,7 +196,7 @@ for _which in ("actor", "critic"):
 
 KEYS |= dict.fromkeys(
     (
-        *("train.logprob_batch_size", "train.online_utd_ratio", "train.save_trajs", "env.render"),
+        *("train.online_utd_ratio", "train.save_trajs", "env.use_image_obs"),
         "env.wrappers.multi_step.verbose",
     ),
     "accepted for the reference's command lines; has no effect here",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
 from diffusion_rl.envs.make import make_vector_env
+from diffusion_rl.envs.maze2d import Maze2D
 from diffusion_rl.loops.diffuser_training import DiffuserTraining
+from diffusion_rl.loops.maze2d import follow_plan
 from diffusion_rl.loops.planner_files import (
     Description,
     Experiment,
@@ -32,6 +35,7 @@ from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.diffuser import Decision, Diffuser, ValueDiffusion
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
+from diffusion_rl.reports import maze_pictures
 from diffusion_rl.reports.metrics import MetricsWriter
 
 TRAINED = "hopper-medium-expert-v2"
@@ -222,6 +226,33 @@ def plan_unguided(arguments: Sequence[str]) -> None:
     horizon = None if experiment.model.horizon == options.horizon else options.horizon
     planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, horizon)
     _plan(options, planner, {"epoch_diffusion": experiment.epoch})
+
+
+def plan_maze2d(arguments: Sequence[str]) -> None:
+    """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
+    options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d")
+    experiment = load_experiment(
+        options.logbase, options.dataset, options.diffusion_loadpath, epoch=options.diffusion_epoch
+    )
+    folder, noise = Path(options.savepath), NoiseSource(_seed(options))
+    planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, options.horizon)
+    env = Maze2D(options.dataset)
+    start = env.reset(noise)
+    if options.conditional:
+        env.draw_target(noise)
+    score = functools.partial(normalized_score, options.dataset)
+
+    def say(t: int, reward: float, total: float, observation: np.ndarray) -> None:
+        if t % options.vis_freq == 0:
+            where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
+            print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
+
+    episode = follow_plan(planner, env, noise, start, options.replan_every, say)
+    found = {"score": float(score(episode.episode_return)), "return": episode.episode_return, "step": episode.step}
+    maze_pictures.save(folder / "0.png", env.cells != "#", episode.plans.observations[0], env.target)
+    maze_pictures.save(folder / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+    write_json(folder / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+    print(f"score {100 * found['score']:.1f} | {folder}")
 
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:

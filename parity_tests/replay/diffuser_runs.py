@@ -225,7 +225,20 @@ def training(golden: Golden) -> None:
             if name not in ours:
                 raise Mismatch(f"{golden.name} [{dtype}]: ours gives no {name}")
             rounding = own_rounding(golden, "out/" + name) or spread * float(np.abs(value).max())
+            if name == "infos":
+                value = without_targets(golden, dtype, ours, value)
             comparison.check("out/" + name, ours[name], value, quantity="Diffuser's training runs", rounding=rounding)
+
+
+def without_targets(golden: Golden, dtype: str, ours: Outputs, recorded: np.ndarray) -> np.ndarray:
+    """The infos without those of the targets, which are float32 in the reference's float64 run as well: the data are.
+    These are compared here, in that precision."""
+    targets = np.array([name.endswith("_targ") for name in golden.meta["text"]["info_keys"]])
+    if dtype == "float64" and targets.any():
+        comparison = Comparison(golden.name, 1, "float32")
+        comparison.check("infos of targets", ours["infos"][:, targets], recorded[:, targets], quantity="targets")
+        ours["infos"], recorded = ours["infos"][:, ~targets], recorded[:, ~targets]
+    return recorded
 
 
 def training_run(golden: Golden) -> Outputs:

@@ -22,7 +22,8 @@ class ScriptedEnv:
     """Answers the k-th reset and the t-th step with what was recorded; keeps the actions it got.
 
     Args:
-        script: reset_obs [R,E,To,O], obs and final_obs [T,E,To,O], reward, terminated and truncated [T,E].
+        script: reset_obs [R,E,To,O], obs and final_obs [T,E,To,O], reward, terminated and truncated [T,E]; with
+            images also reset_rgb [R,E,Ti,C,Hi,Wi] and rgb [T,E,Ti,C,Hi,Wi].
     """
 
     restorable = False
@@ -36,14 +37,18 @@ class ScriptedEnv:
 
     def reset(self, options: Sequence[dict] | None = None) -> dict[str, np.ndarray]:
         self.resets += 1
-        return {"state": self.script["reset_obs"][self.resets - 1].copy()}
+        return self._observed(self.resets - 1, "reset_obs", "reset_rgb")
+
+    def _observed(self, row: int, state: str, rgb: str) -> dict[str, np.ndarray]:
+        names = {"state": state} | ({"rgb": rgb} if rgb in self.script else {})
+        return {key: self.script[name][row].copy() for key, name in names.items()}
 
     def step(self, actions: np.ndarray) -> Step:
         t, script = self.t, self.script
         self.actions.append(np.array(actions))
         self.t += 1
         return Step(
-            {"state": script["obs"][t].copy()},
+            self._observed(t, "obs", "rgb"),
             script["reward"][t].copy(),
             script["terminated"][t].copy(),
             script["truncated"][t].copy(),

@@ -23,6 +23,8 @@ def main() -> int:
         group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
         tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
+        here = ("log_dir", "logdir")  # folders of the machine that it was trained on
+        metadata["config"] = {k: v for k, v in metadata.get("config", {}).items() if k not in here}
         save_checkpoint(arguments.output, tensors, metadata)
     except UserError as error:
         print(error, file=sys.stderr)

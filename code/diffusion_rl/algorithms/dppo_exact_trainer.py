@@ -46,7 +46,9 @@ class ExactDPPOTrainer(PPOTrainer):
             return noise.normal(shape, floatx())
         return (2 * noise.integers(0, 2, shape) - 1).astype(floatx())
 
-    def old_log_probs(self, state: np.ndarray, decisions: Mapping[str, np.ndarray], noise: Any) -> np.ndarray:
+    def old_log_probs(
+        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], noise: Any, rgb: np.ndarray | None = None
+    ) -> np.ndarray:
         """[N], integrated now, with the weights that collected."""
         arrays = (state, decisions["actions"], self.draw(noise, len(state)))
         return self._exact(*(tf.constant(x, self.algorithm.dtype) for x in arrays)).numpy()

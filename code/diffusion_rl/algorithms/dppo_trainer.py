@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from diffusion_rl.algorithms import dppo_fast
 from diffusion_rl.algorithms.dppo import Minibatch, PPOLoss, chunk_log_prob
-from diffusion_rl.algorithms.ppo_trainer import PPOTrainer
+from diffusion_rl.algorithms.ppo_trainer import PPOTrainer, observations
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.networks.layers import Array
 
@@ -51,15 +51,18 @@ class DPPOTrainer(PPOTrainer):
         ]
         return np.concatenate(parts).reshape(shape)
 
+    def seen_log_probs(self, state: Array, samples: Array, rgb: Array) -> np.ndarray:
+        return self.actor.log_probs(state, samples, rgb)
+
     # ---------- updating ----------
 
-    def load(self, state: np.ndarray, samples: np.ndarray, *rest: np.ndarray) -> int:
+    def load(self, state: np.ndarray, samples: np.ndarray, *rest: np.ndarray, rgb: np.ndarray | None = None) -> int:
         """Take a rollout of N samples; returns the number of rows N*F, the step running fastest.
 
         Args:
-            samples: chains [N,F+1,H,A];  rest: as of `PPOTrainer.load`, with log_probs [N,F,H,A] per element.
+            samples: chains [N,F+1,H,A];  rest, rgb: as of `PPOTrainer.load`, with log_probs [N,F,H,A] per element.
         """
-        return super().load(state, samples, *rest) * self.algorithm.ft_denoising_steps
+        return super().load(state, samples, *rest, rgb=rgb) * self.algorithm.ft_denoising_steps
 
     def reduce(self, log_probs: np.ndarray) -> Any:
         return self._chunk_log_prob(tf.constant(log_probs, self.algorithm.dtype))
@@ -86,7 +89,7 @@ class DPPOTrainer(PPOTrainer):
         a, f = self.algorithm, self.algorithm.ft_denoising_steps
         sample, step = rows // f, rows % f
         batch = Minibatch(
-            obs={"state": tf.gather(data["state"], sample)},
+            obs=observations(data, sample),
             chains_prev=tf.gather_nd(data["chains"], tf.stack([sample, step], -1)),
             chains_next=tf.gather_nd(data["chains"], tf.stack([sample, step + 1], -1)),
             denoising_inds=step,

@@ -6,6 +6,7 @@ Shapes: B distributions, N samples of each, D dimensions, M modes of a mixture. 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -40,10 +41,7 @@ def mixture_entropy(samples: Array, n_modes: int = 3) -> Array:
     far from each other, a few steps of Lloyd's algorithm, then expectation maximisation with full covariances.
     """
     x = tf.cast(samples, tf.float64)
-    share = _lloyd(x, n_modes)
-    for _ in range(EM_STEPS):
-        weights, means, roots = _maximise(x, share)
-        share = _expect(x, weights, means, roots)
+    share = _repeated(lambda share: _expect(x, *_maximise(x, share)), _lloyd(x, n_modes), EM_STEPS)
     weights, _, roots = _maximise(x, share)
     log_det = 2 * tf.reduce_sum(tf.math.log(tf.linalg.diag_part(roots)), axis=-1)
     gaussians = 0.5 * (x.shape[-1] * (1 + math.log(2 * math.pi)) + log_det)
@@ -56,13 +54,21 @@ def _lloyd(x: Array, n_modes: int) -> Array:
     for _ in range(n_modes - 1):
         distances = tf.reduce_min(_squared_distances(x, tf.stack(chosen, axis=1)), axis=-1)
         chosen.append(tf.gather(x, tf.argmax(distances, axis=-1), axis=1, batch_dims=1))
-    means = tf.stack(chosen, axis=1)
-    for _ in range(LLOYD_STEPS):
-        share = tf.one_hot(tf.argmin(_squared_distances(x, means), axis=-1), n_modes, dtype=x.dtype)
+
+    def nearest(means: Array) -> Array:
+        return tf.one_hot(tf.argmin(_squared_distances(x, means), axis=-1), n_modes, dtype=x.dtype)
+
+    def centres(means: Array) -> Array:
+        share = nearest(means)
         counts = tf.reduce_sum(share, axis=1)[..., None]
-        centres = tf.einsum("bnm,bnd->bmd", share, x) / tf.maximum(counts, 1)
-        means = tf.where(counts > 0, centres, means)
-    return share
+        return tf.where(counts > 0, tf.einsum("bnm,bnd->bmd", share, x) / tf.maximum(counts, 1), means)
+
+    return nearest(_repeated(centres, tf.stack(chosen, axis=1), LLOYD_STEPS - 1))
+
+
+def _repeated(step: Callable[[Array], Array], value: Array, n: int) -> Array:
+    """step(step(... value)), n times, as a loop of the compiled program: unrolled it takes a minute to compile."""
+    return tf.while_loop(lambda i, _: i < n, lambda i, v: (i + 1, step(v)), (0, value))[1]
 
 
 def _squared_distances(x: Array, means: Array) -> Array:

@@ -6,7 +6,8 @@ A frozen imitation policy proposes an action beside the trained policy's, for ac
     eq. 3   critics       r + gamma (1 - terminated) max over {a'_IL, a'_RL} of min over two random target critics
             actor         min over critics of Q_m(o, a)
 
-Shapes: B batch, H chunk, A action, M critics. Noise is standard normal.
+Shapes: B batch, H chunk, A action, M critics. Noise is standard normal; W is the width of dropout's masks. As in the
+reference all Gaussian networks drop out while training, when collecting too, and none in an evaluation.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from diffusion_rl.algorithms.rlpd import EnsembleCritics
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.mlp import draw_masks, split_masks
 from diffusion_rl.policies.diffusion import Cond, clone
 from diffusion_rl.policies.exploring import ExploringGaussianPolicy
 
@@ -74,22 +76,27 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- losses ----------
 
-    def proposals(self, cond: Cond, network: keras.layers.Layer, noise: Array, deterministic: bool) -> list[Array]:
-        """Actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A]."""
-        imitated, _ = self.sample(cond, noise[0], deterministic=True, network=self.bc_policy)
-        learned, _ = self.sample(cond, noise[1], deterministic, network=network)
+    def proposals(
+        self, cond: Cond, network: keras.layers.Layer, noise: Array, deterministic: bool, keep: Array | None = None
+    ) -> list[Array]:
+        """Actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A], keep [2,B,W]."""
+        masks = [split_masks(network, None if keep is None else keep[i]) for i in range(2)]
+        imitated, _ = self.sample(cond, noise[0], True, self.bc_policy, masks[0])
+        learned, _ = self.sample(cond, noise[1], deterministic, network, masks[1])
         return [imitated, learned]
 
-    def loss_critic(self, batch: Transitions, gamma: float, pair: Array, noise: Array) -> Array:
-        """Bellman error of all critics; `pair` [2] are the target critics that count; noise [2,B,H*A]."""
+    def loss_critic(
+        self, batch: Transitions, gamma: float, pair: Array, noise: Array, keep: Array | None = None
+    ) -> Array:
+        """Bellman error of all critics; `pair` [2] are the target critics that count; noise, keep as of `proposals`."""
         following = {"state": batch.next_obs}
-        actions = self.proposals(following, self.target_actor, noise, deterministic=False)
+        actions = self.proposals(following, self.target_actor, noise, deterministic=False, keep=keep)
         values = [self.smaller(self.target_networks, following, each, pair) for each in actions]
         return self.ensemble_error(batch, tf.maximum(*values), gamma)
 
-    def loss_actor(self, obs: Array, noise: Array) -> Array:
-        """Minus the smallest value of the policy's own reparametrised actions. noise [B,H*A]."""
-        actions, _ = self.sample({"state": obs}, noise)
+    def loss_actor(self, obs: Array, noise: Array, keep: Array | None = None) -> Array:
+        """Minus the smallest value of the policy's own reparametrised actions. noise [B,H*A], keep [B,W]."""
+        actions, _ = self.sample({"state": obs}, noise, keep_masks=split_masks(self.network, keep))
         return -tf.reduce_mean(tf.reduce_min(self.ensemble_params({"state": obs}, actions), axis=0))
 
     def update_target_actor(self, tau: float) -> None:
@@ -103,45 +110,54 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
             "rows": rows.online(b),
             "pair": self.draw_pair(noise),
             "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
+            "keep": draw_masks(self.network, noise, (2, b)),
         }
 
     def update_critic(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
-        loss = step("critic", lambda: self.loss_critic(batch, settings["gamma"], draws["pair"], draws["noise"]))
+        own = [draws[name] for name in ("pair", "noise", "keep")]
+        loss = step("critic", lambda: self.loss_critic(batch, settings["gamma"], *own))
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
     def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        return {"rows": rows.last["online"], "noise": noise.normal(self.noise_shape(b), floatx())}
+        return {
+            "rows": rows.last["online"],
+            "noise": noise.normal(self.noise_shape(b), floatx()),
+            "keep": draw_masks(self.network, noise, (b,)),
+        }
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
         obs = data.online.at(draws["rows"]).obs
-        loss = step("actor", lambda: self.loss_actor(obs, draws["noise"]))
+        loss = step("actor", lambda: self.loss_actor(obs, draws["noise"], draws["keep"]))
         self.update_target_actor(settings["target_ema_rate"])
         return {"loss_actor": loss}
 
     # ---------- acting ----------
 
     def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        return {"pair": self.draw_pair(noise), "noise": noise.normal((2, *self.noise_shape(batch)), floatx())}
+        draws = {"pair": self.draw_pair(noise), "noise": noise.normal((2, *self.noise_shape(batch)), floatx())}
+        return draws if deterministic else draws | {"keep": draw_masks(self.network, noise, (2, batch))}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
-        return self.choices(cond, draws["pair"], draws["noise"], deterministic)
+        return self.choices(cond, draws["pair"], draws["noise"], deterministic, draws.get("keep"))
 
-    def choices(self, cond: Cond, pair: Array, noise: Array, deterministic: bool = False) -> Any:
+    def choices(
+        self, cond: Cond, pair: Array, noise: Array, deterministic: bool = False, keep: Array | None = None
+    ) -> Any:
         """The better proposal [B,H,A]; or, exploring softly, both [B,2,H,A] with their weights [B,2].
 
         The critics asked are, as in the reference, those that are never trained (quirk 49).
 
         Args:
-            pair: [2] which critics;  noise: [2,B,H*A].
+            pair: [2] which critics;  noise: [2,B,H*A];  keep: [2,B,W].
         """
-        actions = self.proposals(cond, self.network, noise, deterministic)
+        actions = self.proposals(cond, self.network, noise, deterministic, keep)
         imitated, learned = (self.smaller(self.critic_networks, cond, each, pair) for each in actions)
         if deterministic or not self.soft_action_sample:
             return tf.where((imitated > learned)[:, None, None], *actions)

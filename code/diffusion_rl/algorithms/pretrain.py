@@ -8,7 +8,7 @@ Many steps run in one compiled call. Shapes: M windows of the data set, n steps,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import DiffusionPolicy, clone
+from diffusion_rl.networks.mlp import split_masks
+from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy, clone
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
@@ -37,6 +38,7 @@ class PreTrainer:
         policy: trained in place; `ema_network` is its average.
         states, actions: [N,O] and [N,A] of all trajectories, one after the other.
         windows: [M,2] (first step of the window, steps since its episode began).
+        images: [N,C,Hi,Wi] bytes, of which the last `img_cond_steps` are seen; None: the network does not see.
         train, ema: those nodes of the configuration.
     """
 
@@ -49,7 +51,10 @@ class PreTrainer:
         cond_steps: int,
         train: Mapping[str, Any],
         ema_decay: float,
+        images: np.ndarray | None = None,
+        img_cond_steps: int = 1,
     ):
+        self.img_cond_steps = img_cond_steps
         self.policy, self.cond_steps, self.ema_decay = policy, cond_steps, float(ema_decay)
         self.ent_coef = float(train.get("ent_coef", 0))
         self.ema_network = clone(policy.network)
@@ -67,77 +72,93 @@ class PreTrainer:
             tf.constant(actions, policy.dtype),
             tf.constant(windows, tf.int32),
         )
+        self.images = None if images is None else tf.constant(images)
         self.folds = bool(train.get("fast", True)) and folded.can_fold(policy.network)
         self._steps = tf.function(self._train_steps, reduce_retracing=True)
         self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch), fold=self.folds), reduce_retracing=True)
 
     # ---------- one batch ----------
 
-    def batch(self, items: Array, t: Array, noise: Array) -> tuple[Array, Array, Array, Array]:
-        """Windows `items` [B] as (action chunks [B,H,A], observation histories [B,To,O], t, noise)."""
+    def batch(self, items: Array, t: Array, noise: Array, shifts: Array) -> tuple[Array, Cond, Array, Array]:
+        """Windows `items` [B] as (action chunks [B,H,A], observations, t, noise).
+
+        The observations are {"state": [B,To,O]}, or, where the network sees, what it makes of them and of the images,
+        shifted by `shifts` [B,cameras,2] if there are any.
+        """
         states, actions, windows = self.data
         window = tf.gather(windows, items)
         start, since_begin = window[:, :1], window[:, 1:]
         chunk = tf.gather(actions, start + tf.range(self.policy.horizon_steps)[None])
-        back = tf.reverse(tf.range(self.cond_steps), [0])[None]  # an episode's first observation fills a short history
-        history = tf.gather(states, start - tf.minimum(back, since_begin))
-        return chunk, history, t, noise
 
-    def loss(self, batch: tuple[Array, Array, Array, Array], fold: bool = False) -> Array:
+        def history(steps: int) -> Array:  # an episode's first observation fills a short history
+            return start - tf.minimum(tf.reverse(tf.range(steps), [0])[None], since_begin)
+
+        cond = {"state": tf.gather(states, history(self.cond_steps))}
+        if self.images is not None:
+            cond["rgb"] = tf.gather(self.images, history(self.img_cond_steps))
+            cond = self.policy.network.encode(cond, shifts if shifts.shape[-1] else None)
+        return chunk, cond, t, noise
+
+    def loss(self, batch: tuple[Array, Cond, Array, Array], fold: bool = False) -> Array:
         """The policy's loss; folded networks give the same number for less work."""
-        chunk, history, t, noise = batch
+        chunk, cond, t, noise = batch
         p = self.policy
         if not isinstance(p, DiffusionPolicy):
-            return p.loss(chunk, {"state": history}, ent_coef=self.ent_coef, **self._dropout(noise))[0]
+            masks = split_masks(p.network, noise)
+            dropout = {"keep_masks": masks} if masks else {}
+            return p.loss(chunk, cond, ent_coef=self.ent_coef, **dropout)[0]
         if not fold:
-            return p.loss(chunk, {"state": history}, t, noise)
+            return p.loss(chunk, cond, t, noise)
         noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
         step = tf.one_hot(t, p.denoising_steps, dtype=p.dtype)
-        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(history, [b, -1]), step]
+        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(cond["state"], [b, -1]), step]
         weights = folded.fold_actor(p.network, np.arange(p.denoising_steps))
         inputs = tf.ensure_shape(tf.concat(rows, axis=1), [None, weights[0].shape[0]])
         output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))
         return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
 
-    def _dropout(self, masks: Array) -> dict[str, Sequence[Array]]:
-        """Dropout's masks [B,widths] as the network takes them; none without dropout, and in evaluation."""
-        network = self.policy.network
-        if not getattr(network, "dropout", 0) or not masks.shape[-1]:
-            return {}
-        return {"keep_masks": tf.split(masks, [width for _, width in network.masks_shapes(1)], axis=-1)}
-
     # ---------- many steps ----------
 
-    def steps(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, average: np.ndarray) -> np.ndarray:
+    def steps(
+        self,
+        items: np.ndarray,
+        t: np.ndarray,
+        noise: np.ndarray,
+        average: np.ndarray,
+        shifts: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Train on n batches in order.
 
         Args:
             items: [n,B] window numbers;  t: [n,B];  noise: [n,B,H,A];  average: [n] of KEEP, COPY, AVERAGE.
                 (t and noise are of diffusion policies. Others do not look at t; their noise are dropout's masks,
                 [n,B,sum of their widths].)
+            shifts: [n,B,cameras,2], where images are augmented.
 
         Returns:
             the loss of each step [n].
         """
-        dtype = self.policy.dtype
-        inputs = (tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, dtype))
-        return self._steps(*inputs, tf.constant(average, tf.int32)).numpy()
+        return self._steps(*self._inputs(items, t, noise, shifts), tf.constant(average, tf.int32)).numpy()
 
     def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
         """The loss of one batch without training."""
-        inputs = (tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, self.policy.dtype))
-        return float(self._loss(*inputs).numpy())
+        return float(self._loss(*self._inputs(items, t, noise, None)).numpy())
 
-    def _train_steps(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
+    def _inputs(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, shifts: np.ndarray | None) -> list[Array]:
+        shifts = np.zeros((*items.shape, 0)) if shifts is None else shifts
+        types = (tf.int32, tf.int32, self.policy.dtype, tf.int32)
+        return [tf.constant(array, dtype) for array, dtype in zip((items, t, noise, shifts), types, strict=True)]
+
+    def _train_steps(self, items: Array, t: Array, noise: Array, shifts: Array, average: Array) -> Array:
         n = tf.shape(items)[0]
         losses = tf.TensorArray(self.policy.dtype, size=n)
         for i in tf.range(n):
-            losses = losses.write(i, self._one_step(items[i], t[i], noise[i], average[i]))
+            losses = losses.write(i, self._one_step((items[i], t[i], noise[i], shifts[i]), average[i]))
         return losses.stack()
 
-    def _one_step(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
+    def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
         with tf.GradientTape() as tape:
-            loss = self.loss(self.batch(items, t, noise), fold=self.folds)
+            loss = self.loss(self.batch(*inputs), fold=self.folds)
         self.optimizer.apply(tape.gradient(loss, self.variables))
         if average == COPY:
             for mean, variable in zip(self.averaged, self.variables, strict=True):

@@ -69,13 +69,15 @@ def convert_file(
     obs_keys: Sequence[str] = (),
     *,
     kitchen_goal: np.ndarray | None = None,
+    cameras: Sequence[str] = (),
     **options,
 ) -> Converted:
     """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
 
     kitchen_goal: [30]; the source is one of Minari's kitchen sets and gets D4RL's observations with this goal.
+    cameras: whose pictures to take from a file of robomimic.
     """
-    episodes, normalization = load(source, obs_keys)
+    episodes, normalization = load(source, obs_keys, cameras, options.get("max_episodes"))
     if kitchen_goal is not None:
         episodes = replace(episodes, states=kitchen_states(episodes.states, kitchen_goal))
         normalization = Normalization.of(episodes)

@@ -164,14 +164,15 @@ def save_episodes(
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        paths = [_write(directory / f"{split}.npz", e.arrays()) for split, e in episodes.items()]
+        paths = [write_npz(directory / f"{split}.npz", e.arrays()) for split, e in episodes.items()]
         statistics = {k: getattr(normalization, k) for k in NORMALIZATION_KEYS}
-        return [*paths, _write(directory / "normalization.npz", statistics)]
+        return [*paths, write_npz(directory / "normalization.npz", statistics)]
     except OSError as error:
         raise UserError(f"cannot write the data set to {directory}: {error.strerror or error}") from error
 
 
-def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """Write an npz file whole or not at all."""
     partial = path.with_name(f".{path.name}.part")
     try:
         with open(partial, "wb") as f:

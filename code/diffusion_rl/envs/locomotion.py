@@ -13,6 +13,7 @@ Shape letters: E environments, Ta actions of a chunk, To history, O observation,
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -36,7 +37,7 @@ try:
     from gymnasium.envs.registration import load_env_creator
     from mujoco import rollout
 except ImportError as error:  # pragma: no cover - depends on the installation
-    raise UserError(f'locomotion needs {error.name}: pip install -e ".[gym]"') from error
+    raise UserError(f'locomotion needs {error.name or error}: pip install -e ".[gym]"') from error
 
 FLAVOURS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
 _BODIES = Path(__file__).parent / "assets" / "mujoco210_bodies.json"
@@ -474,9 +475,12 @@ class LocomotionVectorEnv:
         self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
 
     def _start_video(self, row: int, path: str) -> None:
-        from diffusion_rl.envs.video import LocomotionRecorder  # rendering libraries load only when asked for
+        from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
-        self._recorders[row] = LocomotionRecorder(task_of(self.name) or self.name, path, fps=round(1 / self.physics.dt))
+        load = functools.partial(load_model, task_of(self.name) or self.name)
+        tracking = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING.value, "trackbodyid": 1, "distance": 4.0}
+        camera = tracking | {"elevation": -15.0}
+        self._recorders[row] = StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))
 
     def _record(self, indices: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
         for position, row in enumerate(indices if self._recorders else ()):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import d4rl, kitchen, worker
+from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, worker
 from diffusion_rl.envs.vector import ProcessVectorEnv, VectorEnv
 
 ENGINES = ("mujoco", "gymnasium", "d4rl")
@@ -32,10 +32,11 @@ def make_vector_env(
 
     env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
     `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
-    `mujoco_locomotion_lowdim.normalization_path`, `specific` (keyword arguments of the environment),
-    `save_full_observations`, `env_type` (furniture: Furniture-Bench); ours: `engine` ("mujoco" batches the locomotion
-    tasks, "gymnasium" gives every environment a process, "d4rl" too, with D4RL's own simulators), `threads` (default
-    2), `d4rl_time_limit` (null: a time-out is truncation alone).
+    `mujoco_locomotion_lowdim.normalization_path` (or `d3il_lowdim`), `specific` (keyword arguments of the environment),
+    `save_full_observations`, `render` (avoiding: a window), `env_type` (furniture: Furniture-Bench), those of robomimic
+    (envs/robomimic.py); ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every environment a
+    process, "d4rl" too, with D4RL's own simulators), `threads` (default 2), `d4rl_time_limit` (null: a time-out is
+    truncation alone).
     n_envs, threads: override the configured ones. Raises UserError for unknown names or wrong dimensions.
     """
     env_cfg = _plain(env_cfg)
@@ -60,7 +61,11 @@ def make_vector_env(
         "normalizer": _normalizer(wrappers, obs_dim, action_dim),
     }
     seeds = [seed + i for i in range(count)]
-    if engine == "mujoco" and _is_locomotion(name):
+    if name.startswith("avoiding"):
+        venv: VectorEnv = _avoiding(env_cfg, count, chunk_options)
+    elif any(one in wrappers for one in robomimic.WRAPPERS):
+        venv = _robomimic(env_cfg, seeds, chunk_options)
+    elif engine == "mujoco" and _is_locomotion(name):
         venv = _locomotion(env_cfg, count, seeds, threads, chunk_options)
     else:
         venv = _processes(env_cfg, count, seeds, chunk_options)
@@ -91,9 +96,16 @@ def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:
     """The bounds named by the low-dimensional wrapper of the configuration, None if it has no such wrapper."""
     for wrapper, options in wrappers.items():
-        if wrapper.endswith("_lowdim") and options and options.get("normalization_path"):
+        if wrapper.endswith(("_lowdim", "_image")) and options and options.get("normalization_path"):
             return MinMaxNormalizer.from_npz(options["normalization_path"], obs_dim, action_dim)
     return None
+
+
+def _robomimic(env_cfg: Mapping[str, Any], seeds: list[int], options: dict[str, Any]) -> VectorEnv:
+    chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
+    builders = robomimic.recipes(env_cfg, seeds, options["normalizer"], chunks)
+    processes.preload("diffusion_rl.envs.quiet_robosuite")
+    return ProcessVectorEnv(builders, options["act_steps"], seeds)
 
 
 def _is_locomotion(name: str) -> bool:
@@ -115,6 +127,12 @@ def _locomotion(
         d4rl_time_limit=env_cfg.get("d4rl_time_limit", d4rl.D4RL_EPISODE_STEPS),
         **options,
     )
+
+
+def _avoiding(env_cfg: Mapping[str, Any], n_envs: int, options: dict[str, Any]) -> VectorEnv:
+    from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
+
+    return AvoidingVectorEnv(str(env_cfg["name"]), n_envs, render=bool(env_cfg.get("render", False)), **options)
 
 
 def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict[str, Any]) -> VectorEnv:

@@ -74,7 +74,10 @@ class LowdimWrapper(gymnasium.Wrapper):
 
 
 class ImageWrapper(LowdimWrapper):
-    """LowdimWrapper plus {"rgb": [C, Hi, Wi]}: the cameras `image_keys` stacked on the channel axis, in 0 … 255."""
+    """LowdimWrapper plus {"rgb": [C, Hi, Wi]}: the cameras `image_keys` stacked on the channel axis, in 0 … 255.
+
+    Pictures are bytes, which stay bytes, or numbers in [0, 1].
+    """
 
     def __init__(
         self,
@@ -94,7 +97,8 @@ class ImageWrapper(LowdimWrapper):
         return {"rgb": gymnasium.spaces.Box(0, 255, shape), **super()._boxes()}
 
     def observe(self, raw: Any) -> Observations:
-        return {"rgb": np.concatenate([raw[key] for key in self.image_keys]) * 255, "state": self._state(raw)}
+        images = np.concatenate([raw[key] for key in self.image_keys])
+        return {"rgb": images if images.dtype == np.uint8 else images * 255, "state": self._state(raw)}
 
 
 class MultiStep:

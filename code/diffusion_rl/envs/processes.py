@@ -10,6 +10,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+#: What the fork server imports once for all processes that come from it.
+_preloaded = ["diffusion_rl.envs.worker"]
+
+
+def preload(*modules: str) -> None:
+    """Share the memory and the time of importing these; takes effect if no process has been started yet."""
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+
 
 def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
     """Run target(connection, *arguments) in a new process; returns it and our end of the connection.
@@ -18,7 +26,7 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Co
     is unsafe, and software rendering in a process with TensorFlow crashes) and does not import the main script.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusion_rl.envs.worker"])
+    context.set_forkserver_preload(_preloaded)
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
     with _hidden_main_module():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes
+
+_WIDTH, _HEIGHT = 320, 240
 
 
 class VideoWriter:
@@ -61,17 +65,20 @@ def _missing() -> tuple[Any, Any]:
     )
 
 
-class LocomotionRecorder:
-    """Films simulator states of a locomotion task from a helper process, the camera following the body.
+Load = Callable[[], Any]  # a function of a module, or a partial of one: it has to reach another process
+
+
+class StateRecorder:
+    """Films states of a MuJoCo model from a helper process.
 
     Rendering has a process of its own because Mesa's software renderer crashes in one that has loaded TensorFlow.
     """
 
-    def __init__(self, task: str, path: str | Path, fps: int, width: int = 320, height: int = 240):
+    def __init__(self, load: Load, camera: dict[str, Any], path: str | Path, fps: int):
+        """load: makes the model. camera: attributes of an MjvCamera."""
         # without a display, EGL is the likeliest to work
         self._backend = os.environ.get("MUJOCO_GL") or ("" if os.environ.get("DISPLAY") else "egl")
-        arguments = (task, str(path), fps, width, height, self._backend)
-        self._process, self._connection = processes.start(_film, *arguments)
+        self._process, self._connection = processes.start(_film, load, camera, str(path), fps, self._backend)
         self._confirm()
 
     def add(self, state: np.ndarray) -> None:
@@ -101,7 +108,37 @@ class LocomotionRecorder:
             )
 
 
-def _film(connection: Connection, task: str, path: str, fps: int, width: int, height: int, backend: str) -> None:
+class StateViewer:
+    """Shows states of a MuJoCo model in a window, as fast as they come, from a helper process (see StateRecorder).
+
+    Closing the window ends the show, not the run.
+    """
+
+    def __init__(self, load: Load, camera: dict[str, Any]):
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise UserError("env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
+        self._process, self._connection = processes.start(_show, load, camera)
+        self._confirm()
+
+    def add(self, state: np.ndarray) -> None:
+        """state: full physics state [1+nq+nv]."""
+        with contextlib.suppress(OSError):
+            self._connection.send(state)
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.join()
+
+    def _confirm(self) -> None:
+        try:
+            problem = self._connection.recv()
+        except (EOFError, OSError):
+            problem = "its process ended"
+        if problem is not None:
+            raise UserError(f"env.render=true: cannot open a window ({problem}); leave it out, or check DISPLAY")
+
+
+def _film(connection: Connection, load: Load, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:
     """Runs in the helper process: render each state received until None comes; answer None or what went wrong, once
     when ready and once when done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -110,18 +147,15 @@ def _film(connection: Connection, task: str, path: str, fps: int, width: int, he
     try:
         import mujoco
 
-        from diffusion_rl.envs.locomotion import load_model
-
-        writer, model = VideoWriter(path, fps), load_model(task)
-        data, camera = mujoco.MjData(model), mujoco.MjvCamera()
-        camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
-        camera.trackbodyid, camera.distance, camera.elevation = 1, 4.0, -15.0
-        renderer = mujoco.Renderer(model, height, width)
+        writer, model = VideoWriter(path, fps), load()
+        data, view = mujoco.MjData(model), mujoco.MjvCamera()
+        _aim(view, camera)
+        renderer = mujoco.Renderer(model, _HEIGHT, _WIDTH)
         connection.send(None)
         while (state := connection.recv()) is not None:
             mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
             mujoco.mj_forward(model, data)
-            renderer.update_scene(data, camera)
+            renderer.update_scene(data, view)
             writer.add(renderer.render())
         writer.close()
         connection.send(None)
@@ -132,3 +166,35 @@ def _film(connection: Connection, task: str, path: str, fps: int, width: int, he
             connection.send(
                 error if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
             )
+
+
+def _show(connection: Connection, load: Load, camera: dict[str, Any]) -> None:
+    """Runs in the helper process: show each state received until the other end hangs up or the window is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import mujoco
+        import mujoco.viewer
+
+        model = load()
+        data = mujoco.MjData(model)
+        with mujoco.viewer.launch_passive(model, data, show_left_ui=False, show_right_ui=False) as window:
+            _aim(window.cam, camera)
+            connection.send(None)
+            while window.is_running():
+                state = connection.recv()
+                mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+                mujoco.mj_forward(model, data)
+                window.sync()
+    except EOFError:  # the parent is gone
+        pass
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            connection.send(f"{type(error).__name__}: {error}".split("\n")[0])
+
+
+def _aim(view: Any, camera: dict[str, Any]) -> None:
+    for name, value in camera.items():
+        if name == "lookat":
+            view.lookat[:] = value
+        else:
+            setattr(view, name, value)

@@ -46,7 +46,10 @@ def from_reference(data: Any, name: str = "the checkpoint") -> tuple[dict[str, n
         UserError: `data` is not a checkpoint of the reference.
     """
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise UserError(f'{name} is not a checkpoint of the reference: it has no "model" with a state_dict')
+        raise UserError(
+            f'{name} is not a checkpoint of the reference: it has no "model" with a state_dict; give the state_<n>.pt '
+            "that a training wrote"
+        )
     tensors: dict[str, np.ndarray] = {}
     entries: dict[str, Any] = {}
     empty: dict[str, Any] = {}

@@ -92,7 +92,10 @@ def read_pt(path: str | os.PathLike[str]) -> Any:
             "weights_only=True), path) under a newer torch"
         )
     if not payload.startswith(b"PK"):
-        raise UserError(f"{name} refused: it is not the zip archive that torch.save writes; nothing in it was executed")
+        raise UserError(
+            f"{name} refused: it is not the zip archive that torch.save writes; nothing in it was executed; give the "
+            "state_<n>.pt that a training wrote"
+        )
     try:
         archive = _Archive(payload)
         return _Interpreter(archive).run(archive.read("data.pkl"))

@@ -58,7 +58,8 @@ def evaluate(
     observations = venv.reset(options)
 
     def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        decision = actor.act(obs["state"], actor.draw(noise, venv.n_envs), deterministic=True)
+        draws = actor.draw(noise, venv.n_envs)
+        decision = actor.act(obs["state"], draws, deterministic=True, rgb=obs.get("rgb"))
         return decision.actions, decision.arrays()
 
     return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)
@@ -103,7 +104,7 @@ class Evaluation:
         options = seeded_options(self.seed, n_envs)
         logdir = Path(cfg["logdir"])
         if cfg["env"].get("save_video", False):
-            for i in range(int(cfg.get("render_num", 0))):
+            for i in range(min(int(cfg.get("render_num", 0)), n_envs)):
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
             rollout = evaluate(

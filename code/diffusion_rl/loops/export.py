@@ -17,14 +17,25 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.algorithms.awr import AWR, GaussianAWR
+from diffusion_rl.algorithms.calql import CalQL
+from diffusion_rl.algorithms.dacer import DACER
+from diffusion_rl.algorithms.dipo import DIPO
+from diffusion_rl.algorithms.dpoer import DPOER
 from diffusion_rl.algorithms.dppo import DPPO
+from diffusion_rl.algorithms.dppo_exact import ExactDPPO
+from diffusion_rl.algorithms.dql import DQL
 from diffusion_rl.algorithms.gaussian_ppo import GaussianPPO
 from diffusion_rl.algorithms.gmm_ppo import GMMPPO
+from diffusion_rl.algorithms.qsm import QSM
+from diffusion_rl.algorithms.rlpd import RLPD
+from diffusion_rl.algorithms.rwr import RWR, GaussianRWR
 from diffusion_rl.algorithms.sac import SAC
 from diffusion_rl.core.config import PACKAGE, find_class, instantiate_trusted
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.normalizers import KEYS, MinMaxNormalizer
+from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.evaluation import fine_tuned_steps
 from diffusion_rl.loops.policy_files import GAUSSIAN_SAMPLING, SAMPLING, is_fine_tuned, load_policy, policy_weights
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint
@@ -45,20 +56,23 @@ TOLERANCE = 1e-5  # of an action, or of half its range where that is more than 1
 CHECKED = 32  # random observations
 TIMED, WARM_UP = 300, 20  # decisions
 
-# What the class in a configuration acts as once its training is over. Others choose among samples with their critics,
-# or act in some way of their own: leaving them out here is what refuses them.
+# What the class in a configuration acts as once its training is over. IDQL and IBRL choose among samples with their
+# critics: leaving them out here is what refuses them.
 ACTS_AS: dict[type, type] = {
     DiffusionPolicy: DiffusionPolicy,
     FineTunedDiffusionPolicy: FineTunedDiffusionPolicy,
-    DPPO: FineTunedDiffusionPolicy,
+    **dict.fromkeys((DPPO, DPOER, ExactDPPO), FineTunedDiffusionPolicy),
     GaussianPolicy: GaussianPolicy,
     FineTunedGaussianPolicy: GaussianPolicy,
     GaussianPPO: GaussianPolicy,
-    SAC: GaussianPolicy,
+    **dict.fromkeys((RWR, AWR, DIPO, DQL, QSM, DACER), DiffusionPolicy),
+    **dict.fromkeys((GaussianRWR, GaussianAWR, SAC, RLPD, CalQL), GaussianPolicy),
     GMMPolicy: GMMPolicy,
     FineTunedGMMPolicy: GMMPolicy,
     GMMPPO: GMMPolicy,
 }
+
+ACTS_BY = {DIPO.KIND: "actor_target."}  # where that is not `network`
 
 Run = Callable[[str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # (signature, inputs by name) -> outputs
 
@@ -146,6 +160,8 @@ def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
         raise UserError(f"{path} does not hold its configuration: add --config <name of the one it was trained with>")
     policy = build_policy(checkpoint, config, path)
     load_policy(policy, checkpoint, path)
+    if acting := checkpoint.select("model." + ACTS_BY.get(checkpoint.metadata["kind"], " ")):
+        load_state_dict(policy.network, acting)
     act_steps = int(config.get("act_steps") or policy.horizon_steps)
     normalizer = normalizer_of(checkpoint, config, path)
     return Source(policy, normalizer, int(config.get("cond_steps") or 1), act_steps, checkpoint.metadata["kind"])

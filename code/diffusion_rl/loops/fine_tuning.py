@@ -112,6 +112,10 @@ class FineTuning(abc.ABC):
         """Values shown beside the progress after a training iteration."""
         return {}
 
+    def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
+        """What the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
+        return stats
+
     def _evaluating(self) -> bool:
         return self.itr % int(self.train["val_freq"]) == 0 and not self.train.get("force_train", False)
 
@@ -150,14 +154,15 @@ class FineTuning(abc.ABC):
         self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
         threshold = self.cfg["env"].get("best_reward_threshold_for_success", 0)
         stats = episode_statistics(rollout, self.act_steps, threshold)
+        told = self._told(rollout, evaluating, stats)
         row = {
             "itr": self.itr,
             "kind": "eval" if evaluating else "train",
             "env_steps": self.env_steps,
-            "episodes": stats.n_episodes,
-            "episode_return": stats.mean_return if stats.n_episodes else None,
-            "best_reward": stats.mean_best_reward if stats.n_episodes else None,
-            "success_rate": stats.success_rate if stats.n_episodes else None,
+            "episodes": told.n_episodes,
+            "episode_return": told.mean_return if told.n_episodes else None,
+            "best_reward": told.mean_best_reward if told.n_episodes else None,
+            "success_rate": told.success_rate if told.n_episodes else None,
         }
         if self.began_anew:
             row["resumed_without_simulator_state"] = True
@@ -181,7 +186,7 @@ class FineTuning(abc.ABC):
         options = options or [{} for _ in range(self.n_envs)]
         render = self.train.get("render", {})
         if self.cfg["env"].get("save_video", False) and self.itr % int(render.get("freq", 1)) == 0:
-            for i in range(int(render.get("num", 0))):
+            for i in range(min(int(render.get("num", 0)), self.n_envs)):
                 options[i]["video_path"] = str(folder.path / "render" / f"itr-{self.itr}_trial-{i}.mp4")
         return options
 

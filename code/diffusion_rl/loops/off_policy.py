@@ -1,7 +1,7 @@
 """The off-policy training loop: collect into a buffer, then many updates on rows drawn from it.
 
-It serves DRWR, DAWR, DIPO, IDQL, DQL and QSM (diffusion policies), SAC, RLPD, IBRL and Cal-QL (Gaussian policies). What
-they differ in they say themselves, with `algorithms.off_policy.Experience` and `Phase`.
+It serves DRWR, DAWR, DIPO, IDQL, DQL, QSM and DACER (diffusion policies), SAC, RLPD, IBRL and Cal-QL (Gaussian
+policies). What they differ in they say themselves, with `algorithms.off_policy.Experience` and `Phase`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusion_rl.core.returns import rewards_to_go
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.loops.fine_tuning import FineTuning, Observer, OnStep
 from diffusion_rl.loops.learner import Learner, Losses
-from diffusion_rl.loops.rollout import Decide, Observations, Rollout, collect
+from diffusion_rl.loops.rollout import Decide, EpisodeStatistics, Observations, Rollout, RunningEpisodes, collect
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 
@@ -77,7 +77,7 @@ class Rows:
 
 
 class OffPolicyTraining(FineTuning):
-    """`ft_{rwr,awr,dipo,idql,dql,qsm}_*`, `sac_*`, `rlpd_*`, `ibrl_*` and `calql_*` configurations.
+    """`ft_{rwr,awr,dipo,idql,dql,qsm,dacer}_*`, `sac_*`, `rlpd_*`, `ibrl_*` and `calql_*` configurations.
 
     Args:
         dataset: a `QLearningDataset` instead of the one the configuration's `offline_dataset` describes.
@@ -102,6 +102,7 @@ class OffPolicyTraining(FineTuning):
         self._take_dataset(dataset)
         self.trainer = Learner(self.model, self.train, self.buffers)
         self._remembered_at = -np.inf
+        self.episodes = RunningEpisodes(self.n_envs)
 
     # ---------- buffers ----------
 
@@ -271,14 +272,29 @@ class OffPolicyTraining(FineTuning):
         tensors, metadata = super()._snapshot()
         if not self.experience.whole_episodes:
             tensors |= {f"train.buffer.{name}": rows for name, rows in self.buffers.online.tensors().items()}
+        tensors |= {f"train.episodes.{name}": value for name, value in self.episodes.state().items()}
         return tensors, metadata
 
     def _restore_training(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
         super()._restore_training(checkpoint, state)
         if not self.experience.whole_episodes:
             self.buffers.online.restore(checkpoint.select("train.buffer."))
+        self.episodes.restore(checkpoint.select("train.episodes."))
 
     # ---------- watching ----------
+
+    def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
+        """Where iterations are single steps, the training's episodes that have ended since its last row."""
+        if not self.experience.counts_episodes or self.experience.n_episodes is not None:
+            return stats
+        if evaluating:
+            self.episodes.interrupt()
+            return stats
+        self.episodes.add(rollout)
+        told = self.episodes.statistics(self.act_steps, self.cfg["env"].get("best_reward_threshold_for_success", 0))
+        if self._tells({"kind": "train"}):
+            self.episodes.clear()
+        return told
 
     def _tells(self, row: dict[str, Any]) -> bool:
         return row["kind"] == "eval" or self.itr % int(self.train.get("log_freq", 1)) == 0

@@ -19,6 +19,7 @@ from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.networks.mlp import draw_masks
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.reports.progress import Progress
 
@@ -60,6 +61,8 @@ class PreTraining:
             self.dataset.cond_steps,
             self.train,
             cfg["ema"]["decay"],
+            self.dataset.images,
+            self.dataset.img_cond_steps,
         )
         self.epoch, self.n_batches = 1, 0
 
@@ -123,7 +126,8 @@ class PreTraining:
         losses = []
         for items in batches:
             t, noise = self._draw(items.shape, self.noise)
-            losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items))))
+            shifts = self._draw_shifts(items.shape)
+            losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items)), shifts))
             on_batches(len(items), float(losses[-1][-1]))
         return np.concatenate(losses)
 
@@ -131,11 +135,16 @@ class PreTraining:
         """Denoising steps and noise for windows of that shape; for likelihoods zeros, and dropout's masks if any."""
         m = self.model
         if not isinstance(m, DiffusionPolicy):
-            masks = m.network.masks_shapes(1) if training and getattr(m.network, "dropout", 0) else []
-            keep = noise.uniform((*shape, sum(width for _, width in masks))) >= m.network.dropout if masks else None
-            return np.zeros(shape, np.int64), np.zeros((*shape, 0)) if keep is None else keep.astype(floatx())
+            masks = draw_masks(m.network, noise, shape) if training else np.zeros((*shape, 0), floatx())
+            return np.zeros(shape, np.int64), masks
         t = noise.integers(0, m.denoising_steps, shape)
         return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
+
+    def _draw_shifts(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Shifts of the images of windows of that shape, for networks that augment them."""
+        network = self.model.network
+        size = network.shifts_shape(1) if hasattr(network, "shifts_shape") else None
+        return None if size is None else self.noise.integers(0, 2 * network.vision.aug.pad + 1, (*shape, *size[1:]))
 
     def _averaging(self, n: int) -> np.ndarray:
         """The average follows every so many batches; in the first epochs it is a plain copy."""

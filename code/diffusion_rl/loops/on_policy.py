@@ -58,7 +58,7 @@ class OnPolicyTraining(FineTuning):
 
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             draws = self.trainer.actor.draw(self.noise, self.n_envs)
-            decision = self.trainer.act(obs["state"], draws, deterministic=False)
+            decision = self.trainer.act(obs["state"], draws, deterministic=False, rgb=obs.get("rgb"))
             return decision.actions, decision.arrays()
 
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
@@ -73,23 +73,27 @@ class OnPolicyTraining(FineTuning):
     def _update(self, rollout: Rollout, folder: RunFolder) -> dict[str, Any]:
         train, trainer = self.train, self.trainer
         s, e = rollout.rewards.shape
-        state = rollout.observations["state"].astype(floatx()).reshape(s * e, *rollout.observations["state"].shape[2:])
+        obs = {k: v.reshape(s * e, *v.shape[2:]) for k, v in rollout.observations.items()}
+        state, rgb = obs["state"].astype(floatx()), obs.get("rgb")
+        if rgb is not None:
+            rgb = trainer.shifted(rgb, self.noise)
         decisions = {k: v.reshape(s * e, *v.shape[2:]) for k, v in rollout.decisions.items()}
-        values = trainer.values(state).reshape(s, e)
-        log_probs = trainer.old_log_probs(state, decisions, self.noise)
+        values = trainer.values(state, rgb).reshape(s, e)
+        log_probs = trainer.old_log_probs(state, decisions, self.noise, rgb)
         if self.scaler is not None:
             rollout.rewards = self.scaler(reward=rollout.rewards.T, first=rollout.firsts[:-1].T).T
+        last = rollout.last_observations
         advantages, returns = gae(
             rollout.rewards,
             values,
-            trainer.values(rollout.last_observations["state"].astype(floatx())),
+            trainer.values(last["state"].astype(floatx()), last.get("rgb")),
             rollout.terminated,
             float(train["gamma"]),
             float(train.get("gae_lambda", 0.95)),
             float(train.get("reward_scale_const", 1)),
         )
         flat = [x.reshape(-1).astype(floatx()) for x in (returns, values, advantages)]
-        n_rows = trainer.load(state, decisions[trainer.SAMPLES], *flat, log_probs)
+        n_rows = trainer.load(state, decisions[trainer.SAMPLES], *flat, log_probs, rgb=rgb)
         losses = self._minibatches(n_rows, self._train_actor, folder)
         y_pred, y_true = values.reshape(-1).astype(floatx()), returns.reshape(-1).astype(floatx())
         variance = np.var(y_true)
@@ -114,9 +118,13 @@ class OnPolicyTraining(FineTuning):
                 self._check_finite(values, folder)
                 for name, value in values.items():
                     losses[name].append(value)
-                if target_kl is not None and values["approx_kl"] > target_kl:
+                if target_kl is not None and values["approx_kl"] > target_kl and self._may_stop(number, train_actor):
                     return losses
         return losses
+
+    def _may_stop(self, number: int, train_actor: bool) -> bool:
+        """Where gradients are accumulated, only after a step of the actor."""
+        return self.trainer.grad_accumulate == 1 or (train_actor and self.trainer.complete(number))
 
     # ---------- state ----------
 

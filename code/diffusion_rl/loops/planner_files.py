@@ -20,9 +20,9 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data import assets, sources
-from diffusion_rl.data.episodes import NORMALIZATION_KEYS, Episodes, load_episodes, read_npz
+from diffusion_rl.data.episodes import NORMALIZATION_KEYS, Episodes, load_episodes, read_npz, split_episodes
 from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
-from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, without_last_steps
+from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
@@ -63,6 +63,9 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
     if original.is_file():
         say(f"data: {original}")
         return sources.load(original)[0]
+    if (maze := assets.data_dir() / "maze2d" / f"{name}.hdf5").is_file():
+        say(f"data: {maze} (made for this repository; not D4RL's)")
+        return sources.load(maze)[0]
     if _is_npz(own):
         say(f"data: {own} (made for this repository; not D4RL's)")
         return _scaled_back(own)
@@ -105,8 +108,18 @@ def dataset_of(episodes: Episodes, description: Mapping[str, Any]) -> Trajectory
     if unknown := [step for step in steps if step != "maze2d_set_terminals"]:
         raise UserError(f"--preprocess_fns: {unknown[0]} is unknown here; there is maze2d_set_terminals")
     if str(description["env"]).startswith("maze2d"):
+        episodes = _between_goals(episodes, description["env"]) if steps else episodes
         episodes = without_last_steps(episodes)
     return TrajectoryDataset(episodes, goal=loader == "datasets.GoalDataset", **options)
+
+
+def _between_goals(episodes: Episodes, name: str) -> Episodes:
+    """The same steps, cut where the fixed goal of the maze is left."""
+    from diffusion_rl.envs.maze2d import goal_of  # needs the simulator
+
+    flat = {k: v for k, v in episodes.arrays().items() if k != "traj_lengths"}
+    flat["terminals"] = np.zeros(len(episodes.states), bool)
+    return split_episodes(flat, leaving_goal(episodes.states, goal_of(name)), name)
 
 
 # ---------- models ----------

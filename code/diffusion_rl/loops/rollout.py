@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,11 +126,55 @@ class EpisodeStatistics:
     returns: np.ndarray  # [n_episodes]
 
 
+class RunningEpisodes:
+    """Episodes across rollouts that are shorter than they; those of a single chunk are not counted here either."""
+
+    def __init__(self, n_envs: int):
+        self.running = np.zeros((n_envs, 3))  # sum of rewards, largest reward, chunks; of episodes under way
+        self.whole = np.zeros(n_envs, bool)  # whether their beginnings were seen
+        self.ended = np.zeros((0, 2))  # sum and largest reward of those that ended since the last `clear`
+
+    def add(self, rollout: Rollout) -> None:
+        """Go on with a rollout that begins where the last one ended."""
+        for rewards, first, ended in zip(rollout.rewards, rollout.firsts, rollout.firsts[1:] == 1, strict=False):
+            self.running[first == 1] = (0, -np.inf, 0)
+            self.whole |= first == 1
+            self.running[:, 0] += rewards
+            self.running[:, 1] = np.maximum(self.running[:, 1], rewards)
+            self.running[:, 2] += 1
+            counted = ended & self.whole & (self.running[:, 2] > 1)
+            self.ended = np.concatenate([self.ended, self.running[counted, :2]])
+
+    def interrupt(self) -> None:
+        """The environments have been used otherwise: what is under way in them was not seen from its beginning."""
+        self.whole[:] = False
+
+    def clear(self) -> None:
+        """Forget what has ended."""
+        self.ended = self.ended[:0]
+
+    def statistics(self, act_steps: int, threshold: float) -> EpisodeStatistics:
+        """Of the episodes that have ended since the last `clear`."""
+        return _summary(self.ended[:, 0], self.ended[:, 1] / act_steps, threshold)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """As arrays."""
+        return {"running": self.running.copy(), "whole": self.whole.copy(), "ended": self.ended.copy()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Inverse of `state`."""
+        self.running, self.whole, self.ended = (state[name].copy() for name in ("running", "whole", "ended"))
+
+
 def episode_statistics(rollout: Rollout, act_steps: int, threshold: float) -> EpisodeStatistics:
     """Summarise the whole episodes of a rollout."""
     episodes = [rollout.rewards[start:end, env] for env, start, end in rollout.episodes()]
-    returns, best = [np.sum(e) for e in episodes], [np.max(e) / act_steps for e in episodes]
-    if not returns:
+    return _summary([np.sum(e) for e in episodes], [np.max(e) / act_steps for e in episodes], threshold)
+
+
+def _summary(returns: Sequence[float], best: Sequence[float], threshold: float) -> EpisodeStatistics:
+    """From each episode's sum of rewards and its best reward per environment step."""
+    if not len(returns):
         return EpisodeStatistics(0, 0.0, 0.0, 0.0, np.array([]))
     return EpisodeStatistics(
         n_episodes=len(returns),

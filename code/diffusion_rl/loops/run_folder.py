@@ -30,6 +30,7 @@ from diffusion_rl.reports.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
 
+ONE_REQUEST_SECONDS = 1.0  # signals this close are one: timeout(1) and some batch systems send theirs twice
 CHECKPOINT_SECONDS = 60.0  # a passing checkpoint at least this far apart, beside those that are kept
 State = tuple[int, Mapping[str, np.ndarray], Mapping[str, Any]]  # step, tensors, metadata
 
@@ -75,6 +76,7 @@ class RunFolder:
         self._saved_at = time.monotonic()
         self._passing: set[Path] = set()
         self._signal: int | None = None
+        self._signal_at = 0.0
         self._before: dict[int, Any] = {}
 
     # ---------- resuming ----------
@@ -196,9 +198,10 @@ class RunFolder:
         self._lock.close()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is not None:  # the second time at once
+        if self._signal is None:
+            self._signal, self._signal_at = number, time.monotonic()
+        elif time.monotonic() - self._signal_at >= ONE_REQUEST_SECONDS:  # the second time at once
             raise KeyboardInterrupt
-        self._signal = number
 
     @property
     def stopping(self) -> bool:

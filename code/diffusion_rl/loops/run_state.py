@@ -181,7 +181,10 @@ def _decode(payload: bytes, name: str) -> Checkpoint:
         header = json.loads(payload[8 : 8 + length]).get("__metadata__") or {}
         arrays = {key: _array(**stored) for key, stored in safetensors.deserialize(payload)}
         if "metadata" not in header:
-            raise UserError(f"{name} is a safetensors file, but no checkpoint of this package: its header says nothing")
+            raise UserError(
+                f"{name} is a safetensors file, but no checkpoint of this package: its header says nothing; give the "
+                "state_<n>.safetensors that a training wrote"
+            )
         metadata = json.loads(header["metadata"])
         file = metadata.pop("file")
         arrays = {key: arrays.pop(key) for key in file["tensors"]} | arrays

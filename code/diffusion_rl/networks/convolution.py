@@ -9,7 +9,10 @@ a time are one product with the banded matrix that the kernel stands for: of a s
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -29,25 +32,57 @@ def taps(n_in: int, n_out: int, kernel_size: int, stride: int, padding: int) -> 
     return np.where((j >= 0) & (j < kernel_size), j, kernel_size)
 
 
-def banded_product(x: Array, kernel: Array, tap: np.ndarray) -> Array:
-    """Convolution as products with the matrix of the kernel's shifts.
+Bands = list[tuple[int, int, Array]]  # first and last input of a few outputs, and the matrix between them
+_shared: list[dict[tuple[int, int], tuple[Any, Bands]]] = []  # by kernel, which is kept alive, and length
 
-    Args:
-        x: [B,T,I];  kernel: [k,I,D].
-        tap: [T,U] of `taps`.
 
-    Returns:
-        [B,U,D]
+@contextlib.contextmanager
+def shared_matrices() -> Iterator[None]:
+    """Inside this block a kernel's matrices are made once: those made before a loop are not made again in it.
+
+    For use where weights do not change, and in one graph (or eagerly) only.
     """
-    (n_in, n_out), (k, inputs, outputs) = tap.shape, kernel.shape
+    _shared.append({})
+    try:
+        yield
+    finally:
+        _shared.pop()
+
+
+def bands(kernel: Array, tap: np.ndarray) -> Bands:
+    """The matrices of the kernel's shifts, [k,I,D] and [T,U] of `taps`, for `BLOCK` outputs each."""
+    (n_out, k, inputs, outputs), found = (tap.shape[1], *kernel.shape), []
     blocks = [*tf.unstack(kernel), tf.zeros([inputs, outputs], kernel.dtype)]
-    rows, products = tf.reshape(x, [-1, n_in * inputs]), []
     for first in range(0, n_out, BLOCK):
         columns = tap[:, first : first + BLOCK]
         used = np.flatnonzero((columns < k).any(axis=1))
         start, stop = (used[0], used[-1] + 1) if len(used) else (0, 1)  # none: outputs that see only padding
         matrix = tf.concat([tf.concat([blocks[j] for j in row], axis=1) for row in columns[start:stop]], axis=0)
-        products.append(tf.matmul(rows[:, start * inputs : stop * inputs], matrix))
+        found.append((start, stop, matrix))
+    return found
+
+
+def banded_product(x: Array, kernel: Array, tap: np.ndarray, owner: Any = None) -> Array:
+    """Convolution as products with the matrix of the kernel's shifts.
+
+    Args:
+        x: [B,T,I];  kernel: [k,I,D].
+        tap: [T,U] of `taps`.
+        owner: the variable that the kernel is from, under which `shared_matrices` keeps its matrices.
+
+    Returns:
+        [B,U,D]
+    """
+    (n_in, n_out), (_, inputs, outputs) = tap.shape, kernel.shape
+    if _shared and owner is not None:
+        known, key = _shared[-1], (id(owner), n_in)
+        if key not in known:
+            known[key] = owner, bands(kernel, tap)
+        found = known[key][1]
+    else:
+        found = bands(kernel, tap)
+    rows = tf.reshape(x, [-1, n_in * inputs])
+    products = [tf.matmul(rows[:, start * inputs : stop * inputs], matrix) for start, stop, matrix in found]
     return tf.reshape(tf.concat(products, axis=1), [-1, n_out, outputs])
 
 
@@ -60,7 +95,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
     if k == 1 and stride == 1 and padding == 0:
         return tf.reshape(tf.matmul(tf.reshape(x, [-1, inputs]), kernel[0]), [-1, n_in, outputs])
     n_out = (n_in + 2 * padding - k) // stride + 1
-    return banded_product(x, kernel, taps(n_in, n_out, k, stride, padding))
+    return banded_product(x, kernel, taps(n_in, n_out, k, stride, padding), kernel)
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> Array:
@@ -70,7 +105,7 @@ def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> A
     """
     n_in, k = x.shape[1], kernel.shape[0]
     n_out = (n_in - 1) * stride + k - 2 * padding
-    return banded_product(x, tf.transpose(kernel, [0, 2, 1]), taps(n_out, n_in, k, stride, padding).T)
+    return banded_product(x, tf.transpose(kernel, [0, 2, 1]), taps(n_out, n_in, k, stride, padding).T, kernel)
 
 
 class Conv1d(keras.layers.Layer):

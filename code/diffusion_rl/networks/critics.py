@@ -65,11 +65,32 @@ class CriticObsAct(keras.layers.Layer):
 
     def call(self, cond: dict[str, Array], action: Array) -> Array | tuple[Array, Array]:
         """cond {"state": [B,To,O]}, action [B,Ta,A] -> (q1 [B], q2 [B]), or q1 alone without double Q."""
-        action = tf.convert_to_tensor(action)
-        flat_action = tf.reshape(action, [tf.shape(action)[0], -1])
-        x = tf.concat([flatten_state(cond), tf.ensure_shape(flat_action, [None, _flat_dim(action)])], axis=-1)
+        x = _with_action(cond, action)
         q1 = tf.squeeze(self.Q1(x), -1)
         return (q1, tf.squeeze(self.Q2(x), -1)) if self.double_q else q1
+
+
+class DistributionalCritic(keras.layers.Layer):
+    """Two Gaussians over the return of an action (DSAC-T, Duan et al. 2023, arXiv:2310.05858)."""
+
+    def __init__(
+        self,
+        cond_dim: int,
+        mlp_dims: Sequence[int],
+        action_dim: int,
+        action_steps: int = 1,
+        activation_type: str = "GELU",
+    ):
+        super().__init__(dtype=floatx())
+        dims = [cond_dim + action_dim * action_steps, *mlp_dims, 2]
+        self.Q1 = MLP(dims, activation_type=activation_type)
+        self.Q2 = MLP(dims, activation_type=activation_type)
+
+    def call(self, cond: dict[str, Array], action: Array) -> tuple[Array, Array]:
+        """cond {"state": [B,To,O]}, action [B,Ta,A] -> mean [2,B], standard deviation [2,B]."""
+        x = _with_action(cond, action)
+        outputs = tf.stack([self.Q1(x), self.Q2(x)])
+        return outputs[..., 0], tf.nn.softplus(outputs[..., 1])
 
 
 class CriticEnsemble(keras.layers.Layer):
@@ -97,6 +118,13 @@ class CriticEnsemble(keras.layers.Layer):
         if subset is None:
             return self.members(cond, action)
         return with_variables(self.members, lambda path, variable: tf.gather(variable, subset))(cond, action)
+
+
+def _with_action(cond: dict[str, Array], action: Array) -> Array:
+    """cond {"state": [B,To,O]}, action [B,Ta,A] -> [B, To*O + Ta*A]."""
+    action = tf.convert_to_tensor(action)
+    flat_action = tf.reshape(action, [tf.shape(action)[0], -1])
+    return tf.concat([flatten_state(cond), tf.ensure_shape(flat_action, [None, _flat_dim(action)])], axis=-1)
 
 
 def _flat_dim(action: Array) -> int | None:

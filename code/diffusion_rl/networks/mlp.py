@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
@@ -98,6 +100,24 @@ class ResidualBlock(keras.layers.Layer):
         h = self.l1(self.activate(h))
         h = self.norm2(h) if self.use_layernorm else h
         return self.l2(self.activate(h)) + x
+
+
+def draw_masks(network: Any, noise: Any, shape: Sequence[int]) -> np.ndarray:
+    """Dropout's 0/1 masks for all layers [*shape, W] from the source `noise`; W = 0 of networks without dropout."""
+    widths = _widths(network)
+    if not widths:
+        return np.zeros((*shape, 0), floatx())
+    return (noise.uniform((*shape, sum(widths))) >= network.dropout).astype(floatx())
+
+
+def split_masks(network: Any, masks: Array | None) -> list[Array]:
+    """Masks [B,W] as the network takes them, one for each layer; none if there are none."""
+    widths = [] if masks is None or not masks.shape[-1] else _widths(network)
+    return tf.split(masks, widths, axis=-1) if widths else []
+
+
+def _widths(network: Any) -> list[int]:
+    return [width for _, width in network.masks_shapes(1)] if getattr(network, "dropout", 0) else []
 
 
 class ResidualMLP(keras.layers.Layer):

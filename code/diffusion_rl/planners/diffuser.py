@@ -22,6 +22,7 @@ from diffusion_rl.diffusion.gaussian import clip
 from diffusion_rl.diffusion.guidance import Guide, best_first
 from diffusion_rl.diffusion.inpainting import Conditions, Known, apply_conditions
 from diffusion_rl.diffusion.schedules import DDPMSchedule, ddpm_schedule
+from diffusion_rl.networks.convolution import shared_matrices
 from diffusion_rl.networks.layers import Array, variables_of
 
 LOSSES = {"l1": tf.abs, "l2": tf.square, "value_l1": tf.abs, "value_l2": tf.square}
@@ -199,12 +200,17 @@ class TrajectoryDiffusion(NoisyTrajectories):
         def body(i: Array, x: Array, values: Array, chain: tf.TensorArray) -> tuple[Array, ...]:
             t = tf.fill([batch], steps - 1 - i)
             x, values = self.step(x, t, noise[i + 1], known, guide, given)
-            x = known.put(x)
+            x = tf.ensure_shape(known.put(x), noise.shape[1:])  # a batch of one loses its shape on the way
             return i + 1, x, values, chain.write(i + 1, x) if with_chain else chain
 
         x = known.put(noise[0])
-        start = (tf.constant(0), x, tf.zeros([batch], noise.dtype), chain.write(0, x) if with_chain else chain)
-        _, x, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
+        with shared_matrices():
+            # What no step changes is made before the loop: these results are not used.
+            self.output(x, tf.zeros([batch], tf.int32), given)
+            if guide is not None:
+                guide.value(x, tf.zeros([batch], tf.int32))
+            start = (tf.constant(0), x, tf.zeros([batch], noise.dtype), chain.write(0, x) if with_chain else chain)
+            _, x, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
         if guide is not None:
             values, x = best_first(values, x, groups)
         return Plans(x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else None)

@@ -64,23 +64,27 @@ class SingleStepActor:
         """Actions [E,H,A] of the policy."""
         raise NotImplementedError
 
-    def decisions(self, state: Array, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
+    def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
         """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
-        cond, policy = {"state": state}, copy.copy(self.policy)
-        each = [policy.network({"state": state[cut]}) for cut in parts(state.shape[0], MIN_ROWS)]  # side by side
+        policy, cuts = copy.copy(self.policy), parts(obs["state"].shape[0], MIN_PART if "rgb" in obs else MIN_ROWS)
+        each = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]  # side by side
         outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*each, strict=True))
         policy.network = policy.actor_ft = lambda cond: outputs
-        actions = self.sample(policy, cond, draws, deterministic)
-        return actions, policy.log_probs(cond, actions)[0]
+        actions = self.sample(policy, obs, draws, deterministic)
+        return actions, policy.log_probs(obs, actions)[0]
 
-    def act(self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool) -> Decision:
+    def act(
+        self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool, rgb: np.ndarray | None = None
+    ) -> Decision:
         """Decide for all environments.
 
         Args:
             state: [E,To,O];  draws: of `draw`;  deterministic: evaluate instead of explore.
+            rgb: [E,To,C,Hi,Wi] pixels, where the network sees images.
         """
+        obs = {"state": tf.constant(state, self.policy.dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
         given = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
-        actions, log_probs = self._decide(tf.constant(state, self.policy.dtype), given, deterministic)
+        actions, log_probs = self._decide(obs, given, deterministic)
         return Decision(actions.numpy(), None, log_probs.numpy())
 
 

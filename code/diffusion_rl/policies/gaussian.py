@@ -72,20 +72,29 @@ class GaussianPolicy:
         return variables_of(self.network)[0].dtype
 
     def mean_std(
-        self, cond: Cond, deterministic: bool = False, network: keras.layers.Layer | None = None
+        self,
+        cond: Cond,
+        deterministic: bool = False,
+        network: keras.layers.Layer | None = None,
+        keep_masks: Sequence[Array] = (),
     ) -> tuple[Array, Array]:
-        """Mean and standard deviation [B,H*A], of another network if one is given."""
-        mean, std = (network or self.network)(cond)
+        """Mean and standard deviation [B,H*A], of another network if one is given; `keep_masks`: dropout's."""
+        mean, std = (network or self.network)(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         return mean, tf.ones_like(mean) * DETERMINISTIC_STD if deterministic else std
 
     def sample(
-        self, cond: Cond, noise: Array, deterministic: bool = False, network: keras.layers.Layer | None = None
+        self,
+        cond: Cond,
+        noise: Array,
+        deterministic: bool = False,
+        network: keras.layers.Layer | None = None,
+        keep_masks: Sequence[Array] = (),
     ) -> tuple[Array, Array]:
         """-> actions [B,H,A], reparametrised, and their log_prob [B], summed over the chunk.
 
-        `deterministic` shrinks the standard deviation to 1e-4.
+        `deterministic` shrinks the standard deviation to 1e-4; `network`, `keep_masks` as in `mean_std`.
         """
-        mean, std = self.mean_std(cond, deterministic, network)
+        mean, std = self.mean_std(cond, deterministic, network, keep_masks)
         action, log_prob = gaussian_sample(mean, std, noise, self.randn_clip_value, self.tanh_output)
         return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
 
@@ -106,7 +115,7 @@ class GaussianPolicy:
         Both are means over batch and elements (of the Gaussian before squashing). `keep_masks`: dropout's, of networks
         that have it, when training. Returns the loss and the entropy.
         """
-        mean, std = self.network(cond, keep_masks=keep_masks) if keep_masks else self.mean_std(cond)
+        mean, std = self.mean_std(cond, keep_masks=keep_masks)
         log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
         entropy = tf.reduce_mean(gaussian_entropy(std))
         return -tf.reduce_mean(log_prob) - ent_coef * entropy, entropy

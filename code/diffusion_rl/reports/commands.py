@@ -5,18 +5,28 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.compare import compare
+from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.figures import learning_curve
 
+AddCommand = Callable[[argparse._SubParsersAction], None]
 
-def main() -> int:
-    """Run the process's command line and return its exit status: 2 for what the user can mend."""
+
+def main(more: Sequence[AddCommand] = ()) -> int:
+    """Run the process's command line and return its exit status: 2 for what the user can mend.
+
+    more: add the commands of figures that take more than run folders.
+    """
     parser = argparse.ArgumentParser(description="Figures from run folders, each with a CSV of the numbers drawn.")
     commands = parser.add_subparsers(required=True, metavar="figure")
     _add_learning_curve(commands)
     _add_compare(commands)
+    _add_contact_sheet(commands)
+    for add_command in more:
+        add_command(commands)
     args = parser.parse_args()
     try:
         args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]]))
@@ -76,3 +86,15 @@ def _draw_compare(args: argparse.Namespace, command: str) -> None:
     print(f"{path}\n{path.with_suffix('.csv')}")
     if args.table:
         print(f"\n{tables}")
+
+
+def _add_contact_sheet(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("contact_sheet", help="videos at a glance: a row of pictures for each")
+    command.add_argument("video", nargs="+", help="mp4 files, as a run's render/ holds them")
+    command.add_argument("--output", default="figure/contact_sheet.png", help="the PNG")
+    command.add_argument("--columns", type=int, default=6, help="pictures of each video")
+    command.set_defaults(draw=_draw_contact_sheet)
+
+
+def _draw_contact_sheet(args: argparse.Namespace, command: str) -> None:
+    print(contact_sheet(args.video, args.output, args.columns, command))

@@ -47,6 +47,11 @@ ALGORITHMS = {
     "qsm_diffusion": "QSM",
     "ppo_gaussian": "Gaussian PPO",
     "ppo_gmm": "GMM PPO",
+    "ppo_exact_diffusion": "DPPO (exact)",
+    "ft_diffusion": "DPPO",
+    "ft_gaussian": "Gaussian PPO",
+    "dacer": "DACER",
+    "original_dacer": "DACER",
     "sac": "SAC",
     "rlpd": "RLPD",
     "calql": "Cal-QL",
@@ -185,11 +190,11 @@ def _panel(
 
 
 def _references(task: str, x: str, y: str, labels: Sequence[str], which: str) -> list[str]:
-    """The algorithms whose published values belong in this panel."""
+    """The algorithms whose published values belong in this panel; DPOER_50 is published as another curve of DPOER."""
     if which == "none" or x != "env_steps" or y != published.metric_of(task):
         return []
     known = [algorithm for of_task, algorithm in published.final_values() if of_task == task]
-    return known if which == "all" else [algorithm for algorithm in known if algorithm in labels]
+    return known if which == "all" else [algorithm for algorithm in known if algorithm.removesuffix("_50") in labels]
 
 
 def _published_csv(panel: Panel) -> str:

@@ -10,14 +10,20 @@ import h5py
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes
-from diffusion_rl.data.sources import d4rl, minari
+from diffusion_rl.data.sources import d4rl, minari, robomimic
 
 
-def load(path: str | os.PathLike, obs_keys: Sequence[str] = ()) -> tuple[Episodes, Normalization]:
-    """Complete episodes and the ranges of everything in a D4RL or Minari HDF5 file (or Minari's folder), or in an npz
-    of unscaled arrays; the layout is recognised.
+def load(
+    path: str | os.PathLike,
+    obs_keys: Sequence[str] = (),
+    cameras: Sequence[str] = (),
+    max_episodes: int | None = None,
+) -> tuple[Episodes, Normalization]:
+    """Complete episodes and the ranges of everything in a D4RL, Minari or robomimic HDF5 file (or Minari's folder), or
+    in an npz of unscaled arrays; the layout is recognised.
 
-    obs_keys: for Minari observations that are dictionaries, what to concatenate, in this order.
+    obs_keys: for observations that are dictionaries, what to concatenate, in this order. cameras, max_episodes: of
+    robomimic's files, whose ranges are those of the episodes that are read.
     """
     path = Path(path)
     if path.is_dir():
@@ -34,10 +40,13 @@ def load(path: str | os.PathLike, obs_keys: Sequence[str] = ()) -> tuple[Episode
             if minari.recognises(file):
                 episodes = minari.read(file, str(path), obs_keys)
                 return episodes, Normalization.of(episodes)
+            if robomimic.recognises(file):
+                episodes = robomimic.read(file, str(path), obs_keys, cameras, max_episodes)
+                return episodes, Normalization.of(episodes)
             found = ", ".join(sorted(file)[:8]) or "nothing"
     except OSError as error:
         raise UserError(f"{path} is not an HDF5 or npz file, or it is damaged ({error})") from error
     raise UserError(
-        f"{path}: neither D4RL's layout (observations, actions, rewards, terminals) nor Minari's (episode_0, …); "
-        f"found {found}"
+        f"{path}: neither D4RL's layout (observations, actions, rewards, terminals), Minari's (episode_0, …) nor "
+        f"robomimic's (data/demo_0, …); found {found}"
     )

@@ -1,0 +1,285 @@
+"""robomimic's simulated tasks (Mandlekar et al. 2021, arXiv:2108.03298): lift, can, square and transport, in robosuite.
+
+An environment is described by a JSON file (`env_meta`) as robomimic's data sets carry one; those of the four tasks are
+in cfg/robomimic/env_meta, with the suffix -img for observations with pictures. This module needs neither robomimic nor
+PyTorch: `activate` puts the subset in changed_robomimic/ on the import path of the process.
+
+observation  robot<i>_eef_pos (3), robot<i>_eef_quat (4), robot<i>_gripper_qpos (2), object, and the cameras that were
+    asked for, <camera>_image [3, Hi, Wi] uint8
+action       per arm: change of position (3) and orientation (3) and gripper (1), in [-1, 1], at 20 Hz
+reward       1 in every step in which the task is done, else 0; shaped: robosuite's own
+end          none of its own: episodes last until their time limit
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SUBSET = REPOSITORY / "changed_robomimic"
+ROBOMIMIC, ROBOSUITE = "0.3.0", "1.4.1"
+WRAPPERS = ("robomimic_lowdim", "robomimic_image")
+FPS = 20  # actions per second, so that videos run at the speed of the simulation
+IMAGE_SUFFIX = "_image"
+
+#: Memory of a process in GB, measured: with states alone, with pictures.
+PROCESS_GB = {"Lift": (0.45, 0.75), "PickPlaceCan": (0.45, 0.75), "NutAssemblySquare": (0.45, 0.75)}
+PROCESS_GB["TwoArmTransport"] = (0.65, 1.0)
+
+
+def activate() -> None:
+    """Make `import robomimic` find the subset in changed_robomimic/, in this process. Calling it again does nothing.
+
+    Raises UserError if another robomimic is already imported, or installed in another version than the subset's, or
+    if robosuite is missing or another version.
+    """
+    loaded = sys.modules.get("robomimic")
+    if loaded is not None and SUBSET not in Path(str(loaded.__file__)).parents:
+        raise UserError(f"another robomimic is already imported ({loaded.__file__}): start a process without it")
+    _check_version("robomimic", ROBOMIMIC, required=False)
+    _check_version("robosuite", ROBOSUITE, required=True)
+    if not (SUBSET / "robomimic").is_dir():
+        raise UserError(f"{SUBSET} is missing: install with pip install -e '.[robomimic]' from the repository")
+    if str(SUBSET) not in sys.path:
+        sys.path.insert(0, str(SUBSET))
+
+
+def _check_version(package: str, wanted: str, required: bool) -> None:
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        if required:
+            raise UserError(
+                f"{package} is not installed: pip install -e '.[robomimic]' (see installation/robomimic.md)"
+            ) from None
+        return
+    if found != wanted:
+        raise UserError(f"{package} {found} is installed, {wanted} is needed: pip install '{package}=={wanted}'")
+
+
+def read_env_meta(path: str | Path) -> dict[str, Any]:
+    """The description of an environment. A relative path is looked for here, then in the repository."""
+    candidates = [Path(path), REPOSITORY / path]
+    found = next((one for one in candidates if one.is_file()), None)
+    if found is None:
+        raise UserError(f"robomimic_env_cfg_path={path}: no such file")
+    try:
+        meta = json.loads(found.read_text())
+        return {"env_name": str(meta["env_name"]), "type": int(meta["type"]), "env_kwargs": dict(meta["env_kwargs"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{found}: not a robomimic env_meta file ({type(error).__name__}: {error})") from error
+
+
+def make_simulator(
+    meta: Mapping[str, Any],
+    *,
+    low_dim_keys: Sequence[str],
+    image_keys: Sequence[str],
+    render: bool,
+    seed: int,
+    reflections: bool = False,
+) -> Any:
+    """A robomimic environment (`EnvRobosuite`) of `meta`. What it draws when it is made (the size of Lift's cube)
+    follows from `seed`. reflections: robosuite's pixels exactly, but for more than twice the time."""
+    activate()
+    import robomimic.utils.env_utils as env_utils
+    import robomimic.utils.obs_utils as obs_utils
+
+    import diffusion_rl.envs.quiet_robosuite  # noqa: F401
+
+    modalities = {"low_dim": list(low_dim_keys)} | ({"rgb": list(image_keys)} if image_keys else {})
+    obs_utils.initialize_obs_modality_mapping_from_dict(modalities)
+    np.random.seed(seed)
+    try:
+        env = env_utils.create_env_from_metadata(
+            env_meta=meta, render=False, render_offscreen=render, use_image_obs=bool(image_keys)
+        )
+    except (ImportError, RuntimeError) as error:
+        if not (render or image_keys):
+            raise
+        raise UserError(
+            f"cannot render here with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} ({error}); set MUJOCO_GL=egl or "
+            "MUJOCO_GL=osmesa and install that library (Debian: libegl1 or libosmesa6)"
+        ) from error
+    env.env.hard_reset = False  # a hard one builds the model anew: slow, and memory grows
+    env.postprocess_visual_obs = False
+    env.reflections = reflections
+    return env
+
+
+class Robomimic(gymnasium.Env):
+    """A robomimic environment under gymnasium's interface.
+
+    base: an `EnvRobosuite` (see `make_simulator`), which draws from numpy's global generator: seeding this seeds that.
+    init_state: flat simulator state that every episode begins with, instead of a drawn one. camera, render_hw: of
+    `render`.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
+    render_mode = "rgb_array"
+
+    def __init__(
+        self,
+        base: Any,
+        keys: Sequence[str],
+        *,
+        init_state: np.ndarray | None = None,
+        render_hw: Sequence[int] = (256, 256),
+        camera: str = "agentview",
+    ):
+        self.base = base
+        self.keys = list(keys)
+        self.init_state = init_state
+        self.render_hw = render_hw
+        self.camera = camera
+        raw = self._pick(base.get_observation())
+        self._shows_pictures = any(value.ndim == 3 for value in raw.values())
+        self._was_reset = False
+        self.observation_space = gymnasium.spaces.Dict({key: _box(value) for key, value in raw.items()})
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (base.action_dimension,), np.float64)
+
+    def _pick(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        missing = [key for key in self.keys if key not in raw]
+        if missing:
+            raise UserError(f"observation {missing[0]!r} does not exist: there are {', '.join(sorted(raw))}")
+        return {key: _channels_first(raw[key]) for key in self.keys}
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
+        if self.init_state is None:
+            if seed is not None:
+                np.random.seed(seed)
+            return self._pick(self.base.reset()), {}
+        if self._shows_pictures and not self._was_reset:
+            self.base.reset()  # the first pictures are right only after one
+            self._was_reset = True
+        return self.show(self.init_state), {}
+
+    def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
+        """The observation of a flat simulator state, in which the simulation goes on."""
+        return self._pick(self.base.reset_to({"states": state}))
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        raw, reward, _, info = self.base.step(action)
+        return self._pick(raw), reward, False, False, info
+
+    def render(self) -> Any:
+        height, width = self.render_hw
+        return self.base.render(mode="rgb_array", height=height, width=width, camera_name=self.camera)
+
+    def close(self) -> None:
+        close = getattr(self.base, "close", None)
+        if close is not None:
+            close()
+
+
+def _channels_first(value: np.ndarray) -> np.ndarray:
+    """Pictures as bytes come [Hi, Wi, C]."""
+    return np.moveaxis(value, -1, 0) if value.dtype == np.uint8 else value
+
+
+def _box(value: np.ndarray) -> gymnasium.spaces.Box:
+    low, high = (0, 255) if value.dtype == np.uint8 else (-np.inf, np.inf)
+    return gymnasium.spaces.Box(low, high, value.shape, value.dtype.type)
+
+
+@dataclass(frozen=True)
+class RobomimicRecipe:
+    """Everything a worker needs to build its environment.
+
+    meta: contents of the env_meta file. wrapper: options of the configuration's robomimic wrapper. chunks: keyword
+    arguments of MultiStep. render: able to film.
+    """
+
+    meta: dict[str, Any]
+    seed: int
+    low_dim_keys: list[str]
+    image_keys: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    clamp: bool = False
+    normalizer: MinMaxNormalizer | None = None
+    chunks: dict[str, Any] = field(default_factory=dict)
+    render: bool = False
+    reflections: bool = False
+
+    def __call__(self) -> MultiStep:
+        base = make_simulator(
+            self.meta,
+            low_dim_keys=self.low_dim_keys,
+            image_keys=self.image_keys,
+            render=self.render,
+            seed=self.seed,
+            reflections=self.reflections,
+        )
+        env = Robomimic(base, [*self.low_dim_keys, *self.image_keys], **self.options)
+        common: dict[str, Any] = {"keys": self.low_dim_keys, "clamp": self.clamp, "never_terminates": True}
+        if self.image_keys:
+            return MultiStep(ImageWrapper(env, self.normalizer, image_keys=self.image_keys, **common), **self.chunks)
+        return MultiStep(LowdimWrapper(env, self.normalizer, **common), **self.chunks)
+
+
+def recipes(
+    env_cfg: Mapping[str, Any], seeds: Sequence[int], normalizer: MinMaxNormalizer | None, chunks: dict[str, Any]
+) -> list[RobomimicRecipe]:
+    """What builds the environments of the `env` node `env_cfg`, one for each seed.
+
+    Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video`, `reflections` and `wrappers.robomimic_lowdim` or
+    `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`, `render_hw`,
+    `render_camera_name`). Raises UserError if robosuite is missing or the memory will not do.
+    """
+    activate()
+    wrappers = env_cfg["wrappers"]
+    wrapper = dict(next(wrappers[name] for name in WRAPPERS if name in wrappers))
+    path = env_cfg.get("robomimic_env_cfg_path")
+    if path is None:
+        raise UserError(
+            "env.robomimic_env_cfg_path is missing: name an env_meta file, as cfg/robomimic/env_meta/can.json"
+        )
+    meta = read_env_meta(path)
+    meta["env_kwargs"]["reward_shaping"] = bool(env_cfg.get("reward_shaping", False))
+    image_keys = list(wrapper.get("image_keys") or [])
+    if image_keys:
+        meta["env_kwargs"]["camera_names"] = [key.removesuffix(IMAGE_SUFFIX) for key in image_keys]
+    renames = {"init_state": "init_state", "render_hw": "render_hw", "render_camera_name": "camera"}
+    options = {ours: wrapper[name] for name, ours in renames.items() if wrapper.get(name) is not None}
+    render = bool(env_cfg.get("save_video", False))
+    check_memory(meta["env_name"], len(seeds), bool(image_keys) or render)
+    common: dict[str, Any] = {"clamp": bool(wrapper.get("clamp_obs")), "normalizer": normalizer, "chunks": chunks}
+    common |= {"render": render, "reflections": bool(env_cfg.get("reflections", False))}
+    keys = list(wrapper["low_dim_keys"])
+    return [RobomimicRecipe(meta, seed, keys, image_keys, options, **common) for seed in seeds]
+
+
+def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:
+    """Raise UserError if `n_envs` processes need more GB than are `available` (default: what the system says)."""
+    each = PROCESS_GB.get(env_name, (0.65, 1.0))[pictures]
+    free = _available_gb() if available is None else available
+    if free is not None and n_envs * each > free:
+        what = " with pictures" if pictures else ""
+        raise UserError(
+            f"env.n_envs={n_envs}: each {env_name} environment{what} takes about {each:.1f} GB, {n_envs * each:.0f} GB "
+            f"in all, and {free:.1f} GB are free: set env.n_envs={max(1, int(free / each))} or less"
+        )
+
+
+def _available_gb() -> float | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) / 2**20 if found else None

@@ -1,0 +1,230 @@
+"""Scripted experts for robomimic's tasks: they read the simulator and act through the tasks' own actions.
+
+An expert of a task is one plan for each arm. A plan is a generator: each `yield` is the arm's next action [7] (change
+of position, change of orientation, gripper) and returns after that action has been executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+Plan = Iterator[np.ndarray]
+Point = Callable[[], np.ndarray]
+
+OPEN, CLOSED = -1.0, 1.0
+METRES, RADIANS = 0.05, 0.5  # that an action of 1 asks for
+DOWN = np.array([0.0, 0.0, -1.0])
+NEAR = 0.01  # metres
+PATIENCE = 120  # steps of one motion, then the plan goes on as if it had arrived
+
+
+class Arm:
+    """One arm: where its gripper is, and the actions that move it.
+
+    sim: robosuite's; index: of the arm; speed: largest share of an action that is used.
+    """
+
+    def __init__(self, env: Any, index: int, speed: float = 1.0):
+        self.sim, self.speed, self.grip = env.sim, speed, OPEN
+        self._site = env.robots[index].eef_site_id
+        self._finger = self.sim.model.joint_name2id(f"gripper{index}_finger_joint1")
+
+    @property
+    def position(self) -> np.ndarray:
+        """Of the point between the finger tips [3]."""
+        return np.array(self.sim.data.site_xpos[self._site])
+
+    def action(self, target: np.ndarray, across: np.ndarray | None = None) -> np.ndarray:
+        """One step towards `target` [3], pointing down, the fingers closing along `across` [3] (None: as they are)."""
+        approach = self.sim.data.site_xmat[self._site].reshape(3, 3)[:, 2]
+        turn = np.cross(approach, DOWN)
+        if across is not None:
+            closing = np.array(self.sim.data.xaxis[self._finger])
+            angle = np.arctan2(closing[0] * across[1] - closing[1] * across[0], closing[:2] @ across[:2])
+            turn = turn + np.array([0.0, 0.0, (angle + np.pi / 2) % np.pi - np.pi / 2])  # either finger may come first
+        move = np.clip(0.5 * (target - self.position) / METRES, -self.speed, self.speed)
+        return np.concatenate([move, np.clip(turn / RADIANS, -self.speed, self.speed), [self.grip]])
+
+    def go(self, target: Point, across: Point | None = None, near: float = NEAR) -> Plan:
+        """Until the gripper is `near` a target that may move."""
+        for _ in range(PATIENCE):
+            if np.linalg.norm(target() - self.position) < near:
+                return
+            yield self.action(target(), None if across is None else across())
+
+    def stay(self, steps: int, across: Point | None = None) -> Plan:
+        """Hold the place, for the fingers to open or close."""
+        here = self.position
+        for _ in range(steps):
+            yield self.action(here, None if across is None else across())
+
+    def wait(self, until: Callable[[], bool], across: Point | None = None) -> Plan:
+        """Hold the place until something is the case."""
+        here = self.position
+        while not until():
+            yield self.action(here, None if across is None else across())
+
+    def grasp(self, target: Point, across: Point | None = None, above: float = 0.1) -> Plan:
+        """Come from above, close the fingers, and lift."""
+        self.grip = OPEN
+        yield from self.go(lambda: target() + [0, 0, above], across, near=0.02)
+        yield from self.go(target, across)
+        self.grip = CLOSED
+        yield from self.stay(8, across)
+
+    def lift(self, height: float) -> Plan:
+        """Straight up by so many metres."""
+        goal = self.position + [0, 0, height]
+        yield from self.go(lambda: goal, near=0.02)
+
+    def release(self) -> Plan:
+        """Open the fingers."""
+        self.grip = OPEN
+        yield from self.stay(5)
+
+
+def plans(task: str, env: Any, speed: float = 1.0) -> list[Plan]:
+    """The plan of every arm for `task` in robosuite's `env`, just reset."""
+    makers = {"lift": _lift, "can": _can, "square": _square, "transport": _transport}
+    return makers[task](env, [Arm(env, i, speed) for i in range(len(env.robots))])
+
+
+def _body(env: Any, name: str) -> Point:
+    index = env.sim.model.body_name2id(name)
+    return lambda: np.array(env.sim.data.body_xpos[index])
+
+
+def _body_axis(env: Any, name: str, axis: int) -> Point:
+    index = env.sim.model.body_name2id(name)
+    return lambda: env.sim.data.body_xmat[index].reshape(3, 3)[:, axis]
+
+
+def _lift(env: Any, arms: list[Arm]) -> list[Plan]:
+    def plan(arm: Arm) -> Plan:
+        yield from arm.grasp(_body(env, env.cube.root_body), _body_axis(env, env.cube.root_body, 0))
+        yield from arm.lift(0.2)
+
+    return [plan(arms[0])]
+
+
+def _can(env: Any, arms: list[Arm]) -> list[Plan]:
+    def plan(arm: Arm) -> Plan:
+        can = _body(env, env.objects[env.object_id].root_body)
+        low = env.target_bin_placements[env.object_id] - [0.06, 0.04, 0.0]  # the middle is out of comfortable reach
+        yield from arm.grasp(can)
+        yield from arm.lift(0.25)
+        yield from arm.go(lambda: np.array([low[0], low[1], arm.position[2]]), near=0.02)
+        yield from arm.go(lambda: low + [0, 0, 0.1], near=0.02)
+        yield from arm.release()
+        yield from arm.lift(0.2)
+
+    return [plan(arms[0])]
+
+
+def _square(env: Any, arms: list[Arm]) -> list[Plan]:
+    nut = next(one for one in env.nuts if "Square" in one.name)
+    site = env.sim.model.site_name2id(nut.important_sites["handle"])
+    centre, peg = _body(env, nut.root_body), _body(env, "peg1")
+
+    def handle() -> np.ndarray:
+        return np.array(env.sim.data.site_xpos[site])
+
+    def along() -> np.ndarray:
+        """From the nut's centre to its handle."""
+        return (handle() - centre()) * [1, 1, 0]
+
+    def across() -> np.ndarray:
+        x, y, _ = along()
+        return np.array([-y, x, 0.0])
+
+    def plan(arm: Arm) -> Plan:
+        yield from arm.grasp(handle, across)
+        yield from arm.lift(0.15)
+        quarter = np.round(np.arctan2(along()[1], along()[0]) / (np.pi / 2))  # of a turn: the peg's nearest side
+        if quarter == 0:
+            quarter = 1  # with the handle beyond the peg, the hand would be out of reach
+        square = np.array([-np.sin(quarter * np.pi / 2), np.cos(quarter * np.pi / 2), 0.0])
+
+        def over(height: float) -> Point:
+            """Where the gripper has to be for the nut to hang over the peg."""
+            return lambda: arm.position + (peg() - centre()) * [1, 1, 0] + [0, 0, peg()[2] + height - centre()[2]]
+
+        yield from arm.go(over(0.2), lambda: square, near=0.005)
+        yield from arm.go(over(0.12), lambda: square, near=0.005)
+        yield from arm.go(over(0.0), lambda: square)
+        yield from arm.release()
+        yield from arm.lift(0.1)
+
+    return [plan(arms[0])]
+
+
+def _transport(env: Any, arms: list[Arm]) -> list[Plan]:
+    group, sim = env.transport, env.sim
+    giving, taking = arms
+    done: set[str] = set()
+
+    def geom(name: str) -> tuple[Point, Callable[[int], np.ndarray]]:
+        index = sim.model.geom_name2id(name)
+        axes = lambda axis: sim.data.geom_xmat[index].reshape(3, 3)[:, axis]  # noqa: E731
+        return lambda: np.array(sim.data.geom_xpos[index]), axes
+
+    lid, lid_axis = geom(group.lid.handle_geoms[0])
+    shaft, shaft_axis = geom(next(name for name in group.payload.contact_geoms if name.endswith("handle")))
+    table = sim.data.body_xpos[sim.model.body_name2id("table0")][2]
+    meeting = np.array([0.0, 0.0, table + 0.25])  # of the middle of the payload's handle
+
+    def across() -> np.ndarray:
+        x, y, _ = shaft_axis(2)
+        return np.array([-y, x, 0.0])
+
+    def along_x() -> np.ndarray:
+        return np.array([1.0, 0.0, 0.0])
+
+    def on_shaft(offset: float) -> Point:
+        """A point of the handle, so many metres from its middle towards the taking arm."""
+        return lambda: shaft() + offset * shaft_axis(2) * np.sign(shaft_axis(2)[1])
+
+    def carry(arm: Arm, thing: Point, goal: Point, height: float) -> Plan:
+        """Bring a thing over the goal, down to `height` above it, and let go."""
+        up = arm.position * [1, 1, 0] + [0, 0, table + 0.35]
+        yield from arm.go(lambda: up, along_x, near=0.03)
+
+        def over(above: float) -> Point:
+            return lambda: arm.position + (goal() + [0, 0, above] - thing())
+
+        yield from arm.go(over(0.32), along_x, near=0.03)
+        yield from arm.go(over(height), along_x, near=0.03)
+        yield from arm.release()
+        yield from arm.lift(0.2)
+
+    def give() -> Plan:
+        aside = lid() * [-1, 1, 1] - [0, 0, group.bin_size[2] - 0.02]
+        yield from giving.grasp(lid, lambda: lid_axis(0))
+        yield from giving.lift(0.1)
+        yield from giving.go(lambda: np.array([*aside[:2], giving.position[2]]), near=0.03)
+        yield from giving.go(lambda: aside, near=0.02)
+        yield from giving.release()
+        yield from giving.lift(0.2)
+        yield from giving.grasp(on_shaft(-0.055), across, above=0.25)
+        yield from giving.lift(0.3)
+        yield from giving.go(lambda: giving.position + meeting - shaft(), across, near=0.02)
+        done.add("offered")
+        yield from giving.wait(lambda: "taken" in done)
+        yield from giving.release()
+        yield from giving.lift(0.15)
+        done.add("free")
+        yield from giving.go(lambda: np.array([0.0, -0.4, table + 0.4]), near=0.05)
+
+    def take() -> Plan:
+        yield from taking.grasp(lambda: group.trash_pos, along_x, above=0.25)
+        yield from carry(taking, lambda: group.trash_pos, lambda: group.trash_bin_pos, 0.12)
+        yield from taking.wait(lambda: "offered" in done)
+        yield from taking.grasp(on_shaft(0.08), across, above=0.15)
+        done.add("taken")
+        yield from taking.wait(lambda: "free" in done)
+        yield from carry(taking, shaft, lambda: group.target_bin_pos, 0.1)
+
+    return [give(), take()]

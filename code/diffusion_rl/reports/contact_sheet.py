@@ -1,0 +1,64 @@
+"""Videos at a glance: a row of pictures for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+
+GAP = 4  # white pixels between pictures
+
+
+def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
+    """Write a PNG with `columns` frames of each video, evenly spaced from its first to its last.
+
+    Raises UserError for a video that cannot be read, or of another size than the first.
+    """
+    from matplotlib.image import imsave
+
+    rows = [_row(frames(video), columns) for video in videos]
+    for video, row in zip(videos, rows, strict=True):
+        if row.shape != rows[0].shape:
+            raise UserError(f"{video}: its frames have another size than those of {videos[0]}; make two sheets")
+    output = Path(output)
+    partial = output.with_name(f".{output.name}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        sheet = np.concatenate([np.concatenate([row, _white(GAP, row.shape[1])]) for row in rows])
+        imsave(partial, sheet[:-GAP], format="png", metadata={"Description": command})
+        partial.replace(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return output
+
+
+def frames(video: str | os.PathLike) -> list[np.ndarray]:
+    """All frames [Hi,Wi,3] uint8 of a video."""
+    try:
+        import imageio.v2 as imageio
+    except ImportError as error:
+        raise UserError('reading videos needs pip install "imageio[ffmpeg]"') from error
+    try:
+        with imageio.get_reader(video) as reader:
+            found = [np.asarray(frame) for frame in reader]
+    except (OSError, ValueError, RuntimeError, IndexError, ImportError) as error:
+        raise UserError(f"{video}: cannot be read as a video ({error})".split("\n")[0]) from error
+    if not found:
+        raise UserError(f"{video}: no frames in it")
+    return found
+
+
+def _row(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    chosen = [pictures[i] for i in np.linspace(0, len(pictures) - 1, columns).round().astype(int)]
+    gap = _white(len(chosen[0]), GAP)
+    return np.concatenate([part for picture in chosen for part in (picture, gap)][:-1], axis=1)
+
+
+def _white(height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), 255, np.uint8)

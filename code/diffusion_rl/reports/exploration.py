@@ -1,0 +1,147 @@
+"""Paths through the avoiding task, drawn over its obstacles, and what the picture shows in numbers (DPPO, Figure 7)."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_rl.core import avoiding
+from diffusion_rl.reports.metrics import replace_file
+
+X_LIMITS, Y_LIMITS = (0.2, 0.8), (-0.3, 0.5)
+DATA_COLOUR, PATH_COLOUR, COLLISION_COLOUR = "#000000", "#0072B2", "#D55E00"
+COLUMNS = ("modes", "policy", "paths", "distinct_modes", "finishing", "colliding", "spread_mm", "off_data_mm", "taken")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Paths [T, 2] of one policy (or the demonstrations, `policy` "data"), and which of them collided."""
+
+    modes: str
+    policy: str
+    paths: Sequence[np.ndarray]
+    collided: np.ndarray
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Of the paths of a panel.
+
+    distinct_modes: different ways through the three rows, among paths that finish; taken: how many took each.
+    finishing: share that crosses y = 0.4 without having touched an obstacle; colliding: share that touches one.
+    spread: standard deviation of x where paths of the same mode pass a row, in mm (averaged over rows and modes that
+    two finishing paths take); off_data: mean distance to the nearest point of any demonstration before the goal, in mm.
+    """
+
+    distinct_modes: int
+    finishing: float
+    colliding: float
+    spread: float
+    off_data: float
+    taken: dict[tuple[int, ...], int]
+
+
+def measure(panel: Panel, data: Sequence[np.ndarray]) -> Numbers:
+    """The numbers of a panel; data: the demonstrations [T, 2] of its set of modes."""
+    before = [path[: _end(path)] for path in panel.paths]
+    crossed = np.array([bool((path[:, 1] > avoiding.GOAL_Y).any()) for path in panel.paths])
+    finishing = crossed & ~np.asarray(panel.collided)
+    ways = [avoiding.modes_of(path) for path in before]
+    taken = Counter(way for way, good in zip(ways, finishing, strict=True) if good)
+    spreads = []
+    for way in taken:
+        same = [path for path, other, good in zip(before, ways, finishing, strict=True) if good and other == way]
+        if len(same) > 1:
+            spreads += [np.std([_x_at(path, y) for path in same]) for y, _, _ in avoiding.ROWS]
+    cloud = np.concatenate(data)
+    distances = [np.linalg.norm(path[:, None] - cloud, axis=-1).min(axis=1).mean() for path in before]
+    return Numbers(
+        distinct_modes=len(taken),
+        finishing=float(finishing.mean()),
+        colliding=float(np.mean(panel.collided)),
+        spread=1e3 * float(np.mean(spreads)) if spreads else float("nan"),
+        off_data=1e3 * float(np.mean(distances)),
+        taken=dict(sorted(taken.items())),
+    )
+
+
+def _end(path: np.ndarray) -> int:
+    """Positions until the goal is crossed, or all."""
+    crossed = np.flatnonzero(path[:, 1] > avoiding.GOAL_Y)
+    return int(crossed[0]) + 1 if len(crossed) else len(path)
+
+
+def _x_at(path: np.ndarray, y: float) -> float:
+    """x where a path that goes up first reaches this y."""
+    t = int(np.argmax(path[:, 1] >= y))
+    (x0, y0), (x1, y1) = path[max(t - 1, 0)], path[t]
+    return float(x1 if y1 == y0 else x0 + (x1 - x0) * (y - y0) / (y1 - y0))
+
+
+def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tuple[Path, str]:
+    """Draw a row of panels for each set of modes, its data first, and write the CSV beside.
+
+    Returns the PNG's path and the numbers as lines of text.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    output = Path(output)
+    rows = list(dict.fromkeys(panel.modes for panel in panels))
+    columns = list(dict.fromkeys(panel.policy for panel in panels))
+    data = {panel.modes: panel.paths for panel in panels if panel.policy == "data"}
+    figure = Figure(figsize=(2.6 * len(columns), 3.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    records = []
+    for panel in panels:
+        numbers = measure(panel, data[panel.modes])
+        records.append((panel, numbers))
+        _draw_panel(axes[rows.index(panel.modes), columns.index(panel.policy)], panel, numbers)
+    canvas, image = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.print_png(image, metadata={"Description": command})
+    replace_file(output, image.getvalue())
+    replace_file(output.with_suffix(".csv"), _table(records, command).encode())
+    return output, "\n".join(describe(panel, numbers) for panel, numbers in records)
+
+
+def _draw_panel(axis, panel: Panel, numbers: Numbers) -> None:
+    from matplotlib.patches import Circle
+
+    for x, y, radius, _ in avoiding.OBSTACLES:
+        axis.add_patch(Circle((x, y), radius, color="#999999"))
+    axis.axhline(avoiding.FINISH_Y, color="#009E73", linewidth=1.5)
+    colour = DATA_COLOUR if panel.policy == "data" else PATH_COLOUR
+    for path, collided in zip(panel.paths, panel.collided, strict=True):
+        axis.plot(path[:, 0], path[:, 1], color=COLLISION_COLOUR if collided else colour, linewidth=0.7, alpha=0.6)
+    axis.set(xlim=X_LIMITS, ylim=Y_LIMITS, aspect="equal", xticks=[], yticks=[])
+    title = f"{panel.modes} {panel.policy}"
+    axis.set_title(f"{title}\n{numbers.distinct_modes} modes, {numbers.finishing:.0%} finish", fontsize=8)
+
+
+def describe(panel: Panel, numbers: Numbers) -> str:
+    """One line."""
+    taken = ", ".join(f"{'-'.join(map(str, way))}: {count}" for way, count in numbers.taken.items())
+    return (
+        f"{panel.modes} {panel.policy:9s} {len(panel.paths):3d} paths: {numbers.distinct_modes} distinct modes "
+        f"({taken}), {numbers.finishing:.0%} finish, {numbers.colliding:.0%} collide, "
+        f"spread within a mode {numbers.spread:.1f} mm, {numbers.off_data:.1f} mm from the data"
+    )
+
+
+def _table(records: Sequence[tuple[Panel, Numbers]], command: str) -> str:
+    text = io.StringIO()
+    if command:
+        text.write(f"# {command}\n")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for panel, n in records:
+        taken = " ".join(f"{'-'.join(map(str, way))}:{count}" for way, count in n.taken.items())
+        figures = (round(n.finishing, 4), round(n.colliding, 4), round(n.spread, 2), round(n.off_data, 2))
+        writer.writerow([panel.modes, panel.policy, len(panel.paths), n.distinct_modes, *figures, taken])
+    return text.getvalue()

@@ -1,0 +1,47 @@
+"""Make demonstrations of a robomimic task with its scripted expert, and write the npz files.
+
+Example: python script/dataset/make_robomimic_demos.py can --attempts 100 --noise 0.2
+How often the expert succeeds: python script/dataset/make_robomimic_demos.py can --attempts 50 --measure
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
+
+from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.data.assets import data_dir  # noqa: E402
+from diffusion_rl.data.validate import validate  # noqa: E402
+from diffusion_rl.loops import robomimic_demos as demos  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=sorted(demos.STEPS))
+    parser.add_argument("--attempts", type=int, default=100, help="episodes, of which the successful ones are kept")
+    parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of what is added to the motions")
+    parser.add_argument("--speed", type=float, default=1.0, help="largest share of an action that the expert uses")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out-dir", type=Path, help="default: <data directory>/robomimic/<task>")
+    parser.add_argument("--measure", action="store_true", help="say how often it succeeds, write nothing")
+    args = vars(parser.parse_args())
+    settings = demos.Settings(**{field.name: args[field.name] for field in dataclasses.fields(demos.Settings)})
+    out_dir = args["out_dir"] or data_dir() / "robomimic" / args["task"]
+    try:
+        kept = list(demos.collect(args["task"], settings, lambda line: print(line, flush=True)))
+        if not args["measure"]:
+            demos.save(out_dir, kept, settings)
+            print("\n".join(validate(out_dir)))
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

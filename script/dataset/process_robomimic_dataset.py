@@ -1,0 +1,51 @@
+"""Convert robomimic's demonstrations (HDF5, of states or of images) to train.npz, val.npz and normalization.npz.
+
+Example: python script/dataset/process_robomimic_dataset.py --load_path low_dim_v141.hdf5 --save_dir data/robomimic/can
+With images: … --load_path image_v141.hdf5 --save_dir data/robomimic/can-img --cameras robot0_eye_in_hand
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
+
+from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.noise import NoiseSource  # noqa: E402
+from diffusion_rl.data.convert import convert_file  # noqa: E402
+from diffusion_rl.data.validate import validate  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load_path", type=Path, required=True, help="robomimic's HDF5 file")
+    parser.add_argument("--save_dir", type=Path, required=True)
+    parser.add_argument("--val_split", type=float, default=0.0, help="share of episodes for val.npz (default: none)")
+    parser.add_argument("--max_episodes", type=int, default=-1, help="take the first ones only (default: all)")
+    parser.add_argument("--cameras", nargs="*", default=[], help="take their images, and leave out the object's state")
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--normalize", action="store_true", help="always done; accepted for the reference's command")
+    args = parser.parse_args()
+    try:
+        convert_file(
+            args.load_path,
+            args.save_dir,
+            cameras=args.cameras,
+            max_episodes=args.max_episodes if args.max_episodes > 0 else None,
+            val_split=args.val_split,
+            keep_unrewarded=True,
+            noise=NoiseSource(args.seed),
+        )
+        for line in validate(args.save_dir):
+            print(line)
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,10 @@
+"""Jobs elsewhere: python scripts/launch.py docker|singularity|slurm|azure [--job train] [--dry_run True]."""
+
+import sys
+
+import _checkout  # noqa: F401
+
+from diffusion_rl import planner_commands, planner_launchers
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(planner_launchers.main))

@@ -1,0 +1,312 @@
+"""robomimic's tasks in the real simulation, against robosuite itself; and the subset of robomimic they run on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+robosuite = pytest.importorskip("robosuite", reason='needs pip install -e ".[robomimic]"')
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from env_goldens import LOW_DIM_KEYS, Recording, Scripted  # noqa: E402
+
+from diffusion_rl.configs import REPOSITORY  # noqa: E402
+from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.normalizers import MinMaxNormalizer  # noqa: E402
+from diffusion_rl.envs import robomimic as tasks  # noqa: E402
+from diffusion_rl.envs.make import make_vector_env  # noqa: E402
+from diffusion_rl.envs.multi_step import LowdimWrapper  # noqa: E402
+
+TWO_ARMS = [*LOW_DIM_KEYS, *(key.replace("robot0", "robot1") for key in LOW_DIM_KEYS)]
+KEYS = {name: TWO_ARMS if name == "transport" else LOW_DIM_KEYS for name in ("lift", "can", "square", "transport")}
+DIMS = {"lift": (19, 7), "can": (23, 7), "square": (23, 7), "transport": (59, 14)}
+CAMERAS = {
+    "lift": ["robot0_eye_in_hand_image"],
+    "can": ["robot0_eye_in_hand_image"],
+    "square": ["agentview_image"],
+    "transport": ["shouldercamera0_image", "shouldercamera1_image"],
+}
+
+
+def env_cfg(task: str, pictures: bool = False, **more) -> dict:
+    keys = {"low_dim_keys": KEYS[task] if pictures else [*KEYS[task], "object"]}
+    wrapper = {"robomimic_image": keys | {"image_keys": CAMERAS[task]}} if pictures else {"robomimic_lowdim": keys}
+    chunks = {"n_obs_steps": 1, "n_action_steps": 2, "max_episode_steps": 400, "reset_within_step": True}
+    return {
+        "name": task,
+        "n_envs": 1,
+        "robomimic_env_cfg_path": f"cfg/robomimic/env_meta/{task}{'-img' if pictures else ''}.json",
+        "wrappers": wrapper | {"multi_step": chunks},
+    } | more
+
+
+def recipe(task: str, seed: int = 3, pictures: bool = False, **more) -> tasks.RobomimicRecipe:
+    return tasks.recipes(env_cfg(task, pictures, **more), [seed], None, {})[0]
+
+
+def genuine(task: str, seed: int, **changes):
+    """robosuite's own environment with the arguments of the env_meta file."""
+    meta = tasks.read_env_meta(f"cfg/robomimic/env_meta/{task}.json")
+    np.random.seed(seed)
+    env = robosuite.make(meta["env_name"], **meta["env_kwargs"] | changes)
+    env.hard_reset = False
+    return env
+
+
+@pytest.fixture(scope="module")
+def rendering():
+    """Skips where there is no library to render with."""
+    try:
+        recipe("lift", pictures=True)().close()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+# Against robosuite
+
+
+@pytest.mark.parametrize("task, shaped", [("lift", False), ("can", True), ("square", False), ("transport", False)])
+def test_200_random_steps_equal_robosuites_bit_for_bit(task, shaped):
+    """robosuite has no shaped reward for transport."""
+    ours, theirs = recipe(task, reward_shaping=shaped)(), genuine(task, 3, reward_shaping=shaped)
+    keys = [*KEYS[task], "object-state"]
+    observed = ours.reset(seed=11)["state"][0]
+    np.random.seed(11)
+    raw = theirs.reset()
+    assert observed.shape == (DIMS[task][0],)
+    actions = np.random.default_rng(0).uniform(-1, 1, (200, DIMS[task][1]))
+    for step, action in enumerate(actions):
+        np.testing.assert_array_equal(observed, np.concatenate([raw[key] for key in keys]), f"step {step}", strict=True)
+        observations, reward, terminated, truncated, _ = ours.step(action)
+        observed = observations["state"][0]
+        raw, expected, _, _ = theirs.step(action)
+        assert reward == expected and not terminated and not truncated, step
+        base = ours.env.env.base
+        assert base.is_success() == {"task": theirs._check_success()}
+    assert (reward > 0) == shaped
+    ours.close()
+    theirs.close()
+
+
+def test_success_is_rewarded_in_every_step_and_ends_nothing():
+    env = recipe("lift")()
+    env.reset(seed=0)
+    simulator = env.env.env.base.env
+    joint = simulator.cube.joints[0]
+    lifted = simulator.sim.data.get_joint_qpos(joint).copy()
+    lifted[2] += 0.2
+    simulator.sim.data.set_joint_qpos(joint, lifted)
+    _, reward, terminated, truncated, _ = env.step(np.zeros((2, 7)))
+    assert reward == 2.0 and not terminated and not truncated
+    env.close()
+
+
+def pictures_of(task: str, action: np.ndarray, reflections: bool) -> list[np.ndarray]:
+    """Of an episode's first steps [3,C,Hi,Wi]; robosuite renders rightly for one environment at a time only."""
+    env = recipe(task, pictures=True, reflections=reflections)()
+    seen = [env.reset(seed=5)["rgb"][0], *(env.step(action[None])[0]["rgb"][0] for _ in range(2))]
+    env.close()
+    return seen
+
+
+@pytest.mark.parametrize("task", ["lift", "square", "transport"])
+def test_pictures_with_reflections_are_robosuites_and_those_without_are_close(rendering, task):
+    action = np.full(DIMS[task][1], 0.3)
+    exact, fast = (pictures_of(task, action, reflections) for reflections in (True, False))
+    meta = tasks.read_env_meta(f"cfg/robomimic/env_meta/{task}-img.json")
+    np.random.seed(3)
+    theirs = robosuite.make(meta["env_name"], **meta["env_kwargs"])
+    theirs.hard_reset = False
+    np.random.seed(5)
+    raw = theirs.reset()
+    for with_them, without in zip(exact, fast, strict=True):
+        expected = np.concatenate([np.moveaxis(raw[camera][::-1], -1, 0) for camera in CAMERAS[task]])
+        assert expected.shape == (3 * len(CAMERAS[task]), 96, 96) and expected.std() > 20
+        np.testing.assert_array_equal(with_them, expected, strict=True)
+        difference = np.abs(without.astype(int) - expected)
+        assert difference.mean() < 1 and difference.max() < 40
+        raw, *_ = theirs.step(action)
+    theirs.close()
+
+
+# Vector environments
+
+
+def test_processes_give_the_same_numbers_normalised(tmp_path):
+    path = tmp_path / "normalization.npz"
+    rng = np.random.default_rng(0)
+    bounds = {"obs_min": rng.uniform(-1, 0, 19), "obs_max": rng.uniform(0.1, 1, 19)}
+    bounds |= {"action_min": rng.uniform(-1, -0.5, 7), "action_max": rng.uniform(0.5, 1, 7)}
+    np.savez(path, **bounds)
+    cfg = env_cfg("lift", n_envs=2)
+    cfg["wrappers"]["robomimic_lowdim"]["normalization_path"] = str(path)
+    venv = make_vector_env(cfg, obs_dim=19, action_dim=7, act_steps=2, seed=7)
+    bare, normalizer = recipe("lift", seed=8)(), MinMaxNormalizer(**bounds)
+    actions = rng.uniform(-1, 1, (3, 2, 2, 7))
+    try:
+        state = venv.reset()["state"]
+        np.testing.assert_array_equal(state[1, 0], normalizer.normalize_obs(bare.reset(seed=8)["state"][0]))
+        for chunk in actions:
+            result = venv.step(chunk)
+            expected = bare.step(normalizer.unnormalize_action(chunk[1]))[0]["state"][0]
+            np.testing.assert_array_equal(result.observations["state"][1, 0], normalizer.normalize_obs(expected))
+        assert not np.array_equal(result.observations["state"][0], result.observations["state"][1])
+    finally:
+        venv.close()
+        bare.close()
+
+
+def test_an_episode_is_filmed(rendering, tmp_path):
+    imageio = pytest.importorskip("imageio")
+    path = tmp_path / "film.mp4"
+    env = recipe("lift", save_video=True)()
+    env.reset(seed=1, options={"video_path": str(path)})
+    env.step(np.zeros((12, 7)))
+    env.reset()
+    env.close()
+    frames = imageio.mimread(path, memtest=False)
+    assert len(frames) == 12 and frames[0].shape == (256, 256, 3) and frames[0].std() > 20
+
+
+def test_workers_do_not_import_tensorflow():
+    program = (
+        f"import sys; from diffusion_rl.envs import robomimic; cfg = {env_cfg('lift')}; "
+        "env = robomimic.recipes(cfg, [0], None, {})[0](); env.reset(); "
+        "print(sorted({'tensorflow', 'torch', 'mujoco_py', 'pynput'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+    assert not done.stderr, "robosuite's warnings"
+
+
+# What the recordings of the reference's wrappers have on initial states (the rest is in test_env_goldens.py)
+
+
+class ScriptedBase:
+    """The robomimic side of a recording: plays its script, notes what was asked."""
+
+    def __init__(self, recording: Recording):
+        self.script, self.log, self.action_dimension = Scripted(recording, 0), [], 7
+        recording_first = self.script._row("reset_obs", 0)
+        self.get_observation = lambda: recording_first
+
+    def reset(self):
+        self.log.append("reset")
+        return self.script.reset()[0]
+
+    def reset_to(self, state):
+        self.log.append(("reset_to", state["states"]))
+        return self.script.reset()[0]
+
+    def step(self, action):
+        observation, reward, _, _, info = self.script.step(action)
+        return observation, reward, False, info
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_initial_states(pictures):
+    name = "env_roboimg_init_state" if pictures else "env_robolow_init_video"
+    path = REPOSITORY / "parity_tests" / "goldens_env" / f"{name}.npz"
+    recording = Recording(path)
+    state = recording.arrays["in/kwargs.init_state"][0]
+    base = ScriptedBase(recording)
+    keys = ["robot0_eef_pos", "agentview_image"] if pictures else [*LOW_DIM_KEYS, "object"]
+    env = tasks.Robomimic(base, keys, init_state=state)
+    wrapped = env if pictures else LowdimWrapper(env, recording.normalizer, keys=keys, clamp=True)
+    for op, args, _, recorded in recording.calls:
+        if op == "build":
+            continue
+        seen = wrapped.reset(seed=4)[0] if op == "reset" else wrapped.step(*args)[0]
+        if not pictures:
+            expected = recorded if op == "reset" else recorded[0]
+            np.testing.assert_array_equal(seen["state"].astype(expected["state"].dtype), expected["state"])
+    resets = [entry for entry in base.log if entry != "reset"]
+    assert base.log[:1] == ["reset"] if pictures else base.log == resets, "one reset before the first picture"
+    assert len(base.log) - len(resets) == pictures and all(np.array_equal(states, state) for _, states in resets)
+
+
+# Mistakes and memory
+
+
+def test_memory_is_counted_before_processes_start():
+    tasks.check_memory("Lift", 4, False, available=2.0)
+    with pytest.raises(UserError, match=r"env.n_envs=50: each NutAssemblySquare environment with pictures takes about"):
+        tasks.check_memory("NutAssemblySquare", 50, True, available=20.0)
+    with pytest.raises(UserError, match="set env.n_envs=3 or less"):
+        tasks.check_memory("TwoArmTransport", 9, True, available=3.5)
+
+
+def test_another_version_of_robomimic_is_named(monkeypatch):
+    versions = {"robomimic": "0.2.0", "robosuite": "1.4.1"}
+    monkeypatch.setattr("importlib.metadata.version", versions.__getitem__)
+    with pytest.raises(UserError, match="robomimic 0.2.0 is installed, 0.3.0 is needed"):
+        tasks.activate()
+    versions |= {"robomimic": "0.3.0", "robosuite": "1.5.2"}
+    with pytest.raises(UserError, match="robosuite 1.5.2 is installed, 1.4.1 is needed"):
+        tasks.activate()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"robomimic_env_cfg_path": "nowhere.json"}, "nowhere.json: no such file"),
+        ({"robomimic_env_cfg_path": "setup.py"}, "not a robomimic env_meta file"),
+        ({"robomimic_env_cfg_path": None}, "env.robomimic_env_cfg_path is missing"),
+    ],
+)
+def test_mistakes(changes, message):
+    with pytest.raises(UserError, match=message):
+        recipe("lift", **changes)
+
+
+def test_an_unknown_observation_is_named():
+    wrong = recipe("lift")
+    wrong.low_dim_keys.append("robot7_eef_pos")
+    with pytest.raises(UserError, match="observation 'robot7_eef_pos' does not exist: there are object, robot0_"):
+        wrong()
+
+
+# The subset of robomimic
+
+
+def test_subset_of_robomimic():
+    tasks.activate()
+    import robomimic.utils.env_utils as env_utils
+    import robomimic.utils.obs_utils as obs_utils
+    import robomimic.utils.tensor_utils as tensor_utils
+
+    meta = tasks.read_env_meta("cfg/robomimic/env_meta/lift.json")
+    assert env_utils.check_env_type(1, meta) and env_utils.get_env_type(env_type=2) == 2
+    with pytest.raises(NotImplementedError, match="type 2"):
+        env_utils.get_env_class(env_type=2)
+    obs_utils.initialize_obs_modality_mapping_from_dict({"low_dim": ["object"], "rgb": ["agentview_image"]})
+    assert obs_utils.key_is_obs_modality("object", "low_dim")
+    with pytest.raises(KeyError, match="has no modality"):
+        obs_utils.key_is_obs_modality("other", "rgb")
+    image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    processed = obs_utils.process_obs_dict({"agentview_image": image, "object": np.ones(2)})
+    assert processed["agentview_image"].shape == (3, 2, 3) and processed["agentview_image"].dtype == np.float32
+    np.testing.assert_array_equal(processed["agentview_image"], np.moveaxis(image / np.float32(255), -1, 0))
+    np.testing.assert_array_equal(obs_utils.unprocess_obs_dict(processed)["agentview_image"], image)
+    nested = {"a": [np.zeros((2, 5))], "b": (np.ones((2, 5, 3)), 7)}
+    assert tensor_utils.get_shape(tensor_utils.to_batch(nested)) == {"a": [(1, 2, 5)], "b": ((1, 2, 5, 3), 7)}
+    assert tensor_utils.get_shape(tensor_utils.index_at_time(nested, [4, 0])) == {"a": [(2,)], "b": ((2, 3), 7)}
+    assert tensor_utils.get_shape(tensor_utils.join_dimensions(nested, 0, 1)) == {"a": [(10,)], "b": ((10, 3), 7)}
+
+
+def test_a_state_can_be_saved_and_gone_back_to():
+    env = recipe("can")()
+    env.reset(seed=2)
+    base = env.env.env.base
+    saved = base.get_state()
+    before = base.get_observation()
+    for _ in range(5):
+        base.step(np.full(7, 0.5))
+    after = base.reset_to({"states": saved["states"]})
+    np.testing.assert_array_equal(after["object"], before["object"])
+    env.close()
