@@ -22,13 +22,13 @@ from parity_tests.replay.calls import caster
 from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
 from parity_tests.replay.files import Cast, Golden, Outputs
 
-PACKAGE = "diffuser."
+PACKAGES = ("diffuser.", "cleandiffuser.")  # the second is DiffuserLite's: replay/diffuser_lite.py adds its classes
 PRECISIONS = (("float32", ""), ("float64", "64"))
 
 
 def recognises(golden: Golden) -> bool:
-    """Whether the recorded classes are Diffuser's."""
-    return any(path.startswith(PACKAGE) for path in golden.classes())
+    """Whether the recorded classes are Diffuser's or DiffuserLite's."""
+    return any(path.startswith(PACKAGES) for path in golden.classes())
 
 
 # ---------- objects ----------
@@ -292,7 +292,8 @@ def _replay(golden: Golden, dtype: str, suffix: str) -> None:
         if name not in outputs:
             raise Mismatch(f"{golden.name} [{dtype}]: ours gives no output {name!r}")
         rounding = own_rounding(golden, "out/" + name)
-        comparison.check("out/" + name, outputs[name], value, quantity=f"Diffuser's {short} {name}", rounding=rounding)
+        quantity = f"{'DiffuserLite' if what.startswith('clean') else 'Diffuser'}'s {short} {name}"
+        comparison.check("out/" + name, outputs[name], value, quantity=quantity, rounding=rounding)
     if meta["loss"]:
         taken = zip(input_names, tape.gradient(total, inputs), strict=True)
         ours = {f"input.{name}": grad.numpy() for name, grad in taken}

@@ -1,0 +1,219 @@
+"""Diffusion transformers over short sequences of states (Peebles & Xie 2023, in the form of DiffuserLite's code).
+
+Shape letters: B batch, H states, O observation, E width of the condition, D width of the transformer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.noise import init_noise
+from diffusion_rl.networks.layers import Array, Linear, mish
+from diffusion_rl.networks.transformer import SelfAttention
+
+FREQUENCY_SCALE = 16.0
+NORM_EPSILON = 1e-6
+EMBEDDING_STD = 0.02
+
+
+def gelu_tanh(x: Array) -> Array:
+    """The usual approximation of GELU by tanh."""
+    return 0.5 * x * (1 + tf.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Array) -> Array:
+    """x sigmoid(x)"""
+    return x * tf.sigmoid(x)
+
+
+def run(steps: Sequence[Any], x: Array) -> Array:
+    """Layers and functions one after the other."""
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def normal(x: Array) -> Array:
+    """Mean 0 and variance 1 over the last axis, without gain and offset."""
+    mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+    return (x - mean) * tf.math.rsqrt(variance + tf.constant(NORM_EPSILON, x.dtype))
+
+
+def xavier(linear: Linear) -> Linear:
+    """Uniform in +-sqrt(6 / (in + out)), no initial bias."""
+    bound = math.sqrt(6 / sum(linear.kernel.shape))
+    linear.kernel.assign(init_noise().uniform(linear.kernel.shape, -bound, bound, dtype=floatx()))
+    return no_bias(linear)
+
+
+def no_bias(linear: Linear) -> Linear:
+    linear.bias.assign(tf.zeros_like(linear.bias))
+    return linear
+
+
+def zeros(in_dim: int, out_dim: int) -> Linear:
+    linear = Linear(in_dim, out_dim)
+    linear.kernel.assign(tf.zeros_like(linear.kernel))
+    return no_bias(linear)
+
+
+def gaussian(in_dim: int, out_dim: int) -> Linear:
+    linear = Linear(in_dim, out_dim)
+    linear.kernel.assign(EMBEDDING_STD * init_noise().normal((in_dim, out_dim), dtype=floatx()))
+    return no_bias(linear)
+
+
+def position_table(length: int, dim: int) -> np.ndarray:
+    """[length, dim]: [sin p, 0, …, 0 | cos p, 1, …, 1].
+
+    The frequencies exp(-j ln(10^4) / (dim/2 - 1)) of the usual table are rounded down to whole numbers, 1, 0, 0, …:
+    with this table the published weights were trained.
+    """
+    positions = np.arange(length, dtype=floatx())[:, None] * (np.arange(dim // 2) == 0)
+    return np.concatenate([np.sin(positions), np.cos(positions)], axis=1).astype(floatx())
+
+
+class FourierEmbedding(keras.layers.Layer):
+    """Time in [0, 1] by cosines and sines of random frequencies that are not trained, and a two-layer perceptron."""
+
+    def __init__(self, dim: int, scale: float = FREQUENCY_SCALE):
+        super().__init__(dtype=floatx())
+        drawn = scale * init_noise().normal((dim // 8,), dtype=floatx())
+        self.freqs = tf.Variable(drawn, trainable=False, name="freqs")
+        self.mlp = [xavier(Linear(dim // 4, dim)), mish, xavier(Linear(dim, dim))]
+
+    def call(self, t: Array) -> Array:
+        """[B] -> [B,dim]"""
+        angles = t[:, None] * (tf.constant(2 * math.pi, t.dtype) * self.freqs)[None]
+        return run(self.mlp, tf.concat([tf.cos(angles), tf.sin(angles)], axis=-1))
+
+
+class DiTBlock(keras.layers.Layer):
+    """Attention and a perceptron, shifted, scaled and gated by the condition ("adaLN-Zero").
+
+    Not the published block: what the attention is added to is its modulated input, not the block's input. The
+    published weights were trained so; `standard_residual` gives the block of the paper.
+    """
+
+    def __init__(self, hidden_size: int, n_heads: int, standard_residual: bool = False):
+        super().__init__(dtype=floatx())
+        self.standard_residual = standard_residual
+        self.attn = SelfAttention(hidden_size, n_heads)
+        xavier(self.attn.in_proj)
+        xavier(self.attn.out_proj)
+        expand, project = Linear(hidden_size, 4 * hidden_size), Linear(4 * hidden_size, hidden_size)
+        self.mlp = [xavier(expand), gelu_tanh, tf.identity, xavier(project)]  # in third place: dropout of nothing
+        self.adaLN_modulation = [silu, zeros(hidden_size, 6 * hidden_size)]
+
+    def call(self, x: Array, t: Array) -> Array:
+        """x [B,H,D], t [B,D] -> [B,H,D]"""
+        parts = tf.split(run(self.adaLN_modulation, t)[:, None], 6, axis=-1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
+        modulated = normal(x) * (1 + scale_attn) + shift_attn
+        x = (x if self.standard_residual else modulated) + gate_attn * self.attn(modulated)
+        return x + gate_mlp * run(self.mlp, normal(x) * (1 + scale_mlp) + shift_mlp)
+
+
+class FinalLayer(keras.layers.Layer):
+    """Modulated normalisation and a projection that starts at zero."""
+
+    def __init__(self, hidden_size: int, out_dim: int):
+        super().__init__(dtype=floatx())
+        self.linear = zeros(hidden_size, out_dim)
+        self.adaLN_modulation = [silu, zeros(hidden_size, 2 * hidden_size)]
+
+    def call(self, x: Array, t: Array) -> Array:
+        """x [B,H,D], t [B,D] -> [B,H,O]"""
+        shift, scale = tf.split(run(self.adaLN_modulation, t)[:, None], 2, axis=-1)
+        return self.linear(normal(x) * (1 + scale) + shift)
+
+
+class DiT1d(keras.layers.Layer):
+    """A transformer over H states.
+
+    Args:
+        in_dim: O.
+        emb_dim: E, a multiple of 8.
+        d_model, n_heads, depth: D, heads, blocks.
+        standard_residual: see `DiTBlock`.
+    """
+
+    def __init__(
+        self, in_dim: int, emb_dim: int, d_model: int, n_heads: int, depth: int, standard_residual: bool = False
+    ):
+        super().__init__(dtype=floatx())
+        self.d_model = d_model
+        self.map_noise = FourierEmbedding(emb_dim)
+        self.x_proj = xavier(Linear(in_dim, d_model))
+        self.map_emb = [gaussian(emb_dim, d_model), mish, gaussian(d_model, d_model), mish]
+        self.blocks = [DiTBlock(d_model, n_heads, standard_residual) for _ in range(depth)]
+        self.final_layer = FinalLayer(d_model, in_dim)
+
+    def call(self, x: Array, t: Array, condition: Array | None = None) -> Array:
+        """x [B,H,O], t [B] in [0, 1], condition [B,E] (None: zeros) -> [B,H,O]"""
+        embedded = self.map_noise(t)
+        embedded = run(self.map_emb, embedded if condition is None else embedded + condition)
+        x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model), x.dtype)
+        for block in self.blocks:
+            x = block(x, embedded)
+        return self.final_layer(x, embedded)
+
+
+class Perceptron(keras.layers.Layer):
+    """Linear layers with LeakyReLU (slope 0.01) between them."""
+
+    def __init__(self, dims: Sequence[int]):
+        super().__init__(dtype=floatx())
+        hidden = [[Linear(a, b), leaky_relu] for a, b in zip(dims[:-2], dims[1:-1], strict=True)]
+        self.mlp = [*hidden, Linear(*dims[-2:])]
+
+    def call(self, x: Array) -> Array:
+        for layer in self.mlp[:-1]:
+            x = run(layer, x)
+        return self.mlp[-1](x)
+
+
+def leaky_relu(x: Array) -> Array:
+    return tf.maximum(x, 0.01 * x)
+
+
+class ReturnCondition(keras.layers.Layer):
+    """Embeds the return that is wanted of a plan; samples may be left without, which trains the unconditional model.
+
+    Args:
+        in_dim, out_dim, hidden_dims: of the perceptron.
+        dropout: share of samples that training leaves without.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, hidden_dims: Sequence[int], dropout: float = 0.25):
+        super().__init__(dtype=floatx())
+        self.dropout = dropout
+        self.mlp = Perceptron([in_dim, *hidden_dims, out_dim])
+
+    def keep(self, uniform: Array) -> Array:
+        """Which samples keep their condition, [B] of 0 and 1, by draws [B] in [0, 1)."""
+        return tf.cast(uniform > self.dropout, uniform.dtype)
+
+    def call(self, condition: Array, keep: Array | None = None) -> Array:
+        """condition [B,in], keep [B] (None: all) -> [B,out]"""
+        embedded = self.mlp(condition)
+        return embedded if keep is None else embedded * keep[:, None]
+
+
+class ConditionalDiT(keras.layers.Layer):
+    """The network of one level: transformer and return embedding. Arguments: `DiT1d`."""
+
+    def __init__(self, in_dim: int, emb_dim: int, **transformer: Any):
+        super().__init__(dtype=floatx())
+        self.diffusion = DiT1d(in_dim, emb_dim, **transformer)
+        self.condition = ReturnCondition(1, emb_dim, [emb_dim])
+
+    def call(self, x: Array, t: Array, condition: Array | None = None, keep: Array | None = None) -> Array:
+        """x [B,H,O], t [B], condition [B,1] or None, keep [B] -> [B,H,O]"""
+        return self.diffusion(x, t, None if condition is None else self.condition(condition, keep))

@@ -1,0 +1,45 @@
+"""Values of states and of actions for implicit Q-learning (Kostrikov et al. 2022), as DiffuserLite has them."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.networks.dit import run
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, mish
+
+
+def perceptron(in_dim: int, hidden_dim: int) -> list:
+    """Two hidden layers with LayerNorm and Mish, one output."""
+    first = [Linear(in_dim, hidden_dim), LayerNorm(hidden_dim), mish]
+    return [*first, Linear(hidden_dim, hidden_dim), LayerNorm(hidden_dim), mish, Linear(hidden_dim, 1)]
+
+
+class TwinQ(keras.layers.Layer):
+    """Two action values."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256):
+        super().__init__(dtype=floatx())
+        self.Q1 = perceptron(obs_dim + act_dim, hidden_dim)
+        self.Q2 = perceptron(obs_dim + act_dim, hidden_dim)
+
+    def both(self, obs: Array, act: Array) -> tuple[Array, Array]:
+        """obs [B,O], act [B,A] -> two of [B,1]"""
+        x = tf.concat([obs, act], axis=-1)
+        return run(self.Q1, x), run(self.Q2, x)
+
+    def call(self, obs: Array, act: Array) -> Array:
+        """The smaller one, [B,1]."""
+        return tf.minimum(*self.both(obs, act))
+
+
+class StateValue(keras.layers.Layer):
+    """The value of a state."""
+
+    def __init__(self, obs_dim: int, hidden_dim: int = 256):
+        super().__init__(dtype=floatx())
+        self.V = perceptron(obs_dim, hidden_dim)
+
+    def call(self, obs: Array) -> Array:
+        """[...,O] -> [...,1]"""
+        return run(self.V, obs)
