@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import mujoco
@@ -12,40 +11,10 @@ import numpy as np
 import robosuite
 
 from robomimic.envs.env_base import EnvType
+from robomimic.envs.quick_step import quick
 from robomimic.utils import obs_utils
 
 Observation = dict[str, np.ndarray]
-
-
-@contextlib.contextmanager
-def _once_a_substep(sim: Any) -> Iterator[None]:
-    """Inside, robosuite's `sim` computes what follows from a state once.
-
-    robosuite's step asks for it before the controllers, in each controller, and again by advancing: three or four times
-    the same numbers, 25 times an action. Here the first request of a substep computes what depends on positions and
-    velocities (all that controllers read), advancing computes the rest, and requests between are answered already.
-    """
-    model, data = sim.model._model, sim.data._data
-    ready = False
-
-    def forward() -> None:
-        nonlocal ready
-        if not ready:
-            mujoco.mj_step1(model, data)
-        ready = True
-
-    def step(with_udd: bool = True) -> None:
-        nonlocal ready
-        (mujoco.mj_step2 if ready else mujoco.mj_step)(model, data)
-        ready = False
-
-    mujoco.mj_forward(model, data)  # with forces and accelerations: what robots remember of an action's first substep
-    ready = True
-    sim.forward, sim.step = forward, step
-    try:
-        yield
-    finally:
-        del sim.forward, sim.step
 
 
 class EnvRobosuite:
@@ -90,7 +59,7 @@ class EnvRobosuite:
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, dict[str, Any]]:
         """observation, reward, done (always false), info after one action [A] in [-1, 1]."""
-        with _once_a_substep(self.env.sim):
+        with quick(self.env):
             raw, reward, _, info = self.env.step(action)
         return self.get_observation(raw), reward, self.is_done(), info
 
