@@ -27,7 +27,7 @@ def main() -> int:
         metadata["config"] = {k: v for k, v in metadata.get("config", {}).items() if k not in here}
         save_checkpoint(arguments.output, tensors, metadata)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{arguments.output}: {len(tensors)} tensors, {sum(t.size for t in tensors.values())} parameters")
     return 0
