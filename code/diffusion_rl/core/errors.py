@@ -21,7 +21,8 @@ class Interrupted(KeyboardInterrupt):
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command line; the status that its process ends with.
 
-    A UserError is one line on stderr and 2, or a traceback under `HYDRA_FULL_ERROR=1`; an interruption is one line, 130.
+    A UserError is one line on stderr and 2, or a traceback under `HYDRA_FULL_ERROR=1`; an interruption
+    one line and 130.
     """
     try:
         return command() or 0

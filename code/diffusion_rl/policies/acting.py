@@ -54,7 +54,7 @@ class SingleStepActor(abc.ABC):
         self.policy = policy
         self._decide = tf.function(self.decisions)
 
-    def weights_changed(self) -> None:
+    def weights_changed(self) -> None:  # noqa: B027 - not abstract: doing nothing is right
         """To be called after every change of the weights; nothing is kept between decisions here."""
 
     @abc.abstractmethod
