@@ -54,7 +54,10 @@ class AgentHistoryEnv:
     def step(self, actions: np.ndarray) -> StepResult:
         """Execute chunks [E,Ta,N*A] of normalised actions, or of logits."""
         chosen = self.choose(actions)
-        result = self.venv.step(chosen if self.discrete else self.normalizer.unnormalize_actions(chosen))
+        executed_as = chosen if self.discrete else self.normalizer.unnormalize_actions(chosen)
+        if not self.discrete:
+            chosen = self.normalizer.normalize_actions(executed_as)  # the past holds what could be done, as the data do
+        result = self.venv.step(executed_as)
         executed, frames = result.infos["executed_steps"], result.infos["full_observations"]["state"]
         self.legal = result.infos.get("legal_actions")
         for t in range(actions.shape[1]):

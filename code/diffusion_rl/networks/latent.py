@@ -154,9 +154,10 @@ class TrajectoryEncoder(keras.layers.Layer):
 
 
 class BackboneLayer(keras.layers.Layer):
-    """x -> ReLU(Linear(ReLU(Linear(x)) + Linear(ReLU(t)))); with attention among the agents first, both added and normed.
+    """x -> ReLU(Linear(ReLU(Linear(x)) + Linear(ReLU(t)))).
 
-    A single agent has nobody to attend to: there attention is left out, the residuals and norms stay.
+    With attention among the agents before it, both are added to their inputs and normalised. A single agent has nobody
+    to attend to: there attention is left out, the residuals and norms stay.
     """
 
     def __init__(self, dim: int, time_dim: int, attention: bool, heads: int = 4):
@@ -228,7 +229,7 @@ class LatentDenoiser(keras.layers.Layer):
 
     cond is {"state": [B,To,N*(A+O)]}, agent by agent its action and observation, or what `encode` made of it. With
     "returns" [B,1] and "keep" [B,1] in it (training), the noise is that for these returns; otherwise, if returns are an
-    input at all, it is guided without a classifier (Ho & Salimans 2022): unconditional + w (conditional - unconditional).
+    input at all, it is guided without a classifier (Ho & Salimans 2022): free + w (told - free).
 
     Args:
         encoder, backbone: shared by the agents.
