@@ -17,7 +17,7 @@ from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.networks.layers import Array, variables_of
 
-KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
+KEEP, COPY = 1.0, 0.0  # decays that leave the averaged weights alone, or make a copy of the weights
 
 
 class LatentTrainer:
@@ -40,18 +40,17 @@ class LatentTrainer:
 
     def compile(self) -> None:
         """(Re)build the compiled functions; needed again when stage 3 begins, which trains less."""
-        algorithm = self.algorithm
-        self._vae = tf.function(lambda batches, draws: self._many(self._vae_step, batches, draws))
-        self._offline = tf.function(
-            lambda batches, draws, average: self._many(self._offline_step, batches, draws, average),
-            reduce_retracing=True,
-        )
-        self._online = tf.function(self._online_step)
-        self._values = tf.function(
-            lambda state: tf.reshape(algorithm.policy.critic({"state": state}), [-1]), reduce_retracing=True
-        )
-        self._decode = tf.function(algorithm.decode)
-        self._reduce = tf.function(self._reduced)
+        critic = self.algorithm.policy.critic
+
+        def compiled(function: Any) -> Any:  # nothing here needs autograph, which takes its time
+            return tf.function(function, autograph=False, reduce_retracing=True)
+
+        self._vae = compiled(lambda *inputs: self._many(self._vae_step, *inputs))
+        self._offline = compiled(lambda *inputs: self._many(self._offline_step, *inputs))
+        self._online = compiled(self._online_step)
+        self._values = compiled(lambda state: tf.reshape(critic({"state": state}), [-1]))
+        self._decode = compiled(self.algorithm.decode)
+        self._reduce = compiled(self._reduced)
         self._names: dict[str, list[str]] = {}  # of what a step returns, known once it has been traced
 
     # ---------- stages 0 to 2 ----------
@@ -60,17 +59,18 @@ class LatentTrainer:
         """n steps of the VAE alone; every array has a leading axis n. Returns losses by name, [n] each."""
         return self._named("vae", self._vae(self._tensors(batches), self._tensors(draws)))
 
-    def offline(self, batches: Batch, draws: Draws, average: np.ndarray) -> dict[str, np.ndarray]:
-        """n steps on L_off (and of Q); `average` [n] of KEEP, COPY, AVERAGE. Returns losses by name, [n] each."""
-        given = self._tensors(batches), self._tensors(draws), tf.constant(average, tf.int32)
+    def offline(self, batches: Batch, draws: Draws, decays: np.ndarray) -> dict[str, np.ndarray]:
+        """n steps on L_off (and of Q); `decays` [n] of the averaged weights. Returns losses by name, [n] each."""
+        given = self._tensors(batches), self._tensors(draws), tf.constant(decays, self.algorithm.dtype)
         return self._named("offline", self._offline(*given))
 
     def _many(self, step: Any, *inputs: Any) -> Array:
+        def one(i: Array, found: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
+            return i + 1, found.write(i, step(*(_at(given, i) for given in inputs)))
+
         n = tf.shape(inputs[0].state)[0]
         found = tf.TensorArray(self.algorithm.dtype, size=n)
-        for i in tf.range(n):
-            found = found.write(i, step(*(_at(given, i) for given in inputs)))
-        return found.stack()
+        return tf.while_loop(lambda i, _: i < n, one, (0, found), parallel_iterations=1)[1].stack()
 
     def _vae_step(self, batch: Batch, draws: Draws) -> Array:
         a = self.algorithm
@@ -80,7 +80,7 @@ class LatentTrainer:
         self._apply({"vae": tape.gradient(loss, self.optimizers["vae"].variables)})
         return self._stacked("vae", {"vae_loss": loss, "vae_recon_loss": recon, "vae_kl_loss": kl})
 
-    def _offline_step(self, batch: Batch, draws: Draws, average: Array) -> Array:
+    def _offline_step(self, batch: Batch, draws: Draws, decay: Array) -> Array:
         a = self.algorithm
         names = ["network"] if a.settings["freeze_vae"] or a.online else ["network", "vae"]
         with tf.GradientTape() as tape:
@@ -89,7 +89,7 @@ class LatentTrainer:
         self._apply(dict(zip(names, grads, strict=True)))
         if a.settings["offline_rl"]:
             parts["q_loss"] = self._q_step(batch, draws)
-        self._average(average)
+        self._average(decay)
         return self._stacked("offline", {"loss": loss, **parts})
 
     def _q_step(self, batch: Batch, draws: Draws) -> Array:
@@ -110,15 +110,10 @@ class LatentTrainer:
             self.optimizers[name].apply(clipped[:count])
             clipped = clipped[count:]
 
-    def _average(self, average: Array) -> None:
-        a, pairs = self.algorithm, []
-        pairs = list(zip(variables_of(a.ema), variables_of(a.policy.actor_ft), strict=True))
-        if average == COPY:
-            for mean, variable in pairs:
-                mean.assign(variable)
-        elif average == AVERAGE:
-            for mean, variable in pairs:
-                mean.assign(ema_update(mean, variable, a.settings["ema_decay"]))
+    def _average(self, decay: Array) -> None:
+        a = self.algorithm
+        for mean, variable in zip(variables_of(a.ema), variables_of(a.policy.actor_ft), strict=True):
+            mean.assign(ema_update(mean, variable, decay))
 
     # ---------- stage 3 ----------
 
@@ -127,13 +122,13 @@ class LatentTrainer:
         self.data = {name: tf.constant(array, self.algorithm.dtype) for name, array in rollout.items()}
         self.data["old_log_prob"] = self._reduce(self.data.pop("log_probs"))
 
-    def online(self, items: np.ndarray, batch: Batch | None, draws: Draws | None, average: int) -> dict[str, float]:
+    def online(self, items: np.ndarray, batch: Batch | None, draws: Draws | None, decay: float) -> dict[str, float]:
         """One step on L of the samples `items` [b]; batch and draws are of L_off, None where its weight is zero."""
         given = [None if each is None else self._tensors(each) for each in (batch, draws)]
-        found = self._online(tf.constant(items, tf.int32), self.data, *given, tf.constant(average))
+        found = self._online(tf.constant(items, tf.int32), self.data, *given, tf.constant(decay, self.algorithm.dtype))
         return dict(zip(self._names["online"], found.numpy().tolist(), strict=True))
 
-    def _online_step(self, items: Array, data: dict[str, Array], batch: Any, draws: Any, average: Array) -> Array:
+    def _online_step(self, items: Array, data: dict[str, Array], batch: Any, draws: Any, decay: Array) -> Array:
         a, s = self.algorithm, self.algorithm.settings
         network, critic = self.optimizers["online"], self.optimizers["critic"]
         with tf.GradientTape() as tape:
@@ -146,7 +141,7 @@ class LatentTrainer:
         grads = tape.gradient(loss, [network.variables, critic.variables])
         self._apply({"online": grads[0]})
         self._apply({"critic": grads[1]})
-        self._average(average)
+        self._average(decay)
         return self._stacked("online", {"loss": loss, **watched})
 
     def values(self, state: np.ndarray) -> np.ndarray:

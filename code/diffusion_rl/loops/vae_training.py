@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.algorithms.vae_diffusion_rl import Batch, Draws, LatentDiffusionRL
-from diffusion_rl.algorithms.vae_diffusion_trainer import AVERAGE, COPY, KEEP, LatentTrainer
+from diffusion_rl.algorithms.vae_diffusion_trainer import COPY, KEEP, LatentTrainer
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.returns import gae
@@ -116,15 +116,16 @@ class VAEDiffusionTraining:
         count = min(STEPS_PER_CALL, *(stop - self.step for stop in stops if stop > self.step))
         if not (self.algorithm.online and not cfg["offline_rl_weight"]):
             batches, draws = self._draw(count)
-            average = np.array([self._average(self.step + i) for i in range(count)])
-            self._note(self.trainer.offline(batches, draws, average))
+            decays = np.array([self._decay(self.step + i) for i in range(count)])
+            self._note(self.trainer.offline(batches, draws, decays))
         return count
 
-    def _average(self, step: int) -> int:
-        """What the average does after that step: while stage 1 is young it is a copy."""
+    def _decay(self, step: int) -> float:
+        """Of the averaged weights after that step: while stage 1 is young they are a copy."""
         if step % int(self.cfg["update_ema_every"]):
             return KEEP
-        return COPY if step < int(self.cfg["step_start_ema"]) and not self.algorithm.online else AVERAGE
+        young = step < int(self.cfg["step_start_ema"]) and not self.algorithm.online
+        return COPY if young else float(self.cfg["ema_decay"])
 
     def _note(self, losses: Mapping[str, Any]) -> None:
         for name, values in losses.items():
@@ -237,7 +238,7 @@ class VAEDiffusionTraining:
             self.order = self.noise.permutation(samples)
         items, self.order = self.order[:size], self.order[size:]
         batch, draws = self._draw_one() if cfg["offline_rl_weight"] else (None, None)
-        found = self.trainer.online(items, batch, draws, self._average(self.step))
+        found = self.trainer.online(items, batch, draws, self._decay(self.step))
         if cfg["target_kl"] is not None and found["approx_kl"] > float(cfg["target_kl"]):
             self.stopped = True
         return found
