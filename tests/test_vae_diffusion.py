@@ -6,6 +6,7 @@ Shapes: N agents, O observation, A action, H planned actions, Z latent.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,14 @@ import tensorflow as tf
 
 from diffusion_rl import vae_app
 from diffusion_rl.algorithms.vae_diffusion_rl import Batch, Draws, LatentDiffusionRL, Sizes
-from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.agent_windows import AgentEpisodes, AgentNormalizer, VAESequenceDataset
 from diffusion_rl.data.episodes import Episodes
+from diffusion_rl.data.sources import agents
 from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv, controller
+from diffusion_rl.loops import mpe_data
 from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.run_state import load_checkpoint
 from diffusion_rl.loops.toy_agent_data import toy_data
@@ -317,6 +320,67 @@ def test_the_toy_task_rewards_going_straight():
     assert mean_return(1.0, 0.0) > mean_return(0.4, 0.6) + 5 > mean_return(0.0, 0.0) + 5
 
 
+# ---------- published layouts ----------
+
+
+def save(folder, **arrays):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def test_smac_files_are_read_and_checked(tmp_path):
+    folder = tmp_path / "smac" / "3m" / "Good"
+    actions = np.array([[0, 2], [1, 1], [2, 0]])
+    arrays = {"obs": RNG.normal((3, 2, 5)), "legals": np.ones((3, 2, 4)), "actions": actions}
+    save(folder, rewards=np.array([[1.0, 3.0]] * 3), path_lengths=np.array([1, 2]), **arrays)
+    data = agents.load("smac", "3m-Good", str(tmp_path), 2)
+    assert (data.n_agents, data.obs_dim, data.action_dim, data.discrete) == (2, 5, 4, True)
+    assert data.episodes.actions.reshape(3, 2, 4).argmax(-1).tolist() == actions.tolist()
+    assert data.episodes.rewards.tolist() == [2, 2, 2] and data.episodes.terminals.tolist() == [True, False, False]
+    save(folder, path_lengths=np.array([1, 1]))
+    with pytest.raises(UserError, match=r"path_lengths add up to 2; obs \[3, 2, 5\]"):
+        agents.load("smac", "3m-Good", str(tmp_path), 2)
+    save(folder, legals=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="legals.npy is no npy file of numbers"):
+        agents.load("smac", "3m-Good", str(tmp_path), 2)
+    with pytest.raises(UserError, match="3m/Poor is no folder"):
+        agents.load("smac", "3m-Poor", str(tmp_path), 2)
+
+
+def test_mpe_files_are_read(tmp_path):
+    for seed in (0, 1):
+        fields = {"obs": np.full((4, 3), seed), "acs": np.ones((4, 2)), "rews": np.ones(4), "dones": np.zeros(4)}
+        arrays = {
+            f"{key}_{agent}": array + agent for key, array in fields.items() if key != "dones" for agent in (0, 1)
+        }
+        save(tmp_path / "mpe/simple_spread/expert" / f"seed_{seed}_data", dones_0=fields["dones"], **arrays)
+        save(tmp_path / "mpe/simple_spread/expert" / f"seed_{seed}_data", dones_1=fields["dones"])
+    data = agents.load("mpe", "simple_spread-expert", str(tmp_path), 2)
+    assert data.episodes.traj_lengths.tolist() == [2] * 4 and (data.n_agents, data.obs_dim, data.action_dim) == (
+        2,
+        3,
+        2,
+    )
+    assert data.episodes.states[4].tolist() == [1, 1, 1, 2, 2, 2] and data.episodes.rewards[0] == 1.5
+
+
+def test_simple_spread_is_made_and_learned_from(tmp_path, capsys):
+    pytest.importorskip("mpe2")
+    for quality in ("medium", "expert"):
+        mpe_data.main(["--quality", quality, "--episodes", "4", "--data_dir", str(tmp_path)])
+    medium, expert = (float(line.split("mean return ")[1].split()[0]) for line in capsys.readouterr().out.splitlines())
+    assert expert > medium
+    data = agents.load("mpe", "simple_spread-expert", str(tmp_path), 25)
+    assert data.episodes.states.shape == (100, 54) and data.episodes.actions.shape == (100, 15)
+    sizes, normalizer = Sizes(3, 18, 5, 2, 3), AgentNormalizer.fit(data, "CDFNormalizer")
+    cfg = settings(env_type="mpe", dataset="simple_spread-expert", act_steps=2)
+    env = vae_app.environment(cfg, sizes, normalizer, 2, 0)
+    seen = [env.reset()] + [env.step(RNG.uniform((2, 2, 15), -1, 1)) for _ in range(13)]
+    assert seen[-1].truncated.all() and seen[-1].infos["executed_steps"].tolist() == [1, 1]
+    assert seen[-1].infos["agent_rewards"].shape == (2, 3)
+
+
 # ---------- settings ----------
 
 
@@ -356,7 +420,7 @@ def run(tmp_path, **changes):
 
 
 def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
-    """Interrupted between two collections and resumed, the run ends with the same bits as in one go."""
+    """Killed and resumed, the run ends with the same bits as in one go."""
     options = {"online_training": True, "seed": 1}
     rows, whole = run(tmp_path / "whole", **options)
     trained = [row for row in rows if row["kind"] == "train"]
@@ -370,26 +434,17 @@ def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
     vae_app.evaluate_checkpoint(folder / "checkpoint" / "state_12.safetensors", {}, overwrite=False)
     assert json.loads(result.read_text()) == facts
 
-    stopped = vae_app.training_of(settings(tmp_path / "parts", continue_training=True, **options))
-    log = stopped._log
-
-    def interrupt(folder, seconds):
-        log(folder, seconds)
-        if stopped.step == 8:
-            folder._signal = 15
-
-    stopped._log = interrupt
-    with pytest.raises(Interrupted):
-        stopped.run()
-    _, resumed = run(tmp_path / "parts", continue_training=True, **options)
+    parts = Path(settings(tmp_path / "parts", **options)["logdir"])
+    shutil.copytree(folder, parts)  # as if it had been killed after step 8
+    (parts / "checkpoint" / "state_12.safetensors").unlink()
+    again, resumed = run(tmp_path / "parts", continue_training=True, **options)
+    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
     ours, theirs = (
         load_checkpoint(Path(t.cfg["logdir"]) / "checkpoint" / "state_12.safetensors") for t in (resumed, whole)
     )
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, value in theirs.tensors.items():
         np.testing.assert_array_equal(ours.tensors[name], value, err_msg=name)
-    again, _ = run(tmp_path / "parts", continue_training=True, **options)
-    assert len(again) == len(rows)  # complete: nothing is added
 
 
 def test_a_run_with_everything_that_is_optional(tmp_path):

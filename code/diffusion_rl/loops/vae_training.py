@@ -54,6 +54,9 @@ class VAEDiffusionTraining:
         size = int(cfg["batch_size"]) * int(cfg["gradient_accumulate_every"])
         self.windows = WindowOrder(len(dataset), min(size, len(dataset)), self.noise)
         self.windows.count -= len(dataset) % self.windows.size  # whole batches: one compiled program
+        due = [int(cfg[key]) for key in ("n_train_steps", "log_freq", "save_freq")]
+        due += [int(cfg["rl_warmup_steps"])] if cfg["online_training"] else []
+        self.per_call = _even(math.gcd(*due))  # offline steps; always as many, since every number is compiled anew
         self.step, self.env_steps = 0, 0
         self.actor: DiffusionActor | None = None  # while online
         self.evaluating: DiffusionActor | None = None
@@ -113,7 +116,7 @@ class VAEDiffusionTraining:
         stops = [total] + ([int(cfg["rl_warmup_steps"])] if cfg["online_training"] else [])
         every = ["log_freq", "save_freq"] + (["rl_collect_freq", "rl_update_freq"] if self.algorithm.online else [])
         stops += [(self.step // int(cfg[key]) + 1) * int(cfg[key]) for key in every]
-        count = min(STEPS_PER_CALL, *(stop - self.step for stop in stops if stop > self.step))
+        count = min(self.per_call, *(stop - self.step for stop in stops if stop > self.step))
         if not (self.algorithm.online and not cfg["offline_rl_weight"]):
             batches, draws = self._draw(count)
             decays = np.array([self._decay(self.step + i) for i in range(count)])
@@ -136,11 +139,10 @@ class VAEDiffusionTraining:
     # ---------- stages 0 to 2 ----------
 
     def _pretrain_vae(self, folder: RunFolder) -> None:
-        left = int(self.cfg["vae_pretrain_steps"])
-        while left:
-            count = min(left, STEPS_PER_CALL)
+        steps = int(self.cfg["vae_pretrain_steps"])
+        count = _even(steps)
+        for _ in range(steps // count):
             self._note(self.trainer.pretrain_vae(*self._draw(count)))
-            left -= count
             folder.stop_if_requested()
         if self.sums:
             last = {name: float(np.mean(values[-100:])) for name, values in self.sums.items()}
@@ -349,6 +351,11 @@ def load_weights(algorithm: LatentDiffusionRL, checkpoint: Checkpoint) -> None:
     for name, module in algorithm.modules().items():
         load_state_dict(module, checkpoint.select(f"model.{name}."))
     algorithm.online = bool(checkpoint.metadata["online"])
+
+
+def _even(steps: int) -> int:
+    """The largest number of steps of a call that divides them."""
+    return max(n for n in range(1, STEPS_PER_CALL + 1) if steps % n == 0)
 
 
 def _joined(rows: list[Any]) -> Any:
