@@ -26,7 +26,15 @@ REGISTRY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "evaluator": {"utils.MADEvaluator": {}, "utils.VAEDiffusionEvaluator": {}},
 }
-EVALUATION_KEYS = ("num_eval", "num_envs", "use_ddim_sample", "n_ddim_steps", "condition_guidance_w", "test_ret")
+EVALUATION_KEYS = (
+    "num_eval",
+    "num_envs",
+    "use_ddim_sample",
+    "n_ddim_steps",
+    "condition_guidance_w",
+    "test_ret",
+    "sample_noise_scale",
+)
 
 
 def options(arguments: Sequence[str]) -> Mapping[str, Any]:

@@ -29,7 +29,8 @@ class AgentReturns:
 
 def evaluating_actor(algorithm: LatentDiffusionRL, cfg: Mapping[str, Any]) -> DiffusionActor:
     """Acts with the averaged weights, whatever they become."""
-    return DiffusionActor(algorithm.acting(ddim_steps=int(cfg["n_ddim_steps"]) if cfg["use_ddim_sample"] else None))
+    ddim_steps = int(cfg["n_ddim_steps"]) if cfg["use_ddim_sample"] else None
+    return DiffusionActor(algorithm.acting(ddim_steps=ddim_steps), bool(cfg["fast"]))
 
 
 def evaluate_policy(
@@ -42,7 +43,7 @@ def evaluate_policy(
 
     Seeds and noise depend on `seed` alone: the same weights give the same returns, within training and after it.
     """
-    noise = NoiseSource(int(cfg["seed"]))
+    noise, scale = NoiseSource(int(cfg["seed"])), np.float32(cfg["sample_noise_scale"])
     count, limit, found = int(cfg["num_eval"]), int(cfg["max_path_length"]), list[np.ndarray]()
     won: list[np.ndarray] = []
     while len(found) * venv.n_envs < count:
@@ -51,7 +52,8 @@ def evaluate_policy(
         alive, totals = np.ones(venv.n_envs, bool), np.zeros((venv.n_envs, venv.n_agents))
         wins = np.zeros(venv.n_envs, bool)
         for _ in range(limit):
-            decision = actor.act(seen["state"], actor.draw(noise, venv.n_envs), deterministic=True)
+            draws = scale * actor.draw(noise, venv.n_envs)
+            decision = actor.act(seen["state"], draws, deterministic=True)
             result = venv.step(decode(decision.actions)[:, : venv.act_steps])
             earned = result.infos.get("agent_rewards", np.repeat(result.rewards[:, None], venv.n_agents, axis=1))
             totals += np.where(alive[:, None], earned, 0)

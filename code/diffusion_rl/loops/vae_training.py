@@ -93,6 +93,8 @@ class VAEDiffusionTraining:
                 if self._due("log_freq") or self.step == total:
                     self._log(folder, time.monotonic() - began)
                     began = time.monotonic()
+                    if not self.algorithm.online or self._due("rl_collect_freq"):  # a rollout is not part of the state
+                        folder.remember(self.step, *self.state(), keep=False)
                 if self._due("save_freq") or self.step == total:
                     folder.remember(self.step, *self.state(), keep=True)
                     if cfg["eval_freq"] and (self._due("eval_freq") or self.step == total):
@@ -176,7 +178,7 @@ class VAEDiffusionTraining:
         assert self.venv is not None
         cfg, trainer = self.cfg, self.trainer
         if self.actor is None:
-            self.actor = DiffusionActor(self.algorithm.acting(self.algorithm.policy.actor_ft))
+            self.actor = DiffusionActor(self.algorithm.acting(self.algorithm.policy.actor_ft), bool(cfg["fast"]))
         self.actor.weights_changed()
         if self.observations is None:
             self.observations = self.venv.reset()
