@@ -421,7 +421,7 @@ def run(tmp_path, **changes):
 
 def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
     """Killed and resumed, the run ends with the same bits as in one go."""
-    options = {"online_training": True, "seed": 1, "backbone": "mlp", "fast": False}
+    options = {"online_training": True, "seed": 1, "backbone": "mlp", "fast": False, "rl_update_freq": 1}
     rows, whole = run(tmp_path / "whole", **options)
     trained = [row for row in rows if row["kind"] == "train"]
     assert set(METRICS) <= set(trained[-1]) and trained[-1]["policy_loss"] is not None
@@ -458,6 +458,7 @@ def test_a_run_with_everything_that_is_optional(tmp_path):
         use_ddim_sample=True,
         online_training=True,
         use_value_function=False,
+        offline_rl_weight=0.0,
         reward_scale_running=True,
         ft_denoising_steps=3,
         target_kl=0.0,
@@ -467,6 +468,7 @@ def test_a_run_with_everything_that_is_optional(tmp_path):
         n_train_steps=8,
         eval_freq=8,
     )
-    last = [row for row in rows if row["kind"] == "train"][-1]
-    assert all(np.isfinite(last[key]) for key in (*METRICS, "q_loss", "bc_loss", "entropy"))
+    offline, online = (row for row in rows if row["kind"] == "train")
+    assert all(np.isfinite(offline[key]) for key in (*METRICS[:-1], "q_loss", "bc_loss"))
+    assert all(np.isfinite(online[key]) for key in ("loss", "policy_loss", "value_loss", "entropy"))
     assert (Path(training.cfg["logdir"]) / "results" / "step_8-ep_3-ddim-cg_1.2.json").is_file()

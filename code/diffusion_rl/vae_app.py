@@ -193,9 +193,14 @@ def evaluate(arguments: Sequence[str]) -> None:
 def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool) -> Path:
     """Evaluate a checkpoint as its training would, except for `changes`; returns the path of the JSON."""
     from diffusion_rl.algorithms.vae_diffusion_rl import LatentDiffusionRL, Sizes
-    from diffusion_rl.algorithms.vae_diffusion_trainer import LatentTrainer
     from diffusion_rl.data.agent_windows import AgentNormalizer
-    from diffusion_rl.loops.agent_evaluation import evaluate_policy, evaluating_actor, result_path, write_result
+    from diffusion_rl.loops.agent_evaluation import (
+        decoder,
+        evaluate_policy,
+        evaluating_actor,
+        result_path,
+        write_result,
+    )
     from diffusion_rl.loops.run_state import load_checkpoint, require_kind
     from diffusion_rl.loops.vae_training import load_weights
 
@@ -213,7 +218,7 @@ def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool)
     load_weights(algorithm, checkpoint)
     venv = environment(cfg, sizes, normalizer, int(cfg["num_envs"]), int(cfg["seed"]))
     try:
-        found = evaluate_policy(LatentTrainer(algorithm).decode, venv, cfg, evaluating_actor(algorithm, cfg))
+        found = evaluate_policy(decoder(algorithm), venv, cfg, evaluating_actor(algorithm, cfg))
     finally:
         venv.close()
     write_result(folder, step, found, cfg)

@@ -49,7 +49,6 @@ class LatentTrainer:
         self._offline = compiled(lambda *inputs: self._many(self._offline_step, *inputs))
         self._online = compiled(self._online_step)
         self._values = compiled(lambda state: tf.reshape(critic({"state": state}), [-1]))
-        self._decode = compiled(self.algorithm.decode)
         self._reduce = compiled(self._reduced)
         self._names: dict[str, list[str]] = {}  # of what a step returns, known once it has been traced
 
@@ -147,10 +146,6 @@ class LatentTrainer:
     def values(self, state: np.ndarray) -> np.ndarray:
         """Values [M] of states [M,To,...]."""
         return self._values(tf.constant(state, self.algorithm.dtype)).numpy()
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents [B,H,N*Z] as actions or logits [B,H,N*A]."""
-        return self._decode(tf.constant(latents, self.algorithm.dtype)).numpy()
 
     def _reduced(self, log_probs: Array) -> Array:
         """[M,F,H,N*Z] -> [M,F]."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from diffusion_rl.algorithms.vae_diffusion_rl import LatentDiffusionRL
 from diffusion_rl.core.noise import NoiseSource
@@ -25,6 +26,12 @@ class AgentReturns:
     returns: np.ndarray
     by_agent: np.ndarray
     won: np.ndarray | None = None
+
+
+def decoder(algorithm: LatentDiffusionRL) -> Callable[[np.ndarray], np.ndarray]:
+    """Latents [B,H,N*Z] as actions or logits [B,H,N*A]."""
+    compiled = tf.function(algorithm.decode, autograph=False, reduce_retracing=True)
+    return lambda latents: compiled(tf.constant(latents, algorithm.dtype)).numpy()
 
 
 def evaluating_actor(algorithm: LatentDiffusionRL, cfg: Mapping[str, Any]) -> DiffusionActor:

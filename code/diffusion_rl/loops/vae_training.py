@@ -17,7 +17,7 @@ from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.data.agent_windows import VAESequenceDataset
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.agent_evaluation import evaluate_policy, evaluating_actor, write_result
+from diffusion_rl.loops.agent_evaluation import decoder, evaluate_policy, evaluating_actor, write_result
 from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.diffuser_training import WindowOrder
 from diffusion_rl.loops.rollout import Rollout, RunningEpisodes, collect
@@ -60,6 +60,7 @@ class VAEDiffusionTraining:
         self.step, self.env_steps = 0, 0
         self.actor: DiffusionActor | None = None  # while online
         self.evaluating: DiffusionActor | None = None
+        self.decode = decoder(algorithm)
         self.scaler = RunningRewardScaler(int(cfg["rl_num_envs"])) if cfg["reward_scale_running"] else None
         self.observations: dict[str, np.ndarray] | None = None
         self.firsts = np.ones(int(cfg["rl_num_envs"]))
@@ -176,7 +177,7 @@ class VAEDiffusionTraining:
     def _collect(self, folder: RunFolder) -> None:
         """Act with the policy under training, whose log-probabilities the ratio of the updates begins from."""
         assert self.venv is not None
-        cfg, trainer = self.cfg, self.trainer
+        cfg = self.cfg
         if self.actor is None:
             self.actor = DiffusionActor(self.algorithm.acting(self.algorithm.policy.actor_ft), bool(cfg["fast"]))
         self.actor.weights_changed()
@@ -186,7 +187,7 @@ class VAEDiffusionTraining:
 
         def decide(seen: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             decision = actor.act(seen["state"], actor.draw(self.noise, len(seen["state"])), deterministic=False)
-            return trainer.decode(decision.actions), {"chains": decision.chains, "log_probs": decision.log_probs}
+            return self.decode(decision.actions), {"chains": decision.chains, "log_probs": decision.log_probs}
 
         def store(seen: dict[str, np.ndarray], actions: np.ndarray, result: Any) -> None:
             finals.append((result.truncated & ~result.terminated, result.infos["final_observations"]["state"]))
@@ -266,7 +267,7 @@ class VAEDiffusionTraining:
         if self.evaluating is None:
             self.evaluating = evaluating_actor(self.algorithm, cfg)
         self.evaluating.weights_changed()
-        found = evaluate_policy(self.trainer.decode, self.eval_venv, cfg, self.evaluating)
+        found = evaluate_policy(self.decode, self.eval_venv, cfg, self.evaluating)
         path = write_result(folder.path, self.step, found, cfg)
         mean = float(np.mean(found.returns))
         row = {"itr": self.step, "kind": "eval", "env_steps": self.env_steps, "episode_return": mean}
