@@ -60,7 +60,7 @@ MIXTURE = {**GAUSSIAN, "_target_": "diffusion_rl.networks.gmm.GMMMLP", "num_mode
 DDIM = {"use_ddim": True, "ddim_steps": 5, "eta": {"_target_": "diffusion_rl.networks.eta.EtaFixed"}}
 DPPO = {
     "_target_": "diffusion_rl.algorithms.dppo.DPPO",
-    **{"horizon_steps": H, "obs_dim": OBS, "action_dim": A, "critic": CRITIC, "denoising_steps": 20},
+    **{"horizon_steps": H, "obs_dim": OBS, "action_dim": A, "critic": CRITIC, "denoising_steps": 10},
     **{"gamma_denoising": 0.99, "clip_ploss_coef": 0.01, "ft_denoising_steps": 4, "randn_clip_value": 3},
 }
 PRE = {
@@ -71,7 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**DPPO, "actor": MLP},
     "mlp ddim": {**DPPO, "actor": {**MLP, "residual_style": True}, **DDIM, "learn_eta": True},
     "pre-trained mlp": {**PRE, "network": {**MLP, "cond_mlp_dims": [8]}},
-    "unet": {**PRE, "network": UNET, "denoising_steps": 4},
+    "unet": {**PRE, "network": UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
     "image mlp": {**DPPO, "actor": VISION, **DDIM},
     "image unet": {**PRE, "network": VISION_UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
     "gaussian": {

@@ -77,8 +77,10 @@ class DeployedPolicy(tf.Module):
             for name, shape in observations.items()
         }
         noise = {name: tf.TensorSpec(shape, tf.float32, name) for name, shape in noise_shapes(policy, batch).items()}
-        self.act = tf.function(self._act, input_signature=[specs]).get_concrete_function()
-        self.act_with_noise = tf.function(self._act_with_noise, input_signature=[specs, noise]).get_concrete_function()
+        self.act = tf.function(self._act, input_signature=[specs], autograph=False).get_concrete_function()
+        self.act_with_noise = tf.function(
+            self._act_with_noise, input_signature=[specs, noise], autograph=False
+        ).get_concrete_function()
         # What the programs read must hang on this object to be saved with it; critics, for one, need not.
         self.weights = list({id(v): v for f in (self.act, self.act_with_noise) for v in f.variables}.values())
 
