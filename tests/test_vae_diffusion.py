@@ -399,6 +399,17 @@ def test_settings_come_from_names_and_keys_that_are_known():
     assert cfg["online_training"] and cfg["logdir"] == "logs/vae_diffusion_rl/toy/h_2/3"
     with pytest.raises(UserError, match="did you mean batch_size"):
         vae_app.settings({"batchsize": 3})
+    for key, value in (
+        ("batch_size", "many"),
+        ("batch_size", 1.5),
+        ("freeze_vae", 1),
+        ("horizon", True),
+        ("seed", None),
+    ):
+        with pytest.raises(UserError, match=f"{key}: {value!r} is no"):
+            vae_app.settings({key: value})
+    found = vae_app.settings({"returns_scale": 20, "latent_clip": None, "n_train_steps": 1e6})
+    assert found["n_train_steps"] == 1_000_000 and isinstance(found["n_train_steps"], int)
     with pytest.raises(UserError, match="diffusion 'os.system' is unknown"):
         settings(diffusion="os.system")
     with pytest.raises(UserError, match="job_name: {nothing}"):

@@ -26,6 +26,8 @@ REGISTRY: dict[str, dict[str, dict[str, Any]]] = {
     },
     "evaluator": {"utils.MADEvaluator": {}, "utils.VAEDiffusionEvaluator": {}},
 }
+KINDS = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+NULLABLE = ("latent_clip",)  # though their defaults are not null
 EVALUATION_KEYS = (
     "num_eval",
     "num_envs",
@@ -54,10 +56,11 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
         UserError: an unknown key, or a class name that is not registered.
     """
     defaults = read_spec(CONFIG_ROOT / "planning" / "vae_diffusion_rl.yaml")
-    for key in variant:
+    cfg = dict(defaults)
+    for key, value in variant.items():
         if key not in defaults and key not in META_KEYS:
             raise UserError(unknown_key(key, defaults))
-    cfg = {**defaults, **variant}
+        cfg[key] = _checked(key, value, defaults.get(key))
     for kind, classes in REGISTRY.items():
         if cfg[kind] not in classes:
             raise UserError(f"{kind} {cfg[kind]!r} is unknown: choose one of {', '.join(classes)}")
@@ -68,6 +71,18 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     cfg["resume"] = "auto" if cfg["continue_training"] else "never"
     cfg["name"], cfg["env_name"] = job.replace("/", "_"), cfg["dataset"]
     return cfg
+
+
+def _checked(key: str, value: Any, default: Any) -> Any:
+    """The value, if it is of its default's kind; 1e6 is a whole number as well. Raises UserError."""
+    if default is None or (value is None and key in NULLABLE):
+        return value
+    if type(default) is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    wanted = (int, float) if type(default) is float else type(default)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and type(default) is not bool):
+        raise UserError(f"{key}: {value!r} is no {KINDS[type(default)]}")
+    return value
 
 
 def job_name(template: str, cfg: Mapping[str, Any]) -> str:
@@ -178,9 +193,15 @@ def training_of(cfg: dict[str, Any]) -> Any:
 def evaluate(arguments: Sequence[str]) -> None:
     """`script/evaluate_experiment.py`: checkpoints of a finished run, `log_dir` and `load_steps` of the YAML."""
     given = dict(options(arguments))
+    known = (*EVALUATION_KEYS, "log_dir", "load_steps", "overwrite", "evaluator", *META_KEYS)
+    for key in given:
+        if key not in known:
+            raise UserError(unknown_key(key, known))
+    if missing := [key for key in ("log_dir", "load_steps") if given.get(key) is None]:
+        raise UserError(f"an evaluation needs {missing[0]}")
     _start_tensorflow()
     folder, overwrite = Path(given["log_dir"]), bool(given.get("overwrite", False))
-    steps = given.get("load_steps")
+    steps = given["load_steps"]
     steps = steps if isinstance(steps, list) else [steps]
     for step in steps:
         path = folder / "checkpoint" / f"state_{step}.safetensors"
