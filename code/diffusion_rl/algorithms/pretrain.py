@@ -58,13 +58,7 @@ class PreTrainer:
         self.ent_coef = float(train.get("ent_coef", 0))
         self.ema_network = clone(policy.network)
         self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
-        s = train["lr_scheduler"]
-        self.schedule = CosineWarmupRestarts(
-            first_cycle_steps=s["first_cycle_steps"],
-            max_lr=train["learning_rate"],
-            min_lr=s["min_lr"],
-            warmup_steps=s["warmup_steps"],
-        )
+        self.schedule = CosineWarmupRestarts.of(train, rate="learning_rate")
         self.optimizer = AdamW(self.variables, self.schedule.lr, train["weight_decay"])
         self.data = (
             tf.constant(states, policy.dtype),
