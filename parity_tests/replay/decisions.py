@@ -11,6 +11,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.data.episodes import Episodes, split_episodes
+from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
 from parity_tests.replay.build import build
@@ -145,6 +146,13 @@ def _an_end_at_the_time_limit_is_an_end() -> None:
     np.testing.assert_array_equal(data.rewards, [0, 0, 0, -5])
 
 
+def _a_kitchen_item_is_there() -> None:
+    flat = {"observations": np.eye(9, 2), "actions": np.zeros((9, 1)), "rewards": np.zeros(9)}
+    flat |= {"terminals": np.zeros(9, bool), "timeouts": np.arange(9) == 8}
+    data = PlanDataset(flat, "kitchen", [4, 2], 0.99, longest=20)
+    assert data.states[data.rows(0)[data.at(np.array([0]))[0]]].shape == (1, 4, 2)
+
+
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
@@ -160,4 +168,6 @@ UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_ds_terminal_and_timeout": _an_end_at_the_time_limit_is_an_end,  # fixed
     "err_value_H64_m1248": _value_network_of(64, 8, (1, 2, 4, 8)),
     "err_value_H16_m14": _value_network_of(16, 16, (1, 4)),
+    # DiffuserLite
+    "err_ds_kitchen_base_item": _a_kitchen_item_is_there,
 }

@@ -5,8 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from parity_tests.not_implemented import reason_for
-from parity_tests.replay import agents, build, case, custom, decisions, diffuser, diffuser_runs
-from parity_tests.replay import diffuser_lite as _diffuser_lite  # noqa: F401  (adds its classes to Diffuser's)
+from parity_tests.replay import (
+    agents,
+    build,
+    case,
+    custom,
+    decisions,
+    diffuser,
+    diffuser_lite_pipelines,
+    diffuser_lite_runs,
+    diffuser_runs,
+)
 from parity_tests.replay.files import Golden
 
 
@@ -38,6 +47,12 @@ def replay(path: str | Path) -> None:
         return
     if golden.meta.get("runner") in diffuser_runs.RUNNERS:
         diffuser_runs.replay(golden)
+        return
+    if golden.meta.get("runner") == "lite_pipeline":
+        diffuser_lite_pipelines.replay(golden)
+        return
+    if golden.meta.get("runner") in diffuser_lite_runs.RUNNERS:
+        diffuser_lite_runs.RUNNERS[golden.meta["runner"]](golden)
         return
     if diffuser.recognises(golden):
         diffuser.replay(golden)

@@ -91,7 +91,7 @@ class DiffuserTraining:
     def run(self, until: int | None = None) -> None:
         """Train to the end (or up to a step), or to SIGINT or SIGTERM, which saves and raises `Interrupted`."""
         end = self.n_train_steps if until is None else min(until, self.n_train_steps)
-        with _signals() as arrived:
+        with stop_signals() as arrived:
             while self.step < end:
                 count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
                 losses, infos = self._steps(count)
@@ -245,7 +245,7 @@ def _joined(batches: list[MicroBatch]) -> MicroBatch:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
+def stop_signals() -> Iterator[list[str]]:
     """Names of the signals that ask to stop, as they arrive; the second one stops at once."""
     arrived: list[str] = []
 

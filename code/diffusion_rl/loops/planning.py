@@ -24,6 +24,8 @@ REFERENCE_RETURNS = {
     "maze2d-umaze": (23.85, 161.86),
     "maze2d-medium": (13.13, 277.39),
     "maze2d-large": (6.7, 273.99),
+    "kitchen": (0.0, 4.0),
+    "antmaze": (0.0, 1.0),
 }
 
 
