@@ -13,7 +13,7 @@ from diffusion_rl.configs import compose, shipped_configs
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports import compare as comparison
 from diffusion_rl.reports import published
-from diffusion_rl.reports.figures import Run
+from diffusion_rl.reports.figures import Run, read_run
 
 SCRIPT = Path(__file__).resolve().parents[1] / "script" / "make_figures.py"
 DPPO = "hopper-medium-v2_ppo_diffusion_mlp_ta4_td20_tdf10"
@@ -89,18 +89,18 @@ def test_algorithms_by_the_papers_names(name, label):
     assert comparison.algorithm_labels([run_of(name)]) == [label]
 
 
-LABELS = {
-    **{"DPPO": "DPPO", "ExactDPPO": "DPPO (exact)", "DPOER": "DPOER", "RWR": "DRWR", "AWR": "DAWR", "DQL": "DQL"},
-    **{"IDQL": "IDQL", "DIPO": "DIPO", "QSM": "QSM", "DACER": "DACER", "GaussianPPO": "Gaussian PPO", "IBRL": "IBRL"},
-    **{"CalQL": "Cal-QL", "GMMPPO": "GMM PPO"},
-}
-
-
 @pytest.mark.parametrize("config", [name for name in shipped_configs() if "/finetune/" in name])
 def test_every_fine_tuning_run_has_the_label_of_its_algorithm(config):
+    """Runs of the algorithms that have several names in one task keep them: they are different experiments."""
     cfg = compose(config)
-    run = Run(Path(cfg.name), cfg.name, cfg.env_name, "0", [])
-    assert comparison.algorithm_labels([run]) == [LABELS[cfg.model._target_.rpartition(".")[2]]]
+    run = Run(Path(cfg.name), cfg.name, cfg.env_name, "0", [], cfg.model._target_.rpartition(".")[2])
+    assert comparison.algorithm_labels([run]) == [comparison.CLASSES[run.algorithm]]
+
+
+def test_the_class_of_the_model_is_read_from_the_configuration(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"itr": 0, "kind": "eval", "env_steps": 0, "episode_return": 1.0}\n')
+    (tmp_path / "config.yaml").write_text("name: anything\nmodel: {_target_: diffusion_rl.algorithms.dpoer.DPOER}\n")
+    assert comparison.algorithm_labels([read_run(tmp_path)]) == ["DPOER"]
 
 
 def test_both_published_curves_of_dpoer_are_its():

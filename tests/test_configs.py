@@ -37,8 +37,9 @@ def n_parameters(network):
 
 
 @pytest.mark.parametrize("name", shipped_configs())
-def test_keys_and_arguments_are_known(name):
+def test_keys_arguments_and_classes_are_known(name):
     config = composed(name)
+    assert all(find_class(mapping["_target_"]) for _, mapping in targets(config))
     prepared = OmegaConf.to_container(app.prepare(config), resolve=False)
     check_arguments({"model": prepared["model"]})
 
@@ -55,12 +56,6 @@ def test_the_model_builds_with_the_references_number_of_parameters(name):
 
 def test_parameter_counts_are_of_shipped_configurations():
     assert set(PARAMETERS) < set(shipped_configs())
-
-
-@pytest.mark.parametrize("name", shipped_configs())
-def test_every_class_exists(name):
-    for _, mapping in targets(composed(name)):
-        assert find_class(mapping["_target_"])
 
 
 def test_a_configuration_file_is_short_and_composed():

@@ -33,10 +33,9 @@ def test_the_masks_reach_the_network(tmp_path):
     """Keeping everything scales by 1 / (1 - rate); keeping nothing leaves the biases."""
     loop = pre_training(tmp_path, "+model.network.dropout=0.5")
     trainer, items = loop.trainer, loop.items[:32]
-    batch = trainer.batch(items, np.zeros(32, np.int32), np.zeros((32, 32), np.float32))
-    without = trainer.batch(items, np.zeros(32, np.int32), np.zeros((32, 0), np.float32))
-    kept = trainer.batch(items, np.zeros(32, np.int32), np.ones((32, 32), np.float32))
-    losses = [float(trainer.loss(b)) for b in (batch, without, kept)]
+    masks = (np.zeros((32, 32), np.float32), np.zeros((32, 0), np.float32), np.ones((32, 32), np.float32))
+    t, shifts = np.zeros(32, np.int32), np.zeros((32, 0, 2), np.int32)
+    losses = [float(trainer.loss(trainer.batch(items, t, mask, shifts))) for mask in masks]
     assert len(set(losses)) == 3 and np.isfinite(losses).all()
     loop.run()
 

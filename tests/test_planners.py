@@ -100,6 +100,7 @@ def test_what_is_missing_is_named(trained):
         planner_app.plan_guided([*PLAN, "--logbase", "elsewhere"])
     with pytest.raises(UserError, match="no data for walker2d-expert-v2: download http"):
         planner_app.train([*TRAIN, "--dataset", "walker2d-expert-v2"])
+    assert not (trained.parents[2] / "walker2d-expert-v2").exists()
     with pytest.raises(UserError, match="no checkpoint 5 in .* there are 0, 3, 6"):
         load_experiment(trained, epoch="5")
     with pytest.raises(UserError, match=r"defaults_H4_T3_d0.99; there are .*--discount"):

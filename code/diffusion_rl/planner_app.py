@@ -47,18 +47,18 @@ PLANNED = "walker2d-medium-replay-v2"
 
 def train(arguments: Sequence[str]) -> None:
     """`scripts/train.py`: a diffusion model of states and actions, or of actions alone."""
-    options = parse("diffusion", arguments, TRAINED)
+    options = parse("diffusion", arguments, TRAINED, save=False)
     _train(options)
 
 
 def train_values(arguments: Sequence[str]) -> None:
     """`scripts/train_values.py`: the value that guides plans."""
-    _train(parse("values", arguments, TRAINED))
+    _train(parse("values", arguments, TRAINED, save=False))
 
 
 def resume_training(arguments: Sequence[str]) -> None:
     """`scripts/resume_training.py`: go on with the latest checkpoint of the same experiment."""
-    options = parse("diffusion", arguments, TRAINED)
+    options = parse("diffusion", arguments, TRAINED, save=False)
     if options.resume == "False":
         options.resume = "latest"
     _train(options)
@@ -98,6 +98,7 @@ def _train(options: Options) -> None:
         print(line)
     run.check()
     start = _resume(run, folder, options.resume)
+    options.save()  # not before it is known that the run can begin
     description.save(folder, {k: v for k, v in options.as_dict().items() if k in _TRAINER_KEYS})
     metrics = MetricsWriter(folder, config=options.as_dict())
     metrics.truncate(start - 1)
@@ -195,7 +196,7 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 
 def plan_guided(arguments: Sequence[str]) -> None:
     """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
-    options = parse("plan", arguments, PLANNED)
+    options = parse("plan", arguments, PLANNED, save=False)
     experiment = _load(options, options.diffusion_loadpath, options.diffusion_epoch)
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
@@ -215,7 +216,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
 
 def plan_unguided(arguments: Sequence[str]) -> None:
     """`scripts/plan_unguided.py`: many samples without a value, of which one plan is made."""
-    options = parse("plan_unguided", arguments, PLANNED)
+    options = parse("plan_unguided", arguments, PLANNED, save=False)
     where = Path(options.loadbase, options.dataset)
     if not any((where / options.diffusion_loadpath).glob("state_*")):
         fallback = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
@@ -230,13 +231,14 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 
 def plan_maze2d(arguments: Sequence[str]) -> None:
     """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
-    options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d")
+    options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
     experiment = load_experiment(
         options.logbase, options.dataset, options.diffusion_loadpath, epoch=options.diffusion_epoch
     )
     folder, noise = Path(options.savepath), NoiseSource(_seed(options))
     planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, options.horizon)
     env = Maze2D(options.dataset)
+    options.save()
     start = env.reset(noise)
     if options.conditional:
         env.draw_target(noise)
@@ -261,6 +263,7 @@ def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
 
 def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
     folder, seed = Path(options.savepath), _seed(options)
+    options.save()
     model = planner.diffusion
     env = {"name": options.dataset, "n_envs": options.n_envs, "max_episode_steps": options.max_episode_length}
     venv = make_vector_env(env, obs_dim=model.observation_dim, action_dim=model.action_dim, act_steps=1, seed=seed)

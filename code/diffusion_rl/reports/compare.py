@@ -35,8 +35,26 @@ from diffusion_rl.reports.figures import (
 from diffusion_rl.reports.metrics import replace_file
 
 RESAMPLES = 2000
-# What the names of the shipped configurations call the algorithms, and what the papers call them.
-ALGORITHMS = {
+# What the papers call the algorithms: by the class of a run's model, and by the runs' names where that is not known.
+CLASSES = {
+    "DPPO": "DPPO",
+    "ExactDPPO": "DPPO (exact)",
+    "DPOER": "DPOER",
+    "RWR": "DRWR",
+    "AWR": "DAWR",
+    "DQL": "DQL",
+    "IDQL": "IDQL",
+    "DIPO": "DIPO",
+    "QSM": "QSM",
+    "DACER": "DACER",
+    "GaussianPPO": "Gaussian PPO",
+    "GMMPPO": "GMM PPO",
+    "SAC": "SAC",
+    "RLPD": "RLPD",
+    "CalQL": "Cal-QL",
+    "IBRL": "IBRL",
+}
+NAMES = {
     "sac_ppo_diffusion": "DPOER",
     "ppo_diffusion": "DPPO",
     "awr_diffusion": "DAWR",
@@ -128,7 +146,9 @@ def _short_name(run: Run) -> str:
 
 def _algorithm_of(run: Run) -> str:
     name, _, variant = _short_name(run).partition(",")
-    for word, algorithm in ALGORITHMS.items():
+    if run.algorithm in CLASSES:
+        return f"{CLASSES[run.algorithm]} {variant}".strip()
+    for word, algorithm in NAMES.items():
         if re.match(rf"{word}(_mlp|_unet|_img|_ta\d|$)", name):
             return f"{algorithm} {variant}".strip()
     return _short_name(run)

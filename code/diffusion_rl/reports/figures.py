@@ -47,6 +47,7 @@ class Run:
     task: str
     seed: str
     rows: list[Row]
+    algorithm: str = ""  # the class of its model
 
 
 @dataclass
@@ -112,7 +113,12 @@ def read_run(folder: str | Path) -> Run:
         task=str(config.get("env_name") or config.get("env") or ""),
         seed=str(config.get("seed", where.name.rsplit("_", 1)[-1])),
         rows=read_rows(metrics),
+        algorithm=_class_of(config.get("model")),
     )
+
+
+def _class_of(described: Any) -> str:
+    return str(described.get("_target_", "")).rpartition(".")[2] if isinstance(described, dict) else ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:
