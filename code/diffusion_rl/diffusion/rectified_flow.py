@@ -32,6 +32,15 @@ def interpolate(x0: Array, x1: Array, t: Array) -> Array:
     return x0 + t[:, None, None] * (x1 - x0)
 
 
+def mean_error(estimate: Array, aim: Array, mask: np.ndarray | None, weights: np.ndarray | None) -> Array:
+    """Mean squared error over all entries, weighted; the error of known entries is 0."""
+    errors = tf.square(estimate - aim)
+    for factor in (weights, None if mask is None else 1 - mask):
+        if factor is not None:
+            errors *= tf.constant(factor, errors.dtype)
+    return tf.reduce_mean(errors)
+
+
 def loss(
     velocity: Velocity,
     x0: Array,
@@ -47,11 +56,7 @@ def loss(
         mask: 1 where entries are known [H,O];  weights: of the errors [H,O].
     """
     estimate = velocity(put(interpolate(x0, x1, t), x0, mask), t)
-    errors = tf.square(estimate - (x0 - x1))
-    for factor in (weights, None if mask is None else 1 - mask):
-        if factor is not None:
-            errors *= tf.constant(factor, errors.dtype)
-    return tf.reduce_mean(errors)
+    return mean_error(estimate, x0 - x1, mask, weights)
 
 
 def guided(conditional: Array, unconditional: Array, weight: float) -> Array:

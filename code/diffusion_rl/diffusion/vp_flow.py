@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.diffusion.rectified_flow import Array, Velocity, put
+from diffusion_rl.diffusion.rectified_flow import Array, Velocity, mean_error, put
 
 BETA_0, BETA_1 = 0.1, 20.0
 EARLIEST = 1e-3  # time is in [EARLIEST, 1]
@@ -33,11 +33,7 @@ def loss(
     t = EARLIEST + (1 - EARLIEST) * t
     a = tf.exp(signal(t))[:, None, None]
     estimate = noise_of(put(a * x0 + tf.sqrt(1 - a * a) * x1, x0, mask), t)
-    errors = tf.square(estimate - x1)
-    for factor in (weights, None if mask is None else 1 - mask):
-        if factor is not None:
-            errors *= tf.constant(factor, errors.dtype)
-    return tf.reduce_mean(errors)
+    return mean_error(estimate, x1, mask, weights)
 
 
 def sample(
