@@ -9,6 +9,7 @@ from parity_tests.replay.scripted import Step
 
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
@@ -23,7 +24,12 @@ from diffusion_rl.planners.lite_targets import antmaze_targets, kitchen_targets
 from diffusion_rl.planners.lite_tasks import return_scale
 
 NOISE = NoiseSource(7)
+ONE_STEP = rectified_flow.steps(np.array([0.0, 1.0]))
 SIZE = {"emb_dim": 16, "d_model": 16, "n_heads": 2, "depth": 1}
+
+
+def flow_steps(n: int) -> rectified_flow.Steps:
+    return rectified_flow.steps(rectified_flow.time_grid(n))
 
 
 def level(states: int = 5, width: int = 3, first: bool = False, drawn: bool = True) -> PlanLevel:
@@ -160,7 +166,7 @@ def test_a_new_network_does_not_move_and_has_the_published_size():
 def test_one_step_is_enough_for_a_straight_flow():
     """Data are one point p: x_t = p + t (x1 - p), so the velocity at x_t is (p - x_t) / t and one step ends in p."""
     p = tf.constant([2.0, -1.0, 0.5])
-    x = rectified_flow.sample(lambda x, t: (p - x) / t[:, None, None], NOISE.normal((6, 1, 3)), np.array([0.0, 1.0]))
+    x = rectified_flow.sample(lambda x, t: (p - x) / t[:, None, None], NOISE.normal((6, 1, 3)), ONE_STEP)
     np.testing.assert_allclose(x[:, 0], np.tile(p, (6, 1)), atol=1e-6)
 
 
@@ -192,12 +198,12 @@ def test_reflow_makes_one_step_better_than_it_was():
     for _ in range(600):
         train(data(128), source.normal((128, 1, 2)), source.uniform((128,)))
     noise = source.normal((512, 1, 2))
-    one, many = (rectified_flow.sample(velocity, noise, rectified_flow.time_grid(n)).numpy() for n in (1, 20))
+    one, many = (rectified_flow.sample(velocity, noise, flow_steps(n)).numpy() for n in (1, 20))
     assert distance(many) < 0.5 < distance(one)
     for _ in range(600):
         rows = source.integers(0, 512, (128,))
         train(many[rows], noise[rows], source.uniform((128,)))
-    assert distance(rectified_flow.sample(velocity, noise, np.array([0.0, 1.0])).numpy()) < distance(one) / 2
+    assert distance(rectified_flow.sample(velocity, noise, ONE_STEP).numpy()) < distance(one) / 2
 
 
 def test_the_diffusion_backbone_returns_what_its_noise_implies():
@@ -209,7 +215,7 @@ def test_the_diffusion_backbone_returns_what_its_noise_implies():
         return (x - a * p) / tf.sqrt(1 - a * a)
 
     for steps in (1, 3):
-        x = vp_flow.sample(noise_of, NOISE.normal((4, 1, 2)), rectified_flow.time_grid(steps))
+        x = rectified_flow.sample(noise_of, NOISE.normal((4, 1, 2)), vp_flow.steps(rectified_flow.time_grid(steps)))
         np.testing.assert_allclose(x[:, 0], np.tile(p, (4, 1)), atol=1e-3)
 
 
@@ -264,10 +270,10 @@ class Scripted:
         return Step({"state": np.ones((2, 1, 3))}, np.array([1.0, 10.0]), done, np.zeros(2, bool), {})
 
 
-def planner(candidates: int = 1, value=None) -> DiffuserLite:
+def planner(candidates: int = 1, value=None, runtime: str = "plain", guidance: float = 2.0) -> DiffuserLite:
     levels = [level(n, 3, first=i == 0) for i, n in enumerate((5, 5, 9))]
-    acting = Acting(steps=2, guidance=(2.0, 1.0, 1.0), candidates=candidates)
-    return DiffuserLite(levels, InverseDynamics(3, 2, 16), np.ones(3), np.full(3, 2.0), acting, value)
+    acting = Acting(steps=2, guidance=(guidance, 1.0, 0.0), candidates=candidates)
+    return DiffuserLite(levels, InverseDynamics(3, 2, 16), np.ones(3), np.full(3, 2.0), acting, value, runtime)
 
 
 def test_returns_count_the_step_that_ends_an_episode_and_nothing_after():
@@ -300,6 +306,26 @@ def test_the_compiled_program_is_the_levels_one_after_the_other():
         known = [plans[:, 0], plans[:, 1]]
     by_hand = acting.inverse(tf.constant(plans[:, 0]), tf.constant(plans[:, 1]))
     np.testing.assert_allclose(acting.act(observations, targets, draws), by_hand, atol=1e-4)
+
+
+@pytest.mark.parametrize(("runtime", "candidates"), [("graph", 1), ("graph", 3), ("tflite", 1), ("tflite", 3)])
+def test_the_fast_programs_act_as_the_plain_one(runtime, candidates):
+    """With returns that all want, with others, and with those again."""
+    fast = planner(candidates, lambda states: tf.reduce_sum(states, axis=-1, keepdims=True), runtime)
+    observations, draws = NOISE.normal((2, 3)), fast.draw(NoiseSource(1), 2)
+    for targets in ([0.5, 0.5], [0.5, 1.0], [0.25, 0.25]):
+        wanted = np.array(targets, np.float32)
+        plain = fast.plan(*map(tf.constant, (observations, wanted)), [tf.constant(each) for each in draws])
+        np.testing.assert_allclose(fast.act(observations, wanted, draws), plain, atol=2e-5)
+
+
+def test_the_fast_program_in_double_precision():
+    with precision("float64"):
+        fast = planner(runtime="graph")
+        observations, wanted = NOISE.normal((2, 3), dtype=np.float64), np.array([0.5, 1.0])
+        draws = [each.astype(np.float64) for each in fast.draw(NoiseSource(1), 2)]
+        plain = fast.plan(*map(tf.constant, (observations, wanted)), [tf.constant(each) for each in draws])
+        np.testing.assert_allclose(fast.act(observations, wanted, draws), plain, atol=1e-12)
 
 
 def test_the_best_of_the_candidates_is_acted_upon():

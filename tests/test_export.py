@@ -308,7 +308,7 @@ def test_the_command_refuses_in_one_line_with_status_2(tmp_path):
     ):
         done = command("script/export_policy.py", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
-        assert done.stderr.startswith("Error: ") and message in done.stderr and done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_weights_are_stored_once(tmp_path):

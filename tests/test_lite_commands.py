@@ -9,6 +9,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from diffusion_rl import lite_app
 from diffusion_rl.core.errors import UserError
@@ -38,7 +39,8 @@ def write(path, observation_dim, action_dim, rewards):
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
-    """A working directory with data and a trained model."""
+    """A working directory with data and a trained model. Uncompiled: tracing would take most of the time."""
+    tf.config.run_functions_eagerly(True)
     folder = tmp_path_factory.mktemp("lite")
     write(folder / "hopper_medium-v2.hdf5", 11, 3, lambda draw, n: draw.normal((n,)))
     write(
@@ -52,6 +54,7 @@ def folder(tmp_path_factory):
     os.chdir(folder)
     lite_app.mujoco([*RUN, "mode=training", "backup_dir=backup"])
     yield folder
+    tf.config.run_functions_eagerly(False)
     os.chdir(before)
     if environment is None:
         del os.environ["D4RL_DATASET_DIR"]
@@ -107,6 +110,7 @@ def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
 
 def test_reflow_and_acting(folder, capsys, monkeypatch):
     pytest.importorskip("mujoco")
+    monkeypatch.setitem(lite_app.LIMITS, "mujoco", 3)
     lite_app.mujoco([*RUN, "mode=prepare_dataset"])
     own = folder / "results" / "diffuserlite_d4rl_mujoco" / TASK
     with h5py.File(own / "traj_cond_dataset.h5") as file:

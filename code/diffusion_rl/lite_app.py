@@ -259,7 +259,12 @@ class Pipeline:
             value = self.value()
         elif self.kind != "mujoco":
             value = self.iql.V
-        return DiffuserLite(self.levels, self.inverse, means, stds, Acting(**options), value, o.xla)
+        return DiffuserLite(self.levels, self.inverse, means, stds, Acting(**options), value, self.runtime)
+
+    @property
+    def runtime(self) -> str:
+        automatic = "graph" if tf.config.get_visible_devices("GPU") else "tflite"
+        return automatic if self.options.runtime == "auto" else self.options.runtime
 
     def targets(self) -> Targets:
         """What returns to ask for."""
@@ -328,7 +333,7 @@ class Pipeline:
                 median = float(np.median(times))
                 facts = {"model": model, "batch": n_envs, "milliseconds": round(1000 * median, 3)}
                 facts |= {"hz": round(1 / median, 1), "mean_hz": round(1 / float(times.mean()), 1)}
-                facts |= {"device": _device(), "dtype": "float32", "xla": o.xla}
+                facts |= {"device": _device(), "dtype": "float32", "runtime": self.runtime}
                 print(json.dumps(facts), flush=True)
 
 

@@ -15,7 +15,12 @@ from diffusion_rl.core.errors import UserError
 
 FOLDER = CONFIG_ROOT / "planning" / "diffuserlite"
 MODES = ("training", "prepare_dataset", "reflow", "inference", "benchmark")
-CHOICES = {"test_model": ("R1", "R2"), "backbone": ("flow", "diffusion"), "pairs_dtype": ("float32", "float16")}
+CHOICES = {
+    "test_model": ("R1", "R2"),
+    "backbone": ("flow", "diffusion"),
+    "pairs_dtype": ("float32", "float16"),
+    "runtime": ("auto", "graph", "xla", "tflite"),
+}
 
 
 class LiteOptions(SimpleNamespace):

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import tensorflow as tf  # noqa: E402
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("task", choices=sorted(home_made.MEDIUM_RETURN))
     parser.add_argument("--work-dir", type=Path, help="actors and training log (default: log/home-made/<task>)")
@@ -40,19 +40,12 @@ def main() -> int:
     task = args["task"]
     out_dir = args["out_dir"] or data_dir() / "gym" / f"{task}-medium-v2"
     target = home_made.MEDIUM_RETURN[task] if args["target_return"] is None else args["target_return"]
-    try:
-        work_dir = args["work_dir"] or Path("log/home-made") / task
-        actor = args["actor"] or home_made.train(task, target, settings, work_dir)
-        print(f"rolling out {actor}", flush=True)
-        found = home_made.make_data(task, actor, args["transitions"], settings, out_dir)
-        print(json.dumps(found | {"directory": str(out_dir)}, indent=1))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    work_dir = args["work_dir"] or Path("log/home-made") / task
+    actor = args["actor"] or home_made.train(task, target, settings, work_dir)
+    print(f"rolling out {actor}", flush=True)
+    found = home_made.make_data(task, actor, args["transitions"], settings, out_dir)
+    print(json.dumps(found | {"directory": str(out_dir)}, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

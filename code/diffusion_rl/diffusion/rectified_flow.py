@@ -7,7 +7,7 @@ from noise to data. Some entries of a sample may be known: they are exact on the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -64,25 +64,37 @@ def guided(conditional: Array, unconditional: Array, weight: float) -> Array:
     return weight * conditional + (1 - weight) * unconditional
 
 
+class Steps(NamedTuple):
+    """Of the sampling, from noise to data: x <- keep x + gain v(x, time), each [N]."""
+
+    times: np.ndarray
+    keep: np.ndarray
+    gain: np.ndarray
+
+
+def steps(grid: np.ndarray) -> Steps:
+    """Euler's: x <- x + (s_k - s_{k-1}) v(x, s_k) for k = N … 1 of the ascending grid s_0 … s_N."""
+    return Steps(grid[:0:-1], np.ones(len(grid) - 1), np.diff(grid)[::-1])
+
+
 def sample(
     velocity: Velocity,
     x1: Array,
-    grid: np.ndarray,
+    steps: Steps,
     known: Array | None = None,
     mask: np.ndarray | None = None,
     repeat_last: int = 0,
 ) -> Array:
-    """From noise to data, unrolled: x <- x + (s_k - s_{k-1}) v(x, s_k) for k = N … 1.
+    """From noise x1 [B,H,O] to data, unrolled.
 
     Args:
-        x1: noise [B,H,O].
-        grid: s_0 … s_N, ascending.
         known: [B,H,O], put where mask [H,O] is 1, before and after each step.
         repeat_last: how often the last step is made once more.
     """
     x = x1 if known is None else put(x1, known, mask)
-    for k in [*range(len(grid) - 1, 0, -1), *[1] * repeat_last]:
-        t = tf.fill([tf.shape(x)[0]], tf.constant(grid[k], x.dtype))
-        x += tf.constant(grid[k] - grid[k - 1], x.dtype) * velocity(x, t)
+    count = len(steps.times)
+    for k in [*range(count), *[count - 1] * repeat_last]:
+        t = tf.fill([tf.shape(x)[0]], tf.constant(steps.times[k], x.dtype))
+        x = tf.constant(steps.keep[k], x.dtype) * x + tf.constant(steps.gain[k], x.dtype) * velocity(x, t)
         x = x if known is None else put(x, known, mask)
     return x

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import exit_status
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.contact_sheet import contact_sheet
@@ -26,15 +26,11 @@ def main(more: Sequence[AddCommand] = ()) -> int:
     _add_learning_curve(commands)
     _add_compare(commands)
     _add_contact_sheet(commands)
+    _add_lite(commands)
     for add_command in more:
         add_command(commands)
     args = parser.parse_args()
-    try:
-        args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]])))
 
 
 def _add_common(command: argparse.ArgumentParser, output: str) -> None:
