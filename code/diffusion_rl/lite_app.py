@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.threads import configure_threads
 from diffusion_rl.data.flat import find_flat, transitions
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.envs.make import make_vector_env
@@ -64,6 +65,7 @@ class Pipeline:
         self.shapes = level_shapes(HORIZONS[self.kind])
         if str(options.device).startswith("cpu"):
             tf.config.set_visible_devices([], "GPU")
+        configure_threads(shared=options.mode not in ("training", "reflow"))  # these train the levels side by side
 
     def run(self) -> None:
         """Do what `mode` says."""

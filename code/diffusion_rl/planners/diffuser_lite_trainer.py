@@ -216,12 +216,12 @@ class ReflowTrainer:
 
     def __init__(self, levels: Sequence[LevelTrainer]):
         self.levels = list(levels)
-        self._update = [tf.function(each.update, autograph=False, reduce_retracing=True) for each in self.levels]
+        self._update = tf.function(self._one, autograph=False, reduce_retracing=True)
 
     def step(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray | None]], draws: Sequence[LevelDraws], rate: float
     ) -> list[float]:
-        """One update of every level.
+        """One update of every level, in one compiled call.
 
         Args:
             pairs: of each level: plan and noise [B,2,H,O], and returns [B,1] or None (unconditional).
@@ -230,12 +230,17 @@ class ReflowTrainer:
         Returns:
             the losses.
         """
-        losses, dtype = [], self.levels[0].level.dtype
-        for trainer, update, (plans, returns), each in zip(self.levels, self._update, pairs, draws, strict=True):
-            x0, x1, t = (tf.constant(x, dtype) for x in (plans[:, 0], plans[:, 1], each.t))
-            condition = None if returns is None else tf.constant(returns, dtype)
-            keep = None
-            if condition is not None:
-                keep = trainer.level.network.condition.keep(tf.constant(each.uniform, dtype))
-            losses.append(update(x0, x1, t, condition, keep, tf.constant(rate, tf.float64))[0])
-        return [float(loss) for loss in losses]
+        dtype, arguments = self.levels[0].level.dtype, []
+        for (plans, returns), each in zip(pairs, draws, strict=True):
+            told = [] if returns is None else [returns, each.uniform]
+            arguments.append([tf.constant(x, dtype) for x in (plans[:, 0], plans[:, 1], each.t, *told)])
+        return self._update(arguments, tf.constant(rate, tf.float64)).numpy().tolist()
+
+    def _one(self, arguments: Sequence[Sequence[Array]], rate: Array) -> Array:
+        losses = []
+        for trainer, (x0, x1, t, *told) in zip(self.levels, arguments, strict=True):
+            condition, keep = None, None
+            if told:
+                condition, keep = told[0], trainer.level.network.condition.keep(told[1])
+            losses.append(trainer.update(x0, x1, t, condition, keep, rate)[0])
+        return tf.stack(losses)
