@@ -32,13 +32,21 @@ def interpolate(x0: Array, x1: Array, t: Array) -> Array:
     return x0 + t[:, None, None] * (x1 - x0)
 
 
-def mean_error(estimate: Array, aim: Array, mask: np.ndarray | None, weights: np.ndarray | None) -> Array:
-    """Mean squared error over all entries, weighted; the error of known entries is 0."""
-    errors = tf.square(estimate - aim)
+def mean_error(
+    estimate: Array, aim: Array, mask: np.ndarray | None, weights: np.ndarray | None, states: slice | None
+) -> Array:
+    """Mean squared error over all entries of `aim` [B,H,O], weighted; known entries count as zeros.
+
+    Args:
+        mask: 1 where entries are known [H,O];  weights: of the errors [H,O].
+        states: those of the estimate; None: all. All others are known.
+    """
+    chosen = slice(None) if states is None else states
+    errors = tf.square(estimate - aim[:, chosen])
     for factor in (weights, None if mask is None else 1 - mask):
         if factor is not None:
-            errors *= tf.constant(factor, errors.dtype)
-    return tf.reduce_mean(errors)
+            errors *= tf.constant(factor[chosen], errors.dtype)
+    return tf.reduce_mean(errors) * (errors.shape[1] / aim.shape[1])
 
 
 def loss(
@@ -48,15 +56,11 @@ def loss(
     t: Array,
     mask: np.ndarray | None = None,
     weights: np.ndarray | None = None,
+    states: slice | None = None,
 ) -> Array:
-    """Mean weighted squared error of the velocity; known entries count as zeros.
-
-    Args:
-        x0, x1: data and noise [B,H,O];  t: [B].
-        mask: 1 where entries are known [H,O];  weights: of the errors [H,O].
-    """
+    """Mean weighted squared error of the velocity; arguments as of `mean_error`, x0 and x1 [B,H,O] data and noise."""
     estimate = velocity(put(interpolate(x0, x1, t), x0, mask), t)
-    return mean_error(estimate, x0 - x1, mask, weights)
+    return mean_error(estimate, x0 - x1, mask, weights, states)
 
 
 def guided(conditional: Array, unconditional: Array, weight: float) -> Array:

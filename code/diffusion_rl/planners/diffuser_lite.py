@@ -77,6 +77,14 @@ class PlanLevel:
         self.weights[1] = next_obs_weight
 
     @property
+    def unknown(self) -> slice:
+        """The states from the first to the last of which something is not known."""
+        if self.mask is None:
+            return slice(self.shape[0])
+        some = np.flatnonzero((self.mask == 0).any(axis=1))
+        return slice(int(some[0]), int(some[-1]) + 1)
+
+    @property
     def dtype(self) -> tf.DType:
         return variables_of(self.network)[0].dtype
 
@@ -84,9 +92,9 @@ class PlanLevel:
         """Of clean plans and noise [B,H,O] at t [B] in [0, 1); condition [B,1], keep [B] of 0 and 1."""
 
         def output(x: Array, t: Array) -> Array:
-            return self.network(x, t, condition, keep)
+            return self.network(x, t, condition, keep, self.unknown)
 
-        return self.backbone.loss(output, x0, x1, t, self.mask, self.weights)
+        return self.backbone.loss(output, x0, x1, t, self.mask, self.weights, self.unknown)
 
     def sample(
         self,
@@ -144,7 +152,7 @@ class DiffuserLite:
     """Acts by plans; from raw observations to actions it is one compiled program.
 
     Args:
-        levels: from coarse to fine; what is acted with are their weights at the first decision.
+        levels: from coarse to fine; with other weights later, a new planner is needed.
         inverse: inverse dynamics.
         means, stds: of the observations, [O].
         acting: see there.

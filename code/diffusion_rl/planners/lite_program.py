@@ -8,82 +8,29 @@ What it leaves out:
   level needs. The known states are attended to there, and what would become of them is not computed.
 
 Shape letters: E environments, C candidates, G 2 with guidance else 1, U 1 or E different returns, K denoising steps,
-H states, D width, O observation, A action.
+H states, D width of the transformer, O observation, A action.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.diffusion.rectified_flow import Steps, guided, time_grid
-from diffusion_rl.networks.dit import DiTBlock, gelu_tanh, normal, position_table, run
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
-from diffusion_rl.networks.layers import Array, Linear
+from diffusion_rl.networks.layers import Array
 
 if TYPE_CHECKING:
     from diffusion_rl.planners.diffuser_lite import Acting, PlanLevel
 
 
-class Affine(NamedTuple):
-    """A layer's weights as they are now: x @ kernel + bias."""
-
-    kernel: Array
-    bias: Array
-
-    @classmethod
-    def of(cls, linear: Linear, columns: slice = slice(None)) -> Affine:
-        return cls(linear.kernel[:, columns], linear.bias[columns])
-
-    def __call__(self, x: Array) -> Array:
-        rows = tf.reshape(x, [-1, x.shape[-1]])
-        return tf.reshape(tf.matmul(rows, self.kernel) + self.bias, [*x.shape[:-1], self.kernel.shape[1]])
-
-
-class Block:
-    """A transformer block of which some states can be asked for."""
-
-    def __init__(self, block: DiTBlock):
-        attention, width = block.attn, block.attn.out_proj.kernel.shape[0]
-        self.heads, self.standard_residual = attention.heads, block.standard_residual
-        self.everything = Affine.of(attention.in_proj)
-        self.queries = Affine.of(attention.in_proj, slice(width))
-        self.others = Affine.of(attention.in_proj, slice(width, None))
-        self.mix, self.expand = Affine.of(attention.out_proj), Affine.of(block.mlp[0])
-        self.project = Affine.of(block.mlp[3])
-
-    def __call__(self, x: Array, parts: Sequence[Array], states: slice | None) -> Array:
-        """x [G or 1,E,H,D], parts [G,U,1,D] -> [G,E,states,D]; None: all of them."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-        inside = normal(x) * scale_attn + shift_attn
-        base = x if self.standard_residual else inside
-        if states is None:
-            queries, keys, values = tf.split(self.everything(inside), 3, axis=-1)
-        else:
-            queries, base = self.queries(inside[:, :, states]), base[:, :, states]
-            keys, values = tf.split(self.others(inside), 2, axis=-1)
-        x = base + gate_attn * self.mix(self._attend(queries, keys, values))
-        return x + gate_mlp * self.project(gelu_tanh(self.expand(normal(x) * scale_mlp + shift_mlp)))
-
-    def _attend(self, queries: Array, keys: Array, values: Array) -> Array:
-        """[G,E,states,D], [G,E,H,D] twice -> [G,E,states,D]"""
-        shape, size = queries.shape, queries.shape[-1] // self.heads
-        queries, keys, values = (
-            tf.transpose(tf.reshape(each, [-1, each.shape[2], self.heads, size]), [0, 2, 1, 3])
-            for each in (queries, keys, values)
-        )
-        weights = tf.nn.softmax(tf.matmul(queries * (1 / math.sqrt(size)), keys, transpose_b=True))
-        return tf.reshape(tf.transpose(tf.matmul(weights, values), [0, 2, 1, 3]), shape)
-
-
 class LevelProgram:
-    """A level's sampling from weights as they are at construction.
+    """A level's sampling.
 
     Args:
         guidance: see `PlanLevel.sample`.
@@ -92,61 +39,50 @@ class LevelProgram:
     """
 
     def __init__(self, level: PlanLevel, guidance: float, steps: Steps, use_ema: bool, wanted: int):
-        self.network = level.ema if use_ema else level.network
-        network, self.guidance, self.steps = self.network.diffusion, guidance, steps
-        free = np.flatnonzero(level.mask[:, 0] == 0)
-        self.free, self.wanted = slice(int(free[0]), int(free[-1]) + 1), slice(int(free[0]), wanted + 1)
-        self.n_states, self.width = level.shape[0], network.d_model
-        self.begin, self.blocks = Affine.of(network.x_proj), [Block(each) for each in network.blocks]
-        self.end = Affine.of(network.final_layer.linear)
+        self.network, self.steps, self.guidance = level.ema if use_ema else level.network, steps, guidance
+        self.unknown, self.wanted = level.unknown, slice(level.unknown.start, wanted + 1)
+        self.kinds = 1 if guidance in (0, 1) else 2  # G
+
+    def table_shape(self, n_returns: int) -> tuple[int, ...]:
+        network = self.network.diffusion
+        return len(self.steps.times) * network.parts, self.kinds * n_returns, 1, network.d_model
 
     def tables(self, returns: Array) -> Array:
-        """What returns [U,1] and the times of the steps do to the blocks, [K (6 blocks + 2),G,U,1,D]."""
-        network, dtype = self.network.diffusion, returns.dtype
-        told = self.network.condition(returns)
-        kinds = {0.0: [tf.zeros_like(told)], 1.0: [told]}.get(self.guidance, [told, tf.zeros_like(told)])
-        layers = [*(block.adaLN_modulation for block in network.blocks), network.final_layer.adaLN_modulation]
-        scales = [index for number in range(len(network.blocks)) for index in (6 * number + 1, 6 * number + 4)]
-        plus = np.zeros((6 * len(network.blocks) + 2, 1, 1, 1))
-        plus[[*scales, -1]] = 1
-        found = []
-        for time in self.steps.times:
-            embedded = network.map_noise(tf.constant([time], dtype)) + tf.stack(kinds)  # [G,U,E]
-            embedded = run(network.map_emb, tf.reshape(embedded, [-1, embedded.shape[-1]]))
-            rows = tf.concat([run(layer, embedded) for layer in layers], axis=-1)
-            parts = tf.reshape(rows, [len(kinds), -1, plus.shape[0], self.width])
-            found.append(tf.transpose(parts, [2, 0, 1, 3]) + tf.constant(plus, dtype))
-        return tf.concat(found, axis=0)[..., None, :]
+        """What returns [U,1] and the times of the steps do to the layers, [K parts,G U,1,D]."""
+        network, told = self.network.diffusion, self.network.condition(returns)
+        if self.kinds == 2 or self.guidance == 0:
+            told = tf.concat([*[told] * (self.kinds - 1), tf.zeros_like(told)], axis=0)
+        times = tf.repeat(tf.constant(self.steps.times, told.dtype), tf.shape(told)[0])
+        rows = network.modulation(times, tf.tile(told, [len(self.steps.times), 1]))
+        found = tf.reshape(rows, [len(self.steps.times), -1, network.parts, 1, network.d_model])
+        return tf.reshape(tf.transpose(found, [0, 2, 1, 3, 4]), [self.table_shape(1)[0], -1, 1, network.d_model])
 
     def sample(self, noise: Array, first: Array, last: Array | None, table: Array) -> Array:
         """States from the second to the wanted one [E,wanted,O] of plans from noise [E,H,O] to known states [E,O]."""
-        known = [first[:, None], *([] if last is None else [last[:, None]])]
-        x, parts, count = noise[:, self.free], tf.unstack(table), len(self.steps.times)
-        each = len(parts) // count
+        before, after = first[:, None], [] if last is None else [last[:, None]]
+        x, count, each = noise[:, self.unknown], len(self.steps.times), self.network.diffusion.parts
+        parts = tf.unstack(table)
         for k in range(count):
-            states = self.wanted if k + 1 == count else self.free
-            output = self._output(
-                tf.concat([known[0], x, *known[1:]], axis=1), parts[k * each : (k + 1) * each], states
-            )
+            states = self.wanted if k + 1 == count else self.unknown
+            output = self._output(tf.concat([before, x, *after], axis=1), parts[k * each : k * each + each], states)
             moved = x[:, : states.stop - states.start]
             x = float(self.steps.keep[k]) * moved + float(self.steps.gain[k]) * output
         return x
 
     def _output(self, x: Array, parts: Sequence[Array], states: slice) -> Array:
         """Of the network for x [E,H,O], guided, [E,states,O]."""
-        positions = tf.constant(position_table(self.n_states, self.width), x.dtype)
-        x = (self.begin(x) + positions)[None]
-        for number, block in enumerate(self.blocks):
-            last = number + 1 == len(self.blocks)
-            x = block(x, parts[6 * number : 6 * number + 6], states if last else None)
-        found = self.end(normal(x) * parts[-1] + parts[-2])
-        return found[0] if found.shape[0] == 1 else guided(found[0], found[1], self.guidance)
+        network = self.network.diffusion
+        if self.kinds == 1:
+            return network.estimate(x, parts, states)
+        if parts[0].shape[0] == self.kinds:  # the same returns for all
+            parts = [tf.repeat(part, x.shape[0], axis=0) for part in parts]
+        return guided(*tf.split(network.estimate(tf.concat([x, x], axis=0), parts, states), 2), self.guidance)
 
 
 class Program:
     """All levels, the choice among candidates and inverse dynamics.
 
-    Args: as of `DiffuserLite`; weights of the levels are taken as they are now.
+    Arguments: `DiffuserLite`.
     """
 
     def __init__(
@@ -178,7 +114,7 @@ class Program:
             first, copies = state, self.acting.candidates if i == 0 else 1
             if copies > 1:
                 first = tf.repeat(state, copies, axis=0)
-                table = table if table.shape[2] == 1 else tf.repeat(table, copies, axis=2)
+                table = table if table.shape[1] == part.kinds else tf.repeat(table, copies, axis=1)
             plans = part.sample(draws * self.acting.temperature, first, following, table)
             following = plans[:, 0] if copies == 1 else self._best(plans, copies)
         return self.inverse(state, following)
@@ -195,9 +131,7 @@ class Program:
         """Of the arguments of `act`."""
         tables, noise = [], []
         for i, (part, shape) in enumerate(zip(self.parts, self.shapes, strict=True)):
-            rows = len(part.steps.times) * (6 * len(part.blocks) + 2)
-            kinds = 1 if part.guidance in (0, 1) else 2
-            tables.append(tf.TensorSpec([rows, kinds, n_returns, 1, part.width], self.dtype, f"table{i}"))
+            tables.append(tf.TensorSpec(part.table_shape(n_returns), self.dtype, f"table{i}"))
             copies = self.acting.candidates if i == 0 else 1
             noise.append(tf.TensorSpec([n_envs * copies, *shape], self.dtype, f"noise{i}"))
         return tf.TensorSpec([n_envs, self.shapes[0][1]], self.dtype, "state"), tables, noise
