@@ -154,8 +154,11 @@ def test_options():
     for path in (FOLDER / "task").glob("*.yaml"):
         kind = {"kitchen": "kitchen", "antmaze": "antmaze"}.get(path.stem.split("-")[0], "mujoco")
         assert parse(kind, [f"task={path.stem}"]).env_name == path.stem
-    options = parse("mujoco", ["task=hopper-medium-v2", "learning_rate=1e-3", "task.w_cfg_R1=3", "seed=4"])
+    options = parse(
+        "mujoco", ["task=hopper-medium-v2", "learning_rate=1e-3", "task.w_cfg_R1=3", "task.return_scale=9", "seed=4"]
+    )
     assert (options.learning_rate, options.of_task("w_cfg"), options.seed) == (1e-3, 3.0, 4)
+    assert options.task["return_scale"] == 9
     assert parse("kitchen", []).diffusion_ckpt == 200000
     for wrong, said in (
         ("sed=1", "did you mean seed"),

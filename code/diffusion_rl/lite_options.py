@@ -54,7 +54,7 @@ def parse(kind: str, arguments: Sequence[str]) -> LiteOptions:
             raise UserError(f"{argument}: options are written key=value")
         given[key] = text
     task = given.pop("task", values["task"])
-    values["task"] = read_task(task)
+    values["task"] = {"return_scale": None} | read_task(task)
     for key, text in given.items():
         owner, name = (values["task"], key[5:]) if key.startswith("task.") else (values, key)
         if name not in owner:

@@ -85,14 +85,14 @@ def gaussian(in_dim: int, out_dim: int) -> Linear:
     return no_bias(linear)
 
 
-def position_table(length: int, dim: int) -> np.ndarray:
+def position_table(length: int, dim: int, dtype: str | None = None) -> np.ndarray:
     """[length, dim]: [sin p, 0, …, 0 | cos p, 1, …, 1].
 
     The frequencies exp(-j ln(10^4) / (dim/2 - 1)) of the usual table are rounded down to whole numbers, 1, 0, 0, …:
     with this table the published weights were trained.
     """
-    positions = np.arange(length, dtype=floatx())[:, None] * (np.arange(dim // 2) == 0)
-    return np.concatenate([np.sin(positions), np.cos(positions)], axis=1).astype(floatx())
+    positions = np.arange(length, dtype=dtype or floatx())[:, None] * (np.arange(dim // 2) == 0)
+    return np.concatenate([np.sin(positions), np.cos(positions)], axis=1)
 
 
 def split_rows(x: Array, parts: int) -> list[Array]:
@@ -203,7 +203,7 @@ class DiT1d(keras.layers.Layer):
 
         Of the last block only what becomes of the states that are asked for is computed.
         """
-        x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model), x.dtype)
+        x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model, x.dtype.name))
         for number, block in enumerate(self.blocks):
             last = number + 1 == len(self.blocks)
             x = block.modulated(x, parts[6 * number : 6 * number + 6], states if last else None)
