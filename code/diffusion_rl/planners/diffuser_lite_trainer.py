@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.layers import Array, variables_of
@@ -62,8 +62,7 @@ class LevelTrainer:
             optimizer.learning_rate.assign(rate)
             if condition is not None or optimizer is self.optimizers["diffusion"]:
                 optimizer.apply(own)
-        for mean, variable in zip(variables_of(self.level.ema), variables_of(self.level.network), strict=True):
-            mean.assign(ema_update(mean, variable, self.ema_rate))
+        average_into(variables_of(self.level.ema), variables_of(self.level.network), self.ema_rate)
         return loss, norm
 
 

@@ -121,7 +121,7 @@ class CompiledNetwork:
 
     def __init__(self, network: keras.layers.Layer):
         self._network = network
-        self._call = tf.function(lambda x, t, cond: network(x, t, cond), jit_compile=True)
+        self._call = tf.function(lambda x, t, cond: network(x, t, cond), jit_compile=True, autograph=False)
         if hasattr(network, "encode"):
             self.encode = self._encode
 
@@ -254,7 +254,7 @@ class DiffusionActor:
 
 
 def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
-    @tf.function
+    @tf.function(autograph=False)
     def sample(cond: Cond, noise: Array, std_floor: Array) -> tuple[Array, ...]:
         out = policy.sample(cond, noise, deterministic, with_log_probs=True, std_floor=std_floor)
         return out.trajectories, out.chains, _or_empty(out.log_probs, out.trajectories)
