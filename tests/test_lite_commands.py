@@ -96,13 +96,17 @@ def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
     for step in (3, 5):
         monkeypatch.setattr(lite_files.LossLog, "add", stopping_at(step))
         with pytest.raises(KeyboardInterrupt):
-            lite_app.mujoco([*RUN, "mode=training", "results_dir=parts"])
+            lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "keep_states=true"])
     monkeypatch.setattr(lite_files.LossLog, "add", add)
     lite_app.mujoco([*RUN, "mode=training", "results_dir=parts"])
     for i in range(2):
         once, parts = (weights(where, f"diffusion{i}_ckpt_latest.pt") for where in ("results", "parts"))
         assert all(np.array_equal(once[name], parts[name]) for name in once)
     assert (folder / "parts" / "loss_log.json").read_bytes() == (folder / "results" / "loss_log.json").read_bytes()
+    lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=2"])
+    assert all(np.array_equal(once[name], weights("parts", "diffusion1_ckpt_latest.pt")[name]) for name in once)
+    with pytest.raises(UserError, match="keep_states=true"):
+        lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=3"])
     with pytest.raises(UserError, match="6 steps, this one has 8"):
         lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "diffusion_gradient_steps=8"])
 

@@ -228,7 +228,7 @@ class Pipeline:
         def save_all(loop: LiteLoop, interrupted: bool = False) -> None:
             if not interrupted:
                 save(loop.step, lite_files.labels_of(loop.step, o.save_interval, o.keep_every))
-            lite_files.save_state(self.folder, mode, loop)
+            lite_files.save_state(self.folder, mode, loop, o.keep_states and not interrupted)
             self.backup()
 
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}

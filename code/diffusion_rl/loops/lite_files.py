@@ -103,21 +103,33 @@ def labels_of(step: int, save_interval: int, keep_every: int | None) -> list[int
 # ---------- states of training ----------
 
 
-def save_state(folder: Path, mode: str, loop: LiteLoop) -> None:
-    """`train_state_<mode>.safetensors`."""
+def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
+    """`train_state_<mode>.safetensors`, the latest; `train_state_<mode>_<step>.safetensors`, where states are kept."""
+    return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
+
+
+def save_state(folder: Path, mode: str, loop: LiteLoop, keep: bool = False) -> None:
+    """The latest state; `keep`: under its step, too."""
     tensors, facts = loop.state()
-    save_checkpoint(folder / f"train_state_{mode}.safetensors", tensors, {"kind": KIND, "mode": mode, **facts})
+    for step in [loop.step, None] if keep else [None]:
+        save_checkpoint(state_path(folder, mode, step), tensors, {"kind": KIND, "mode": mode, **facts})
 
 
-def resume(folder: Path, mode: str, loop: LiteLoop, how: str) -> bool:
-    """Go on with the state of an interrupted run, if there is one and `how` is not "never".
+def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int) -> bool:
+    """Go on with the state of an interrupted run: the latest one if there is one ("auto"), that of a step, or none
+    ("never").
 
     Raises:
-        UserError: it is of a training of another length, whose schedule would be another.
+        UserError: there is none of the step; it is of a training of another length, whose schedule would be another.
     """
-    path = folder / f"train_state_{mode}.safetensors"
-    if how not in ("auto", "never"):
-        raise UserError(f"resume={how}: choose auto or never")
+    numbered = isinstance(how, int) and not isinstance(how, bool)
+    if how not in ("auto", "never") and not numbered:
+        raise UserError(f"resume={how}: choose auto, never or a step")
+    path = state_path(folder, mode)
+    if numbered:
+        path = state_path(folder, mode, int(how))
+        if not path.is_file():
+            raise UserError(f"resume={how}: no {path}; states of single steps are kept with keep_states=true")
     if how == "never" or not path.is_file():
         return False
     checkpoint = load_checkpoint(path)

@@ -207,7 +207,7 @@ class DiffuserLite:
 
     def _run(self, n_envs: int, n_returns: int) -> Callable[..., np.ndarray]:
         if self.runtime == "tflite":
-            return self._program.in_tflite(n_envs, n_returns, 1)
+            return self._program.in_tflite(n_envs, n_returns)
         return self._program.in_graph(n_envs, n_returns, self.runtime == "xla")
 
     def plan(self, observations: Array, targets: Array, noise: Sequence[Array]) -> Array:

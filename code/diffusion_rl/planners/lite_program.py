@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.threads import streams, without_stderr
 from diffusion_rl.diffusion.rectified_flow import Steps, guided, time_grid
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
@@ -27,6 +28,9 @@ from diffusion_rl.networks.layers import Array
 
 if TYPE_CHECKING:
     from diffusion_rl.planners.diffuser_lite import Acting, PlanLevel
+
+
+ENVS_FOR_THREADS = 8  # below, sharing a product takes longer than it does
 
 
 class LevelProgram:
@@ -147,15 +151,16 @@ class Program:
 
         return act
 
-    def in_tflite(self, n_envs: int, n_returns: int, threads: int) -> Callable[..., np.ndarray]:
+    def in_tflite(self, n_envs: int, n_returns: int) -> Callable[..., np.ndarray]:
         """Run by TFLite, whose kernels lay weights out for products of a few rows."""
         compiled = tf.function(self.act, autograph=False)
         concrete = compiled.get_concrete_function(*self.specs(n_envs, n_returns))
-        with warnings.catch_warnings():
+        threads = 1 if n_envs < ENVS_FOR_THREADS else streams()
+        with without_stderr(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter will move to a package of its own
             model = tf.lite.TFLiteConverter.from_concrete_functions([concrete], self.inverse).convert()
             interpreter = tf.lite.Interpreter(model_content=model, num_threads=threads)
-        interpreter.allocate_tensors()
+            interpreter.allocate_tensors()
         inputs = {each["name"].split("_")[-1].split(":")[0]: each["index"] for each in interpreter.get_input_details()}
         output = interpreter.get_output_details()[0]["index"]
         held: list[Any] = [None]  # the tables that the interpreter has
