@@ -34,7 +34,7 @@ from workloads import Row, our_flops, reference_flops
 ROWS = workloads.ROWS | networks.rows() | algorithms.rows() | lite.rows()
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data" / "gym" / "hopper-medium-v2"
-TORCH_THREADS = (1, 2)
+TORCH_THREADS = (1, 2)[: machine.describe()["cores"]]
 GEMM_TURNS = 5
 BUSY = 0.5
 

@@ -239,6 +239,19 @@ def test_the_average_follows_every_update_and_holds_the_frequencies():
     assert not any(v is frequencies for v in trainer.variables)
 
 
+def test_the_fused_optimizer_is_the_plain_one():
+    start, grads = NOISE.normal((4, 3), dtype=np.float64), [NOISE.normal((4, 3), dtype=np.float64) for _ in range(5)]
+    found = []
+    for fused in (False, True):
+        variable = tf.Variable(start)
+        optimizer = AdamW([variable], 1e-2, 0.1, fused=fused)
+        for grad in grads:
+            optimizer.apply([tf.constant(grad)])
+        found.append([variable.numpy(), *(value for _, value in sorted(optimizer.state().items()))])
+    for plain, fused in zip(*found, strict=True):
+        np.testing.assert_allclose(plain, fused, rtol=1e-13, atol=1e-15)
+
+
 def test_inverse_dynamics_learn_a_linear_system():
     """s' = s + 0.5 a: the action is the difference, doubled."""
     source = NoiseSource(1)
