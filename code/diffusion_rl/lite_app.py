@@ -288,7 +288,7 @@ class Pipeline:
         rows = [self._evaluate(each) for each in (steps if label == "all" else [label])]
         write_json(self.folder / f"inference_results_{o.test_model}.json", rows)
         if label == "all":
-            print(lite_figures.plot_scores(lite_figures.score_points(rows), self.results / lite_figures.FIGURES))
+            print(lite_figures.plot_scores(rows, self.results / lite_figures.FIGURES))
         self.backup()
 
     def _evaluate(self, label: int | str) -> dict[str, Any]:

@@ -102,7 +102,9 @@ def _add_lite(commands: argparse._SubParsersAction) -> None:
     losses.add_argument("log", nargs="?", default="results/loss_log.json", help="a loss log (JSON)")
     losses.set_defaults(draw=_draw_lite_losses)
     scores = commands.add_parser("lite_scores", help="DiffuserLite: scores of a sweep over checkpoints")
-    scores.add_argument("results", help="inference_results_<model>.json of mode=inference diffusion_ckpt=all")
+    scores.add_argument(
+        "results", nargs="+", help="inference_results_<model>.json of mode=inference diffusion_ckpt=all"
+    )
     scores.set_defaults(draw=_draw_lite_scores)
     gather = commands.add_parser("lite_organize", help="DiffuserLite: move pictures of a results folder to figures/")
     gather.add_argument("folder", nargs="?", default="results")
@@ -117,4 +119,5 @@ def _draw_lite_losses(args: argparse.Namespace, command: str) -> None:
 
 
 def _draw_lite_scores(args: argparse.Namespace, command: str) -> None:
-    print(lite_figures.plot_scores(lite_figures.score_points(lite_figures.read_rows(args.results)), args.output))
+    rows = [row for path in args.results for row in lite_figures.read_rows(path)]
+    print(lite_figures.plot_scores(rows, args.output))

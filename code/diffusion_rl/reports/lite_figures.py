@@ -1,15 +1,17 @@
-"""DiffuserLite's figures: losses by gradient step, and scores of a sweep over checkpoints."""
+"""DiffuserLite's figures: losses by gradient step, and scores of a sweep over checkpoints; a CSV beside each."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.reports.metrics import replace_file
 
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
 DPI = 150
@@ -64,11 +66,16 @@ def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, fl
     return found
 
 
-def plot_scores(points: Sequence[tuple[int, float, float]], save_dir: str | Path) -> Path:
-    """`normalized_score.png`: mean and standard error (score, error) by training step."""
-    curve = {"normalized score": [(step, mean) for step, mean, _ in points]}
-    errors = [error for _, _, error in points]
-    return _draw(Path(save_dir) / "normalized_score.png", curve, "Normalized Score", "Score", None, errors)
+def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path) -> Path:
+    """`normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each model."""
+    names = {"R1": "R1", "R2": "R2, by steps of the reflow"}
+    points = {
+        names[model]: score_points([row for row in rows if row["test_model"] == model])
+        for model in sorted({row["test_model"] for row in rows})
+    }
+    curves = {name: [(step, mean) for step, mean, _ in found] for name, found in points.items()}
+    errors = {name: [error for _, _, error in found] for name, found in points.items()}
+    return _draw(Path(save_dir) / "normalized_score.png", curves, "Normalized Score", "Score", None, errors)
 
 
 def _draw(
@@ -77,7 +84,7 @@ def _draw(
     title: str,
     label: str,
     colour: str | None,
-    errors: Sequence[float] | None = None,
+    errors: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     from matplotlib.figure import Figure
 
@@ -89,14 +96,20 @@ def _draw(
         if errors is None:
             panel.plot(steps, values, label=name, color=colour, marker=marker)
         else:
-            panel.errorbar(steps, values, errors, label=name, capsize=3, marker="o")
+            panel.errorbar(steps, values, errors[name], label=name, capsize=3, marker="o")
     panel.set(xlabel="Gradient Steps", ylabel=label, title=title)
     panel.legend()
     panel.grid(True)
+    picture, table = io.BytesIO(), io.StringIO()
+    figure.savefig(picture, dpi=DPI, bbox_inches="tight", format="png")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["curve", "gradient_steps", "value", *(["standard_error"] if errors is not None else [])])
+    for name, points in curves.items():
+        extra = [[]] * len(points) if errors is None else [[error] for error in errors[name]]
+        writer.writerows([name, *point, *more] for point, more in zip(points, extra, strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    figure.savefig(temporary, dpi=DPI, bbox_inches="tight", format="png")
-    os.replace(temporary, path)
+    replace_file(path, picture.getvalue())
+    replace_file(path.with_suffix(".csv"), table.getvalue().encode())
     return path
 
 
