@@ -285,8 +285,10 @@ class Pipeline:
         steps = lite_files.saved_steps(self.folder, "reflow0" if r2 else "diffusion0")
         if label == "all" and not steps:
             raise UserError(f"no numbered checkpoint in {self.folder}: run mode={'reflow' if r2 else 'training'} first")
-        rows = [self._evaluate(each) for each in (steps if label == "all" else [label])]
-        write_json(self.folder / f"inference_results_{o.test_model}.json", rows)
+        rows = []
+        for each in steps if label == "all" else [label]:
+            rows.append(self._evaluate(each))
+            write_json(self.folder / f"inference_results_{o.test_model}.json", rows)
         if label == "all":
             print(lite_figures.plot_scores(rows, self.results / lite_figures.FIGURES))
         self.backup()
