@@ -88,6 +88,15 @@ class Normalization:
         )
 
 
+    def undo(self, scaled: Episodes) -> Episodes:
+        """Back to the source's units."""
+        return replace(
+            scaled,
+            states=(scaled.states + 1) / 2 * (self.obs_max - self.obs_min + _RANGE_EPSILON) + self.obs_min,
+            actions=(scaled.actions + 1) / 2 * (self.action_max - self.action_min + _RANGE_EPSILON) + self.action_min,
+        )
+
+
 def _scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
 
@@ -142,6 +151,15 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None) ->
     )
     check(episodes, str(path))
     return episodes
+
+
+def load_unscaled(directory: str | os.PathLike) -> Episodes:
+    """The episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
+    directory = Path(directory)
+    episodes, bounds = load_episodes(directory / "train.npz"), read_npz(directory / "normalization.npz")
+    if missing := [key for key in NORMALIZATION_KEYS if key not in bounds]:
+        raise UserError(f"{directory / 'normalization.npz'} lacks {', '.join(missing)}")
+    return Normalization(**{key: bounds[key] for key in NORMALIZATION_KEYS}).undo(episodes)
 
 
 def check(episodes: Episodes, name: str) -> None:
