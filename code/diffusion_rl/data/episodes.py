@@ -87,7 +87,6 @@ class Normalization:
             actions=_scale(episodes.actions, self.action_min, self.action_max),
         )
 
-
     def undo(self, scaled: Episodes) -> Episodes:
         """Back to the source's units."""
         return replace(

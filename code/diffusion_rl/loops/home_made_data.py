@@ -264,7 +264,6 @@ def joined(first: Episodes, second: Episodes) -> Episodes:
     return Episodes(**{name: np.concatenate([array, other[name]]) for name, array in first.arrays().items()})
 
 
-
 def sac_settings(settings: Settings, action_dim: int) -> dict[str, Any]:
     """The `train` node of SAC with one actor step for each of the critic's."""
     return {
