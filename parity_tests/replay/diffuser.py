@@ -45,8 +45,8 @@ class ChannelsFirst:
             self.layer, self._prefix = layer, "layer."
 
     def __call__(self, x: Any, *others: Any) -> Any:
-        out = self._layer(tf.transpose(x, [0, 2, 1]), *others)
-        return tf.transpose(out, [0, 2, 1])
+        out = self._layer(tf.transpose(x, [2, 0, 1]), *others)
+        return tf.transpose(out, [1, 2, 0])
 
     def named(self, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {self._prefix + name: value for name, value in weights.items()}
