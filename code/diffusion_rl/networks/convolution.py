@@ -205,10 +205,22 @@ class GroupNorm(keras.layers.Layer):
         member = tf.constant(np.kron(np.eye(self.groups), np.ones((channels // self.groups, 1))), x.dtype)  # [C,groups]
 
         def mean(each: Array) -> Array:
-            """Over time and group, for every channel: [T,B,C] -> [B,C]."""
-            total = tf.matmul(tf.reduce_sum(each, axis=0), member) * (self.groups / (steps * channels))
-            return tf.matmul(total, member, transpose_b=True)
+            """Over time and group, for every channel: sums over time [B,C] -> [B,C]."""
+            return tf.matmul(tf.matmul(each, member) * (self.groups / (steps * channels)), member, transpose_b=True)
 
-        centred = x - mean(x)
-        scale = tf.math.rsqrt(mean(tf.square(centred)) + tf.constant(self.epsilon, x.dtype)) * self.gamma
-        return centred * scale + self.beta
+        @tf.custom_gradient
+        def normalise(x: Array, gamma: Array, beta: Array) -> tuple[Array, Any]:
+            centred = x - mean(tf.reduce_sum(x, axis=0))
+            spread = tf.math.rsqrt(mean(tf.reduce_sum(tf.square(centred), axis=0)) + self.epsilon)  # [B,C]
+            scale = spread * gamma
+
+            def gradient(upstream: Array) -> tuple[Array, Array, Array]:
+                # Of the sums that the automatic derivative makes only those over time are of full size.
+                total, along = tf.reduce_sum(upstream, axis=0), tf.reduce_sum(upstream * centred, axis=0)
+                offset, slope = spread * mean(total * gamma), spread**3 * mean(along * gamma)
+                own = scale * upstream - slope * centred - offset
+                return own, tf.reduce_sum(along * spread, axis=0), tf.reduce_sum(total, axis=0)
+
+            return centred * scale + beta, gradient
+
+        return normalise(x, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
