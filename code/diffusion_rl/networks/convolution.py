@@ -29,6 +29,7 @@ TILE = 4  # outputs that share products: more need more points, which costs prec
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # and infinity, always the last one
 FAST_KERNELS = (3, 5)
 
+_plain: list[bool] = []
 _shared: list[dict[tuple[int, int], tuple[Any, Array]]] = []  # by kernel, which is kept alive, and length
 
 
@@ -43,6 +44,19 @@ def shared_matrices() -> Iterator[None]:
         yield
     finally:
         _shared.pop()
+
+
+@contextlib.contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Inside this block all convolutions are plain: for comparisons in float32.
+
+    The fast ones' rounding is about five times as large, which networks whose groups are single numbers magnify.
+    """
+    _plain.append(True)
+    try:
+        yield
+    finally:
+        _plain.pop()
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
@@ -162,7 +176,7 @@ class Conv1d(keras.layers.Layer):
             self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
 
     def call(self, x: Array) -> Array:
-        if self.fast:
+        if self.fast and not _plain:
             y = convolve_fast(x, self.kernel, self.kernel)
         else:
             y = convolve(x, self.kernel, self.stride, self.padding)
