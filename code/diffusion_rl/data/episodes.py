@@ -100,14 +100,21 @@ def _scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
 
 
-def split_episodes(raw: Mapping[str, np.ndarray], timeouts: np.ndarray | None, name: str) -> Episodes:
+def split_episodes(
+    raw: Mapping[str, np.ndarray], timeouts: np.ndarray | None, name: str, limit: int | None = None
+) -> Episodes:
     """Cut flat arrays into episodes at terminals and time-outs; what follows the last end is dropped.
 
     raw: states [N,O], actions [N,A], rewards [N], terminals [N]; timeouts [N] or None. `name` is for error messages.
+    limit: steps after which an episode is over, where no time-outs are recorded.
     """
     done = np.asarray(raw["terminals"]).astype(bool).reshape(-1)
     if timeouts is not None:
         done = done | np.asarray(timeouts).astype(bool).reshape(-1)
+    elif limit is not None:
+        rows = np.arange(len(done))
+        began = np.maximum.accumulate(np.where(np.append(True, done[:-1]), rows, 0))
+        done = done | ((rows - began) % limit == limit - 1)
     ends = np.flatnonzero(done) + 1
     if not len(ends):
         raise UserError(f"{name}: no terminal and no time-out in {len(done)} transitions, so no episode is complete")
