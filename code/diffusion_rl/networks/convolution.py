@@ -64,32 +64,73 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
 
     x [T,B,I], kernel [k,I,D] -> [U,B,D] with U = (T + 2 padding - k) // stride + 1.
     """
-    (k, inputs, outputs), n_in = kernel.shape, x.shape[0]
-    n_out = (n_in + 2 * padding - k) // stride + 1
-    if k + stride + padding > 2:
-        each = n_out + (k - 1) // stride  # inputs of every phase of the stride
-        after = max(each * stride - n_in - padding, 0)
-        padded = tf.pad(x, [[padding, after], [0, 0], [0, 0]])[: each * stride]
-        phases = tf.unstack(tf.reshape(padded, [each, stride, -1, inputs]), axis=1) if stride > 1 else [padded]
-        x = tf.concat([phases[j % stride][j // stride :][:n_out] for j in range(k)], axis=-1)
-    rows = tf.reshape(x, [-1, k * inputs])
-    return tf.reshape(tf.matmul(rows, tf.reshape(kernel, [k * inputs, outputs])), [n_out, -1, outputs])
+    length = x.shape[0]
+
+    @tf.custom_gradient  # the automatic one copies slices
+    def product(x: Array, kernel: Array) -> tuple[Array, Any]:
+        windows = _windows(x, kernel.shape[0], stride, padding)
+        matrix = tf.reshape(kernel, [-1, kernel.shape[2]])
+
+        def gradient(upstream: Array) -> tuple[Array, Array]:
+            by_kernel = tf.matmul(_rows(windows), _rows(upstream), transpose_a=True)
+            return _scattered(upstream, kernel, stride, padding, length), tf.reshape(by_kernel, kernel.shape)
+
+        return _by_time(tf.matmul(_rows(windows), matrix), windows.shape[0]), gradient
+
+    return product(x, tf.convert_to_tensor(kernel))
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     """y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
 
-    x [T,B,I], kernel [k,D,I], k a multiple of stride -> [U,B,D] with U = (T - 1) stride + k - 2 padding.
+    x [T,B,I], kernel [k,D,I] -> [U,B,D] with U = (T - 1) stride + k - 2 padding.
     """
-    n_in, (k, outputs, inputs) = x.shape[0], kernel.shape
-    n_out, taps = (n_in - 1) * stride + k - 2 * padding, k // stride
-    padded = tf.pad(x, [[taps - 1, taps - 1], [0, 0], [0, 0]])
-    several = n_in + taps - 1  # groups of `stride` outputs that see the same inputs
-    columns = tf.concat([padded[taps - 1 - s :][:several] for s in range(taps)], axis=-1)
-    matrix = tf.transpose(tf.reshape(kernel, [taps, stride, outputs, inputs]), [0, 3, 1, 2])
-    y = tf.matmul(tf.reshape(columns, [-1, taps * inputs]), tf.reshape(matrix, [taps * inputs, stride * outputs]))
-    y = tf.transpose(tf.reshape(y, [several, -1, stride, outputs]), [0, 2, 1, 3])
-    return tf.reshape(y, [several * stride, -1, outputs])[padding : padding + n_out]
+    length = (x.shape[0] - 1) * stride + kernel.shape[0] - 2 * padding
+
+    @tf.custom_gradient
+    def product(x: Array, kernel: Array) -> tuple[Array, Any]:
+        def gradient(upstream: Array) -> tuple[Array, Array]:
+            windows = _windows(upstream, kernel.shape[0], stride, padding)
+            by_kernel = tf.matmul(_rows(windows), _rows(x), transpose_a=True)
+            return convolve(upstream, kernel, stride, padding), tf.reshape(by_kernel, kernel.shape)
+
+        return _scattered(x, kernel, stride, padding, length), gradient
+
+    return product(x, tf.convert_to_tensor(kernel))
+
+
+def _rows(x: Array) -> Array:
+    """[T,B,C] -> [T*B,C]"""
+    return tf.reshape(x, [-1, x.shape[2]])
+
+
+def _by_time(rows: Array, length: int) -> Array:
+    """[T*B,C] -> [T,B,C]"""
+    return tf.reshape(rows, [length, -1, rows.shape[1]])
+
+
+def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
+    """What each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
+    n_in, channels = x.shape[0], x.shape[2]
+    n_out = (n_in + 2 * padding - k) // stride + 1
+    each = n_out + (k - 1) // stride  # inputs of every phase of the stride
+    padded = tf.pad(x, [[padding, max(each * stride - n_in - padding, 0)], [0, 0], [0, 0]])[: each * stride]
+    phases = tf.unstack(tf.reshape(padded, [each, stride, -1, channels]), axis=1) if stride > 1 else [padded]
+    return tf.concat([phases[j % stride][j // stride :][:n_out] for j in range(k)], axis=-1)
+
+
+def _scattered(x: Array, kernel: Array, stride: int, padding: int, length: int) -> Array:
+    """The transposed convolution, `length` outputs of it: as many as `stride` neighbours see the same inputs."""
+    kernel = tf.pad(kernel, [[0, -kernel.shape[0] % stride], [0, 0], [0, 0]])
+    k, outputs, inputs = kernel.shape
+    taps = k // stride
+    matrix = tf.transpose(tf.reshape(kernel, [taps, stride, outputs, inputs])[::-1], [0, 3, 1, 2])
+    windows = _windows(x, taps, 1, taps - 1)
+    y = tf.matmul(_rows(windows), tf.reshape(matrix, [taps * inputs, stride * outputs]))
+    y = tf.transpose(tf.reshape(y, [windows.shape[0], -1, stride, outputs]), [0, 2, 1, 3])
+    y = tf.reshape(y, [windows.shape[0] * stride, -1, outputs])
+    missing = max(padding + length - y.shape[0], 0)  # inputs at the end that no output sees
+    return tf.pad(y, [[0, missing], [0, 0], [0, 0]])[padding : padding + length]
 
 
 class Toom(NamedTuple):
@@ -176,7 +217,9 @@ class Conv1d(keras.layers.Layer):
             self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
 
     def call(self, x: Array) -> Array:
-        if self.fast and not _plain:
+        if self.kernel.shape[0] == self.stride == 1 and not self.padding:
+            y = _by_time(tf.matmul(_rows(x), tf.reshape(self.kernel, self.kernel.shape[1:])), x.shape[0])
+        elif self.fast and not _plain:
             y = convolve_fast(x, self.kernel, self.kernel)
         else:
             y = convolve(x, self.kernel, self.stride, self.padding)
