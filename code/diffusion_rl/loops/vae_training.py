@@ -302,7 +302,9 @@ class VAEDiffusionTraining:
         state = checkpoint.metadata["train"]
         load_weights(self.algorithm, checkpoint)
         for name, optimizer in self.trainer.optimizers.items():
+            rate = optimizer.learning_rate.numpy()  # the experiment's, which may have been changed
             optimizer.restore(checkpoint.select(f"optimizer.{name}."))
+            optimizer.learning_rate.assign(rate)
         self.trainer.compile()
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.noise.restore(state["noise"])
