@@ -71,7 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**DPPO, "actor": MLP},
     "mlp ddim": {**DPPO, "actor": {**MLP, "residual_style": True}, **DDIM, "learn_eta": True},
     "pre-trained mlp": {**PRE, "network": {**MLP, "cond_mlp_dims": [8]}},
-    "unet": {**PRE, "network": UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
+    "unet": {**PRE, "network": UNET, "denoising_steps": 4},
     "image mlp": {**DPPO, "actor": VISION, **DDIM},
     "image unet": {**PRE, "network": VISION_UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
     "gaussian": {
