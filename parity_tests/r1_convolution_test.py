@@ -41,7 +41,8 @@ def check(case: str, dtype: str, ours: Any, theirs: Any, inputs: list[np.ndarray
 
 
 def channels_first(function: Any) -> Any:
-    return lambda x, *rest: function(x.transpose(1, 2), *rest).transpose(1, 2)
+    """Of a function of torch's, for [T,B,C]."""
+    return lambda x, *rest: function(x.permute(1, 2, 0), *rest).permute(2, 0, 1)
 
 
 @given(st.data(), LENGTHS, drawn.seeds)
@@ -51,7 +52,7 @@ def test_convolution_is_torchs(data, length, seed):
     channels = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     for dtype in DTYPES:
         rng = np.random.default_rng(seed)
-        x = rng.standard_normal((3, length, channels[0])).astype(dtype)
+        x = rng.standard_normal((length, 3, channels[0])).astype(dtype)
         kernel = rng.standard_normal((k, *channels)).astype(dtype)
         check(
             "convolution, drawn",
@@ -72,7 +73,7 @@ def test_transposed_convolution_is_torchs(data, length, seed):
     channels = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     for dtype in DTYPES:
         rng = np.random.default_rng(seed)
-        x = rng.standard_normal((3, length, channels[1])).astype(dtype)
+        x = rng.standard_normal((length, 3, channels[1])).astype(dtype)
         kernel = rng.standard_normal((k, *channels)).astype(dtype)
         check(
             "transposed convolution, drawn",
@@ -93,7 +94,7 @@ def test_group_normalisation_is_torchs(shape, length, seed):
     for dtype in DTYPES:
         with precision(dtype):
             layer = GroupNorm(groups, channels, 1e-4)
-        x = np.random.default_rng(seed).standard_normal((3, length, channels)).astype(dtype)
+        x = np.random.default_rng(seed).standard_normal((length, 3, channels)).astype(dtype)
         check(
             "group normalisation, drawn",
             dtype,

@@ -8,8 +8,6 @@ import contextlib
 import importlib
 import io
 import sys
-import types
-from importlib.machinery import ModuleSpec
 from typing import Any
 
 import numpy as np
@@ -27,34 +25,11 @@ torch = pytest.importorskip("torch")
 
 from parity_tests import live  # noqa: E402
 from parity_tests.drawn import Draws  # noqa: E402
+from parity_tests.surroundings import Finder  # noqa: E402
 
 pytestmark = pytest.mark.upstream_diffuser
 B, O, A = 3, 3, 2  # noqa: E741
 TEMPORAL, DIFFUSION = "diffuser.models.temporal.", "diffuser.models.diffusion."
-# What it imports for pictures, simulators and command lines: nothing of it is used here.
-SURROUNDINGS = ("gym", "d4rl", "mujoco_py", "imageio", "skvideo", "matplotlib", "tap", "git", "jax", "pybullet", "tqdm")
-
-
-class _Nothing(types.ModuleType):
-    """A module that has everything, all of it empty."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {})
-
-
-class _Finder:
-    """Finds the surroundings that are not installed."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in SURROUNDINGS else None
-
-    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        return _Nothing(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +38,7 @@ def checkout(request):
     if not hasattr(collections, "Mapping"):
         collections.Mapping = collections.abc.Mapping  # as in the versions of Python that it was written for
     sys.path.insert(0, request.config.getoption("--upstream-diffuser"))
-    sys.meta_path.append(_Finder())
+    sys.meta_path.append(Finder())
     with contextlib.redirect_stdout(io.StringIO()):
         importlib.import_module("diffuser.sampling")
 

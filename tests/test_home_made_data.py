@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.episodes import load_episodes, read_npz
 from diffusion_rl.data.sequences import SequenceDataset
 from diffusion_rl.data.validate import validate
@@ -14,6 +16,7 @@ from diffusion_rl.loops import home_made_data as home_made
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TASKS = sorted(home_made.MEDIUM_RETURN)
+SHIPPED = sorted(path.name for path in (REPOSITORY / "data" / "gym").iterdir() if path.is_dir())
 
 
 def test_mantissas_are_rounded():
@@ -44,11 +47,32 @@ def test_a_short_run_from_the_command_line(tmp_path):
     )
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_shipped_data(task):
-    folder = REPOSITORY / "data" / "gym" / f"{task}-medium-v2"
-    if not folder.exists():
-        pytest.skip(f"{folder.name} is not made yet")
+def test_a_buffer_becomes_the_complete_episodes_of_each_environment():
+    settings = home_made.Settings(n_envs=3, explore_steps=300, buffer_size=1000)
+    envs = home_made.make_envs("hopper", 3, 0)
+    sampler = SimpleNamespace(noise=NoiseSource(0))  # asked for random actions only
+    collector = home_made.Collector(envs, sampler, settings)
+    collector.collect(0)
+    rows, ended = collector.buffer.tensors(), np.stack(collector._ended)
+    found = collector.episodes()
+    ends = found.starts + found.traj_lengths - 1
+    assert len(ends) == ended.sum() and found.terminals[ends].all() and found.terminals.sum() == len(ends)
+    one, last = rows["obs"][:, 0].reshape(-1, 3, 11)[:, 0], np.flatnonzero(ended[:, 0])[-1]  # of the first environment
+    np.testing.assert_array_equal(found.states[: last + 1], one[: last + 1])
+    half = home_made.thinned(found, len(found.states) // 2)
+    assert len(half.traj_lengths) == (len(ends) + 1) // 2
+    both = home_made.joined(half, found)
+    np.testing.assert_array_equal(both.states[len(half.states) :], found.states)
+    np.testing.assert_allclose(both.returns, [*half.returns, *found.returns], rtol=1e-6)
+
+
+def test_data_ship_for_every_task():
+    assert {f"{task}-medium-v2" for task in TASKS} <= {*SHIPPED}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_data(name):
+    folder = REPOSITORY / "data" / "gym" / name
     assert (folder / "train.npz").stat().st_size <= home_made.MAX_FILE_BYTES
     text = "\n".join(validate(folder))
     assert "constant" not in text

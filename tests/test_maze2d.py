@@ -57,8 +57,9 @@ def test_planning_end_to_end(tmp_path, monkeypatch):
     flags = ["--config", "config.maze2d", "--dataset", "maze2d-umaze-v1", "--horizon", "8", "--n_diffusion_steps", "2"]
     train = ["--dim_mults", "(1,)", "--n_train_steps", "1", "--n_saves", "1", "--sample_freq", "0", "--seed", "0"]
     planner_app.train([*flags, *train, "--data_dir", "maze.hdf5"])
-    planner_app.plan_maze2d([*flags, "--conditional", "True", "--seed", "0"])
+    planner_app.plan_maze2d([*flags, "--conditional", "True", "--seed", "0", "--n_episodes", "2"])
     folder = tmp_path / "logs" / "maze2d-umaze-v1" / "plans" / "release_H8_T2_LimitsNormalizer_b1_condTrue" / "0"
     facts = json.loads((folder / "rollout.json").read_text())
     assert sorted(facts) == ["epoch_diffusion", "return", "score", "step", "term"] and facts["step"] == 299
     assert (folder / "0.png").is_file() and (folder / "rollout.png").is_file()
+    assert (folder.with_name("0-1") / "rollout.json").is_file()

@@ -16,6 +16,16 @@ def test_the_order_of_values():
     assert options("plan", "--scale", "1e-3").scale == 1e-3  # the command line's
 
 
+def test_presets():
+    given = options("diffusion", "--preset", "paper_v1", "--learning_rate", "1e-3")
+    assert (given.n_diffusion_steps, given.n_train_steps, given.learning_rate) == (100, 500e3, 1e-3)
+    assert options("plan", "--preset", "paper_v1").diffusion_loadpath == "diffusion/defaults_H32_T100"
+    with pytest.raises(UserError, match="has paper_v1"):
+        options("plan", "--preset", "paper_v9")
+    with pytest.raises(UserError, match="has none"):
+        options("plan", "--preset", "paper_v1", config="config.maze2d")
+
+
 def test_deferred_texts_see_the_final_values():
     given = options("plan", "---horizon", "16", "--value_loadpath", "f:values/mine_H{horizon}_d{discount}")
     assert given.value_loadpath == "values/mine_H16_d0.997"

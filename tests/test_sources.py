@@ -11,7 +11,7 @@ import pytest
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, NoiseTape
 from diffusion_rl.data.convert import convert, convert_file
-from diffusion_rl.data.episodes import load_episodes, read_npz
+from diffusion_rl.data.episodes import load_episodes, read_npz, split_episodes
 from diffusion_rl.data.sequences import SequenceDataset
 from diffusion_rl.data.sources import load
 from diffusion_rl.data.validate import validate
@@ -226,3 +226,10 @@ def test_the_validator_finds(changes, message, tmp_path):
 def test_data_without_rewards_is_enough_for_pre_training(tmp_path):
     lines = list(validate(own_data(tmp_path / "d", rewards=None, terminals=None)))
     assert any("good for pre-training" in line for line in lines)
+
+
+def test_without_time_outs_an_episode_ends_at_the_limit_of_steps():
+    rows = np.arange(20, dtype=np.float32)[:, None]
+    raw = {"states": rows, "actions": rows, "rewards": rows[:, 0], "terminals": np.isin(np.arange(20), [2])}
+    assert split_episodes(raw, None, "data", 5).traj_lengths.tolist() == [3, 5, 5, 5]  # two rows are left over
+    assert split_episodes(raw, None, "data").traj_lengths.tolist() == [3]

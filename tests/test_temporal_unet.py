@@ -36,9 +36,9 @@ def test_parameters_of_the_value_network(transition_dim, horizon, dim_mults, cou
 
 @pytest.mark.parametrize(("length", "halved"), [(1, 1), (7, 4), (8, 4)])
 def test_lengths(length, halved):
-    x = tf.zeros([2, length, 5])
-    assert Downsample(5)(x).shape[1] == halved
-    assert Upsample(5)(x).shape[1] == 2 * length
+    x = tf.zeros([length, 2, 5])
+    assert Downsample(5)(x).shape[0] == halved
+    assert Upsample(5)(x).shape[0] == 2 * length
 
 
 def test_what_is_refused():

@@ -239,9 +239,6 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
     planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, options.horizon)
     env = Maze2D(options.dataset)
     options.save()
-    start = env.reset(noise)
-    if options.conditional:
-        env.draw_target(noise)
     score = functools.partial(normalized_score, options.dataset)
 
     def say(t: int, reward: float, total: float, observation: np.ndarray) -> None:
@@ -249,12 +246,18 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
             print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
 
-    episode = follow_plan(planner, env, noise, start, options.replan_every, say)
-    found = {"score": float(score(episode.episode_return)), "return": episode.episode_return, "step": episode.step}
-    maze_pictures.save(folder / "0.png", env.cells != "#", episode.plans.observations[0], env.target)
-    maze_pictures.save(folder / "rollout.png", env.cells != "#", episode.observations[None], env.target)
-    write_json(folder / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
-    print(f"score {100 * found['score']:.1f} | {folder}")
+    scores = []
+    for i in range(options.n_episodes):
+        start, own = env.reset(noise), _beside(folder, i)
+        if options.conditional:
+            env.draw_target(noise)
+        episode = follow_plan(planner, env, noise, start, options.replan_every, say)
+        scores.append(float(score(episode.episode_return)))
+        found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
+        maze_pictures.save(own / "0.png", env.cells != "#", episode.plans.observations[0], env.target)
+        maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+        write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+    print(_score_line(np.array(scores), folder))
 
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
@@ -298,7 +301,7 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
 def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:
     """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
     for i in range(len(found.returns)):
-        own = folder if i == 0 else folder.with_name(f"{folder.name}-{i}")
+        own = _beside(folder, i)
         facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i])}
         write_json(own / "rollout.json", {**facts, "term": bool(found.terminated[i]), **epochs})
     write_json(folder / "action_stats.json", found.action_statistics())
@@ -306,7 +309,16 @@ def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, in
     if getattr(options, "text_statistics", False):
         lines = "".join(f"{k}: {v}\n" for k, v in found.action_statistics().items())
         (folder / "std_mean_actions.txt").write_text(lines)
-    error = found.scores.std() / np.sqrt(len(found.scores))
-    print(f"score {100 * found.scores.mean():.1f} +/- {100 * error:.2f} over {len(found.scores)} episodes | {folder}")
+    print(_score_line(found.scores, folder))
     for name, value in found.latency().items():
         print(f"{name.replace('_', ' ')}: {value:.2f}")
+
+
+def _beside(folder: Path, i: int) -> Path:
+    """Where episode i goes: the first one to the folder, the others beside it."""
+    return folder if i == 0 else folder.with_name(f"{folder.name}-{i}")
+
+
+def _score_line(scores: np.ndarray, folder: Path) -> str:
+    error = scores.std() / np.sqrt(len(scores))
+    return f"score {100 * scores.mean():.1f} +/- {100 * error:.2f} over {len(scores)} episodes | {folder}"

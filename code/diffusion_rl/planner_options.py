@@ -1,8 +1,8 @@
 """The planners' command lines: `--dataset NAME --config NAME --<any hyper-parameter> VALUE`.
 
-The hyper-parameters of an experiment stand in cfg/planning/<config>.yaml; those that a data set changes come next, then
-the command line, then texts that begin with "f:", whose {names} are replaced by the values so far. Nothing is executed
-in any of it: values are numbers, texts or Python literals.
+The hyper-parameters of an experiment stand in cfg/planning/<config>.yaml; those of a preset (`--preset`) and those
+that a data set changes come next, then the command line, then texts that begin with "f:", whose {names} are replaced by
+the values so far. Nothing is executed in any of it: values are numbers, texts or Python literals.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ def parse(
             f"--config {config} has no experiment {experiment!r}: it has {', '.join(_experiments(settings))}"
         )
     values = dict(settings[experiment]["options"])
+    if (preset := given.pop("preset", None)) is not None:
+        presets = settings.get("presets", {})
+        if preset not in presets:
+            raise UserError(f"--preset {preset}: --config {config} has {', '.join(presets) or 'none'}")
+        values |= presets[preset].get(experiment, {})
     values |= settings.get("overrides", {}).get(dataset, {}).get(experiment, {})
     values |= {key: tuple(values[key]) for key in TUPLES if key in values}
     name = given.pop("exp_name", None)
@@ -121,7 +126,7 @@ def _folder() -> Path:
 
 
 def _experiments(settings: Mapping[str, Any]) -> list[str]:
-    return [key for key in settings if key != "overrides" and not key.startswith(".")]
+    return [key for key in settings if key not in ("overrides", "presets") and not key.startswith(".")]
 
 
 def coerce(key: str, text: str, default: Any) -> Any:

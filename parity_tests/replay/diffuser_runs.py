@@ -33,7 +33,7 @@ from diffusion_rl.reports import plan_results
 from parity_tests.replay.calls import caster
 from parity_tests.replay.case import NotCovered
 from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
-from parity_tests.replay.diffuser import PRECISIONS, build, conditions, load, moments
+from parity_tests.replay.diffuser import PRECISIONS, build, conditions, convolutions, load, moments
 from parity_tests.replay.files import Cast, Golden, Outputs
 
 
@@ -62,7 +62,7 @@ def several_calls(golden: Golden) -> None:
     """Variants of one model: other options, the same weights."""
     for dtype, suffix in PRECISIONS:
         if golden.group("out" + suffix):
-            with precision(dtype):
+            with precision(dtype), convolutions(dtype):
                 ours: Outputs = {}
                 for variant in golden.meta["params"]["variants"]:
                     found = one_call(golden, variant, caster(dtype))
@@ -217,7 +217,7 @@ def moving_average(golden: Golden) -> None:
 def training(golden: Golden) -> None:
     """A training run on the recorded batches, step by step."""
     for dtype, suffix in PRECISIONS:
-        with precision(dtype):
+        with precision(dtype), convolutions(dtype):
             ours = training_run(golden)
         comparison = Comparison(golden.name, 6, dtype)
         spread = golden.meta["dev_f32_f64"]["out"]  # relative; weights are recorded in float32 only

@@ -1,6 +1,7 @@
-"""Make medium-level data for a locomotion task: train SAC up to a given return, roll it out, write the npz files.
+"""Make data for a locomotion task: train SAC up to a given return, roll it out, write the npz files.
 
-Example: python script/dataset/make_gym_data.py hopper
+Examples: python script/dataset/make_gym_data.py hopper
+          python script/dataset/make_gym_data.py hopper --flavour medium-expert
 """
 
 import argparse
@@ -15,19 +16,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import tensorflow as tf  # noqa: E402
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("task", choices=sorted(home_made.MEDIUM_RETURN))
+    parser.add_argument("--flavour", choices=home_made.FLAVOURS, default="medium")
     parser.add_argument("--work-dir", type=Path, help="actors and training log (default: log/home-made/<task>)")
-    parser.add_argument("--out-dir", type=Path, help="default: <data directory>/gym/<task>-medium-v2")
-    parser.add_argument("--target-return", type=float, help="default: about D4RL's medium policy")
+    parser.add_argument("--out-dir", type=Path, help="default: <data directory>/gym/<task>-<flavour>-v2")
+    parser.add_argument("--target-return", type=float, help="default: about D4RL's policy of that flavour")
     parser.add_argument("--actor", type=Path, help="roll this actor out instead of training one")
+    parser.add_argument("--replay", type=Path, help="of an earlier training, for medium-replay")
     parser.add_argument("--transitions", type=int, default=100_000)
     for field in dataclasses.fields(home_made.Settings):
         kind = {"action": "store_true"} if isinstance(field.default, bool) else {"type": type(field.default)}
@@ -37,22 +40,12 @@ def main() -> int:
     tf.config.threading.set_intra_op_parallelism_threads(1)  # the networks are small: more threads only wait
     tf.config.threading.set_inter_op_parallelism_threads(1)
     silence_compiler()
-    task = args["task"]
-    out_dir = args["out_dir"] or data_dir() / "gym" / f"{task}-medium-v2"
-    target = home_made.MEDIUM_RETURN[task] if args["target_return"] is None else args["target_return"]
-    try:
-        work_dir = args["work_dir"] or Path("log/home-made") / task
-        actor = args["actor"] or home_made.train(task, target, settings, work_dir)
-        print(f"rolling out {actor}", flush=True)
-        found = home_made.make_data(task, actor, args["transitions"], settings, out_dir)
-        print(json.dumps(found | {"directory": str(out_dir)}, indent=1))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    out_dir = args["out_dir"] or data_dir() / "gym" / f"{args['task']}-{args['flavour']}-v2"
+    work_dir = args["work_dir"] or Path("log/home-made") / args["task"]
+    sources = {name: args[name] for name in ("actor", "replay", "target_return")}
+    raw = home_made.make(args["task"], args["flavour"], args["transitions"], settings, work_dir, **sources)
+    print(json.dumps(home_made.ship(raw, out_dir) | {"directory": str(out_dir)}, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -87,19 +87,34 @@ class Normalization:
             actions=_scale(episodes.actions, self.action_min, self.action_max),
         )
 
+    def undo(self, scaled: Episodes) -> Episodes:
+        """Back to the source's units."""
+        return replace(
+            scaled,
+            states=(scaled.states + 1) / 2 * (self.obs_max - self.obs_min + _RANGE_EPSILON) + self.obs_min,
+            actions=(scaled.actions + 1) / 2 * (self.action_max - self.action_min + _RANGE_EPSILON) + self.action_min,
+        )
+
 
 def _scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
 
 
-def split_episodes(raw: Mapping[str, np.ndarray], timeouts: np.ndarray | None, name: str) -> Episodes:
+def split_episodes(
+    raw: Mapping[str, np.ndarray], timeouts: np.ndarray | None, name: str, limit: int | None = None
+) -> Episodes:
     """Cut flat arrays into episodes at terminals and time-outs; what follows the last end is dropped.
 
     raw: states [N,O], actions [N,A], rewards [N], terminals [N]; timeouts [N] or None. `name` is for error messages.
+    limit: steps after which an episode is over, where no time-outs are recorded.
     """
     done = np.asarray(raw["terminals"]).astype(bool).reshape(-1)
     if timeouts is not None:
         done = done | np.asarray(timeouts).astype(bool).reshape(-1)
+    elif limit is not None:
+        rows = np.arange(len(done))
+        began = np.maximum.accumulate(np.where(np.append(True, done[:-1]), rows, 0))
+        done = done | ((rows - began) % limit == limit - 1)
     ends = np.flatnonzero(done) + 1
     if not len(ends):
         raise UserError(f"{name}: no terminal and no time-out in {len(done)} transitions, so no episode is complete")
@@ -142,6 +157,15 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None) ->
     )
     check(episodes, str(path))
     return episodes
+
+
+def load_unscaled(directory: str | os.PathLike) -> Episodes:
+    """The episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
+    directory = Path(directory)
+    episodes, bounds = load_episodes(directory / "train.npz"), read_npz(directory / "normalization.npz")
+    if missing := [key for key in NORMALIZATION_KEYS if key not in bounds]:
+        raise UserError(f"{directory / 'normalization.npz'} lacks {', '.join(missing)}")
+    return Normalization(**{key: bounds[key] for key in NORMALIZATION_KEYS}).undo(episodes)
 
 
 def check(episodes: Episodes, name: str) -> None:

@@ -37,7 +37,7 @@ class Guide:
         """Move x along the value's gradient.
 
         Args:
-            x: [B,H,D];  t: [B];  variance: of the denoising step, [B,1,1].
+            x: [B,H,D];  t: [B], or [1] for all rows;  variance: of the denoising step, [B,1,1] or [1,1,1].
             put: restores the known entries.
 
         Returns:
@@ -45,11 +45,26 @@ class Guide:
         """
         allowed = tf.cast(t >= self.t_stopgrad, x.dtype)[:, None, None]
         factor = self.scale * allowed * (variance if self.scale_grad_by_std else tf.ones_like(variance))
-        values = tf.zeros(tf.shape(x)[:1], x.dtype)
-        for _ in range(self.n_guide_steps):
+
+        def climb(i: Array, x: Array, values: Array) -> tuple[Array, ...]:
             values, gradient = value_and_gradient(self.value, x, t)
-            x = put(x + factor * gradient)
-        return x, values
+            return i + 1, tf.ensure_shape(put(x + factor * gradient), shape), values
+
+        start, shape = (0, x, tf.zeros(tf.shape(x)[:1], x.dtype)), x.shape
+        if self.n_guide_steps == 1:
+            return climb(*start)[1:]
+        return tf.while_loop(lambda i, *_: i < self.n_guide_steps, climb, start)[1:]  # a loop is compiled once
+
+    def where_allowed(
+        self, x: Array, t: Array, variance: Array, put: Callable[[Array], Array], values: Array
+    ) -> tuple[Array, Array]:
+        """`ascend` at one step t [1] for all rows, without the work where `t_stopgrad` makes it nothing.
+
+        There the given values are returned as they are.
+        """
+        if self.t_stopgrad <= 0:
+            return self.ascend(x, t, variance, put)
+        return tf.cond(t[0] >= self.t_stopgrad, lambda: self.ascend(x, t, variance, put), lambda: (x, values))
 
 
 def value_and_gradient(value: Value, x: Array, t: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Home-made data of medium quality for the locomotion tasks: train SAC up to a given return, roll it out, write npz.
+"""Home-made data for the locomotion tasks: train SAC up to a given return, roll it out, write npz.
 
 D4RL's files cannot be shipped with this repository; `data/gym/README.md` says what was made instead and how it differs.
 `script/dataset/make_gym_data.py` is the command.
@@ -22,7 +22,16 @@ from diffusion_rl.algorithms.off_policy import Phase
 from diffusion_rl.algorithms.sac import SAC
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
-from diffusion_rl.data.episodes import Episodes, Normalization, read_npz, save_episodes
+from diffusion_rl.data.assets import data_dir
+from diffusion_rl.data.episodes import (
+    Episodes,
+    Normalization,
+    load_episodes,
+    load_unscaled,
+    read_npz,
+    save_episodes,
+    write_npz,
+)
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
@@ -32,6 +41,8 @@ from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
 
 MEDIUM_RETURN = {"hopper": 1400.0, "walker2d": 2800.0, "halfcheetah": 4700.0}  # about D4RL's medium policies
+EXPERT_RETURN = {"hopper": 3300.0, "walker2d": 4500.0, "halfcheetah": 10000.0}  # a little below D4RL's experts
+FLAVOURS = ("medium", "expert", "medium-replay", "medium-expert")
 EPISODE_STEPS = 1000
 MAX_FILE_BYTES = 8_000_000
 MANTISSA_BITS = 15  # kept of the normalised states and actions: an error below 2e-5, and a quarter less to ship
@@ -139,7 +150,8 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     """Train until an evaluated return reaches `target_return` (or to `max_updates`).
 
     Returns the file of the actor whose evaluation came nearest to the target: early in training returns jump, and the
-    first that reaches a medium return may be far above it. Every evaluated actor is kept in `work_dir`.
+    first that reaches a medium return may be far above it. Every evaluated actor is kept in `work_dir`, and in
+    `replay.npz` all episodes up to the first evaluation of medium return.
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     envs = make_envs(task, settings.n_envs, settings.seed)
@@ -167,6 +179,8 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
         save_actor(actor_file(work_dir, updates), policy)
         (work_dir / "training.json").write_text(json.dumps(log, indent=1))
         print(_progress_line(row, updates / (time.monotonic() - start), settings), flush=True)
+        if evaluation["return"]["mean"] >= MEDIUM_RETURN[task] and not replay_file(work_dir).exists():
+            write_npz(replay_file(work_dir), collector.episodes().arrays())
         if evaluation["return"]["mean"] >= target_return:
             break
     nearest = min(log, key=lambda row: abs(row["return"]["mean"] - target_return))
@@ -176,6 +190,11 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
 def actor_file(work_dir: Path, updates: int) -> Path:
     """Where `train` keeps the actor evaluated after that many gradient steps."""
     return work_dir / f"actor_{updates:07d}.npz"
+
+
+def replay_file(work_dir: Path) -> Path:
+    """Where `train` keeps what was collected up to a medium return, in the environment's units."""
+    return work_dir / "replay.npz"
 
 
 class Collector:
@@ -188,6 +207,7 @@ class Collector:
         self.buffer = ReplayBuffer(settings.buffer_size, fields(names, (1, obs_dim), (1, action_dim)))
         self.obs = envs.reset()["state"]
         self.env_steps, self._owed = 0, float(settings.explore_steps)
+        self._ended: list[np.ndarray] = []  # of each step, [E]
 
     def collect(self, steps: float) -> None:
         """`steps` environment steps (fractions are carried over), after the exploration steps the first time."""
@@ -209,8 +229,39 @@ class Collector:
                 terminated=result.terminated,
             )
             self.obs = result.observations["state"]
+            self._ended.append(ended)
             self.env_steps += self.envs.n_envs
             self._owed -= self.envs.n_envs
+
+    def episodes(self) -> Episodes:
+        """The complete episodes in the buffer, environment by environment; it must not have overflowed."""
+        rows, ended = self.buffer.tensors(), np.stack(self._ended)  # [steps,E]
+        kept = np.cumsum(ended[::-1], axis=0)[::-1] > 0  # not after the last end of an environment
+
+        def column(field: np.ndarray) -> np.ndarray:
+            """One environment after the other."""
+            by_step = field.reshape(*ended.shape, *field.shape[1:])
+            return np.swapaxes(by_step, 0, 1)[kept.T]
+
+        ends = np.flatnonzero(column(ended.reshape(-1))) + 1
+        return Episodes(
+            states=column(rows["obs"][:, 0]),
+            actions=column(rows["actions"][:, 0]),
+            traj_lengths=np.diff(np.concatenate([[0], ends])),
+            rewards=column(rows["rewards"]),
+            terminals=column(rows["terminated"]).astype(bool),
+        )
+
+
+def thinned(episodes: Episodes, transitions: int) -> Episodes:
+    """Every n-th episode, so many that there are about that many transitions."""
+    return episodes.select(np.arange(0, len(episodes.traj_lengths), max(round(len(episodes.states) / transitions), 1)))
+
+
+def joined(first: Episodes, second: Episodes) -> Episodes:
+    """The episodes of both."""
+    other = second.arrays()
+    return Episodes(**{name: np.concatenate([array, other[name]]) for name, array in first.arrays().items()})
 
 
 def sac_settings(settings: Settings, action_dim: int) -> dict[str, Any]:
@@ -249,13 +300,54 @@ def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
     return ((words + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)
 
 
-def make_data(task: str, actor: Path, transitions: int, settings: Settings, out_dir: Path) -> dict[str, Any]:
-    """Roll the stochastic policy out until `transitions` are reached and write train.npz and normalization.npz."""
+def record(task: str, actor: Path, transitions: int, settings: Settings) -> Episodes:
+    """Episodes of the stochastic policy, until there are that many transitions."""
     envs = make_envs(task, 50, settings.seed + 20_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
     load_state_dict(policy.network, read_npz(actor))
     sampler = Sampler(policy, NoiseSource(settings.seed + 2), envs.action_dim)
-    raw = roll_out(sampler, envs, lambda _, steps: steps >= transitions)
+    return roll_out(sampler, envs, lambda _, steps: steps >= transitions)
+
+
+def make(
+    task: str,
+    flavour: str,
+    transitions: int,
+    settings: Settings,
+    work_dir: Path,
+    *,
+    actor: Path | None = None,
+    replay: Path | None = None,
+    target_return: float | None = None,
+) -> Episodes:
+    """Data of one of D4RL's flavours, in the environment's units.
+
+    medium, expert: episodes of such a policy. medium-replay: what a training has met until it was of medium return.
+    medium-expert: the medium data that are there, and as many transitions of an expert.
+
+    Args:
+        transitions: about so many.
+        work_dir: of the training.
+        actor, replay: of an earlier training, instead of one.
+        target_return: of the policy, where it is not to be about D4RL's.
+    """
+    if flavour == "medium-replay":
+        if replay is None:
+            train(task, MEDIUM_RETURN[task] if target_return is None else target_return, settings, work_dir)
+            replay = replay_file(work_dir)
+        return thinned(load_episodes(replay), transitions)
+    if actor is None:
+        returns = MEDIUM_RETURN if flavour == "medium" else EXPERT_RETURN
+        actor = train(task, returns[task] if target_return is None else target_return, settings, work_dir)
+    print(f"rolling out {actor}", flush=True)
+    if flavour != "medium-expert":
+        return record(task, actor, transitions, settings)
+    medium = load_unscaled(data_dir() / "gym" / f"{task}-medium-v2")
+    return joined(thinned(medium, transitions // 2), record(task, actor, transitions // 2, settings))
+
+
+def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:
+    """Write train.npz and normalization.npz; what is in them."""
     normalization = Normalization.of(raw)
     scaled = normalization.apply(raw)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))

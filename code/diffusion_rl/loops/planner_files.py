@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data import assets, sources
-from diffusion_rl.data.episodes import NORMALIZATION_KEYS, Episodes, load_episodes, read_npz, split_episodes
+from diffusion_rl.data.episodes import Episodes, load_unscaled, split_episodes
 from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
 from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
 from diffusion_rl.interop import diffuser_checkpoint
@@ -56,7 +55,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
     D4RL_DATASET_DIR (~/.d4rl/datasets), then among the data that ship with this repository.
     """
     if data_dir:
-        return _scaled_back(Path(data_dir)) if _is_npz(Path(data_dir)) else sources.load(data_dir)[0]
+        return load_unscaled(Path(data_dir)) if _is_npz(Path(data_dir)) else sources.load(data_dir)[0]
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     remote = d4rl_file(name)
     original, own = folder / (Path(remote).name if remote else f"{name}.hdf5"), assets.data_dir() / "gym" / name
@@ -68,7 +67,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
         return sources.load(maze)[0]
     if _is_npz(own):
         say(f"data: {own} (made for this repository; not D4RL's)")
-        return _scaled_back(own)
+        return load_unscaled(own)
     cure = f"download {DOWNLOADS}/{remote} to {folder}" if remote else f"put it into {folder}"
     raise UserError(f"no data for {name}: {cure}, or name a file or folder with --data_dir (looked in {own}, too)")
 
@@ -84,19 +83,6 @@ def d4rl_file(name: str) -> str | None:
 
 def _is_npz(folder: Path) -> bool:
     return (folder / "train.npz").is_file()
-
-
-def _scaled_back(folder: Path) -> Episodes:
-    """A folder of the npz contract: its states and actions are scaled to [-1, 1]."""
-    episodes, bounds = load_episodes(folder / "train.npz"), read_npz(folder / "normalization.npz")
-    if missing := [key for key in NORMALIZATION_KEYS if key not in bounds]:
-        raise UserError(f"{folder / 'normalization.npz'} lacks {', '.join(missing)}")
-
-    def back(x: np.ndarray, kind: str) -> np.ndarray:
-        low, high = bounds[f"{kind}_min"], bounds[f"{kind}_max"]
-        return (x + 1) / 2 * (high - low + 1e-6) + low
-
-    return replace(episodes, states=back(episodes.states, "obs"), actions=back(episodes.actions, "action"))
 
 
 def dataset_of(episodes: Episodes, description: Mapping[str, Any]) -> TrajectoryDataset:

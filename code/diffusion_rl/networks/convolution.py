@@ -1,18 +1,21 @@
 """One-dimensional convolutions with PyTorch's padding, as matrix products, and group normalisation.
 
-Shape letters: B batch, T time steps in, U time steps out, I channels in, D channels out, k kernel size. Time comes
-before channels, [B,T,I].
+Shape letters: T time steps in, U time steps out, B batch, I channels in, D channels out, k kernel size. Time comes
+first, [T,B,C]: a shift in time is then a slice of memory, and what is per row and channel broadcasts.
 
-TensorFlow's own convolutions of one dimension are slow on CPUs, backwards above all. Here a few neighbouring outputs at
-a time are one product with the banded matrix that the kernel stands for: of a short signal all of them, [T*I, U*D].
+TensorFlow's own convolutions of one dimension are slow on CPUs. The plain form here is one product with the shifted
+inputs side by side. The fast one needs 7 or 8 products for every 4 outputs of a kernel of 5 instead of 20: convolution
+is multiplication of polynomials, which can be made from their values at a few points (Toom 1963, Cook 1966; Winograd
+1980). Values at points, and back, are small constant matrices over time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -22,23 +25,17 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 from diffusion_rl.networks.layers import Array
 
-BLOCK = 4  # outputs of one product: more are fewer products, of matrices with more zeros in them
+TILE = 4  # outputs that share products: more need more points, which costs precision
+POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # and infinity, always the last one
+FAST_KERNELS = (3, 5)
 
-
-def taps(n_in: int, n_out: int, kernel_size: int, stride: int, padding: int) -> np.ndarray:
-    """[T,U]: the tap j of the kernel that leads from input t to output u, t = u * stride + j - p; k where none does."""
-    t, u = np.ogrid[:n_in, :n_out]
-    j = t - u * stride + padding
-    return np.where((j >= 0) & (j < kernel_size), j, kernel_size)
-
-
-Bands = list[tuple[int, int, Array]]  # first and last input of a few outputs, and the matrix between them
-_shared: list[dict[tuple[int, int], tuple[Any, Bands]]] = []  # by kernel, which is kept alive, and length
+_plain: list[bool] = []
+_shared: list[dict[tuple[int, int], tuple[Any, Array]]] = []  # by kernel, which is kept alive, and length
 
 
 @contextlib.contextmanager
 def shared_matrices() -> Iterator[None]:
-    """Inside this block a kernel's matrices are made once: those made before a loop are not made again in it.
+    """Inside this block a kernel is transformed once: what was made before a loop is not made again in it.
 
     For use where weights do not change, and in one graph (or eagerly) only.
     """
@@ -49,73 +46,168 @@ def shared_matrices() -> Iterator[None]:
         _shared.pop()
 
 
-def bands(kernel: Array, tap: np.ndarray) -> Bands:
-    """The matrices of the kernel's shifts, [k,I,D] and [T,U] of `taps`, for `BLOCK` outputs each."""
-    (n_out, k, inputs, outputs), found = (tap.shape[1], *kernel.shape), []
-    blocks = [*tf.unstack(kernel), tf.zeros([inputs, outputs], kernel.dtype)]
-    for first in range(0, n_out, BLOCK):
-        columns = tap[:, first : first + BLOCK]
-        used = np.flatnonzero((columns < k).any(axis=1))
-        start, stop = (used[0], used[-1] + 1) if len(used) else (0, 1)  # none: outputs that see only padding
-        matrix = tf.concat([tf.concat([blocks[j] for j in row], axis=1) for row in columns[start:stop]], axis=0)
-        found.append((start, stop, matrix))
-    return found
+@contextlib.contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Inside this block all convolutions are plain: for comparisons in float32.
 
-
-def banded_product(x: Array, kernel: Array, tap: np.ndarray, owner: Any = None) -> Array:
-    """Convolution as products with the matrix of the kernel's shifts.
-
-    Args:
-        x: [B,T,I];  kernel: [k,I,D].
-        tap: [T,U] of `taps`.
-        owner: the variable that the kernel is from, under which `shared_matrices` keeps its matrices.
-
-    Returns:
-        [B,U,D]
+    The fast ones' rounding is about five times as large, which networks whose groups are single numbers magnify.
     """
-    (n_in, n_out), (_, inputs, outputs) = tap.shape, kernel.shape
-    if _shared and owner is not None:
-        known, key = _shared[-1], (id(owner), n_in)
-        if key not in known:
-            known[key] = owner, bands(kernel, tap)
-        found = known[key][1]
-    else:
-        found = bands(kernel, tap)
-    rows = tf.reshape(x, [-1, n_in * inputs])
-    products = [tf.matmul(rows[:, start * inputs : stop * inputs], matrix) for start, stop, matrix in found]
-    return tf.reshape(tf.concat(products, axis=1), [-1, n_out, outputs])
+    _plain.append(True)
+    try:
+        yield
+    finally:
+        _plain.pop()
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
     """y[u] = sum_j x[u * stride + j - padding] @ kernel[j], with zeros outside of x (torch's Conv1d without bias).
 
-    x [B,T,I], kernel [k,I,D] -> [B,U,D] with U = (T + 2 padding - k) // stride + 1.
+    x [T,B,I], kernel [k,I,D] -> [U,B,D] with U = (T + 2 padding - k) // stride + 1.
     """
-    n_in, (k, inputs, outputs) = x.shape[1], kernel.shape
-    if k == 1 and stride == 1 and padding == 0:
-        return tf.reshape(tf.matmul(tf.reshape(x, [-1, inputs]), kernel[0]), [-1, n_in, outputs])
-    n_out = (n_in + 2 * padding - k) // stride + 1
-    return banded_product(x, kernel, taps(n_in, n_out, k, stride, padding), kernel)
+    length = x.shape[0]
+
+    @tf.custom_gradient  # the automatic one copies slices
+    def product(x: Array, kernel: Array) -> tuple[Array, Any]:
+        windows = _windows(x, kernel.shape[0], stride, padding)
+        matrix = tf.reshape(kernel, [-1, kernel.shape[2]])
+
+        def gradient(upstream: Array) -> tuple[Array, Array]:
+            by_kernel = tf.matmul(_rows(windows), _rows(upstream), transpose_a=True)
+            return _scattered(upstream, kernel, stride, padding, length), tf.reshape(by_kernel, kernel.shape)
+
+        return _by_time(tf.matmul(_rows(windows), matrix), windows.shape[0]), gradient
+
+    return product(x, tf.convert_to_tensor(kernel))
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     """y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
 
-    x [B,T,I], kernel [k,D,I] -> [B,U,D] with U = (T - 1) stride + k - 2 padding.
+    x [T,B,I], kernel [k,D,I] -> [U,B,D] with U = (T - 1) stride + k - 2 padding.
     """
-    n_in, k = x.shape[1], kernel.shape[0]
-    n_out = (n_in - 1) * stride + k - 2 * padding
-    return banded_product(x, tf.transpose(kernel, [0, 2, 1]), taps(n_out, n_in, k, stride, padding).T, kernel)
+    length = (x.shape[0] - 1) * stride + kernel.shape[0] - 2 * padding
+
+    @tf.custom_gradient
+    def product(x: Array, kernel: Array) -> tuple[Array, Any]:
+        def gradient(upstream: Array) -> tuple[Array, Array]:
+            windows = _windows(upstream, kernel.shape[0], stride, padding)
+            by_kernel = tf.matmul(_rows(windows), _rows(x), transpose_a=True)
+            return convolve(upstream, kernel, stride, padding), tf.reshape(by_kernel, kernel.shape)
+
+        return _scattered(x, kernel, stride, padding, length), gradient
+
+    return product(x, tf.convert_to_tensor(kernel))
+
+
+def _rows(x: Array) -> Array:
+    """[T,B,C] -> [T*B,C]"""
+    return tf.reshape(x, [-1, x.shape[2]])
+
+
+def _by_time(rows: Array, length: int) -> Array:
+    """[T*B,C] -> [T,B,C]"""
+    return tf.reshape(rows, [length, -1, rows.shape[1]])
+
+
+def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
+    """What each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
+    n_in, channels = x.shape[0], x.shape[2]
+    n_out = (n_in + 2 * padding - k) // stride + 1
+    each = n_out + (k - 1) // stride  # inputs of every phase of the stride
+    padded = tf.pad(x, [[padding, max(each * stride - n_in - padding, 0)], [0, 0], [0, 0]])[: each * stride]
+    phases = tf.unstack(tf.reshape(padded, [each, stride, -1, channels]), axis=1) if stride > 1 else [padded]
+    return tf.concat([phases[j % stride][j // stride :][:n_out] for j in range(k)], axis=-1)
+
+
+def _scattered(x: Array, kernel: Array, stride: int, padding: int, length: int) -> Array:
+    """The transposed convolution, `length` outputs of it: as many as `stride` neighbours see the same inputs."""
+    kernel = tf.pad(kernel, [[0, -kernel.shape[0] % stride], [0, 0], [0, 0]])
+    k, outputs, inputs = kernel.shape
+    taps = k // stride
+    matrix = tf.transpose(tf.reshape(kernel, [taps, stride, outputs, inputs])[::-1], [0, 3, 1, 2])
+    windows = _windows(x, taps, 1, taps - 1)
+    y = tf.matmul(_rows(windows), tf.reshape(matrix, [taps * inputs, stride * outputs]))
+    y = tf.transpose(tf.reshape(y, [windows.shape[0], -1, stride, outputs]), [0, 2, 1, 3])
+    y = tf.reshape(y, [windows.shape[0] * stride, -1, outputs])
+    missing = max(padding + length - y.shape[0], 0)  # inputs at the end that no output sees
+    return tf.pad(y, [[0, missing], [0, 0], [0, 0]])[padding : padding + length]
+
+
+class Toom(NamedTuple):
+    """A convolution of stride 1 that keeps the length T, as P products for each of N groups of outputs.
+
+    y = out @ ((into @ x) * (points @ kernel)), where * is a matrix product over the channels at each point.
+    """
+
+    into: np.ndarray  # [P*N,T]
+    out: np.ndarray  # [T,P*N]
+    points: np.ndarray  # [P,k]
+
+
+def _powers(n: int, count: int) -> np.ndarray:
+    """[count,n]: x^0 … x^(n-1) at count - 1 points; at infinity the last of them alone."""
+    return np.vstack([np.power.outer(np.array(POINTS[: count - 1]), np.arange(n)), np.eye(n)[-1]])
+
+
+@functools.cache
+def toom(length: int, k: int) -> Toom:
+    """The matrices for T = length and an odd kernel.
+
+    sum_u a_u y_u = sum_{u,j} a_u g_j x_{u+j} is the product of the polynomials a and g, weighted by x: it is made from
+    values of a and g at points, with the inverse of the powers applied to x. Where the whole signal is one group, the
+    inputs are the short polynomial instead, and the kernel is what the product is weighted by.
+    """
+    reach = (k - 1) // 2
+    if length <= TILE and 2 * length - 1 <= TILE + k - 1:
+        count = 2 * length - 1
+        diagonals = np.arange(count) - (length - 1) + reach  # taps of the kernel, some of them outside of it
+        weights = np.linalg.inv(_powers(count, count)).T
+        points = np.zeros((count, k))
+        inside = (diagonals >= 0) & (diagonals < k)
+        points[:, diagonals[inside]] = weights[:, inside]
+        return Toom(_powers(length, count), _powers(length, count)[:, ::-1].T, points)
+    count, groups = TILE + k - 1, -(-length // TILE)
+    window, back = np.linalg.inv(_powers(count, count)).T, _powers(TILE, count)
+    into, out = np.zeros((count, groups, length)), np.zeros((length, count, groups))
+    for group in range(groups):
+        first = group * TILE
+        for i in range(count):
+            if 0 <= (t := first + i - reach) < length:
+                into[:, group, t] = window[:, i]
+        for u in range(min(TILE, length - first)):
+            out[first + u, :, group] = back[:, u]
+    return Toom(into.reshape(-1, length), out.reshape(length, -1), _powers(k, count))
+
+
+def convolve_fast(x: Array, kernel: Array, owner: Any = None) -> Array:
+    """`convolve` with stride 1 and padding that keeps the length, in fewer products; equal but for rounding.
+
+    Args:
+        x: [T,B,I];  kernel: [k,I,D], k odd.
+        owner: what `shared_matrices` keeps the transformed kernel under.
+    """
+    n, (k, inputs, outputs) = x.shape[0], kernel.shape
+    plan = toom(n, k)
+    count = len(plan.points)
+    into, out, points = (tf.constant(each, x.dtype) for each in plan)
+    known, key = (_shared[-1] if _shared and owner is not None else {}), (id(owner), n)
+    if key not in known:
+        at_points = tf.matmul(points, tf.reshape(kernel, [k, inputs * outputs]))
+        known[key] = owner, tf.reshape(at_points, [count, inputs, outputs])
+    values = tf.reshape(tf.matmul(into, tf.reshape(x, [n, -1])), [count, -1, inputs])
+    products = tf.reshape(tf.matmul(values, known[key][1]), [out.shape[1], -1])
+    return tf.reshape(tf.matmul(out, products), [n, -1, outputs])
 
 
 class Conv1d(keras.layers.Layer):
-    """torch's Conv1d on [B,T,I]: kernel [k,I,D], bias [D], both uniform in +-1/sqrt(k I) at first."""
+    """torch's Conv1d on [T,B,I]: kernel [k,I,D], bias [D], both uniform in +-1/sqrt(k I) at first."""
 
     def __init__(
         self, in_dim: int, out_dim: int, kernel_size: int, stride: int = 1, padding: int = 0, has_bias: bool = True
     ):
         super().__init__(dtype=floatx())
         self.stride, self.padding = stride, padding
+        self.fast = kernel_size in FAST_KERNELS and stride == 1 and 2 * padding == kernel_size - 1
         bound = 1.0 / math.sqrt(in_dim * kernel_size)
         self.kernel = tf.Variable(
             init_noise().uniform((kernel_size, in_dim, out_dim), -bound, bound, dtype=floatx()), name="kernel"
@@ -125,12 +217,17 @@ class Conv1d(keras.layers.Layer):
             self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
 
     def call(self, x: Array) -> Array:
-        y = convolve(x, self.kernel, self.stride, self.padding)
+        if self.kernel.shape[0] == self.stride == 1 and not self.padding:
+            y = _by_time(tf.matmul(_rows(x), tf.reshape(self.kernel, self.kernel.shape[1:])), x.shape[0])
+        elif self.fast and not _plain:
+            y = convolve_fast(x, self.kernel, self.kernel)
+        else:
+            y = convolve(x, self.kernel, self.stride, self.padding)
         return y + self.bias if self.has_bias else y
 
 
 class ConvTranspose1d(keras.layers.Layer):
-    """torch's ConvTranspose1d on [B,T,I]: kernel [k,D,I], bias [D], both uniform in +-1/sqrt(k D) at first."""
+    """torch's ConvTranspose1d on [T,B,I]: kernel [k,D,I], bias [D], both uniform in +-1/sqrt(k D) at first."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int, padding: int = 0):
         super().__init__(dtype=floatx())
@@ -150,7 +247,7 @@ class ConvTranspose1d(keras.layers.Layer):
 
 
 class GroupNorm(keras.layers.Layer):
-    """Normalisation of each group of neighbouring channels over time and the group (Wu & He 2018), on [B,T,C]."""
+    """Normalisation of each group of neighbouring channels over time and the group (Wu & He 2018), on [T,B,C]."""
 
     def __init__(self, groups: int, dim: int, epsilon: float = 1e-5):
         super().__init__(dtype=floatx())
@@ -161,8 +258,26 @@ class GroupNorm(keras.layers.Layer):
         self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
 
     def call(self, x: Array) -> Array:
-        steps, channels = x.shape[1:]
-        grouped = tf.reshape(x, [-1, steps, self.groups, channels // self.groups])
-        mean, variance = tf.nn.moments(grouped, axes=[1, 3], keepdims=True)
-        normal = (grouped - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype))
-        return tf.reshape(normal, [-1, steps, channels]) * self.gamma + self.beta
+        steps, channels = x.shape[0], x.shape[2]
+        member = tf.constant(np.kron(np.eye(self.groups), np.ones((channels // self.groups, 1))), x.dtype)  # [C,groups]
+
+        def mean(each: Array) -> Array:
+            """Over time and group, for every channel: sums over time [B,C] -> [B,C]."""
+            return tf.matmul(tf.matmul(each, member) * (self.groups / (steps * channels)), member, transpose_b=True)
+
+        @tf.custom_gradient
+        def normalise(x: Array, gamma: Array, beta: Array) -> tuple[Array, Any]:
+            centred = x - mean(tf.reduce_sum(x, axis=0))
+            spread = tf.math.rsqrt(mean(tf.reduce_sum(tf.square(centred), axis=0)) + self.epsilon)  # [B,C]
+            scale = spread * gamma
+
+            def gradient(upstream: Array) -> tuple[Array, Array, Array]:
+                # Of the sums that the automatic derivative makes only those over time are of full size.
+                total, along = tf.reduce_sum(upstream, axis=0), tf.reduce_sum(upstream * centred, axis=0)
+                offset, slope = spread * mean(total * gamma), spread**3 * mean(along * gamma)
+                own = scale * upstream - slope * centred - offset
+                return own, tf.reduce_sum(along * spread, axis=0), tf.reduce_sum(total, axis=0)
+
+            return centred * scale + beta, gradient
+
+        return normalise(x, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))

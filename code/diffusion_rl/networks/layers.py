@@ -25,11 +25,18 @@ def _softplus(x: Array) -> Array:
     return tf.where(x > 20, x, tf.nn.softplus(tf.minimum(x, 20)))  # linear above 20, as torch
 
 
-def mish(x: Array) -> Array:
+@tf.custom_gradient
+def mish(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """x tanh(log(1 + e^x)) (Misra 2019), with a single exponential: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)."""
     e = tf.exp(tf.minimum(x, 20))  # from there on the factor is 1 to double precision
     n = e * (e + 2)
-    return x * (n / (n + 2))
+    inverse = 1 / (n + 2)
+    factor = n * inverse
+
+    def gradient(upstream: Array) -> Array:
+        return upstream * (factor + x * (4 * e * (e + 1)) * tf.square(inverse))
+
+    return x * factor, gradient
 
 
 def gelu(x: Array) -> Array:

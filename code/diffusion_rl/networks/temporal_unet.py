@@ -1,7 +1,9 @@
 """Diffuser's networks (Janner et al. 2022): a U-Net over time that sees whole trajectories, and a value network.
 
 Shape letters: B batch, H horizon, D width of a transition (action and observation), C channels, M width of the time
-embedding.
+embedding. Inside the networks time comes first, [H,B,C].
+
+Rows of one denoising step share its embedding: `time` may hold a single step for all of them.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ class ResidualTemporalBlock(keras.layers.Layer):
         self.changes_width = in_dim != out_dim
 
     def call(self, x: Array, t: Array) -> Array:
-        """x [B,H,I], t [B,M] -> [B,H,C]"""
+        """x [H,B,I], t [B,M] or [1,M] -> [H,B,C]"""
         for step in self.time_mlp:
             t = step(t)
-        out = self.blocks[1](self.blocks[0](x) + t[:, None])
+        out = self.blocks[1](self.blocks[0](x) + t)
         return out + (self.residual_conv(x) if self.changes_width else x)
 
 
@@ -73,13 +75,13 @@ class LinearAttention(keras.layers.Layer):
         self.to_out = Conv1d(heads * dim_head, dim, 1)
 
     def call(self, x: Array) -> Array:
-        """[B,H,C] -> [B,H,C]"""
-        steps = x.shape[1]
-        qkv = tf.reshape(self.to_qkv(x), [-1, steps, 3, self.heads, self.dim_head])
-        q, k, v = (tf.transpose(part, [0, 2, 1, 3]) for part in tf.unstack(qkv, axis=2))  # [B,heads,H,dim_head]
+        """[H,B,C] -> [H,B,C]"""
+        steps = x.shape[0]
+        qkv = tf.reshape(self.to_qkv(x), [steps, -1, 3, self.heads, self.dim_head])
+        q, k, v = (tf.transpose(part, [1, 2, 0, 3]) for part in tf.unstack(qkv, axis=2))  # [B,heads,H,dim_head]
         context = tf.matmul(tf.nn.softmax(k, axis=2), v, transpose_a=True)
         out = tf.matmul(q * self.dim_head**-0.5, context)
-        return self.to_out(tf.reshape(tf.transpose(out, [0, 2, 1, 3]), [-1, steps, self.heads * self.dim_head]))
+        return self.to_out(tf.reshape(tf.transpose(out, [2, 0, 1, 3]), [steps, -1, self.heads * self.dim_head]))
 
 
 class AttentionBlock(keras.layers.Layer):
@@ -141,13 +143,13 @@ class TemporalUnet(keras.layers.Layer):
         self.final_conv = [conv_block(dims[1], dims[1]), Conv1d(dims[1], transition_dim, 1)]
 
     def call(self, x: Array, time: Array) -> Array:
-        """x [B,H,D], time [B] integers -> noise or clean trajectories [B,H,D].
+        """x [B,H,D], time [B] or [1] integers -> noise or clean trajectories [B,H,D].
 
         Raises:
             UserError: H cannot be halved once between any two levels.
         """
         require_horizon(x.shape[1], self.levels)
-        t, skips = self.time_mlp(time), []
+        x, t, skips = tf.transpose(x, [1, 0, 2]), self.time_mlp(time), []
         for one, two, attend, halve in self.downs:
             x = _optional(attend, two(one(x, t), t))
             skips.append(x)
@@ -157,7 +159,7 @@ class TemporalUnet(keras.layers.Layer):
             x = double(_optional(attend, two(one(tf.concat([x, skips.pop()], axis=-1), t), t)))
         for layer in self.final_conv:
             x = layer(x)
-        return x
+        return tf.transpose(x, [1, 0, 2])
 
 
 class ActionTemporalUnet(TemporalUnet):
@@ -244,16 +246,16 @@ class ValueFunction(keras.layers.Layer):
         self.final_block = [Linear(features + dim, features // 2), mish, Linear(features // 2, out_dim)]
 
     def call(self, x: Array, time: Array) -> Array:
-        """x [B,H,D], time [B] integers -> [B,out_dim]. Raises UserError for another H than it was built for."""
+        """x [B,H,D], time [B] or [1] integers -> [B,out_dim]. Raises UserError for another H than it was built for."""
         if x.shape[1] != self.horizon:
             raise UserError(f"the value network was trained for horizon {self.horizon}, not {x.shape[1]}: plan with it")
-        t = self.time_mlp(time)
+        x, t = tf.transpose(x, [1, 0, 2]), self.time_mlp(time)
         for one, two, halve in self.blocks:
             x = halve(two(one(x, t), t))
         x = self.mid_down1(self.mid_block1(x, t))
         x = self.mid_down2(self.mid_block2(x, t))
-        x = tf.reshape(tf.transpose(x, [0, 2, 1]), [-1, x.shape[1] * x.shape[2]])  # channel by channel
-        x = tf.concat([x, t], axis=-1)
+        x = tf.reshape(tf.transpose(x, [1, 2, 0]), [-1, x.shape[0] * x.shape[2]])  # channel by channel
+        x = tf.concat([x, tf.broadcast_to(t, [tf.shape(x)[0], t.shape[1]])], axis=-1)
         for layer in self.final_block:
             x = layer(x)
         return x

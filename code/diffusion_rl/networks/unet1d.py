@@ -1,7 +1,7 @@
 """One-dimensional U-Net over an action chunk (Janner et al. 2022; Chi et al. 2023), conditioned by FiLM.
 
 Shape letters: B batch, H horizon, A action, To observation history, O observation, C channels, G width of the
-condition (time embedding and observation together).
+condition (time embedding and observation together). Inside the network time comes first, [H,B,C].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ConvBlock(keras.layers.Layer):
         self.normalises, self.activate = n_groups is not None, activation(activation_type)
 
     def call(self, x: Array) -> Array:
-        """[B,H,I] -> [B,H,C]"""
+        """[H,B,I] -> [H,B,C]"""
         x = self.conv(x)
         return self.activate(self.norm(x) if self.normalises else x)
 
@@ -71,15 +71,11 @@ class FiLMBlock(keras.layers.Layer):
         self.changes_width = in_dim != out_dim
 
     def call(self, x: Array, cond: Array) -> Array:
-        """x [B,H,I], cond [B,G] -> [B,H,C]"""
+        """x [H,B,I], cond [B,G] -> [H,B,C]"""
         for step in self.cond_encoder:
             cond = step(cond)
-        out = self.blocks[0](x)
-        if self.cond_predict_scale:
-            scale, shift = cond[:, None, : self.out_dim], cond[:, None, self.out_dim :]
-            out = scale * out + shift
-        else:
-            out = out + cond[:, None]
+        out, n = self.blocks[0](x), self.out_dim
+        out = cond[:, :n] * out + cond[:, n:] if self.cond_predict_scale else out + cond
         return self.blocks[1](out) + (self.residual_conv(x) if self.changes_width else x)
 
 
@@ -187,6 +183,7 @@ class UNetTrunk(keras.layers.Layer):
         """
         cond = tf.concat([self.time_mlp(tf.reshape(time, [-1])), features], axis=-1)
         horizon, skips = x.shape[1], []
+        x = tf.transpose(x, [1, 0, 2])
         for one, two, *down in self.down_modules:
             x = two(one(x, cond), cond)
             skips.append(x)
@@ -196,7 +193,7 @@ class UNetTrunk(keras.layers.Layer):
             x = block(x, cond)
         for one, two, double in self.up_modules:
             skip = skips.pop()
-            if skip.shape[1] != x.shape[1]:
+            if skip.shape[0] != x.shape[0]:
                 parts = 2 ** (self.levels - 1)
                 raise UserError(
                     f"horizon_steps={horizon}: a U-Net of {self.levels} levels needs a multiple of {parts} "
@@ -205,7 +202,7 @@ class UNetTrunk(keras.layers.Layer):
             x = double(two(one(tf.concat([x, skip], axis=-1), cond), cond))
         for layer in self.final_conv:
             x = layer(x)
-        return x
+        return tf.transpose(x, [1, 0, 2])
 
 
 class Unet1D(UNetTrunk):

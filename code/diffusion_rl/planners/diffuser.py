@@ -171,8 +171,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         """x_{t-1} [B,H,D] without the known entries in place, and the values [B] that led to it."""
         values = tf.zeros(tf.shape(x)[:1], x.dtype)
         if guide is not None:
-            variance = tf.exp(self.table("ddpm_logvar_clipped", t, x.dtype))
-            x, values = guide.ascend(x, t, variance, known.put)
+            x, values = guide.ascend(x, t, self.variance(t, x.dtype), known.put)
         mean, _, log_variance = self.p_mean_variance(x, t, given)
         drawn = tf.cast(t > 0, x.dtype)[:, None, None] * noise
         return mean + tf.exp(0.5 * log_variance) * drawn, values
@@ -194,26 +193,34 @@ class TrajectoryDiffusion(NoisyTrajectories):
             groups: of samples that are sorted by value each by itself.
         """
         known, given = self.known(conditions, noise[0]), self.given(conditions)
-        steps, batch = self.n_timesteps, tf.shape(noise)[1]
+        steps, first = self.n_timesteps, tf.zeros([1], tf.int32)
         chain = tf.TensorArray(noise.dtype, size=steps + 1 if with_chain else 0, element_shape=noise.shape[1:])
 
-        def body(i: Array, x: Array, values: Array, chain: tf.TensorArray) -> tuple[Array, ...]:
-            t = tf.fill([batch], steps - 1 - i)
-            x, values = self.step(x, t, noise[i + 1], known, guide, given)
+        def body(i: Array, x: Array, before: Array, values: Array, chain: tf.TensorArray) -> tuple[Array, ...]:
+            t = tf.fill([1], steps - 1 - i)
+            if guide is not None:
+                x, values = guide.where_allowed(x, t, self.variance(t, x.dtype), known.put, values)
+            before, (x, _) = x, self.step(x, t, noise[i + 1], known, None, given)
             x = tf.ensure_shape(known.put(x), noise.shape[1:])  # a batch of one loses its shape on the way
-            return i + 1, x, values, chain.write(i + 1, x) if with_chain else chain
+            return i + 1, x, before, values, chain.write(i + 1, x) if with_chain else chain
 
         x = known.put(noise[0])
         with shared_matrices():
             # What no step changes is made before the loop: these results are not used.
-            self.output(x, tf.zeros([batch], tf.int32), given)
+            self.output(x, first, given)
             if guide is not None:
-                guide.value(x, tf.zeros([batch], tf.int32))
-            start = (tf.constant(0), x, tf.zeros([batch], noise.dtype), chain.write(0, x) if with_chain else chain)
-            _, x, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
+                guide.value(x, first)
+            start = (0, x, x, tf.zeros(tf.shape(x)[:1], x.dtype), chain.write(0, x) if with_chain else chain)
+            _, x, before, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
+            if guide is not None and guide.t_stopgrad > 0:
+                values = guide.value(before, first)
         if guide is not None:
             values, x = best_first(values, x, groups)
         return Plans(x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else None)
+
+    def variance(self, t: Array, dtype: tf.DType) -> Array:
+        """Of the denoising step at t [B], as [B,1,1]; what a guide scales its gradient by."""
+        return tf.exp(self.table("ddpm_logvar_clipped", t, dtype))
 
 
 class ValueDiffusion(NoisyTrajectories):

@@ -8,6 +8,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes, Normalization, check, split_episodes
 
+EPISODE_STEPS = 1000  # the limit of its locomotion tasks, whose older files have no `timeouts`
 _NAMES = {"states": "observations", "actions": "actions", "rewards": "rewards", "terminals": "terminals"}
 
 
@@ -17,7 +18,7 @@ def recognises(file: h5py.File) -> bool:
 
 
 def read(file: h5py.File, name: str) -> tuple[Episodes, Normalization]:
-    """Episodes cut at terminals and time-outs, and the ranges of all rows.
+    """Episodes cut at terminals and time-outs (without these after 1000 steps), and the ranges of all rows.
 
     An unfinished episode at the end is dropped but counts for the ranges, as in the reference. `name` is for messages.
     """
@@ -34,4 +35,4 @@ def read(file: h5py.File, name: str) -> tuple[Episodes, Normalization]:
     raw["terminals"] = raw["terminals"].astype(bool)
     everything = Episodes(traj_lengths=np.array([len(raw["states"])]), **raw)
     check(everything, name)
-    return split_episodes(raw, timeouts, name), Normalization.of(everything)
+    return split_episodes(raw, timeouts, name, EPISODE_STEPS), Normalization.of(everything)
