@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -250,13 +251,17 @@ class Generation:
     def __init__(self, levels: Sequence[PlanLevel], data: PlanDataset, plans: Callable, batch_size: int, steps: int):
         self.levels, self.data, self.plans, self.batch_size = levels, data, plans, min(batch_size, len(data))
         self.grid = time_grid(steps)
-        self._sample = [[self._compiled(level, guidance) for guidance in (1.0, 0.0)] for level in levels]
+        self._compiled = functools.cache(self._compile)
 
-    def _compiled(self, level: PlanLevel, guidance: float) -> Callable[..., Any]:
+    def _compile(self, number: int, guidance: float) -> Callable[..., Any]:
+        level = self.levels[number]
+
         def sample(noise: Any, known: Any, returns: Any) -> Any:
             return level.sample(noise, known, self.grid, returns, guidance)
 
-        return tf.function(sample, autograph=False)
+        plans = tf.TensorSpec([self.batch_size, *level.shape], level.dtype)
+        returns = tf.TensorSpec([self.batch_size, 1], level.dtype)
+        return tf.function(sample, autograph=False).get_concrete_function(plans, plans, returns)
 
     def run(
         self,
@@ -284,7 +289,7 @@ class Generation:
                     if sizes[kind] <= 0:
                         continue
                     drawn = tf.constant(noise.normal((self.batch_size, *level.shape)), level.dtype)
-                    plans = self._sample[i][kind](drawn, states, returns)
+                    plans = self._compiled(i, 1.0 - kind)(drawn, states, returns)
                     pairs = np.stack([plans.numpy(), drawn.numpy()], axis=1)[: sizes[kind]]
                     write(i, made[kind], pairs, returns.numpy()[: sizes[kind]] if kind == 0 else None)
             made = [done + max(size, 0) for done, size in zip(made, sizes, strict=True)]

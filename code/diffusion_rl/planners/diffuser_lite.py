@@ -203,7 +203,8 @@ class DiffuserLite:
 
     @cached_property
     def _tables(self) -> Callable[[Array], list[Array]]:
-        return tf.function(self._program.tables, autograph=False, reduce_retracing=True)
+        returns = tf.TensorSpec([None], self.levels[0].dtype)
+        return tf.function(self._program.tables, autograph=False).get_concrete_function(returns)
 
     def _run(self, n_envs: int, n_returns: int) -> Callable[..., np.ndarray]:
         if self.runtime == "tflite":
