@@ -16,8 +16,10 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
+from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.envs.maze2d import Maze2D
+from diffusion_rl.envs.plan_video import film_plan
 from diffusion_rl.loops.diffuser_training import DiffuserTraining
 from diffusion_rl.loops.maze2d import follow_plan
 from diffusion_rl.loops.planner_files import (
@@ -36,10 +38,12 @@ from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.diffuser import Decision, Diffuser, ValueDiffusion
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 from diffusion_rl.reports import maze_pictures
+from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.metrics import MetricsWriter
 
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
+PICTURES = 6  # frames of a plan in its picture
 
 
 # ---------- training ----------
@@ -280,6 +284,10 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             line += f" | values: {np.array2string(decision.values[0][:4], precision=2)} | scale: {options.scale}"
         print(line, flush=True)
 
+    def show(t: int, decision: Decision) -> None:
+        if options.render and t % options.vis_freq == 0 and decision.observations.shape[-1]:
+            _film(venv, decision, folder / f"{t}_plan.mp4")
+
     try:
         found = run_episodes(
             planner,
@@ -291,11 +299,21 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             how=options.aggregate,
             n_exec=options.n_exec,
             clip_actions=options.clip_actions,
+            video=str(folder / "rollout.mp4") if options.render else None,
             say=say,
+            show=show,
         )
     finally:
         venv.close()
     _write(options, folder, found, epochs)
+
+
+def _film(venv: Any, decision: Decision, path: Path) -> None:
+    """The first environment's plan as a film, and a picture of it with frames in a row."""
+    if not isinstance(venv, LocomotionVectorEnv):
+        raise UserError("--render True: plans can be filmed in the locomotion tasks only")
+    film_plan(venv, 0, decision.observations[0, 0], decision.actions[0, 0], path)
+    contact_sheet([path], path.with_name(path.name.replace("_plan.mp4", ".png")), PICTURES, "planned, simulated")
 
 
 def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:

@@ -474,13 +474,17 @@ class LocomotionVectorEnv:
         self._started[:] = state["started"]
         self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
 
-    def _start_video(self, row: int, path: str) -> None:
+    def recorder(self, path: str) -> Any:
+        """Films states of this task."""
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
         load = functools.partial(load_model, task_of(self.name) or self.name)
         tracking = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING.value, "trackbodyid": 1, "distance": 4.0}
         camera = tracking | {"elevation": -15.0}
-        self._recorders[row] = StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))
+        return StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))
+
+    def _start_video(self, row: int, path: str) -> None:
+        self._recorders[row] = self.recorder(path)
 
     def _record(self, indices: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
         for position, row in enumerate(indices if self._recorders else ()):
