@@ -250,7 +250,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
             print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
 
-    scores = []
+    scores, plans, ways, goals = [], [], [], []
     for i in range(options.n_episodes):
         start, own = env.reset(noise), _beside(folder, i)
         if options.conditional:
@@ -258,9 +258,16 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
         episode = follow_plan(planner, env, noise, start, options.replan_every, say)
         scores.append(float(score(episode.episode_return)))
         found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
-        maze_pictures.save(own / "0.png", env.cells != "#", episode.plans.observations[0], env.target)
+        plans.append(episode.plans.observations[0])
+        ways.append(episode.observations)
+        goals.append(env.target)
+        maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
         maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
         write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+    if options.n_episodes > 1:
+        first = np.stack([each[0] for each in plans])
+        maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
+        maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
     print(_score_line(np.array(scores), folder))
 
 
