@@ -23,6 +23,7 @@ EXTRAS = {
     "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
     "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio"],  # for its model of the Panda; not imported
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
+    "mpe": ["mpe2>=1.0"],
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
     # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use
     "d4rl": ["gymnasium>=1.0,<2", MUJOCO, "imageio", "d4rl==1.1", "gym==0.23.1", "mujoco-py==2.1.2.14"]

@@ -6,6 +6,7 @@
     python benchmarks/run.py --upstream PATH --networks                   # the other networks instead
     python benchmarks/run.py --upstream PATH --algorithms                 # updates of the algorithms with a buffer
     python benchmarks/run.py --upstream-diffuser PATH                     # Diffuser beside a checkout of its authors'
+    python benchmarks/run.py --upstream-lite PATH                         # DiffuserLite beside its authors' code
 
 Prints a Markdown table of medians and ratios. benchmarks/README.md explains the rows and how to run the reference.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import algorithms
 import iteration
+import lite
 import machine
 import networks
 import planners
@@ -31,10 +33,10 @@ import workloads
 from worker import Side
 from workloads import Row, our_flops, reference_flops
 
-ROWS = workloads.ROWS | networks.rows() | algorithms.rows() | planners.rows()
+ROWS = workloads.ROWS | networks.rows() | algorithms.rows() | planners.rows() | lite.rows()
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data" / "gym" / "hopper-medium-v2"
-TORCH_THREADS = (1, 2)
+TORCH_THREADS = (1, 2)[: machine.describe()["cores"]]
 GEMM_TURNS = 5
 BUSY = 0.5
 
@@ -44,7 +46,7 @@ def main() -> int:
     if machine.load() > BUSY:
         print(f"note: the machine is busy (load {machine.load():.1f}), timings will be off", file=sys.stderr)
     results: dict[str, Any] = {"command": _command(options)}
-    upstream = options.upstream is not None or options.upstream_diffuser is not None
+    upstream = any((options.upstream, options.upstream_diffuser, options.upstream_lite))
     results |= {"machine": machine.describe(), "upstream": upstream, "rows": {}}
     results["load_before"] = machine.load()
     wanted = options.rows or _selection(options)
@@ -77,6 +79,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--networks", action="store_true", help="U-Nets, networks that see, transformers, Gaussians")
     parser.add_argument("--algorithms", action="store_true", help="updates of the algorithms with a replay buffer")
     parser.add_argument("--upstream-diffuser", type=Path, metavar="PATH", help="checkout of the authors' Diffuser")
+    parser.add_argument("--upstream-lite", type=Path, metavar="PATH", help="checkout of the authors' DiffuserLite")
     parser.add_argument("--quick", action="store_true", help="few turns: to see that it works")
     parser.add_argument(
         "--rows", nargs="+", choices=[*ROWS, "iteration"], metavar="ROW", help=f"of {[*ROWS]}, iteration"
@@ -88,7 +91,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--readme", type=Path, metavar="FILE.md", help="put the table between this file's markers")
     options = parser.parse_args()
-    for name in ("upstream", "upstream_diffuser", "policy", "data"):
+    for name in ("upstream", "upstream_diffuser", "upstream_lite", "policy", "data"):
         path = getattr(options, name)
         if path is not None and not path.exists():
             parser.error(f"--{name}: {path} does not exist")
@@ -105,6 +108,7 @@ def _command(options: argparse.Namespace) -> str:
         options.upstream_python
     )
     words += ["--upstream-diffuser", "PATH"] * bool(options.upstream_diffuser)
+    words += ["--upstream-lite", "PATH"] * bool(options.upstream_lite)
     words += ["--networks"] * options.networks + ["--algorithms"] * options.algorithms
     words += ["--quick"] * options.quick
     words += ["--rows", *options.rows] if options.rows else []
@@ -114,6 +118,8 @@ def _command(options: argparse.Namespace) -> str:
 def _selection(options: argparse.Namespace) -> list[str]:
     if options.upstream_diffuser:
         return [*planners.rows()]
+    if options.upstream_lite:
+        return [*lite.rows()]
     if options.networks or options.algorithms:
         return [*(networks.rows() if options.networks else ()), *(algorithms.rows() if options.algorithms else ())]
     return [*workloads.ROWS, "iteration"]
@@ -123,6 +129,9 @@ def _sides(options: argparse.Namespace, with_algorithms: bool) -> tuple[Side, Si
     if options.upstream_diffuser:
         reference = Side(sys.executable, HERE / "reference_planners.py", [str(options.upstream_diffuser)])
         return reference, Side(sys.executable, HERE / "our_planners.py")
+    if options.upstream_lite:
+        reference = Side(sys.executable, HERE / "reference_lite.py", [str(options.upstream_lite)])
+        return reference, Side(sys.executable, HERE / "our_lite.py", [])
     arguments = ["--upstream", str(options.upstream), "--data", str(options.data)] if options.upstream else []
     ours = []
     if with_algorithms:

@@ -7,11 +7,10 @@ The direction follows from the suffixes. PyTorch is not needed, and nothing in a
 
 import argparse
 import collections
-import os
 import sys
 from pathlib import Path
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, exit_status
 from diffusion_rl.interop.description import describe_networks
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -50,10 +49,4 @@ def describe(checkpoint: Checkpoint, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main))

@@ -5,17 +5,8 @@ import sys
 
 from diffusion_rl import demo
 from diffusion_rl.configs import REPOSITORY
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import exit_status
 
 if __name__ == "__main__":
     os.chdir(REPOSITORY)
-    try:
-        sys.exit(demo.main(sys.argv[1:]))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(exit_status(lambda: demo.main(sys.argv[1:])))

@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from diffusion_rl.app import prepare  # noqa: E402
 from diffusion_rl.configs import compose  # noqa: E402
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import UserError, exit_status  # noqa: E402
 
 
 def main() -> None:
@@ -49,10 +49,4 @@ def configuration(name: str | None, overrides: list[str], checkpoint: Path) -> d
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status(main))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
 from diffusion_rl.core.noise import NoiseSource
@@ -15,7 +16,7 @@ from diffusion_rl.networks.layers import Linear
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet
 from diffusion_rl.planners.action_diffuser import ActionDiffusion, aggregate
 from diffusion_rl.planners.diffuser import Diffuser, TrajectoryDiffusion
-from diffusion_rl.planners.diffuser_trainer import AVERAGE, COPY, KEEP, DiffuserTrainer
+from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 
 H, O, A, T = 4, 3, 2, 5  # noqa: E741
 DRAW = NoiseSource(3)

@@ -426,6 +426,14 @@ MISFITS = {
         *(FINE_TUNE, ["base_policy_path={base}", "resume={run}", "env.n_envs=2"]),
         ["cannot resume from", "should have shape"],
     ),
+    "a warm-up as long as the fine-tuning": (
+        *(FINE_TUNE, ["base_policy_path={base}", "train.actor_lr_scheduler.warmup_steps=1000"]),
+        ["train.actor_lr_scheduler.warmup_steps=1000 is not smaller", "set train.actor_lr_scheduler.warmup_steps=0"],
+    ),
+    "a warm-up as long as the pre-training": (
+        *(PRE_TRAIN, ["train_dataset_path={data}", "train.lr_scheduler.warmup_steps=999"]),
+        ["train.lr_scheduler.warmup_steps=999 is not smaller than", "set train.lr_scheduler.warmup_steps=0"],
+    ),
     "resumed from nowhere": (FINE_TUNE, ["base_policy_path={base}", "resume={tmp}/no"], ["no checkpoint there"]),
 }
 

@@ -12,7 +12,8 @@ from diffusion_rl.algorithms import dppo_fast
 from diffusion_rl.algorithms.chunked import chunks
 from diffusion_rl.algorithms.dppo import DPPO
 from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-from diffusion_rl.algorithms.pretrain import AVERAGE, COPY, KEEP, PreTrainer
+from diffusion_rl.algorithms.pretrain import PreTrainer
+from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.networks.critics import CriticObs

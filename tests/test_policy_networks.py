@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl.algorithms.pretrain import AVERAGE, BATCHES_PER_CALL, PreTrainer
+from diffusion_rl.algorithms.pretrain import BATCHES_PER_CALL, PreTrainer
+from diffusion_rl.core.ema import AVERAGE
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource

@@ -60,23 +60,20 @@ def genuine(task: str, seed: int, **changes):
     return env
 
 
-def alone(function, *args):
-    """Call in a process of its own: software rendering next to TensorFlow crashes."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def open_pictures():
-    recipe("lift", pictures=True)().close()
+def rendering(function, *args):
+    """Call in a process of its own: software rendering next to TensorFlow crashes. Skips where nothing can render."""
+    try:
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *args).result()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def rendering():
-    """Skips where there is no library to render with."""
-    try:
-        alone(open_pictures)
-    except UserError as error:
-        pytest.skip(str(error))
+def lift():
+    env = recipe("lift")()
+    yield env
+    env.close()
 
 
 # Against robosuite
@@ -105,35 +102,33 @@ def test_200_random_steps_equal_robosuites_bit_for_bit(task, shaped):
     theirs.close()
 
 
-def test_success_is_rewarded_in_every_step_and_ends_nothing():
-    env = recipe("lift")()
-    env.reset(seed=0)
-    simulator = env.env.env.base.env
+def test_success_is_rewarded_in_every_step_and_ends_nothing(lift):
+    lift.reset(seed=0)
+    simulator = lift.env.env.base.env
     joint = simulator.cube.joints[0]
     lifted = simulator.sim.data.get_joint_qpos(joint).copy()
     lifted[2] += 0.2
     simulator.sim.data.set_joint_qpos(joint, lifted)
-    _, reward, terminated, truncated, _ = env.step(np.zeros((2, 7)))
+    _, reward, terminated, truncated, _ = lift.step(np.zeros((2, 7)))
     assert reward == 2.0 and not terminated and not truncated
-    env.close()
 
 
-def pictures_of(task: str, action: np.ndarray, reflections: bool) -> list[np.ndarray]:
-    """Of an episode's first steps [3,C,Hi,Wi]; robosuite renders rightly for one environment at a time only."""
-    env = recipe(task, pictures=True, reflections=reflections)()
-    seen = [env.reset(seed=5)["rgb"][0], *(env.step(action[None])[0]["rgb"][0] for _ in range(2))]
-    env.close()
-    return seen
+def pictures_of(env, action: np.ndarray, reflections: bool) -> list[np.ndarray]:
+    """Of an episode's first steps [3,C,Hi,Wi]."""
+    env.env.env.base.reflections = reflections
+    return [env.reset(seed=5)["rgb"][0], *(env.step(action[None])[0]["rgb"][0] for _ in range(2))]
 
 
 @pytest.mark.parametrize("task", ["lift", "square", "transport"])
-def test_pictures_with_reflections_are_robosuites_and_those_without_are_close(rendering, task):
-    alone(compare_pictures, task)
+def test_pictures_with_reflections_are_robosuites_and_those_without_are_close(task):
+    rendering(compare_pictures, task)
 
 
 def compare_pictures(task: str) -> None:
     action = np.full(DIMS[task][1], 0.3)
-    exact, fast = (pictures_of(task, action, reflections) for reflections in (True, False))
+    env = recipe(task, pictures=True, reflections=True)()
+    exact, fast = (pictures_of(env, action, reflections) for reflections in (True, False))
+    env.close()  # robosuite renders rightly for one environment at a time only
     meta = tasks.read_env_meta(f"cfg/robomimic/env_meta/{task}-img.json")
     np.random.seed(3)
     theirs = robosuite.make(meta["env_name"], **meta["env_kwargs"])
@@ -185,10 +180,10 @@ def film(path: str) -> None:
     env.close()
 
 
-def test_an_episode_is_filmed(rendering, tmp_path):
+def test_an_episode_is_filmed(tmp_path):
     imageio = pytest.importorskip("imageio")
     path = tmp_path / "film.mp4"
-    alone(film, str(path))
+    rendering(film, str(path))
     frames = imageio.mimread(path, memtest=False)
     assert len(frames) == 12 and frames[0].shape == (256, 256, 3) and frames[0].std() > 20
 
@@ -284,11 +279,9 @@ def test_mistakes(changes, message):
         recipe("lift", **changes)
 
 
-def test_an_unknown_observation_is_named():
-    wrong = recipe("lift")
-    wrong.low_dim_keys.append("robot7_eef_pos")
+def test_an_unknown_observation_is_named(lift):
     with pytest.raises(UserError, match="observation 'robot7_eef_pos' does not exist: there are object, robot0_"):
-        wrong()
+        tasks.Robomimic(lift.env.env.base, ["object", "robot7_eef_pos"])
 
 
 # The subset of robomimic
@@ -319,14 +312,12 @@ def test_subset_of_robomimic():
     assert tensor_utils.get_shape(tensor_utils.join_dimensions(nested, 0, 1)) == {"a": [(10,)], "b": ((10, 3), 7)}
 
 
-def test_a_state_can_be_saved_and_gone_back_to():
-    env = recipe("can")()
-    env.reset(seed=2)
-    base = env.env.env.base
+def test_a_state_can_be_saved_and_gone_back_to(lift):
+    lift.reset(seed=2)
+    base = lift.env.env.base
     saved = base.get_state()
     before = base.get_observation()
     for _ in range(5):
         base.step(np.full(7, 0.5))
     after = base.reset_to({"states": saved["states"]})
     np.testing.assert_array_equal(after["object"], before["object"])
-    env.close()

@@ -383,7 +383,7 @@ def test_the_command_refuses_in_one_line_with_status_2(tmp_path):
     ):
         done = convert(*arguments, folder=tmp_path)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-        assert done.stderr.startswith("Error: ")
+        assert done.stderr.startswith("error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
 
 
@@ -408,5 +408,5 @@ def test_the_command_says_what_to_do_about_damaged_and_foreign_files(tmp_path):
         target = "x.safetensors" if name.endswith(".pt") else "x.pt"
         done = convert(name, target, folder=tmp_path)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-        assert done.stderr.startswith(f"Error: {name} ") and complaint in done.stderr and cure in done.stderr
+        assert done.stderr.startswith(f"error: {name} ") and complaint in done.stderr and cure in done.stderr
         assert not (tmp_path / target).exists()

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, exit_status
 from diffusion_rl.planner_options import pairs
 from diffusion_rl.reports import plan_results
 
 
-def run(command: Callable[[Sequence[str]], Any]) -> int:
+def run(command: Callable[[Sequence[str]], int | None]) -> int:
     """A command with the arguments of this process; its exit status. Errors that a user can mend are one line."""
-    try:
-        command(sys.argv[1:])
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: command(sys.argv[1:]))
 
 
 def read_results(arguments: Sequence[str]) -> None:

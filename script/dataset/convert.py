@@ -4,20 +4,19 @@ Example: python script/dataset/convert.py hopper_medium-v2.hdf5 data/gym/hopper-
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.convert import convert_file  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.envs.kitchen import goal_of  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out_dir", type=Path)
@@ -30,29 +29,22 @@ def main() -> int:
         "--kitchen", metavar="TASK", help="Minari's kitchen sets: make D4RL's observations of this task"
     )
     args = parser.parse_args()
-    try:
-        goal = goal_of(args.kitchen) if args.kitchen else None
-        converted = convert_file(
-            args.source,
-            args.out_dir,
-            ["observation"] if args.kitchen else args.obs_keys,
-            kitchen_goal=goal,
-            max_episodes=args.max_episodes,
-            val_split=args.val_split,
-            keep_unrewarded=args.keep_unrewarded,
-            noise=NoiseSource(args.seed),
-        )
-        if converted.skipped:
-            print(f"left out {converted.skipped} episodes without positive return (--keep-unrewarded keeps them)")
-        for line in validate(args.out_dir):
-            print(line)
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    goal = goal_of(args.kitchen) if args.kitchen else None
+    converted = convert_file(
+        args.source,
+        args.out_dir,
+        ["observation"] if args.kitchen else args.obs_keys,
+        kitchen_goal=goal,
+        max_episodes=args.max_episodes,
+        val_split=args.val_split,
+        keep_unrewarded=args.keep_unrewarded,
+        noise=NoiseSource(args.seed),
+    )
+    if converted.skipped:
+        print(f"left out {converted.skipped} episodes without positive return (--keep-unrewarded keeps them)")
+    for line in validate(args.out_dir):
+        print(line)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -5,20 +5,19 @@ Example: python script/dataset/make_avoiding_demos.py m1 m2 m3
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import UserError, exit_status  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.sources.d3il import MODE_SETS, read_folder, select  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.loops.avoiding_demos import make, save  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "modes", nargs="+", choices=sorted(MODE_SETS), help="m1: gaps 5 and 6, m2: 5 and 7, m3: 5 and 8"
@@ -28,21 +27,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, help="default: <data directory>/d3il/avoid_<modes>")
     args = parser.parse_args()
-    try:
-        if args.out_dir and len(args.modes) > 1:
-            raise UserError("--out-dir is for one set of modes: give one, or leave it out")
-        for name in args.modes:
-            chosen = select(read_folder(args.recordings), MODE_SETS[name]) if args.recordings else None
-            out_dir = args.out_dir or data_dir() / "d3il" / f"avoid_{name}"
-            save(chosen if chosen is not None else make(name, args.per_mode, args.seed), out_dir)
-            print(out_dir, *validate(out_dir), sep="\n")
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.out_dir and len(args.modes) > 1:
+        raise UserError("--out-dir is for one set of modes: give one, or leave it out")
+    for name in args.modes:
+        chosen = select(read_folder(args.recordings), MODE_SETS[name]) if args.recordings else None
+        out_dir = args.out_dir or data_dir() / "d3il" / f"avoid_{name}"
+        save(chosen if chosen is not None else make(name, args.per_mode, args.seed), out_dir)
+        print(out_dir, *validate(out_dir), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import tensorflow as tf  # noqa: E402
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("task", choices=sorted(home_made.MEDIUM_RETURN))
     parser.add_argument("--flavour", choices=home_made.FLAVOURS, default="medium")
@@ -41,18 +41,11 @@ def main() -> int:
     tf.config.threading.set_inter_op_parallelism_threads(1)
     silence_compiler()
     out_dir = args["out_dir"] or data_dir() / "gym" / f"{args['task']}-{args['flavour']}-v2"
-    try:
-        work_dir = args["work_dir"] or Path("log/home-made") / args["task"]
-        sources = {name: args[name] for name in ("actor", "replay", "target_return")}
-        raw = home_made.make(args["task"], args["flavour"], args["transitions"], settings, work_dir, **sources)
-        print(json.dumps(home_made.ship(raw, out_dir) | {"directory": str(out_dir)}, indent=1))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    work_dir = args["work_dir"] or Path("log/home-made") / args["task"]
+    sources = {name: args[name] for name in ("actor", "replay", "target_return")}
+    raw = home_made.make(args["task"], args["flavour"], args["transitions"], settings, work_dir, **sources)
+    print(json.dumps(home_made.ship(raw, out_dir) | {"directory": str(out_dir)}, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

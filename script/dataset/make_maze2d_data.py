@@ -11,25 +11,21 @@ import h5py
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.envs.maze2d import Maze2D  # noqa: E402
 from diffusion_rl.loops.maze2d import waypoint_data  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--steps", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: maze2d/<name>.hdf5 in the data directory")
     options = parser.parse_args()
-    try:
-        arrays = waypoint_data(Maze2D(options.name), options.steps, NoiseSource(options.seed))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arrays = waypoint_data(Maze2D(options.name), options.steps, NoiseSource(options.seed))
     path = options.output or data_dir() / "maze2d" / f"{options.name}.hdf5"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.part")
@@ -38,8 +34,7 @@ def main() -> int:
             file.create_dataset(key, data=value, compression="gzip")
     partial.replace(path)
     print(f"{path}: {options.steps} steps, {arrays['rewards'].mean():.3f} of them at the goal")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

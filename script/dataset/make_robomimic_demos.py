@@ -6,19 +6,18 @@ How often the expert succeeds: python script/dataset/make_robomimic_demos.py can
 
 import argparse
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.loops import robomimic_demos as demos  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(demos.STEPS))
     parser.add_argument("--attempts", type=int, default=100, help="episodes, of which the successful ones are kept")
@@ -30,18 +29,11 @@ def main() -> int:
     args = vars(parser.parse_args())
     settings = demos.Settings(**{field.name: args[field.name] for field in dataclasses.fields(demos.Settings)})
     out_dir = args["out_dir"] or data_dir() / "robomimic" / args["task"]
-    try:
-        kept = list(demos.collect(args["task"], settings, lambda line: print(line, flush=True)))
-        if not args["measure"]:
-            demos.save(out_dir, kept, settings)
-            print("\n".join(validate(out_dir)))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    kept = list(demos.collect(args["task"], settings, lambda line: print(line, flush=True)))
+    if not args["measure"]:
+        demos.save(out_dir, kept, settings)
+        print("\n".join(validate(out_dir)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

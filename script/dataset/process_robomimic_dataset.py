@@ -5,19 +5,18 @@ With images: … --load_path image_v141.hdf5 --save_dir data/robomimic/can-img -
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.convert import convert_file  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_path", type=Path, required=True, help="robomimic's HDF5 file")
     parser.add_argument("--save_dir", type=Path, required=True)
@@ -27,25 +26,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--normalize", action="store_true", help="always done; accepted for the reference's command")
     args = parser.parse_args()
-    try:
-        convert_file(
-            args.load_path,
-            args.save_dir,
-            cameras=args.cameras,
-            max_episodes=args.max_episodes if args.max_episodes > 0 else None,
-            val_split=args.val_split,
-            keep_unrewarded=True,
-            noise=NoiseSource(args.seed),
-        )
-        for line in validate(args.save_dir):
-            print(line)
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    convert_file(
+        args.load_path,
+        args.save_dir,
+        cameras=args.cameras,
+        max_episodes=args.max_episodes if args.max_episodes > 0 else None,
+        val_split=args.val_split,
+        keep_unrewarded=True,
+        noise=NoiseSource(args.seed),
+    )
+    for line in validate(args.save_dir):
+        print(line)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

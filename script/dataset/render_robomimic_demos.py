@@ -4,36 +4,28 @@ Example: python script/dataset/render_robomimic_demos.py can
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.loops import robomimic_demos as demos  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(demos.STEPS))
     parser.add_argument("--source", type=Path, help="default: <data directory>/robomimic/<task>")
     parser.add_argument("--out-dir", type=Path, help="default: <data directory>/robomimic/<task>-img")
     args = parser.parse_args()
     folder = data_dir() / "robomimic"
-    try:
-        out_dir = args.out_dir or folder / f"{args.task}-img"
-        demos.render(args.task, args.source or folder / args.task, out_dir, lambda line: print(line, flush=True))
-        print("\n".join(validate(out_dir)))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    out_dir = args.out_dir or folder / f"{args.task}-img"
+    demos.render(args.task, args.source or folder / args.task, out_dir, lambda line: print(line, flush=True))
+    print("\n".join(validate(out_dir)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -4,31 +4,23 @@ Example: python script/dataset/replay_avoiding.py path/to/avoiding/data/pickles
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.data.sources.d3il import read_folder  # noqa: E402
 from diffusion_rl.loops.avoiding_demos import replay, write_table  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="D3IL's pickles")
     parser.add_argument("--output", type=Path, default=Path("figure/d3il/replay.csv"))
     args = parser.parse_args()
-    try:
-        print(write_table(replay(read_folder(args.folder)), args.output))
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(write_table(replay(read_folder(args.folder)), args.output))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -7,31 +7,26 @@
 import argparse
 import sys
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import exit_status
 from diffusion_rl.loops.policy_files import policy_weights
 from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="state_<n>.safetensors of a pre-training run")
     parser.add_argument("output", help="file to write")
     arguments = parser.parse_args()
-    try:
-        checkpoint = load_checkpoint(arguments.checkpoint)
-        require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
-        group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
-        tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
-        metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
-        here = ("log_dir", "logdir")  # folders of the machine that it was trained on
-        metadata["config"] = {k: v for k, v in metadata.get("config", {}).items() if k not in here}
-        save_checkpoint(arguments.output, tensors, metadata)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
+    group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
+    tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
+    here = ("log_dir", "logdir")  # folders of the machine that it was trained on
+    metadata["config"] = {k: v for k, v in metadata.get("config", {}).items() if k not in here}
+    save_checkpoint(arguments.output, tensors, metadata)
     print(f"{arguments.output}: {len(tensors)} tensors, {sum(t.size for t in tensors.values())} parameters")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -11,6 +11,7 @@ import numpy as np
 import robosuite
 
 from robomimic.envs.env_base import EnvType
+from robomimic.envs.quick_step import quick
 from robomimic.utils import obs_utils
 
 Observation = dict[str, np.ndarray]
@@ -58,7 +59,8 @@ class EnvRobosuite:
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, dict[str, Any]]:
         """observation, reward, done (always false), info after one action [A] in [-1, 1]."""
-        raw, reward, _, info = self.env.step(action)
+        with quick(self.env):
+            raw, reward, _, info = self.env.step(action)
         return self.get_observation(raw), reward, self.is_done(), info
 
     def reset(self) -> Observation:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.networks import folded
@@ -24,7 +24,6 @@ from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy, clone
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
-KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
 BATCHES_PER_CALL = 10  # of the compiled training function
 
 
@@ -59,13 +58,7 @@ class PreTrainer:
         self.ent_coef = float(train.get("ent_coef", 0))
         self.ema_network = clone(policy.network)
         self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
-        s = train["lr_scheduler"]
-        self.schedule = CosineWarmupRestarts(
-            first_cycle_steps=s["first_cycle_steps"],
-            max_lr=train["learning_rate"],
-            min_lr=s["min_lr"],
-            warmup_steps=s["warmup_steps"],
-        )
+        self.schedule = CosineWarmupRestarts.of(train, rate="learning_rate")
         self.optimizer = AdamW(self.variables, self.schedule.lr, train["weight_decay"])
         self.data = (
             tf.constant(states, policy.dtype),
@@ -160,12 +153,7 @@ class PreTrainer:
         with tf.GradientTape() as tape:
             loss = self.loss(self.batch(*inputs), fold=self.folds)
         self.optimizer.apply(tape.gradient(loss, self.variables))
-        if average == COPY:
-            for mean, variable in zip(self.averaged, self.variables, strict=True):
-                mean.assign(variable)
-        elif average == AVERAGE:
-            for mean, variable in zip(self.averaged, self.variables, strict=True):
-                mean.assign(ema_update(mean, variable, self.ema_decay))
+        follow(self.averaged, self.variables, average, self.ema_decay)
         return loss
 
     def end_epoch(self) -> None:

@@ -1,4 +1,10 @@
-"""Errors meant for people."""
+"""Errors meant for people, and how command lines end with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -10,3 +16,21 @@ class UserError(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived and the state of the run has been saved; `str()` says where."""
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command line; the status that its process ends with.
+
+    A UserError is one line on stderr and 2, or a traceback under `HYDRA_FULL_ERROR=1`; an interruption
+    one line and 130.
+    """
+    try:
+        return command() or 0
+    except UserError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
+        return 130

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_rl.core.errors import UserError
+
 
 class CosineWarmupRestarts:
     """Cosine annealing with linear warm-up and restarts (the schedule of the reference's `util/scheduler.py`).
@@ -40,15 +42,22 @@ class CosineWarmupRestarts:
         self.lr = min_lr
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any], prefix: str) -> CosineWarmupRestarts:
-        """The schedule that `<prefix>lr` and `<prefix>lr_scheduler` describe."""
-        cycle = settings[f"{prefix}lr_scheduler"]
-        return cls(
-            first_cycle_steps=cycle["first_cycle_steps"],
-            max_lr=settings[f"{prefix}lr"],
-            min_lr=cycle["min_lr"],
-            warmup_steps=cycle["warmup_steps"],
-        )
+    def of(cls, settings: Mapping[str, Any], prefix: str = "", rate: str = "lr") -> CosineWarmupRestarts:
+        """The schedule that `<prefix><rate>` and `<prefix>lr_scheduler` of the configuration's `train` describe.
+
+        Raises UserError if the warm-up is as long as the cycle.
+        """
+        name = f"{prefix}lr_scheduler"
+        cycle = settings[name]
+        length, warmup = cycle["first_cycle_steps"], cycle["warmup_steps"]
+        if warmup >= length:
+            raise UserError(
+                f"train.{name}.warmup_steps={warmup} is not smaller than train.{name}.first_cycle_steps={length} "
+                "(in many configurations the number of iterations or epochs): train for longer or set "
+                f"train.{name}.warmup_steps=0"
+            )
+        top = settings[prefix + rate]
+        return cls(first_cycle_steps=length, max_lr=top, min_lr=cycle["min_lr"], warmup_steps=warmup)
 
     def step(self, epoch: int | None = None) -> float:
         """Advance by one, or jump to `epoch`; returns the new rate."""

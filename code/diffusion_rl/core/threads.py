@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import tensorflow as tf
 
@@ -34,14 +36,21 @@ def configure_threads(shared: bool = False) -> None:
         pass
 
 
-def silence_compiler() -> None:
-    """Let XLA say what it says once per process ("Compiled cluster using XLA!") where nobody has to read it."""
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Nowhere for what native code writes to standard error in the meantime."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
         try:
-            tf.function(lambda x: x + x, jit_compile=True)(tf.zeros([]))
+            yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
+
+
+def silence_compiler() -> None:
+    """Let XLA say what it says once per process ("Compiled cluster using XLA!") where nobody has to read it."""
+    with without_stderr():
+        tf.function(lambda x: x + x, jit_compile=True)(tf.zeros([]))

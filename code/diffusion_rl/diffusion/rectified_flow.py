@@ -7,7 +7,7 @@ from noise to data. Some entries of a sample may be known: they are exact on the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -32,6 +32,23 @@ def interpolate(x0: Array, x1: Array, t: Array) -> Array:
     return x0 + t[:, None, None] * (x1 - x0)
 
 
+def mean_error(
+    estimate: Array, aim: Array, mask: np.ndarray | None, weights: np.ndarray | None, states: slice | None
+) -> Array:
+    """Mean squared error over all entries of `aim` [B,H,O], weighted; known entries count as zeros.
+
+    Args:
+        mask: 1 where entries are known [H,O];  weights: of the errors [H,O].
+        states: those of the estimate; None: all. All others are known.
+    """
+    chosen = slice(None) if states is None else states
+    errors = tf.square(estimate - aim[:, chosen])
+    for factor in (weights, None if mask is None else 1 - mask):
+        if factor is not None:
+            errors *= tf.constant(factor[chosen], errors.dtype)
+    return tf.reduce_mean(errors) * (errors.shape[1] / aim.shape[1])
+
+
 def loss(
     velocity: Velocity,
     x0: Array,
@@ -39,19 +56,11 @@ def loss(
     t: Array,
     mask: np.ndarray | None = None,
     weights: np.ndarray | None = None,
+    states: slice | None = None,
 ) -> Array:
-    """Mean weighted squared error of the velocity; known entries count as zeros.
-
-    Args:
-        x0, x1: data and noise [B,H,O];  t: [B].
-        mask: 1 where entries are known [H,O];  weights: of the errors [H,O].
-    """
+    """Mean weighted squared error of the velocity; arguments as of `mean_error`, x0 and x1 [B,H,O] data and noise."""
     estimate = velocity(put(interpolate(x0, x1, t), x0, mask), t)
-    errors = tf.square(estimate - (x0 - x1))
-    for factor in (weights, None if mask is None else 1 - mask):
-        if factor is not None:
-            errors *= tf.constant(factor, errors.dtype)
-    return tf.reduce_mean(errors)
+    return mean_error(estimate, x0 - x1, mask, weights, states)
 
 
 def guided(conditional: Array, unconditional: Array, weight: float) -> Array:
@@ -59,25 +68,37 @@ def guided(conditional: Array, unconditional: Array, weight: float) -> Array:
     return weight * conditional + (1 - weight) * unconditional
 
 
+class Steps(NamedTuple):
+    """Of the sampling, from noise to data: x <- keep x + gain v(x, time), each [N]."""
+
+    times: np.ndarray
+    keep: np.ndarray
+    gain: np.ndarray
+
+
+def steps(grid: np.ndarray) -> Steps:
+    """Euler's: x <- x + (s_k - s_{k-1}) v(x, s_k) for k = N … 1 of the ascending grid s_0 … s_N."""
+    return Steps(grid[:0:-1], np.ones(len(grid) - 1), np.diff(grid)[::-1])
+
+
 def sample(
     velocity: Velocity,
     x1: Array,
-    grid: np.ndarray,
+    steps: Steps,
     known: Array | None = None,
     mask: np.ndarray | None = None,
     repeat_last: int = 0,
 ) -> Array:
-    """From noise to data, unrolled: x <- x + (s_k - s_{k-1}) v(x, s_k) for k = N … 1.
+    """From noise x1 [B,H,O] to data, unrolled.
 
     Args:
-        x1: noise [B,H,O].
-        grid: s_0 … s_N, ascending.
         known: [B,H,O], put where mask [H,O] is 1, before and after each step.
         repeat_last: how often the last step is made once more.
     """
     x = x1 if known is None else put(x1, known, mask)
-    for k in [*range(len(grid) - 1, 0, -1), *[1] * repeat_last]:
-        t = tf.fill([tf.shape(x)[0]], tf.constant(grid[k], x.dtype))
-        x += tf.constant(grid[k] - grid[k - 1], x.dtype) * velocity(x, t)
+    count = len(steps.times)
+    for k in [*range(count), *[count - 1] * repeat_last]:
+        t = tf.fill([tf.shape(x)[0]], tf.constant(steps.times[k], x.dtype))
+        x = tf.constant(steps.keep[k], x.dtype) * x + tf.constant(steps.gain[k], x.dtype) * velocity(x, t)
         x = x if known is None else put(x, known, mask)
     return x

@@ -2,7 +2,7 @@
 
 The variance-preserving process (Song et al. 2021): log a(t) = -(b1 - b0) t^2 / 4 - b0 t / 2, s(t)^2 = 1 - a(t)^2,
 x_t = a x_0 + s e; the network estimates e. Sampling is deterministic (DDIM, which is first-order DPM-Solver).
-The functions have the arguments of those in `rectified_flow`.
+The functions have the arguments of those in `rectified_flow`, whose `sample` takes the steps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.diffusion.rectified_flow import Array, Velocity, put
+from diffusion_rl.diffusion.rectified_flow import Array, Steps, Velocity, mean_error, put
 
 BETA_0, BETA_1 = 0.1, 20.0
 EARLIEST = 1e-3  # time is in [EARLIEST, 1]
@@ -28,35 +28,20 @@ def loss(
     t: Array,
     mask: np.ndarray | None = None,
     weights: np.ndarray | None = None,
+    states: slice | None = None,
 ) -> Array:
     """Mean weighted squared error of the noise x1; `t` [B] uniform in [0, 1)."""
     t = EARLIEST + (1 - EARLIEST) * t
     a = tf.exp(signal(t))[:, None, None]
     estimate = noise_of(put(a * x0 + tf.sqrt(1 - a * a) * x1, x0, mask), t)
-    errors = tf.square(estimate - x1)
-    for factor in (weights, None if mask is None else 1 - mask):
-        if factor is not None:
-            errors *= tf.constant(factor, errors.dtype)
-    return tf.reduce_mean(errors)
+    return mean_error(estimate, x1, mask, weights, states)
 
 
-def sample(
-    noise_of: Velocity,
-    x1: Array,
-    grid: np.ndarray,
-    known: Array | None = None,
-    mask: np.ndarray | None = None,
-    repeat_last: int = 0,
-) -> Array:
-    """From noise to data, unrolled: x <- a_s x0 + s_s e with x0 = (x - s_t e) / a_t; the last step returns x0."""
-    times = EARLIEST + (1 - EARLIEST) * np.asarray(grid)
+def steps(grid: np.ndarray) -> Steps:
+    """x <- a_s x0 + s_s e with x0 = (x - s_t e) / a_t; the last step gives x0."""
+    times = EARLIEST + (1 - EARLIEST) * grid
     a = np.exp(signal(times))
     s = np.sqrt(1 - a * a)
     a[0], s[0] = 1.0, 0.0
-    x = x1 if known is None else put(x1, known, mask)
-    for k in [*range(len(times) - 1, 0, -1), *[1] * repeat_last]:
-        noise = noise_of(x, tf.fill([tf.shape(x)[0]], tf.constant(times[k], x.dtype)))
-        x0 = (x - tf.constant(s[k], x.dtype) * noise) / tf.constant(a[k], x.dtype)
-        x = tf.constant(a[k - 1], x.dtype) * x0 + tf.constant(s[k - 1], x.dtype) * noise
-        x = x if known is None else put(x, known, mask)
-    return x
+    keep = a[:-1] / a[1:]
+    return Steps(times[:0:-1], keep[::-1], (s[:-1] - keep * s[1:])[::-1])

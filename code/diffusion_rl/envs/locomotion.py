@@ -27,9 +27,9 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
-from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes
+from diffusion_rl.envs.batched import BatchedVectorEnv
+from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
 from diffusion_rl.envs.d4rl import D4RL_EPISODE_STEPS
-from diffusion_rl.envs.vector import Observations, StepResult
 
 try:
     import gymnasium
@@ -297,17 +297,14 @@ class LocomotionPhysics:
             self._pool.shutdown()
 
 
-class LocomotionVectorEnv:
-    """E locomotion environments behind the `VectorEnv` interface; everything in them can be saved and restored.
+class LocomotionVectorEnv(BatchedVectorEnv):
+    """E locomotion environments.
 
-    name: a D4RL name, "hopper-medium-v2" say. normalizer: bounds of the data set, or None for raw observations and
-    actions. max_episode_steps: the chunk wrapper's own limit. d4rl_time_limit: the limit of 1000 steps under which
-    D4RL registers its environments, whose expiry counts as terminated *and* truncated (the reference never
-    bootstraps there); None leaves only max_episode_steps, whose expiry is truncation alone.
+    name: a D4RL name, "hopper-medium-v2" say. max_episode_steps: the chunk wrapper's own limit. d4rl_time_limit: the
+    limit of 1000 steps under which D4RL registers its environments, whose expiry counts as terminated *and* truncated
+    (the reference never bootstraps there); None leaves only max_episode_steps, whose expiry is truncation alone.
     clip_actions: D4RL's clipping of the unnormalised action to [-1, 1].
     """
-
-    restorable = True
 
     def __init__(
         self,
@@ -328,25 +325,25 @@ class LocomotionVectorEnv:
         task = task_of(name)
         if task is None:
             raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
-        self.name = name
-        self.n_envs = n_envs
-        self.act_steps = act_steps
-        self.n_obs_steps = n_obs_steps
-        self.reset_within_step = reset_within_step
-        self.full_observations = full_observations
-        self.normalizer = normalizer
+        self.physics = LocomotionPhysics(task, threads)
+        super().__init__(
+            name,
+            n_envs,
+            self.physics.obs_dim,
+            self.physics.action_dim,
+            act_steps=act_steps,
+            n_obs_steps=n_obs_steps,
+            max_episode_steps=max_episode_steps,
+            reset_within_step=reset_within_step,
+            full_observations=full_observations,
+            normalizer=normalizer,
+        )
         self.d4rl_time_limit = d4rl_time_limit
         self.clip_actions = clip_actions
-        self.physics = LocomotionPhysics(task, threads)
-        self.obs_spec: dict[str, tuple[int, ...]] = {"state": (self.physics.obs_dim,)}
-        self.action_dim = self.physics.action_dim
-        self._history = ChunkHistory(n_envs, n_obs_steps, self.physics.obs_dim, max_episode_steps)
         self._elapsed = np.zeros(n_envs, dtype=np.int64)
-        self._started = np.zeros(n_envs, dtype=bool)
         self._states = np.zeros((n_envs, self.physics.state_size))
         self._warmstarts = np.zeros((n_envs, self.physics.model.nv))
         self._rngs: list[np.random.Generator] = []
-        self._recorders: dict[int, Any] = {}
         self.seed(range(n_envs) if seeds is None else seeds)
 
     def seed(self, seeds: Sequence[int]) -> None:
@@ -355,54 +352,19 @@ class LocomotionVectorEnv:
             raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
         self._rngs = [_generator(seed) for seed in seeds]
 
-    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere. options[i]: `seed` (this environment anew), `video_path` (record from here on
-        until its next reset)."""
-        options = [{}] * self.n_envs if options is None else options
-        if len(options) != self.n_envs:
-            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
-        for row, option in enumerate(options):
-            if option.get("seed") is not None:
-                self._rngs[row] = _generator(option["seed"])
-        self._begin(np.arange(self.n_envs))
-        for row, option in enumerate(options):
-            if option.get("video_path"):
-                self._start_video(row, option["video_path"])
-        return {"state": self._history.frames.copy()}
+    def _reseed(self, row: int, seed: int) -> None:
+        self._rngs[row] = _generator(seed)
 
-    def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E, Ta, A] of normalised actions."""
-        return self.step_subset(np.arange(self.n_envs), actions)
-
-    def step_subset(self, indices: np.ndarray, actions: np.ndarray) -> StepResult:
-        """Execute chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
-        actions = np.asarray(actions)
-        if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.action_dim:
-            raise ValueError(f"actions have shape {actions.shape}, expected ({len(indices)}, Ta, {self.action_dim})")
-        if not self._started[indices].all():
-            raise RuntimeError("step before the first reset")
-        raw = actions if self.normalizer is None else self.normalizer.unnormalize_action(actions)
-        raw = np.clip(raw, -1, 1) if self.clip_actions else raw
-        trajectory = self.physics.step(self._states[indices], self._warmstarts[indices], raw)
-        outcome = self._history.advance(indices, self._outcomes(indices, trajectory))
-        last = (np.arange(len(indices)), outcome.executed - 1)
-        self._warmstarts[indices] = self._warmstarts_after(indices, raw, outcome.executed, trajectory)
-        self._states[indices] = trajectory.states[last]
-        self._elapsed[indices] += outcome.executed
-        self._record(indices, trajectory.states, outcome.executed)
-        infos: dict[str, Any] = {"executed_steps": outcome.executed}
-        if self.full_observations:
-            infos["full_observations"] = {"state": outcome.frames}
-        observations = outcome.observations
-        if self.reset_within_step:
-            infos["final_observations"] = {"state": outcome.observations}
-            ended = np.asarray(indices)[outcome.terminated | outcome.truncated]
-            if len(ended):
-                self._begin(ended)
-                observations = self._history.frames[indices]
-        return StepResult(
-            {"state": observations}, outcome.rewards.astype(np.float64), outcome.terminated, outcome.truncated, infos
-        )
+    def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
+        raw = np.clip(actions, -1, 1) if self.clip_actions else actions
+        trajectory = self.physics.step(self._states[rows], self._warmstarts[rows], raw)
+        outcome = self._history.advance(rows, self._outcomes(rows, trajectory))
+        last = (np.arange(len(rows)), outcome.executed - 1)
+        self._warmstarts[rows] = self._warmstarts_after(rows, raw, outcome.executed, trajectory)
+        self._states[rows] = trajectory.states[last]
+        self._elapsed[rows] += outcome.executed
+        self._record(rows, trajectory.states, outcome.executed)
+        return outcome
 
     def _warmstarts_after(
         self, indices: np.ndarray, raw: np.ndarray, executed: np.ndarray, trajectory: Trajectory
@@ -430,20 +392,13 @@ class LocomotionVectorEnv:
             limit_hit=expired & ~unhealthy,
         )
 
-    def _normalize(self, observations: np.ndarray) -> np.ndarray:
-        return observations if self.normalizer is None else self.normalizer.normalize_obs(observations)
-
-    def _begin(self, rows: np.ndarray) -> None:
-        """Begin new episodes in these environments."""
+    def _first_observations(self, rows: np.ndarray) -> np.ndarray:
         for row in rows:
-            self._stop_video(int(row))
             self._states[row], self._warmstarts[row] = self.physics.first_state(self._rngs[row])
         self._elapsed[rows] = 0
-        self._started[rows] = True
-        self._history.start(rows, self._normalize(self.physics.observe(self._states[rows])))
+        return self._normalize(self.physics.observe(self._states[rows]))
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
         return {
             "physics": self._states.copy(),
             "warmstart": self._warmstarts.copy(),
@@ -454,18 +409,7 @@ class LocomotionVectorEnv:
             "random": np.stack([_pack_generator(rng) for rng in self._rngs]),
         }
 
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken (a video being recorded ends). Raises UserError if it does not fit."""
-        mine = self.get_state()
-        for key, array in mine.items():
-            if key not in state or np.shape(state[key]) != array.shape:
-                found = f"shape {np.shape(state[key])}" if key in state else "nothing"
-                raise UserError(
-                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {found}; "
-                    "resume with the env settings the state was saved with"
-                )
-        for row in list(self._recorders):
-            self._stop_video(row)
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
         self._states[:] = state["physics"]
         self._warmstarts[:] = state["warmstart"]
         self._elapsed[:] = state["elapsed_steps"]
@@ -475,7 +419,6 @@ class LocomotionVectorEnv:
         self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
 
     def recorder(self, path: str) -> Any:
-        """Films states of this task."""
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
         load = functools.partial(load_model, task_of(self.name) or self.name)
@@ -483,22 +426,15 @@ class LocomotionVectorEnv:
         camera = tracking | {"elevation": -15.0}
         return StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))
 
-    def _start_video(self, row: int, path: str) -> None:
-        self._recorders[row] = self.recorder(path)
-
     def _record(self, indices: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
         for position, row in enumerate(indices if self._recorders else ()):
             if int(row) in self._recorders:
                 for state in states[position, : executed[position]]:
                     self._recorders[int(row)].add(state)
 
-    def _stop_video(self, row: int) -> None:
-        if row in self._recorders:
-            self._recorders.pop(row).close()
-
     def close(self) -> None:
-        for row in list(self._recorders):
-            self._stop_video(row)
+        """End videos and threads."""
+        super().close()
         self.physics.close()
 
 

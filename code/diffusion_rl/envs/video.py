@@ -116,7 +116,7 @@ class StateViewer:
 
     def __init__(self, load: Load, camera: dict[str, Any]):
         if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            raise UserError("env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
+            raise UserError("++env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
         self._process, self._connection = processes.start(_show, load, camera)
         self._confirm()
 
@@ -135,7 +135,7 @@ class StateViewer:
         except (EOFError, OSError):
             problem = "its process ended"
         if problem is not None:
-            raise UserError(f"env.render=true: cannot open a window ({problem}); leave it out, or check DISPLAY")
+            raise UserError(f"++env.render=true: cannot open a window ({problem}); leave it out, or check DISPLAY")
 
 
 def _film(connection: Connection, load: Load, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ UNCONDITIONAL_EVERY = 5  # reflow: every so many updates one of the unconditiona
 State = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors and JSON values
 
 
-class LiteLoop:
+class LiteLoop(ABC):
     """Counts updates, averages losses between log lines, saves now and then.
 
     Args:
@@ -88,13 +89,13 @@ class LiteLoop:
         stops = [every - self.step % every for every in (self.log_interval, self.save_interval)]
         return min(*stops, end - self.step, STEPS_PER_CALL)
 
+    @abstractmethod
     def advance(self, count: int) -> np.ndarray:
         """Make `count` updates; their losses [count, names], the last names may be missing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parts(self) -> Iterator[tuple[str, Any]]:
         """Modules and optimizers whose state decides on the next update, by name."""
-        raise NotImplementedError
 
     def state(self) -> State:
         """Everything that decides on the next update."""

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
-from diffusion_rl.algorithms.pretrain import AVERAGE, BATCHES_PER_CALL, COPY, KEEP, PreTrainable, PreTrainer
+from diffusion_rl.algorithms.pretrain import BATCHES_PER_CALL, PreTrainable, PreTrainer
 from diffusion_rl.core.config import instantiate
+from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource, initial_weights

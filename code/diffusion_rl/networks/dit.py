@@ -6,7 +6,7 @@ Shape letters: B batch, H states, O observation, E width of the condition, D wid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,17 @@ NORM_EPSILON = 1e-6
 EMBEDDING_STD = 0.02
 
 
-def gelu_tanh(x: Array) -> Array:
-    """The usual approximation of GELU by tanh."""
-    return 0.5 * x * (1 + tf.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+@tf.custom_gradient
+def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """The usual approximation of GELU by tanh. Written so that TFLite sees what it is; the gradient with less to do."""
+    c, cubic = math.sqrt(2 / math.pi), 0.044715
+    tanh = tf.tanh(c * (x + cubic * x**3))
+
+    def gradient(upstream: Array) -> Array:
+        slope = (0.5 - 0.5 * tf.square(tanh)) * (c + 3 * c * cubic * tf.square(x))
+        return upstream * (0.5 + 0.5 * tanh + x * slope)
+
+    return 0.5 * x * (1 + tanh), gradient
 
 
 def silu(x: Array) -> Array:
@@ -39,10 +47,18 @@ def run(steps: Sequence[Any], x: Array) -> Array:
     return x
 
 
-def normal(x: Array) -> Array:
+@tf.custom_gradient
+def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """Mean 0 and variance 1 over the last axis, without gain and offset."""
-    mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
-    return (x - mean) * tf.math.rsqrt(variance + tf.constant(NORM_EPSILON, x.dtype))
+    centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
+    scale = tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
+    y = centred * scale
+
+    def gradient(upstream: Array) -> Array:
+        along = tf.reduce_mean(upstream * y, axis=-1, keepdims=True)
+        return scale * (upstream - tf.reduce_mean(upstream, axis=-1, keepdims=True) - y * along)
+
+    return y, gradient
 
 
 def xavier(linear: Linear) -> Linear:
@@ -69,14 +85,19 @@ def gaussian(in_dim: int, out_dim: int) -> Linear:
     return no_bias(linear)
 
 
-def position_table(length: int, dim: int) -> np.ndarray:
+def position_table(length: int, dim: int, dtype: str | None = None) -> np.ndarray:
     """[length, dim]: [sin p, 0, …, 0 | cos p, 1, …, 1].
 
     The frequencies exp(-j ln(10^4) / (dim/2 - 1)) of the usual table are rounded down to whole numbers, 1, 0, 0, …:
     with this table the published weights were trained.
     """
-    positions = np.arange(length, dtype=floatx())[:, None] * (np.arange(dim // 2) == 0)
-    return np.concatenate([np.sin(positions), np.cos(positions)], axis=1).astype(floatx())
+    positions = np.arange(length, dtype=dtype or floatx())[:, None] * (np.arange(dim // 2) == 0)
+    return np.concatenate([np.sin(positions), np.cos(positions)], axis=1)
+
+
+def split_rows(x: Array, parts: int) -> list[Array]:
+    """[B,parts D] -> parts times [B,1,D]"""
+    return tf.split(x[:, None], parts, axis=-1)
 
 
 class FourierEmbedding(keras.layers.Layer):
@@ -113,10 +134,14 @@ class DiTBlock(keras.layers.Layer):
 
     def call(self, x: Array, t: Array) -> Array:
         """x [B,H,D], t [B,D] -> [B,H,D]"""
-        parts = tf.split(run(self.adaLN_modulation, t)[:, None], 6, axis=-1)
+        return self.modulated(x, split_rows(run(self.adaLN_modulation, t), 6))
+
+    def modulated(self, x: Array, parts: Sequence[Array], states: slice | None = None) -> Array:
+        """x [B,H,D] and six times [B or 1,1,D] -> [B,states,D]: all of them, or those that are asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
-        modulated = normal(x) * (1 + scale_attn) + shift_attn
-        x = (x if self.standard_residual else modulated) + gate_attn * self.attn(modulated)
+        inside = normal(x) * (1 + scale_attn) + shift_attn
+        base = x if self.standard_residual else inside
+        x = (base if states is None else base[:, states]) + gate_attn * self.attn(inside, states)
         return x + gate_mlp * run(self.mlp, normal(x) * (1 + scale_mlp) + shift_mlp)
 
 
@@ -130,7 +155,11 @@ class FinalLayer(keras.layers.Layer):
 
     def call(self, x: Array, t: Array) -> Array:
         """x [B,H,D], t [B,D] -> [B,H,O]"""
-        shift, scale = tf.split(run(self.adaLN_modulation, t)[:, None], 2, axis=-1)
+        return self.modulated(x, split_rows(run(self.adaLN_modulation, t), 2))
+
+    def modulated(self, x: Array, parts: Sequence[Array]) -> Array:
+        """x [B,H,D] and two times [B or 1,1,D] -> [B,H,O]"""
+        shift, scale = parts
         return self.linear(normal(x) * (1 + scale) + shift)
 
 
@@ -157,12 +186,28 @@ class DiT1d(keras.layers.Layer):
 
     def call(self, x: Array, t: Array, condition: Array | None = None) -> Array:
         """x [B,H,O], t [B] in [0, 1], condition [B,E] (None: zeros) -> [B,H,O]"""
+        return self.estimate(x, split_rows(self.modulation(t, condition), self.parts))
+
+    def modulation(self, t: Array, condition: Array | None = None) -> Array:
+        """What time [B] and condition [B,E] do to the layers: shifts, scales and gates, [B,parts D]."""
         embedded = self.map_noise(t)
         embedded = run(self.map_emb, embedded if condition is None else embedded + condition)
-        x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model), x.dtype)
-        for block in self.blocks:
-            x = block(x, embedded)
-        return self.final_layer(x, embedded)
+        return tf.concat([run(each.adaLN_modulation, embedded) for each in (*self.blocks, self.final_layer)], axis=-1)
+
+    @property
+    def parts(self) -> int:
+        return 6 * len(self.blocks) + 2
+
+    def estimate(self, x: Array, parts: Sequence[Array], states: slice | None = None) -> Array:
+        """x [B,H,O] and the modulation's parts, each [B or 1,1,D] -> [B,states,O]; None: of all states.
+
+        Of the last block only what becomes of the states that are asked for is computed.
+        """
+        x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model, x.dtype.name))
+        for number, block in enumerate(self.blocks):
+            last = number + 1 == len(self.blocks)
+            x = block.modulated(x, parts[6 * number : 6 * number + 6], states if last else None)
+        return self.final_layer.modulated(x, parts[-2:])
 
 
 class Perceptron(keras.layers.Layer):
@@ -214,6 +259,15 @@ class ConditionalDiT(keras.layers.Layer):
         self.diffusion = DiT1d(in_dim, emb_dim, **transformer)
         self.condition = ReturnCondition(1, emb_dim, [emb_dim])
 
-    def call(self, x: Array, t: Array, condition: Array | None = None, keep: Array | None = None) -> Array:
-        """x [B,H,O], t [B], condition [B,1] or None, keep [B] -> [B,H,O]"""
-        return self.diffusion(x, t, None if condition is None else self.condition(condition, keep))
+    def call(
+        self,
+        x: Array,
+        t: Array,
+        condition: Array | None = None,
+        keep: Array | None = None,
+        states: slice | None = None,
+    ) -> Array:
+        """x [B,H,O], t [B], condition [B,1] or None, keep [B] -> [B,states,O]; None: of all states."""
+        told = None if condition is None else self.condition(condition, keep)
+        network = self.diffusion
+        return network.estimate(x, split_rows(network.modulation(t, told), network.parts), states)

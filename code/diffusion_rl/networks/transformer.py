@@ -33,14 +33,27 @@ class SelfAttention(keras.layers.Layer):
         self.heads, self.head_dim = heads, dim // heads
         self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
-    def call(self, x: Array) -> Array:
-        """[B,H,E] -> [B,H,E]"""
+    def call(self, x: Array, asking: slice | None = None) -> Array:
+        """[B,H,E] -> [B,H,E]; of all positions, or of those that ask."""
         steps, dim = x.shape[1:]
-        split = tf.reshape(self.in_proj(x), [-1, steps, 3, self.heads, self.head_dim])
-        queries, keys, values = tf.unstack(tf.transpose(split, [2, 0, 3, 1, 4]))  # [B,heads,H,E/heads]
+        if asking is None:
+            queries, keys, values = (self._heads(part) for part in tf.split(self.in_proj(x), 3, axis=-1))
+        else:
+            queries = self._heads(self._project(x[:, asking], 0, dim))
+            keys, values = (self._heads(part) for part in tf.split(self._project(x, dim, 3 * dim), 2, axis=-1))
+            steps = len(range(*asking.indices(steps)))
         weights = tf.nn.softmax(tf.matmul(queries, keys, transpose_b=True) / math.sqrt(self.head_dim))
         mixed = tf.transpose(tf.matmul(weights, values), [0, 2, 1, 3])
         return self.out_proj(tf.reshape(mixed, [-1, steps, dim]))
+
+    def _heads(self, x: Array) -> Array:
+        """[B,H,E] -> [B,heads,H,E/heads]"""
+        return tf.transpose(tf.reshape(x, [-1, x.shape[1], self.heads, self.head_dim]), [0, 2, 1, 3])
+
+    def _project(self, x: Array, first: int, last: int) -> Array:
+        """Some of the columns of `in_proj` alone."""
+        rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), self.in_proj.kernel[:, first:last])
+        return tf.reshape(rows + self.in_proj.bias[first:last], [-1, x.shape[1], last - first])
 
 
 class AttentionToOne(keras.layers.Layer):

@@ -8,7 +8,8 @@ Shape letters: B batch, E environments, C candidates, L levels, H states of a le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.planners.lite_program import Program
 from diffusion_rl.policies.diffusion import clone
 
 BACKBONES = {"flow": rectified_flow, "diffusion": vp_flow}
@@ -75,6 +77,14 @@ class PlanLevel:
         self.weights[1] = next_obs_weight
 
     @property
+    def unknown(self) -> slice:
+        """The states from the first to the last of which something is not known."""
+        if self.mask is None:
+            return slice(self.shape[0])
+        some = np.flatnonzero((self.mask == 0).any(axis=1))
+        return slice(int(some[0]), int(some[-1]) + 1)
+
+    @property
     def dtype(self) -> tf.DType:
         return variables_of(self.network)[0].dtype
 
@@ -82,9 +92,9 @@ class PlanLevel:
         """Of clean plans and noise [B,H,O] at t [B] in [0, 1); condition [B,1], keep [B] of 0 and 1."""
 
         def output(x: Array, t: Array) -> Array:
-            return self.network(x, t, condition, keep)
+            return self.network(x, t, condition, keep, self.unknown)
 
-        return self.backbone.loss(output, x0, x1, t, self.mask, self.weights)
+        return self.backbone.loss(output, x0, x1, t, self.mask, self.weights, self.unknown)
 
     def sample(
         self,
@@ -116,7 +126,7 @@ class PlanLevel:
             out = network.diffusion(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both)
             return rectified_flow.guided(*tf.split(out, 2), guidance)
 
-        return self.backbone.sample(output, noise, grid, known, self.mask, repeat_last)
+        return rectified_flow.sample(output, noise, self.backbone.steps(grid), known, self.mask, repeat_last)
 
 
 class Acting(NamedTuple):
@@ -142,11 +152,12 @@ class DiffuserLite:
     """Acts by plans; from raw observations to actions it is one compiled program.
 
     Args:
-        levels: from coarse to fine.
+        levels: from coarse to fine; with other weights later, a new planner is needed.
         inverse: inverse dynamics.
         means, stds: of the observations, [O].
         acting: see there.
         value: judges candidates; needed for more than one.
+        runtime: of the program: "graph" (TensorFlow), "xla", "tflite" (for processors) or "plain" (`plan` as it is).
     """
 
     def __init__(
@@ -157,14 +168,15 @@ class DiffuserLite:
         stds: np.ndarray,
         acting: Acting,
         value: StateValue | None = None,
-        compiled_by_xla: bool = False,
+        runtime: str = "graph",
     ):
         if acting.candidates > 1 and value is None:
             raise UserError(f"{acting.candidates} candidates need a value to choose by: run mode=iql_training first")
         self.levels, self.inverse, self.means, self.stds = levels, inverse, means, stds
-        self.acting, self.value = acting, value
+        self.acting, self.value, self.runtime = acting, value, runtime
         self.grid = rectified_flow.time_grid(acting.steps)
-        self._act = tf.function(self.plan, autograph=False, jit_compile=compiled_by_xla or None)
+        self._runs: dict[tuple[int, int], Callable[..., np.ndarray]] = {}  # by numbers of environments and returns
+        self._told: tuple[bytes, list[Array]] = b"", []  # returns that were wanted last, and what they mean
 
     def draw(self, noise: Any, n_envs: int) -> list[np.ndarray]:
         """The draws of one decision: noise of each level [E,H,O], of the first one [E*C,H,O]."""
@@ -173,13 +185,33 @@ class DiffuserLite:
 
     def act(self, observations: np.ndarray, targets: np.ndarray, noise: Sequence[np.ndarray]) -> np.ndarray:
         """Actions [E,A] for observations [E,O] in the environment's units, aiming at returns [E]."""
-        dtype = self.levels[0].dtype
-        draws = [tf.convert_to_tensor(each, dtype) for each in noise]
-        observations = tf.convert_to_tensor(np.asarray(observations, dtype.as_numpy_dtype))
-        return self._act(observations, tf.convert_to_tensor(targets, dtype), draws).numpy()
+        if self.runtime == "plain":
+            tensors = (tf.constant(each, self.levels[0].dtype) for each in (observations, targets, *noise))
+            state, wanted, *draws = tensors
+            return self.plan(state, wanted, draws).numpy()
+        wanted = targets[:1] if (targets == targets[0]).all() else targets
+        if wanted.tobytes() != self._told[0]:
+            self._told = wanted.tobytes(), self._tables(tf.constant(wanted, self.levels[0].dtype))
+        sizes = len(observations), len(wanted)
+        if sizes not in self._runs:
+            self._runs[sizes] = self._run(*sizes)
+        return self._runs[sizes](observations, self._told[1], noise)
+
+    @cached_property
+    def _program(self) -> Program:
+        return Program(self.levels, self.inverse, self.means, self.stds, self.acting, self.value)
+
+    @cached_property
+    def _tables(self) -> Callable[[Array], list[Array]]:
+        return tf.function(self._program.tables, autograph=False, reduce_retracing=True)
+
+    def _run(self, n_envs: int, n_returns: int) -> Callable[..., np.ndarray]:
+        if self.runtime == "tflite":
+            return self._program.in_tflite(n_envs, n_returns)
+        return self._program.in_graph(n_envs, n_returns, self.runtime == "xla")
 
     def plan(self, observations: Array, targets: Array, noise: Sequence[Array]) -> Array:
-        """The same with tensors. Graph-safe."""
+        """`act` with tensors, as it reads in the paper; the programs are compared with it. Graph-safe."""
         acting, dtype = self.acting, noise[0].dtype
         state = (observations - tf.constant(self.means, dtype)) / tf.constant(self.stds, dtype)
         first, last, returns = state, tf.zeros_like(state), targets[:, None]

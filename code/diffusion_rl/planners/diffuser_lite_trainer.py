@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.layers import Array, variables_of
@@ -41,8 +41,8 @@ class LevelTrainer:
         self.level, self.ema_rate, self.max_norm = level, ema_rate, max_norm
         trained = [v for v in variables_of(level.network.diffusion) if v.trainable]
         self.optimizers = {
-            "diffusion": AdamW(trained, rate, WEIGHT_DECAY),
-            "condition": AdamW(variables_of(level.network.condition), rate, WEIGHT_DECAY),
+            "diffusion": AdamW(trained, rate, WEIGHT_DECAY, fused=True),
+            "condition": AdamW(variables_of(level.network.condition), rate, WEIGHT_DECAY, fused=True),
         }
         self.variables = [v for optimizer in self.optimizers.values() for v in optimizer.variables]
 
@@ -62,8 +62,7 @@ class LevelTrainer:
             optimizer.learning_rate.assign(rate)
             if condition is not None or optimizer is self.optimizers["diffusion"]:
                 optimizer.apply(own)
-        for mean, variable in zip(variables_of(self.level.ema), variables_of(self.level.network), strict=True):
-            mean.assign(ema_update(mean, variable, self.ema_rate))
+        average_into(variables_of(self.level.ema), variables_of(self.level.network), self.ema_rate)
         return loss, norm
 
 
@@ -75,7 +74,7 @@ class InverseTrainer:
 
     def __init__(self, inverse: InverseDynamics, rate: float = 1e-3):
         self.inverse = inverse
-        self.optimizer = AdamW(variables_of(inverse), rate)
+        self.optimizer = AdamW(variables_of(inverse), rate, fused=True)
 
     def update(
         self, state: Array, action: Array, following: Array, keep: Array | None, valid: Array | None = None
@@ -143,7 +142,14 @@ class LiteTrainer:
 
     def __init__(self, levels: Sequence[LevelTrainer], inverse: InverseTrainer | None, source: PlanSource):
         self.levels, self.inverse, self.source = list(levels), inverse, source
-        self._compiled: dict[bool, Callable[..., Array]] = {}  # by whether inverse dynamics are trained
+        drawn = []
+        for trainer in self.levels:
+            shapes = [None, None, *trainer.level.shape], [None, None], [None, None]
+            drawn.append(tuple(tf.TensorSpec(shape, self.dtype) for shape in shapes))
+        windows = tf.TensorSpec([None, len(self.levels), None], tf.int32)
+        specs = [windows, drawn, tf.TensorSpec([None], tf.float64)]  # any number of steps, any size of batch
+        self._levels = tf.function(self._run_levels, specs, autograph=False)
+        self._inverse = tf.function(self._run_inverse, autograph=False, reduce_retracing=True)
 
     @property
     def dtype(self) -> tf.DType:
@@ -156,7 +162,7 @@ class LiteTrainer:
         kept: np.ndarray | None,
         rates: Sequence[float],
     ) -> np.ndarray:
-        """n updates in one compiled call.
+        """n updates in compiled calls, one for the levels and one for the inverse dynamics.
 
         Args:
             windows: of each level, [n,L,B].
@@ -167,45 +173,41 @@ class LiteTrainer:
         Returns:
             the losses of the levels, and of the inverse dynamics where they are trained, [n,L] or [n,L+1].
         """
-        if (kept is not None) not in self._compiled:
-            self._compiled[kept is not None] = tf.function(self._run, input_signature=self._specs(kept is not None))
         tensors = [tuple(tf.constant(part, self.dtype) for part in each) for each in draws]
-        masks = [] if kept is None else [tf.constant(kept, tf.bool)]
-        arguments = tf.constant(windows, tf.int32), tensors, tf.constant(rates, tf.float64), *masks
-        return self._compiled[kept is not None](*arguments).numpy()
+        losses = self._levels(tf.constant(windows, tf.int32), tensors, tf.constant(rates, tf.float64))
+        if kept is None:
+            return losses.numpy()
+        other = self._inverse(tf.constant(windows[:, -1], tf.int32), tf.constant(kept, tf.bool))
+        return np.concatenate([losses.numpy(), other.numpy()[:, None]], axis=1)
 
-    def _specs(self, with_inverse: bool) -> list[Any]:
-        """Of the arguments of `_run`: any number of steps, any size of batch."""
-        drawn: list[Any] = []
-        for trainer in self.levels:
-            shapes = [None, None, *trainer.level.shape], [None, None], [None, None]
-            drawn.append(tuple(tf.TensorSpec(shape, self.dtype) for shape in shapes))
-        masks = []
-        if with_inverse:
-            pairs = self.levels[-1].level.shape[0] - 1
-            masks = [tf.TensorSpec([None, None, pairs, self.inverse.inverse.hidden_dim], tf.bool)]
-        windows = tf.TensorSpec([None, len(self.levels), None], tf.int32)
-        return [windows, drawn, tf.TensorSpec([None], tf.float64), *masks]
+    def _run_levels(self, windows: Array, draws: Any, rates: Array) -> Array:
+        def update(i: Array) -> Array:
+            losses = []
+            for number, (trainer, each) in enumerate(zip(self.levels, draws, strict=True)):
+                noise, t, uniform = (part[i] for part in each)
+                states, returns = self.source.plans(number, windows[i, number])
+                keep = trainer.level.network.condition.keep(uniform)
+                losses.append(trainer.update(states, noise, t, returns, keep, rates[i])[0])
+            return tf.stack(losses)
 
-    def _run(self, windows: Array, draws: Any, rates: Array, kept: Array | None = None) -> Array:
-        n = tf.shape(windows)[0]
-        found = tf.TensorArray(self.dtype, size=n)
-        for i in tf.range(n):
-            parts = [tuple(part[i] for part in each) for each in draws]
-            found = found.write(i, self._one(windows[i], parts, None if kept is None else kept[i], rates[i]))
-        return found.stack()
+        return self._repeat(update, tf.shape(windows)[0])
 
-    def _one(self, windows: Array, draws: Any, kept: Array | None, rate: Array) -> Array:
-        losses = []
-        states = None
-        for i, (trainer, (noise, t, uniform)) in enumerate(zip(self.levels, draws, strict=True)):
-            states, returns = self.source.plans(i, windows[i])
-            keep = trainer.level.network.condition.keep(uniform)
-            losses.append(trainer.update(states, noise, t, returns, keep, rate)[0])
-        if kept is not None:
-            actions, valid = self.source.pairs(windows[-1])
-            losses.append(self.inverse.update(states[:, :-1], actions, states[:, 1:], kept, valid))
-        return tf.stack(losses)
+    def _run_inverse(self, windows: Array, kept: Array) -> Array:
+        def update(i: Array) -> Array:
+            states, _ = self.source.plans(-1, windows[i])
+            actions, valid = self.source.pairs(windows[i])
+            return self.inverse.update(states[:, :-1], actions, states[:, 1:], kept[i], valid)
+
+        return self._repeat(update, tf.shape(windows)[0])
+
+    def _repeat(self, update: Callable[[Array], Array], n: Array) -> Array:
+        """update(0), update(1), … stacked."""
+
+        def body(i: Array, found: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
+            return i + 1, found.write(i, update(i))
+
+        start = tf.constant(0), tf.TensorArray(self.dtype, size=n)
+        return tf.while_loop(lambda i, _: i < n, body, start, parallel_iterations=1)[1].stack()
 
 
 class ReflowTrainer:
@@ -213,12 +215,12 @@ class ReflowTrainer:
 
     def __init__(self, levels: Sequence[LevelTrainer]):
         self.levels = list(levels)
-        self._update = [tf.function(each.update, autograph=False, reduce_retracing=True) for each in self.levels]
+        self._update = tf.function(self._one, autograph=False, reduce_retracing=True)
 
     def step(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray | None]], draws: Sequence[LevelDraws], rate: float
     ) -> list[float]:
-        """One update of every level.
+        """One update of every level, in one compiled call.
 
         Args:
             pairs: of each level: plan and noise [B,2,H,O], and returns [B,1] or None (unconditional).
@@ -227,12 +229,17 @@ class ReflowTrainer:
         Returns:
             the losses.
         """
-        losses, dtype = [], self.levels[0].level.dtype
-        for trainer, update, (plans, returns), each in zip(self.levels, self._update, pairs, draws, strict=True):
-            x0, x1, t = (tf.constant(x, dtype) for x in (plans[:, 0], plans[:, 1], each.t))
-            condition = None if returns is None else tf.constant(returns, dtype)
-            keep = None
-            if condition is not None:
-                keep = trainer.level.network.condition.keep(tf.constant(each.uniform, dtype))
-            losses.append(update(x0, x1, t, condition, keep, tf.constant(rate, tf.float64))[0])
-        return [float(loss) for loss in losses]
+        dtype, arguments = self.levels[0].level.dtype, []
+        for (plans, returns), each in zip(pairs, draws, strict=True):
+            told = [] if returns is None else [returns, each.uniform]
+            arguments.append([tf.constant(x, dtype) for x in (plans[:, 0], plans[:, 1], each.t, *told)])
+        return self._update(arguments, tf.constant(rate, tf.float64)).numpy().tolist()
+
+    def _one(self, arguments: Sequence[Sequence[Array]], rate: Array) -> Array:
+        losses = []
+        for trainer, (x0, x1, t, *told) in zip(self.levels, arguments, strict=True):
+            condition, keep = None, None
+            if told:
+                condition, keep = told[0], trainer.level.network.condition.keep(told[1])
+            losses.append(trainer.update(x0, x1, t, condition, keep, rate)[0])
+        return tf.stack(losses)

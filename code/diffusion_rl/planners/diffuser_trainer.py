@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import AVERAGE, COPY, KEEP, follow
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.planners.diffuser import Losses, NoisyTrajectories
 from diffusion_rl.policies.diffusion import clone
 
-KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
 MicroBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # windows [B], t [B], noise [B,H,D]
 
 
@@ -133,10 +132,5 @@ class DiffuserTrainer:
         if len(batches) > 1:
             gradients = [[sum(each) / len(batches) for each in zip(*gradients, strict=True)]]
         self.optimizer.apply(gradients[0])
-        if average == COPY:
-            for mean, variable in zip(self.averaged, self.variables, strict=True):
-                mean.assign(variable)
-        elif average == AVERAGE:
-            for mean, variable in zip(self.averaged, self.variables, strict=True):
-                mean.assign(ema_update(mean, variable, self.ema_decay))
+        follow(self.averaged, self.variables, average, self.ema_decay)
         return tf.stack(found)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.optimizers import AdamW, GradientSteps
 from diffusion_rl.networks.iql import StateValue, TwinQ
@@ -68,6 +68,5 @@ class IQLTrainer:
         loss_v = self.step("V", lambda: iql.value_loss(obs, act))
         loss_q = self.step("Q", lambda: iql.action_value_loss(obs, act, reward, following, done))
         for _ in range(iql.target_updates):
-            for mean, variable in zip(variables_of(iql.Q_targ), variables_of(iql.Q), strict=True):
-                mean.assign(ema_update(mean, variable, TARGET_DECAY))
+            average_into(variables_of(iql.Q_targ), variables_of(iql.Q), TARGET_DECAY)
         return loss_v, loss_q

@@ -5,6 +5,7 @@ An actor draws what one decision needs from a source of noise (`draw`) and decid
 
 from __future__ import annotations
 
+import abc
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -46,23 +47,23 @@ def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fas
     return GMMActor(policy) if isinstance(policy, GMMPolicy) else DiffusionActor(policy, fast)
 
 
-class SingleStepActor:
+class SingleStepActor(abc.ABC):
     """Samples chunks that are single decisions, with their log-probabilities as the policy's PPO counts them."""
 
     def __init__(self, policy: Any):
         self.policy = policy
         self._decide = tf.function(self.decisions)
 
-    def weights_changed(self) -> None:
+    def weights_changed(self) -> None:  # noqa: B027 - not abstract: doing nothing is right
         """To be called after every change of the weights; nothing is kept between decisions here."""
 
+    @abc.abstractmethod
     def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
         """What one decision needs: the arguments of `policy.sample` beside the observation."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
         """Actions [E,H,A] of the policy."""
-        raise NotImplementedError
 
     def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
         """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
@@ -120,7 +121,7 @@ class CompiledNetwork:
 
     def __init__(self, network: keras.layers.Layer):
         self._network = network
-        self._call = tf.function(lambda x, t, cond: network(x, t, cond), jit_compile=True)
+        self._call = tf.function(lambda x, t, cond: network(x, t, cond), jit_compile=True, autograph=False)
         if hasattr(network, "encode"):
             self.encode = self._encode
 
@@ -253,7 +254,7 @@ class DiffusionActor:
 
 
 def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
-    @tf.function
+    @tf.function(autograph=False)
     def sample(cond: Cond, noise: Array, std_floor: Array) -> tuple[Array, ...]:
         out = policy.sample(cond, noise, deterministic, with_log_probs=True, std_floor=std_floor)
         return out.trajectories, out.chains, _or_empty(out.log_probs, out.trajectories)

@@ -7,7 +7,8 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import exit_status
+from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.figures import learning_curve
@@ -25,15 +26,11 @@ def main(more: Sequence[AddCommand] = ()) -> int:
     _add_learning_curve(commands)
     _add_compare(commands)
     _add_contact_sheet(commands)
+    _add_lite(commands)
     for add_command in more:
         add_command(commands)
     args = parser.parse_args()
-    try:
-        args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]])))
 
 
 def _add_common(command: argparse.ArgumentParser, output: str) -> None:
@@ -98,3 +95,29 @@ def _add_contact_sheet(commands: argparse._SubParsersAction) -> None:
 
 def _draw_contact_sheet(args: argparse.Namespace, command: str) -> None:
     print(contact_sheet(args.video, args.output, args.columns, command))
+
+
+def _add_lite(commands: argparse._SubParsersAction) -> None:
+    losses = commands.add_parser("lite_losses", help="DiffuserLite: losses against gradient steps")
+    losses.add_argument("log", nargs="?", default="results/loss_log.json", help="a loss log (JSON)")
+    losses.set_defaults(draw=_draw_lite_losses)
+    scores = commands.add_parser("lite_scores", help="DiffuserLite: scores of a sweep over checkpoints")
+    scores.add_argument(
+        "results", nargs="+", help="inference_results_<model>.json of mode=inference diffusion_ckpt=all"
+    )
+    scores.set_defaults(draw=_draw_lite_scores)
+    gather = commands.add_parser("lite_organize", help="DiffuserLite: move pictures of a results folder to figures/")
+    gather.add_argument("folder", nargs="?", default="results")
+    gather.set_defaults(draw=lambda args, command: print(*lite_figures.organize_figures(args.folder), sep="\n"))
+    for each in (losses, scores):
+        each.add_argument("--output", default="results/figures", help="folder of the PNG files")
+
+
+def _draw_lite_losses(args: argparse.Namespace, command: str) -> None:
+    found = lite_figures.by_name(lite_figures.read_rows(args.log))
+    print(*lite_figures.plot_loss_curves(found, args.output), sep="\n")
+
+
+def _draw_lite_scores(args: argparse.Namespace, command: str) -> None:
+    rows = [row for path in args.results for row in lite_figures.read_rows(path)]
+    print(lite_figures.plot_scores(rows, args.output))

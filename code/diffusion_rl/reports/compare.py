@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,7 @@ NAMES = {
     "calql": "Cal-QL",
     "ibrl": "IBRL",
 }
+WIDTH = 105  # letters of a line below a panel
 CAPTION = (
     f"line: interquartile mean over seeds; band (3 seeds or more): its 95% bootstrap interval, {RESAMPLES} resamples"
 )
@@ -253,7 +255,7 @@ def _draw(panels: Sequence[Panel], x: str, command: str) -> bytes:
     handles = _handles(panels, colours)
     columns = min(len(handles), 3 * len(panels))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
-    caption = "\n".join([*_captions(panels), footer_of(command, width=105 * len(panels))])
+    caption = "\n".join([*_captions(panels), footer_of(command, width=WIDTH * len(panels))])
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})
@@ -289,8 +291,11 @@ def _captions(panels: Sequence[Panel]) -> list[str]:
         errors = ", ".join(f"±{published.READING_ERROR[y]:g} in the {AXIS_LABELS[y].split(' of')[0]}" for y in metrics)
         lines.append(PUBLISHED_CAPTION.format(errors=errors))
     for panel in panels:
-        seeds = "; ".join(f"{curve.label} {', '.join(curve.seeds)}" for curve in panel.curves)
-        lines.append(f"seeds, {panel.task}: {seeds}")
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for curve in panel.curves:
+            alike.setdefault(tuple(curve.seeds), []).append(curve.label)
+        seeds = "; ".join(f"{', '.join(seeds)} of {', '.join(labels)}" for seeds, labels in alike.items())
+        lines += textwrap.wrap(f"seeds, {panel.task}: {seeds}", WIDTH * len(panels))
     return lines
 
 

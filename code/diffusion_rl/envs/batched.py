@@ -1,0 +1,157 @@
+"""What vector environments share that keep their simulators' states as rows of arrays.
+
+Shape letters: E environments, N of them, Ta actions of a chunk, To history, O observation, A action.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs.chunks import ChunkHistory, ChunkOutcome
+from diffusion_rl.envs.vector import Observations, StepResult
+
+
+class BatchedVectorEnv(abc.ABC):
+    """E environments behind the `VectorEnv` interface; everything in them can be saved and restored.
+
+    normalizer: bounds of the data set, or None for raw observations and actions. max_episode_steps: time limit, None
+    for none. reset_within_step: begin the next episode in the step that ended one. full_observations: add the
+    observation after each action to the infos.
+    """
+
+    restorable = True
+
+    def __init__(
+        self,
+        name: str,
+        n_envs: int,
+        obs_dim: int,
+        action_dim: int,
+        *,
+        act_steps: int,
+        n_obs_steps: int,
+        max_episode_steps: int | None,
+        reset_within_step: bool,
+        full_observations: bool,
+        normalizer: MinMaxNormalizer | None,
+    ):
+        self.name = name
+        self.n_envs = n_envs
+        self.act_steps = act_steps
+        self.n_obs_steps = n_obs_steps
+        self.reset_within_step = reset_within_step
+        self.full_observations = full_observations
+        self.normalizer = normalizer
+        self.obs_spec: dict[str, tuple[int, ...]] = {"state": (obs_dim,)}
+        self.action_dim = action_dim
+        self._history = ChunkHistory(n_envs, n_obs_steps, obs_dim, max_episode_steps)
+        self._started = np.zeros(n_envs, dtype=bool)
+        self._recorders: dict[int, Any] = {}
+
+    @abc.abstractmethod
+    def seed(self, seeds: Sequence[int]) -> None:
+        """Seed environment i with seeds[i]; it takes effect with the next reset."""
+
+    @abc.abstractmethod
+    def _first_observations(self, rows: np.ndarray) -> np.ndarray:
+        """Put these environments to the start of an episode; their first observations [N, O], normalised."""
+
+    @abc.abstractmethod
+    def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
+        """Execute chunks [N, Ta, A] of raw actions in these environments."""
+
+    @abc.abstractmethod
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
+
+    @abc.abstractmethod
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take over a state that has the names and shapes of `get_state`."""
+
+    @abc.abstractmethod
+    def recorder(self, path: str) -> Any:
+        """Something that writes the states given to its `add` as a video, until its `close`."""
+
+    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
+        """Begin new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),
+        `video_path` (record from here on until its next reset)."""
+        options = [{}] * self.n_envs if options is None else options
+        if len(options) != self.n_envs:
+            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        for row, option in enumerate(options):
+            if option.get("seed") is not None:
+                self._reseed(row, option["seed"])
+        self._begin(np.arange(self.n_envs))
+        for row, option in enumerate(options):
+            if option.get("video_path"):
+                self._recorders[row] = self.recorder(option["video_path"])
+        return {"state": self._history.frames.copy()}
+
+    def _reseed(self, row: int, seed: int) -> None:  # noqa: B027 - not abstract: nothing may be random
+        """Seed one environment."""
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Execute chunks [E, Ta, A] of normalised actions."""
+        return self.step_subset(np.arange(self.n_envs), actions)
+
+    def step_subset(self, indices: np.ndarray, actions: np.ndarray) -> StepResult:
+        """Execute chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
+        actions = np.asarray(actions)
+        if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.action_dim:
+            raise ValueError(f"actions have shape {actions.shape}, expected ({len(indices)}, Ta, {self.action_dim})")
+        if not self._started[indices].all():
+            raise RuntimeError("step before the first reset")
+        raw = actions if self.normalizer is None else self.normalizer.unnormalize_action(actions)
+        outcome = self._simulate(indices, raw)
+        infos: dict[str, Any] = {"executed_steps": outcome.executed}
+        if self.full_observations:
+            infos["full_observations"] = {"state": outcome.frames}
+        observations = outcome.observations
+        if self.reset_within_step:
+            infos["final_observations"] = {"state": outcome.observations}
+            ended = np.asarray(indices)[outcome.terminated | outcome.truncated]
+            if len(ended):
+                self._begin(ended)
+                observations = self._history.frames[indices]
+        return StepResult(
+            {"state": observations}, outcome.rewards.astype(np.float64), outcome.terminated, outcome.truncated, infos
+        )
+
+    def _begin(self, rows: np.ndarray) -> None:
+        for row in rows:
+            self._stop_video(int(row))
+        self._history.start(rows, self._first_observations(rows))
+        self._started[rows] = True
+
+    def _normalize(self, observations: np.ndarray) -> np.ndarray:
+        return observations if self.normalizer is None else self.normalizer.normalize_obs(observations)
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Go on where `get_state` was taken (a video being recorded ends). Raises UserError if it does not fit."""
+        for key, array in self.get_state().items():
+            if key not in state or np.shape(state[key]) != array.shape:
+                found = f"shape {np.shape(state[key])}" if key in state else "nothing"
+                raise UserError(
+                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {found}; "
+                    "resume with the env settings the state was saved with"
+                )
+        self._stop_videos()
+        self._restore(state)
+
+    def _stop_video(self, row: int) -> None:
+        if row in self._recorders:
+            self._recorders.pop(row).close()
+
+    def _stop_videos(self) -> None:
+        for row in list(self._recorders):
+            self._stop_video(row)
+
+    def close(self) -> None:
+        """End videos."""
+        self._stop_videos()

@@ -1,0 +1,162 @@
+"""A built-in task for several agents: each moves in a square to a goal of its own and must not touch the others.
+
+  observation [O = 4 + 2 (N - 1)] of an agent: its position, the way to its goal, the ways to the other agents
+  action [2] of an agent: its velocity, cut to [-1, 1]; discrete: one of stay, right, left, up, down, one-hot [5]
+  step: position + 0.1 velocity, within the square [-1, 1]^2
+  reward, shared: minus the mean distance to the goals, minus 0.5 for each pair closer than 0.15
+  episode: 25 steps, whose end is a truncation; start and goals are uniform in the square
+
+Everything is drawn from the environment's seed and the number of the episode, so the state is a few arrays. Shape
+letters: E environments, Ta actions of a chunk, To history, N agents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes
+from diffusion_rl.envs.vector import Observations, StepResult
+
+EPISODE_STEPS, STEP, TOUCHING, PENALTY = 25, 0.1, 0.15, 0.5
+MOVES = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], np.float64)
+EPISODES_OF_A_SEED = 1_000_003  # seeds further apart than this many episodes share none
+
+
+class ToyAgentsVectorEnv:
+    """E environments behind the `VectorEnv` interface, of N agents side by side; they can be saved and restored."""
+
+    restorable = True
+
+    def __init__(
+        self,
+        n_envs: int,
+        n_agents: int = 2,
+        *,
+        discrete: bool = False,
+        act_steps: int = 1,
+        n_obs_steps: int = 1,
+        max_episode_steps: int | None = EPISODE_STEPS,
+        seeds: Sequence[int] | None = None,
+    ):
+        if n_agents < 1:
+            raise UserError(f"n_agents {n_agents}: at least one agent is needed")
+        self.n_envs, self.n_agents, self.discrete, self.act_steps = n_envs, n_agents, discrete, act_steps
+        self.obs_dim = 4 + 2 * (n_agents - 1)
+        self.obs_spec: dict[str, tuple[int, ...]] = {"state": (n_agents * self.obs_dim,)}
+        self.action_dim = n_agents * (len(MOVES) if discrete else 2)
+        self._history = ChunkHistory(n_envs, n_obs_steps, n_agents * self.obs_dim, max_episode_steps)
+        self._positions = np.zeros((n_envs, n_agents, 2))
+        self._goals = np.zeros((n_envs, n_agents, 2))
+        self._seeds, self._episodes = np.zeros(n_envs, np.int64), np.zeros(n_envs, np.int64)
+        self.seed(range(n_envs) if seeds is None else seeds)
+
+    def seed(self, seeds: Sequence[int]) -> None:
+        if len(seeds) != self.n_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        self._seeds[:], self._episodes[:] = seeds, 0
+
+    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
+        """Begin new episodes everywhere. options[i]: `seed` (this environment anew)."""
+        for row, option in enumerate(options or []):
+            if option.get("seed") is not None:
+                self._seeds[row], self._episodes[row] = option["seed"], 0
+        self._begin(np.arange(self.n_envs))
+        return {"state": self._history.frames.copy()}
+
+    def step(self, actions: np.ndarray) -> StepResult:
+        """Execute chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
+        actions = np.asarray(actions, np.float64)
+        if actions.ndim != 3 or actions.shape[::2] != (self.n_envs, self.action_dim):
+            raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")
+        chunk = actions.shape[1]
+        velocities = np.clip(self._velocities(actions.reshape(self.n_envs, chunk, self.n_agents, -1)), -1, 1)
+        positions = np.empty_like(velocities)
+        now = self._positions
+        for t in range(chunk):
+            positions[:, t] = now = np.clip(now + STEP * velocities[:, t], -1, 1)
+        nothing = np.zeros((self.n_envs, chunk), bool)
+        outcome = self._history.advance(
+            np.arange(self.n_envs),
+            StepOutcomes(self._observe(positions), self._rewards(positions), nothing, nothing, nothing),
+        )
+        self._positions = positions[np.arange(self.n_envs), outcome.executed - 1]
+        ended = np.flatnonzero(outcome.terminated | outcome.truncated)
+        observations = outcome.observations
+        if len(ended):
+            self._begin(ended)
+            observations = self._history.frames.copy()
+        infos = {
+            "executed_steps": outcome.executed,
+            "full_observations": {"state": outcome.frames},
+            "final_observations": {"state": outcome.observations},
+        }
+        return StepResult({"state": observations}, outcome.rewards, outcome.terminated, outcome.truncated, infos)
+
+    def _velocities(self, actions: np.ndarray) -> np.ndarray:
+        return MOVES[actions.argmax(axis=-1)] if self.discrete else actions
+
+    def _rewards(self, positions: np.ndarray) -> np.ndarray:
+        """[E,Ta] from positions [E,Ta,N,2]."""
+        distance = np.linalg.norm(self._goals[:, None] - positions, axis=-1).mean(axis=-1)
+        apart = np.linalg.norm(positions[..., :, None, :] - positions[..., None, :, :], axis=-1)
+        pairs = np.triu(np.ones((self.n_agents, self.n_agents), bool), 1)
+        return -distance - PENALTY * (apart[..., pairs] < TOUCHING).sum(axis=-1)
+
+    def _observe(self, positions: np.ndarray) -> np.ndarray:
+        """[E,Ta,N*O] from positions [E,Ta,N,2] (or [E,N,2] with the goals of those rows)."""
+        others = [np.delete(positions, i, axis=-2) - positions[..., i : i + 1, :] for i in range(self.n_agents)]
+        ways = np.stack([x.reshape(*x.shape[:-2], -1) for x in others], axis=-2)
+        rows = np.concatenate([positions, self._goals[:, None] - positions, ways], axis=-1)
+        return rows.reshape(*rows.shape[:-2], -1)
+
+    def _begin(self, rows: np.ndarray) -> None:
+        for row in rows:
+            draws = NoiseSource(int(self._seeds[row]) * EPISODES_OF_A_SEED + int(self._episodes[row]))
+            self._positions[row], self._goals[row] = draws.uniform((2, self.n_agents, 2), -1, 1, np.float64)
+        self._episodes[rows] += 1
+        self._history.start(rows, self._observe(self._positions[:, None])[rows, 0])
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
+        return {name: array.copy() for name, array in self._state().items()}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Go on where `get_state` was taken. Raises UserError if it does not fit."""
+        for name, array in self._state().items():
+            if name not in state or np.shape(state[name]) != array.shape:
+                raise UserError(
+                    f"saved state of the toy task: {name} does not fit; resume with the same n_envs, n_agents"
+                )
+            array[...] = state[name]
+
+    def _state(self) -> dict[str, np.ndarray]:
+        own = {"positions": self._positions, "goals": self._goals, "seeds": self._seeds, "episodes": self._episodes}
+        return own | {"chunk_steps": self._history.count, "history": self._history.frames}
+
+    def close(self) -> None:
+        pass
+
+
+def controller(observations: np.ndarray, noise: np.ndarray, speed: float, turn: float, discrete: bool) -> np.ndarray:
+    """Scripted agents: towards the goal with at most `speed`, off by `turn` radians, plus noise.
+
+    Args:
+        observations: [E,N,O];  noise: [E,N,2], added to the velocity.
+
+    Returns:
+        actions [E,N,A].
+    """
+    way = observations[..., 2:4]
+    distance = np.linalg.norm(way, axis=-1, keepdims=True)
+    straight = way / np.maximum(distance, 1e-6) * np.minimum(speed, distance / STEP)
+    c, s = np.cos(turn), np.sin(turn)
+    velocity = straight @ np.array([[c, s], [-s, c]]) + noise
+    if not discrete:
+        return np.clip(velocity, -1, 1)
+    nearest = np.linalg.norm(velocity[..., None, :] - MOVES, axis=-1).argmin(axis=-1)
+    return np.eye(len(MOVES))[nearest]

@@ -1,0 +1,378 @@
+"""Experiments: a YAML file describes a grid of runs, which are started a few at a time and watched.
+
+    meta_data: {exp_name, script_path, num_workers, [job_name]}
+    variables: names -> lists of values (nested as the constants are; may be empty)
+    constants: everything else that a run is given
+
+Each combination of values is a variant, a YAML file of its own that `script_path` is started with. Whatever the script,
+its output goes into a file beside the variant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.reports.progress import duration
+
+META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "arguments")
+LINE_SECONDS = 10.0  # between lines about what is running, where there is no terminal
+STOP_SECONDS = 15.0  # that a child has to save its state before it is killed
+SAVED = 130  # exit status of a run that was interrupted
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number (YAML 1.1 asks for a dot) and a key may stand only once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (derived from SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a mapping of keys to values is needed")
+    _check_keys(found, str(path))
+    return found
+
+
+def _check_keys(node: Any, where: str) -> None:
+    if not isinstance(node, Mapping):
+        return
+    for key, value in node.items():
+        if not isinstance(key, str) or "." in key:
+            raise UserError(f"{where}: the key {key!r} must be a text without a dot; nest mappings instead")
+        _check_keys(value, f"{where}: {key}")
+
+
+# ---------- the grid ----------
+
+
+def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Constants, values of one combination of the variables, meta_data and `exp_id`, for each combination.
+
+    The variable that was named last changes fastest; a variable overrides the constant of its name.
+    """
+    meta = spec.get("meta_data") or {}
+    for key in ("exp_name", "script_path"):
+        if not meta.get(key):
+            raise UserError(f"meta_data needs {key}")
+    if unknown := [key for key in spec if key not in ("meta_data", "variables", "constants")]:
+        raise UserError(f"{unknown[0]}: an experiment has meta_data, variables and constants only")
+    variables = dict(_flat(spec.get("variables") or {}))
+    for key, values in variables.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"variables: {key} must be a list of at least one value")
+    found = []
+    for i, combination in enumerate(itertools.product(*variables.values())):
+        variant = copy.deepcopy(dict(spec.get("constants") or {}))
+        for key, value in zip(variables, combination, strict=True):
+            _put(variant, key, copy.deepcopy(value))
+        found.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
+    return found
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _put(variant: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for group in groups:
+        variant = variant.setdefault(group, {})
+        if not isinstance(variant, dict):
+            raise UserError(f"variables: {key}: {group} is a value among the constants, not a group")
+    variant[last] = value
+
+
+def flat_variant(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A variant's file as it is, or a specification of a single run."""
+    if "constants" not in spec and "meta_data" not in spec:
+        return dict(spec)
+    found = variants(spec)
+    if len(found) > 1:
+        raise UserError(f"{name} describes {len(found)} runs: start it with run_experiment.py -e {name}")
+    return found[0]
+
+
+# ---------- one run ----------
+
+
+@dataclass
+class Job:
+    """A variant and what became of it: `status` is the exit status, None while there is none."""
+
+    variant: Path
+    command: list[str]
+    status: int | None = None
+    seconds: float = 0.0
+    process: subprocess.Popen | None = None
+    began: float = field(default=0.0)
+
+    @property
+    def log(self) -> Path:
+        return self.variant.with_suffix(".log")
+
+    def start(self, environment: Mapping[str, str]) -> None:
+        self.began = time.monotonic()
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(environment)
+            )
+
+    def poll(self) -> bool:
+        """Whether it has ended by now."""
+        assert self.process is not None
+        self.status, self.seconds = self.process.poll(), time.monotonic() - self.began
+        return self.status is not None
+
+    def last_line(self) -> str:
+        """The newest line of its output."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - 4000))
+            lines = [line for line in re.split(rb"[\r\n]+", file.read()) if line.strip()]
+        return lines[-1].decode(errors="replace").strip() if lines else ""
+
+    def share(self) -> float:
+        """How far it says it is: the last "n/N" of its output."""
+        if self.status is not None:
+            return 1.0
+        found = re.findall(r"(\d+)/(\d+)", self.last_line())
+        return min(int(found[-1][0]) / max(int(found[-1][1]), 1), 1.0) if found else 0.0
+
+
+def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
+    """How `script_path` is started: with the variant's file, or in the manner of this repository's other scripts.
+
+    `meta_data: arguments` says it: "file" (`-e FILE -g GPU`), "hydra" (`key=value`, with config_dir and config_name;
+    the default for script/run.py), "flags" (`--key value`, the default for scripts/).
+    """
+    script = str(variant["script_path"])
+    if not Path(script).is_file():
+        raise UserError(f"script_path {script}: no such file (paths are relative to the folder you start in)")
+    parent, name = Path(script).parent.name, Path(script).name
+    usual = "hydra" if (parent, name) == ("script", "run.py") else "flags" if parent == "scripts" else "file"
+    style = variant.get("arguments") or usual
+    start = [sys.executable, script]
+    given = {k: v for k, v in variant.items() if k not in META_KEYS}
+    if style == "file":
+        return [*start, "-e", str(path), "-g", gpu]
+    if style == "flags":
+        return [*start, *(part for key, value in _flat(given) for part in (f"--{key}", str(value)))]
+    if style == "hydra":
+        named = {k: given.pop(k) for k in ("config_name", "config_dir") if k in given}
+        options = [f"--{key.replace('_', '-')}={value}" for key, value in named.items()]
+        overrides = [f"{key}={_hydra(value)}" for key, value in _flat(given)]
+        return [*start, *options, *overrides]
+    raise UserError(f"meta_data: arguments {style!r} is unknown: choose file, hydra or flags")
+
+
+def _hydra(value: Any) -> str:
+    """A value in Hydra's grammar, for which JSON's lists and numbers will do."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---------- all of them ----------
+
+
+class Pool:
+    """Runs jobs, at most `workers` at a time; `status.json` in their folder says what is done.
+
+    Args:
+        stream: where lines about the progress go.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job], workers: int, gpu: str, stream: TextIO | None = None):
+        self.folder, self.jobs, self.workers = folder, list(jobs), max(1, min(workers, len(jobs)))
+        self.stream = sys.stderr if stream is None else stream
+        self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        self.began = self.told = time.monotonic()
+        self.skipped = sum(job.status == 0 for job in self.jobs)  # done in an earlier launch
+
+    def run(self, poll_seconds: float = 1.0) -> int:
+        """Run all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
+        waiting = [job for job in self.jobs if job.status != 0]
+        running: list[Job] = []
+        before = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    running.append(waiting.pop(0))
+                    running[-1].start(self.environment)
+                time.sleep(poll_seconds)
+                for job in [job for job in running if job.poll()]:
+                    running.remove(job)
+                    self._save()
+                    self._ended(job)
+                self._tell(running)
+        except KeyboardInterrupt:
+            self._stop(running)
+            raise Interrupted(f"interrupted; --resume goes on with what is not done in {self.folder}") from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return self._summary()
+
+    def _stop(self, running: Sequence[Job]) -> None:
+        for job in running:
+            assert job.process is not None
+            if job.process.poll() is None:
+                job.process.terminate()
+        until = time.monotonic() + STOP_SECONDS
+        for job in running:
+            assert job.process is not None
+            try:
+                job.process.wait(max(until - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                job.process.kill()
+                job.process.wait()
+            job.poll()
+        self._save()
+
+    def _save(self) -> None:
+        facts = {job.variant.stem: {"exit": job.status, "seconds": round(job.seconds, 1)} for job in self.jobs}
+        with atomic_file(self.folder / "status.json") as file:
+            file.write((json.dumps(facts, indent=2) + "\n").encode())
+
+    def _ended(self, job: Job) -> None:
+        what = "done" if job.status == 0 else f"FAILED (exit status {job.status}): {job.last_line()}; see {job.log}"
+        self._say(f"run {job.variant.stem}: {what}, {duration(job.seconds)}")
+
+    def _tell(self, running: Sequence[Job]) -> None:
+        live = self.stream.isatty()
+        if not running or time.monotonic() - self.told < (1 if live else LINE_SECONDS):
+            return
+        self.told = time.monotonic()
+        text = self.progress(running)
+        if live:
+            print(f"\r\033[K{text[: os.get_terminal_size(self.stream.fileno()).columns - 1]}", end="", file=self.stream)
+            self.stream.flush()
+        else:
+            self._say(text)
+
+    def progress(self, running: Sequence[Job]) -> str:
+        """One line: how many are done, how long it will take, what the running ones say."""
+        ended, elapsed = sum(job.status is not None for job in self.jobs), time.monotonic() - self.began
+        here = len(self.jobs) - self.skipped
+        share = (ended - self.skipped + sum(job.share() for job in running)) / max(here, 1)
+        left = f", about {duration(elapsed * (1 - share) / share)} left" if share > 0 else ""
+        lines = "; ".join(f"{job.variant.stem}: {job.last_line()[:60]}" for job in running)
+        return f"{ended}/{len(self.jobs)} done, {duration(elapsed)} elapsed{left} | {lines}"
+
+    def _say(self, text: str) -> None:
+        print(("\r\033[K" if self.stream.isatty() else "") + text, file=self.stream, flush=True)
+
+    def _summary(self) -> int:
+        failed = [job for job in self.jobs if job.status != 0]
+        self._save()
+        self._say(f"{len(self.jobs) - len(failed)} of {len(self.jobs)} runs done; {self.folder}")
+        for job in failed:
+            self._say(f"  failed: run {job.variant.stem}, exit status {job.status}, {job.log}")
+        return 1 if failed else 0
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
+    parser = argparse.ArgumentParser(description="Run every combination of an experiment's variables.")
+    parser.add_argument("-e", "--experiment", required=True, help="YAML file: meta_data, variables, constants")
+    parser.add_argument("-g", "--gpu", default="0", help="number of the GPU that all runs use (default 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
+    given = parser.parse_args(list(arguments))
+    source = Path(given.experiment)
+    spec = read_spec(source)
+    found = variants(spec)
+    root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
+    if given.dry_run:
+        for variant in found:
+            print(" ".join(command_of(variant, root / f"{variant['exp_id']}.yaml", given.gpu)))
+        return 0
+    for variant in found:
+        command_of(variant, root, given.gpu)  # what cannot be started is said before anything is written
+    folder = _last_launch(root, spec) if given.resume else None
+    if folder is None:
+        folder = _new_folder(root)
+        _write_yaml(folder / "exp_spec_definition.yaml", spec)
+        for variant in found:
+            _write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
+    done = _statuses(folder)
+    jobs = []
+    for variant in found:
+        path = folder / f"{variant['exp_id']}.yaml"
+        jobs.append(Job(path, command_of(variant, path, given.gpu), done.get(path.stem)))
+    return Pool(folder, jobs, int(spec["meta_data"].get("num_workers") or 1), given.gpu).run()
+
+
+def _new_folder(root: Path) -> Path:
+    """Named after the time; two launches in the same second get different ones."""
+    stamp = time.strftime("variants-%Y_%m_%d_%H_%M_%S")
+    for suffix in itertools.count():
+        folder = root / (stamp if suffix == 0 else f"{stamp}-{suffix}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
+    """The newest folder of this very specification."""
+    folders = sorted((p for p in root.glob("variants-*") if p.is_dir()), reverse=True)
+    same = (p for p in folders if (p / "exp_spec_definition.yaml").is_file())
+    return next((p for p in same if read_spec(p / "exp_spec_definition.yaml") == spec), None)
+
+
+def _statuses(folder: Path) -> dict[str, int]:
+    try:
+        facts = json.loads((folder / "status.json").read_text())
+        return {name: 0 for name, each in facts.items() if each["exit"] == 0}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_yaml(path: Path, node: Mapping[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())

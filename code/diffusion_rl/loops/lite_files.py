@@ -1,0 +1,258 @@
+"""What DiffuserLite leaves on disk: weights in PyTorch's format, states of training, logs, pairs of the reflow, copies.
+
+results/<pipeline>/<task>/ holds `diffusion<l>_ckpt_<step>.pt`, `reflow<l>_ckpt_<step>.pt`, `invdyn_ckpt_<step>.pt` and
+`iql_ckpt_<step>.pt`, each also as `_latest`, under the names and in the layout of the authors' code, whose files can be
+read in their place; `train_state_<mode>.safetensors` to go on from; `normalizer.npz`; `loss_log.json`; and
+`traj_cond_dataset.h5`, `traj_uncond_dataset.h5`. results/loss_log.json is that of the last run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.episodes import read_npz
+from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.loops.lite_training import LiteLoop, Pairs
+from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
+from diffusion_rl.networks.inverse_dynamics import InverseDynamics
+from diffusion_rl.planners.diffuser_lite import PlanLevel
+from diffusion_rl.planners.iql import IQL
+
+KIND = "diffuser_lite"  # of states of training
+LATEST = "latest"
+
+
+# ---------- weights ----------
+
+
+def save_levels(folder: Path, name: str, levels: Sequence[PlanLevel], labels: Sequence[int | str]) -> None:
+    """`<name><l>_ckpt_<label>.pt` of each level."""
+    for i, level in enumerate(levels):
+        data = {"model": state_dict(level.network), "model_ema": state_dict(level.ema)}
+        _write_all(folder, f"{name}{i}", data, labels)
+
+
+def load_levels(folder: Path, name: str, levels: Sequence[PlanLevel], label: int | str) -> None:
+    """Raises UserError for a missing file, or one of other networks."""
+    for i, level in enumerate(levels):
+        path = checkpoint_path(folder, f"{name}{i}", label)
+        data = read_pt(path)
+        if not isinstance(data, dict) or not {"model", "model_ema"} <= set(data):
+            raise UserError(f"{path} is no checkpoint of a level: it needs model and model_ema")
+        load_state_dict(level.network, data["model"])
+        load_state_dict(level.ema, data["model_ema"])
+
+
+def save_inverse(folder: Path, inverse: InverseDynamics, labels: Sequence[int | str]) -> None:
+    data = {name.removeprefix("model."): value for name, value in state_dict(inverse).items()}
+    _write_all(folder, "invdyn", data, labels)
+
+
+def load_inverse(folder: Path, inverse: InverseDynamics, label: int | str) -> None:
+    data = read_pt(checkpoint_path(folder, "invdyn", label))
+    load_state_dict(inverse, {f"model.{name}": value for name, value in data.items()})
+
+
+def save_iql(folder: Path, iql: IQL, labels: Sequence[int | str]) -> None:
+    _write_all(folder, "iql", state_dict(iql), labels)
+
+
+def load_iql(folder: Path, iql: IQL, label: int | str = LATEST) -> None:
+    load_state_dict(iql, read_pt(checkpoint_path(folder, "iql", label)))
+
+
+def _write_all(folder: Path, name: str, data: Any, labels: Sequence[int | str]) -> None:
+    for label in labels:
+        write_pt(folder / f"{name}_ckpt_{label}.pt", data)
+
+
+def checkpoint_path(folder: Path, name: str, label: int | str) -> Path:
+    """Raises UserError where there is none, naming what there is and the mode that makes one."""
+    path = folder / f"{name}_ckpt_{label}.pt"
+    if not path.is_file():
+        there = ", ".join(map(str, saved_steps(folder, name))) or "none"
+        mode = {"reflow": "reflow", "iql": "iql_training"}.get(name.rstrip("0123456789"), "training")
+        raise UserError(f"no {path}: run mode={mode} first, or choose another step (there are: {there})")
+    return path
+
+
+def saved_steps(folder: Path, name: str) -> list[int]:
+    """Steps of the numbered checkpoints of a name ("diffusion0"), ascending."""
+    labels = (path.stem.removeprefix(f"{name}_ckpt_") for path in folder.glob(f"{name}_ckpt_*.pt"))
+    return sorted(int(label) for label in labels if label.isdigit())
+
+
+def labels_of(step: int, save_interval: int, keep_every: int | None) -> list[int | str]:
+    """What a checkpoint is called: "latest", and its step where that stays (the first of every `keep_every`)."""
+    stays = keep_every is None or (step - save_interval) % keep_every == 0
+    return [step, LATEST] if stays else [LATEST]
+
+
+# ---------- states of training ----------
+
+
+def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
+    """`train_state_<mode>.safetensors`, the latest; `train_state_<mode>_<step>.safetensors`, where states are kept."""
+    return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
+
+
+def save_state(folder: Path, mode: str, loop: LiteLoop, keep: bool = False) -> None:
+    """The latest state; `keep`: under its step, too."""
+    tensors, facts = loop.state()
+    for step in [loop.step, None] if keep else [None]:
+        save_checkpoint(state_path(folder, mode, step), tensors, {"kind": KIND, "mode": mode, **facts})
+
+
+def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int) -> bool:
+    """Go on with the state of an interrupted run: the latest one if there is one ("auto"), that of a step, or none
+    ("never").
+
+    Raises:
+        UserError: there is none of the step; it is of a training of another length, whose schedule would be another.
+    """
+    numbered = isinstance(how, int) and not isinstance(how, bool)
+    if how not in ("auto", "never") and not numbered:
+        raise UserError(f"resume={how}: choose auto, never or a step")
+    path = state_path(folder, mode)
+    if numbered:
+        path = state_path(folder, mode, int(how))
+        if not path.is_file():
+            raise UserError(f"resume={how}: no {path}; states of single steps are kept with keep_states=true")
+    if how == "never" or not path.is_file():
+        return False
+    checkpoint = load_checkpoint(path)
+    require_kind(checkpoint, KIND, path)
+    if checkpoint.metadata["steps"] != loop.steps:
+        raise UserError(
+            f"{path} is of a run of {checkpoint.metadata['steps']} steps, this one has {loop.steps}: give the same "
+            "number, which the learning rate depends on, or start anew with resume=never"
+        )
+    loop.restore(checkpoint)
+    return True
+
+
+# ---------- logs and copies ----------
+
+
+class LossLog:
+    """`loss_log.json`: rows by gradient step; a row that comes again, after a resume, replaces the earlier one."""
+
+    def __init__(self, folder: Path, results: Path, name: str = "loss_log.json"):
+        self.path, self.shown = folder / name, results / name
+        self.rows: dict[int, dict[str, Any]] = {}
+        if self.path.is_file():
+            with open(self.path, encoding="utf-8") as file:
+                self.rows = {row["gradient_steps"]: row for row in json.load(file)}
+
+    def truncate(self, step: int) -> None:
+        """Drop rows after a step."""
+        self.rows = {k: v for k, v in self.rows.items() if k <= step}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Print a row and keep it."""
+        print(dict(row), flush=True)
+        self.rows[row["gradient_steps"]] = dict(row)
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps([self.rows[k] for k in sorted(self.rows)], indent=1) + "\n"
+        for path in (self.path, self.shown):
+            with atomic_file(path) as file:
+                file.write(text.encode())
+
+
+def mirror(source: Path, target: Path) -> int:
+    """Copy files that are new or have changed, each under its final name only when it is whole; how many."""
+    copied = 0
+    for path in sorted(source.rglob("*")):
+        there = target / path.relative_to(source)
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        facts = path.stat()
+        if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns):
+            continue
+        with open(path, "rb") as original, atomic_file(there) as copy:
+            shutil.copyfileobj(original, copy)
+        os.utime(there, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        copied += 1
+    return copied
+
+
+# ---------- normalizer ----------
+
+
+def save_normalizer(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with atomic_file(folder / "normalizer.npz") as file:
+        np.savez(file, **arrays)
+
+
+def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Means and deviations of the observations; the authors' checkpoints have none, so `otherwise` fits them."""
+    path = folder / "normalizer.npz"
+    return read_npz(path) if path.is_file() else otherwise()
+
+
+# ---------- pairs for the reflow ----------
+
+
+@contextmanager
+def pairs_to_write(
+    folder: Path, levels: Sequence[PlanLevel], conditional: int, unconditional: int, dtype: str
+) -> Iterator[Callable[[int, int, np.ndarray, np.ndarray | None], None]]:
+    """Files that take their names when the block has ended well; gives the function that `Generation.run` calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {True: folder / "traj_cond_dataset.h5", False: folder / "traj_uncond_dataset.h5"}
+    temporary = {kind: path.with_name(f".{path.name}.writing") for kind, path in names.items()}
+    try:
+        with h5py.File(temporary[True], "w") as told, h5py.File(temporary[False], "w") as untold:
+            for i, level in enumerate(levels):
+                told.create_dataset(f"traj_cond_dataset_{i}", (conditional, 2, *level.shape), dtype)
+                told.create_dataset(f"condition_dataset_{i}", (conditional, 1), "float32")
+                untold.create_dataset(f"traj_uncond_dataset_{i}", (unconditional, 2, *level.shape), dtype)
+
+            def write(level: int, first: int, pairs: np.ndarray, returns: np.ndarray | None) -> None:
+                rows = slice(first, first + len(pairs))
+                if returns is None:
+                    untold[f"traj_uncond_dataset_{level}"][rows] = pairs
+                else:
+                    told[f"traj_cond_dataset_{level}"][rows] = pairs
+                    told[f"condition_dataset_{level}"][rows] = returns
+
+            yield write
+        for kind, path in names.items():
+            os.replace(temporary[kind], path)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; choose smaller data sets or pairs_dtype=float16") from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def pairs_to_read(folder: Path, levels: Sequence[PlanLevel]) -> Iterator[Pairs]:
+    """The pairs, on disk."""
+    paths = [folder / name for name in ("traj_cond_dataset.h5", "traj_uncond_dataset.h5")]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"no {missing[0]}: run mode=prepare_dataset first")
+    with h5py.File(paths[0], "r") as told, h5py.File(paths[1], "r") as untold:
+        counted = range(len(levels))
+        try:
+            yield Pairs(
+                [told[f"traj_cond_dataset_{i}"] for i in counted],
+                [told[f"condition_dataset_{i}"] for i in counted],
+                [untold[f"traj_uncond_dataset_{i}"] for i in counted],
+            )
+        except KeyError as error:
+            raise UserError(f"{folder}: the pairs are of other levels ({error}): run mode=prepare_dataset") from error

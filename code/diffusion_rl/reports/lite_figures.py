@@ -1,0 +1,132 @@
+"""DiffuserLite's figures: losses by gradient step, and scores of a sweep over checkpoints; a CSV beside each."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.reports.metrics import replace_file
+
+Points = Sequence[tuple[int, float]]  # (gradient step, value)
+DPI = 150
+FIGURES = "figures"
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a loss log or of the results of a sweep."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; a JSON list of rows is needed") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} is no list of rows")
+    return rows
+
+
+def by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """{name: [(gradient step, value), …]} of every number in the rows but the step itself."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in sorted(rows, key=lambda row: row.get("gradient_steps", 0)):
+        for name, value in row.items():
+            if name != "gradient_steps" and isinstance(value, int | float):
+                found.setdefault(name, []).append((int(row["gradient_steps"]), float(value)))
+    return found
+
+
+def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path) -> list[Path]:
+    """`loss_curve.png` of the levels' losses and `invdyn_loss_curve.png`; what there is nothing of is left out.
+
+    Args:
+        loss_data: {"loss0": [(step, loss), …], …, "invdyn_loss": …}.
+    """
+    levels = {name: points for name, points in loss_data.items() if name.startswith("loss") and points}
+    inverse = {name: points for name, points in loss_data.items() if name == "invdyn_loss" and points}
+    drawn = []
+    for name, curves, colour, title in (
+        ("loss_curve.png", levels, None, "Diffusion Model Training Loss"),
+        ("invdyn_loss_curve.png", inverse, "orange", "Inverse Dynamics Model Training Loss"),
+    ):
+        if curves:
+            drawn.append(_draw(Path(save_dir) / name, curves, title, "Loss", colour))
+    return drawn
+
+
+def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
+    """(step, score, standard error) of a sweep's numbered checkpoints."""
+    numbered = (row for row in rows if isinstance(row.get("checkpoint"), int))
+    found = sorted((row["checkpoint"], row["score"], row["standard_error"]) for row in numbered)
+    if not found:
+        raise UserError("no numbered checkpoint among the results: run mode=inference diffusion_ckpt=all")
+    return found
+
+
+def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path) -> Path:
+    """`normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each model."""
+    names = {"R1": "R1", "R2": "R2, by steps of the reflow"}
+    points = {
+        names[model]: score_points([row for row in rows if row["test_model"] == model])
+        for model in sorted({row["test_model"] for row in rows})
+    }
+    curves = {name: [(step, mean) for step, mean, _ in found] for name, found in points.items()}
+    errors = {name: [error for _, _, error in found] for name, found in points.items()}
+    return _draw(Path(save_dir) / "normalized_score.png", curves, "Normalized Score", "Score", None, errors)
+
+
+def _draw(
+    path: Path,
+    curves: Mapping[str, Points],
+    title: str,
+    label: str,
+    colour: str | None,
+    errors: Mapping[str, Sequence[float]] | None = None,
+) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6))
+    panel = figure.subplots()
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        marker = "." if len(points) == 1 else None
+        if errors is None:
+            panel.plot(steps, values, label=name, color=colour, marker=marker)
+        else:
+            panel.errorbar(steps, values, errors[name], label=name, capsize=3, marker="o")
+    panel.set(xlabel="Gradient Steps", ylabel=label, title=title)
+    panel.legend()
+    panel.grid(True)
+    picture, table = io.BytesIO(), io.StringIO()
+    figure.savefig(picture, dpi=DPI, bbox_inches="tight", format="png")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["curve", "gradient_steps", "value", *(["standard_error"] if errors is not None else [])])
+    for name, points in curves.items():
+        extra = [[]] * len(points) if errors is None else [[error] for error in errors[name]]
+        writer.writerows([name, *point, *more] for point, more in zip(points, extra, strict=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, picture.getvalue())
+    replace_file(path.with_suffix(".csv"), table.getvalue().encode())
+    return path
+
+
+def organize_figures(results: str | Path = "results") -> list[Path]:
+    """Move pictures that lie about in a results folder into its `figures/`; one whose name is taken gets a number.
+
+    Returns:
+        where they are now. Pictures that are there already stay, and are not returned.
+    """
+    folder, moved = Path(results) / FIGURES, []
+    for path in sorted(Path(results).rglob("*.png")):
+        if folder in path.parents:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        target, number = folder / path.name, 1
+        while target.exists():
+            target, number = folder / f"{path.stem}_{number}{path.suffix}", number + 1
+        shutil.move(path, target)
+        moved.append(target)
+    return moved

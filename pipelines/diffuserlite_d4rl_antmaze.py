@@ -1,0 +1,10 @@
+"""DiffuserLite on D4RL's AntMaze: `task=NAME mode=MODE [key=value ...]`."""
+
+import sys
+
+import _checkout  # noqa: F401
+
+from diffusion_rl import lite_app, planner_commands
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(lite_app.antmaze))

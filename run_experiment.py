@@ -1,0 +1,11 @@
+"""Every run of an experiment's grid: python run_experiment.py -e exp_specs/NAME.yaml [-g GPU] [--resume]."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent / "code"))  # a checkout that is not installed
+
+from diffusion_rl import experiments, planner_commands  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(experiments.main))

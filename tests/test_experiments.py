@@ -1,0 +1,205 @@
+"""The experiment runner: grids, YAML, variants on disk, children and their exit statuses, progress, interruptions."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffusion_rl import experiments
+from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.core.errors import UserError
+
+META = {"exp_name": "some", "script_path": "child.py"}
+
+CHILD = """
+import argparse, pathlib, sys, time, yaml
+parser = argparse.ArgumentParser()
+parser.add_argument("-e"); parser.add_argument("-g")
+given = parser.parse_args()
+variant = yaml.safe_load(open(given.e))
+for i in range(1, 4):
+    print(f"working: {i}/3", flush=True)
+    time.sleep(variant.get("seconds", 0))
+here = pathlib.Path("done"); here.mkdir(exist_ok=True)
+(here / f"{variant['exp_id']}").write_text(given.g)
+sys.exit(variant["status"])
+"""
+
+
+def grid(**spec):
+    return experiments.variants({"meta_data": META, **spec})
+
+
+def write_spec(folder, **spec):
+    folder.mkdir(exist_ok=True)
+    (folder / "child.py").write_text(CHILD)
+    (folder / "spec.yaml").write_text(yaml.safe_dump({"meta_data": {**META, "num_workers": 2}, **spec}))
+
+
+def heed_sigint():
+    """A shell's background jobs ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(folder, *options):
+    command = [sys.executable, str(REPOSITORY / "run_experiment.py"), "-e", "spec.yaml", *options]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_sigint
+    )
+
+
+def finish(folder, *options):
+    process = start(folder, *options)
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+# ---------- the grid ----------
+
+
+def test_every_combination_with_the_last_variable_fastest():
+    found = grid(variables={"seed": [1, 2], "net": {"width": [8, 16, 32]}}, constants={"net": {"depth": 3}, "seed": 0})
+    assert [(v["seed"], v["net"]["width"]) for v in found] == [(1, 8), (1, 16), (1, 32), (2, 8), (2, 16), (2, 32)]
+    assert all(v["net"]["depth"] == 3 and v["exp_name"] == "some" for v in found)
+    assert [v["exp_id"] for v in found] == list(range(6))
+    found[0]["net"]["depth"] = 9
+    assert found[1]["net"]["depth"] == 3, "variants share nothing"
+
+
+def test_the_guides_grid_has_54_runs():
+    variables = {"seed": [100, 200, 300], "vae_latent_dim": [32, 64, 128], "online_training": [False, True]}
+    assert len(grid(variables={**variables, "rl_learning_rate": [1e-4, 3e-4, 1e-3]}, constants={})) == 54
+
+
+@pytest.mark.parametrize("variables", [None, {}])
+def test_without_variables_there_is_one_run(variables):
+    constants = {"a": {"b": 1}}
+    (found,) = grid(variables=variables, constants=constants)
+    found["a"]["b"] = 2
+    assert constants == {"a": {"b": 1}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "a mapping"),
+        ("a: 1\na: 2", "stands twice"),
+        ("a.b: 1", "must be a text without a dot"),
+        ("1: 2", "must be a text"),
+        ("a: !!python/object/apply:os.system [echo]", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_no_experiment_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        experiments.read_spec(tmp_path / "x.yaml")
+    with pytest.raises(UserError, match="No such file"):
+        experiments.read_spec(tmp_path / "none.yaml")
+
+
+def test_numbers_without_a_dot_are_numbers(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: [1e-4, 3e-4, 1E3, -2e+1, .5e1, 1.5, 7]\nb: [e5, 1e, 12-3, 2001-01-01x]")
+    found = experiments.read_spec(tmp_path / "x.yaml")
+    assert found["a"] == [1e-4, 3e-4, 1e3, -20.0, 5.0, 1.5, 7] and all(isinstance(x, str) for x in found["b"])
+    assert all(isinstance(x, float) for x in found["a"][:6])
+
+
+def test_mistakes_in_a_specification_are_named():
+    for spec, message in (
+        ({"variables": {"seed": 3}}, "variables: seed must be a list"),
+        ({"variables": {"seed": []}}, "variables: seed must be a list"),
+        ({"variables": {"a": {"b": [1]}}, "constants": {"a": 2}}, "a is a value among the constants"),
+        ({"constant": {}}, "constant: an experiment has"),
+    ):
+        with pytest.raises(UserError, match=message):
+            grid(**spec)
+    with pytest.raises(UserError, match="needs script_path"):
+        experiments.variants({"meta_data": {"exp_name": "x"}})
+
+
+def test_shipped_specifications_expand():
+    files = sorted((REPOSITORY / "exp_specs").glob("*.yaml"))
+    assert len(files) >= 5
+    for path in files:
+        found = experiments.variants(experiments.read_spec(path))
+        assert all((REPOSITORY / variant["script_path"]).is_file() for variant in found), path
+
+
+# ---------- how scripts are started ----------
+
+
+def test_other_scripts_of_the_repository_get_their_own_arguments(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    hydra = {"config_name": "ft", "config_dir": "cfg/x", "train": {"n_train_itr": 2}, "wandb": None, "a": [1, 2]}
+    given = experiments.command_of({**hydra, "script_path": "script/run.py", "exp_id": 0}, Path("0.yaml"), "1")
+    assert given[2:] == ["--config-name=ft", "--config-dir=cfg/x", "train.n_train_itr=2", "wandb=null", "a=[1,2]"]
+    flags = {"dataset": "hopper-medium-v2", "horizon": 16, "script_path": "scripts/train.py"}
+    given = experiments.command_of(flags, Path("0.yaml"), "1")
+    assert given[2:] == ["--dataset", "hopper-medium-v2", "--horizon", "16"]
+    assert experiments.command_of({"script_path": "train.py"}, Path("0.yaml"), "1")[2:] == ["-e", "0.yaml", "-g", "1"]
+    with pytest.raises(UserError, match="no such file"):
+        experiments.command_of({"script_path": "nothing.py"}, Path("0.yaml"), "0")
+
+
+# ---------- runs ----------
+
+
+def test_runs_are_started_and_failures_counted_and_resumed(tmp_path):
+    """In a folder whose name has a space."""
+    folder = tmp_path / "a folder"
+    write_spec(folder, variables={"status": [0, 3, 0]}, constants={"lr": 1e-4})
+    status, output = finish(folder, "-g", "2")
+    assert status == 1 and "2 of 3 runs done" in output and "run 1: FAILED (exit status 3): working: 3/3" in output
+    assert sorted(p.name for p in (folder / "done").iterdir()) == ["0", "1", "2"]
+    assert (folder / "done" / "0").read_text() == "2"
+    (launch,) = (folder / "logs" / "variants" / "variants-for-some").iterdir()
+    assert {p.name for p in launch.iterdir()} >= {"exp_spec_definition.yaml", "0.yaml", "1.yaml", "2.yaml", "1.log"}
+    assert yaml.safe_load((launch / "1.yaml").read_text())["lr"] == 1e-4
+    assert json.loads((launch / "status.json").read_text())["1"]["exit"] == 3
+    for path in (folder / "done").iterdir():
+        path.unlink()
+    (folder / "child.py").write_text(CHILD.replace('variant["status"]', "0"))
+    status, output = finish(folder, "--resume")
+    assert status == 0 and "3 of 3 runs done" in output
+    assert [p.name for p in (folder / "done").iterdir()] == ["1"], "those that were done are not run again"
+    assert len(list((folder / "logs" / "variants" / "variants-for-some").iterdir())) == 1
+
+
+def test_interrupting_stops_the_children(tmp_path):
+    write_spec(tmp_path, variables={"status": [0, 0, 0]}, constants={"seconds": 20})
+    process = start(tmp_path)
+    logs = tmp_path / "logs" / "variants" / "variants-for-some"
+    until = time.monotonic() + 40
+    while not [p for p in logs.glob("*/*.log") if p.stat().st_size] and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=40)
+    assert process.returncode == 130 and "--resume goes on" in output
+    children = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(logs.relative_to(tmp_path)) not in children or not (tmp_path / "done").exists()
+
+
+def test_progress_tells_how_long_it_will_take(tmp_path):
+    jobs = [experiments.Job(tmp_path / f"{i}.yaml", []) for i in range(4)]
+    jobs[0].status = 0
+    jobs[1].log.write_text("training: 10/100, 3 s elapsed\ntraining: 50/100, 12 s elapsed, about 12 s left\n")
+    pool = experiments.Pool(tmp_path, jobs, 2, "0", io.StringIO())
+    pool.skipped, pool.began = 0, time.monotonic() - 60
+    text = pool.progress([jobs[1]])
+    assert text.startswith("1/4 done, 1:00 elapsed, about 1:40 left | 1: training: 50/100")
+
+
+def test_two_launches_in_the_same_second_do_not_collide(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda text: "variants-2026_01_01_00_00_00")
+    assert experiments._new_folder(tmp_path) != experiments._new_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["variants-2026_01_01_00_00_00", "variants-2026_01_01_00_00_00-1"]

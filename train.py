@@ -1,0 +1,11 @@
+"""One experiment of VAE + Diffusion RL: python train.py -e FILE.yaml [-g GPU]."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent / "code"))  # a checkout that is not installed
+
+from diffusion_rl import planner_commands, vae_app  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(vae_app.train))
