@@ -77,5 +77,5 @@ def test_the_shipped_data(name):
     text = "\n".join(validate(folder))
     assert "constant" not in text
     data = SequenceDataset(folder / "train.npz", horizon_steps=4)
-    assert data.states.dtype == np.float32 and len(data) > 60_000
+    assert data.states.dtype == np.float32 and len(data) > 45_000
     assert f"{load_episodes(folder / 'train.npz').returns.mean():.1f}" in (folder.parent / "README.md").read_text()

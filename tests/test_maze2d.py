@@ -62,4 +62,4 @@ def test_planning_end_to_end(tmp_path, monkeypatch):
     facts = json.loads((folder / "rollout.json").read_text())
     assert sorted(facts) == ["epoch_diffusion", "return", "score", "step", "term"] and facts["step"] == 299
     assert (folder / "0.png").is_file() and (folder / "rollout.png").is_file()
-    assert (folder.with_name("0-1") / "rollout.json").is_file()
+    assert (folder.with_name("0-1") / "rollout.json").is_file() and (folder / "plans.png").is_file()

@@ -13,6 +13,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.loops.planner_files import load_experiment
 from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.reports.contact_sheet import frames
 
 NAME = "hopper-medium-v2"
 SIZE = ["--dataset", NAME, "--horizon", "4", "--n_diffusion_steps", "3", "--seed", "0"]
@@ -72,6 +73,19 @@ def test_plans_and_results(folder, capsys):
     planner_commands.read_results(["--logbase", "logs"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[2].endswith("| 2 scores ")
+
+
+def test_plans_are_filmed(folder):
+    pytest.importorskip("imageio_ffmpeg")
+    try:
+        planner_app.plan_guided([*PLAN, "--render", "True", "--vis_freq", "2", "--suffix", "film"])
+    except UserError as error:
+        assert "MUJOCO_GL" in str(error)
+        pytest.skip(f"no off-screen rendering here: {error}")
+    films = folder / "logs" / NAME / "plans" / "H4_T3_d0.997" / "film"
+    assert all((films / name).stat().st_size for name in ("0_plan.mp4", "0.png", "2_plan.mp4", "2.png", "rollout.mp4"))
+    first = frames(films / "0_plan.mp4")
+    assert len(first) == 4 and first[0].shape == (240, 640, 3)  # planned beside simulated
 
 
 def test_actions_alone_are_never_guided(folder):

@@ -16,8 +16,10 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
+from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.envs.maze2d import Maze2D
+from diffusion_rl.envs.plan_video import film_plan
 from diffusion_rl.loops.diffuser_training import DiffuserTraining
 from diffusion_rl.loops.maze2d import follow_plan
 from diffusion_rl.loops.planner_files import (
@@ -36,10 +38,12 @@ from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.diffuser import Decision, Diffuser, ValueDiffusion
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 from diffusion_rl.reports import maze_pictures
+from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.metrics import MetricsWriter
 
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
+PICTURES = 6  # frames of a plan in its picture
 
 
 # ---------- training ----------
@@ -246,7 +250,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
             print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
 
-    scores = []
+    scores, plans, ways, goals = [], [], [], []
     for i in range(options.n_episodes):
         start, own = env.reset(noise), _beside(folder, i)
         if options.conditional:
@@ -254,9 +258,16 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
         episode = follow_plan(planner, env, noise, start, options.replan_every, say)
         scores.append(float(score(episode.episode_return)))
         found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
-        maze_pictures.save(own / "0.png", env.cells != "#", episode.plans.observations[0], env.target)
+        plans.append(episode.plans.observations[0])
+        ways.append(episode.observations)
+        goals.append(env.target)
+        maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
         maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
         write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+    if options.n_episodes > 1:
+        first = np.stack([each[0] for each in plans])
+        maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
+        maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
     print(_score_line(np.array(scores), folder))
 
 
@@ -280,6 +291,10 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             line += f" | values: {np.array2string(decision.values[0][:4], precision=2)} | scale: {options.scale}"
         print(line, flush=True)
 
+    def show(t: int, decision: Decision) -> None:
+        if options.render and t % options.vis_freq == 0 and decision.observations.shape[-1]:
+            _film(venv, decision, folder / f"{t}_plan.mp4")
+
     try:
         found = run_episodes(
             planner,
@@ -291,11 +306,21 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             how=options.aggregate,
             n_exec=options.n_exec,
             clip_actions=options.clip_actions,
+            video=str(folder / "rollout.mp4") if options.render else None,
             say=say,
+            show=show,
         )
     finally:
         venv.close()
     _write(options, folder, found, epochs)
+
+
+def _film(venv: Any, decision: Decision, path: Path) -> None:
+    """The first environment's plan as a film, and a picture of it with frames in a row."""
+    if not isinstance(venv, LocomotionVectorEnv):
+        raise UserError("--render True: plans can be filmed in the locomotion tasks only")
+    film_plan(venv, 0, decision.observations[0, 0], decision.actions[0, 0], path)
+    contact_sheet([path], path.with_name(path.name.replace("_plan.mp4", ".png")), PICTURES, "planned, simulated")
 
 
 def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:

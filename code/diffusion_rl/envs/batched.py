@@ -75,7 +75,7 @@ class BatchedVectorEnv(abc.ABC):
         """Take over a state that has the names and shapes of `get_state`."""
 
     @abc.abstractmethod
-    def _recorder(self, path: str) -> Any:
+    def recorder(self, path: str) -> Any:
         """Something that writes the states given to its `add` as a video, until its `close`."""
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
@@ -90,7 +90,7 @@ class BatchedVectorEnv(abc.ABC):
         self._begin(np.arange(self.n_envs))
         for row, option in enumerate(options):
             if option.get("video_path"):
-                self._recorders[row] = self._recorder(option["video_path"])
+                self._recorders[row] = self.recorder(option["video_path"])
         return {"state": self._history.frames.copy()}
 
     def _reseed(self, row: int, seed: int) -> None:  # noqa: B027 - not abstract: nothing may be random

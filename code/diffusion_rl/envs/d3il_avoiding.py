@@ -150,7 +150,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         history = {"chunk_steps": self._history.count, "history": self._history.frames}
         return own | history | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
 
-    def _recorder(self, path: str) -> Any:
+    def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
         return StateRecorder(functools.partial(panda.load_model, visible=True), CAMERA, path, FPS)

@@ -418,7 +418,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._started[:] = state["started"]
         self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
 
-    def _recorder(self, path: str) -> Any:
+    def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
         load = functools.partial(load_model, task_of(self.name) or self.name)

@@ -82,7 +82,7 @@ class StateRecorder:
         self._confirm()
 
     def add(self, state: np.ndarray) -> None:
-        """state: full physics state [1+nq+nv]."""
+        """state: full physics state [1+nq+nv], or several [n,1+nq+nv] to be seen side by side."""
         with contextlib.suppress(OSError):  # the process died; closing says why
             self._connection.send(state)
 
@@ -153,10 +153,13 @@ def _film(connection: Connection, load: Load, camera: dict[str, Any], path: str,
         renderer = mujoco.Renderer(model, _HEIGHT, _WIDTH)
         connection.send(None)
         while (state := connection.recv()) is not None:
-            mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-            mujoco.mj_forward(model, data)
-            renderer.update_scene(data, view)
-            writer.add(renderer.render())
+            frames = []
+            for one in np.atleast_2d(state):
+                mujoco.mj_setState(model, data, one, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+                mujoco.mj_forward(model, data)
+                renderer.update_scene(data, view)
+                frames.append(renderer.render())
+            writer.add(np.concatenate(frames, axis=1))
         writer.close()
         connection.send(None)
     except EOFError:  # the parent is gone

@@ -342,8 +342,8 @@ def make(
     print(f"rolling out {actor}", flush=True)
     if flavour != "medium-expert":
         return record(task, actor, transitions, settings)
-    medium = load_unscaled(data_dir() / "gym" / f"{task}-medium-v2")
-    return joined(thinned(medium, transitions // 2), record(task, actor, transitions // 2, settings))
+    halves = load_unscaled(data_dir() / "gym" / f"{task}-medium-v2"), record(task, actor, transitions // 2, settings)
+    return joined(*(thinned(half, transitions // 2) for half in halves))
 
 
 def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:

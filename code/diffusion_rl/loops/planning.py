@@ -77,8 +77,9 @@ def run_episodes(
     how: str = "first",
     n_exec: int = 1,
     clip_actions: bool = True,
+    video: str | None = None,
     say: Callable[[int, np.ndarray, np.ndarray, Decision], None] = lambda *facts: None,
-    show: Callable[[int, Decision, list[np.ndarray]], None] = lambda *facts: None,
+    show: Callable[[int, Decision], None] = lambda *facts: None,
 ) -> Episodes:
     """Act in E environments until every first episode has ended.
 
@@ -87,18 +88,21 @@ def run_episodes(
         how: which plan of the samples is executed (`aggregate`).
         n_exec: actions executed before planning again.
         clip_actions: to [-1, 1].
+        video: where the first environment's episode is filmed.
         say: called after every step with its number, the rewards [E], the returns so far [E] and the decision.
-        show: called with the number of a step at which a plan was made, the decision and the observations so far.
+        show: called with the number of a step at which a plan was made, and the decision.
     """
-    observations = venv.reset([{"seed": seed + i} for i in range(venv.n_envs)])["state"][:, -1]
-    alive, rollout = np.ones(venv.n_envs, bool), [observations]
+    options: list[dict[str, Any]] = [{"seed": seed + i} for i in range(venv.n_envs)]
+    options[0] |= {"video_path": video} if video else {}
+    observations = venv.reset(options)["state"][:, -1]
+    alive = np.ones(venv.n_envs, bool)
     steps = np.zeros(venv.n_envs, np.int64)
     found = Episodes(np.zeros(venv.n_envs), np.zeros(venv.n_envs), steps, np.zeros(venv.n_envs, bool))
     plan: list[np.ndarray] = []
     for t in range(max_episode_length):
         if not plan:
             decision = _decide(planner, observations, noise, found, first=t == 0)
-            show(t, decision, rollout)
+            show(t, decision)
             chosen = aggregate(decision.actions, how)
             chosen = np.clip(chosen, -1, 1) if clip_actions else chosen
             plan = [chosen[:, i] for i in range(min(n_exec, chosen.shape[1]))]
@@ -111,7 +115,6 @@ def run_episodes(
         found.terminated |= alive & result.terminated
         alive &= ~(result.terminated | result.truncated)
         observations = result.observations["state"][:, -1]
-        rollout.append(observations)
         if not alive.any():
             break
     found.scores = np.asarray(normalized_score(dataset, found.returns))

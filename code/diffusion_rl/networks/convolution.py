@@ -30,16 +30,25 @@ POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # and infinity, always the last
 FAST_KERNELS = (3, 5)
 
 _plain: list[bool] = []
-_shared: list[dict[tuple[int, int], tuple[Any, Array]]] = []  # by kernel, which is kept alive, and length
+
+
+class _Kept(NamedTuple):
+    """Transformed kernels by kernel (which is kept alive) and plan, and the graph that they are made in."""
+
+    graph: Any
+    kernels: dict[tuple[int, int], tuple[Any, Array]]
+
+
+_shared: list[_Kept] = []
 
 
 @contextlib.contextmanager
 def shared_matrices() -> Iterator[None]:
-    """Inside this block a kernel is transformed once: what was made before a loop is not made again in it.
+    """Inside this block a kernel is transformed once: before a loop that begins in the block, not in its rounds.
 
     For use where weights do not change, and in one graph (or eagerly) only.
     """
-    _shared.append({})
+    _shared.append(_Kept(None if tf.executing_eagerly() else tf.compat.v1.get_default_graph(), {}))
     try:
         yield
     finally:
@@ -189,13 +198,15 @@ def convolve_fast(x: Array, kernel: Array, owner: Any = None) -> Array:
     n, (k, inputs, outputs) = x.shape[0], kernel.shape
     plan = toom(n, k)
     count = len(plan.points)
-    into, out, points = (tf.constant(each, x.dtype) for each in plan)
-    known, key = (_shared[-1] if _shared and owner is not None else {}), (id(owner), n)
-    if key not in known:
-        at_points = tf.matmul(points, tf.reshape(kernel, [k, inputs * outputs]))
-        known[key] = owner, tf.reshape(at_points, [count, inputs, outputs])
+    into, out = tf.constant(plan.into, x.dtype), tf.constant(plan.out, x.dtype)
+    kept = _shared[-1] if _shared and owner is not None else _Kept(None, {})
+    key = id(owner), count
+    if key not in kept.kernels:
+        with kept.graph.as_default() if kept.graph else contextlib.nullcontext():
+            at_points = tf.matmul(tf.constant(plan.points, x.dtype), tf.reshape(kernel, [k, inputs * outputs]))
+            kept.kernels[key] = owner, tf.reshape(at_points, [count, inputs, outputs])
     values = tf.reshape(tf.matmul(into, tf.reshape(x, [n, -1])), [count, -1, inputs])
-    products = tf.reshape(tf.matmul(values, known[key][1]), [out.shape[1], -1])
+    products = tf.reshape(tf.matmul(values, kept.kernels[key][1]), [out.shape[1], -1])
     return tf.reshape(tf.matmul(out, products), [n, -1, outputs])
 
 

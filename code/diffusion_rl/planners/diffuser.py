@@ -206,10 +206,6 @@ class TrajectoryDiffusion(NoisyTrajectories):
 
         x = known.put(noise[0])
         with shared_matrices():
-            # What no step changes is made before the loop: these results are not used.
-            self.output(x, first, given)
-            if guide is not None:
-                guide.value(x, first)
             start = (0, x, x, tf.zeros(tf.shape(x)[:1], x.dtype), chain.write(0, x) if with_chain else chain)
             _, x, before, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
             if guide is not None and guide.t_stopgrad > 0:

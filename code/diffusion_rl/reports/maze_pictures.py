@@ -12,6 +12,8 @@ COLUMNS = 5
 def save(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) -> None:
     """Ways [n,steps,2 or more] over the cells of a maze [rows, columns] (true: no wall), a picture for each.
 
+    goal: [2] of all, or [n,2].
+
     Positions are drawn as in D4RL, where a cell's centre is 0.2 less than its number.
     """
     import matplotlib
@@ -24,7 +26,8 @@ def save(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) -> No
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, way in zip(axes.flat, ways, strict=False):
+    goals = np.broadcast_to(goal, (len(ways), 2))
+    for axis, way, goal in zip(axes.flat, ways, goals, strict=False):
         axis.imshow(np.where(free, 1.0, 0.5), cmap="gray", vmin=0, vmax=1)
         y, x = way[:, 0] + 0.2, way[:, 1] + 0.2
         axis.plot(x, y, color="black", linewidth=1, zorder=1)
