@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,3 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, text in OPTIONS.items():
         with contextlib.suppress(ValueError):  # registered already, by a conftest nearer to the tests
             parser.addoption(name, default=None, metavar="PATH", help=text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_returned() -> Iterator[None]:
+    """Graphs are cycles of objects that the collector seldom looks for: thousands of tests need gigabytes else."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -28,7 +28,7 @@ def rewritten(function: Any, old: str, new: str) -> Any:
     """The same function with a piece of its source replaced; the piece must be there exactly once."""
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{function.__qualname__} no longer holds {old!r} once: rewrite this mutation"
-    source = re.sub(r"\A(@\w[^\n]*\n)+", "", source.replace(old, new))
+    source = re.sub(r"\A(@(?!tf\.custom_gradient)\w[^\n]*\n)+", "", source.replace(old, new))
     namespace = dict(vars(sys.modules[function.__module__]))
     exec(compile("from __future__ import annotations\n" + source, "<mutation>", "exec"), namespace)
     return namespace[function.__name__]

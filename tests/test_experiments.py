@@ -45,9 +45,16 @@ def write_spec(folder, **spec):
     (folder / "spec.yaml").write_text(yaml.safe_dump({"meta_data": {**META, "num_workers": 2}, **spec}))
 
 
+def heed_sigint():
+    """A shell's background jobs ignore SIGINT, and so would their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder, *options):
     command = [sys.executable, str(REPOSITORY / "run_experiment.py"), "-e", "spec.yaml", *options]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed_sigint
+    )
 
 
 def finish(folder, *options):

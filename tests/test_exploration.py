@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,14 @@ def test_the_shipped_policies(tmp_path, monkeypatch, capsys) -> None:
     assert "m1 data" in printed and "m1 gmm" in printed and output in printed
 
 
+class Silent:
+    """A recorder of nothing."""
+
+    def add(self, state: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 @pytest.mark.skipif(not HAS_SIMULATOR, reason='needs pip install -e ".[d3il]"')
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian", "gmm"])
 def test_fine_tuning_as_configured(tmp_path, policy, monkeypatch) -> None:
@@ -65,7 +74,7 @@ def test_fine_tuning_as_configured(tmp_path, policy, monkeypatch) -> None:
     from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
 
     videos: list[str] = []
-    monkeypatch.setattr(AvoidingVectorEnv, "_start_video", lambda self, row, path: videos.append(path))
+    monkeypatch.setattr(AvoidingVectorEnv, "_recorder", lambda self, path: videos.append(path) or Silent())
 
     small = [
         "env.n_envs=2",

@@ -34,7 +34,7 @@ UNET = {
     "cond_dim": OBS * TO,
     "dim": 8,
     "dim_mults": [1, 2],
-    "n_groups": 4,
+    "n_groups": 2,  # groups of few numbers magnify rounding, and so does a chain of few steps
 }
 SEEING = {
     "backbone": {
@@ -71,9 +71,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**DPPO, "actor": MLP},
     "mlp ddim": {**DPPO, "actor": {**MLP, "residual_style": True}, **DDIM, "learn_eta": True},
     "pre-trained mlp": {**PRE, "network": {**MLP, "cond_mlp_dims": [8]}},
-    "unet": {**PRE, "network": UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
+    "unet": {**PRE, "network": UNET, "denoising_steps": 20, "use_ddim": True, "ddim_steps": 2},
     "image mlp": {**DPPO, "actor": VISION, **DDIM},
-    "image unet": {**PRE, "network": VISION_UNET, "denoising_steps": 4, "use_ddim": True, "ddim_steps": 2},
+    "image unet": {**PRE, "network": VISION_UNET, "denoising_steps": 20, "use_ddim": True, "ddim_steps": 2},
     "gaussian": {
         "_target_": "diffusion_rl.policies.gaussian.GaussianPolicy",
         **{"horizon_steps": H, "network": {**GAUSSIAN, "fixed_std": 0.1}},

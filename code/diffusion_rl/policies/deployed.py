@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.noise import normal_inside, uniform_inside
 from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.networks.convolution import plain_convolutions
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
@@ -46,11 +47,12 @@ def observation_shapes(policy: Policy, obs_dim: int, cond_steps: int, batch: int
 
 def deterministic_plan(policy: Policy, cond: dict[str, Array], noise: dict[str, Array]) -> Array:
     """[B,H,A] in [-1, 1], chosen as evaluation chooses; noise as in `noise_shapes`."""
-    if isinstance(policy, DiffusionPolicy):
-        return policy.sample(cond, noise["noise"], deterministic=True).trajectories
-    if isinstance(policy, GMMPolicy):
-        return policy.sample(cond, noise["noise"], noise["uniform"], deterministic=True)
-    return policy.sample(cond, noise["noise"], deterministic=True)[0]
+    with plain_convolutions():  # other programs, TFLite's for one, round otherwise: the plain ones magnify it less
+        if isinstance(policy, DiffusionPolicy):
+            return policy.sample(cond, noise["noise"], deterministic=True).trajectories
+        if isinstance(policy, GMMPolicy):
+            return policy.sample(cond, noise["noise"], noise["uniform"], deterministic=True)
+        return policy.sample(cond, noise["noise"], deterministic=True)[0]
 
 
 class DeployedPolicy(tf.Module):
