@@ -83,6 +83,25 @@ class SafeLimitsNormalizer(LimitsNormalizer):
         return cls({"mins": mins - wider, "maxs": maxs + wider})
 
 
+class WideLimitsNormalizer(LimitsNormalizer):
+    """The data's range and 1e-5 more to [-1, 1], so that constant entries need no other treatment: Kuka's.
+
+    The way back is without the 1e-5, as in the reference, and clips everything to [-1, 1].
+    """
+
+    WIDER = 1e-5
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> WideLimitsNormalizer:
+        return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"] + self.WIDER)) - 1
+
+    def unnormalize(self, x: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
+        return super().unnormalize(x, tolerance)
+
+
 class CDFNormalizer(DebugNormalizer):
     """Every entry uniform in [-1, 1] by its empirical distribution; what lies outside of the data is clipped."""
 
@@ -115,7 +134,10 @@ class CDFNormalizer(DebugNormalizer):
 
 NORMALIZERS: dict[str, type[DebugNormalizer]] = {
     cls.__name__: cls
-    for cls in (GaussianNormalizer, LimitsNormalizer, SafeLimitsNormalizer, CDFNormalizer, DebugNormalizer)
+    for cls in (
+        *(GaussianNormalizer, LimitsNormalizer, SafeLimitsNormalizer, WideLimitsNormalizer),
+        *(CDFNormalizer, DebugNormalizer),
+    )
 }
 
 

@@ -31,6 +31,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"time_(embedding|mlp)\.expand\.", r"time_\1.1."),
     (r"time_(embedding|mlp)\.project\.", r"time_\1.3."),
     (r"linear_attention\.", "fn.fn."),
+    (r"inner_attention\.", "attn.fn."),
     (r"channel_norm\.", "fn.norm."),
     (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
     (r"(blocks\.\d+|final_conv\.0)\.norm\.", r"\1.block.2."),

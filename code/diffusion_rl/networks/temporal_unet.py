@@ -31,22 +31,34 @@ def conv_block(in_dim: int, out_dim: int, kernel_size: int = 5, n_groups: int = 
 class ResidualTemporalBlock(keras.layers.Layer):
     """Two convolution blocks with a skip; between them the embedded time shifts every channel.
 
-    `horizon` is accepted for the reference's specifications and does nothing.
+    `horizon` is accepted for the reference's specifications and does nothing. With `attention` there is one more skip,
+    around attention, inside the other.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, embed_dim: int, horizon: int | None = None, kernel_size: int = 5):
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        embed_dim: int,
+        horizon: int | None = None,
+        kernel_size: int = 5,
+        attention: bool = False,
+    ):
         super().__init__(dtype=floatx())
         self.blocks = [conv_block(in_dim, out_dim, kernel_size), conv_block(out_dim, out_dim, kernel_size)]
         self.time_mlp = [mish, Linear(embed_dim, out_dim)]
         if in_dim != out_dim:
             self.residual_conv = Conv1d(in_dim, out_dim, 1)
-        self.changes_width = in_dim != out_dim
+        if attention:
+            self.inner_attention = LinearAttention(out_dim, scaled=False)
+        self.changes_width, self.attends = in_dim != out_dim, attention
 
     def call(self, x: Array, t: Array) -> Array:
         """x [H,B,I], t [B,M] or [1,M] -> [H,B,C]"""
         for step in self.time_mlp:
             t = step(t)
         out = self.blocks[1](self.blocks[0](x) + t)
+        out = out + self.inner_attention(out) if self.attends else out
         return out + (self.residual_conv(x) if self.changes_width else x)
 
 
@@ -66,11 +78,14 @@ class ChannelNorm(keras.layers.Layer):
 
 
 class LinearAttention(keras.layers.Layer):
-    """Attention whose cost grows linearly with time (Shen et al. 2021): softmax over time of the keys alone."""
+    """Attention whose cost grows linearly with time (Shen et al. 2021): softmax over time of the keys alone.
 
-    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
+    Queries are divided by the root of dim_head where they are `scaled`.
+    """
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32, scaled: bool = True):
         super().__init__(dtype=floatx())
-        self.heads, self.dim_head = heads, dim_head
+        self.heads, self.dim_head, self.scale = heads, dim_head, dim_head**-0.5 if scaled else 1.0
         self.to_qkv = Conv1d(dim, 3 * heads * dim_head, 1, has_bias=False)
         self.to_out = Conv1d(heads * dim_head, dim, 1)
 
@@ -80,7 +95,7 @@ class LinearAttention(keras.layers.Layer):
         qkv = tf.reshape(self.to_qkv(x), [steps, -1, 3, self.heads, self.dim_head])
         q, k, v = (tf.transpose(part, [1, 2, 0, 3]) for part in tf.unstack(qkv, axis=2))  # [B,heads,H,dim_head]
         context = tf.matmul(tf.nn.softmax(k, axis=2), v, transpose_a=True)
-        out = tf.matmul(q * self.dim_head**-0.5, context)
+        out = tf.matmul(q * self.scale, context)
         return self.to_out(tf.reshape(tf.transpose(out, [2, 0, 1, 3]), [steps, -1, self.heads * self.dim_head]))
 
 
@@ -130,7 +145,7 @@ class TemporalUnet(keras.layers.Layer):
             return AttentionBlock(width) if attention else None
 
         def pair(before: int, after: int) -> list[ResidualTemporalBlock]:
-            return [ResidualTemporalBlock(before, after, dim), ResidualTemporalBlock(after, after, dim)]
+            return [self.block(before, after, dim), self.block(after, after, dim)]
 
         self.time_mlp = TimeEmbedding(dim, expansion=4)
         self.downs = [
@@ -142,14 +157,22 @@ class TemporalUnet(keras.layers.Layer):
         self.ups = [[*pair(2 * after, before), attend(before), Upsample(before)] for before, after in widths[:0:-1]]
         self.final_conv = [conv_block(dims[1], dims[1]), Conv1d(dims[1], transition_dim, 1)]
 
+    def block(self, before: int, after: int, dim: int) -> ResidualTemporalBlock:
+        """What every level is made of, two by two."""
+        return ResidualTemporalBlock(before, after, dim)
+
     def call(self, x: Array, time: Array) -> Array:
         """x [B,H,D], time [B] or [1] integers -> noise or clean trajectories [B,H,D].
 
         Raises:
             UserError: H cannot be halved once between any two levels.
         """
+        return self.denoise(x, self.time_mlp(time))
+
+    def denoise(self, x: Array, t: Array) -> Array:
+        """x [B,H,D], embedding t [B,M] or [1,M] of what the blocks see besides -> [B,H,D]."""
         require_horizon(x.shape[1], self.levels)
-        x, t, skips = tf.transpose(x, [1, 0, 2]), self.time_mlp(time), []
+        x, skips = tf.transpose(x, [1, 0, 2]), []
         for one, two, attend, halve in self.downs:
             x = _optional(attend, two(one(x, t), t))
             skips.append(x)

@@ -58,15 +58,18 @@ class DiffuserTrainer:
 
     def loss(self, items: Array, t: Array, noise: Array) -> Losses:
         """The model's loss on windows `items` [B]."""
-        rows = tf.gather(self._rows, items)
-        window = rows[:, :1] + tf.range(self.horizon)[None]
-        padding = self._transitions.shape[0] - 1
-        x = tf.gather(self._transitions, tf.where(window < rows[:, 1:], window, padding))
+        x = tf.gather(self._transitions, self.rows(items))
         conditions = {time: x[:, time, self.model.action_dim :] for time in self.condition_times}
         x = x[..., : self.model.transition_dim]  # actions come first; some models have them alone
         if self._values is None:
             return self.model.loss(x, conditions, t, noise)
         return self.model.loss(x, conditions, t, noise, tf.gather(self._values, items))
+
+    def rows(self, items: Array) -> Array:
+        """Rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last one, which is padding."""
+        ends = tf.gather(self._rows, items)
+        window = ends[:, :1] + tf.range(self.horizon)[None]
+        return tf.where(window < ends[:, 1:], window, self._transitions.shape[0] - 1)
 
     def averaging(self, step: int) -> int:
         """What happens to the average after step number `step`."""

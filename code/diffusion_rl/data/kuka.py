@@ -1,0 +1,82 @@
+"""The data of the Kuka stacking task: a folder of `*.npy`, one trajectory [T,39] of states each.
+
+Shape letters: N states, M windows, H horizon, D = 39.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.stacking import STATE_DIM, stacked
+from diffusion_rl.data.field_normalizers import DebugNormalizer, WideLimitsNormalizer
+from diffusion_rl.data.trajectories import TrajectoryDataset
+
+EVERY, LONGEST = 2, 300  # frames: one out of so many, and at most so many of these
+
+
+def read_trajectories(folder: str | Path) -> list[np.ndarray]:
+    """Every second state of each file, 300 at most, in the order of the files' names: float64 [T,39].
+
+    Raises:
+        UserError: there are no such files, or one of them holds anything but finite numbers [T,39].
+    """
+    paths = sorted(Path(folder).glob("*.npy"))
+    if not paths:
+        raise UserError(f"no *.npy in {folder}: unpack the trajectories there (kuka_dataset), or name --data_dir")
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        states = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no array of numbers ({reason}): unpack the data anew, or remove it") from error
+    if not isinstance(states, np.ndarray) or states.dtype.kind not in "fiu":
+        raise UserError(f"{path} is no array of numbers: unpack the data anew, or remove it")
+    if states.ndim != 2 or states.shape[1] != STATE_DIM or not len(states):
+        raise UserError(f"{path} has shape {states.shape}, a trajectory is [T,{STATE_DIM}]: remove it")
+    states = np.array(states[::EVERY][:LONGEST], np.float64)
+    if not np.isfinite(states).all():
+        raise UserError(f"{path} has entries that are no numbers: remove it")
+    return states
+
+
+class StackingDataset(TrajectoryDataset):
+    """Windows of H normalised states, each whole inside its trajectory, and which pairs of blocks stand in them.
+
+    The range that the normalizer maps to [-1, 1] includes 0 where a trajectory has fewer than 300 states: the
+    reference takes it from arrays padded with zeros.
+
+    Args:
+        trajectories: [T,39] of up to 300 states each.
+        horizon: H.
+    """
+
+    def __init__(self, trajectories: list[np.ndarray], horizon: int):
+        self.horizon, self.normalizer = horizon, WideLimitsNormalizer.__name__
+        self.observation_dim, self.action_dim = STATE_DIM, 0
+        self.path_lengths = np.array([len(each) for each in trajectories], np.int64)
+        self.starts = np.cumsum(self.path_lengths) - self.path_lengths
+        ends = [bound for each in trajectories for bound in (each.min(axis=0), each.max(axis=0))]
+        padding = np.zeros((1, STATE_DIM))
+        if self.path_lengths.min() < LONGEST:
+            ends.append(padding[0])
+        fitted = WideLimitsNormalizer.fit(np.stack(ends))
+        self.normalizers = {"observations": fitted, "actions": DebugNormalizer({})}
+        rows = [*trajectories, padding]  # the last row is padding, which these windows never reach
+        self.transitions = np.concatenate([fitted.normalize(each).astype(np.float32) for each in rows])
+        self.labels = np.concatenate([stacked(each) for each in rows])  # [N+1,12]
+        self.condition_times, self.values, self.rewards = (), None, np.zeros(len(self.transitions) - 1, np.float32)
+        counts = np.maximum(self.path_lengths - horizon + 1, 0)
+        if not counts.sum():
+            raise UserError(
+                f"no trajectory has {horizon} states (the longest has {self.path_lengths.max()}, every second one "
+                "counted): choose a smaller --horizon"
+            )
+        episodes = np.repeat(np.arange(len(counts)), counts)
+        firsts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.windows = np.stack([episodes, firsts], axis=1)
