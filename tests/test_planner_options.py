@@ -56,7 +56,7 @@ def test_types():
         (["--learning_rate", "high"], "a number is needed"),
         (["--predict_epsilon", "yes"], "True or False"),
         (["--dim_mults", "__import__('os')"], "write"),
-        (["--config", "config.nothing"], "there are config.locomotion, config.maze2d"),
+        (["--config", "config.nothing"], "there are config.kuka, config.locomotion, config.maze2d"),
     ],
 )
 def test_what_is_refused(arguments, message):

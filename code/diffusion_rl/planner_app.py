@@ -71,13 +71,23 @@ def resume_training(arguments: Sequence[str]) -> None:
 
 def _train(options: Options) -> None:
     configure_threads()
-    folder, noise = Path(options.savepath), NoiseSource(_seed(options))
     episodes = find_episodes(options.dataset, options.data_dir)
     dataset = dataset_of(episodes, _dataset_description(options))
-    description = describe(options, dataset)
+    train_model(options, dataset, describe(options, dataset))
+
+
+def train_model(
+    options: Options,
+    dataset: TrajectoryDataset,
+    description: Description,
+    trainer_type: type[DiffuserTrainer] = DiffuserTrainer,
+    training: type[DiffuserTraining] = DiffuserTraining,
+) -> None:
+    """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
+    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
     with initial_weights(noise):
         model = description.build()
-    trainer = DiffuserTrainer(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay)
+    trainer = trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay)
     fitted = normalizer_tensors(dataset)
 
     def save(label: int, tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
@@ -86,7 +96,7 @@ def _train(options: Options) -> None:
         print(f"saved {folder / f'state_{label}.safetensors'}", flush=True)
         _synchronise(folder, options)
 
-    run = DiffuserTraining(
+    run = training(
         trainer,
         dataset,
         noise,
@@ -125,7 +135,7 @@ _TRAINER_KEYS = (
 )
 
 
-def _seed(options: Options) -> int:
+def seed_of(options: Options) -> int:
     """The seed of the options, or one of the operating system's, which is printed."""
     if options.seed is None:
         options.seed = secrets.randbits(31)
@@ -242,7 +252,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
     experiment = load_experiment(
         options.logbase, options.dataset, options.diffusion_loadpath, epoch=options.diffusion_epoch
     )
-    folder, noise = Path(options.savepath), NoiseSource(_seed(options))
+    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
     planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, options.horizon)
     env = Maze2D(options.dataset)
     options.save()
@@ -255,7 +265,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
 
     scores, plans, ways, goals = [], [], [], []
     for i in range(options.n_episodes):
-        start, own = env.reset(noise), _beside(folder, i)
+        start, own = env.reset(noise), beside(folder, i)
         if options.conditional:
             env.draw_target(noise)
         episode = follow_plan(planner, env, noise, start, options.replan_every, say)
@@ -271,7 +281,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
         first = np.stack([each[0] for each in plans])
         maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
         maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
-    print(_score_line(np.array(scores), folder))
+    print(score_line(np.array(scores), folder))
 
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
@@ -280,7 +290,7 @@ def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
 
 
 def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
-    folder, seed = Path(options.savepath), _seed(options)
+    folder, seed = Path(options.savepath), seed_of(options)
     options.save()
     model = planner.diffusion
     env = {"name": options.dataset, "n_envs": options.n_envs, "max_episode_steps": options.max_episode_length}
@@ -330,7 +340,7 @@ def _film(venv: Any, decision: Decision, path: Path) -> None:
 def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:
     """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
     for i in range(len(found.returns)):
-        own = _beside(folder, i)
+        own = beside(folder, i)
         facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i])}
         write_json(own / "rollout.json", {**facts, "term": bool(found.terminated[i]), **epochs})
     write_json(folder / "action_stats.json", found.action_statistics())
@@ -338,16 +348,16 @@ def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, in
     if getattr(options, "text_statistics", False):
         lines = "".join(f"{k}: {v}\n" for k, v in found.action_statistics().items())
         (folder / "std_mean_actions.txt").write_text(lines)
-    print(_score_line(found.scores, folder))
+    print(score_line(found.scores, folder))
     for name, value in found.latency().items():
         print(f"{name.replace('_', ' ')}: {value:.2f}")
 
 
-def _beside(folder: Path, i: int) -> Path:
+def beside(folder: Path, i: int) -> Path:
     """Where episode i goes: the first one to the folder, the others beside it."""
     return folder if i == 0 else folder.with_name(f"{folder.name}-{i}")
 
 
-def _score_line(scores: np.ndarray, folder: Path) -> str:
+def score_line(scores: np.ndarray, folder: Path) -> str:
     error = scores.std() / np.sqrt(len(scores))
     return f"score {100 * scores.mean():.1f} +/- {100 * error:.2f} over {len(scores)} episodes | {folder}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,23 @@ def averaged_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
     if steps != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps, its configuration says {n_timesteps}")
     return {name: value for name, value in weights.items() if name.startswith("model.")}
+
+
+def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str, np.ndarray]:
+    """The averaged weights in a `model-<milestone>.pt` of the original's branch `kuka`, under the names of ours.
+
+    Its attention is made of two-dimensional convolutions, and its levels have no place for another attention.
+    """
+    data = read_pt(path)
+    weights = data.get("ema") if isinstance(data, dict) else None
+    if not isinstance(weights, dict) or not any(str(name).startswith("denoise_fn.") for name in weights):
+        raise UserError(f"{path} is no checkpoint of the PyTorch Diffuser's Kuka experiments")
+    if (steps := len(weights.get("betas", ()))) != n_timesteps:
+        raise UserError(f"{path} has a schedule of {steps} steps: plan with --n_diffusion_steps {steps}")
+    found = {}
+    for name, value in weights.items():
+        if name.startswith("denoise_fn."):
+            own = re.sub(r"^denoise_fn\.((?:downs|ups)\.\d+\.)2\.conv", r"denoise_fn.\g<1>3.conv", name)
+            value = value[..., 0] if ".attn.fn." in name and value.ndim == 4 else value
+            found[own.replace("denoise_fn.", "model.", 1)] = value
+    return found

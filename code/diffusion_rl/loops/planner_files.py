@@ -26,20 +26,26 @@ from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
 from diffusion_rl.planners.action_diffuser import ActionDiffusion
 from diffusion_rl.planners.diffuser import NoisyTrajectories, TrajectoryDiffusion, ValueDiffusion
+from diffusion_rl.planners.kuka import MaskedDiffusion, StackClassification
 
 DOWNLOADS = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 NETWORKS: dict[str, Callable[..., Any]] = {
     "models.TemporalUnet": TemporalUnet,
     "models.ActionTemporalUnet": ActionTemporalUnet,
     "models.ValueFunction": ValueFunction,
+    "models.MaskedTemporalUnet": MaskedTemporalUnet,
+    "models.StackClassifier": StackClassifier,
 }
 DIFFUSIONS: dict[str, Callable[..., NoisyTrajectories]] = {
     "models.GaussianDiffusion": TrajectoryDiffusion,
     "models.ActionDiffusion": ActionDiffusion,
     "models.ValueDiffusion": ValueDiffusion,
+    "models.MaskedDiffusion": MaskedDiffusion,
+    "models.StackClassification": StackClassification,
 }
 LOADERS = ("datasets.SequenceDataset", "datasets.GoalDataset", "datasets.ValueDataset")
 Say = Callable[[str], None]

@@ -66,7 +66,7 @@ class DiffuserTrainer:
         return self.model.loss(x, conditions, t, noise, tf.gather(self._values, items))
 
     def rows(self, items: Array) -> Array:
-        """Rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last one, which is padding."""
+        """Rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last row, padding."""
         ends = tf.gather(self._rows, items)
         window = ends[:, :1] + tf.range(self.horizon)[None]
         return tf.where(window < ends[:, 1:], window, self._transitions.shape[0] - 1)

@@ -27,11 +27,12 @@ from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 NEARER = 0.1  # weight of the distance between the blocks of a pair
 LOOSE = -0.08  # gradient of whether another block hangs on the arm
 STEP = 0.7  # along the gradient, in standard deviations of the denoising step
+KINDS = 3  # of what is known of a window
 
 
 def known_states(horizon: int) -> np.ndarray:
-    """What may be known of a window, each as likely as the others: the first state, the last, both; [3,H] of 0 and 1."""
-    masks = np.zeros((3, horizon), np.float32)
+    """What may be known of a window: its first state, its last, or both; [KINDS,H] of 0 and 1, each equally likely."""
+    masks = np.zeros((KINDS, horizon), np.float32)
     masks[[0, 2], 0] = masks[[1, 2], -1] = 1
     return masks
 
@@ -148,7 +149,7 @@ def _leading(x: Array) -> list[Any]:
 
 
 class StackingTrainer(DiffuserTrainer):
-    """Steps of training of either model. An item is a window and what is known of it: window * 3 + mask."""
+    """Steps of training of either model. An item is a window and what is known of it: window * KINDS + mask."""
 
     def __init__(self, model: Any, dataset: StackingDataset, *args: Any, **kwargs: Any):
         super().__init__(model, dataset, *args, **kwargs)
@@ -156,11 +157,11 @@ class StackingTrainer(DiffuserTrainer):
         self._masks = tf.constant(known_states(dataset.horizon), model.dtype)
 
     def loss(self, items: Array, t: Array, noise: Array) -> Losses:
-        rows = self.rows(items // len(self._masks))
+        rows = self.rows(items // KINDS)
         x = tf.gather(self._transitions, rows)
         if isinstance(self.model, StackClassification):
             return self.model.loss(x, tf.cast(tf.gather(self._labels, rows), x.dtype), t, noise)
-        return self.model.loss(x, tf.gather(self._masks, items % len(self._masks)), t, noise)
+        return self.model.loss(x, tf.gather(self._masks, items % KINDS), t, noise)
 
 
 class StackingPlanner:

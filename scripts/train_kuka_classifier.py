@@ -1,0 +1,10 @@
+"""Train what guides the Kuka's plans: python scripts/train_kuka_classifier.py --data_dir DIR [--option VALUE ...]."""
+
+import sys
+
+import _checkout  # noqa: F401
+
+from diffusion_rl import kuka_app, planner_commands
+
+if __name__ == "__main__":
+    sys.exit(planner_commands.run(kuka_app.train_classifier))
