@@ -16,6 +16,7 @@ OPTIONS = {
     "--recordings": "folder of D3IL's avoiding recordings (pickles) to replay",
     "--upstream": "checkout of the PyTorch reference to compare with live",
     "--upstream-diffuser": "checkout of the PyTorch Diffuser (jannerm/diffuser) to compare with live",
+    "--upstream-kuka": "the same of its branch kuka",
 }
 
 

@@ -19,10 +19,13 @@ class _Nothing(types.ModuleType):
 
 
 class Finder:
-    """Finds the surroundings that are not installed."""
+    """Finds the surroundings that are not installed, and further packages of these names."""
+
+    def __init__(self, *further: str):
+        self.names = (*SURROUNDINGS, *further)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in SURROUNDINGS else None  # type: ignore[arg-type]
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         return _Nothing(spec.name)
