@@ -15,7 +15,8 @@ SWEEP = ["hydra-joblib-launcher>=1.2"]
 # What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
 # `make test` installs robosuite without its requirements.
 ROBOSUITE_NEEDS = ["numba", "scipy", "opencv-python-headless", "termcolor", "Pillow", "imageio[ffmpeg]"]
-NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl")  # hardware, clusters, and packages that need numpy < 2 and a compiler
+# hardware, clusters, packages that need numpy < 2 and a compiler, and one that needs a compiler on some systems
+NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka")
 
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
@@ -24,6 +25,7 @@ EXTRAS = {
     "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio"],  # for its model of the Panda; not imported
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
     "mpe": ["mpe2>=1.0"],
+    "kuka": ["gymnasium>=1.0,<2", "pybullet>=3.2.5"],
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
     # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use
     "d4rl": ["gymnasium>=1.0,<2", MUJOCO, "imageio", "d4rl==1.1", "gym==0.23.1", "mujoco-py==2.1.2.14"]
