@@ -83,7 +83,7 @@ def makers() -> dict[str, Any]:
 if __name__ == "__main__":
     import tensorflow as tf
 
-    configure_threads(shared=True)  # as the planners' commands have it
+    configure_threads()
 
     def multiply(m: int, k: int, n: int) -> Workload:
         a, b = tf.random.normal([m, k]), tf.random.normal([k, n])

@@ -14,6 +14,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.threads import configure_threads
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -69,6 +70,7 @@ def resume_training(arguments: Sequence[str]) -> None:
 
 
 def _train(options: Options) -> None:
+    configure_threads()
     folder, noise = Path(options.savepath), NoiseSource(_seed(options))
     episodes = find_episodes(options.dataset, options.data_dir)
     dataset = dataset_of(episodes, _dataset_description(options))
@@ -235,6 +237,7 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 
 def plan_maze2d(arguments: Sequence[str]) -> None:
     """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
+    configure_threads()
     options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
     experiment = load_experiment(
         options.logbase, options.dataset, options.diffusion_loadpath, epoch=options.diffusion_epoch
@@ -272,6 +275,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
 
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
+    configure_threads()
     return load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
 
 

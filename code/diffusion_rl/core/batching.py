@@ -19,6 +19,13 @@ def parts(rows: int, least: int) -> list[slice]:
     return _cut(rows, rows // count)
 
 
+def side_by_side(function: Callable[..., tf.Tensor], least: int, *arrays: tf.Tensor) -> tf.Tensor:
+    """A function of arrays by row, computed in `parts`, whose gradients are too; arrays of one row belong to all."""
+    rows = arrays[0].shape[0]
+    cuts = parts(rows, least) if rows else [slice(None)]
+    return tf.concat([function(*(a if a.shape[0] == 1 else a[cut] for a in arrays)) for cut in cuts], axis=0)
+
+
 def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Callable[..., list[tf.Tensor]]:
     """A compiled function of arrays by row that works chunk by chunk and joins the outputs along their first axis.
 

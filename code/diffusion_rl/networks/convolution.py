@@ -129,17 +129,24 @@ def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
 
 
 def _scattered(x: Array, kernel: Array, stride: int, padding: int, length: int) -> Array:
-    """The transposed convolution, `length` outputs of it: as many as `stride` neighbours see the same inputs."""
-    kernel = tf.pad(kernel, [[0, -kernel.shape[0] % stride], [0, 0], [0, 0]])
-    k, outputs, inputs = kernel.shape
-    taps = k // stride
-    matrix = tf.transpose(tf.reshape(kernel, [taps, stride, outputs, inputs])[::-1], [0, 3, 1, 2])
-    windows = _windows(x, taps, 1, taps - 1)
-    y = tf.matmul(_rows(windows), tf.reshape(matrix, [taps * inputs, stride * outputs]))
-    y = tf.transpose(tf.reshape(y, [windows.shape[0], -1, stride, outputs]), [0, 2, 1, 3])
-    y = tf.reshape(y, [windows.shape[0] * stride, -1, outputs])
-    missing = max(padding + length - y.shape[0], 0)  # inputs at the end that no output sees
-    return tf.pad(y, [[0, missing], [0, 0], [0, 0]])[padding : padding + length]
+    """The transposed convolution, `length` outputs of it: y[t * stride + j - padding] += x[t] @ kernel[j]^T.
+
+    x [T,B,I], kernel [k,D,I] -> [length,B,D]. The kernel is not transposed: that would take longer than the products.
+    """
+    n, (k, outputs, _) = x.shape[0], kernel.shape
+    products = tf.unstack(tf.reshape(tf.matmul(_rows(x)[None], kernel, transpose_b=True), [k, n, -1, outputs]))
+    each = -(-length // stride)  # outputs of every phase of the stride
+    phases: list[list[Array]] = [[] for _ in range(stride)]
+    for j, product in enumerate(products):
+        shift, phase = divmod(j - padding, stride)
+        first, end = max(-shift, 0), min(each - shift, n)
+        if first < end:
+            phases[phase].append(tf.pad(product[first:end], [[first + shift, each - end - shift], [0, 0], [0, 0]]))
+    nothing = tf.zeros([each, tf.shape(x)[1], outputs], x.dtype)  # what no tap reaches
+    sums = [functools.reduce(tf.add, found) if found else nothing for found in phases]
+    if stride == 1:
+        return sums[0]
+    return tf.reshape(tf.stack(sums, axis=1), [each * stride, -1, outputs])[:length]
 
 
 class Toom(NamedTuple):

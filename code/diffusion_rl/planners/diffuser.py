@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.batching import parts, side_by_side
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
 from diffusion_rl.diffusion import ddpm
@@ -25,6 +26,7 @@ from diffusion_rl.diffusion.schedules import DDPMSchedule, ddpm_schedule
 from diffusion_rl.networks.convolution import shared_matrices
 from diffusion_rl.networks.layers import Array, variables_of
 
+MIN_PART = 8  # trajectories that are denoised together
 LOSSES = {"l1": tf.abs, "l2": tf.square, "value_l1": tf.abs, "value_l2": tf.square}
 Losses = tuple[Array, dict[str, Array]]  # the loss, and what else is worth logging
 
@@ -120,7 +122,8 @@ class TrajectoryDiffusion(NoisyTrajectories):
         The known entries of the clean trajectory are exact by construction, so their error is zero. Of predicted noise
         nothing is known: all of its entries count (the reference overwrites them with observations).
         """
-        output = self.model(apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim), t)
+        noisy = apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim)
+        output = side_by_side(self.model, MIN_PART, noisy, t)
         if self.predict_epsilon:
             return self.weighted(output, noise)
         return self.weighted(apply_conditions(output, conditions, self.action_dim), x)
@@ -192,6 +195,20 @@ class TrajectoryDiffusion(NoisyTrajectories):
             with_chain: return every intermediate trajectory.
             groups: of samples that are sorted by value each by itself.
         """
+        with shared_matrices():
+            each = []
+            for cut in parts(noise.shape[1], MIN_PART):  # side by side
+                known = {time: o if o.shape[0] == 1 else o[cut] for time, o in conditions.items()}
+                each.append(self._denoise(known, noise[:, cut], guide, with_chain))
+        x, values, chain = (tf.concat(column, axis=0) for column in zip(*each, strict=True))
+        if guide is not None:
+            values, x = best_first(values, x, groups)
+        return Plans(x, values, chain if with_chain else None)
+
+    def _denoise(
+        self, conditions: Conditions, noise: Array, guide: Guide | None, with_chain: bool
+    ) -> tuple[Array, Array, Array]:
+        """Trajectories [B,H,D] in the order of the noise, values [B], chains [B,T+1,H,D] (or no entries)."""
         known, given = self.known(conditions, noise[0]), self.given(conditions)
         steps, first = self.n_timesteps, tf.zeros([1], tf.int32)
         chain = tf.TensorArray(noise.dtype, size=steps + 1 if with_chain else 0, element_shape=noise.shape[1:])
@@ -205,14 +222,11 @@ class TrajectoryDiffusion(NoisyTrajectories):
             return i + 1, x, before, values, chain.write(i + 1, x) if with_chain else chain
 
         x = known.put(noise[0])
-        with shared_matrices():
-            start = (0, x, x, tf.zeros(tf.shape(x)[:1], x.dtype), chain.write(0, x) if with_chain else chain)
-            _, x, before, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
-            if guide is not None and guide.t_stopgrad > 0:
-                values = guide.value(before, first)
-        if guide is not None:
-            values, x = best_first(values, x, groups)
-        return Plans(x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else None)
+        start = (0, x, x, tf.zeros(tf.shape(x)[:1], x.dtype), chain.write(0, x) if with_chain else chain)
+        _, x, before, values, chain = tf.while_loop(lambda i, *_: i < steps, body, start, maximum_iterations=steps)
+        if guide is not None and guide.t_stopgrad > 0:
+            values = guide.value(before, first)
+        return x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else x[:, :0]
 
     def variance(self, t: Array, dtype: tf.DType) -> Array:
         """Of the denoising step at t [B], as [B,1,1]; what a guide scales its gradient by."""
@@ -231,7 +245,7 @@ class ValueDiffusion(NoisyTrajectories):
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array, target: Array) -> Losses:
         """Error of the predicted returns; x, noise [B,H,D], t [B] integers, target [B,1]."""
         noisy = apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim)
-        return self.regression(self.model(noisy, t), target)
+        return self.regression(side_by_side(self.model, MIN_PART, noisy, t), target)
 
     def regression(self, prediction: Array, target: Array) -> Losses:
         """Mean error; means, extremes and Pearson's correlation (not a number for a single row) for the log."""
