@@ -18,7 +18,7 @@ UPSTREAM_PYTHON ?=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-TEST_EXTRAS := gym,kitchen,parity,test
+TEST_EXTRAS := gym,kitchen,mpe,kuka,parity,test
 ROBOSUITE := $(shell sed -n 's/.*"\(robosuite==[0-9.]*\)".*/\1/p' setup.py | head -n 1)
 PACKAGING := setup.py pyproject.toml
 
