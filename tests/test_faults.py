@@ -462,3 +462,14 @@ def test_what_does_not_fit(tmp_path, places, monkeypatch, capsys, case):
     assert "Traceback" not in err and len([x for x in err.splitlines() if x.startswith("error")]) == 1
     assert not (tmp_path / "log").exists(), "nothing half-written"
     assert contents(places["run"]) == before, "nothing lost"
+
+
+def test_an_eta_at_its_limit_is_no_divergence(tmp_path, base):
+    """Its logit is infinite from the start, as in the reference's image configurations (base_eta = max_eta = 1)."""
+    ddim = ["+model.use_ddim=true", "+model.ddim_steps=2", "model.ft_denoising_steps=2"]
+    eta = "+model.eta={_target_: diffusion_rl.networks.eta.EtaFixed, base_eta: 1, max_eta: 1}"
+    folder = tmp_path / "run"
+    run(FINE_TUNE, folder, f"base_policy_path={base}", PLAIN, *ddim, eta, "train.n_train_itr=2")
+    tuned = states(folder)[-1]
+    assert np.isinf(load_checkpoint(folder / "checkpoint" / tuned).tensors["model.eta.eta_logit"]).all()
+    loop(EVALUATE, tmp_path / "eval", f"base_policy_path={folder / 'checkpoint' / tuned}", *ddim[:2]).run()

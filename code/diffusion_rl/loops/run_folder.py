@@ -20,6 +20,7 @@ from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.run_state import (
     Checkpoint,
     checkpoint_metadata,
+    finite_weights,
     latest_checkpoint,
     load_checkpoint,
     numbered_checkpoints,
@@ -247,7 +248,7 @@ def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:
 def _not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
     """The first of the weights that is NaN or infinite, or moment that is NaN."""
     for name, value in tensors.items():
-        if name.startswith(("model.", "ema.")) and not np.isfinite(value).all():
+        if name.startswith(("model.", "ema.")) and not finite_weights(name, value):
             return f"weight {name}"
         if name.startswith("optimizer.") and np.isnan(value).any():
             return f"moment {name}"

@@ -155,6 +155,11 @@ def require_kind(checkpoint: Checkpoint, kinds: str | Sequence[str], path: str |
         raise UserError(f'{path} is a checkpoint of kind "{kind}"; needed here: {" or ".join(wanted)}')
 
 
+def finite_weights(name: str, value: np.ndarray) -> bool:
+    """No entry is NaN or infinite; an eta that begins at one of its limits has an infinite logit for good."""
+    return not np.isnan(value).any() if name.endswith("eta_logit") else bool(np.isfinite(value).all())
+
+
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pt"):
