@@ -1,5 +1,7 @@
 """U-Net, transformer, Gaussian and mixture policies: sizes, refusals, compiled training, choice of modes."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,6 +13,8 @@ from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.interop.description import infer_kind
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.loops.policy_files import load_policy
+from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.networks.gaussian import GaussianMLP
 from diffusion_rl.networks.gmm import GMMMLP
 from diffusion_rl.networks.layers import variables_of
@@ -180,3 +184,18 @@ def test_noise_is_clipped_and_deterministic_samples_are_close_to_the_mean():
 def test_a_checkpoint_of_the_reference_says_what_it_holds(name, kind):
     policy = policy_of(name)
     assert kind == policy.KIND == infer_kind({f"model.{k}": v for k, v in state_dict(policy).items()})
+
+
+@pytest.mark.parametrize("build", [GaussianMLP, GaussianTransformer, GMMMLP, GMMTransformer])
+def test_a_spread_that_was_fixed_may_be_learned_from_then_on(build):
+    """As in the reference's configurations: pre-training has no variable for it, fine-tuning has."""
+    modes = {"num_modes": 3} if build in (GMMMLP, GMMTransformer) else {}
+    sizes = {"mlp_dims": [8]} if build in (GaussianMLP, GMMMLP) else SMALL_TRANSFORMER
+    make = functools.partial(build, A, H, OBS * TO, fixed_std=0.1, **modes, **sizes)
+    kind = GMMPolicy if modes else GaussianPolicy
+    fixed, learned = kind(make(), H), kind(make(learn_fixed_std=True), H)
+    weights = {f"model.{name}": value for name, value in state_dict(fixed).items()}
+    load_policy(learned, Checkpoint(weights, {"kind": kind.KIND}), "state_1.safetensors")
+    found = state_dict(learned.network)
+    np.testing.assert_allclose(found.pop("logvar"), np.log(0.01), rtol=1e-6)
+    np.testing.assert_equal(found, state_dict(fixed.network))

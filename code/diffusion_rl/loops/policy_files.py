@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.assets import resolve
-from diffusion_rl.interop.torch_names import load_state_dict
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.run_state import Checkpoint, finite_weights, load_checkpoint
 from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
@@ -104,6 +104,9 @@ def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
         return
     network = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
     if not isinstance(policy, FineTunedDiffusionPolicy):
+        own = state_dict(policy.network)
+        if "logvar" in own:  # a spread that was fixed in pre-training and is learned from here on
+            network = {"logvar": own["logvar"], **network}
         for module in (policy.network, *getattr(policy, "copies", ())):
             load_state_dict(module, network)
         if isinstance(policy, FineTunedGaussianPolicy):
