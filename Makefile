@@ -1,5 +1,6 @@
 # make demo            fine-tune the shipped Hopper policy and show the return before and after (5 to 10 minutes)
-# make test            everything that can be checked on this machine
+# make test            everything that can be checked on this machine, but for the longest tests of their kind
+# make test-slow       these
 # make parity-report   how far this port is from the PyTorch reference, quantity by quantity, to figure/parity/
 # make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side, and with
 #                      UPSTREAM_PYTHON=<interpreter that has its simulators> whole iterations as well
@@ -21,8 +22,10 @@ RUN := $(VENV)/bin/python
 TEST_EXTRAS := gym,kitchen,mpe,kuka,parity,test
 ROBOSUITE := $(shell sed -n 's/.*"\(robosuite==[0-9.]*\)".*/\1/p' setup.py | head -n 1)
 PACKAGING := setup.py pyproject.toml
+# Two calls of `make test`, because compiled programs are never freed: new processes need less memory.
+pytest = $(RUN) -m pytest $(1) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
 
-.PHONY: help demo test parity-report benchmark lint clean
+.PHONY: help demo test test-slow parity-report benchmark lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -32,7 +35,10 @@ demo: $(VENV)/.gym
 	@$(RUN) script/demo.py
 
 test: $(VENV)/.test
-	@$(RUN) -m pytest parity_tests tests $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
+	@status=0; for suite in parity_tests tests; do $(call pytest,$$suite) || status=1; done; exit $$status
+
+test-slow: $(VENV)/.test
+	@$(call pytest,parity_tests tests -m slow)
 
 parity-report: $(VENV)/.test
 	@$(RUN) -m parity_tests.report

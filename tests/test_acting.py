@@ -47,8 +47,20 @@ def observation(name, n_envs):
     return state, rgb
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("sampling", [{"ft_denoising_steps": 2}, {"ft_denoising_steps": 3, "use_ddim": True}], ids=str)
+DDPM, DDIM = {"ft_denoising_steps": 2}, {"ft_denoising_steps": 3, "use_ddim": True}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "name"),
+    [
+        (DDPM, "vision mlp"),
+        (DDIM, "vision mlp"),
+        (DDIM, "unet"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(DDPM, "unet"), (DDPM, "vision unet")]),
+        pytest.param(DDIM, "vision unet", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_compiled_networks_give_the_plain_samples(name, sampling):
     """16 environments in parts; explored chains, their log-probabilities, and evaluation."""
     steps = {"ddim_steps": 3} if sampling.get("use_ddim") else {}

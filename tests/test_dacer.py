@@ -135,6 +135,7 @@ def test_the_temperatures_turn_comes_after_so_many_steps_of_the_critics(policy):
     assert plan(2) == [(1, True, True), (1, False, True), (3, True, True), (1, False, True)]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     name = f"{HOPPER}/ft_dacer_mlp"
     folder, _, config_name = name.rpartition("/")

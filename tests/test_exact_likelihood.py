@@ -85,7 +85,7 @@ def test_a_linear_flow_by_hand():
 GAUSSIAN = {"sde_hutchinson_type": "Gaussian", "sde_num_epsilon": 1, "clip_vloss_coef": 0.1}
 
 
-@pytest.mark.parametrize("options", [{}, GAUSSIAN])
+@pytest.mark.parametrize("options", [{}, pytest.param(GAUSSIAN, marks=pytest.mark.slow)])
 def test_the_update_in_chunks_is_the_plain_one(options, monkeypatch):
     monkeypatch.setattr(dppo_exact_trainer, "CHUNK", 4)
     n, results = 13, []

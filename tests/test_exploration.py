@@ -74,7 +74,7 @@ def test_fine_tuning_as_configured(tmp_path, policy, monkeypatch) -> None:
     from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
 
     videos: list[str] = []
-    monkeypatch.setattr(AvoidingVectorEnv, "_recorder", lambda self, path: videos.append(path) or Silent())
+    monkeypatch.setattr(AvoidingVectorEnv, "recorder", lambda self, path: videos.append(path) or Silent())
 
     small = [
         "env.n_envs=2",

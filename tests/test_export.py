@@ -152,7 +152,10 @@ def in_a_fresh_process(exports: dict[Path, dict[str, np.ndarray]]) -> list[dict[
     return [dict(np.load(result)) for result in results]
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("mlp", "gaussian")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_the_checkpoints_actions_in_a_process_with_tensorflow_only(tmp_path, name):
     checkpoint = make_checkpoint(tmp_path, name)
     source = export.open_policy(checkpoint)

@@ -97,7 +97,16 @@ def run(name: str, logdir: Path, *given: str):
     return built
 
 
-@pytest.mark.parametrize("name", RUNS, ids=[name.rsplit("/", 1)[1] for name in RUNS])
+QUICK = ("ft_dql_diffusion_mlp", "ft_rwr_diffusion_mlp", "ft_awr_diffusion_mlp", "rlpd_mlp")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, id=short, marks=() if short in QUICK else pytest.mark.slow)
+        for name, short in ((name, name.rsplit("/", 1)[1]) for name in RUNS)
+    ],
+)
 def test_resumed_equals_never_stopped(tmp_path, name):
     given = overrides(name, tmp_path)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
