@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def memory_is_returned() -> Iterator[None]:
-    """Graphs are cycles of objects that the collector seldom looks for: thousands of tests need gigabytes else."""
+    """Graphs are cycles of objects, which the collector seldom looks for. Compiled programs stay (see the Makefile)."""
     yield
     gc.collect()
     if sys.platform == "linux":

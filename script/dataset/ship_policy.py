@@ -7,6 +7,8 @@
 import argparse
 import sys
 
+import numpy as np
+
 from diffusion_rl.core.errors import exit_status
 from diffusion_rl.loops.policy_files import policy_weights
 from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
@@ -16,13 +18,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="state_<n>.safetensors of a pre-training run")
     parser.add_argument("output", help="file to write")
+    parser.add_argument("--half", action="store_true", help="write 16-bit numbers, for large networks")
     arguments = parser.parse_args()
     checkpoint = load_checkpoint(arguments.checkpoint)
     require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
     group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
     tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
+    if arguments.half:
+        tensors = {name: value.astype(np.float16) for name, value in tensors.items()}
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
-    here = ("log_dir", "logdir")  # folders of the machine that it was trained on
+    here = ("log_dir", "logdir", "resume")  # folders of the machine that it was trained on
     metadata["config"] = {k: v for k, v in metadata.get("config", {}).items() if k not in here}
     save_checkpoint(arguments.output, tensors, metadata)
     print(f"{arguments.output}: {len(tensors)} tensors, {sum(t.size for t in tensors.values())} parameters")

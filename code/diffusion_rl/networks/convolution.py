@@ -44,7 +44,7 @@ _shared: list[_Kept] = []
 
 @contextlib.contextmanager
 def shared_matrices() -> Iterator[None]:
-    """Inside this block a kernel is transformed once: before a loop that begins in the block, not in its rounds.
+    """Inside this block a kernel is transformed once: before the loops that begin in the block, not in their rounds.
 
     For use where weights do not change, and in one graph (or eagerly) only.
     """

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.batching import side_by_side
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.diffusion.inpainting import Conditions, Known
 from diffusion_rl.networks.layers import Array
-from diffusion_rl.planners.diffuser import Losses, TrajectoryDiffusion
+from diffusion_rl.planners.diffuser import MIN_PART, Losses, TrajectoryDiffusion
 
 
 class ActionDiffusion(TrajectoryDiffusion):
@@ -40,7 +41,7 @@ class ActionDiffusion(TrajectoryDiffusion):
 
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array) -> Losses:
         """Weighted error of the noise or the clean actions; x, noise [B,H,A], t [B], conditions {0: [B,O]}."""
-        output = self.output(self.q_sample(x, t, noise), t, self.given(conditions))
+        output = side_by_side(self.output, MIN_PART, self.q_sample(x, t, noise), t, self.given(conditions))
         return self.weighted(output, noise if self.predict_epsilon else x)
 
     def given(self, conditions: Conditions) -> Array:

@@ -187,7 +187,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         with_chain: bool = False,
         groups: int = 1,
     ) -> Plans:
-        """Denoise trajectories. Graph-safe: a loop of T steps that is compiled once.
+        """Denoise trajectories, in one part per core. Graph-safe: a loop of T steps for each part.
 
         Args:
             conditions: known observations [B,O], or [1,O] for all samples, by time index.
