@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from ctypes.util import find_library
 
 import h5py
 import numpy as np
@@ -75,13 +76,10 @@ def test_plans_and_results(folder, capsys):
     assert len(lines) == 4 and lines[2].endswith("| 2 scores ")
 
 
+@pytest.mark.skipif(not any(map(find_library, ("EGL", "OSMesa"))), reason="no library that renders off-screen")
 def test_plans_are_filmed(folder):
     pytest.importorskip("imageio_ffmpeg")
-    try:
-        planner_app.plan_guided([*PLAN, "--render", "True", "--vis_freq", "2", "--suffix", "film"])
-    except UserError as error:
-        assert "MUJOCO_GL" in str(error)
-        pytest.skip(f"no off-screen rendering here: {error}")
+    planner_app.plan_guided([*PLAN, "--render", "True", "--vis_freq", "2", "--suffix", "film"])
     films = folder / "logs" / NAME / "plans" / "H4_T3_d0.997" / "film"
     assert all((films / name).stat().st_size for name in ("0_plan.mp4", "0.png", "2_plan.mp4", "2.png", "rollout.mp4"))
     first = frames(films / "0_plan.mp4")

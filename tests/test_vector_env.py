@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -427,17 +428,14 @@ def test_video_of_a_generic_environment(tmp_path: Path) -> None:
     assert (tmp_path / "render" / "one.mp4").stat().st_size > 0
 
 
+@pytest.mark.skipif(not any(map(find_library, ("EGL", "OSMesa"))), reason="no library that renders off-screen")
 def test_video_of_locomotion(tmp_path: Path) -> None:
     """In a helper process: software rendering next to TensorFlow would crash."""
     pytest.importorskip("imageio_ffmpeg")
     pytest.importorskip("tensorflow")
     venv = hopper(2)
     path = tmp_path / "hopper.mp4"
-    try:
-        venv.reset([{"video_path": str(path)}, {}])
-    except UserError as error:
-        assert "MUJOCO_GL" in str(error) and "\n" not in str(error)
-        pytest.skip(f"no off-screen rendering here: {error}")
+    venv.reset([{"video_path": str(path)}, {}])
     for chunk in some_actions(3, venv):
         venv.step(chunk)
     venv.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Callable
@@ -76,9 +77,21 @@ class StateRecorder:
 
     def __init__(self, load: Load, camera: dict[str, Any], path: str | Path, fps: int):
         """load: makes the model. camera: attributes of an MjvCamera."""
-        # without a display, EGL is the likeliest to work
-        self._backend = os.environ.get("MUJOCO_GL") or ("" if os.environ.get("DISPLAY") else "egl")
-        self._process, self._connection = processes.start(_film, load, camera, str(path), fps, self._backend)
+        chosen = os.environ.get("MUJOCO_GL")
+        *alternatives, last = [chosen] if chosen else [""] if os.environ.get("DISPLAY") else ["egl", "osmesa"]
+        for backend in alternatives:
+            try:
+                self._begin(load, camera, path, fps, backend)
+            except UserError:
+                continue
+            return
+        self._begin(load, camera, path, fps, last)
+
+    def _begin(self, load: Load, camera: dict[str, Any], path: str | Path, fps: int, backend: str) -> None:
+        # `load` in its pickled form: reading it imports MuJoCo, which looks at MUJOCO_GL then and never again
+        arguments = pickle.dumps(load), camera, str(path), fps, backend
+        self._backend = backend
+        self._process, self._connection = processes.start(_film, *arguments)
         self._confirm()
 
     def add(self, state: np.ndarray) -> None:
@@ -138,7 +151,7 @@ class StateViewer:
             raise UserError(f"++env.render=true: cannot open a window ({problem}); leave it out, or check DISPLAY")
 
 
-def _film(connection: Connection, load: Load, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:
+def _film(connection: Connection, load: bytes, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:
     """Runs in the helper process: render each state received until None comes; answer None or what went wrong, once
     when ready and once when done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -147,7 +160,7 @@ def _film(connection: Connection, load: Load, camera: dict[str, Any], path: str,
     try:
         import mujoco
 
-        writer, model = VideoWriter(path, fps), load()
+        writer, model = VideoWriter(path, fps), pickle.loads(load)()  # noqa: S301  (of the parent process)
         data, view = mujoco.MjData(model), mujoco.MjvCamera()
         _aim(view, camera)
         renderer = mujoco.Renderer(model, _HEIGHT, _WIDTH)
