@@ -315,7 +315,7 @@ class VAEDiffusionTraining:
         if state["restorable"] and self.venv is not None:
             self.venv.set_state(checkpoint.select("train.env."))
             self.observations, self.firsts = {"state": self.venv.state.copy()}, checkpoint.tensors["train.firsts"]
-        elif self.episodes is not None:
+        else:
             self.episodes.interrupt()
 
 
