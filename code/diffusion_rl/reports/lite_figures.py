@@ -39,11 +39,12 @@ def by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
     return found
 
 
-def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path) -> list[Path]:
+def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, command: str = "") -> list[Path]:
     """`loss_curve.png` of the levels' losses and `invdyn_loss_curve.png`; what there is nothing of is left out.
 
     Args:
         loss_data: {"loss0": [(step, loss), …], …, "invdyn_loss": …}.
+        command: that drew it, for the files to name.
     """
     levels = {name: points for name, points in loss_data.items() if name.startswith("loss") and points}
     inverse = {name: points for name, points in loss_data.items() if name == "invdyn_loss" and points}
@@ -53,7 +54,7 @@ def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path) -> l
         ("invdyn_loss_curve.png", inverse, "orange", "Inverse Dynamics Model Training Loss"),
     ):
         if curves:
-            drawn.append(_draw(Path(save_dir) / name, curves, title, "Loss", colour))
+            drawn.append(_draw(Path(save_dir) / name, curves, title, "Loss", colour, command=command))
     return drawn
 
 
@@ -66,7 +67,7 @@ def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, fl
     return found
 
 
-def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path) -> Path:
+def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path, command: str = "") -> Path:
     """`normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each model."""
     names = {"R1": "R1", "R2": "R2, by steps of the reflow"}
     points = {
@@ -75,7 +76,8 @@ def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path) -> Path
     }
     curves = {name: [(step, mean) for step, mean, _ in found] for name, found in points.items()}
     errors = {name: [error for _, _, error in found] for name, found in points.items()}
-    return _draw(Path(save_dir) / "normalized_score.png", curves, "Normalized Score", "Score", None, errors)
+    path = Path(save_dir) / "normalized_score.png"
+    return _draw(path, curves, "Normalized Score", "Score", None, errors, command)
 
 
 def _draw(
@@ -85,6 +87,7 @@ def _draw(
     label: str,
     colour: str | None,
     errors: Mapping[str, Sequence[float]] | None = None,
+    command: str = "",
 ) -> Path:
     from matplotlib.figure import Figure
 
@@ -101,7 +104,9 @@ def _draw(
     panel.legend()
     panel.grid(True)
     picture, table = io.BytesIO(), io.StringIO()
-    figure.savefig(picture, dpi=DPI, bbox_inches="tight", format="png")
+    figure.savefig(picture, dpi=DPI, bbox_inches="tight", format="png", metadata={"Description": command})
+    if command:
+        table.write(f"# made by: {command}\n")
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["curve", "gradient_steps", "value", *(["standard_error"] if errors is not None else [])])
     for name, points in curves.items():
