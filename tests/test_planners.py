@@ -15,6 +15,7 @@ from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.loops.planner_files import load_experiment
 from diffusion_rl.loops.run_state import load_checkpoint
 from diffusion_rl.reports.contact_sheet import frames
+from diffusion_rl.reports.plan_figure import bars_of, plan_scores
 
 NAME = "hopper-medium-v2"
 SIZE = ["--dataset", NAME, "--horizon", "4", "--n_diffusion_steps", "3", "--seed", "0"]
@@ -117,3 +118,24 @@ def test_what_is_missing_is_named(trained):
         load_experiment(trained, epoch="5")
     with pytest.raises(UserError, match=r"defaults_H4_T3_d0.99; there are .*--discount"):
         planner_app.plan_guided([*PLAN, "--discount", "0.99"])
+
+
+def test_scores_are_drawn_beside_each_other(tmp_path):
+    for name, scores in (("guided", (0.5, 0.7)), ("single", (0.4, 0.4))):
+        for i, score in enumerate(scores):
+            trial = tmp_path / "hopper-medium-expert-v2" / "plans" / name / str(i)
+            trial.mkdir(parents=True)
+            (trial / "rollout.json").write_text(json.dumps({"score": score}))
+    bars = bars_of(tmp_path, ["single=one plan"], ["cloned: 2:hopper-medium-expert-v2=30,1"])
+    assert bars == [
+        ("hopper-medium-expert-v2", "one plan", 40, 0, 2),
+        ("hopper-medium-expert-v2", "cloned: 2", 30, 1, 0),
+    ]
+    assert [(bar.label, round(bar.mean)) for bar in bars_of(tmp_path, [])] == [("guided", 60), ("single", 40)]
+    picture = plan_scores(bars, tmp_path / "scores.png", "the command")
+    assert picture.stat().st_size > 5000
+    assert picture.with_suffix(".csv").read_text().splitlines()[0] == "# made by: the command"
+    with pytest.raises(UserError, match="no finished plans"):
+        bars_of(tmp_path, ["other=x"])
+    with pytest.raises(UserError, match="MEAN,ERROR"):
+        bars_of(tmp_path, [], ["cloned:hopper-medium-expert-v2=30"])

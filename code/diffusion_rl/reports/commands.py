@@ -12,6 +12,7 @@ from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.figures import learning_curve
+from diffusion_rl.reports.plan_figure import bars_of, plan_scores
 
 AddCommand = Callable[[argparse._SubParsersAction], None]
 
@@ -26,6 +27,7 @@ def main(more: Sequence[AddCommand] = ()) -> int:
     _add_learning_curve(commands)
     _add_compare(commands)
     _add_contact_sheet(commands)
+    _add_plan_scores(commands)
     _add_lite(commands)
     for add_command in more:
         add_command(commands)
@@ -95,6 +97,20 @@ def _add_contact_sheet(commands: argparse._SubParsersAction) -> None:
 
 def _draw_contact_sheet(args: argparse.Namespace, command: str) -> None:
     print(contact_sheet(args.video, args.output, args.columns, command))
+
+
+def _add_plan_scores(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("plan_scores", help="scores of planners, with standard errors, by data set")
+    command.add_argument("logbase", help="folder that the plans were written to, as --logbase")
+    command.add_argument("--output", default="figure/plan_scores.png", help="the PNG; a CSV goes beside it")
+    command.add_argument("--label", action="append", default=[], help="EXPERIMENT=TEXT: draw this folder of plans only")
+    command.add_argument("--also", action="append", default=[], help="TEXT:DATASET=MEAN,ERROR: scores from elsewhere")
+    command.set_defaults(draw=_draw_plan_scores)
+
+
+def _draw_plan_scores(args: argparse.Namespace, command: str) -> None:
+    path = plan_scores(bars_of(args.logbase, args.label, args.also), args.output, command)
+    print(f"{path}\n{path.with_suffix('.csv')}")
 
 
 def _add_lite(commands: argparse._SubParsersAction) -> None:
