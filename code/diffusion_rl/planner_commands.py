@@ -29,8 +29,8 @@ def read_results(arguments: Sequence[str]) -> None:
 def table(arguments: Sequence[str]) -> None:
     """`[--logbase DIR] [--labels FILE]`: a LaTeX table of the published scores.
 
-    --logbase: Diffuser's column from the plans below a folder, where there are some. --labels: a JSON file with other
-    words for the rows and columns, {"Dataset": "…", "hopper": "…"}.
+    --logbase: Diffuser's column from the plans below a folder, the guided ones where there are some. --labels: a JSON
+    file with other words for the rows and columns, {"Dataset": "…", "hopper": "…"}.
     """
     options = _known(arguments, {"logbase": None, "labels": None})
     means, errors = plan_results.published()
@@ -38,6 +38,7 @@ def table(arguments: Sequence[str]) -> None:
         own = plan_results.experiments(options["logbase"])
         if not own:
             raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
+        own.sort(key=lambda each: each.guided)  # the last of a data set counts
         means["Diffuser"] = {each.dataset: round(each.mean, 1) for each in own}
         errors["Diffuser"] = {each.dataset: round(each.error, 2) for each in own}
     labels = _labels(options["labels"]) if options["labels"] else None

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,11 +33,12 @@ Scores = Mapping[str, Mapping[str, float]]  # by algorithm, then data set
 
 
 class Experiment(NamedTuple):
-    """The trials of one experiment; scores are 100 times the normalised ones."""
+    """The trials of one experiment; scores are 100 times the normalised ones. guided: by a value."""
 
     dataset: str
     folder: Path
     scores: list[float]
+    guided: bool = True
 
     @property
     def mean(self) -> float:
@@ -62,13 +63,16 @@ def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list
         for folder in sorted(Path(logbase).glob(f"{dataset}/plans*/*"), key=str):
             trials = sorted(folder.glob("*/rollout.json"), key=str)
             if trials:
-                found.append(Experiment(dataset, folder, [_score(path) for path in trials]))
+                facts = [_read(path) for path in trials]
+                guided = "epoch_value" in facts[0]
+                found.append(Experiment(dataset, folder, [each["score"] * 100 for each in facts], guided))
     return found
 
 
-def _score(path: Path) -> float:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())["score"] * 100
+        facts = json.loads(path.read_text())
+        return {**facts, "score": float(facts["score"])}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} has no score in it ({error}): delete it or plan again") from error
 
