@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,3 +328,14 @@ def footer_of(command: str, width: int) -> str:
     """At most two lines of the command; the whole of it is in the CSV and in the PNG's metadata."""
     lines = [command[start : start + width] for start in range(0, len(command), width)]
     return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][: width - 2] + " …"])
+
+
+def write_with_table(figure: Any, path: Path, rows: Iterable[Sequence[Any]], command: str, **options: Any) -> None:
+    """The PNG (`options` of savefig) and a CSV of rows beside it, both naming the command, if there is one."""
+    picture, table = io.BytesIO(), io.StringIO()
+    figure.savefig(picture, format="png", metadata={"Description": command}, **options)
+    table.write(f"# made by: {command}\n" if command else "")
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, picture.getvalue())
+    replace_file(path.with_suffix(".csv"), table.getvalue().encode())

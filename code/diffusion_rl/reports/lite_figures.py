@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.reports.metrics import replace_file
+from diffusion_rl.reports.figures import write_with_table
 
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
 DPI = 150
@@ -103,18 +101,11 @@ def _draw(
     panel.set(xlabel="Gradient Steps", ylabel=label, title=title)
     panel.legend()
     panel.grid(True)
-    picture, table = io.BytesIO(), io.StringIO()
-    figure.savefig(picture, dpi=DPI, bbox_inches="tight", format="png", metadata={"Description": command})
-    if command:
-        table.write(f"# made by: {command}\n")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["curve", "gradient_steps", "value", *(["standard_error"] if errors is not None else [])])
+    rows: list[list[Any]] = [["curve", "gradient_steps", "value", *(["standard_error"] if errors is not None else [])]]
     for name, points in curves.items():
         extra = [[]] * len(points) if errors is None else [[error] for error in errors[name]]
-        writer.writerows([name, *point, *more] for point, more in zip(points, extra, strict=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, picture.getvalue())
-    replace_file(path.with_suffix(".csv"), table.getvalue().encode())
+        rows += [[name, *point, *more] for point, more in zip(points, extra, strict=True)]
+    write_with_table(figure, path, rows, command, dpi=DPI, bbox_inches="tight")
     return path
 
 

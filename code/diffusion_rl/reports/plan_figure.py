@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.reports.metrics import replace_file
+from diffusion_rl.reports.figures import write_with_table
 from diffusion_rl.reports.plan_results import experiments
 
 WIDTH = 0.8  # of a group of bars
@@ -80,13 +78,6 @@ def plan_scores(bars: Sequence[Bar], output: str | Path, command: str = "") -> P
     panel.set(ylabel="normalised score")
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    picture, table = io.BytesIO(), io.StringIO()
-    figure.savefig(picture, dpi=150, format="png", metadata={"Description": command})
-    table.write(f"# made by: {command}\n" if command else "")
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerows([Bar._fields, *bars])
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, picture.getvalue())
-    replace_file(path.with_suffix(".csv"), table.getvalue().encode())
+    write_with_table(figure, path, [Bar._fields, *bars], command, dpi=150)
     return path
