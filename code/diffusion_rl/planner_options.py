@@ -1,8 +1,9 @@
 """The planners' command lines: `--dataset NAME --config NAME --<any hyper-parameter> VALUE`.
 
 The hyper-parameters of an experiment stand in cfg/planning/<config>.yaml; those of a preset (`--preset`) and those
-that a data set changes come next, then the command line, then texts that begin with "f:", whose {names} are replaced by
-the values so far. Nothing is executed in any of it: values are numbers, texts or Python literals.
+that a data set changes come next, and those that it changes in the preset; then the command line, then texts that begin
+with "f:", whose {names} are replaced by the values so far. Nothing is executed in any of it: values are numbers, texts
+or Python literals.
 """
 
 from __future__ import annotations
@@ -75,13 +76,14 @@ def parse(
         raise UserError(
             f"--config {config} has no experiment {experiment!r}: it has {', '.join(_experiments(settings))}"
         )
-    values = dict(settings[experiment]["options"])
+    values, chosen, presets = dict(settings[experiment]["options"]), {}, settings.get("presets", {})
     if (preset := given.pop("preset", None)) is not None:
-        presets = settings.get("presets", {})
         if preset not in presets:
             raise UserError(f"--preset {preset}: --config {config} has {', '.join(presets) or 'none'}")
-        values |= presets[preset].get(experiment, {})
-    values |= settings.get("overrides", {}).get(dataset, {}).get(experiment, {})
+        chosen = presets[preset]
+    values |= chosen.get(experiment, {})
+    for overrides in (settings.get("overrides", {}), chosen.get("overrides", {})):
+        values |= overrides.get(dataset, {}).get(experiment, {})
     values |= {key: tuple(values[key]) for key in TUPLES if key in values}
     name = given.pop("exp_name", None)
     for key, text in given.items():
