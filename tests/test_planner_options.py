@@ -30,7 +30,7 @@ def test_a_data_set_changes_a_preset():
     cheetah = ("--preset", "laptop", "--dataset", "halfcheetah-medium-expert-v2")
     given = options("diffusion", *cheetah)
     assert (given.horizon, given.dim_mults, given.n_diffusion_steps) == (4, (1, 4, 8), 10)  # the data set's wins
-    assert (given.n_train_steps, options("diffusion", "--preset", "laptop").n_train_steps) == (70e3, 22e3)
+    assert (given.n_train_steps, options("diffusion", "--preset", "laptop").n_train_steps) == (90e3, 28e3)
     given = options("plan", *cheetah)
     assert (given.scale, given.t_stopgrad) == (100, 2)  # what it changes in the preset, not what it changes otherwise
     assert given.value_loadpath == f"values/defaults_H4_T10_d{options('values', *cheetah).discount}"

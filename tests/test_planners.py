@@ -108,6 +108,22 @@ def test_resumed_is_uninterrupted(folder, trained):
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
+def test_the_last_steps_have_a_tenth_of_the_rate(folder):
+    final = []
+    for base, runs in {
+        "decayed": [["6", "--lr_decay_steps", "2"]],
+        "by_hand": [["4"], ["6", "--lr_scale", "0.1", "--resume", "True"]],
+        "resumed": [["6", "--lr_decay_steps", "2"], ["6", "--lr_decay_steps", "2", "--resume", "3"]],
+    }.items():
+        for n_train_steps, *more in runs:
+            planner_app.train([*TRAIN, "--logbase", base, "--n_train_steps", n_train_steps, *more])
+        state = load_checkpoint(folder / base / NAME / "diffusion" / "defaults_H4_T3" / "state_6.safetensors")
+        final.append(state.select("model."))
+    for other in final[1:]:
+        for name, value in final[0].items():
+            np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
 def test_what_is_missing_is_named(trained):
     with pytest.raises(UserError, match="train a model first"):
         planner_app.plan_guided([*PLAN, "--logbase", "elsewhere"])

@@ -107,6 +107,7 @@ def train_model(
         label_freq=max(int(options.n_train_steps // options.n_saves), 1),
         sample_freq=options.sample_freq,
         n_reference=options.n_reference,
+        lr_decay_steps=options.lr_decay_steps,
         save=save,
         say=lambda line: print(line, flush=True),
     )
@@ -131,7 +132,7 @@ def train_model(
 
 _TRAINER_KEYS = (
     *("batch_size", "learning_rate", "gradient_accumulate_every", "ema_decay", "sample_freq", "save_freq"),
-    *("n_train_steps", "n_saves", "n_reference", "save_parallel", "bucket"),
+    *("n_train_steps", "n_saves", "n_reference", "save_parallel", "bucket", "lr_decay_steps"),
 )
 
 

@@ -19,6 +19,7 @@ from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer, MicroBatch
 
 STEPS_PER_CALL = 10  # of the compiled training function
+DECAYED = 0.1  # of the learning rate
 SAMPLES_DRAWN, PICTURES = 2, 2  # samples of a picture of samples, and how many such pictures
 
 
@@ -47,6 +48,7 @@ class DiffuserTraining:
         n_train_steps, save_freq, label_freq, log_freq, sample_freq: all in steps; a checkpoint saved at step s is
             called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
         n_reference: windows of the picture of the data.
+        lr_decay_steps: so many last steps have a tenth of the trainer's learning rate.
         save: writes a checkpoint, given (label, tensors, metadata).
         say: prints a line.
         renderer: draws pictures, `composite(name, observations [n,H,O])`; None: no pictures.
@@ -68,6 +70,7 @@ class DiffuserTraining:
         log_freq: int = 100,
         sample_freq: int = 0,
         n_reference: int = 8,
+        lr_decay_steps: int = 0,
         save: Callable[[int, dict[str, np.ndarray], dict[str, Any]], None],
         say: Callable[[str], None] = print,
         record: Callable[[Mapping[str, Any]], None] = lambda row: None,
@@ -82,6 +85,7 @@ class DiffuserTraining:
         self.save_freq, self.label_freq, self.log_freq, self.sample_freq = save_freq, label_freq, log_freq, sample_freq
         self.save_to, self.say, self.record = save, say, record
         self.renderer, self.merge, self.observer = renderer, merge, observer
+        self.learning_rate, self.decays_at = trainer.optimizer.learning_rate.numpy(), n_train_steps - lr_decay_steps
         self.step = 0  # the next one
         self._sample = tf.function(trainer.ema_model.sample, autograph=False) if sample_freq else None
         self._began = time.monotonic()
@@ -94,6 +98,8 @@ class DiffuserTraining:
         with stop_signals() as arrived:
             while self.step < end:
                 count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
+                factor = DECAYED if self.step >= self.decays_at else 1.0
+                self.trainer.optimizer.learning_rate.assign(self.learning_rate * factor)
                 losses, infos = self._steps(count)
                 last = self.step + count - 1
                 if not np.isfinite(losses).all():
@@ -112,7 +118,7 @@ class DiffuserTraining:
         """Whether n steps from here are a call: something is due after the last, or enough are together."""
         last = self.step + n - 1
         due = any(every and last % every == 0 for every in (self.save_freq, self.log_freq, self.sample_freq))
-        return due or n == STEPS_PER_CALL or last + 1 == end
+        return due or n == STEPS_PER_CALL or last + 1 in (end, self.decays_at)
 
     def _steps(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Train `count` steps; results [n] of each step, or of each micro-batch where these are not merged."""
@@ -211,9 +217,7 @@ class DiffuserTraining:
         state = checkpoint.metadata["train"]
         load_state_dict(self.trainer.model, checkpoint.select("model."))
         load_state_dict(self.trainer.ema_model, checkpoint.select("ema."))
-        rate = self.trainer.optimizer.learning_rate.numpy()  # of the options, which may scale it
-        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
-        self.trainer.optimizer.learning_rate.assign(rate)
+        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))  # but not its rate: `run` sets that
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.shown.order, self.shown.position = checkpoint.tensors["train.shown"], int(state["shown"])
         self.noise.restore(state["noise"])
