@@ -16,7 +16,7 @@ GOLDENS = Path(os.environ.get("DPPO_GOLDEN_DIR", Path(__file__).resolve().parent
 
 def golden(case: str, tmp_path: Path) -> tuple[dict, dict[str, np.ndarray], Path]:
     """Metadata, arrays, and the recorded data set as a file."""
-    if not (GOLDENS / f"{case}.npz").exists():
+    if "DPPO_GOLDEN_DIR" in os.environ and not (GOLDENS / f"{case}.npz").exists():  # ours are all here
         pytest.skip(f"no recording {case} in {GOLDENS}")
     with np.load(GOLDENS / f"{case}.npz") as z:
         meta, arrays = json.loads(str(z["meta"])), {k: z[k] for k in z.files if k != "meta"}

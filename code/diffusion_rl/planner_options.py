@@ -76,13 +76,12 @@ def parse(
         raise UserError(
             f"--config {config} has no experiment {experiment!r}: it has {', '.join(_experiments(settings))}"
         )
-    values, chosen, presets = dict(settings[experiment]["options"]), {}, settings.get("presets", {})
-    if (preset := given.pop("preset", None)) is not None:
-        if preset not in presets:
-            raise UserError(f"--preset {preset}: --config {config} has {', '.join(presets) or 'none'}")
-        chosen = presets[preset]
-    values |= chosen.get(experiment, {})
-    for overrides in (settings.get("overrides", {}), chosen.get("overrides", {})):
+    wanted, presets = given.pop("preset", None), settings.get("presets", {})
+    if wanted is not None and wanted not in presets:
+        raise UserError(f"--preset {wanted}: --config {config} has {', '.join(presets) or 'none'}")
+    preset = presets.get(wanted, {})
+    values = settings[experiment]["options"] | preset.get(experiment, {})
+    for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
         values |= overrides.get(dataset, {}).get(experiment, {})
     values |= {key: tuple(values[key]) for key in TUPLES if key in values}
     name = given.pop("exp_name", None)
