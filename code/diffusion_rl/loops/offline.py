@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,11 +176,10 @@ class PreTraining:
         tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
         tensors |= {f"ema.{k}": v for k, v in state_dict(self.ema_model).items()}
         tensors |= {f"optimizer.network.{k}": v for k, v in self.trainer.optimizer.state().items()}
-        path = str(self.cfg.get("train_dataset_path", "") or "").replace("train.npz", "normalization.npz")
         metadata = {
             "kind": self.model.KIND,
             **policy_facts(self.model),
-            "normalization": normalization_facts(path),
+            "normalization": normalization_facts(self._bounds_path()),
             "train": {
                 "schedule": self.trainer.schedule.state(),
                 "noise": self.noise.state() if hasattr(self.noise, "state") else None,
@@ -187,6 +187,11 @@ class PreTraining:
             },
         }
         return tensors, metadata
+
+    def _bounds_path(self) -> Path | None:
+        """Where the bounds of the training data stand: beside them."""
+        data = self.cfg.get("train_dataset_path")
+        return Path(data).with_name("normalization.npz") if data else None
 
     def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
         with fitting(path):

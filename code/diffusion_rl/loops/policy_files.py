@@ -12,6 +12,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.assets import resolve
+from diffusion_rl.data.episodes import NORMALIZATION_KEYS, read_npz
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.run_state import Checkpoint, finite_weights, load_checkpoint
 from diffusion_rl.networks.layers import copy_weights
@@ -143,9 +144,11 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
     }
 
 
-def normalization_facts(path: str | None) -> dict[str, list[float]] | None:
-    """The statistics of a normalization file as lists, or None without one."""
+def normalization_facts(path: str | Path | None) -> dict[str, list[float]] | None:
+    """Read the bounds of a normalization file as lists; None where there is no such file, or none with bounds in it."""
     if not path or not Path(path).is_file():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return {k: np.asarray(file[k], np.float64).tolist() for k in file.files}
+    arrays = read_npz(path)
+    if not set(NORMALIZATION_KEYS) <= arrays.keys():
+        return None
+    return {key: np.asarray(arrays[key], np.float64).tolist() for key in NORMALIZATION_KEYS}
