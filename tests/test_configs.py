@@ -265,7 +265,7 @@ def run_app(capsys, monkeypatch, *arguments):
             "it is diffusion_rl.algorithms.dppo.DPPO",
         ),
         ([*HOPPER, "model.critic._target_=nobody.Critic"], "model.critic._target_: cannot import 'nobody.Critic'"),
-        ([*HOPPER, "model.critic._target_=os.getcwd"], "'os.getcwd' is not a class"),
+        ([*HOPPER, "model.critic._target_=os.getcwd"], "'os.getcwd' is of Python's standard library"),
         ([*HOPPER, "+model.clip_plos=1"], "did you mean model.clip_ploss_coef"),
         ([*HOPPER, "+model.actor.mlp_dim=[3]"], "did you mean model.actor.mlp_dims"),
         ([*HOPPER, "device=gpux"], "device=gpux is neither cpu nor cuda:<number>"),

@@ -278,9 +278,10 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
 def check_arguments(config: Mapping[str, Any]) -> None:
     """Raise UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
     for where, mapping in targets(config):
+        found = _class_at(where, mapping["_target_"])
         if not where:
             continue
-        accepted, anything = _parameters(mapping["_target_"], where)
+        accepted, anything = _parameters(found)
         for key in mapping:
             if anything or key in accepted or key in _HYDRA_ARGUMENTS or key in IGNORED_ARGUMENTS:
                 continue
@@ -292,18 +293,35 @@ def check_arguments(config: Mapping[str, Any]) -> None:
             )
 
 
-def _parameters(target: str, where: str) -> tuple[set[str], bool]:
+def _class_at(where: str, target: str) -> type:
+    """The class of a `_target_`, if it can stand in that place. Raises UserError; nothing is built."""
+    try:
+        found = find_class(target)
+    except UserError as error:
+        raise UserError(f"{where}._target_: {error}".removeprefix(".")) from error
+    last = where.rpartition(".")[2]
+    if not where:
+        needed, what = ("run",), "loop (it has no method run)"
+    elif last in ("train_dataset", "offline_dataset"):
+        needed, what = ("__len__", "require_dims"), "data set (see diffusion_rl.data.sequences.SequenceDataset)"
+    elif last == "model":
+        needed, what = ("KIND",), "policy (see diffusion_rl.policies)"
+    else:
+        needed, what = ("trainable_variables",), "network (a Keras layer or a tf.Module)"
+    own = where and found.__module__.startswith((f"{PACKAGE}networks.", f"{PACKAGE}diffusion."))
+    if not own and not all(hasattr(found, name) for name in needed):
+        raise UserError(f"{where}._target_={target} is no {what}; refused".removeprefix("."))
+    return found
+
+
+def _parameters(found: type) -> tuple[set[str], bool]:
     """The arguments that a class and those bases it passes others on to name, and whether it takes any other too.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
-    try:
-        found = find_class(target)
-    except UserError as error:
-        raise UserError(f"{where}._target_: {error}") from error
     names: set[str] = set()
     for base in found.__mro__:
-        if base.__module__.split(".")[0] != target.split(".")[0]:
+        if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
             break
         if "__init__" not in vars(base):
             continue
@@ -311,7 +329,7 @@ def _parameters(target: str, where: str) -> tuple[set[str], bool]:
         names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
-    return names, not target.startswith(PACKAGE)
+    return names, not found.__module__.startswith(PACKAGE)
 
 
 def _get(config: Mapping[str, Any], path: str, default: Any) -> Any:

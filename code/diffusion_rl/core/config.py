@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,40 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from diffusion_rl.core.errors import UserError
 
 PACKAGE = "diffusion_rl."
+#: What a checkpoint may name: networks and policies, by module of this package.
+_CHECKPOINT_MODULES = {
+    "algorithms.awr": ("AWR", "GaussianAWR"),
+    "algorithms.calql": ("CalQL",),
+    "algorithms.dacer": ("DACER",),
+    "algorithms.dipo": ("DIPO",),
+    "algorithms.dpoer": ("DPOER",),
+    "algorithms.dppo": ("DPPO",),
+    "algorithms.dppo_exact": ("ExactDPPO",),
+    "algorithms.dql": ("DQL",),
+    "algorithms.gaussian_ppo": ("GaussianPPO",),
+    "algorithms.gmm_ppo": ("GMMPPO",),
+    "algorithms.ibrl": ("IBRL",),
+    "algorithms.idql": ("IDQL",),
+    "algorithms.qsm": ("QSM",),
+    "algorithms.rlpd": ("RLPD",),
+    "algorithms.rwr": ("RWR", "GaussianRWR"),
+    "algorithms.sac": ("SAC",),
+    "diffusion.exact_likelihood": ("VPSDE",),
+    "networks.critics": ("CriticObs", "CriticObsAct", "DistributionalCritic"),
+    "networks.eta": ("EtaFixed", "EtaAction", "EtaState", "EtaStateAction"),
+    "networks.gaussian": ("GaussianMLP",),
+    "networks.gmm": ("GMMMLP",),
+    "networks.mlp": ("DiffusionMLP",),
+    "networks.transformer": ("GaussianTransformer", "GMMTransformer"),
+    "networks.unet1d": ("Unet1D",),
+    "networks.vision": ("VisionDiffusionMLP", "GaussianVisionMLP", "ViTCritic"),
+    "networks.vision_unet1d": ("VisionUnet1D",),
+    "networks.vit": ("VitEncoder",),
+    "policies.diffusion": ("DiffusionPolicy", "FineTunedDiffusionPolicy"),
+    "policies.gaussian": ("GaussianPolicy", "FineTunedGaussianPolicy"),
+    "policies.gmm": ("GMMPolicy", "FineTunedGMMPolicy"),
+}
+CHECKPOINT_CLASSES = frozenset(f"{PACKAGE}{m}.{name}" for m, names in _CHECKPOINT_MODULES.items() for name in names)
 Number = int | float
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -113,10 +148,10 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 def instantiate_trusted(node: Any, **arguments: Any) -> Any:
-    """Like `instantiate` for a configuration out of a checkpoint: only classes that this package itself defines.
+    """Build what a configuration out of a checkpoint describes: networks and policies of `CHECKPOINT_CLASSES` only.
 
-    Raises UserError for any other `_target_`, before anything is built; so does an interpolation or a Hydra
-    directive, which a saved (resolved) configuration has no need of.
+    Raises UserError for any other `_target_`, before anything is imported or built, and for an interpolation or a
+    Hydra directive, which a saved (resolved) configuration has no need of.
     """
     plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
     for where, text in _strings(plain):
@@ -125,32 +160,32 @@ def instantiate_trusted(node: Any, **arguments: Any) -> Any:
     for where, mapping in targets(plain):
         name = mapping["_target_"]
         directives = [key for key in mapping if str(key).startswith("_") and key != "_target_"]
-        if directives or not _is_own_class(name):
+        if directives or not isinstance(name, str) or name not in CHECKPOINT_CLASSES:
             what = f"{where}.{directives[0]}" if directives else f"{where}._target_ = {name}"
-            raise UserError(f"checkpoint's configuration: {what} is not a class of {PACKAGE.rstrip('.')}; refused")
+            raise UserError(f"checkpoint's configuration: {what} is no network or policy of this package; refused")
     return instantiate(OmegaConf.create(plain), **arguments)
 
 
 def find_class(name: str) -> type:
-    """The class `package.module.Class`. Raises UserError saying why it cannot be had."""
+    """The class `package.module.Class`. Raises UserError saying why it cannot be had.
+
+    Modules of Python's standard library are not even imported: no part of a run is one of their classes.
+    """
     module, _, attribute = name.rpartition(".")
+    _refuse_standard_library(name, module)
     try:
         found = getattr(importlib.import_module(module), attribute, None) if module else None
     except ImportError as error:
         raise UserError(f"cannot import '{name}': {error}") from error
     if not inspect.isclass(found):
         raise UserError(f"'{name}' is not a class")
+    _refuse_standard_library(name, found.__module__)
     return found
 
 
-def _is_own_class(name: Any) -> bool:
-    """Whether `name` is a class that this package itself defines, not one that a module of ours merely imports."""
-    if not isinstance(name, str) or not name.startswith(PACKAGE):
-        return False
-    try:
-        return find_class(name).__module__.startswith(PACKAGE)
-    except UserError:
-        return False
+def _refuse_standard_library(name: str, module: str) -> None:
+    if module.partition(".")[0] in sys.stdlib_module_names:
+        raise UserError(f"'{name}' is of Python's standard library and can be no part of a run; refused")
 
 
 def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:

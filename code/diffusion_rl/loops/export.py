@@ -31,7 +31,7 @@ from diffusion_rl.algorithms.qsm import QSM
 from diffusion_rl.algorithms.rlpd import RLPD
 from diffusion_rl.algorithms.rwr import RWR, GaussianRWR
 from diffusion_rl.algorithms.sac import SAC
-from diffusion_rl.core.config import PACKAGE, find_class, instantiate_trusted
+from diffusion_rl.core.config import CHECKPOINT_CLASSES, find_class, flatten, instantiate_trusted
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.normalizers import KEYS, MinMaxNormalizer
@@ -53,6 +53,7 @@ from diffusion_rl.policies.gmm import FineTunedGMMPolicy, GMMPolicy
 SIGNATURES = {"serving_default": "act", "with_noise": "act_with_noise"}
 DEFAULT_ENDING = {"savedmodel": "_savedmodel", "tflite": ".tflite"}  # of the output's name, by format
 TOLERANCE = 1e-5  # of an action, or of half its range where that is more than 1
+LARGEST_SETTING = 1024  # of a network, that need not show in the shape of a weight
 CHECKED = 32  # random observations
 TIMED, WARM_UP = 300, 20  # decisions
 
@@ -171,12 +172,14 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
     """The acting part of what the configuration describes: networks of values are not built."""
     node = dict(config["model"])
     target = str(node.pop("_target_", None))
-    cls = find_class(target) if target.startswith(PACKAGE) else None
+    cls = find_class(target) if target in CHECKPOINT_CLASSES else None
     if cls not in ACTS_AS:
         names = ", ".join(sorted(exportable.__name__ for exportable in ACTS_AS))
         raise UserError(f"{path} is of a {target.rpartition('.')[2]}, which cannot be exported; these can: {names}")
     acts_as = ACTS_AS[cls]
-    network = instantiate_trusted(node.pop("network", None) or node.pop("actor", None))
+    network = node.pop("network", None) or node.pop("actor", None)
+    refuse_larger(network, checkpoint, path)
+    network = instantiate_trusted(network)
     sampling = checkpoint.metadata.get("sampling") or {}
     if issubclass(acts_as, DiffusionPolicy):
         if fine_tuned := is_fine_tuned(policy_weights(checkpoint)):
@@ -190,6 +193,17 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
     squashed = {"tanh_output": True} if cls is SAC else {}
     given = squashed | {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
     return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **given)
+
+
+def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
+    """Raise UserError where a described network has a size or a number of layers that the stored weights cannot have."""
+    widest = max((size for value in checkpoint.tensors.values() for size in value.shape), default=0)
+    most = max(widest, LARGEST_SETTING), max(len(checkpoint.tensors), LARGEST_SETTING)
+    for key, value in flatten(node if isinstance(node, Mapping) else {}).items():
+        entries = value if isinstance(value, list) else [value]
+        sizes = [entry for entry in entries if isinstance(entry, int | float) and not isinstance(entry, bool)]
+        if len(entries) > most[1] or any(not abs(size) <= most[0] for size in sizes):
+            raise UserError(f"{path}: its configuration has {key}={str(value)[:60]}, which does not fit its weights")
 
 
 def normalizer_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> MinMaxNormalizer:
