@@ -8,4 +8,4 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "code"))
 from diffusion_rl import planner_commands  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(planner_commands.run(planner_commands.table))
+    sys.exit(planner_commands.run("planner_commands:table"))

@@ -34,9 +34,9 @@ from diffusion_rl import app
 from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
 from diffusion_rl.algorithms.pretrain import PreTrainer
 from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.core import signals
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
-from diffusion_rl.loops import run_folder
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -141,7 +141,7 @@ def test_a_signal_sent_twice_is_one(tmp_path, base, monkeypatch):
 
 
 def test_the_second_signal_stops_at_once_and_the_handlers_are_put_back(tmp_path, base, monkeypatch):
-    monkeypatch.setattr(run_folder, "ONE_REQUEST_SECONDS", 0)
+    monkeypatch.setattr(signals, "ONE_REQUEST_SECONDS", 0)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     signal_at_step(monkeypatch, 2, signal.SIGINT, signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt) as stopped:

@@ -20,6 +20,7 @@ from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.kuka import StackingTraining, run_episode
 from diffusion_rl.loops.planner_files import Description, Experiment, load_experiment, require_compatible
 from diffusion_rl.loops.planning import write_json
+from diffusion_rl.loops.run_state import require_finite
 from diffusion_rl.planner_app import beside, score_line, seed_of, train_model
 from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.kuka import MaskedDiffusion, StackClassification, StackingPlanner, StackingTrainer
@@ -109,5 +110,7 @@ def _original(options: Options, path: Path) -> Experiment:
     for key in ("horizon", "n_diffusion_steps", "dim", "dim_mults"):
         setattr(standard, key, getattr(options, key))
     model = describe(standard, dataset).build()
-    load_state_dict(model, stacking_weights(path, model.n_timesteps))
+    weights = stacking_weights(path, model.n_timesteps)
+    require_finite(weights, path)
+    load_state_dict(model, weights)
     return Experiment(model, dataset.normalizers, dataset.normalizer, 0, path)

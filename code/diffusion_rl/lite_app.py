@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -21,6 +22,7 @@ from diffusion_rl.lite_options import LiteOptions, parse
 from diffusion_rl.loops import lite_files
 from diffusion_rl.loops.lite_acting import Targets, decision_times, run_lite_episodes
 from diffusion_rl.loops.lite_training import Generation, LiteLoop, PlanTraining, QLearning, Reflow
+from diffusion_rl.loops.locks import locked
 from diffusion_rl.loops.planner_files import find_episodes
 from diffusion_rl.loops.planning import normalized_score, write_json
 from diffusion_rl.networks.dit import ConditionalDiT
@@ -68,11 +70,13 @@ class Pipeline:
         configure_threads(shared=options.mode not in ("training", "reflow"))  # these train the levels side by side
 
     def run(self) -> None:
-        """Do what `mode` says."""
-        if self.options.restore_from:
-            count = lite_files.mirror(self._existing(self.options.restore_from), self.results)
-            print(f"{count} files from {self.options.restore_from}")
-        getattr(self, self.options.mode)()
+        """Do what `mode` says; one process at a time trains in a task's folder."""
+        alone = self.options.mode not in ("inference", "benchmark")
+        with locked(self.folder, "name another results_dir") if alone else contextlib.nullcontext():
+            if self.options.restore_from:
+                count = lite_files.mirror(self._existing(self.options.restore_from), self.results)
+                print(f"{count} files from {self.options.restore_from}")
+            getattr(self, self.options.mode)()
 
     @staticmethod
     def _existing(path: str) -> Path:
@@ -226,9 +230,10 @@ class Pipeline:
         log = lite_files.LossLog(self.folder, self.results, log_name)
 
         def save_all(loop: LiteLoop, interrupted: bool = False) -> None:
+            state = lite_files.finite_state(loop)
             if not interrupted:
                 save(loop.step, lite_files.labels_of(loop.step, o.save_interval, o.keep_every))
-            lite_files.save_state(self.folder, mode, loop, o.keep_states and not interrupted)
+            lite_files.save_state(self.folder, mode, loop, state, o.keep_states and not interrupted)
             self.backup()
 
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}

@@ -22,6 +22,7 @@ from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.envs.maze2d import Maze2D
 from diffusion_rl.envs.plan_video import film_plan
 from diffusion_rl.loops.diffuser_training import DiffuserTraining
+from diffusion_rl.loops.locks import locked
 from diffusion_rl.loops.maze2d import follow_plan
 from diffusion_rl.loops.planner_files import (
     Description,
@@ -34,7 +35,7 @@ from diffusion_rl.loops.planner_files import (
     require_compatible,
 )
 from diffusion_rl.loops.planning import Episodes, normalized_score, run_episodes, write_json
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.loops.run_state import load_checkpoint, require_finite, save_checkpoint
 from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.diffuser import Decision, Diffuser, ValueDiffusion
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
@@ -114,6 +115,13 @@ def train_model(
     for line in run.report():
         print(line)
     run.check()
+    with locked(folder, "give another --prefix"), run.stop:
+        _train_in_folder(run, folder, options, description)
+        run.stop_if_requested()
+
+
+def _train_in_folder(run: DiffuserTraining, folder: Path, options: Options, description: Description) -> None:
+    """Resume if that is asked for, then train to the end, epoch by epoch."""
     start = _resume(run, folder, options.resume)
     options.save()  # not before it is known that the run can begin
     description.save(folder, {k: v for k, v in options.as_dict().items() if k in _TRAINER_KEYS})
@@ -123,6 +131,7 @@ def train_model(
     epochs = -(-run.n_train_steps // options.n_steps_per_epoch)
     try:
         while run.step < run.n_train_steps:
+            run.stop_if_requested()
             epoch = run.step // options.n_steps_per_epoch
             print(f"Epoch {epoch} / {epochs} | {folder}", flush=True)
             run.run(until=(epoch + 1) * options.n_steps_per_epoch)
@@ -155,7 +164,9 @@ def _resume(run: DiffuserTraining, folder: Path, resume: str) -> int:
     _, path = find_state(folder, "latest" if resume in ("True", "latest") else resume)
     if path.suffix == ".pt":
         raise UserError(f"{path} has no optimizer state and cannot be resumed: train anew under another --prefix")
-    run.restore(load_checkpoint(path))
+    checkpoint = load_checkpoint(path)
+    require_finite(checkpoint.tensors, path)
+    run.restore(checkpoint)
     print(f"resuming {path} at step {run.step}", flush=True)
     return run.step
 

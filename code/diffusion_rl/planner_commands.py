@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion_rl.core import signals
 from diffusion_rl.core.errors import UserError, exit_status
 from diffusion_rl.planner_options import pairs
 from diffusion_rl.reports import plan_results
 
+Command = Callable[[Sequence[str]], int | None]
 
-def run(command: Callable[[Sequence[str]], int | None]) -> int:
-    """A command with the arguments of this process; its exit status. Errors that a user can mend are one line."""
-    return exit_status(lambda: command(sys.argv[1:]))
+
+def run(command: str | Command) -> int:
+    """Run a command with the arguments of this process, which ends with the returned status.
+
+    Args:
+        command: a function, or "module:function" of this package, which is imported (TensorFlow with it) where a signal
+            is one line already.
+    """
+    status = exit_status(lambda: (_function(command) if isinstance(command, str) else command)(sys.argv[1:]))
+    signals.ignore()  # what is left is the end of the interpreter
+    return status
+
+
+def _function(command: str) -> Command:
+    module, _, name = command.partition(":")
+    with signals.held():
+        return getattr(importlib.import_module(f"diffusion_rl.{module}"), name)
 
 
 def read_results(arguments: Sequence[str]) -> None:

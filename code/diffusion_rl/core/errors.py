@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from diffusion_rl.core import signals
+
 
 class UserError(Exception):
     """Something the user can mend: one line that names the thing and the cure.
@@ -21,16 +23,23 @@ class Interrupted(KeyboardInterrupt):
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command line; the status that its process ends with.
 
-    A UserError is one line on stderr and 2, or a traceback under `HYDRA_FULL_ERROR=1`; an interruption
-    one line and 130.
+    A UserError, or a file that the operating system refuses, is one line on stderr and 2 (a traceback under
+    `HYDRA_FULL_ERROR=1`); SIGINT or SIGTERM at any time one line and 130.
     """
-    try:
-        return command() or 0
-    except UserError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "interrupted", file=sys.stderr)
-        return 130
+    with signals.interrupting():
+        try:
+            return command() or 0
+        except (UserError, OSError) as error:
+            line = str(error) if isinstance(error, UserError) else _refused_file(error)
+            if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+                raise
+            print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stopped:
+            print(str(stopped) or "interrupted", file=sys.stderr)
+            return 130
+
+
+def _refused_file(error: OSError) -> str | None:
+    """What the operating system says of a file; None where the error names none."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else None

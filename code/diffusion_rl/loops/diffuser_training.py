@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,9 +11,10 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.signals import StopRequest
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
-from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.loops.run_state import Checkpoint, not_finite
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer, MicroBatch
 
 STEPS_PER_CALL = 10  # of the compiled training function
@@ -87,6 +86,7 @@ class DiffuserTraining:
         self.renderer, self.merge, self.observer = renderer, merge, observer
         self.learning_rate, self.decays_at = trainer.optimizer.learning_rate.numpy(), n_train_steps - lr_decay_steps
         self.step = 0  # the next one
+        self.stop = StopRequest()
         self._sample = tf.function(trainer.ema_model.sample, autograph=False) if sample_freq else None
         self._began = time.monotonic()
 
@@ -95,7 +95,7 @@ class DiffuserTraining:
     def run(self, until: int | None = None) -> None:
         """Train to the end (or up to a step), or to SIGINT or SIGTERM, which saves and raises `Interrupted`."""
         end = self.n_train_steps if until is None else min(until, self.n_train_steps)
-        with stop_signals() as arrived:
+        with self.stop:
             while self.step < end:
                 count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
                 factor = DECAYED if self.step >= self.decays_at else 1.0
@@ -108,11 +108,19 @@ class DiffuserTraining:
                     self.observer(last, losses, infos)
                 self.step = last + 1
                 self._after(last, losses, infos)
-                if arrived:
-                    self._save(self._label(last))
-                    raise Interrupted(f"stopped by {arrived[0]}; state saved; go on with --resume True")
-        if self.step == self.n_train_steps:
-            self._save(self.n_train_steps)
+                if self.step == self.n_train_steps:
+                    self._save(self.n_train_steps)
+                self.stop_if_requested()
+
+    def stop_if_requested(self) -> None:
+        """If SIGINT or SIGTERM has arrived: save and end with `Interrupted`."""
+        if self.stop.name is None:
+            return
+        if self.step == 0:
+            raise Interrupted(f"stopped by {self.stop.name} before there was anything to save; start again")
+        if self.step < self.n_train_steps:  # the end has been saved
+            self._save(self._label(self.step - 1))
+        raise Interrupted(f"stopped by {self.stop.name}; state saved; go on with --resume True")
 
     def _ends(self, n: int, end: int) -> bool:
         """Whether n steps from here are a call: something is due after the last, or enough are together."""
@@ -199,6 +207,8 @@ class DiffuserTraining:
 
     def _save(self, label: int) -> None:
         tensors, metadata = self.state()
+        if bad := not_finite(tensors):
+            raise UserError(f"{bad} is no longer finite before step {self.step}: lower --learning_rate")
         self.save_to(label, tensors, metadata)
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -246,24 +256,3 @@ class DiffuserTraining:
 def _joined(batches: list[MicroBatch]) -> MicroBatch:
     items, t, noise = (np.concatenate(column) for column in zip(*batches, strict=True))
     return items, t, noise
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
-    """Names of the signals that ask to stop, as they arrive; the second one stops at once."""
-    arrived: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        if arrived:
-            raise KeyboardInterrupt
-        arrived.append(signal.Signals(number).name)
-
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(ValueError):  # not in the main thread
-            before[number] = signal.signal(number, note)
-    try:
-        yield arrived
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -24,8 +24,8 @@ from diffusion_rl.data.episodes import read_npz
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.lite_training import LiteLoop, Pairs
-from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
+from diffusion_rl.loops.lite_training import LiteLoop, Pairs, State
+from diffusion_rl.loops.run_state import load_checkpoint, not_finite, require_finite, require_kind, save_checkpoint
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.planners.diffuser_lite import PlanLevel
 from diffusion_rl.planners.iql import IQL
@@ -48,11 +48,12 @@ def load_levels(folder: Path, name: str, levels: Sequence[PlanLevel], label: int
     """Raises UserError for a missing file, or one of other networks."""
     for i, level in enumerate(levels):
         path = checkpoint_path(folder, f"{name}{i}", label)
-        data = read_pt(path)
-        if not isinstance(data, dict) or not {"model", "model_ema"} <= set(data):
+        data = _weights(path)
+        if not {"model", "model_ema"} <= set(data) or not all(isinstance(data[key], dict) for key in data):
             raise UserError(f"{path} is no checkpoint of a level: it needs model and model_ema")
-        load_state_dict(level.network, data["model"])
-        load_state_dict(level.ema, data["model_ema"])
+        for part, network in (("model", level.network), ("model_ema", level.ema)):
+            require_finite(data[part], path)
+            load_state_dict(network, data[part])
 
 
 def save_inverse(folder: Path, inverse: InverseDynamics, labels: Sequence[int | str]) -> None:
@@ -61,7 +62,9 @@ def save_inverse(folder: Path, inverse: InverseDynamics, labels: Sequence[int | 
 
 
 def load_inverse(folder: Path, inverse: InverseDynamics, label: int | str) -> None:
-    data = read_pt(checkpoint_path(folder, "invdyn", label))
+    path = checkpoint_path(folder, "invdyn", label)
+    data = _weights(path)
+    require_finite(data, path)
     load_state_dict(inverse, {f"model.{name}": value for name, value in data.items()})
 
 
@@ -70,7 +73,17 @@ def save_iql(folder: Path, iql: IQL, labels: Sequence[int | str]) -> None:
 
 
 def load_iql(folder: Path, iql: IQL, label: int | str = LATEST) -> None:
-    load_state_dict(iql, read_pt(checkpoint_path(folder, "iql", label)))
+    path = checkpoint_path(folder, "iql", label)
+    data = _weights(path)
+    require_finite(data, path)
+    load_state_dict(iql, data)
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    data = read_pt(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no weights by name")
+    return data
 
 
 def _write_all(folder: Path, name: str, data: Any, labels: Sequence[int | str]) -> None:
@@ -108,9 +121,17 @@ def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
     return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
 
 
-def save_state(folder: Path, mode: str, loop: LiteLoop, keep: bool = False) -> None:
-    """The latest state; `keep`: under its step, too."""
+def finite_state(loop: LiteLoop) -> State:
+    """The state of a training. Raises UserError where a weight is no longer finite, before anything is written."""
     tensors, facts = loop.state()
+    if bad := not_finite(tensors):
+        raise UserError(f"{bad} is no longer finite after step {loop.step}: lower the learning rate")
+    return tensors, facts
+
+
+def save_state(folder: Path, mode: str, loop: LiteLoop, state: State, keep: bool = False) -> None:
+    """The latest state; `keep`: under its step, too."""
+    tensors, facts = state
     for step in [loop.step, None] if keep else [None]:
         save_checkpoint(state_path(folder, mode, step), tensors, {"kind": KIND, "mode": mode, **facts})
 
@@ -134,6 +155,7 @@ def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int) -> bool:
         return False
     checkpoint = load_checkpoint(path)
     require_kind(checkpoint, KIND, path)
+    require_finite(checkpoint.tensors, path)
     if checkpoint.metadata["steps"] != loop.steps:
         raise UserError(
             f"{path} is of a run of {checkpoint.metadata['steps']} steps, this one has {loop.steps}: give the same "

@@ -12,10 +12,11 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.core.signals import StopRequest
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.diffusion.rectified_flow import time_grid
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.diffuser_training import WindowOrder, stop_signals
+from diffusion_rl.loops.diffuser_training import WindowOrder
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.planners.diffuser_lite import PlanLevel
 from diffusion_rl.planners.diffuser_lite_trainer import (
@@ -66,7 +67,7 @@ class LiteLoop(ABC):
     def run(self, until: int | None = None) -> None:
         """Train to the end (or up to a step), or to SIGINT or SIGTERM, which saves and raises `Interrupted`."""
         end = self.steps if until is None else until
-        with stop_signals() as arrived:
+        with StopRequest() as stop:
             while self.step < end:
                 losses = self.advance(self._until_due(end))
                 if not np.isfinite(losses).all():
@@ -81,9 +82,11 @@ class LiteLoop(ABC):
                     self.sums[:] = 0
                 if self.step % self.save_interval == 0 or self.step == self.steps:
                     self.save(self)
-                if arrived:
+                if stop.name:
                     self.save(self, interrupted=True)
-                    raise Interrupted(f"stopped by {arrived[0]} after step {self.step}; go on with resume=auto")
+                    raise Interrupted(
+                        f"stopped by {stop.name}; state saved after step {self.step}; go on with resume=auto"
+                    )
 
     def _until_due(self, end: int) -> int:
         """Updates of the next call: up to where something is due."""

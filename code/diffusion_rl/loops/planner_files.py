@@ -25,7 +25,7 @@ from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_go
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
-from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.loops.run_state import load_checkpoint, require_finite
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
 from diffusion_rl.planners.action_diffuser import ActionDiffusion
@@ -183,7 +183,9 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
     if facts is None:
         raise UserError(f"{path} is no checkpoint of a planner (its kind is {checkpoint.metadata.get('kind')})")
     model = Description(**facts).build()
-    load_state_dict(model, checkpoint.select("ema."))
+    weights = checkpoint.select("ema.")
+    require_finite(weights, path)
+    load_state_dict(model, weights)
     kind = normalizer(facts["dataset"]["normalizer"])
     fitted = {field: kind(checkpoint.select(f"normalizer.{field}.")) for field in FIELDS}
     return Experiment(model, fitted, kind.__name__, label, folder)
@@ -224,6 +226,7 @@ def _original(folder: Path, label: int, path: Path, data_dir: str | None) -> Exp
     description = Description(**{part: diffuser_checkpoint.described(part, *fact) for part, fact in facts.items()})
     model = description.build()
     weights = diffuser_checkpoint.averaged_weights(path, model.n_timesteps)
+    require_finite(weights, path)
     load_state_dict(model, weights)
     dataset = dict(description.dataset)
     data = dataset_of(find_episodes(dataset["env"], data_dir), dataset)

@@ -14,7 +14,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.data.episodes import NORMALIZATION_KEYS, read_npz
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.run_state import Checkpoint, finite_weights, load_checkpoint
+from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, require_finite
 from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
@@ -88,9 +88,7 @@ def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
         known, ours = checkpoint.metadata.get(key), getattr(policy, key, None)
         if known is not None and ours is not None and int(known) != int(ours):
             raise UserError(f"{path} was trained with {key}={known}, this run has {ours}: set {key}={known}")
-    for name, value in policy_weights(checkpoint).items():
-        if not finite_weights(name, value):
-            raise UserError(f"{path}: weight {name} is not finite (a training diverged); use an earlier checkpoint")
+    require_finite(policy_weights(checkpoint), path)
     try:
         _fill(policy, checkpoint, path)
     except UserError as error:

@@ -6,23 +6,24 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.signals import StopRequest
 from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.loops.locks import FolderLock
 from diffusion_rl.loops.run_state import (
     Checkpoint,
     checkpoint_metadata,
-    finite_weights,
     latest_checkpoint,
     load_checkpoint,
+    not_finite,
     numbered_checkpoints,
     require_kind,
     save_checkpoint,
@@ -31,7 +32,6 @@ from diffusion_rl.reports.metrics import MetricsWriter
 
 log = logging.getLogger(__name__)
 
-ONE_REQUEST_SECONDS = 1.0  # signals this close are one: timeout(1) and some batch systems send theirs twice
 CHECKPOINT_SECONDS = 60.0  # a passing checkpoint at least this far apart, beside those that are kept
 State = tuple[int, Mapping[str, np.ndarray], Mapping[str, Any]]  # step, tensors, metadata
 
@@ -57,12 +57,21 @@ class RunFolder:
         cfg: the configuration; `logdir`, `seed`, `resume` and `wandb` are read here.
         step_key: what is counted, "itr" or "epoch".
         kind: of the checkpoints.
+        another_folder, go_on: how the program spells these two cures; the default of `go_on` is resume=<folder>.
     """
 
     metrics: MetricsWriter
 
-    def __init__(self, cfg: DictConfig, step_key: str, kind: str):
+    def __init__(
+        self,
+        cfg: DictConfig,
+        step_key: str,
+        kind: str,
+        another_folder: str = "name another logdir",
+        go_on: str | None = None,
+    ):
         self.cfg, self.step_key, self.kind = cfg, step_key, kind
+        self.another_folder, self.go_on = another_folder, go_on
         self.path = Path(cfg["logdir"])
         self.resumed: Checkpoint | None = None
         self.resumed_from: Path | None = None
@@ -76,9 +85,7 @@ class RunFolder:
         self._unsaved: State | None = None
         self._saved_at = time.monotonic()
         self._passing: set[Path] = set()
-        self._signal: int | None = None
-        self._signal_at = 0.0
-        self._before: dict[int, Any] = {}
+        self._stop = StopRequest()
 
     # ---------- resuming ----------
 
@@ -107,7 +114,8 @@ class RunFolder:
         metrics = self.path / "metrics.jsonl"
         if numbered_checkpoints(self.checkpoints) or (metrics.is_file() and metrics.stat().st_size):
             raise UserError(
-                f"logdir={self.path} holds a run already: go on with it (resume=auto) or name another logdir"
+                f"logdir={self.path} holds a run already: go on with it ({self.go_on or 'resume=auto'}) or "
+                f"{self.another_folder}"
             )
 
     def _drop_what_follows(self) -> None:
@@ -133,7 +141,7 @@ class RunFolder:
         Raises:
             UserError: there is NaN in it, or the file cannot be written. What was saved before stays.
         """
-        if bad := _not_finite(tensors):
+        if bad := not_finite(tensors):
             raise UserError(
                 f"{bad} is no longer finite after {self.step_key} {step}: the training has diverged, lower the "
                 f"learning rates; {self.last_good()}"
@@ -165,21 +173,17 @@ class RunFolder:
     # ---------- beginning and end ----------
 
     def __enter__(self) -> RunFolder:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
+        self._lock = FolderLock(self.path, self.another_folder)
         try:
             self._begin()
         except BaseException:
-            self._lock.close()
+            self._lock.undo()
             raise
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not in the main thread: signals are somebody else's
-                break
+        self._stop.__enter__()
         return self
 
     def _begin(self) -> None:
+        self.checkpoints.mkdir(exist_ok=True)
         write_config(self.path, self.resolved)
         self.metrics = MetricsWriter(
             self.path,
@@ -190,69 +194,37 @@ class RunFolder:
         self._drop_what_follows()
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if isinstance(error, Exception) and self._unsaved is not None:
-            with contextlib.suppress(UserError):  # the disk may be what failed
-                self._save(keep=False)
-        self.metrics.close()
-        self._lock.close()
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal is None:
-            self._signal, self._signal_at = number, time.monotonic()
-        elif time.monotonic() - self._signal_at >= ONE_REQUEST_SECONDS:  # the second time at once
-            raise KeyboardInterrupt
+        try:
+            if isinstance(error, Exception) and self._unsaved is not None:
+                with contextlib.suppress(UserError):  # the disk may be what failed
+                    self._save(keep=False)
+            self.metrics.close()
+        finally:
+            self._lock.close()
+            self._stop.__exit__()
 
     @property
     def stopping(self) -> bool:
         """Whether SIGINT or SIGTERM has arrived."""
-        return self._signal is not None
+        return self._stop.name is not None
 
     def stop_if_requested(self) -> None:
         """If SIGINT or SIGTERM has arrived: save what is remembered and end the run with `Interrupted`."""
-        if self._signal is None:
+        name = self._stop.name
+        if name is None:
             return
-        name = signal.Signals(self._signal).name
         if self._unsaved is not None:
             self._save(keep=False)
         if self._last_saved is None:
             raise Interrupted(f"stopped by {name} before there was anything to save; start again")
-        raise Interrupted(f"stopped by {name}; state saved in {self._last_saved}; go on with resume={self.path}")
-
-
-def _locked(folder: Path) -> IO[str]:
-    """A file that this process alone holds, for as long as it is open; its end, however it comes, releases it."""
-    file = (folder / ".lock").open("w")
-    with contextlib.suppress(ImportError):  # a system without fcntl goes without
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise UserError(
-                f"another process is writing to {folder}: wait for it, stop it, or name another logdir"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-    return file
+        go_on = self.go_on or f"resume={self.path}"
+        raise Interrupted(f"stopped by {name}; state saved in {self._last_saved}; go on with {go_on}")
 
 
 def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:
     """`config.yaml` of a run folder, whole or not at all."""
     with atomic_file(folder / "config.yaml") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(dict(resolved))).encode())
-
-
-def _not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """The first of the weights that is NaN or infinite, or moment that is NaN."""
-    for name, value in tensors.items():
-        if name.startswith(("model.", "ema.")) and not finite_weights(name, value):
-            return f"weight {name}"
-        if name.startswith("optimizer.") and np.isnan(value).any():
-            return f"moment {name}"
-    return None
 
 
 def _given(path: Path) -> Path:

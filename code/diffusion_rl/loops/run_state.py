@@ -160,6 +160,23 @@ def finite_weights(name: str, value: np.ndarray) -> bool:
     return not np.isnan(value).any() if name.endswith("eta_logit") else bool(np.isfinite(value).all())
 
 
+def not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """The first weight or moment of an optimizer that is NaN or infinite, named as in a checkpoint; None: all are fine.
+
+    What stands under "train." and "normalizer." comes from environments and data and is not looked at.
+    """
+    for name, value in tensors.items():
+        if not name.startswith(("train.", "normalizer.")) and not finite_weights(name, value):
+            return f"{'moment' if 'optimizer.' in name else 'weight'} {name}"
+    return None
+
+
+def require_finite(weights: Mapping[str, np.ndarray], path: Any) -> None:
+    """Raises UserError for weights that were read from `path` if some are NaN or infinite."""
+    if bad := not_finite(weights):
+        raise UserError(f"{path}: {bad} is not finite (a training diverged); use an earlier checkpoint")
+
+
 def _suffix(path: str | os.PathLike[str]) -> str:
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pt"):

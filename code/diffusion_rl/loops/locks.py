@@ -1,0 +1,80 @@
+"""One process at a time writes to a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from diffusion_rl.core.errors import UserError
+
+_NAME = ".lock"
+
+
+class FolderLock:
+    """A folder, made where it is missing, that this process alone writes to until `close` or its end.
+
+    Args:
+        cure: what else the user can do, in the spelling of the program ("name another logdir").
+
+    Raises:
+        UserError: another process holds it, or it cannot be written to.
+    """
+
+    def __init__(self, folder: Path, cure: str):
+        self.folder = folder
+        try:
+            self._made = [place for place in (folder, *folder.parents) if not place.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            file = _acquire(folder / _NAME)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror or error}; {cure}") from error
+        if file is None:
+            raise UserError(f"another process is writing to {folder}: wait for it, stop it, or {cure}")
+        self._file = file
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        self._file.close()
+
+    def undo(self) -> None:
+        """Remove folders that this lock made and that hold nothing else, and let others write."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.folder) == [_NAME]:
+                (self.folder / _NAME).unlink()
+            for place in self._made:
+                place.rmdir()
+        self.close()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, cure: str) -> Iterator[None]:
+    """Hold a folder's lock; where the block fails before it wrote anything, the folder goes again."""
+    lock = FolderLock(folder, cure)
+    try:
+        yield
+    except BaseException:
+        lock.undo()
+        raise
+    lock.close()
+
+
+def _acquire(path: Path) -> IO[str] | None:
+    """The file, locked by this process; None where another has it. Systems without locks go without."""
+    while True:
+        file = path.open("w")
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                return None
+            except OSError:  # a file system without locks
+                pass
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its folder was undone between its opening and its lock
