@@ -18,11 +18,12 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl import command_line, sweeps
+from diffusion_rl.config.reads import interpolated
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.core.config import find_class, instantiate, instantiate_trusted, register_resolvers, targets
+from diffusion_rl.core.config import ENVIRONMENT, find_class, instantiate, instantiate_trusted, register_resolvers
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
+from diffusion_rl.interop.reference_targets import translate
 
 __all__ = ["instantiate", "instantiate_trusted", "main", "prepare", "run"]
 
@@ -56,6 +57,7 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     writes anything. Raises UserError.
     """
     _find_data(config)
+    used = interpolated(OmegaConf.to_container(config))
     OmegaConf.resolve(config)
     missing = sorted(OmegaConf.missing_keys(config), key=lambda key: (key.count("."), key))
     if missing:
@@ -63,9 +65,8 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     plain: dict[str, Any] = OmegaConf.to_container(config)  # type: ignore[assignment]
     if "_target_" not in plain:
         raise UserError("the configuration has no _target_: it names no loop to run")
-    for where, mapping in targets(plain):
-        _check_target(f"{where}._target_".lstrip("."), mapping["_target_"])
-    check_keys(plain, defaults or {})
+    translate(plain)
+    check_keys(plain, defaults or {}, used)
     _complete_wandb(plain)
     return OmegaConf.create(plain)
 
@@ -80,19 +81,15 @@ def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
     return loop_class(config).run()
 
 
-def _check_target(where: str, name: Any) -> None:
-    if name in REFERENCE_TARGETS:
-        raise UserError(f"{where}={name} is the PyTorch reference's class; here it is {REFERENCE_TARGETS[name]}")
-    if not isinstance(name, str) or "." not in name:
-        raise UserError(f"{where}={name} is not the path of a class (package.module.Class)")
-
-
 def _find_data(config: DictConfig) -> None:
     """Started in another folder than the repository's, the default data folder is still the repository's."""
-    folder = Path(str(config.get("data_dir", ".")))
+    folder = Path(str(config.get("data_dir", ENVIRONMENT["DPPO_DATA_DIR"])))
     shipped = REPOSITORY / folder
-    if "DPPO_DATA_DIR" not in os.environ and not folder.exists() and shipped.is_dir():
+    if "DPPO_DATA_DIR" in os.environ or folder.exists() or not shipped.is_dir():
+        return
+    if "data_dir" in config:
         config.data_dir = str(shipped)
+    ENVIRONMENT["DPPO_DATA_DIR"] = str(shipped)
 
 
 def _complete_wandb(config: dict[str, Any]) -> None:
@@ -185,12 +182,12 @@ def _hydra_mains(arguments: Sequence[str], options: Namespace) -> None:
     swept = sweeps.swept_keys(options)
     checked = [(one, command_line.check_names(one)) for one in sweeps.configurations(options)]
     if len(checked) == 1:
-        _hydra_main(command_line.overrides_last(arguments, options), checked[0][1], swept)
+        _hydra_main(command_line.overrides_last(arguments, options, checked[0][1]), checked[0][1], swept)
         return
     statuses = [0]
     for one, defaults in checked:
         with _reported(arguments) as status:
-            _hydra_main(command_line.overrides_last(arguments, one), defaults, swept)
+            _hydra_main(command_line.overrides_last(arguments, one, defaults), defaults, swept)
         statuses.append(status[0])
         if status[0] == INTERRUPTED:
             break
@@ -225,7 +222,7 @@ def _hydra_main(arguments: Sequence[str], defaults: Mapping[str, Any], swept: Se
         raise sweeps.JobFailed(f"{label} failed, see above; the other jobs went on")
 
     argv = sys.argv
-    sys.argv = [argv[0], *arguments]
+    sys.argv = [argv[0], *command_line.without_hydra_files(arguments)]
     _set_environment("HYDRA_FULL_ERROR", "1")  # Hydra then raises its errors; else it would print them and exit
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_ROOT))(job)()

@@ -7,16 +7,16 @@ import difflib
 import errno
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_rl.config_keys import KEYS, unknown_key
+from diffusion_rl.config_keys import KEYS, OPEN, unknown_key
 from diffusion_rl.configs import CONFIG_ROOT, compose, shipped_configs
 from diffusion_rl.core.config import first_line, flatten
 from diffusion_rl.core.errors import UserError
@@ -41,12 +41,60 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_intermixed_args(list(arguments))
 
 
-def overrides_last(arguments: Sequence[str], options: Namespace) -> list[str]:
-    """Hydra's parser refuses `a=1 -m b=2`: put the options first. The configuration is the one that `options` name."""
+def overrides_last(arguments: Sequence[str], options: Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The command line for Hydra, whose parser refuses `a=1 -m b=2`: options first, then what they change.
+
+    options: name the configuration. defaults: its flat values; an optional key that it does not name is added.
+    """
     flags = [argument for argument in arguments if argument not in options.overrides]
     for flag, value in (("--config-dir", options.config_dir), ("--config-name", options.config_name)):
         flags += [f"{flag}={value}"] if value else []  # of an option given twice, the last counts
-    return flags + options.overrides
+    return flags + [_added(_quoted(one, options.multirun), defaults) for one in options.overrides]
+
+
+def _added(override: str, defaults: Mapping[str, Any]) -> str:
+    """An optional key, or argument of an object, with Hydra's `++` where the configuration does not name it."""
+    key, equals, _ = override.partition("=")
+    key = key.removeprefix("+")
+    if not equals or not re.fullmatch(r"[\w.]+", key) or "_target_" in key:
+        return override
+    parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
+    is_argument = any(f"{parent}._target_" in defaults for parent in parents)
+    named = key in defaults or any(known.startswith(f"{key}.") for known in defaults)
+    if override.startswith("+") or (not named and (key in KEYS or is_argument or key.startswith(OPEN))):
+        return f"++{override.lstrip('+')}"
+    return override
+
+
+def _quoted(override: str, multirun: bool) -> str:
+    """A path, or a value with an equals sign, in the quotes that Hydra's grammar wants around it."""
+    key, equals, value = override.partition("=")
+    is_path = key.endswith("_path") or key.lstrip("+") in ("logdir", "log_dir", "data_dir", "resume")
+    if not equals or value[:1] in ("'", '"', "[", "{") or not (is_path or "=" in value):
+        return override
+    parts = value.split(",") if multirun else [value]
+    return f"{key}={','.join(map(_in_quotes, parts))}"
+
+
+def _in_quotes(value: str) -> str:
+    if re.fullmatch(r"[\w\-/.%*@?|+:$~{}]*", value):  # may stand there as it is; braces: ${…}
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+#: What every configuration of ours says (cfg/_base/run.yaml): a run's folder is made by its loop, not by Hydra.
+_NO_HYDRA_FILES = {
+    "hydra.run.dir": ".",
+    "hydra.output_subdir": "null",
+    "hydra.job_logging.handlers.file.delay": "true",
+    "hydra.job_logging.root.handlers": "[console]",
+}
+
+
+def without_hydra_files(arguments: Sequence[str]) -> list[str]:
+    """Add to a command line what keeps Hydra from making folders and files, unless the command line says otherwise."""
+    given = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
+    return [*arguments, *(f"++{key}={value}" for key, value in _NO_HYDRA_FILES.items() if key not in given)]
 
 
 def check_names(options: Namespace) -> dict[str, Any]:
@@ -110,14 +158,14 @@ def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
 
 def _config_line(error: Exception, arguments: Sequence[str]) -> str:
     text = first_line(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument {error.override}: {text}; put the value in quotes: \"key='value'\""
     unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
     if unknown:
         known = set(KEYS)
         with contextlib.suppress(Exception):
             known |= set(_defaults(parse(arguments)))
         return unknown_key(unknown[1], known)
-    if re.search(r"Unsupported interpolation type (eval|round_up|round_down)\b", text):
-        text += "; for arithmetic write ${calc:'…'}, which runs no code"
     return text
 
 
@@ -132,7 +180,7 @@ def _help_on_config(options: Namespace) -> str:
     rows = [f"  {key:<{width}}  {_short(value):<30}  {_meaning(key)}".rstrip() for key, value in sorted(config.items())]
     others = [f"  {key:<{width}}  {text}" for key, text in sorted(KEYS.items()) if key not in config]
     title = f"Keys of {options.config_name} and their values (key=value changes one):"
-    return "\n".join([USAGE, "", title, *rows, "", "Optional keys (+key=value adds one):", *others])
+    return "\n".join([USAGE, "", title, *rows, "", "Optional keys (key=value adds one):", *others])
 
 
 def _meaning(key: str) -> str:
@@ -150,7 +198,7 @@ Trains, fine-tunes or evaluates the policy that a configuration describes.
   --config-dir=DIR --config-name=NAME   one of the configurations below, or your own
   --help with these two                 its keys, values and meanings
   key=value                             any of its keys, e.g. seed=1 train.n_train_itr=3 resume=auto
-  +key=value                            an optional key it does not name, e.g. +train.max_grad_norm=1
+  key=value, +key=value                 an optional key it does not name, e.g. train.max_grad_norm=1 model.use_ddim=true
   wandb.mode=online                     log to Weights & Biases too (also wandb.entity=…, wandb.project=…)
   -m key=v1,v2                          one run per combination
   --cfg job --resolve                   print the configuration and stop

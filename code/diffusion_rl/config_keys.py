@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from diffusion_rl.config.reads import unread
 from diffusion_rl.core.config import PACKAGE, find_class, flatten, targets
 from diffusion_rl.core.errors import UserError
 
@@ -212,6 +213,7 @@ _WHOLE = {
     *("train.n_train_itr", "train.n_critic_warmup_itr", "train.n_steps", "train.update_epochs", "train.val_freq"),
     *("train.save_model_freq", "train.render.freq", "train.render.num"),
 }
+MOST_NAMED = 6  # keys in one line
 _HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
 
@@ -219,7 +221,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     """The line about a key that is not there, with what was probably meant."""
     known = set(known) - {key}
     if key in KEYS:
-        return f"'{key}' is not in this configuration; add it with +{key}=…"
+        return f"'{key}' is not in this configuration, and nothing of it reads it"
     inside = sorted(other for other in known if other.startswith(f"{key}."))
     if inside:
         return f"'{key}' is a group of keys, not a value; it holds {_some(inside)}"
@@ -235,16 +237,19 @@ def _some(keys: list[str], n: int = 5) -> str:
     return ", ".join(keys[:n]) + (", …" if len(keys) > n else "")
 
 
-def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first key of `config` that nothing reads, or whose value is of the wrong kind.
+def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Collection[str] | None = None) -> None:
+    """Raise UserError naming the keys of `config` that nothing reads, or the first whose value is of the wrong kind.
 
-    `defaults`: the flat configuration without overrides; a value must be of the kind it has there. A loop class of the
-    user's own package may read what it likes: then nothing is checked.
+    `defaults`: the flat configuration without overrides; a value must be of the kind it has there. `used`: keys that
+    other values are made of; without it, a key that some other configuration reads passes. A loop class of the user's
+    own package may read what it likes: then nothing is checked.
     """
     if not str(config.get("_target_", PACKAGE)).startswith(PACKAGE):
         return
     objects = tuple(f"{where}." for where, _ in targets(config) if where)
     own_env = not str(_get(config, "env._target_", PACKAGE)).startswith(PACKAGE)
+    known = {*KEYS, *defaults}
+    unknown = []
     for key, value in flatten(config).items():
         groups = [default for default in defaults if default.startswith(f"{key}.")]
         if groups and value is not None and value != {}:
@@ -252,9 +257,22 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         _check_kind(key, value, defaults.get(key))
         if key in KEYS or key.startswith((*objects, OPEN)) or (own_env and key.startswith("env.")):
             continue
-        if value == {} and any(known.startswith(f"{key}.") for known in KEYS):
-            continue
-        raise UserError(unknown_key(key, {*KEYS, *defaults}))
+        if not (value == {} and any(known.startswith(f"{key}.") for known in KEYS)):
+            unknown.append(unknown_key(key, known))
+    if not unknown and used is not None:
+        unknown = [_not_read(key, config) for key in unread(config, used, (*objects, OPEN), defaults)]
+    if unknown:
+        more = f"; and {len(unknown) - MOST_NAMED} more" if len(unknown) > MOST_NAMED else ""
+        raise UserError("; ".join(unknown[:MOST_NAMED]) + more)
+
+
+def _not_read(key: str, config: Mapping[str, Any]) -> str:
+    """The line about a key that other configurations read and this one does not."""
+    takers = [
+        where for where, mapping in targets(config) if where and key in _parameters(find_class(mapping["_target_"]))[0]
+    ]
+    hint = f"; did you mean {' or '.join(f'{where}.{key}' for where in takers)}?" if takers else ""
+    return f"'{key}' does nothing here: nothing of this configuration reads it{hint}"
 
 
 def _check_kind(key: str, value: Any, default: Any) -> None:
@@ -282,7 +300,9 @@ def check_arguments(config: Mapping[str, Any]) -> None:
         if not where:
             continue
         accepted, anything = _parameters(found)
-        for key in mapping:
+        for key, value in mapping.items():
+            if key in accepted and key not in IGNORED_ARGUMENTS:
+                _check_annotation(f"{where}.{key}", value, accepted[key])
             if anything or key in accepted or key in _HYDRA_ARGUMENTS or key in IGNORED_ARGUMENTS:
                 continue
             matches = difflib.get_close_matches(str(key), sorted(accepted), n=3, cutoff=0.6)
@@ -314,19 +334,32 @@ def _class_at(where: str, target: str) -> type:
     return found
 
 
-def _parameters(found: type) -> tuple[set[str], bool]:
-    """The arguments that a class and those bases it passes others on to name, and whether it takes any other too.
+def _check_annotation(key: str, value: Any, annotation: str) -> None:
+    """Raise UserError if a plain value is not of the kind that the class says: true or false, a number, a whole one."""
+    kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+    kind, _, rest = str(annotation).partition(" | ")
+    if kind not in kinds or rest not in ("", "None") or (value is None and rest):
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {"bool": isinstance(value, bool), "int": number and float(value).is_integer(), "float": number}
+    if not fits[kind]:
+        raise UserError(f"{key}={value}: not {kinds[kind]}")
+
+
+def _parameters(found: type) -> tuple[dict[str, str], bool]:
+    """The arguments (with their annotations) that a class and those bases it passes others on to name, and whether it takes any other too.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for base in found.__mro__:
         if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
             break
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = {p.name: p.annotation for p in named} | names
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
     return names, not found.__module__.startswith(PACKAGE)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import inspect
+import math
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -52,6 +55,8 @@ _CHECKPOINT_MODULES = {
 }
 CHECKPOINT_CLASSES = frozenset(f"{PACKAGE}{m}.{name}" for m, names in _CHECKPOINT_MODULES.items() for name in names)
 Number = int | float
+#: Values of environment variables that a configuration may name and that are not set.
+ENVIRONMENT = {"DPPO_DATA_DIR": "data", "DPPO_LOG_DIR": "log", "DPPO_WANDB_ENTITY": None}
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -97,8 +102,29 @@ def _value(node: ast.expr) -> Any:
 
 
 def register_resolvers() -> None:
-    """Make `${calc:'…'}` known to OmegaConf. Safe to call again."""
-    OmegaConf.register_new_resolver("calc", calc, replace=True)
+    """Make `${calc:'…'}` known to OmegaConf, and what the reference's configurations use. Safe to call again.
+
+    Its `${eval:'…'}` is Python's eval there; here it is arithmetic only, as calc is. Its environment variables have the
+    defaults of this package's configurations.
+    """
+    for name in ("calc", "eval"):
+        OmegaConf.register_new_resolver(name, calc, replace=True)
+    for name, rounded in (("round_up", math.ceil), ("round_down", math.floor)):
+        OmegaConf.register_new_resolver(name, functools.partial(_rounded, rounded), replace=True)
+    OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def _rounded(rounded: Callable[[Number], int], value: Any) -> int:
+    return rounded(calc(str(value)))
+
+
+def _environment(name: str, default: Any = ...) -> Any:
+    """An environment variable, else the default, else that of `ENVIRONMENT`."""
+    default = ENVIRONMENT.get(name, ...) if default is ... else default
+    if name not in os.environ and default is ...:
+        raise UserError(f"the configuration needs the environment variable {name}, which is not set")
+    value = os.environ.get(name, default)
+    return None if value is None else str(value)
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,15 @@
 """The class paths in the PyTorch reference's configurations, and the classes that do the same here."""
 
+import logging
+from typing import Any
+
+from diffusion_rl.core.config import targets
+from diffusion_rl.core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_REFERENCE_ROOTS = ("agent.", "model.", "env.", "util.")
+
 _ON_POLICY = "diffusion_rl.loops.on_policy.OnPolicyTraining"
 _OFF_POLICY = "diffusion_rl.loops.off_policy.OffPolicyTraining"
 
@@ -77,3 +87,49 @@ REFERENCE_TARGETS = {
     "model.common.critic.CriticObsAct": "diffusion_rl.networks.critics.CriticObsAct",
     "model.common.critic.CriticObsAct_DACER": "diffusion_rl.networks.critics.DistributionalCritic",
 }
+
+#: What the reference's configurations build beside policies and data, and nothing here needs.
+WITHOUT_EFFECT = ("env.plot_traj.TrajPlotter",)
+
+
+def translate(config: dict[str, Any]) -> None:
+    """Put our classes in the place of the reference's, everywhere in a plain configuration.
+
+    A configuration of the reference says where to log to Weights & Biases; here that stays off until it is asked for.
+    Raises UserError naming every `_target_` that is neither the reference's nor the path of a class.
+    """
+    unknown, found = [], False
+    for where, mapping in list(targets(config)):
+        name = mapping["_target_"]
+        if name in WITHOUT_EFFECT:
+            log.info("%s (%s) is left out: it has no effect here", where, name)
+            _remove(config, where)
+            continue
+        if name in REFERENCE_TARGETS:
+            mapping["_target_"], found = REFERENCE_TARGETS[name], True  # type: ignore[index]
+        elif not isinstance(name, str) or "." not in name or name.startswith(_REFERENCE_ROOTS):
+            unknown.append(f"{where}._target_={name}".lstrip("."))
+    if unknown:
+        raise UserError(
+            f"{', '.join(unknown)}: not the path of a class (package.module.Class), or one of the reference's without a "
+            "counterpart here"
+        )
+    if found:
+        _move(config)
+    if found and config.get("wandb") and "mode" not in config["wandb"]:
+        log.info("logging to Weights & Biases stays off; +wandb.mode=online turns it on")
+        config["wandb"] = None
+
+
+def _move(config: dict[str, Any]) -> None:
+    """What the reference reads at the top level and this package below `env`."""
+    env = config.get("env")
+    if isinstance(env, dict) and "robomimic_env_cfg_path" in config:
+        env.setdefault("robomimic_env_cfg_path", config["robomimic_env_cfg_path"])
+
+
+def _remove(config: dict[str, Any], where: str) -> None:
+    *parents, last = where.split(".")
+    for key in parents:
+        config = config[key]
+    del config[last]
