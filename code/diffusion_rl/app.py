@@ -18,6 +18,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl import command_line, sweeps
+from diffusion_rl.config.ranges import check_numbers
 from diffusion_rl.config.reads import interpolated
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
@@ -67,6 +68,7 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
         raise UserError("the configuration has no _target_: it names no loop to run")
     translate(plain)
     check_keys(plain, defaults or {}, used)
+    check_numbers(plain)
     _complete_wandb(plain)
     return OmegaConf.create(plain)
 

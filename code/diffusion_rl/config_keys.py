@@ -61,6 +61,7 @@ KEYS: dict[str, str] = {
     "env": "in pre-training just the data set's name",
     "env.engine": "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]",
     "env.threads": "threads that step batched environments; default 2 [ours]",
+    "env.worker_timeout": "seconds that an environment's process may take to answer; default 600 [ours]",
     "env.d4rl_time_limit": "steps after which D4RL ends an episode by itself; null: never [ours]",
     "env.env_type": "furniture: Furniture-Bench's simulator, all environments in one",
     "env.name": "the environment's name",
@@ -347,7 +348,7 @@ def _check_annotation(key: str, value: Any, annotation: str) -> None:
 
 
 def _parameters(found: type) -> tuple[dict[str, str], bool]:
-    """The arguments (with their annotations) that a class and those bases it passes others on to name, and whether it takes any other too.
+    """The arguments with their annotations, of a class and those bases it passes others on to, and whether it takes any.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """

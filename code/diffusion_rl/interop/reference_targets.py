@@ -111,8 +111,8 @@ def translate(config: dict[str, Any]) -> None:
             unknown.append(f"{where}._target_={name}".lstrip("."))
     if unknown:
         raise UserError(
-            f"{', '.join(unknown)}: not the path of a class (package.module.Class), or one of the reference's without a "
-            "counterpart here"
+            f"{', '.join(unknown)}: not the path of a class (package.module.Class), or one of the reference's "
+            "without a counterpart here"
         )
     if found:
         _move(config)
