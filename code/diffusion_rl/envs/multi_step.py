@@ -15,8 +15,12 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs import finite
 
 Observations = dict[str, np.ndarray]
+
+#: What `MultiStep.step` says of a chunk in its info beside the environment's own keys.
+CHUNK_KEYS = ("executed_steps", "final_obs", "full_obs")
 
 REWARD_AGGREGATES: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}
 
@@ -108,6 +112,9 @@ class MultiStep:
     max_episode_steps: the wrapper's own limit, which truncates; it does not speak where the environment ends the
     episode itself, or gives the key `TimeLimit.truncated` of gym's old interface in its info.
     reset_within_step: begin the next episode in the step that ends one. full_observations: report every frame.
+
+    Attributes:
+        succeeded: whether the environment has said `success` in the last chunk; None where it says nothing of it.
     """
 
     def __init__(
@@ -128,6 +135,7 @@ class MultiStep:
         self.reset_within_step = reset_within_step
         self.full_observations = full_observations
         self.count = 0
+        self.succeeded: bool | None = None
         self._aggregate = REWARD_AGGREGATES[reward_agg_method]
         space = env.observation_space
         if not isinstance(space, (gymnasium.spaces.Dict, gymnasium.spaces.Box)):
@@ -145,10 +153,10 @@ class MultiStep:
         seed = options.pop("seed", None) if seed is None else seed
         video_path = options.pop("video_path", None)
         raw, _ = self.env.reset(seed=None if seed is None else int(seed), options=options)
+        self.count = 0
         frame = self._frame(raw)
         self._frames.extend([frame] * self.n_obs_steps)
         self._infos = {}
-        self.count = 0
         if video_path:
             self._start_video(video_path)
         return self._stacked()
@@ -159,6 +167,8 @@ class MultiStep:
 
         info: each key's last To values; `executed_steps`; `full_obs` if asked for, {key: [executed, ...]};
         `final_obs` where a truncated episode was followed by a reset.
+
+        Raises UserError if an observation or a reward is NaN or infinite.
         """
         if not self._frames:
             raise RuntimeError("step before the first reset")
@@ -166,11 +176,15 @@ class MultiStep:
         terminated = truncated = False
         rewards: list[Any] = []
         frames: list[Observations] = []
+        self.succeeded = None
         for action in actions:
             raw, reward, terminated, truncated, info = self.env.step(action)
+            self.count += 1
             frames.append(self._frame(raw))
             rewards.append(reward)
-            self.count += 1
+            if found := finite.fault("reward", reward, self.count):
+                raise UserError(found)
+            self.succeeded = _either(self.succeeded, info.get("success"))
             terminated, truncated = self._flags(terminated, truncated, info)
             self._remember(info)
             self._record()
@@ -200,14 +214,19 @@ class MultiStep:
 
     def _frame(self, raw: Any) -> Observations:
         """The entries that the observation space names; copies, since some simulators reuse their arrays."""
-        return {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
+        frame = {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
+        for key, values in frame.items():
+            if found := finite.fault(f"observation {key!r}", values, self.count):
+                raise UserError(found)
+        return frame
 
     def _stacked(self) -> Observations:
         return {key: np.stack([frame[key] for frame in self._frames]) for key in self._frames[-1]}
 
     def _remember(self, info: Mapping[str, Any]) -> None:
         for key, value in info.items():
-            self._infos.setdefault(key, deque(maxlen=self.n_obs_steps)).append(value)
+            if key not in CHUNK_KEYS:
+                self._infos.setdefault(key, deque(maxlen=self.n_obs_steps)).append(value)
 
     def _start_video(self, path: str) -> None:
         from diffusion_rl.envs.video import VideoWriter  # rendering libraries load only when asked for
@@ -226,6 +245,12 @@ class MultiStep:
     def close(self) -> None:
         self._stop_video()
         self.env.close()
+
+
+def _either(before: bool | None, success: Any) -> bool | None:
+    """Whether a step up to now has succeeded. success: a number or an array of them; what is none says nothing."""
+    said = np.asarray(success)
+    return bool(before) or bool((said > 0).any()) if said.dtype.kind in "biuf" else before
 
 
 def _as_array(values: list[Any]) -> np.ndarray:
