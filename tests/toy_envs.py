@@ -13,8 +13,8 @@ import numpy as np
 class Counter(gymnasium.Env):
     """Observation [step of the episode, first draw of the episode]; reward 1; terminates at `length` if given.
 
-    An action above 1.5 raises, above 2.5 kills the process, below -1.5 raises if TensorFlow is imported; options["note"]
-    is remembered in the second entry.
+    An action above 1.5 raises, above 2.5 kills the process, below -1.5 raises if TensorFlow is imported;
+    options["note"] is remembered in the second entry.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
