@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("gymnasium", reason='needs pip install -e ".[gym]"')
@@ -185,13 +186,13 @@ def test_a_traceback_in_one_line() -> None:
 
 
 def test_a_worker_that_stands_still_is_named_after_a_time() -> None:
-    config = {"name": "own_envs:Own-v0", "n_envs": 2, "specific": {"stands": True}, "worker_timeout": 0.5}
+    config = {"name": "own_envs:Own-v0", "n_envs": 1, "specific": {"stands": True}, "worker_timeout": 0.5}
     venv = make_vector_env(config, obs_dim=4, action_dim=2, act_steps=TA, seed=0)
     venv.reset()
     pids, began = [lane._process.pid for lane in venv._lanes], time.monotonic()
     with pytest.raises(UserError, match=r"environment 0 \(own_envs:Own-v0\) stands still: no answer to step for 0.5 s"):
         venv.step(zeros(venv))
-    assert time.monotonic() - began < 9 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert time.monotonic() - began < 4 and not any(Path(f"/proc/{pid}").exists() for pid in pids)
     for wrong in (0, -1, "soon", float("nan"), True):
         with pytest.raises(UserError, match="env.worker_timeout="):
             make_vector_env({**config, "worker_timeout": wrong}, obs_dim=4, action_dim=2, act_steps=TA, seed=0)
@@ -204,6 +205,49 @@ def test_a_module_that_fails_when_it_is_imported(tmp_path: Path, monkeypatch: An
         UserError, match="importing broken_envs failed: RuntimeError: no GPU .*broken_envs.py:1"
     ) as caught:
         make_vector_env({"name": "broken_envs:A-v0", "n_envs": 1}, obs_dim=4, action_dim=2, act_steps=1, seed=0)
+    line(caught)
+
+
+@pytest.mark.parametrize(
+    ("num_img", "steps_seen", "shape", "message"),
+    [
+        (1, 1, (3, 16, 24), r"images \[C,H,W\] = \[3, 16, 24\], .* built for \[3, 16, 16\]: crop or scale"),
+        (1, 1, (16, 16, 3), r"= \[16, 16, 3\], .* \[3, 16, 16\]: channels come first"),
+        (2, 2, (3, 16, 16), r"= \[3, 16, 16\], .* \[6, 16, 16\]: crop"),
+        (1, 1, None, r"no images in it.* \[C,H,W\] = \[3, 16, 16\]"),
+        (2, 2, (6, 16, 16), None),
+        (1, 2, (3, 16, 16), None),
+    ],
+)
+def test_images_of_another_size_than_the_networks(
+    num_img: int, steps_seen: int, shape: tuple[int, ...] | None, message: str | None
+) -> None:
+    vision = pytest.importorskip("diffusion_rl.networks.vision")
+    from diffusion_rl.networks.vit import VitEncoder
+
+    backbone = VitEncoder(cfg={"embed_dim": 8}, num_channel=3 * steps_seen, img_h=16, img_w=16)
+    features = vision.ImageFeatures(backbone, 4, steps_seen, spatial_emb=4, num_img=num_img)
+    network = type("Network", (), {"vision": features})()
+    if message is None:
+        vision.check_images(network, shape, "data")
+    else:
+        with pytest.raises(UserError, match="data: .*" + message) as caught:
+            vision.check_images(network, shape, "data")
+        line(caught)
+    vision.check_images(object(), shape, "data")  # it does not see
+
+
+def test_environments_that_show_other_images_are_refused_before_the_run() -> None:
+    evaluation = pytest.importorskip("diffusion_rl.loops.evaluation")
+    from diffusion_rl.networks.vision import ImageFeatures
+    from diffusion_rl.networks.vit import VitEncoder
+
+    backbone = VitEncoder(cfg={"embed_dim": 8}, img_h=16, img_w=16)
+    policy = type("Policy", (), {"network": type("N", (), {"vision": ImageFeatures(backbone, 4, spatial_emb=4)})()})()
+    env = {"name": "own_envs:Own-v0", "n_envs": 1, "specific": {"shows": "seen"}}
+    config = OmegaConf.create({"env": env, "obs_dim": 4, "action_dim": 2, "act_steps": 1})
+    with pytest.raises(UserError, match=r"own_envs:Own-v0: images \[C,H,W\] = \[3, 16, 24\].*\[3, 16, 16\]") as caught:
+        evaluation.make_venv(config, policy, 0)
     line(caught)
 
 
@@ -263,3 +307,28 @@ def test_a_threshold_goes_before_what_environments_say_only_if_the_user_sets_it(
     with caplog.at_level(logging.WARNING):
         assert success_threshold({key: 3}, environments_say=True) is None
     assert f"not env.{key}=3 of the task's file" in caplog.text
+
+
+def test_what_the_user_sets(tmp_path: Path) -> None:
+    """On the command line, or in the named file itself; not in a file that this one includes."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+
+    from diffusion_rl.core.config import set_by_user
+
+    (tmp_path / "base.yaml").write_text("env: {threshold: 3, name: a}\n")
+    (tmp_path / "own.yaml").write_text("defaults: [base, _self_]\nenv: {name: b}\n")
+    (tmp_path / "explicit.yaml").write_text("defaults: [base, _self_]\nenv: {threshold: 4}\n")
+    assert set_by_user("env.threshold")  # no command line
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        for name, overrides, expected in [
+            ("own", [], False),
+            ("own", ["env.threshold=5"], True),
+            ("own", ["++env.threshold=5"], True),
+            ("explicit", [], True),
+        ]:
+            HydraConfig.instance().set_config(compose(name, overrides, return_hydra_config=True))
+            try:
+                assert set_by_user("env.threshold") is expected
+            finally:
+                HydraConfig.instance().cfg = None

@@ -149,6 +149,7 @@ class MultiStepVectorEnv(abc.ABC):
         try:
             status, value = self._lanes[index].receive()
         except TimeoutError as silence:
+            self._lanes[index].wait(0)
             self.close()
             raise UserError(f"environment {index} ({name}) stands still: {silence}") from None
         except (EOFError, OSError):
