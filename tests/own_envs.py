@@ -82,6 +82,16 @@ class OldReset(Own):
         return np.full(4, self.first, np.float32)
 
 
+class OldWrapper(gymnasium.Wrapper):
+    """A wrapper of the user's own around a new environment, as old as `OldReset`."""
+
+    def __init__(self) -> None:
+        super().__init__(Own())
+
+    def reset(self) -> Any:  # type: ignore[override]
+        return self.env.reset()[0]
+
+
 class OldStep(Own):
     """step() returns four values, a list as observation, and infos that no pipe carries."""
 
@@ -123,6 +133,6 @@ class Leaves(Own):
         raise SystemExit("no server")
 
 
-for kind in (Own, OldReset, OldStep, Succeeds, IsSuccess, Classes, Fails, Leaves):
+for kind in (Own, OldReset, OldWrapper, OldStep, Succeeds, IsSuccess, Classes, Fails, Leaves):
     gymnasium.register(f"{kind.__name__}-v0", entry_point=kind)
 gymnasium.register("Limited-v0", entry_point=OldStep, max_episode_steps=3)

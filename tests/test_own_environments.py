@@ -59,6 +59,7 @@ def line(caught: Any) -> str:
         ("Own", {"pays": "array"}),
         ("Own", {"pays": "integer"}),
         ("OldReset", {}),
+        ("OldWrapper", {}),
         ("OldStep", {}),
         ("Succeeds", {}),
         ("Own", {"info": {"success": {"task": True}, "nested": {"a": None}}}),

@@ -6,6 +6,7 @@ To observation history, O observation.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -155,6 +156,7 @@ class MultiStep:
         raw, _ = self.env.reset(seed=None if seed is None else int(seed), options=options)
         self.count = 0
         frame = self._frame(raw)
+        _require_finite([frame], [0.0], 0)
         self._frames.extend([frame] * self.n_obs_steps)
         self._infos = {}
         if video_path:
@@ -182,9 +184,8 @@ class MultiStep:
             self.count += 1
             frames.append(self._frame(raw))
             rewards.append(reward)
-            if found := finite.fault("reward", reward, self.count):
-                raise UserError(found)
-            self.succeeded = _either(self.succeeded, info.get("success"))
+            if "success" in info:
+                self.succeeded = _either(self.succeeded, info["success"])
             terminated, truncated = self._flags(terminated, truncated, info)
             self._remember(info)
             self._record()
@@ -192,6 +193,7 @@ class MultiStep:
                 break
         if not rewards:
             raise ValueError("an empty chunk of actions")
+        _require_finite(frames, rewards, self.count - len(rewards) + 1)
         # An early end counts one action more, as in the reference (see chunks.py).
         self.count += len(rewards) < len(actions)
         self._frames.extend(frames)
@@ -214,11 +216,7 @@ class MultiStep:
 
     def _frame(self, raw: Any) -> Observations:
         """The entries that the observation space names; copies, since some simulators reuse their arrays."""
-        frame = {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
-        for key, values in frame.items():
-            if found := finite.fault(f"observation {key!r}", values, self.count):
-                raise UserError(found)
-        return frame
+        return {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
 
     def _stacked(self) -> Observations:
         return {key: np.stack([frame[key] for frame in self._frames]) for key in self._frames[-1]}
@@ -245,6 +243,21 @@ class MultiStep:
     def close(self) -> None:
         self._stop_video()
         self.env.close()
+
+
+def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], first: int) -> None:
+    """Raise UserError if an observation or a reward of the steps `first`, `first` + 1, ... is NaN or infinite."""
+    if math.isfinite(sum(rewards)) and all(_are_finite([frame[key] for frame in frames]) for key in frames[0]):
+        return
+    for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):
+        named = [(f"observation {key!r}", values) for key, values in frame.items()]
+        for what, values in [*named, ("reward", reward)]:
+            if found := finite.fault(what, values, step):
+                raise UserError(found)
+
+
+def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
+    return arrays[0].dtype.kind != "f" or bool(np.isfinite(np.concatenate(arrays, axis=None)).all())
 
 
 def _either(before: bool | None, success: Any) -> bool | None:

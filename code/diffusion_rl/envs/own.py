@@ -31,13 +31,14 @@ def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | 
 
 
 def _with_current_interface(env: gymnasium.Env) -> gymnasium.Env:
-    """`env` with `CurrentInterface` around its innermost part, below the wrappers of gymnasium.make."""
-    if not isinstance(env, gymnasium.Wrapper):
-        return CurrentInterface(env)
-    outer = env
-    while isinstance(outer.env, gymnasium.Wrapper):
-        outer = outer.env
-    outer.env = CurrentInterface(outer.env)
+    """`env` with `CurrentInterface` around the user's part of it, below the wrappers of gymnasium."""
+    outer: Any = None
+    inner: Any = env
+    while type(inner).__module__.startswith("gymnasium.wrappers"):
+        outer, inner = inner, inner.env
+    if outer is None:
+        return CurrentInterface(inner)
+    outer.env = CurrentInterface(inner)
     return env
 
 
@@ -62,7 +63,7 @@ class CurrentInterface(gymnasium.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
         if seed is not None and not self.takes_seed:
-            gymnasium.Env.reset(self.env, seed=seed)  # for one that draws from gymnasium's `np_random`
+            gymnasium.Env.reset(self.env.unwrapped, seed=seed)  # for one that draws from gymnasium's `np_random`
         arguments: dict[str, Any] = {"seed": seed, "options": options}
         answer: Any = self.env.reset(**{key: value for key, value in arguments.items() if key in self._takes})
         if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Mapping):
@@ -73,8 +74,9 @@ class CurrentInterface(gymnasium.Wrapper):
         answer: Any = self.env.step(action)
         if not isinstance(answer, tuple) or len(answer) not in (4, 5):
             raise UserError("its step must return observation, reward, terminated, truncated and info")
-        observation, reward, terminated, *truncated, info = answer
-        return observation, reward, bool(terminated), bool(truncated and truncated[0]), dict(info or {})
+        if len(answer) == 4:
+            answer = *answer[:3], False, answer[3]
+        return answer if answer[4] else (*answer[:4], {})
 
 
 class OwnEnv(gymnasium.Wrapper):
@@ -125,13 +127,14 @@ class OwnEnv(gymnasium.Wrapper):
         return vectors
 
     def _observe(self, raw: Any) -> Any:
-        if self._is_dict and not isinstance(raw, Mapping):
+        if not self._is_dict:
+            if type(raw) is np.ndarray and raw.shape == self.observation_space.shape and raw.dtype.kind == "f":
+                return raw  # what most environments give, at once
+            return np.atleast_1d(_numbers(raw, self._vectors[STATE], "its observation"))
+        if not isinstance(raw, Mapping):
             raise UserError(f"its observation is a {type(raw).__name__}, its observation_space says a Dict")
-        parts = [
-            _numbers(raw[key] if self._is_dict else raw, shape, f"its observation {key!r}")
-            for key, shape in self._vectors.items()
-        ]
-        state = np.concatenate([np.atleast_1d(part) for part in parts]) if self._is_dict else np.atleast_1d(parts[0])
+        parts = [_numbers(raw[key], shape, f"its observation {key!r}") for key, shape in self._vectors.items()]
+        state = np.concatenate([np.atleast_1d(part) for part in parts])
         if self._picture is None:
             return state
         picture = np.asarray(raw[PICTURE])
@@ -196,6 +199,8 @@ def _numbers(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 def _reward(value: Any) -> Any:
     """`value`, a number or an array that holds one, as a scalar of its own type."""
+    if isinstance(value, float):  # numpy's own of double precision is one, too
+        return value
     array = np.asarray(value)
     if array.dtype.kind not in "fiub" or array.size != 1:
         raise UserError(f"its reward is {str(value)[:60]} ({type(value).__name__}): one number is needed")

@@ -230,7 +230,8 @@ class _LocalLane:
 
 
 class SyncVectorEnv(MultiStepVectorEnv):
-    """All environments in this process, one after the other: for tests and debugging; errors come unchanged."""
+    """All environments in this process, one after the other: for tests and debugging; errors come unchanged but
+    for a UserError, which names the environment."""
 
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
         self._lanes = []
@@ -275,7 +276,7 @@ class _ProcessLane:
 
 
 class ProcessVectorEnv(MultiStepVectorEnv):
-    """Every environment in a process of its own; one that dies is reported with its index and traceback.
+    """Every environment in a process of its own; one that fails, dies or stands still is reported in one line.
 
     The processes know nothing of the main script (see processes.py): what `builders` name must be importable.
     timeout: seconds after which one that does not answer is reported. Raises UserError if this machine has no room for
