@@ -15,6 +15,7 @@ OBSERVATIONS = {
     "goal": Dict({"observation": VECTOR, "desired_goal": Box(-1, 1, (2,)), "achieved_goal": Box(-1, 1, (2,))}),
     "state": Dict({"state": VECTOR, "extra": Box(-1, 1, (2,)), "task": Discrete(3)}),
     "seen": Dict({"state": VECTOR, "rgb": Box(0, 255, (16, 24, 3), np.uint8)}),
+    "seen as numbers": Dict({"state": VECTOR, "rgb": Box(0, 255, (3, 16, 24))}),
     "picture": Box(0, 255, (8, 8, 3), np.uint8),
     "matrix": Box(-1, 1, (2, 2)),
     "class": Discrete(3),

@@ -127,6 +127,7 @@ def test_a_dict_with_state_and_pictures(normalised: bool) -> None:
     ("kwargs", "message"),
     [
         ({"shows": "picture"}, r"pictures alone \[8, 8, 3\].*'state'.*'rgb'"),
+        ({"shows": "seen as numbers"}, r"'rgb' must be bytes \(uint8\) or numbers in \[0, 1\]"),
         ({"shows": "matrix"}, r"vectors.*shape \[2, 2\]: flatten"),
         ({"shows": "class"}, r"gymnasium Box or Dict.*Discrete\(3\)"),
         ({"shows": "classes"}, r"a Dict without a vector \(a Discrete\(3\)\)"),
@@ -151,6 +152,7 @@ def test_what_no_policy_can_take_is_refused_at_the_start(kwargs: dict, message: 
         ({"gives": ["a"] * 4}, "has dtype <U1: an array of numbers is needed"),
         ({"gives": None, "shows": "goal", "pays": "none"}, r"its reward is None \(NoneType\): one number"),
         ({"gives": np.zeros(4), "shows": "goal"}, "is a ndarray, its observation_space says a Dict"),
+        ({"gives": {"state": np.zeros(4), "rgb": np.zeros((16, 24, 3))}, "shows": "seen"}, "'rgb' has dtype float64"),
         ({"pays": "two"}, "its reward is .*: one number is needed"),
         ({"pays": "text"}, r"its reward is 1.0 \(str\): one number is needed"),
         ({"pays": "nan"}, r"its reward is not finite in step 1 of the episode \(it is nan\)"),
@@ -293,6 +295,17 @@ def test_an_environment_that_says_success_is_believed(name: str) -> None:
     assert found.n_episodes == 4 and found.success_rate == 0.5
     assert episode_statistics(rollout, TA, 1.0).success_rate == 1.0
     assert episode_statistics(rollout.first(3), TA, None).success_rate == 1.0
+
+
+def test_an_environment_that_speaks_of_success_only_when_it_happens_is_believed_later_too() -> None:
+    venv = make("Succeeds")
+    venv.reset()
+    venv._lanes[0]._env.env.unwrapped.key = venv._lanes[1]._env.env.unwrapped.key = "other"
+    assert "success" not in venv.step(zeros(venv)).infos
+    venv._lanes[0]._env.env.unwrapped.key = "success"
+    assert venv.step(zeros(venv)).infos["success"].tolist() == [True, False]
+    venv._lanes[0]._env.env.unwrapped.key = "other"
+    assert venv.step(zeros(venv)).infos["success"].tolist() == [False, False]
 
 
 def test_a_threshold_goes_before_what_environments_say_only_if_the_user_sets_it(monkeypatch: Any, caplog: Any) -> None:

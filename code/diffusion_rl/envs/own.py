@@ -109,6 +109,8 @@ class OwnEnv(gymnasium.Wrapper):
         self.observation_space = Box(-np.inf, np.inf, (int(size),), np.float64)
         self._picture = spaces[PICTURE].shape if self._is_dict and STATE in spaces and PICTURE in spaces else None
         if self._picture is not None:
+            _require_picture(spaces[PICTURE])
+            self._picture_kind = spaces[PICTURE].dtype.kind
             shape = _channels_first(np.broadcast_to(np.uint8(0), self._picture)).shape
             self.observation_space = Dict({PICTURE: Box(0, 255, shape, np.uint8), STATE: self.observation_space})
 
@@ -139,6 +141,8 @@ class OwnEnv(gymnasium.Wrapper):
             return state
         picture = np.asarray(raw[PICTURE])
         _require_shape(picture, self._picture, f"its picture {PICTURE!r}")
+        if picture.dtype.kind != self._picture_kind:
+            raise UserError(f"its picture {PICTURE!r} has dtype {picture.dtype}, not what its observation_space says")
         return {PICTURE: _channels_first(picture), STATE: state}
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[Any, dict]:
@@ -162,6 +166,14 @@ def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Spac
         raise UserError(
             f"obs_dim={obs_dim}, but its observations are a Dict ({listed}) whose vectors, joined, have {size} "
             f"entries: set obs_dim={size}, or name the vector that is meant {STATE!r}"
+        )
+
+
+def _require_picture(space: Any) -> None:
+    """Raise UserError if pictures are neither bytes nor numbers in [0, 1]."""
+    if not (space.dtype == np.uint8 or (space.dtype.kind == "f" and np.max(space.high) <= 1)):
+        raise UserError(
+            f"its picture {PICTURE!r} must be bytes (uint8) or numbers in [0, 1], its space is {space}"[:200]
         )
 
 

@@ -85,6 +85,7 @@ class MultiStepVectorEnv(abc.ABC):
         self.act_steps = act_steps
         self._names = [str(getattr(build, "name", "")) for build in builders]
         self._seeds: list[int | None] = [None] * self.n_envs
+        self._says_success = False
         self._lanes: list[Lane] = []
         try:
             self._open(builders)
@@ -121,12 +122,16 @@ class MultiStepVectorEnv(abc.ABC):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")
         answers = self._call("step", [(chunk,) for chunk in actions])
         observations, rewards, terminated, truncated, infos = zip(*answers, strict=True)
+        merged = _merge_infos(observations, infos, actions.shape[1])
+        if self._says_success:  # some speak of it only when it happens
+            merged.setdefault("success", np.zeros(self.n_envs, bool))
+        self._says_success = "success" in merged
         return StepResult(
             _stack(observations),
             np.array(rewards, dtype=np.float64),
             np.array(terminated, dtype=bool),
             np.array(truncated, dtype=bool),
-            _merge_infos(observations, infos, actions.shape[1]),
+            merged,
         )
 
     def get_state(self) -> dict[str, np.ndarray]:
