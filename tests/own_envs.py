@@ -39,6 +39,7 @@ class Own(gymnasium.Env):
     the infos. stands: sleeps for ever in step 2.
     """
 
+    metadata = {"render_modes": ["rgb_array"]}
     action_space: Any = ACTION
 
     def __init__(

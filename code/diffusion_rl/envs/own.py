@@ -109,8 +109,7 @@ class OwnEnv(gymnasium.Wrapper):
         self.observation_space = Box(-np.inf, np.inf, (int(size),), np.float64)
         self._picture = spaces[PICTURE].shape if self._is_dict and STATE in spaces and PICTURE in spaces else None
         if self._picture is not None:
-            _require_picture(spaces[PICTURE])
-            self._picture_kind = spaces[PICTURE].dtype.kind
+            self._picture_kind = _picture_kind(spaces[PICTURE])
             shape = _channels_first(np.broadcast_to(np.uint8(0), self._picture)).shape
             self.observation_space = Dict({PICTURE: Box(0, 255, shape, np.uint8), STATE: self.observation_space})
 
@@ -169,12 +168,14 @@ def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Spac
         )
 
 
-def _require_picture(space: Any) -> None:
-    """Raise UserError if pictures are neither bytes nor numbers in [0, 1]."""
+def _picture_kind(space: Any) -> str:
+    """numpy's letter for the type of the pictures. Raises UserError if they are neither bytes nor numbers in [0, 1]."""
     if not (space.dtype == np.uint8 or (space.dtype.kind == "f" and np.max(space.high) <= 1)):
         raise UserError(
-            f"its picture {PICTURE!r} must be bytes (uint8) or numbers in [0, 1], its space is {space}"[:200]
+            f"its picture {PICTURE!r} must be bytes (uint8) or numbers in [0, 1], its space says {space.dtype} up to "
+            f"{np.max(space.high)}"
         )
+    return str(space.dtype.kind)
 
 
 def _unusable(space: gymnasium.Space) -> str:
