@@ -140,9 +140,21 @@ def test_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interpreter_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INTERPRETER, sys.executable)
     path = statistics(tmp_path, {})
-    with pytest.raises(UserError, match=f"No module named 'furniture_bench' .see {PAGE}") as caught:
+    cause = rf"ModuleNotFoundError: No module named 'furniture_bench' \[.*furniture_server.py:\d+\] \(see {PAGE}"
+    with pytest.raises(UserError, match=cause) as caught:
         of_the_configuration(normalization_path=path)
-    assert "Traceback" in str(caught.value)
+    assert "\n" not in str(caught.value) and "Traceback" in str(caught.value.__cause__)
+
+
+def test_what_is_not_finite_is_named_by_environment_and_step() -> None:
+    state, rewards = np.zeros((2, 5), np.float32), np.array([0.0, np.nan], np.float32)
+    answers = iter([{"state": state}, {"state": state, "rewards": rewards, "truncated": np.zeros(2, bool)}])
+    venv = FurnitureVectorEnv.__new__(FurnitureVectorEnv)
+    venv.name, venv.n_envs, venv.act_steps, venv.action_dim = "furniture lamp", 2, 8, 10
+    venv._ask = lambda **message: next(answers)  # type: ignore[method-assign]
+    venv.reset()
+    with pytest.raises(UserError, match=r"environment 1 \(furniture lamp\): its reward is not finite in step 8 of"):
+        venv.step(np.zeros((2, 8, 10)))
 
 
 def test_a_simulator_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,30 @@ def test_running_episodes_by_hand():
     assert again.state()["running"].tolist() == [[3, 2, 2], [4, 4, 1]]
 
 
+def test_running_episodes_that_say_whether_they_succeeded():
+    """The first of two environments says so in its first episode's second chunk; the rewards tell nothing."""
+    episodes = RunningEpisodes(2)
+
+    def step(said, before, after):
+        one = Rollout({}, {}, np.zeros((1, 2)), np.zeros((1, 2)), np.array([before, after]))
+        one.successes = None if said is None else np.array([said])
+        episodes.add(one)
+
+    assert set(episodes.state()) == {"running", "whole", "ended"}
+    step(None, [1, 1], [0, 0])  # not every chunk need say anything
+    step([True, False], [0, 0], [0, 0])
+    again = RunningEpisodes(2)
+    again.restore(episodes.state())
+    for one in (episodes, again):
+        episodes = one
+        step([False, False], [0, 0], [1, 1])
+        assert episodes.statistics(1, None).success_rate == 0.5 and episodes.statistics(1, 0).success_rate == 1
+        episodes.clear()
+        step(None, [1, 1], [0, 0])
+        step([False, True], [0, 0], [1, 1])
+        assert episodes.successes.tolist() == [False, True]
+
+
 def small_dql(seed: int) -> DQL:
     with initial_weights(NoiseSource(seed)):
         actor = DiffusionMLP(2, 2, 3, time_dim=4, mlp_dims=[8, 8, 8], activation_type="ReLU", residual_style=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,12 @@ pytest.importorskip("mujoco", reason='needs pip install -e ".[gym]"')
 
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.core.normalizers import MinMaxNormalizer  # noqa: E402
+from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes  # noqa: E402
+from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv  # noqa: E402
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
+from diffusion_rl.envs.mpe import SpreadVectorEnv  # noqa: E402
+from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv  # noqa: E402
 from diffusion_rl.envs.vector import ProcessVectorEnv, SyncVectorEnv, VectorEnv  # noqa: E402
 from diffusion_rl.envs.worker import EnvRecipe  # noqa: E402
 
@@ -121,16 +126,16 @@ def test_both_kinds_are_vector_envs_that_cannot_be_restored() -> None:
 # --------------------------------------------------------------------------------------------------- workers that die
 
 
-def test_a_failing_worker_is_reported_with_its_index_and_traceback() -> None:
+def test_a_failing_worker_is_reported_in_one_line_with_its_index() -> None:
     venv = counters(ProcessVectorEnv)
     venv.reset()
     actions = np.zeros((3, 4, 1))
     actions[1, 2] = 2
     with pytest.raises(UserError) as caught:
         venv.step(actions)
-    first, rest = str(caught.value).split("\n", 1)
-    assert first == "environment 1 failed: RuntimeError: the gripper fell off"
-    assert "Traceback" in rest and "toy_envs.py" in rest
+    line = rf"environment 1 failed: RuntimeError: the gripper fell off \[{COUNTER}, .*toy_envs\.py:\d+\]"
+    assert re.fullmatch(line, str(caught.value))
+    assert "Traceback" in str(caught.value.__cause__)
 
 
 @pytest.mark.parametrize("how", ["exit", "kill"])
@@ -157,9 +162,7 @@ def test_workers_do_not_import_tensorflow() -> None:
 
     venv = counters(ProcessVectorEnv, n_envs=1)
     assert venv.reset()
-    lane = venv._lanes[0]
-    lane.send("step", (np.zeros((1, 1)),))
-    assert not lane.receive()[1][-1]["tensorflow"].any()
+    venv.step(np.full((1, 1, 1), -2.0))  # raises if it has TensorFlow
     venv.close()
     assert not [child for child in multiprocessing.active_children() if child.name.startswith("ForkServer")]
 
@@ -293,6 +296,61 @@ def test_misuse_of_the_engine() -> None:
     venv.reset()
     with pytest.raises(ValueError, match="actions have shape"):
         venv.step(np.zeros((6, 4, 2)))
+
+
+# -------------------------------------------------------------------------------------------- what is not finite
+
+
+def outcomes(n_envs: int = 2, chunk: int = 3, **changed: Any) -> StepOutcomes:
+    flags = np.zeros((n_envs, chunk), bool)
+    values = {"observations": np.zeros((n_envs, chunk, 2)), "rewards": np.zeros((n_envs, chunk)), "done": flags.copy()}
+    return StepOutcomes(**{**values, **changed}, limit_known=flags, limit_hit=flags)
+
+
+def test_what_is_not_finite_in_a_chunk_is_named_by_environment_and_step() -> None:
+    rows, history = np.arange(2), ChunkHistory(2, 1, 2, None, "pendulums")
+    history.start(rows, np.zeros((2, 2)))
+    history.advance(rows, outcomes())
+    bad, rewards = np.zeros((2, 3, 2)), np.zeros((2, 3))
+    bad[1, 1, 1], rewards[1, 2] = np.inf, np.nan
+    with pytest.raises(UserError, match=r"environment 1 \(pendulums\): its observation .* step 5 .*entry 1 is inf"):
+        history.advance(rows, outcomes(observations=bad))
+    with pytest.raises(
+        UserError, match=r"environment 1 \(pendulums\): its reward .* step 6 of the episode \(it is nan"
+    ):
+        history.advance(rows, outcomes(rewards=rewards))
+    with pytest.raises(UserError, match=r"environment 1 \(pendulums\): its observation is not finite after a reset"):
+        history.start(rows, bad[:, 1])
+    ends = np.zeros((2, 3), bool)
+    ends[1, 0] = True  # what would have come after the end does not count
+    assert history.advance(rows, outcomes(observations=bad, rewards=rewards, done=ends)).terminated.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("made", ["hopper", "avoiding", "toy", "simple_spread"])
+def test_batched_environments_name_what_is_not_finite(made: str) -> None:
+    if made == "hopper":
+        venv: Any = LocomotionVectorEnv("hopper-medium-v2", 2, act_steps=2)
+        rewards = venv.physics, "_rewards"
+    elif made == "avoiding":
+        venv = AvoidingVectorEnv("avoiding-m5", 2, act_steps=2)
+        rewards = venv, "_rewards"
+    elif made == "toy":
+        venv = ToyAgentsVectorEnv(2, act_steps=2)
+        rewards = venv, "_rewards"
+    else:
+        pytest.importorskip("mpe2")
+        venv = SpreadVectorEnv(2, act_steps=2, seeds=[0, 1])
+        rewards = venv, "_flat"
+    venv.reset()
+    actions = np.zeros((2, 2, venv.action_dim))
+    venv.step(actions)
+    owner, name = rewards
+    right = getattr(owner, name)
+    setattr(owner, name, lambda *arguments: right(*arguments) * np.nan)
+    with pytest.raises(
+        UserError, match=rf"environment 0 \({made}[^)]*\): its .* is not finite in step 3 of the episode"
+    ):
+        venv.step(actions)
 
 
 # ---------------------------------------------------------------------------------------------------- make_vector_env

@@ -13,7 +13,8 @@ import numpy as np
 class Counter(gymnasium.Env):
     """Observation [step of the episode, first draw of the episode]; reward 1; terminates at `length` if given.
 
-    An action above 1.5 raises, above 2.5 kills the process; options["note"] is remembered in the second entry.
+    An action above 1.5 raises, above 2.5 kills the process, below -1.5 raises if TensorFlow is imported;
+    options["note"] is remembered in the second entry.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
@@ -38,8 +39,10 @@ class Counter(gymnasium.Env):
             os._exit(7)
         if action[0] > 1.5:
             raise RuntimeError("the gripper fell off")
+        if action[0] < -1.5 and "tensorflow" in sys.modules:
+            raise RuntimeError("a worker has imported TensorFlow")
         self.step_number += 1
-        return self._observe(), 1.0, self.step_number == self.length, False, {"tensorflow": "tensorflow" in sys.modules}
+        return self._observe(), 1.0, self.step_number == self.length, False, {}
 
     def render(self) -> np.ndarray:
         return np.full((32, 32, 3), self.step_number, dtype=np.uint8)

@@ -11,9 +11,11 @@ import operator
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import hydra.utils
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -125,6 +127,20 @@ def _environment(name: str, default: Any = ...) -> Any:
         raise UserError(f"the configuration needs the environment variable {name}, which is not set")
     value = os.environ.get(name, default)
     return None if value is None else str(value)
+
+
+def set_by_user(key: str) -> bool:
+    """Whether the command line or the configuration file that it names says `key` itself, rather than a file that this
+    one includes. True outside a command line."""
+    if not HydraConfig.initialized():
+        return True
+    hydra_config = HydraConfig.get()
+    if any(text.lstrip("+~").startswith(f"{key}=") for text in hydra_config.overrides.task):
+        return True
+    folders = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
+    files = [folder / f"{hydra_config.job.config_name}.yaml" for folder in folders]
+    named = next((file for file in files if file.is_file()), None)
+    return named is not None and OmegaConf.select(OmegaConf.load(named), key, throw_on_missing=False) is not None
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -50,7 +50,7 @@ class BatchedVectorEnv(abc.ABC):
         self.normalizer = normalizer
         self.obs_spec: dict[str, tuple[int, ...]] = {"state": (obs_dim,)}
         self.action_dim = action_dim
-        self._history = ChunkHistory(n_envs, n_obs_steps, obs_dim, max_episode_steps)
+        self._history = ChunkHistory(n_envs, n_obs_steps, obs_dim, max_episode_steps, name)
         self._started = np.zeros(n_envs, dtype=bool)
         self._recorders: dict[int, Any] = {}
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffusion_rl.envs.finite import require_finite
+
 
 @dataclass
 class StepOutcomes:
@@ -42,9 +44,15 @@ class ChunkOutcome:
 
 
 class ChunkHistory:
-    """Step counters and observation histories of E environments."""
+    """Step counters and observation histories of E environments of one name.
 
-    def __init__(self, n_envs: int, n_obs_steps: int, obs_dim: int, max_episode_steps: int | None):
+    Raises UserError where an observation or a reward that counts is NaN or infinite.
+    """
+
+    def __init__(
+        self, n_envs: int, n_obs_steps: int, obs_dim: int, max_episode_steps: int | None, name: str = "environment"
+    ):
+        self.name = name
         self.n_obs_steps = n_obs_steps
         self.max_episode_steps = max_episode_steps
         self.count = np.zeros(n_envs, dtype=np.int64)
@@ -52,6 +60,9 @@ class ChunkHistory:
 
     def start(self, rows: np.ndarray, observations: np.ndarray) -> None:
         """Begin new episodes in `rows` [N] with their first observations [N, O], which also fill the history."""
+        n_rows = len(observations)
+        no_rewards, one_step = np.zeros((n_rows, 1)), np.ones(n_rows)
+        require_finite(self.name, observations[:, None], no_rewards, rows, executed=one_step, before=-one_step)
         self.count[rows] = 0
         self.frames[rows] = observations[:, None]
 
@@ -61,6 +72,7 @@ class ChunkHistory:
         terminated, truncated = self._flags(self.count[rows], steps)
         ended = terminated | truncated
         executed = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, chunk)
+        require_finite(self.name, steps.observations, steps.rewards, rows, executed, self.count[rows])
         last = (np.arange(n_rows), executed - 1)
         # An early end counts one action more than it executed, as in the reference. It shows only where nothing
         # resets: there the time limit of what follows comes a step early.

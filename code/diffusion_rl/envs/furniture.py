@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.finite import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
 from diffusion_rl.envs.multi_step import Observations
+from diffusion_rl.envs.processes import in_one_line
 from diffusion_rl.envs.vector import StepResult
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
@@ -47,6 +49,7 @@ class FurnitureVectorEnv:
         interpreter = _interpreter()
         if not statistics.is_file():
             raise UserError(f"no normalization statistics at {statistics}: {PAGE} says where they come from")
+        self.name, self._count = f"furniture {specific['furniture']}", 0
         self.n_envs = n_envs
         self.act_steps = act_steps
         self._process, self._connection = _start(interpreter)
@@ -68,7 +71,8 @@ class FurnitureVectorEnv:
         """The simulator has no seeds."""
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        return _observations(self._ask(call="reset"))
+        self._count = -1
+        return self._observations(self._ask(call="reset"), np.zeros(self.n_envs), 1)
 
     def step(self, actions: np.ndarray) -> StepResult:
         actions = np.asarray(actions, dtype=np.float32)
@@ -79,7 +83,16 @@ class FurnitureVectorEnv:
         over = result["truncated"]
         executed = np.full(self.n_envs, self.act_steps, dtype=np.int64)
         rewards = result["rewards"].astype(np.float64)
-        return StepResult(_observations(result), rewards, over, over, {"executed_steps": executed})
+        observations = self._observations(result, rewards, self.act_steps)
+        return StepResult(observations, rewards, over, over, {"executed_steps": executed})
+
+    def _observations(self, answer: dict[str, np.ndarray], rewards: np.ndarray, steps: int) -> Observations:
+        """What a chunk of `steps` actions (or a reset: the one before the first) led to. Raises UserError if it is not
+        finite."""
+        rows, self._count = np.arange(self.n_envs), self._count + steps
+        before, shown = np.full(self.n_envs, self._count - 1), answer["state"][:, None]
+        require_finite(self.name, shown, rewards[:, None], rows, np.ones(self.n_envs), before)
+        return {"state": shown}
 
     def get_state(self) -> dict[str, np.ndarray]:
         return {}
@@ -106,7 +119,8 @@ class FurnitureVectorEnv:
         if "error" in answer:
             self.close()
             trace = str(answer["error"]).strip()
-            raise UserError(f"Furniture-Bench failed in {INTERPRETER}: {trace.splitlines()[-1]} (see {PAGE})\n{trace}")
+            line = f"Furniture-Bench failed in {INTERPRETER}: {in_one_line(trace)} (see {PAGE})"
+            raise UserError(line) from RuntimeError(trace)
         return answer
 
 
@@ -132,7 +146,3 @@ def _start(interpreter: str) -> tuple[subprocess.Popen, Any]:
     )
     theirs.close()
     return process, ours
-
-
-def _observations(answer: dict[str, np.ndarray]) -> Observations:
-    return {"state": answer["state"][:, None]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,10 @@ from omegaconf import OmegaConf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, worker
-from diffusion_rl.envs.vector import ProcessVectorEnv, VectorEnv
+from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, room, worker
+from diffusion_rl.envs.vector import WORKER_TIMEOUT, ProcessVectorEnv, VectorEnv
 
+LONGEST_TIMEOUT = 10**6  # seconds
 ENGINES = ("mujoco", "gymnasium", "d4rl")
 
 
@@ -36,8 +38,9 @@ def make_vector_env(
     `save_full_observations`, `render` (avoiding: a window), `env_type` (furniture: Furniture-Bench), those of robomimic
     (envs/robomimic.py); ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every environment a
     process, "d4rl" too, with D4RL's own simulators), `threads` (default 2), `d4rl_time_limit` (null: a time-out is
-    truncation alone).
-    n_envs, threads: override the configured ones. Raises UserError for unknown names or wrong dimensions.
+    truncation alone), `worker_timeout` (seconds that a process may take to answer, default 600).
+    n_envs, threads: override the configured ones. Raises UserError for unknown names, wrong dimensions, or more
+    environments than this machine has room for.
     """
     env_cfg = _plain(env_cfg)
     name = str(env_cfg["name"])
@@ -60,6 +63,7 @@ def make_vector_env(
         "full_observations": env_cfg.get("save_full_observations", chunks.get("pass_full_observations", False)),
         "normalizer": _normalizer(wrappers, obs_dim, action_dim),
     }
+    room.require_memory(count, room.ROW_GB)
     seeds = [seed + i for i in range(count)]
     if name.startswith("avoiding"):
         venv: VectorEnv = _avoiding(env_cfg, count, chunk_options)
@@ -68,7 +72,7 @@ def make_vector_env(
     elif engine == "mujoco" and _is_locomotion(name):
         venv = _locomotion(env_cfg, count, seeds, threads, chunk_options)
     else:
-        venv = _processes(env_cfg, count, seeds, chunk_options)
+        venv = _processes(env_cfg, seeds, chunk_options, obs_dim)
     return _checked(venv, name, obs_dim, action_dim)
 
 
@@ -105,7 +109,14 @@ def _robomimic(env_cfg: Mapping[str, Any], seeds: list[int], options: dict[str, 
     chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
     builders = robomimic.recipes(env_cfg, seeds, options["normalizer"], chunks)
     processes.preload("diffusion_rl.envs.quiet_robosuite")
-    return ProcessVectorEnv(builders, options["act_steps"], seeds)
+    return ProcessVectorEnv(builders, options["act_steps"], seeds, _worker_timeout(env_cfg))
+
+
+def _worker_timeout(env_cfg: Mapping[str, Any]) -> float:
+    seconds = env_cfg.get("worker_timeout", WORKER_TIMEOUT)
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < LONGEST_TIMEOUT:
+        raise UserError(f"env.worker_timeout={seconds}: give seconds, more than 0 and less than {LONGEST_TIMEOUT}")
+    return float(seconds)
 
 
 def _is_locomotion(name: str) -> bool:
@@ -135,7 +146,7 @@ def _avoiding(env_cfg: Mapping[str, Any], n_envs: int, options: dict[str, Any]) 
     return AvoidingVectorEnv(str(env_cfg["name"]), n_envs, render=bool(env_cfg.get("render", False)), **options)
 
 
-def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], options: dict[str, Any]) -> VectorEnv:
+def _processes(env_cfg: Mapping[str, Any], seeds: list[int], options: dict[str, Any], obs_dim: int) -> VectorEnv:
     name = str(env_cfg["name"])
     original, is_kitchen = env_cfg.get("engine") == "d4rl", name.startswith(kitchen.PREFIX)
     if original:
@@ -156,8 +167,9 @@ def _processes(env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], option
         render=bool(env_cfg.get("save_video", False)),
         d4rl_time_limit=env_cfg.get("d4rl_time_limit", limit),
         original=original,
+        obs_dim=obs_dim,
     )
-    return ProcessVectorEnv([recipe] * n_envs, options["act_steps"], seeds)
+    return ProcessVectorEnv([recipe] * len(seeds), options["act_steps"], seeds, _worker_timeout(env_cfg))
 
 
 def _check_locomotion(name: str) -> None:
@@ -175,6 +187,9 @@ def _check_registered(name: str) -> None:
             importlib.import_module(module)
         except ImportError as error:
             raise UserError(f"environment {name!r}: cannot import {module} ({error}); is it on PYTHONPATH?") from error
+        except Exception as error:
+            cause = processes.in_one_line("".join(traceback.format_exception(error)))
+            raise UserError(f"environment {name!r}: importing {module} failed: {cause}") from error
     try:
         gymnasium.spec(registered)
     except gymnasium.error.Error as error:

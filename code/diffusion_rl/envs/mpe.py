@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.finite import require_finite
 from diffusion_rl.envs.vector import Observations, StepResult
 
 N_AGENTS = 3
@@ -39,6 +40,7 @@ class SpreadVectorEnv:
         self.action_dim = sum(first.action_space(agent).shape[0] for agent in self.agents)
         self._seeds: list[int | None] = [None] * n_envs
         self._last = np.zeros((n_envs, obs_dim))
+        self._count = np.zeros(n_envs, np.int64)
         self.seed(seeds)
 
     def seed(self, seeds: Sequence[int]) -> None:
@@ -54,7 +56,7 @@ class SpreadVectorEnv:
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Execute chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
-        chunk = actions.shape[1]
+        chunk, rows = actions.shape[1], np.arange(self.n_envs)
         frames = np.empty((self.n_envs, chunk, self._last.shape[1]))
         rewards, executed = np.zeros((self.n_envs, len(self.agents))), np.zeros(self.n_envs, np.int64)
         truncated = np.zeros(self.n_envs, bool)
@@ -69,6 +71,9 @@ class SpreadVectorEnv:
                 if any(over.values()):
                     truncated[row] = True
                     break
+        shared = rewards.mean(axis=1)
+        require_finite("simple_spread", frames, np.repeat(shared[:, None], chunk, 1), rows, executed, self._count)
+        self._count += executed
         final = self._last.copy()
         for row in np.flatnonzero(truncated):
             self._begin(row)
@@ -79,12 +84,12 @@ class SpreadVectorEnv:
             "agent_rewards": rewards,
         }
         nothing = np.zeros(self.n_envs, bool)
-        return StepResult({"state": self._last[:, None].copy()}, rewards.mean(axis=1), nothing, truncated, infos)
+        return StepResult({"state": self._last[:, None].copy()}, shared, nothing, truncated, infos)
 
     def _begin(self, row: int) -> None:
         seen, _ = self._envs[row].reset(seed=self._seeds[row])
         self._seeds[row] = None  # the next episodes go on with the environment's own random stream
-        self._last[row] = self._flat(seen)
+        self._last[row], self._count[row] = self._flat(seen), 0
 
     def _flat(self, seen: dict[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([seen[agent] for agent in self.agents])

@@ -6,6 +6,7 @@ To observation history, O observation.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,8 +16,12 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs import finite
 
 Observations = dict[str, np.ndarray]
+
+#: What `MultiStep.step` says of a chunk in its info beside the environment's own keys.
+CHUNK_KEYS = ("executed_steps", "final_obs", "full_obs")
 
 REWARD_AGGREGATES: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}
 
@@ -108,6 +113,9 @@ class MultiStep:
     max_episode_steps: the wrapper's own limit, which truncates; it does not speak where the environment ends the
     episode itself, or gives the key `TimeLimit.truncated` of gym's old interface in its info.
     reset_within_step: begin the next episode in the step that ends one. full_observations: report every frame.
+
+    Attributes:
+        succeeded: whether the environment has said `success` in the last chunk; None where it says nothing of it.
     """
 
     def __init__(
@@ -128,6 +136,7 @@ class MultiStep:
         self.reset_within_step = reset_within_step
         self.full_observations = full_observations
         self.count = 0
+        self.succeeded: bool | None = None
         self._aggregate = REWARD_AGGREGATES[reward_agg_method]
         space = env.observation_space
         if not isinstance(space, (gymnasium.spaces.Dict, gymnasium.spaces.Box)):
@@ -145,10 +154,11 @@ class MultiStep:
         seed = options.pop("seed", None) if seed is None else seed
         video_path = options.pop("video_path", None)
         raw, _ = self.env.reset(seed=None if seed is None else int(seed), options=options)
+        self.count = 0
         frame = self._frame(raw)
+        _require_finite([frame], [0.0], 0)
         self._frames.extend([frame] * self.n_obs_steps)
         self._infos = {}
-        self.count = 0
         if video_path:
             self._start_video(video_path)
         return self._stacked()
@@ -159,6 +169,8 @@ class MultiStep:
 
         info: each key's last To values; `executed_steps`; `full_obs` if asked for, {key: [executed, ...]};
         `final_obs` where a truncated episode was followed by a reset.
+
+        Raises UserError if an observation or a reward is NaN or infinite.
         """
         if not self._frames:
             raise RuntimeError("step before the first reset")
@@ -166,11 +178,14 @@ class MultiStep:
         terminated = truncated = False
         rewards: list[Any] = []
         frames: list[Observations] = []
+        self.succeeded = None
         for action in actions:
             raw, reward, terminated, truncated, info = self.env.step(action)
+            self.count += 1
             frames.append(self._frame(raw))
             rewards.append(reward)
-            self.count += 1
+            if "success" in info:
+                self.succeeded = _either(self.succeeded, info["success"])
             terminated, truncated = self._flags(terminated, truncated, info)
             self._remember(info)
             self._record()
@@ -178,6 +193,7 @@ class MultiStep:
                 break
         if not rewards:
             raise ValueError("an empty chunk of actions")
+        _require_finite(frames, rewards, self.count - len(rewards) + 1)
         # An early end counts one action more, as in the reference (see chunks.py).
         self.count += len(rewards) < len(actions)
         self._frames.extend(frames)
@@ -207,7 +223,8 @@ class MultiStep:
 
     def _remember(self, info: Mapping[str, Any]) -> None:
         for key, value in info.items():
-            self._infos.setdefault(key, deque(maxlen=self.n_obs_steps)).append(value)
+            if key not in CHUNK_KEYS:
+                self._infos.setdefault(key, deque(maxlen=self.n_obs_steps)).append(value)
 
     def _start_video(self, path: str) -> None:
         from diffusion_rl.envs.video import VideoWriter  # rendering libraries load only when asked for
@@ -226,6 +243,27 @@ class MultiStep:
     def close(self) -> None:
         self._stop_video()
         self.env.close()
+
+
+def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], first: int) -> None:
+    """Raise UserError if an observation or a reward of the steps `first`, `first` + 1, ... is NaN or infinite."""
+    if math.isfinite(sum(rewards)) and all(_are_finite([frame[key] for frame in frames]) for key in frames[0]):
+        return
+    for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):
+        named = [(f"observation {key!r}", values) for key, values in frame.items()]
+        for what, values in [*named, ("reward", reward)]:
+            if found := finite.fault(what, values, step):
+                raise UserError(found)
+
+
+def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
+    return arrays[0].dtype.kind != "f" or bool(np.isfinite(np.concatenate(arrays, axis=None)).all())
+
+
+def _either(before: bool | None, success: Any) -> bool | None:
+    """Whether a step up to now has succeeded. success: a number or an array of them; what is none says nothing."""
+    said = np.asarray(success)
+    return bool(before) or bool((said > 0).any()) if said.dtype.kind in "biuf" else before
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

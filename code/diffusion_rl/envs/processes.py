@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import re
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+LONGEST_CAUSE, LONGEST_PATH = 160, 80  # characters of a traceback's summary
 
 #: What the fork server imports once for all processes that come from it.
 _preloaded = ["diffusion_rl.envs.worker"]
@@ -33,6 +36,21 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Co
         process.start()
     theirs.close()
     return process, ours
+
+
+def in_one_line(trace: str, name: str = "") -> str:
+    """The text of a traceback as "Type: first line of its message [name, file:line]", at most about 300 characters."""
+    lines = trace.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    last = frames[-1] if frames else -1
+    cause = next((line for line in lines[last + 1 :] if not line.startswith(" ")), "").removesuffix(":").strip()
+    place = re.match(r'  File "(.+)", line (\d+)', lines[last]) if frames else None
+    found = [name] if name else []
+    if place:
+        path = place[1] if len(place[1]) <= LONGEST_PATH else "…" + place[1][-LONGEST_PATH:]
+        found.append(f"{path}:{place[2]}")
+    cause = cause if len(cause) <= LONGEST_CAUSE else cause[:LONGEST_CAUSE] + "…"
+    return f"{cause} [{', '.join(found)}]"
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.envs import room
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -216,6 +217,11 @@ class RobomimicRecipe:
     render: bool = False
     reflections: bool = False
 
+    @property
+    def name(self) -> str:
+        """The task's, in robosuite."""
+        return str(self.meta["env_name"])
+
     def __call__(self) -> MultiStep:
         base = make_simulator(
             self.meta,
@@ -266,20 +272,5 @@ def recipes(
 
 def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:
     """Raise UserError if `n_envs` processes need more GB than are `available` (default: what the system says)."""
-    each = PROCESS_GB.get(env_name, (0.65, 1.0))[pictures]
-    free = _available_gb() if available is None else available
-    if free is not None and n_envs * each > free:
-        what = " with pictures" if pictures else ""
-        raise UserError(
-            f"env.n_envs={n_envs}: each {env_name} environment{what} takes about {each:.1f} GB, {n_envs * each:.0f} GB "
-            f"in all, and {free:.1f} GB are free: set env.n_envs={max(1, int(free / each))} or less"
-        )
-
-
-def _available_gb() -> float | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) / 2**20 if found else None
+    each = f"{env_name} environment" + (" with pictures" if pictures else "")
+    room.require_memory(n_envs, PROCESS_GB.get(env_name, (0.65, 1.0))[pictures], each, available)

@@ -49,7 +49,7 @@ class ToyAgentsVectorEnv:
         self.obs_dim = 4 + 2 * (n_agents - 1)
         self.obs_spec: dict[str, tuple[int, ...]] = {"state": (n_agents * self.obs_dim,)}
         self.action_dim = n_agents * (len(MOVES) if discrete else 2)
-        self._history = ChunkHistory(n_envs, n_obs_steps, n_agents * self.obs_dim, max_episode_steps)
+        self._history = ChunkHistory(n_envs, n_obs_steps, n_agents * self.obs_dim, max_episode_steps, "toy")
         self._positions = np.zeros((n_envs, n_agents, 2))
         self._goals = np.zeros((n_envs, n_agents, 2))
         self._seeds, self._episodes = np.zeros(n_envs, np.int64), np.zeros(n_envs, np.int64)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import abc
+import logging
+import select
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -10,8 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs import processes, worker
+from diffusion_rl.envs import processes, room, worker
 from diffusion_rl.envs.multi_step import MultiStep, Observations
+
+log = logging.getLogger(__name__)
+
+WORKER_TIMEOUT = 600.0  # seconds that a process may take to answer
+CLOSING_SECONDS = 5.0  # that all processes together may take to end
 
 
 @dataclass
@@ -23,7 +31,8 @@ class StepResult:
     terminated, truncated: [E] bool. Both are set where D4RL's time limit ended the episode.
     infos: `executed_steps` [E] int64; `final_observations` {key: [E, To, ...]}, the last ones of the old episode,
         valid where truncated and reset; `full_observations` {key: [E, Ta, ...]} when asked for: the observation after
-        each action, repeating the last executed one.
+        each action, repeating the last executed one; `success` [E] bool where environments say whether the chunk
+        reached the goal.
     """
 
     observations: Observations
@@ -74,7 +83,9 @@ class MultiStepVectorEnv(abc.ABC):
     def __init__(self, builders: Sequence[Callable[[], MultiStep]], act_steps: int, seeds: Sequence[int] | None = None):
         self.n_envs = len(builders)
         self.act_steps = act_steps
+        self._names = [str(getattr(build, "name", "")) for build in builders]
         self._seeds: list[int | None] = [None] * self.n_envs
+        self._says_success = False
         self._lanes: list[Lane] = []
         try:
             self._open(builders)
@@ -82,11 +93,9 @@ class MultiStepVectorEnv(abc.ABC):
         except BaseException:
             self.close()
             raise
-        self.obs_spec, action_shape = answers[0]
-        if action_shape is None or len(action_shape) != 1:
-            self.close()
-            raise UserError("actions must be vectors of numbers (a one-dimensional gymnasium Box)")
-        self.action_dim = action_shape[0]
+        self.obs_spec, self.action_dim, notes = answers[0]
+        for note in notes:
+            log.warning("environment %s: %s", self._names[0], note)
         if seeds is not None:
             self.seed(seeds)
 
@@ -113,12 +122,16 @@ class MultiStepVectorEnv(abc.ABC):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")
         answers = self._call("step", [(chunk,) for chunk in actions])
         observations, rewards, terminated, truncated, infos = zip(*answers, strict=True)
+        merged = _merge_infos(observations, infos, actions.shape[1])
+        if self._says_success:  # some speak of it only when it happens
+            merged.setdefault("success", np.zeros(self.n_envs, bool))
+        self._says_success = "success" in merged
         return StepResult(
             _stack(observations),
             np.array(rewards, dtype=np.float64),
             np.array(terminated, dtype=bool),
             np.array(truncated, dtype=bool),
-            _merge_infos(observations, infos, actions.shape[1]),
+            merged,
         )
 
     def get_state(self) -> dict[str, np.ndarray]:
@@ -137,25 +150,36 @@ class MultiStepVectorEnv(abc.ABC):
         return [self._receive(i) for i in range(self.n_envs)]
 
     def _receive(self, index: int) -> Any:
+        name = self._names[index]
         try:
             status, value = self._lanes[index].receive()
+        except TimeoutError as silence:
+            self._lanes[index].wait(0)
+            self.close()
+            raise UserError(f"environment {index} ({name}) stands still: {silence}") from None
         except (EOFError, OSError):
             code = self._lanes[index].exit_code()
             self.close()
             cause = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             hint = " (out of memory?)" if code == -9 else ""
-            raise UserError(f"environment {index} died: its process ended without a word, {cause}{hint}") from None
+            line = f"environment {index} died: its process ended without a word, {cause}{hint} [{name}]"
+            raise UserError(line) from None
+        if status == "refused":
+            self.close()
+            raise UserError(f"environment {index} ({name}): {value}")
         if status == "error":
             self.close()
-            raise UserError(f"environment {index} failed: {value.strip().splitlines()[-1]}\n{value}")
+            line = f"environment {index} failed: {processes.in_one_line(value, name)}"
+            raise UserError(line) from RuntimeError(f"in its process:\n{value}")
         return value
 
     def close(self) -> None:
         lanes, self._lanes = self._lanes, []
         for lane in lanes:
             lane.hang_up()
+        deadline = time.monotonic() + CLOSING_SECONDS
         for lane in lanes:
-            lane.wait()
+            lane.wait(max(0.0, deadline - time.monotonic()))
 
 
 class Lane(Protocol):
@@ -165,7 +189,7 @@ class Lane(Protocol):
         """Ask it to do something."""
 
     def receive(self) -> tuple[str, Any]:
-        """("ok", result) or ("error", traceback)."""
+        """("ok", result), ("refused", line) or ("error", traceback)."""
 
     def exit_code(self) -> int | None:
         """How its process ended."""
@@ -173,35 +197,46 @@ class Lane(Protocol):
     def hang_up(self) -> None:
         """Tell it to end."""
 
-    def wait(self) -> None:
-        """Wait until it has ended."""
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended; after so many seconds end it."""
 
 
 class _LocalLane:
     """An environment in this process; it works while being asked for the answer."""
 
     def __init__(self, build: Callable[[], MultiStep]):
-        self._env = build()
-        self._next: Callable[[], Any] = lambda: worker.spaces(self._env)
+        self._build = build
+        self._env: MultiStep | None = None
+        self._next: Callable[[], Any] = lambda: worker.spaces(self._made())
+
+    def _made(self) -> MultiStep:
+        if self._env is None:
+            self._env = self._build()
+        return self._env
 
     def send(self, method: str, arguments: tuple) -> None:
-        self._next = lambda: getattr(self._env, method)(*arguments)
+        self._next = lambda: worker.call(self._made(), method, arguments)
 
     def receive(self) -> tuple[str, Any]:
-        return "ok", self._next()
+        try:
+            return "ok", self._next()
+        except UserError as error:
+            return "refused", str(error)
 
     def exit_code(self) -> int | None:
         return None
 
     def hang_up(self) -> None:
-        self._env.close()
+        if self._env is not None:
+            self._env.close()
 
-    def wait(self) -> None:
+    def wait(self, seconds: float) -> None:
         pass
 
 
 class SyncVectorEnv(MultiStepVectorEnv):
-    """All environments in this process, one after the other: for tests and debugging; errors come unchanged."""
+    """All environments in this process, one after the other: for tests and debugging; errors come unchanged but
+    for a UserError, which names the environment."""
 
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
         self._lanes = []
@@ -210,15 +245,25 @@ class SyncVectorEnv(MultiStepVectorEnv):
 
 
 class _ProcessLane:
-    """An environment in a process of its own."""
+    """An environment in a process of its own, which may take `timeout` seconds to answer."""
 
-    def __init__(self, build: Callable[[], MultiStep]):
+    def __init__(self, build: Callable[[], MultiStep], timeout: float):
         self._process, self._connection = processes.start(worker.serve, build)
+        self._timeout, self._asked = timeout, "its start"
+        self._poll = select.poll()  # multiprocessing's own way of waiting takes ten times as long
+        self._poll.register(self._connection.fileno(), select.POLLIN)
 
     def send(self, method: str, arguments: tuple) -> None:
+        self._asked = method
         self._connection.send((method, arguments))
 
     def receive(self) -> tuple[str, Any]:
+        """Raises TimeoutError if it does not answer in time."""
+        if not self._poll.poll(self._timeout * 1000):
+            raise TimeoutError(
+                f"no answer to {self._asked} for {self._timeout:g} s (process {self._process.pid}); mend it, or raise "
+                "env.worker_timeout"
+            )
         return self._connection.recv()
 
     def exit_code(self) -> int | None:
@@ -228,22 +273,35 @@ class _ProcessLane:
     def hang_up(self) -> None:
         self._connection.close()
 
-    def wait(self) -> None:
-        self._process.join(timeout=5)
+    def wait(self, seconds: float) -> None:
+        self._process.join(timeout=seconds)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
 
 class ProcessVectorEnv(MultiStepVectorEnv):
-    """Every environment in a process of its own; one that dies is reported with its index and traceback.
+    """Every environment in a process of its own; one that fails, dies or stands still is reported in one line.
 
     The processes know nothing of the main script (see processes.py): what `builders` name must be importable.
+    timeout: seconds after which one that does not answer is reported. Raises UserError if this machine has no room for
+    so many processes.
     """
 
+    def __init__(
+        self,
+        builders: Sequence[Callable[[], MultiStep]],
+        act_steps: int,
+        seeds: Sequence[int] | None = None,
+        timeout: float = WORKER_TIMEOUT,
+    ):
+        self._timeout = timeout
+        super().__init__(builders, act_steps, seeds)
+
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
+        room.require_processes(len(builders))
         for build in builders:
-            self._lanes.append(_ProcessLane(build))
+            self._lanes.append(_ProcessLane(build, self._timeout))
 
 
 def _stack(observations: Sequence[Observations]) -> Observations:
@@ -256,6 +314,8 @@ def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str,
     if any("final_obs" in info for info in infos):
         pairs = zip(infos, observations, strict=True)
         merged["final_observations"] = _stack([info.get("final_obs", shown) for info, shown in pairs])
+    if any("succeeded" in info for info in infos):
+        merged["success"] = np.array([info.get("succeeded", False) for info in infos])
     if "full_obs" in infos[0]:
         merged["full_observations"] = _stack([_repeat_last(info["full_obs"], chunk) for info in infos])
     return merged

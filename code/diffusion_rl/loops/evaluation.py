@@ -15,6 +15,7 @@ from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.make import make_vector_env
+from diffusion_rl.envs.vector import VectorEnv
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.policy_files import (
     GAUSSIAN_SAMPLING,
@@ -31,9 +32,11 @@ from diffusion_rl.loops.rollout import (
     Rollout,
     collect,
     episode_statistics,
+    success_threshold,
 )
 from diffusion_rl.loops.run_folder import write_config
 from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 from diffusion_rl.reports.metrics import MetricsWriter
@@ -70,6 +73,18 @@ def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
     return [{"seed": seed + i} for i in range(n_envs)]
 
 
+def make_venv(cfg: DictConfig, policy: Any, seed: int) -> VectorEnv:
+    """Make the environments of a run. Raises UserError also where they show other images than `policy` sees."""
+    dims = {name: cfg[name] for name in ("obs_dim", "action_dim", "act_steps")}
+    venv = make_vector_env(cfg["env"], **dims, seed=seed)
+    try:
+        check_images(getattr(policy, "network", None), venv.obs_spec.get("rgb"), f"environment {cfg['env']['name']}")
+    except UserError:
+        venv.close()
+        raise
+    return venv
+
+
 class Evaluation:
     """`eval_*` configurations: load a checkpoint, run it, report.
 
@@ -89,13 +104,7 @@ class Evaluation:
         # Decide by the same program as the training did: the other one rounds differently.
         self.fast = bool(((checkpoint.metadata.get("config") or {}).get("train") or {}).get("fast", True))
         self.seed = int(cfg.get("seed", 42))
-        self.venv = make_vector_env(
-            cfg["env"],
-            obs_dim=cfg["obs_dim"],
-            action_dim=cfg["action_dim"],
-            act_steps=cfg["act_steps"],
-            seed=self.seed,
-        )
+        self.venv = make_venv(cfg, self.policy, self.seed)
 
     def run(self) -> EpisodeStatistics:
         """Evaluate, print, and write `result.npz` and metrics into the log folder."""
@@ -116,7 +125,7 @@ class Evaluation:
                 lambda step, rewards: progress.update(1),
             )
         self.venv.close()
-        threshold = cfg["env"].get("best_reward_threshold_for_success", 0)
+        threshold = success_threshold(cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, cfg["act_steps"], threshold)
         print(
             f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "

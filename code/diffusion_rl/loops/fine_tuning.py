@@ -20,11 +20,10 @@ from omegaconf import DictConfig
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
-from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.evaluation import seeded_options
+from diffusion_rl.loops.evaluation import make_venv, seeded_options
 from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
-from diffusion_rl.loops.rollout import EpisodeStatistics, Rollout, episode_statistics
+from diffusion_rl.loops.rollout import EpisodeStatistics, Rollout, episode_statistics, success_threshold
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.reports.progress import Progress
@@ -59,7 +58,7 @@ class FineTuning(abc.ABC):
         self.seed = int(cfg.get("seed", 42))
         self.model = model if model is not None else self._build_model()
         self.n_envs = int(cfg["env"]["n_envs"])
-        self.venv = venv if venv is not None else self._build_venv()
+        self.venv = venv if venv is not None else make_venv(cfg, self.model, self.seed)
         self.own_noise = noise is None
         self.noise = NoiseSource(self.seed) if noise is None else noise
         self.act_steps, self.n_steps = int(cfg["act_steps"]), int(self.train["n_steps"])
@@ -75,16 +74,6 @@ class FineTuning(abc.ABC):
         if path:
             load_policy(model, open_checkpoint(path), path)
         return model
-
-    def _build_venv(self) -> Any:
-        cfg = self.cfg
-        return make_vector_env(
-            cfg["env"],
-            obs_dim=cfg["obs_dim"],
-            action_dim=cfg["action_dim"],
-            act_steps=cfg["act_steps"],
-            seed=self.seed,
-        )
 
     # ---------- what the loops differ in ----------
 
@@ -152,7 +141,7 @@ class FineTuning(abc.ABC):
 
         rollout = self._evaluate(folder, on_step) if evaluating else self._collect(folder, on_step)
         self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
-        threshold = self.cfg["env"].get("best_reward_threshold_for_success", 0)
+        threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, self.act_steps, threshold)
         told = self._told(rollout, evaluating, stats)
         row = {

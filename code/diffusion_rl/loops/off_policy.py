@@ -21,7 +21,15 @@ from diffusion_rl.core.returns import rewards_to_go
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.loops.fine_tuning import FineTuning, Observer, OnStep
 from diffusion_rl.loops.learner import Learner, Losses
-from diffusion_rl.loops.rollout import Decide, EpisodeStatistics, Observations, Rollout, RunningEpisodes, collect
+from diffusion_rl.loops.rollout import (
+    Decide,
+    EpisodeStatistics,
+    Observations,
+    Rollout,
+    RunningEpisodes,
+    collect,
+    success_threshold,
+)
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 
@@ -291,7 +299,8 @@ class OffPolicyTraining(FineTuning):
             self.episodes.interrupt()
             return stats
         self.episodes.add(rollout)
-        told = self.episodes.statistics(self.act_steps, self.cfg["env"].get("best_reward_threshold_for_success", 0))
+        threshold = success_threshold(self.cfg["env"], self.episodes.reached is not None)
+        told = self.episodes.statistics(self.act_steps, threshold)
         if self._tells({"kind": "train"}):
             self.episodes.clear()
         return told

@@ -22,6 +22,7 @@ from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.networks.mlp import draw_masks
+from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.reports.progress import Progress
 
@@ -52,6 +53,9 @@ class PreTraining:
         self.dataset = dataset if dataset is not None else instantiate(cfg["train_dataset"])
         if "obs_dim" in cfg:
             self.dataset.require_dims(int(cfg["obs_dim"]), int(cfg["action_dim"]))
+        images = self.dataset.images
+        where = str(cfg.get("train_dataset_path", "the data set"))
+        check_images(self.model.network, None if images is None else images.shape[1:], where)
         self.items, self.validation = np.arange(len(self.dataset)), np.empty(0, np.int64)
         if float(self.train.get("train_split", 1)) < 1:
             self.items, self.validation = self.dataset.split(float(self.train["train_split"]), NoiseSource(self.seed))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.config import set_by_user
 from diffusion_rl.core.errors import UserError
 
+log = logging.getLogger(__name__)
+
 Observations = dict[str, np.ndarray]
+Floats = Sequence[float] | np.ndarray
+
+THRESHOLD = "best_reward_threshold_for_success"
 
 
 @dataclass
@@ -23,6 +31,7 @@ class Rollout:
     terminated: np.ndarray  # [S,E]
     firsts: np.ndarray  # [S+1,E], 1 where an episode begins
     decisions: dict[str, np.ndarray] = field(default_factory=dict)  # what the policy said, each [S,E,...]
+    successes: np.ndarray | None = None  # [S,E] bool, where environments say whether a chunk reached the goal
 
     def first(self, n: int) -> Rollout:
         """Its first n steps; the observations after them are not known."""
@@ -33,6 +42,7 @@ class Rollout:
             terminated=self.terminated[:n],
             firsts=self.firsts[: n + 1],
             decisions={k: v[:n] for k, v in self.decisions.items()},
+            successes=None if self.successes is None else self.successes[:n],
         )
 
     def episodes(self) -> list[tuple[int, int, int]]:
@@ -105,6 +115,10 @@ def collect(
         observations = result.observations
         rollout.rewards[step] = result.rewards
         rollout.terminated[step] = result.terminated
+        if "success" in result.infos:
+            if rollout.successes is None:
+                rollout.successes = np.zeros((n_steps, n_envs), bool)
+            rollout.successes[step] = result.infos["success"]
         rollout.firsts[step + 1] = result.terminated | result.truncated
         on_step(step, rollout.rewards[step])
         ended += int(rollout.firsts[step + 1].sum())
@@ -122,7 +136,7 @@ class EpisodeStatistics:
     n_episodes: int
     mean_return: float  # mean sum of rewards
     mean_best_reward: float  # mean over episodes of the largest reward of a chunk, per environment step
-    success_rate: float  # share of episodes whose best reward reaches the threshold
+    success_rate: float  # share of episodes whose best reward reaches the threshold, or that say they succeeded
     returns: np.ndarray  # [n_episodes]
 
 
@@ -133,10 +147,16 @@ class RunningEpisodes:
         self.running = np.zeros((n_envs, 3))  # sum of rewards, largest reward, chunks; of episodes under way
         self.whole = np.zeros(n_envs, bool)  # whether their beginnings were seen
         self.ended = np.zeros((0, 2))  # sum and largest reward of those that ended since the last `clear`
+        self.reached: np.ndarray | None = None  # whether those under way reached the goal, where environments say so
+        self.successes = np.zeros(0, bool)  # of those that ended since the last `clear`; empty where they do not
 
     def add(self, rollout: Rollout) -> None:
         """Go on with a rollout that begins where the last one ended."""
-        for rewards, first, ended in zip(rollout.rewards, rollout.firsts, rollout.firsts[1:] == 1, strict=False):
+        if rollout.successes is not None and self.reached is None:
+            self.reached, self.successes = np.zeros(len(self.whole), bool), np.zeros(len(self.ended), bool)
+        reached = np.zeros(rollout.rewards.shape, bool) if rollout.successes is None else rollout.successes
+        steps = zip(rollout.rewards, reached, rollout.firsts, rollout.firsts[1:] == 1, strict=False)
+        for rewards, now, first, ended in steps:
             self.running[first == 1] = (0, -np.inf, 0)
             self.whole |= first == 1
             self.running[:, 0] += rewards
@@ -144,6 +164,9 @@ class RunningEpisodes:
             self.running[:, 2] += 1
             counted = ended & self.whole & (self.running[:, 2] > 1)
             self.ended = np.concatenate([self.ended, self.running[counted, :2]])
+            if self.reached is not None:
+                self.reached = (self.reached & (first != 1)) | now
+                self.successes = np.concatenate([self.successes, self.reached[counted]])
 
     def interrupt(self) -> None:
         """The environments have been used otherwise: what is under way in them was not seen from its beginning."""
@@ -151,35 +174,70 @@ class RunningEpisodes:
 
     def clear(self) -> None:
         """Forget what has ended."""
-        self.ended = self.ended[:0]
+        self.ended, self.successes = self.ended[:0], self.successes[:0]
 
-    def statistics(self, act_steps: int, threshold: float) -> EpisodeStatistics:
-        """Of the episodes that have ended since the last `clear`."""
-        return _summary(self.ended[:, 0], self.ended[:, 1] / act_steps, threshold)
+    def statistics(self, act_steps: int, threshold: float | None) -> EpisodeStatistics:
+        """Of the episodes that have ended since the last `clear`. threshold: see `success_threshold`."""
+        return _summary(self.ended[:, 0], self.ended[:, 1] / act_steps, threshold, self.successes)
 
     def state(self) -> dict[str, np.ndarray]:
         """As arrays."""
-        return {"running": self.running.copy(), "whole": self.whole.copy(), "ended": self.ended.copy()}
+        state = {"running": self.running.copy(), "whole": self.whole.copy(), "ended": self.ended.copy()}
+        if self.reached is None:
+            return state
+        return state | {"reached": self.reached.copy(), "successes": self.successes.copy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Inverse of `state`."""
         self.running, self.whole, self.ended = (state[name].copy() for name in ("running", "whole", "ended"))
+        if "reached" in state:
+            self.reached, self.successes = state["reached"].copy(), state["successes"].copy()
 
 
-def episode_statistics(rollout: Rollout, act_steps: int, threshold: float) -> EpisodeStatistics:
-    """Summarise the whole episodes of a rollout."""
-    episodes = [rollout.rewards[start:end, env] for env, start, end in rollout.episodes()]
-    return _summary([np.sum(e) for e in episodes], [np.max(e) / act_steps for e in episodes], threshold)
+def success_threshold(env_cfg: Mapping[str, Any], environments_say: bool) -> float | None:
+    """The best reward per environment step that makes an episode a success.
+
+    None where `environments_say` themselves which episodes succeed (`success` in their infos), unless the user has set
+    env.best_reward_threshold_for_success, on the command line or in the configuration that was named.
+    """
+    configured = env_cfg.get(THRESHOLD)
+    if not environments_say or (configured is not None and set_by_user(f"env.{THRESHOLD}")):
+        return configured or 0
+    if configured is not None:
+        _say_unused(configured)
+    return None
 
 
-def _summary(returns: Sequence[float], best: Sequence[float], threshold: float) -> EpisodeStatistics:
-    """From each episode's sum of rewards and its best reward per environment step."""
+@functools.cache
+def _say_unused(configured: float) -> None:
+    log.warning(
+        "success rates are what the environments say (info['success']), not env.%s=%s of the task's file: "
+        "set it on the command line to use it",
+        THRESHOLD,
+        configured,
+    )
+
+
+def episode_statistics(rollout: Rollout, act_steps: int, threshold: float | None) -> EpisodeStatistics:
+    """Summarise the whole episodes of a rollout. threshold: see `success_threshold`."""
+    places = rollout.episodes()
+    episodes = [rollout.rewards[start:end, env] for env, start, end in places]
+    said = rollout.successes
+    successes = [] if said is None else [bool(said[start:end, env].any()) for env, start, end in places]
+    return _summary([np.sum(e) for e in episodes], [np.max(e) / act_steps for e in episodes], threshold, successes)
+
+
+def _summary(
+    returns: Floats, best: Floats, threshold: float | None, successes: Sequence[bool] | np.ndarray
+) -> EpisodeStatistics:
+    """From each episode's sum of rewards, its best reward per environment step, and where there is no threshold whether
+    it succeeded."""
     if not len(returns):
         return EpisodeStatistics(0, 0.0, 0.0, 0.0, np.array([]))
     return EpisodeStatistics(
         n_episodes=len(returns),
         mean_return=float(np.mean(returns)),
         mean_best_reward=float(np.mean(best)),
-        success_rate=float(np.mean(np.array(best) >= threshold)),
+        success_rate=float(np.mean(successes if threshold is None else np.array(best) >= threshold)),
         returns=np.array(returns),
     )

@@ -213,6 +213,25 @@ class SeesImages:
         return {"state": cond["state"], "features": tf.concat([features, state], axis=-1)}
 
 
+def check_images(network: Any, shape: Sequence[int] | None, whose: str) -> None:
+    """Hold images [C,Hi,Wi] (None: there are none) to what `network` sees; nothing if it does not see.
+
+    Raises UserError naming both shapes; whose: where the images come from.
+    """
+    vision = getattr(network, "vision", None)
+    if not isinstance(vision, ImageFeatures):
+        return
+    channels, height, width = vision.backbone.image_shape
+    seen = [channels * vision.num_img // vision.img_cond_steps, height, width]
+    if shape is None:
+        raise UserError(f"{whose}: no images in it, and the network sees images [C,H,W] = {seen}")
+    if list(shape) != seen:
+        cure = "crop or scale them, or build the network for them (img_h, img_w, num_channel)"
+        if sorted(shape) == sorted(seen):
+            cure = "channels come first, then height, then width"
+        raise UserError(f"{whose}: images [C,H,W] = {list(shape)}, and the network is built for {seen}: {cure}")
+
+
 class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
     """`DiffusionMLP` with images (DPPO, Ren et al. 2024, appendix).
 
