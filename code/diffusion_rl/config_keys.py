@@ -348,7 +348,7 @@ def _check_annotation(key: str, value: Any, annotation: str) -> None:
 
 
 def _parameters(found: type) -> tuple[dict[str, str], bool]:
-    """The arguments with their annotations, of a class and those bases it passes others on to, and whether it takes any.
+    """The arguments of a class and of those bases it passes others on to, annotated, and whether it takes any other.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """

@@ -196,7 +196,7 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
 
 
 def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
-    """Raise UserError where a described network has a size or a number of layers that the stored weights cannot have."""
+    """Raise UserError where a described network is wider or deeper than the stored weights can be."""
     widest = max((size for value in checkpoint.tensors.values() for size in value.shape), default=0)
     most = max(widest, LARGEST_SETTING), max(len(checkpoint.tensors), LARGEST_SETTING)
     for key, value in flatten(node if isinstance(node, Mapping) else {}).items():
