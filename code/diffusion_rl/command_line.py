@@ -56,7 +56,7 @@ def _added(override: str, defaults: Mapping[str, Any]) -> str:
     """An optional key, or argument of an object, with Hydra's `++` where the configuration does not name it."""
     key, equals, _ = override.partition("=")
     key = key.removeprefix("+")
-    if not equals or not re.fullmatch(r"[\w.]+", key) or "_target_" in key:
+    if not equals or not re.fullmatch(r"[\w.]+", key):
         return override
     parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
     is_argument = any(f"{parent}._target_" in defaults for parent in parents)

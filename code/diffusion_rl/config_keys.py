@@ -303,7 +303,7 @@ def check_arguments(config: Mapping[str, Any]) -> None:
         accepted, anything = _parameters(found)
         for key, value in mapping.items():
             if key in accepted and key not in IGNORED_ARGUMENTS:
-                _check_annotation(f"{where}.{key}", value, accepted[key])
+                _check_annotation(f"{where}.{key}", value, accepted[key].annotation)
             if anything or key in accepted or key in _HYDRA_ARGUMENTS or key in IGNORED_ARGUMENTS:
                 continue
             matches = difflib.get_close_matches(str(key), sorted(accepted), n=3, cutoff=0.6)
@@ -347,12 +347,18 @@ def _check_annotation(key: str, value: Any, annotation: str) -> None:
         raise UserError(f"{key}={value}: not {kinds[kind]}")
 
 
-def _parameters(found: type) -> tuple[dict[str, str], bool]:
-    """The arguments of a class and of those bases it passes others on to, annotated, and whether it takes any other.
+def default_arguments(target: str) -> dict[str, Any]:
+    """The arguments of a class that have defaults, with these."""
+    parameters = _parameters(find_class(target))[0].values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _parameters(found: type) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments of a class and of those bases it passes others on to, and whether it takes any other.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
-    names: dict[str, str] = {}
+    names: dict[str, inspect.Parameter] = {}
     for base in found.__mro__:
         if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
             break
@@ -360,7 +366,7 @@ def _parameters(found: type) -> tuple[dict[str, str], bool]:
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names = {p.name: p.annotation for p in named} | names
+        names = {p.name: p for p in named} | names
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
     return names, not found.__module__.startswith(PACKAGE)

@@ -251,6 +251,7 @@ class PPOTrainer:
             prefix = f"optimizer.{name}."
             optimizer.restore({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
             self.schedules[name].restore(state["schedules"][name])
+            optimizer.learning_rate.assign(self.schedules[name].lr)
         for name, totals in self.pending.items():
             for i, total in enumerate(totals):
                 total.assign(tensors[f"pending.{name}.{i}"])

@@ -99,6 +99,10 @@ class CosineWarmupRestarts:
         return {k: getattr(self, k) for k in ("cycle", "cycle_steps", "step_in_cycle", "epoch", "max_lr", "lr")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Go on where `state` was taken; settings that are others than then take effect at once."""
         for key, value in state.items():
             setattr(self, key, value)
+        if self.cycle_mult == 1.0:
+            self.cycle_steps = self.first_cycle_steps
+        self.max_lr = self.base_max_lr * self.gamma**self.cycle
+        self.lr = self._rate() if self.epoch else self.min_lr

@@ -32,8 +32,10 @@ from diffusion_rl.loops.rollout import (
     Rollout,
     collect,
     episode_statistics,
+    no_episode_ended,
     success_threshold,
 )
+from diffusion_rl.loops.run_facts import compare_policy
 from diffusion_rl.loops.run_folder import write_config
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.networks.vision import check_images
@@ -96,6 +98,7 @@ class Evaluation:
         self.cfg = cfg
         path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
         checkpoint = open_checkpoint(path)
+        compare_policy(checkpoint, cfg, path, evaluating=True)
         self.policy: Policy = instantiate(model_of(checkpoint, cfg["model"]))
         if isinstance(self.policy, FineTunedDiffusionPolicy):
             asked = int(cfg.get("ft_denoising_steps", 0) or 0)
@@ -127,10 +130,13 @@ class Evaluation:
         self.venv.close()
         threshold = success_threshold(cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, cfg["act_steps"], threshold)
-        print(
-            f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "
-            f"avg episode reward {stats.mean_return:.4f} | avg best reward {stats.mean_best_reward:.4f}"
-        )
+        if stats.n_episodes:
+            print(
+                f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "
+                f"avg episode reward {stats.mean_return:.4f} | avg best reward {stats.mean_best_reward:.4f}"
+            )
+        else:
+            print(f"eval: {no_episode_ended(n_steps, cfg['act_steps'], 'n_steps')}")
         self._write(logdir, stats, time.monotonic() - began)
         return stats
 
@@ -140,9 +146,9 @@ class Evaluation:
             np.savez(
                 file,
                 num_episode=stats.n_episodes,
-                eval_success_rate=stats.success_rate,
-                eval_episode_reward=stats.mean_return,
-                eval_best_reward=stats.mean_best_reward,
+                eval_success_rate=_or_nan(stats, stats.success_rate),
+                eval_episode_reward=_or_nan(stats, stats.mean_return),
+                eval_best_reward=_or_nan(stats, stats.mean_best_reward),
                 returns=stats.returns,
                 time=seconds,
             )
@@ -152,12 +158,14 @@ class Evaluation:
                     "itr": 0,
                     "kind": "eval",
                     "episodes": stats.n_episodes,
-                    "episode_return": stats.mean_return,
-                    "best_reward": stats.mean_best_reward,
-                    "success_rate": stats.success_rate,
+                    **stats.measured(),
                     "seconds": seconds,
                 }
             )
+
+
+def _or_nan(stats: EpisodeStatistics, value: float) -> float:
+    return value if stats.n_episodes else float("nan")
 
 
 def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:

@@ -23,7 +23,14 @@ from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.evaluation import make_venv, seeded_options
 from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
-from diffusion_rl.loops.rollout import EpisodeStatistics, Rollout, episode_statistics, success_threshold
+from diffusion_rl.loops.rollout import (
+    EpisodeStatistics,
+    Rollout,
+    episode_statistics,
+    no_episode_ended,
+    success_threshold,
+)
+from diffusion_rl.loops.run_facts import FINE_TUNING_MAY_CHANGE, bounds_path, compare_policy
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.reports.progress import Progress
@@ -66,13 +73,16 @@ class FineTuning(abc.ABC):
         self.observations: dict[str, np.ndarray] | None = None
         self.done = np.zeros(self.n_envs)
         self.began_anew = False  # resumed, but without the simulators' state
+        self.episodes_ended, self._said = 0, False
 
     def _build_model(self) -> Any:
         with initial_weights(NoiseSource(self.seed)):
             model = instantiate(self.cfg["model"])
         path = self.cfg["model"].get("network_path")
         if path:
-            load_policy(model, open_checkpoint(path), path)
+            checkpoint = open_checkpoint(path)
+            compare_policy(checkpoint, self.cfg, path, evaluating=False)
+            load_policy(model, checkpoint, path)
         return model
 
     # ---------- what the loops differ in ----------
@@ -105,6 +115,9 @@ class FineTuning(abc.ABC):
         """What the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
         return stats
 
+    def _finish(self) -> None:  # noqa: B027
+        """Look back at the end of the run; raises UserError if it was in vain."""
+
     def _evaluating(self) -> bool:
         return self.itr % int(self.train["val_freq"]) == 0 and not self.train.get("force_train", False)
 
@@ -113,7 +126,7 @@ class FineTuning(abc.ABC):
     def run(self) -> list[dict[str, Any]]:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         train, n_itr = self.train, int(self.train["n_train_itr"])
-        folder = RunFolder(self.cfg, "itr", self.KIND)
+        folder = RunFolder(self.cfg, "itr", self.KIND, may_change=FINE_TUNING_MAY_CHANGE)
         with contextlib.closing(self.venv):
             if folder.resumed is not None:
                 self._restore(folder.resumed, folder.resumed_from)
@@ -130,6 +143,7 @@ class FineTuning(abc.ABC):
                     self._remember(folder, keep)
                     self.itr += 1
                     folder.stop_if_requested()
+            self._finish()
             return folder.metrics.rows
 
     def _iteration(self, folder: RunFolder, progress: Progress) -> dict[str, Any]:
@@ -149,10 +163,9 @@ class FineTuning(abc.ABC):
             "kind": "eval" if evaluating else "train",
             "env_steps": self.env_steps,
             "episodes": told.n_episodes,
-            "episode_return": told.mean_return if told.n_episodes else None,
-            "best_reward": told.mean_best_reward if told.n_episodes else None,
-            "success_rate": told.success_rate if told.n_episodes else None,
+            **told.measured(),
         }
+        self._note_episodes(stats.n_episodes, told.n_episodes)
         if self.began_anew:
             row["resumed_without_simulator_state"] = True
             self.began_anew = False
@@ -162,6 +175,17 @@ class FineTuning(abc.ABC):
         if self.observer is not None:
             self.observer(self._episodes_seen(rollout, stats, evaluating) | self._seen(rollout, update))
         return row
+
+    def _note_episodes(self, in_rollout: int, told: int) -> None:
+        """Say once when a rollout holds no whole episode."""
+        self.episodes_ended += max(in_rollout, told)
+        if not self.episodes_ended and not self._said and self._counts_rollouts():
+            log.warning(no_episode_ended(self.n_steps, self.act_steps, "train.n_steps"))
+            self._said = True
+
+    def _counts_rollouts(self) -> bool:
+        """Whether episodes are expected to end within each rollout."""
+        return True
 
     def _start(self, options: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Observations and marks of beginning episodes to go on from."""
@@ -209,12 +233,10 @@ class FineTuning(abc.ABC):
         restorable = bool(getattr(self.venv, "restorable", False))
         if restorable:
             tensors |= {f"train.env.{k}": np.asarray(v) for k, v in self.venv.get_state().items()}
-        wrappers = self.cfg["env"].get("wrappers", None) or {}
-        paths = [w.get("normalization_path") for w in wrappers.values() if w and w.get("normalization_path")]
         metadata = {
             "kind": self.KIND,
             **policy_facts(self.model),
-            "normalization": normalization_facts(paths[0] if paths else None),
+            "normalization": normalization_facts(bounds_path(self.cfg)),
             "train": {
                 "env_steps": self.env_steps,
                 "env_restorable": restorable,

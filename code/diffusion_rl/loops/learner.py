@@ -155,6 +155,7 @@ class Learner:
             optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         for name, schedule in self.schedules.items():
             schedule.restore(state["schedules"][name])
+            self.optimizers[name].learning_rate.assign(schedule.lr)
 
 
 def _tensors(draws: Mapping[str, np.ndarray]) -> dict[str, tf.Tensor]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from diffusion_rl.algorithms.off_policy import Experience, Progress
 from diffusion_rl.core.config import instantiate
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.returns import rewards_to_go
 from diffusion_rl.data.replay import ReplayBuffer, fields
@@ -28,6 +29,7 @@ from diffusion_rl.loops.rollout import (
     Rollout,
     RunningEpisodes,
     collect,
+    no_episode_ended,
     success_threshold,
 )
 from diffusion_rl.loops.run_folder import RunFolder
@@ -110,7 +112,18 @@ class OffPolicyTraining(FineTuning):
         self._take_dataset(dataset)
         self.trainer = Learner(self.model, self.train, self.buffers)
         self._remembered_at = -np.inf
+        self.iterations_trained, self.updates = 0, 0  # in this process
         self.episodes = RunningEpisodes(self.n_envs)
+
+    def _counts_rollouts(self) -> bool:
+        return not self.experience.counts_episodes
+
+    def _finish(self) -> None:
+        if self.experience.whole_episodes and self.iterations_trained and not self.updates:
+            raise UserError(
+                "nothing was trained: this algorithm learns from whole episodes, and "
+                + no_episode_ended(self.n_steps, self.act_steps, "train.n_steps")
+            )
 
     # ---------- buffers ----------
 
@@ -256,6 +269,8 @@ class OffPolicyTraining(FineTuning):
             losses |= found
             summary["updates"] += phase.n
         summary |= {name: float(values[-1]) for name, values in losses.items()}
+        self.iterations_trained += 1
+        self.updates += summary["updates"]
         return summary | self.model.watched() | {"losses": losses}
 
     def _after(self, losses: Losses, folder: RunFolder) -> None:

@@ -19,6 +19,7 @@ from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.loops.run_facts import PRE_TRAINING_MAY_CHANGE, compare_policy
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint
 from diffusion_rl.networks.mlp import draw_masks
@@ -77,7 +78,9 @@ class PreTraining:
             model = instantiate(self.cfg["model"])
         path = self.cfg["model"].get("network_path")
         if path:
-            load_policy(model, open_checkpoint(path, "model.network_path"), path)
+            checkpoint = open_checkpoint(path, "model.network_path")
+            compare_policy(checkpoint, self.cfg, path, evaluating=False)
+            load_policy(model, checkpoint, path)
         return model
 
     @property
@@ -89,7 +92,7 @@ class PreTraining:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         train, n_epochs = self.train, int(self.train["n_epochs"])
         per_epoch = math.ceil(len(self.items) / int(train["batch_size"]))
-        folder = RunFolder(self.cfg, "epoch", self.model.KIND)
+        folder = RunFolder(self.cfg, "epoch", self.model.KIND, may_change=PRE_TRAINING_MAY_CHANGE)
         if folder.resumed is not None:
             self._restore(folder.resumed, folder.resumed_from)
         start = (self.epoch - 1) * per_epoch
@@ -204,6 +207,7 @@ class PreTraining:
             load_state_dict(self.ema_model, checkpoint.select("ema."))
             self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
             self.trainer.schedule.restore(state["schedule"])
+            self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
             self.noise.restore(state["noise"])
             self.n_batches, self.epoch = int(state["n_batches"]), int(checkpoint.metadata["epoch"]) + 1
 

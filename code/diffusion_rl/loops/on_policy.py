@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from diffusion_rl.algorithms.trainers import on_policy_trainer
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
@@ -40,6 +41,15 @@ class OnPolicyTraining(FineTuning):
         self.KIND = self.model.KIND
         self.trainer = on_policy_trainer(self.model, self.train, reward_horizon)
         self.scaler = RunningRewardScaler(self.n_envs) if self.train.get("reward_scale_running", False) else None
+
+    def _build_model(self) -> Any:
+        model = super()._build_model()
+        if getattr(model, "use_ddim", False) and getattr(model, "eta", ...) is None:
+            raise UserError(
+                "model.use_ddim=true explores with the noise of model.eta, which is not set: add "
+                "model.eta._target_=diffusion_rl.networks.eta.EtaFixed model.eta.base_eta=1"
+            )
+        return model
 
     @property
     def _train_actor(self) -> bool:

@@ -14,7 +14,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.data.episodes import NORMALIZATION_KEYS, read_npz
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, require_finite
+from diffusion_rl.loops.run_state import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
 from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
@@ -39,10 +39,20 @@ Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
 def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> Checkpoint:
-    """Load the checkpoint that the configuration names; a missing one is an error that names the cure."""
+    """Load the checkpoint that the configuration names, of a run folder its newest one.
+
+    Raises UserError naming the cure: there is none.
+    """
     if not path:
         raise UserError(f"{what} is not set: give the path of a checkpoint (.safetensors, or the reference's .pt)")
-    return load_checkpoint(resolve(str(path)))
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return load_checkpoint(resolve(str(path)))
+    newest = latest_checkpoint(folder / "checkpoint") or latest_checkpoint(folder)
+    if newest is None:
+        raise UserError(f"{what}={path}: no checkpoint in this folder; give a run folder or a checkpoint")
+    log.info("%s: %s", what, newest)
+    return load_checkpoint(newest)
 
 
 @contextlib.contextmanager

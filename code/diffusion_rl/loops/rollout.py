@@ -139,6 +139,20 @@ class EpisodeStatistics:
     success_rate: float  # share of episodes whose best reward reaches the threshold, or that say they succeeded
     returns: np.ndarray  # [n_episodes]
 
+    def measured(self) -> dict[str, float | None]:
+        """For the metrics: without an episode nothing was measured."""
+        values = {"episode_return": self.mean_return, "best_reward": self.mean_best_reward}
+        values["success_rate"] = self.success_rate
+        return dict(values) if self.n_episodes else dict.fromkeys(values)
+
+
+def no_episode_ended(n_steps: int, act_steps: int, key: str) -> str:
+    """The line about a rollout without a whole episode. key: the setting that says how long it is."""
+    return (
+        f"no episode of two chunks or more began and ended within {key}={n_steps} chunks of {act_steps} actions, so "
+        f"returns and success rates are unknown; raise {key}"
+    )
+
 
 class RunningEpisodes:
     """Episodes across rollouts that are shorter than they; those of a single chunk are not counted here either."""

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.signals import StopRequest
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.locks import FolderLock
+from diffusion_rl.loops.run_facts import compare_settings
 from diffusion_rl.loops.run_state import (
     Checkpoint,
     checkpoint_metadata,
@@ -58,6 +59,7 @@ class RunFolder:
         step_key: what is counted, "itr" or "epoch".
         kind: of the checkpoints.
         another_folder, go_on: how the program spells these two cures; the default of `go_on` is resume=<folder>.
+        may_change: patterns of keys with whose new values a run may be resumed; others must be what they were.
     """
 
     metrics: MetricsWriter
@@ -69,6 +71,7 @@ class RunFolder:
         kind: str,
         another_folder: str = "name another logdir",
         go_on: str | None = None,
+        may_change: Sequence[str] = ("*",),
     ):
         self.cfg, self.step_key, self.kind = cfg, step_key, kind
         self.another_folder, self.go_on = another_folder, go_on
@@ -76,9 +79,11 @@ class RunFolder:
         self.resumed: Checkpoint | None = None
         self.resumed_from: Path | None = None
         self._resume = str(cfg.get("resume", "never") or "never")
-        self._find_resumed(self._resume)
-        self.checkpoints = self.path / "checkpoint"
         self.resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(_plain(cfg)), resolve=True)  # type: ignore[assignment]
+        self._find_resumed(self._resume)
+        if self.resumed is not None and self.resumed_from is not None:
+            compare_settings(self.resumed, self.resolved, self.resumed_from, may_change)
+        self.checkpoints = self.path / "checkpoint"
         if self._resume != "auto" and (self.resumed_from is None or self.checkpoints != self.resumed_from.parent):
             self._refuse_used_folder()
         self._last_saved = self.resumed_from
