@@ -2,11 +2,10 @@
 
 torch takes float32 roots from a vector library that misses the nearest number now and then, and where it does differs
 from processor to processor: of 500 roots that the shipped recordings hold 91 were missed; on an Intel Xeon with AVX-512
-torch misses none. A miss is one unit in the last place (6e-8), which whole agents and exact likelihoods carry on to 1e-8 in
-float64. So the root of a number is, in this order: the recorded one; the nearest, where that is within a quarter of a
-unit (none of 300 such roots was missed, as an error bound of 0.75 units wants it); the only one that fits another
-recorded table; this machine's torch, if it has every recorded root. What then is still open are two neighbours for
-each number, and of these the recorded float64 results choose (`settled`).
+torch misses none. A miss is one unit in the last place (6e-8), which whole agents and exact likelihoods carry on to
+1e-8 in float64. So roots are, in this order: this machine's torch's, if it has every recorded one; the nearest, where
+that is within a quarter of a unit (none of these was missed); the one that fits another recorded table; the recorded
+one. What then is open are two neighbours for each number, of which the recorded float64 results choose (`settled`).
 """
 
 from __future__ import annotations
