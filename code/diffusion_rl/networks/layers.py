@@ -119,6 +119,11 @@ def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
 
 
+def dropped(x: Array, keep: Array | None, rate: float) -> Array:
+    """Dropout at `rate`: x * keep / (1 - rate) with the 0/1 mask `keep` of x's shape; x itself without one."""
+    return x * tf.cast(keep, x.dtype) / (1 - rate) if rate and keep is not None else x
+
+
 class TimeEmbedding(keras.layers.Layer):
     """Sinusoidal embedding followed by Linear(dim, expansion * dim), Mish, Linear(expansion * dim, dim)."""
 
