@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
 
-from diffusion_rl.core.keras import keras
+from diffusion_rl.core.keras import distributions, keras
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
 
-tfd = tfp.distributions
+tfd = distributions()
 
 
 class GMMPolicy:
