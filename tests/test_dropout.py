@@ -7,7 +7,6 @@ import tensorflow as tf
 from diffusion_rl import app
 from diffusion_rl.configs import compose
 from diffusion_rl.core.config import instantiate
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.loops.off_policy import Buffers, Rows
@@ -67,12 +66,6 @@ def test_transformers_draw_masks_at_two_rates_which_reach_them(network, policy):
     losses = [float(seeing.loss(actions, cond, ent_coef=0.0, keep_masks=masks)[0]) for masks in choices]
     assert len(set(losses)) == len(losses), "no mask is without effect"
     assert draw_masks(network(2, 3, 5, **small), NoiseSource(0), (4,)).shape == (4, 0)
-
-
-@pytest.mark.parametrize("rates", [{"p_drop_emb": 1.0}, {"p_drop_attn": -0.1}])
-def test_rates_of_transformers_are_shares(rates):
-    with pytest.raises(UserError, match="take rates from 0 to below 1"):
-        GaussianTransformer(2, 3, 5, 8, 2, 1, **rates)
 
 
 IBRL = "gym/finetune/kitchen-complete-v0/ibrl_mlp"
