@@ -61,9 +61,14 @@ def _diffusion_mlp(draw: Any, size: Size, batch: int, genuine: bool) -> Call:
 def _unet(draw: Any, size: Size, batch: int, genuine: bool) -> Call:
     options = draw(drawn_vision.unet_options(size["obs_dim"] * size["cond_steps"], genuine))
     size = size | {"horizon_steps": drawn_vision.unet_horizon(draw, options)}
-    return spec("model.diffusion.unet.Unet1D", **size_arguments(size, horizon=False), **options), _of_state(
-        size, batch, "noisy"
-    )
+    prepare = unet_times(draw, _of_state(size, batch, "noisy"))
+    return spec("model.diffusion.unet.Unet1D", **size_arguments(size, horizon=False), **options), prepare
+
+
+def unet_times(draw: Any, prepare: Prepare) -> Prepare:
+    """U-Nets also take one step for the whole batch, as a number or as a tensor without dimensions."""
+    one = draw(st.sampled_from([None, int, np.array]))
+    return prepare if one is None else lambda d: (given := prepare(d)) | {"time": one(given["time"][0])}
 
 
 def size_arguments(size: Size, horizon: bool = True) -> dict[str, int]:
@@ -121,6 +126,9 @@ def _transformer(kind: str) -> Callable[..., Call]:
             "transformer_num_heads": heads,
             "transformer_num_layers": draw(st.integers(1, 2)),
             "transformer_activation": draw(st.sampled_from(["gelu", "relu"])),
+            "p_drop_emb": draw(st.sampled_from([0.0, 0.1, 0.5])),
+            # torch draws the masks of attention's weights where nobody can give them
+            "p_drop_attn": 0.0 if genuine else draw(st.sampled_from([0.0, 0.3])),
         }
         options |= {"num_modes": draw(st.integers(1, 4))} if mixture else {}
         return spec(f"model.common.transformer.{kind}", **size_arguments(size), **options), _of_state(size, batch)
@@ -168,7 +176,7 @@ def _seeing(kind: str) -> Callable[..., Call]:
             noisy = {"x": d.chunk(size, batch), "time": d.integers(20, batch)} if "diffusion" in kind else {}
             return noisy | {"cond": drawn_vision.observation(specification, d, size, batch, history)}
 
-        return specification, prepare
+        return specification, unet_times(draw, prepare) if kind == drawn_vision.UNET else prepare
 
     return call
 
@@ -188,7 +196,7 @@ def _spatial_emb(draw: Any, size: Size, batch: int, genuine: bool) -> Call:
         patches = d.normal(batch, sizes["num_patch"], sizes["patch_dim"])
         return {"feat": patches, "prop": d.normal(batch, sizes["prop_dim"])}
 
-    return spec("model.common.modules.SpatialEmb", **sizes, dropout=0), prepare
+    return spec("model.common.modules.SpatialEmb", **sizes, dropout=draw(st.sampled_from([0, 0.25]))), prepare
 
 
 def _shifts(draw: Any, size: Size, batch: int, genuine: bool) -> Call:

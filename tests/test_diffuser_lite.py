@@ -126,6 +126,16 @@ def test_known_states_are_exact_after_sampling(backbone):
     assert (x[:, 1:-1] != known[:, 1:-1]).all()
 
 
+def test_without_a_mask_every_entry_counts():
+    """Nothing is known: the plain mean over all states, however many there are."""
+    x0, x1 = (tf.constant(NOISE.normal((4, 9, 3))) for _ in range(2))
+    plain = PlanLevel(level().network, 9, 3, True)
+    plain.mask = plain.weights = None
+    t = tf.constant([0.1, 0.4, 0.5, 0.9])
+    velocity = plain.network(rectified_flow.interpolate(x0, x1, t), t, None, None)
+    np.testing.assert_allclose(plain.loss(x0, x1, t), np.mean((velocity - (x0 - x1)) ** 2), rtol=1e-6)
+
+
 def test_the_second_state_weighs_more_and_known_ones_nothing():
     errors = [
         float(rectified_flow.loss(lambda x, t, i=i: wrong_at(i), *zeros(), PLANNED.mask, PLANNED.weights))

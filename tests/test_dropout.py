@@ -1,6 +1,8 @@
-"""Dropout of Gaussian policies, in supervised training and IBRL: masks are drawn when training and only then."""
+"""Dropout of Gaussian and mixture policies, in supervised training and IBRL: masks are drawn in training alone."""
 
 import numpy as np
+import pytest
+import tensorflow as tf
 
 from diffusion_rl import app
 from diffusion_rl.configs import compose
@@ -9,6 +11,11 @@ from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.loops.off_policy import Buffers, Rows
 from diffusion_rl.loops.offline import PreTraining
+from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.networks.mlp import draw_masks, split_masks
+from diffusion_rl.networks.transformer import GaussianTransformer, GMMTransformer
+from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.gmm import GMMPolicy
 
 GAUSSIAN = "gym/pretrain/hopper-medium-v2/pre_gaussian_mlp"
 PLAIN = ["model.network.mlp_dims=[16,16]", "++model.network.residual_style=false", "train.batch_size=32"]
@@ -38,6 +45,27 @@ def test_the_masks_reach_the_network(tmp_path):
     losses = [float(trainer.loss(trainer.batch(items, t, mask, shifts))) for mask in masks]
     assert len(set(losses)) == 3 and np.isfinite(losses).all()
     loop.run()
+
+
+@pytest.mark.parametrize(("network", "policy"), [(GaussianTransformer, GaussianPolicy), (GMMTransformer, GMMPolicy)])
+def test_transformers_draw_masks_at_two_rates_which_reach_them(network, policy):
+    """Of both embeddings, and in each layer of two attentions' weights, hidden features and what three parts add."""
+    small = {"transformer_embed_dim": 8, "transformer_num_heads": 2, "transformer_num_layers": 1}
+    seeing = policy(network(2, 3, 5, p_drop_emb=0.5, p_drop_attn=0.1, **small), 3)
+    for kernel in (v for v in variables_of(seeing.network) if v.name.startswith("kernel")):
+        kernel.assign(20 * kernel)  # at first memory is next to nothing
+    masks = draw_masks(seeing.network, NoiseSource(0), (500,))
+    parts = split_masks(seeing.network, tf.constant(masks))
+    embedded, layer = [(1, 8), (3, 8)], [(2, 3, 3), (3, 8), (2, 3, 1), (3, 8), (3, 32), (3, 8)]
+    assert [tuple(part.shape[1:]) for part in parts] == embedded + layer
+    kept = [float(tf.reduce_mean(part)) for part in parts]
+    np.testing.assert_allclose(kept, [0.5] * 2 + [0.9] * 6, atol=0.03)
+    cond, actions = {"state": tf.ones([500, 1, 5])}, tf.zeros([500, 3, 2])
+    others = split_masks(seeing.network, tf.constant(draw_masks(seeing.network, NoiseSource(1), (500,))))
+    choices = [[], parts] + [[*parts[:i], others[i], *parts[i + 1 :]] for i in range(len(parts))]
+    losses = [float(seeing.loss(actions, cond, ent_coef=0.0, keep_masks=masks)[0]) for masks in choices]
+    assert len(set(losses)) == len(losses), "no mask is without effect"
+    assert draw_masks(network(2, 3, 5, **small), NoiseSource(0), (4,)).shape == (4, 0)
 
 
 IBRL = "gym/finetune/kitchen-complete-v0/ibrl_mlp"

@@ -143,7 +143,8 @@ def test_unet_and_odd_chunks():
         (lambda: unet(activation_type="Swish"), "unknown activation"),
         (lambda: GaussianTransformer(A, H, OBS, transformer_embed_dim=9), "multiple of transformer_num_heads"),
         (lambda: GaussianTransformer(A, H, OBS, transformer_activation="tanh"), "gelu, relu"),
-        (lambda: GaussianTransformer(A, H, OBS, p_drop_attn=0.1), "no dropout"),
+        (lambda: GaussianTransformer(A, H, OBS, p_drop_attn=-0.1), "take rates from 0 to below 1"),
+        (lambda: GaussianTransformer(A, H, OBS, p_drop_emb=1.0), "take rates from 0 to below 1"),
     ],
 )
 def test_impossible_networks_are_refused_in_one_line(build, message):

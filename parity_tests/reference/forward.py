@@ -39,7 +39,7 @@ def _encoder(weights: Weights, kwargs: Kwargs, a: Arguments, draw: Draw) -> Tens
 
 
 def _spatial_emb(weights: Weights, kwargs: Kwargs, a: Arguments, draw: Draw) -> Tensor:
-    return vision.spatial_emb(weights, a["feat"], a["prop"])
+    return networks.dropped(vision.spatial_emb(weights, a["feat"], a["prop"]), kwargs["dropout"], draw)
 
 
 def _shifts(weights: Weights, kwargs: Kwargs, a: Arguments, draw: Draw) -> Tensor:
@@ -78,8 +78,8 @@ TWINS: dict[str, Callable[[Weights, Kwargs, Arguments, Draw], Tensor | tuple[Ten
         w, k, vision.features(w, k, a["cond"], d)
     ),
     "model.common.mlp_gmm.GMM_MLP": lambda w, k, a, _: gaussian.gmm_mlp(w, k, _state(a)),
-    "model.common.transformer.Gaussian_Transformer": lambda w, k, a, _: gaussian.transformer_policy(w, k, _state(a)),
-    "model.common.transformer.GMM_Transformer": lambda w, k, a, _: gaussian.transformer_policy(w, k, _state(a)),
+    "model.common.transformer.Gaussian_Transformer": lambda w, k, a, d: gaussian.transformer_policy(w, k, _state(a), d),
+    "model.common.transformer.GMM_Transformer": lambda w, k, a, d: gaussian.transformer_policy(w, k, _state(a), d),
     "model.diffusion.mlp_diffusion.DiffusionMLP": lambda w, k, a, _: networks.diffusion_mlp(
         w, k, a["x"], a["time"], _state(a)
     ),

@@ -5,7 +5,7 @@ They give means and standard deviations [B,H*A], or [B,M,H*A] and the modes' log
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from parity_tests.reference.networks import (
     affine,
     attended,
     below,
+    dropped,
     either_mlp,
     mlp,
     normalised,
@@ -77,9 +78,11 @@ def gmm_mlp(weights: Weights, kwargs: Kwargs, state: Tensor) -> tuple[Tensor, ..
     return mean, deviation(weights, kwargs, mean, predicted), network("mlp_weights")
 
 
-def transformer_policy(weights: Weights, kwargs: Kwargs, state: Tensor) -> tuple[Tensor, ...]:
+def transformer_policy(
+    weights: Weights, kwargs: Kwargs, state: Tensor, draw: Draw = nothing_drawn
+) -> tuple[Tensor, ...]:
     """Outputs of every step are [mean, log-variance], each [modes, actions]."""
-    out, features = transformer(below(weights, "transformer"), kwargs, state.flatten(1))
+    out, features = transformer(below(weights, "transformer"), kwargs, state.flatten(1), draw)
     modes = kwargs.get("num_modes", 5) if "modes_head.weight" in weights else 1
     out = out.unflatten(-1, (-1, modes, kwargs["action_dim"])).permute(2, 0, 3, 1, 4).flatten(3)  # [1 or 2,B,M,H*A]
     mean, predicted = out[0].tanh(), out[1] if len(out) == 2 else None
@@ -89,24 +92,36 @@ def transformer_policy(weights: Weights, kwargs: Kwargs, state: Tensor) -> tuple
     return mean, deviation(weights, kwargs, mean, predicted), affine(weights, "modes_head", features.flatten(1))
 
 
-def transformer(weights: Weights, kwargs: Kwargs, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Position embeddings, decoder layers that look at the embedded state, LayerNorm; with and without the head."""
+def transformer(weights: Weights, kwargs: Kwargs, state: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Position embeddings, decoder layers that look at the embedded state, LayerNorm; with and without the head.
+
+    Dropout acts on both embeddings, and at another rate inside the layers: on the weights of each attention, on the
+    hidden features, and on what each part adds.
+    """
+    embedded, rate = kwargs.get("p_drop_emb", 0), kwargs.get("p_drop_attn", 0)
     memory = affine(weights, "cond_obs_emb", state[:, None]) + weights["cond_pos_emb"]
+    memory = dropped(memory, embedded, draw)
     memory = affine(weights, "encoder.2", F.mish(affine(weights, "encoder.0", memory)))
     heads, act = kwargs["transformer_num_heads"], getattr(F, kwargs.get("transformer_activation", "gelu"))
-    x = weights["pos_emb"].expand(len(state), -1, -1)
+    x = dropped(weights["pos_emb"].expand(len(state), -1, -1), embedded, draw)
     for i in range(kwargs["transformer_num_layers"]):
         layer = below(weights, f"decoder.layers.{i}")
+
+        def drop(values: Tensor) -> Tensor:
+            return dropped(values, rate, draw)
+
         inner = normalised(layer, "norm1", x, 1e-5)
-        x = x + attention(below(layer, "self_attn"), heads, inner, inner)
-        x = x + attention(below(layer, "multihead_attn"), heads, normalised(layer, "norm2", x, 1e-5), memory)
-        x = x + affine(layer, "linear2", act(affine(layer, "linear1", normalised(layer, "norm3", x, 1e-5))))
+        x = x + drop(attention(below(layer, "self_attn"), heads, inner, inner, drop))
+        inner = normalised(layer, "norm2", x, 1e-5)
+        x = x + drop(attention(below(layer, "multihead_attn"), heads, inner, memory, drop))
+        hidden = drop(act(affine(layer, "linear1", normalised(layer, "norm3", x, 1e-5))))
+        x = x + drop(affine(layer, "linear2", hidden))
     features = normalised(weights, "ln_f", x, 1e-5)
     return affine(weights, "head", features), features
 
 
-def attention(weights: Weights, heads: int, asking: Tensor, memory: Tensor) -> Tensor:
+def attention(weights: Weights, heads: int, asking: Tensor, memory: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
     """Attention of one sequence to another; the projections of queries, keys and values are stacked."""
     kernels, offsets = weights["in_proj_weight"].chunk(3), weights["in_proj_bias"].chunk(3)
     parts = [x @ w.T + b for x, w, b in zip((asking, memory, memory), kernels, offsets, strict=True)]
-    return affine(weights, "out_proj", attended(*parts, heads))
+    return affine(weights, "out_proj", attended(*parts, heads, drop))

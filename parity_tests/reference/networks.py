@@ -151,8 +151,17 @@ def eta(cls: str, weights: Weights, kwargs: Mapping[str, Any], state: Tensor) ->
     return (base + residual).clamp(low, high)
 
 
-def attended(queries: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Attention, written with index names: batch, positions p asked for and q looked at, heads, features."""
+def attended(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+    drop: Callable[[Tensor], Tensor] = lambda weights: weights,
+) -> Tensor:
+    """Attention, written with index names: batch, positions p asked for and q looked at, heads, features.
+
+    `drop`: dropout of its weights.
+    """
     q, k, v = (part.unflatten(-1, (heads, -1)) for part in (queries, keys, values))
     scores = torch.einsum("bphf,bqhf->bhpq", q, k) / q.shape[-1] ** 0.5
-    return torch.einsum("bhpq,bqhf->bphf", scores.softmax(-1), v).flatten(2)
+    return torch.einsum("bhpq,bqhf->bphf", drop(scores.softmax(-1)), v).flatten(2)

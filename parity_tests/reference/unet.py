@@ -12,9 +12,10 @@ from torch import Tensor
 from parity_tests.reference.networks import ACTIVATIONS, Weights, affine, below, embedded_time, residual_mlp
 
 
-def unet(weights: Weights, kwargs: Mapping[str, Any], x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-    """Noise prediction; x [B,H,A], t [B], condition: the state [B,To,O], or encoded observations [B,F]."""
-    time = embedded_time(below(weights, "time_mlp"), t)
+def unet(weights: Weights, kwargs: Mapping[str, Any], x: Tensor, t: Tensor | int, condition: Tensor) -> Tensor:
+    """Noise prediction; x [B,H,A], t [B] or one for all, condition: the state [B,To,O], or encoded observations
+    [B,F]."""
+    time = embedded_time(below(weights, "time_mlp"), torch.as_tensor(t).expand(len(x)))
     seen = torch.cat([time, encoded_state(weights, kwargs, condition)], -1)
 
     def blocks(name: str, x: Tensor) -> Tensor:

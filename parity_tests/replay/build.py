@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.util
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from diffusion_rl.interop import torch_names
 from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import GOLDENS, Golden
+from parity_tests.replay.roots import Roots
 
 # From the reference's classes and functions to ours: those that configurations name, and what recordings name besides.
 OURS: dict[str, str] = REFERENCE_TARGETS | {
@@ -67,8 +67,12 @@ class _Sinusoidal:
         return locate(SINUSOIDAL)(x, self.dim, floatx())
 
 
-def build_case(golden: Golden, recorded_tables: bool = True) -> Any:
-    """Our object with the recorded weights and schedule tables; loading must use every tensor and find every one."""
+def build_case(golden: Golden, recorded_tables: bool = True, roots: Roots | None = None) -> Any:
+    """Our object with the recorded weights and schedule tables; loading must use every tensor and find every one.
+
+    Args:
+        roots: the recorder's square roots; afterwards they know which of them are open.
+    """
     spec = golden.meta.get("spec")
     if spec is None:
         return None
@@ -77,7 +81,7 @@ def build_case(golden: Golden, recorded_tables: bool = True) -> Any:
     if weights:
         load(golden.name, model, weights)
     if hasattr(model, "schedule") and recorded_tables:
-        inject_schedule(golden, model)
+        inject_schedule(golden, model, roots or Roots())
     return model
 
 
@@ -132,7 +136,7 @@ def table(model: Any, name: str) -> np.ndarray:
     return getattr(model.ddim_schedule if name.startswith("ddim_") else model.schedule, name)
 
 
-def built_in_float64(tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def built_in_float64(tables: dict[str, np.ndarray], sqrt_alphas: np.ndarray) -> dict[str, np.ndarray]:
     """The tables as the reference computes them in a process whose default precision is float64.
 
     Whole agents were recorded so: betas and alphas_cumprod are float32 still, but a float64 one in front of
@@ -147,68 +151,56 @@ def built_in_float64(tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "ddpm_var": variance,
         "ddpm_logvar_clipped": np.log(np.maximum(variance, 1e-20)),
         "ddpm_mu_coef1": betas * np.sqrt(before) / rest,
-        "ddpm_mu_coef2": (1 - before) * _recorded_roots(tables).astype(f64) / rest,
+        "ddpm_mu_coef2": (1 - before) * sqrt_alphas.astype(f64) / rest,
     }
 
 
-def _recorded_roots(tables: dict[str, np.ndarray]) -> np.ndarray:
-    """torch's float32 sqrt(alphas), which is not recorded and not always rounded correctly: among its neighbours the
-    one that gives the recorded second coefficient."""
+def roots_of_alphas(tables: dict[str, np.ndarray], alphas: np.ndarray, roots: Roots, used: bool) -> np.ndarray:
+    """Square roots of alphas, which are not recorded; those of the schedule are a factor of the recorded second
+    coefficient of the mean."""
     one = np.float32(1)
-    roots = np.sqrt(tables["alphas"])
-    candidates = [roots, np.nextafter(roots, np.float32(2)), np.nextafter(roots, np.float32(0))]
-    if importlib.util.find_spec("torch"):
-        import torch
 
-        candidates.insert(0, torch.sqrt(torch.from_numpy(tables["alphas"])).numpy())
-    found = candidates[0].copy()
-    for candidate in reversed(candidates):
-        product = (one - tables["alphas_cumprod_prev"]) * candidate / (one - tables["alphas_cumprod"])
-        fits = product == tables["ddpm_mu_coef2"]
-        found[fits] = candidate[fits]
-    return found
+    def fits(root: np.ndarray) -> np.ndarray:
+        before, rest = one - tables["alphas_cumprod_prev"], one - tables["alphas_cumprod"]
+        return (alphas != tables["alphas"]) | (before * root / rest == tables["ddpm_mu_coef2"])
+
+    return roots(alphas, fits if tables else None, used)
 
 
-def inject_flow_roots(golden: Golden, sde: Any) -> None:
-    """Square roots of the flow's tables are not recorded: where torch is installed they are its own."""
-    if not importlib.util.find_spec("torch"):
-        return
-    import torch
-
-    own = sde.tables
-
-    def tables(schedule: Any, min_beta: float) -> Any:
-        found = own(schedule, min_beta)
-        alphas = torch.from_numpy(np.float32(1) - found.betas)
-        roots = {"sqrt_alphas": torch.sqrt(alphas).numpy()}
-        if (found.betas != schedule.betas).any():
-            roots["sqrt_one_minus_alphas_cumprod"] = torch.sqrt(1 - torch.cumprod(alphas, 0)).numpy()
-        for name, value in roots.items():
-            if not np.allclose(getattr(found, name), value, rtol=5e-7, atol=2e-7):
-                raise Mismatch(f"{golden.name}: the flow's table {name} is not the reference's")
-        return found._replace(**roots)
-
-    sde.tables = tables
+def inject_flow_roots(golden: Golden, model: Any, tables: dict[str, np.ndarray], roots: Roots) -> None:
+    """Give the flow of an exact likelihood the recorder's square roots, of which only those of the schedule stand in
+    its tables."""
+    flow, eps = model.sde.tables(model.schedule, model.sde_min_beta), model.predict_epsilon
+    alphas = np.float32(1) - flow.betas
+    found = {"sqrt_alphas": roots_of_alphas(tables, alphas, roots, used=not eps)}
+    if (flow.betas != model.schedule.betas).any():
+        abar = np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+        found["sqrt_one_minus_alphas_cumprod"] = roots(np.float32(1) - abar, used=eps)
+    for name, value in found.items():
+        if not np.allclose(getattr(flow, name), value, rtol=5e-7, atol=2e-7):
+            raise Mismatch(f"{golden.name}: the flow's table {name} is not the reference's")
+    model.sde.tables = lambda *_: flow._replace(**found)
 
 
-def inject_schedule(golden: Golden, model: Any) -> bool:
+def inject_schedule(golden: Golden, model: Any, roots: Roots) -> None:
     """Give the model the recorded tables, checked against its own first.
 
     The reference's float32 square roots differ from ours in the last bit, and its float64 twins go on from exactly
     those tables; without them nothing could agree beyond 1e-7.
     """
-    tables = recorded_schedule(golden, model)
+    recorded = tables = recorded_schedule(golden, model)
+    roots.read(recorded)
     if tables and golden.kind == "agent" and floatx() == "float64":
-        tables = built_in_float64(tables)
+        used = not getattr(model, "use_ddim", False)
+        tables = built_in_float64(tables, roots_of_alphas(tables, tables["alphas"], roots, used))
     for name, value in tables.items():
         ours = table(model, name)
         if ours.shape != value.shape or not np.allclose(ours, value, rtol=5e-7, atol=2e-7, equal_nan=True):
             raise Mismatch(f"{golden.name}: schedule table {name} is not the reference's")
-    if hasattr(model, "sde"):
-        inject_flow_roots(golden, model.sde)
     for attribute in ("schedule", "ddim_schedule"):
         own = getattr(model, attribute)
         if own is not None:
             fields = {f.name for f in dataclasses.fields(own)}
             setattr(model, attribute, dataclasses.replace(own, **{k: v for k, v in tables.items() if k in fields}))
-    return bool(tables)
+    if hasattr(model, "sde"):
+        inject_flow_roots(golden, model, recorded, roots)

@@ -33,7 +33,8 @@ def level_of(golden: Golden, spec: dict[str, Any], weights: dict[str, np.ndarray
     kwargs = spec["kwargs"]
     network = dict(kwargs["nn_diffusion"]["kwargs"])
     assert network.pop("timestep_emb_type") == "fourier"
-    level = PlanLevel(ConditionalDiT(**network), 5, network["in_dim"], True)
+    states = golden.arrays["in/x0"].shape[1]
+    level = PlanLevel(ConditionalDiT(**network), states, network["in_dim"], True)
     tables = {name: kwargs[name] and np.array(kwargs[name]["__tensor__"]) for name in ("fix_mask", "loss_weight")}
     level.mask, level.weights = tables["fix_mask"], tables["loss_weight"]
     load_level(golden.name, level, weights)
@@ -71,7 +72,8 @@ def rectified_flows(golden: Golden) -> None:
         for name, value in recorded.items():
             if name not in ours:
                 raise Mismatch(f"{golden.name} [{dtype}]: ours gives no output {name!r}")
-            variant, _, what = name.partition(".")
+            variant = next(v["name"] for v in params["variants"] if name.startswith(v["name"] + "."))
+            what = name.removeprefix(variant + ".")
             rung = 4 if what.startswith("grad.") else 6 if variant.startswith("updates") else 3
             options: dict[str, Any] = {"quantity": FLOW, "rounding": own_rounding(golden, "out/" + name)}
             if rung == 4:

@@ -8,6 +8,7 @@ Where networks see, an observation is `state` and `rgb` [N,To,C,Hi,Wi], which st
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +21,8 @@ from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.networks.vision import RandomShiftsAug
 from diffusion_rl.policies.acting import Decision, actor_for
+
+log = logging.getLogger(__name__)
 
 
 class PPOTrainer:
@@ -35,6 +38,8 @@ class PPOTrainer:
 
     def __init__(self, algorithm: Any, train: Mapping[str, Any], reward_horizon: int):
         self.algorithm, self.train, self.reward_horizon = algorithm, train, reward_horizon
+        if getattr(getattr(algorithm, "network", None), "dropout", 0):
+            log.warning("the network's dropout acts in supervised training alone: fine-tuning drops nothing")
         self.trained = {name: variables_of(module) for name, module in self.modules().items()}
         self.schedules = {name: CosineWarmupRestarts.of(train, f"{name}_") for name in self.trained}
         self.optimizers = {

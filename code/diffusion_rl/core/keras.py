@@ -1,11 +1,25 @@
-"""The one place that names the Keras package."""
+"""The one place that names the Keras package, whose settings here are its own defaults, whatever keras.json says."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import tf_keras as keras
 
-__all__ = ["keras", "floatx", "precision"]
+__all__ = ["distributions", "floatx", "keras", "precision"]
+
+keras.backend.set_floatx("float32")
+keras.backend.set_epsilon(1e-7)
+keras.backend.set_image_data_format("channels_last")
+
+
+def distributions() -> Any:
+    """Those of TensorFlow Probability, which misses a module of Keras if that was imported before this package."""
+    sys.modules.setdefault("tensorflow.compat.v2.keras", keras)
+    import tensorflow_probability
+
+    return tensorflow_probability.distributions
 
 
 def floatx() -> str:

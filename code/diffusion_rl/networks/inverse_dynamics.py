@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, gelu
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, dropped, gelu
 
 
 class InverseDynamics(keras.layers.Layer):
@@ -28,8 +28,5 @@ class InverseDynamics(keras.layers.Layer):
         """state, following [...,O] normalised -> [...,A]; `keep` [...,hidden_dim] is dropout's 0/1 mask."""
         x = tf.concat([state, following], axis=-1)
         for step in self.model:
-            if step is not None:
-                x = step(x)
-            elif keep is not None:
-                x = x * tf.cast(keep, x.dtype) / (1 - self.dropout)
+            x = dropped(x, keep, self.dropout) if step is None else step(x)
         return x

@@ -119,6 +119,11 @@ def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
 
 
+def dropped(x: Array, keep: Array | None, rate: float) -> Array:
+    """Dropout at `rate`: x * keep / (1 - rate) with the 0/1 mask `keep` of x's shape; x itself without one."""
+    return x * tf.cast(keep, x.dtype) / (1 - rate) if rate and keep is not None else x
+
+
 class TimeEmbedding(keras.layers.Layer):
     """Sinusoidal embedding followed by Linear(dim, expansion * dim), Mish, Linear(expansion * dim, dim)."""
 
@@ -134,12 +139,64 @@ class TimeEmbedding(keras.layers.Layer):
         return self.project(mish(self.expand(sinusoidal_embedding(t, self.dim, self.expand.kernel.dtype))))
 
 
+# Where Keras itself keeps what also stands in an attribute, and whose `build` makes no weights.
+_TRACKED = {"_trainable_weights", "_non_trainable_weights", "_initial_weights", "_self_tracked_trackables"}
+_WEIGHTLESS = {"Layer", "Model", "Sequential", "Functional", "BaseRandomLayer", "_Merge", "Concatenate", "Dot"}
+
+
 def named_variables(module: object, prefix: str = "") -> Iterator[tuple[str, tf.Variable]]:
-    """Every variable of a module with its attribute path ("mlp_mean.layers.0.kernel"), in order of definition."""
+    """Every variable of a module with its attribute path ("mlp_mean.layers.0.kernel"), in order of definition.
+
+    A Keras layer's come last where they do not stand in public attributes: those of private ones under their names,
+    those of `keras.Sequential` under the number of their layer ("net.0.kernel").
+
+    Raises:
+        UserError: Keras knows a weight that has no such name, or a layer has not made its weights yet.
+    """
+    seen: set[int] = set()
     for name, value in vars(module).items():
-        if name.startswith("_"):
-            continue
-        yield from _named(value, f"{prefix}{name}")
+        if not name.startswith("_"):
+            for path, variable in _named(value, f"{prefix}{name}"):
+                seen.add(id(variable))
+                yield path, variable
+    if isinstance(module, keras.layers.Layer):
+        yield from _hidden_variables(module, prefix, seen)
+
+
+def _hidden_variables(layer: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, tf.Variable]]:
+    """Those that Keras knows and that are not `seen` in public attributes."""
+    _require_weights(layer, prefix)
+    left = {id(weight): weight for weight in _keras_weights(layer) if id(weight) not in seen}
+    is_graph = any(cls.__name__ == "Functional" for cls in type(layer).__mro__)  # Sequential is one, too
+    parts = [(str(i), part) for i, part in enumerate(layer.layers)] if is_graph else []
+    parts += [(k, v) for k, v in vars(layer).items() if k.startswith("_") and k not in _TRACKED]
+    for name, value in parts:
+        for path, variable in _named(value, f"{prefix}{name}"):
+            if left.pop(id(variable), None) is not None:
+                yield path, variable
+    if left:
+        lost = ", ".join(weight.name for weight in left.values())
+        raise UserError(f"{_described(layer, prefix)}: {lost}: no attribute, list or dictionary holds these weights")
+
+
+def _require_weights(layer: Any, prefix: str) -> None:
+    """Raise UserError if a layer makes its weights when it is first called, and has not been."""
+    maker = next(cls.__name__ for cls in type(layer).__mro__ if "build" in vars(cls))
+    late = maker not in _WEIGHTLESS or isinstance(layer, keras.layers.MultiHeadAttention)
+    if late and not layer.built and not _keras_weights(layer):
+        raise UserError(f"{_described(layer, prefix)} has no weights yet: build it in the network's constructor")
+
+
+def _keras_weights(layer: Any) -> list[tf.Variable]:
+    """The weights that Keras knows; none of models that still have to be built, which refuse to say."""
+    try:
+        return layer.weights
+    except ValueError:
+        return []
+
+
+def _described(layer: Any, prefix: str) -> str:
+    return f"{type(layer).__name__} at {prefix[:-1]!r}" if prefix else type(layer).__name__
 
 
 def _named(value: object, path: str) -> Iterator[tuple[str, tf.Variable]]:
@@ -150,14 +207,31 @@ def _named(value: object, path: str) -> Iterator[tuple[str, tf.Variable]]:
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from _named(item, f"{path}.{i}")
+    elif _is_of_layer(value):
+        for key, item in value.items():  # type: ignore[attr-defined]
+            yield from _named(item, f"{path}.{key}")
+
+
+def _is_of_layer(value: object) -> bool:
+    """Whether it is a dictionary that is an attribute of a Keras layer."""
+    return isinstance(value, dict) and isinstance(value, tf.__internal__.tracking.TrackableDataStructure)
 
 
 def with_variables(module: T, change: Callable[[str, tf.Variable], tf.Variable | Array], prefix: str = "") -> T:
-    """A copy of a module that computes with change(path, variable) in place of each variable; paths as above."""
+    """A copy of a module that computes with change(path, variable) in place of each variable; paths as above.
+
+    Raises:
+        UserError: variables stand elsewhere than in public attributes and their lists.
+    """
     copied = copy.copy(module)
     for name, value in vars(module).items():
         if not name.startswith("_"):
             copied.__dict__[name] = _changed(value, f"{prefix}{name}", change)
+    if isinstance(module, keras.layers.Layer):
+        public = {id(v) for name, value in vars(module).items() if name[0] != "_" for _, v in _named(value, name)}
+        if any(id(weight) not in public for weight in _keras_weights(module)):
+            raise UserError(f"{_described(module, prefix)}: keep its weights in public attributes or lists of them")
+        copied.__dict__.update((name, []) for name in _TRACKED & vars(module).keys())
     return copied
 
 
@@ -168,6 +242,8 @@ def _changed(value: Any, path: str, change: Callable[[str, tf.Variable], tf.Vari
         return with_variables(value, change, path + ".")
     if isinstance(value, (list, tuple)):
         return [_changed(item, f"{path}.{i}", change) for i, item in enumerate(value)]
+    if _is_of_layer(value):
+        return {key: _changed(item, f"{path}.{key}", change) for key, item in value.items()}
     return value
 
 

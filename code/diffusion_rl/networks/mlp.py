@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, activation, flatten_state
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, activation, dropped, flatten_state
 
 
 class MLPLayer(keras.layers.Layer):
@@ -28,9 +29,7 @@ class MLPLayer(keras.layers.Layer):
         x = self.linear(x)
         if self.use_layernorm:
             x = self.norm(x)
-        if self.dropout and keep is not None:
-            x = x * tf.cast(keep, x.dtype) / (1 - self.dropout)
-        return self.activate(x)
+        return self.activate(dropped(x, keep, self.dropout))
 
 
 class MLP(keras.layers.Layer):
@@ -104,20 +103,22 @@ class ResidualBlock(keras.layers.Layer):
 
 def draw_masks(network: Any, noise: Any, shape: Sequence[int]) -> np.ndarray:
     """Dropout's 0/1 masks for all layers [*shape, W] from the source `noise`; W = 0 of networks without dropout."""
-    widths = _widths(network)
+    widths = [math.prod(mask[1:]) for mask in _masks_shapes(network)]
     if not widths:
         return np.zeros((*shape, 0), floatx())
-    return (noise.uniform((*shape, sum(widths))) >= network.dropout).astype(floatx())
+    rates = np.repeat(np.broadcast_to(network.dropout, len(widths)), widths)
+    return (noise.uniform((*shape, sum(widths))) >= rates).astype(floatx())
 
 
 def split_masks(network: Any, masks: Array | None) -> list[Array]:
     """Masks [B,W] as the network takes them, one for each layer; none if there are none."""
-    widths = [] if masks is None or not masks.shape[-1] else _widths(network)
-    return tf.split(masks, widths, axis=-1) if widths else []
+    shapes = [] if masks is None or not masks.shape[-1] else _masks_shapes(network)
+    parts = tf.split(masks, [math.prod(shape[1:]) for shape in shapes], axis=-1) if shapes else []
+    return [tf.reshape(part, [-1, *shape[1:]]) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _widths(network: Any) -> list[int]:
-    return [width for _, width in network.masks_shapes(1)] if getattr(network, "dropout", 0) else []
+def _masks_shapes(network: Any) -> list[tuple[int, ...]]:
+    return network.masks_shapes(1) if getattr(network, "dropout", 0) else []
 
 
 class ResidualMLP(keras.layers.Layer):

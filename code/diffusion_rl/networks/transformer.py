@@ -1,12 +1,13 @@
 """Transformer policies: a decoder over the positions of a chunk that attends to the embedded observation history.
 
-Shape letters: B batch, To observation history, O observation, H horizon, A action, M modes, E embedding.
+Shape letters: B batch, To observation history, O observation, H horizon, A action, M modes, E embedding, N heads.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, activation, flatten_state, variables_of
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, activation, dropped, flatten_state, variables_of
 from diffusion_rl.networks.spread import SpreadOwner
 
 _ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
@@ -33,8 +34,8 @@ class SelfAttention(keras.layers.Layer):
         self.heads, self.head_dim = heads, dim // heads
         self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
-    def call(self, x: Array, asking: slice | None = None) -> Array:
-        """[B,H,E] -> [B,H,E]; of all positions, or of those that ask."""
+    def call(self, x: Array, asking: slice | None = None, keep: Array | None = None, rate: float = 0.0) -> Array:
+        """[B,H,E] -> [B,H,E]; of all positions or those that ask; `keep` [B,N,H,H]: dropout's mask of the weights."""
         steps, dim = x.shape[1:]
         if asking is None:
             queries, keys, values = (self._heads(part) for part in tf.split(self.in_proj(x), 3, axis=-1))
@@ -43,7 +44,7 @@ class SelfAttention(keras.layers.Layer):
             keys, values = (self._heads(part) for part in tf.split(self._project(x, dim, 3 * dim), 2, axis=-1))
             steps = len(range(*asking.indices(steps)))
         weights = tf.nn.softmax(tf.matmul(queries, keys, transpose_b=True) / math.sqrt(self.head_dim))
-        mixed = tf.transpose(tf.matmul(weights, values), [0, 2, 1, 3])
+        mixed = tf.transpose(tf.matmul(dropped(weights, keep, rate), values), [0, 2, 1, 3])
         return self.out_proj(tf.reshape(mixed, [-1, steps, dim]))
 
     def _heads(self, x: Array) -> Array:
@@ -63,46 +64,65 @@ class AttentionToOne(keras.layers.Layer):
     no gradient there either, the softmax over one entry being constant).
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, heads: int):
         super().__init__(dtype=floatx())
-        self.dim = dim
+        self.dim, self.heads = dim, heads
         self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
-    def call(self, memory: Array) -> Array:
-        """[B,E] -> [B,E]"""
+    def call(self, memory: Array, keep: Array | None = None, rate: float = 0.0) -> Array:
+        """[B,E] -> [B,1,E], for all positions; [B,H,E] with `keep` [B,N,H,1], dropout's mask of the weights."""
         values = tf.matmul(memory, self.in_proj.kernel[:, 2 * self.dim :]) + self.in_proj.bias[2 * self.dim :]
+        values = values[:, None]
+        if keep is not None:
+            by_head = tf.reshape(values, [-1, 1, self.heads, self.dim // self.heads])
+            by_head = dropped(by_head, tf.transpose(keep, [0, 2, 1, 3]), rate)
+            values = tf.reshape(by_head, [-1, keep.shape[2], self.dim])
         return self.out_proj(values)
 
 
 class DecoderLayer(keras.layers.Layer):
-    """Self-attention, attention to the memory, feed-forward network of width 4 E; each normalised before and added."""
+    """Self-attention, attention to the memory, feed-forward network of width 4 E; each normalised before and added.
 
-    def __init__(self, dim: int, heads: int, activation_type: str):
+    Args:
+        dropout: rate of the attentions' weights, of what each of the three adds, and inside the feed-forward network.
+    """
+
+    def __init__(self, dim: int, heads: int, activation_type: str, dropout: float):
         super().__init__(dtype=floatx())
-        self.self_attn, self.multihead_attn = SelfAttention(dim, heads), AttentionToOne(dim)
+        self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.self_attn, self.multihead_attn = SelfAttention(dim, heads), AttentionToOne(dim, heads)
         self.linear1, self.linear2 = Linear(dim, 4 * dim), Linear(4 * dim, dim)
         self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
         self.activate = activation(activation_type)
 
-    def call(self, x: Array, memory: Array) -> Array:
-        """x [B,H,E] (or [1,H,E], the same for all), memory [B,E] -> [B,H,E]"""
-        x = x + self.self_attn(self.norm1(x))
+    def masks_shapes(self, batch: int, steps: int) -> list[tuple[int, ...]]:
+        """Shapes of dropout's masks in the order of use; none without dropout."""
+        added, heads = (batch, steps, self.dim), (batch, self.heads, steps)
+        shapes = [(*heads, steps), added, (*heads, 1), added, (batch, steps, 4 * self.dim), added]
+        return shapes if self.dropout else []
+
+    def call(self, x: Array, memory: Array, masks: Iterable[Array] = ()) -> Array:
+        """x [B,H,E] (or [1,H,E], the same for all), memory [B,E] -> [B,H,E]; `masks` see `masks_shapes`."""
+        rate, keep = self.dropout, tuple(masks) or (None,) * 6
+        x = x + dropped(self.self_attn(self.norm1(x), keep=keep[0], rate=rate), keep[1], rate)
         # What norm2 gives is only queried with, so its gradient is zero; zero, not missing: weight decay acts on it.
         idle = 0 * (self.norm2.gamma + self.norm2.beta)
-        x = x + (self.multihead_attn(memory) + idle)[:, None]
-        return x + self.linear2(self.activate(self.linear1(self.norm3(x))))
+        x = x + dropped(self.multihead_attn(memory, keep[2], rate), keep[3], rate) + idle
+        hidden = dropped(self.activate(self.linear1(self.norm3(x))), keep[4], rate)
+        return x + dropped(self.linear2(hidden), keep[5], rate)
 
 
 class Decoder(keras.layers.Layer):
     """A stack of decoder layers."""
 
-    def __init__(self, dim: int, heads: int, n_layers: int, activation_type: str):
+    def __init__(self, dim: int, heads: int, n_layers: int, activation_type: str, dropout: float):
         super().__init__(dtype=floatx())
-        self.layers = [DecoderLayer(dim, heads, activation_type) for _ in range(n_layers)]
+        self.layers = [DecoderLayer(dim, heads, activation_type, dropout) for _ in range(n_layers)]
 
-    def call(self, x: Array, memory: Array) -> Array:
+    def call(self, x: Array, memory: Array, masks: Iterator[Array]) -> Array:
+        """x [B or 1,H,E], memory [B,E], dropout's masks of all layers -> [B,H,E]"""
         for layer in self.layers:
-            x = layer(x, memory)
+            x = layer(x, memory, itertools.islice(masks, len(layer.masks_shapes(1, 1))))
         return x
 
 
@@ -117,7 +137,8 @@ class Transformer(keras.layers.Layer):
         horizon: H.
         cond_dim: To * O.
         n_layer, n_head, n_emb: layers, heads and E.
-        p_drop_emb, p_drop_attn: dropout; only 0 is supported (what all configurations use).
+        p_drop_emb: rate of dropout on the embedded observation and on the position embeddings.
+        p_drop_attn: rate inside the decoder, see `DecoderLayer`.
         activation_type: "gelu" or "relu".
     """
 
@@ -134,15 +155,16 @@ class Transformer(keras.layers.Layer):
         activation_type: str = "gelu",
     ):
         super().__init__(dtype=floatx())
-        if p_drop_emb or p_drop_attn:
-            raise UserError("transformers have no dropout here: set p_drop_emb and p_drop_attn to 0")
+        if not 0 <= p_drop_emb < 1 or not 0 <= p_drop_attn < 1:
+            raise UserError(f"p_drop_emb={p_drop_emb}, p_drop_attn={p_drop_attn}: take rates from 0 to below 1")
         if n_emb % n_head:
             raise UserError(f"transformer_embed_dim={n_emb} must be a multiple of transformer_num_heads={n_head}")
         if activation_type not in _ACTIVATIONS:
             raise UserError(f"transformer_activation={activation_type!r}: choose one of {', '.join(_ACTIVATIONS)}")
         self.cond_obs_emb = Linear(cond_dim, n_emb)
         self.encoder = [Linear(n_emb, 4 * n_emb), activation("Mish"), Linear(4 * n_emb, n_emb)]
-        self.decoder = Decoder(n_emb, n_head, n_layer, _ACTIVATIONS[activation_type])
+        self.decoder = Decoder(n_emb, n_head, n_layer, _ACTIVATIONS[activation_type], p_drop_attn)
+        self.horizon, self.embed_dim, self.p_drop_emb, self.p_drop_attn = horizon, n_emb, p_drop_emb, p_drop_attn
         self.ln_f, self.head = LayerNorm(n_emb), Linear(n_emb, output_dim)
         self.cond_pos_emb = tf.Variable(np.zeros((1, 1, n_emb), floatx()), name="cond_pos_emb")
         self.pos_emb = tf.Variable(np.zeros((1, horizon, n_emb), floatx()), name="pos_emb")
@@ -156,12 +178,31 @@ class Transformer(keras.layers.Layer):
             elif not variable.name.startswith(("gamma", "beta")):
                 variable.assign(INIT_STD * init_noise().normal(variable.shape, floatx()))
 
-    def call(self, state: Array) -> tuple[Array, Array]:
-        """[B,To*O] -> outputs [B,H,output_dim] and what the head sees of them [B,H,E]."""
-        memory = self.cond_obs_emb(state) + self.cond_pos_emb[0]
+    def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Shapes of the 0/1 dropout masks that training draws, in the order of use: of the embedded observation, of
+        the positions, of each layer of the decoder; none at a rate of 0."""
+        embedded = [(batch, 1, self.embed_dim), (batch, self.horizon, self.embed_dim)] if self.p_drop_emb else []
+        return embedded + [s for layer in self.decoder.layers for s in layer.masks_shapes(batch, self.horizon)]
+
+    @property
+    def dropout(self) -> tuple[float, ...]:
+        """The rate of each mask."""
+        count, embedded = len(self.masks_shapes(1)), 2 if self.p_drop_emb else 0
+        return (self.p_drop_emb,) * embedded + (self.p_drop_attn,) * (count - embedded)
+
+    def call(self, state: Array, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
+        """[B,To*O] -> outputs [B,H,output_dim] and what the head sees of them [B,H,E].
+
+        `keep_masks`: see `masks_shapes`; none in evaluation.
+        """
+        masks, rate = iter(keep_masks), self.p_drop_emb
+        of_memory, of_positions = (next(masks, None) if rate else None for _ in range(2))
+        memory = (self.cond_obs_emb(state) + self.cond_pos_emb[0])[:, None]
+        memory = dropped(memory, of_memory, rate)[:, 0]
         for step in self.encoder:
             memory = step(memory)
-        features = self.ln_f(self.decoder(tf.convert_to_tensor(self.pos_emb), memory))
+        positions = dropped(tf.convert_to_tensor(self.pos_emb), of_positions, rate)
+        features = self.ln_f(self.decoder(positions, memory, masks))
         return self.head(features), features
 
 
@@ -210,9 +251,21 @@ class GaussianTransformer(SpreadOwner):
             activation_type=transformer_activation,
         )
 
-    def call(self, cond: dict[str, Array]) -> tuple[Array, Array]:
-        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step."""
-        out, _ = self.transformer(flatten_state(cond))
+    def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
+        """Shapes of the 0/1 dropout masks that training draws, see `Transformer`."""
+        return self.transformer.masks_shapes(batch)
+
+    @property
+    def dropout(self) -> tuple[float, ...]:
+        """The rate of each mask."""
+        return self.transformer.dropout
+
+    def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
+        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
+
+        `keep_masks`: see `masks_shapes`; none in evaluation.
+        """
+        out, _ = self.transformer(flatten_state(cond), keep_masks)
         return self._mean_std(out, [self.horizon_steps * self.action_dim])
 
     def _mean_std(self, out: Array, shape: Sequence[int]) -> tuple[Array, Array]:
@@ -248,9 +301,12 @@ class GMMTransformer(GaussianTransformer):
         self.num_modes = num_modes
         self.modes_head = Linear(horizon_steps * transformer_embed_dim, num_modes)
 
-    def call(self, cond: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
-        out, features = self.transformer(flatten_state(cond))
+    def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array, Array]:
+        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M].
+
+        `keep_masks`: see `masks_shapes`; none in evaluation.
+        """
+        out, features = self.transformer(flatten_state(cond), keep_masks)
         mean, std = self._mean_std(out, [self.num_modes, self.horizon_steps * self.action_dim])
         return mean, std, self.modes_head(tf.reshape(features, [-1, features.shape[1] * features.shape[2]]))
 

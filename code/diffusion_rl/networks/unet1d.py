@@ -174,14 +174,17 @@ class UNetTrunk(keras.layers.Layer):
         return self.cond_mlp(flatten_state(cond)) if self.has_cond_mlp else flatten_state(cond)
 
     def trunk(self, x: Array, time: Array, features: Array) -> Array:
-        """x [B,H,A], time [B] integers, features of images and observation [B,F] -> [B,H,A].
+        """x [B,H,A], time [B] integers or one for all, features of images and observation [B,F] -> [B,H,A].
 
         Where H is odd and there are two levels the result has H+1 steps.
 
         Raises:
             UserError: more levels than H can be halved.
         """
-        cond = tf.concat([self.time_mlp(tf.reshape(time, [-1])), features], axis=-1)
+        time = tf.reshape(time, [-1])
+        if time.shape[0] == 1 != x.shape[0]:
+            time = tf.repeat(time, tf.shape(x)[0])
+        cond = tf.concat([self.time_mlp(time), features], axis=-1)
         horizon, skips = x.shape[1], []
         x = tf.transpose(x, [1, 0, 2])
         for one, two, *down in self.down_modules:
@@ -209,5 +212,5 @@ class Unet1D(UNetTrunk):
     """Noise prediction from a noisy chunk, the denoising step and the observation history; arguments: `UNetTrunk`."""
 
     def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,A], time [B] integers, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
+        """x [B,H,A], time [B] integers or one for all, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
         return self.trunk(x, time, self.encoded_state(cond))

@@ -19,7 +19,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, flatten_state
+from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, dropped, flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 from diffusion_rl.networks.spread import SpreadOwner
 from diffusion_rl.networks.vit import VitEncoder
@@ -72,8 +72,8 @@ class SpatialEmb(keras.layers.Layer):
         self.input_linear = Linear(num_patch + prop_dim, proj_dim)
         self.input_norm = LayerNorm(proj_dim)
 
-    def call(self, feat: Array, prop: Array, keep: Array | None = None) -> Array:
-        """feat [B,P,D], prop [B,prop_dim] -> [B,proj_dim]; `keep` [B,proj_dim] is dropout's 0/1 mask."""
+    def call(self, feat: Array, prop: Array, keep_masks: Sequence[Array] = ()) -> Array:
+        """feat [B,P,D], prop [B,prop_dim] -> [B,proj_dim]; `keep_masks`: dropout's one 0/1 mask [B,proj_dim]."""
         kernel, channels = tf.convert_to_tensor(self.input_linear.kernel), feat.shape[-1]
         by_channel = tf.reshape(tf.transpose(feat, [0, 2, 1]), [-1, self.num_patch])
         y = tf.reshape(tf.matmul(by_channel, kernel[: self.num_patch]), [-1, channels, self.proj_dim])
@@ -81,7 +81,7 @@ class SpatialEmb(keras.layers.Layer):
         if self.prop_dim > 0:  # the same for all channels: multiplied once instead of joined to each
             offset = (offset + tf.matmul(prop, kernel[self.num_patch :]))[:, None]
         z = tf.reduce_sum(self.weight * tf.nn.relu(self.input_norm(y + offset)), axis=1)
-        return _dropped(z, keep, self.dropout)
+        return dropped(z, next(iter(keep_masks), None), self.dropout)
 
 
 class FlatEmb(keras.layers.Layer):
@@ -93,14 +93,10 @@ class FlatEmb(keras.layers.Layer):
         self.linear = Linear(in_dim, out_dim)
         self.norm = LayerNorm(out_dim)
 
-    def call(self, feat: Array, prop: Array, keep: Array | None = None) -> Array:
-        """feat [B,P,D] -> [B,out]; `keep` [B,out] is dropout's 0/1 mask."""
+    def call(self, feat: Array, prop: Array, keep_masks: Sequence[Array] = ()) -> Array:
+        """feat [B,P,D] -> [B,out]; `keep_masks`: dropout's one 0/1 mask [B,out]."""
         z = self.norm(self.linear(tf.reshape(feat, [-1, self.in_dim])))
-        return tf.nn.relu(_dropped(z, keep, self.dropout))
-
-
-def _dropped(x: Array, keep: Array | None, rate: float) -> Array:
-    return x * tf.cast(keep, x.dtype) / (1 - rate) if rate and keep is not None else x
+        return tf.nn.relu(dropped(z, next(iter(keep_masks), None), self.dropout))
 
 
 class ImageFeatures(keras.layers.Layer):
@@ -164,7 +160,7 @@ class ImageFeatures(keras.layers.Layer):
             if shifts is not None:
                 images = self.aug(images, shifts[:, i])
             compress = getattr(self, self._names[i])
-            parts.append(compress(self.backbone(images), state, keep_masks[i] if keep_masks else None))
+            parts.append(compress(self.backbone(images), state, keep_masks[i : i + 1]))
         return tf.concat(parts, axis=-1)
 
     def cameras(self, rgb: Array) -> list[Array]:

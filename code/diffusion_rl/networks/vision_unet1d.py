@@ -51,5 +51,5 @@ class VisionUnet1D(SeesImages, UNetTrunk):
     def call(
         self, x: Array, time: Array, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()
     ) -> Array:
-        """x [B,H,A], time [B] integers, cond (plain or encoded) -> noise (or x0) [B,H,A]."""
+        """x [B,H,A], time [B] integers or one for all, cond (plain or encoded) -> noise (or x0) [B,H,A]."""
         return self.trunk(x, time, self.encode(cond, shifts, keep_masks)["features"])

@@ -6,17 +6,17 @@ Draws are arguments: the mode of each row (or a uniform draw that picks it), and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
-import tensorflow_probability as tfp
 
-from diffusion_rl.core.keras import keras
+from diffusion_rl.core.keras import distributions, keras
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
 
-tfd = tfp.distributions
+tfd = distributions()
 
 
 class GMMPolicy:
@@ -45,22 +45,24 @@ class GMMPolicy:
         """The precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
-    def distribution(self, cond: Cond, deterministic: bool = False) -> tfd.MixtureSameFamily:
-        """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4."""
-        means, stds, logits = self.network(cond)
+    def distribution(
+        self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()
+    ) -> tfd.MixtureSameFamily:
+        """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`: dropout's."""
+        means, stds, logits = self.network(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         if deterministic:
             stds = tf.ones_like(means) * DETERMINISTIC_STD
         return tfd.MixtureSameFamily(
             tfd.Categorical(logits=logits), tfd.Independent(tfd.Normal(means, stds), reinterpreted_batch_ndims=1)
         )
 
-    def log_probs(self, cond: Cond, actions: Array) -> tuple[Array, Array, Array]:
+    def log_probs(self, cond: Cond, actions: Array, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array, Array]:
         """Joint log-probability [B] of actions [B,H,A], approximate entropy, mean standard deviation.
 
         The entropy is that of the modes' Gaussians, weighted by the modes and averaged over the batch: without the
         mixing itself.
         """
-        mixture = self.distribution(cond)
+        mixture = self.distribution(cond, keep_masks=keep_masks)
         stds = mixture.components_distribution.distribution.scale
         weights = tf.nn.softmax(mixture.mixture_distribution.logits)
         entropy = tf.reduce_sum(weights * tf.reduce_sum(gaussian_entropy(stds), axis=-1), axis=-1)
@@ -68,9 +70,12 @@ class GMMPolicy:
         log_prob = mixture.log_prob(tf.reshape(actions, [-1, stds.shape[-1]]))
         return log_prob, tf.reduce_mean(entropy), tf.reduce_mean(std)
 
-    def loss(self, actions: Array, cond: Cond, **unused: Any) -> tuple[Array, Array]:
-        """Supervised: minus the joint log-probability of actions [B,H,A], averaged over the batch; and the entropy."""
-        log_prob, entropy, _ = self.log_probs(cond, actions)
+    def loss(self, actions: Array, cond: Cond, keep_masks: Sequence[Array] = (), **unused: Any) -> tuple[Array, Array]:
+        """Supervised: minus the joint log-probability of actions [B,H,A], averaged over the batch; and the entropy.
+
+        `keep_masks`: dropout's, of networks that have it, when training.
+        """
+        log_prob, entropy, _ = self.log_probs(cond, actions, keep_masks)
         return -tf.reduce_mean(log_prob), entropy
 
     def sample(
