@@ -28,6 +28,7 @@ from typing import Any, TextIO
 import yaml
 
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.yaml_files import read_yaml
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.reports.progress import duration
 
@@ -37,32 +38,9 @@ STOP_SECONDS = 15.0  # that a child has to save its state before it is killed
 SAVED = 130  # exit status of a run that was interrupted
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 asks for a dot) and a key may stand only once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def read_spec(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (derived from SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: a mapping of keys to values is needed")
     _check_keys(found, str(path))
