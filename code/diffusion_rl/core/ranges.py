@@ -91,6 +91,9 @@ BATCH = whole(1, LARGEST_BATCH)
 ENVS = whole(1, LARGEST_ENVS)
 STEPS = whole(1, LARGEST_STEPS)
 FREQUENCY = STEPS  # every so many steps
+WIDTH = whole(1, 2**16)  # of a layer
+HORIZON = whole(1, 100_000)
+DIFFUSION_STEPS = whole(1, 100_000)
 FREQUENCY_OR_OFF = whole(0, LARGEST_STEPS)  # 0: never
 
 
