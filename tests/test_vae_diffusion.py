@@ -26,7 +26,7 @@ from diffusion_rl.loops import mpe_data
 from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.run_state import load_checkpoint
 from diffusion_rl.loops.toy_agent_data import toy_data
-from diffusion_rl.loops.vae_training import METRICS, check_schedule, keep_returns
+from diffusion_rl.loops.vae_training import METRICS, keep_returns
 from diffusion_rl.networks.latent import ActionVAE, TrajectoryEncoder, kl_to_standard_normal
 from diffusion_rl.networks.layers import variables_of
 
@@ -385,13 +385,13 @@ def test_simple_spread_is_made_and_learned_from(tmp_path, capsys):
 
 
 def test_schedules_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="eval_freq 6 must be a multiple of save_freq 4"):
-        check_schedule(settings(eval_freq=6))
+    with pytest.raises(UserError, match="eval_freq: 6, save_freq: 4: eval_freq must be a multiple of save_freq"):
+        settings(eval_freq=6)
     with pytest.raises(UserError, match="rl_warmup_steps"):
-        check_schedule(settings(online_training=True, rl_warmup_steps=5))
+        settings(online_training=True, rl_warmup_steps=5)
     with pytest.raises(UserError, match="replay_buffer_size"):
-        check_schedule(settings(online_training=True, replay_buffer_size=10))
-    check_schedule(settings(eval_freq=0))
+        settings(online_training=True, replay_buffer_size=10)
+    settings(eval_freq=0)
 
 
 def test_settings_come_from_names_and_keys_that_are_known():
