@@ -57,6 +57,7 @@ def test_what_is_read(text, value):
         ("? [1]\n: 2", "not valid YAML"),
         ("a: *b", "undefined alias"),
         ("a: \0", "not valid YAML"),
+        ('a: "x\\0y"', "character of code 0"),
         ("--- 1\n--- 2", "not valid YAML"),
         ("a: [", "not valid YAML"),
     ],

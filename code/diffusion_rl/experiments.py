@@ -197,8 +197,6 @@ def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
     the default for script/run.py), "flags" (`--key value`, the default for scripts/).
     """
     script, style = str(variant["script_path"]), style_of(variant)
-    if any("\0" in text for text in (script, *map(str, variant.values()))):
-        raise UserError("a value has a character with the code 0, which no argument can have")
     if not Path(script).is_file():
         raise UserError(f"script_path {script}: no such file (paths are relative to the folder you start in)")
     start = [sys.executable, script]

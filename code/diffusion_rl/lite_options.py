@@ -180,8 +180,10 @@ def coerce(key: str, text: str, default: Any) -> Any:
         return value
     kinds: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float)}
     wanted = kinds.get(type(default), (object,))
-    if isinstance(value, float) and type(default) is int and value.is_integer():
-        return int(value)
+    if isinstance(value, float) and type(default) is int:
+        if value.is_integer():
+            return int(value)
+        wanted = (int, float) if key in RANGES and not RANGES[key].whole else wanted
     if value is None or isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, wanted):
         if value is None and key in NONE_IS_ALLOWED:
             return None

@@ -194,7 +194,8 @@ def parse(
         values["loadbase"] = values["logbase"]
     _check_values(values)
     values["exp_name"] = name or experiment_name(settings[experiment]["watch"], values)
-    for key, part in (("dataset", dataset), ("exp_name", values["exp_name"]), ("suffix", values.get("suffix", ""))):
+    names = {key: values.get(key, "") for key in ("prefix", "exp_name", "suffix")}
+    for key, part in {"dataset": dataset, **names}.items():
         require_inside(part, spelling(key, part))
     folder = Path(values["logbase"]) / dataset / values["exp_name"] / values.get("suffix", "")
     options = Options(**values, dataset=dataset, config=config, savepath=str(folder))
@@ -289,7 +290,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     if weights is not None:
         if not isinstance(weights, dict) or not all(whole(0).holds(key) for key in weights):
             raise UserError(f"--loss_weights {shown(weights)}: write {{index of an observation: weight}}")
-        check_ranges({str(key): value for key, value in weights.items()}, dict.fromkeys(map(str, weights), number(0)))
+        check_ranges(weights, dict.fromkeys(weights, number(0)), "--loss_weights {{{}: {}}}".format)
 
 
 def _folder() -> Path:

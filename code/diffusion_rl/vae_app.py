@@ -167,7 +167,7 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
         cfg[key] = _checked(key, value, defaults.get(key))
     for kind, classes in REGISTRY.items():
         if cfg[kind] not in classes:
-            raise UserError(f"{kind} {cfg[kind]!r} is unknown: choose one of {', '.join(classes)}")
+            raise UserError(f"{kind} {shown(repr(cfg[kind]))} is unknown: choose one of {', '.join(classes)}")
         cfg |= classes[cfg[kind]]
     check_numbers(cfg)
     cfg["exp_name"] = str(cfg.get("exp_name") or "vae_diffusion_rl")

@@ -70,7 +70,7 @@ def ignore() -> None:
 
 
 def end_with_parent() -> Callable[[], None] | None:
-    """Gives what a child process calls before it begins, so that it gets SIGTERM when this process ends, however it ends.
+    """Gives what a child calls before it begins, so that it gets SIGTERM when this process ends, however it ends.
 
     None where the operating system (others than Linux) has no such thing.
     """

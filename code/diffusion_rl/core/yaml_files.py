@@ -122,6 +122,8 @@ def _check(node: yaml.Node, where: str) -> None:
             f"{line} is not valid YAML here: {node.tag.rpartition(':')[2]!r} is no type of a value; there are numbers, "
             "texts, true, false, null, lists and mappings"
         )
+    if isinstance(node, yaml.ScalarNode) and "\0" in node.value:
+        raise UserError(f"{line}: a text may not have the character of code 0")
     if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and len(node.value) > MOST_DIGITS:
         raise UserError(f"{line}: a number may have {MOST_DIGITS} digits")
     if isinstance(node, yaml.MappingNode):
