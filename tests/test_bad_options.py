@@ -207,6 +207,16 @@ def test_runner(key, value, capsys, tmp_path):
     refused(experiments.main, ["-e", "s.yaml"], capsys, tmp_path)
 
 
+@pytest.mark.parametrize("command", [experiments.main, vae_app.train, vae_app.evaluate])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["-e"], ["-e", "a", "-e", "b"], ["-e", "a", "--gp", "1"], ["-e", "a", "-g", "x"], ["a"], ["-e", "none.yaml"]],
+    ids=" ".join,
+)
+def test_flags(command, arguments, capsys, tmp_path):
+    refused(command, arguments, capsys, tmp_path)
+
+
 def test_an_own_configuration_of_the_planners(capsys, tmp_path):
     options = {"logbase": "logs", "horizon": 4}
     own = {"watch": [["prefix", ""]], "options": options}

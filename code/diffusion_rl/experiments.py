@@ -10,7 +10,6 @@ its output goes into a file beside the variant.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import copy
@@ -32,6 +31,7 @@ import yaml
 
 from diffusion_rl import run_folders
 from diffusion_rl.core import signals
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.names import require_inside
 from diffusion_rl.core.ranges import check_ranges, shown, whole
@@ -381,7 +381,7 @@ class Pool:
 
 def main(arguments: Sequence[str]) -> int:
     """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
-    parser = argparse.ArgumentParser(description="Run every combination of an experiment's variables.")
+    parser = Arguments(description="Run every combination of an experiment's variables.")
     parser.add_argument("-e", "--experiment", required=True, help="YAML file: meta_data, variables, constants")
     parser.add_argument("-g", "--gpu", default="0", help="number of the GPU that all runs use (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")

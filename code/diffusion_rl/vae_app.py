@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 from diffusion_rl.config_keys import unknown_key
 from diffusion_rl.configs import CONFIG_ROOT
 from diffusion_rl.core import ranges, signals
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.names import require_inside
 from diffusion_rl.core.ranges import Relation, at_most, check_ranges, multiple, number, positive, shown, whole
@@ -144,7 +144,7 @@ EVALUATION_KEYS = (
 
 def options(arguments: Sequence[str]) -> Mapping[str, Any]:
     """`-e FILE [-g GPU]`: the experiment, with the GPU chosen before TensorFlow starts."""
-    parser = argparse.ArgumentParser(description="One experiment of VAE + Diffusion RL.")
+    parser = Arguments(description="One experiment of VAE + Diffusion RL.")
     parser.add_argument("-e", "--experiment", required=True, help="YAML: a variant, or a specification with constants")
     parser.add_argument("-g", "--gpu", default="0", help="number of the GPU")
     given = parser.parse_args(list(arguments))
@@ -165,10 +165,7 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
         if key not in defaults and key not in META_KEYS:
             raise UserError(unknown_key(key, defaults))
         cfg[key] = _checked(key, value, defaults.get(key))
-    for kind, classes in REGISTRY.items():
-        if cfg[kind] not in classes:
-            raise UserError(f"{kind} {shown(repr(cfg[kind]))} is unknown: choose one of {', '.join(classes)}")
-        cfg |= classes[cfg[kind]]
+    cfg |= asked_by_classes(cfg)
     check_numbers(cfg)
     cfg["exp_name"] = str(cfg.get("exp_name") or "vae_diffusion_rl")
     job = job_name(str(cfg["job_name"]), cfg)
@@ -184,6 +181,16 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
 def default_settings() -> Mapping[str, Any]:
     """Every key with its default."""
     return MappingProxyType(read_spec(CONFIG_ROOT / "planning" / "vae_diffusion_rl.yaml"))
+
+
+def asked_by_classes(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What the named classes ask for beyond the keys. Raises UserError for a name that is not registered."""
+    asked: dict[str, Any] = {}
+    for kind, classes in REGISTRY.items():
+        if cfg[kind] not in classes:
+            raise UserError(f"{kind} {shown(repr(cfg[kind]))} is unknown: choose one of {', '.join(classes)}")
+        asked |= classes[cfg[kind]]
+    return asked
 
 
 def check_numbers(cfg: Mapping[str, Any]) -> None:
@@ -415,8 +422,7 @@ def recorded_facts(checkpoint: Any, path: Path) -> tuple[dict[str, Any], dict[st
         config, sizes = dict(checkpoint.metadata["config"]), dict(checkpoint.metadata["sizes"])
         defaults = default_settings()
         cfg = {key: _checked(key, config.get(key, default), default) for key, default in defaults.items()}
-        for kind, classes in REGISTRY.items():
-            cfg |= classes.get(cfg[kind], {})
+        cfg |= asked_by_classes(cfg)
         check_numbers(cfg)
         largest = max((max(each.shape, default=1) for each in checkpoint.tensors.values()), default=1)
         limits = dict.fromkeys(DIMENSIONS, whole(1, largest)) | dict.fromkeys(LAYERS, whole(1, len(checkpoint.tensors)))

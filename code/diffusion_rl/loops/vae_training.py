@@ -22,7 +22,7 @@ from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.diffuser_training import WindowOrder
 from diffusion_rl.loops.rollout import Rollout, RunningEpisodes, collect
 from diffusion_rl.loops.run_folder import RunFolder
-from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.loops.run_state import Checkpoint, require_finite
 from diffusion_rl.policies.acting import DiffusionActor
 from diffusion_rl.reports.progress import Progress
 
@@ -77,6 +77,7 @@ class VAEDiffusionTraining:
         cures = {"another_folder": "give another logbase, exp_name or job_name", "go_on": "continue_training: true"}
         folder = RunFolder(cfg, "itr", self.algorithm.KIND, **cures)  # type: ignore[arg-type]
         if folder.resumed is not None:
+            require_finite(folder.resumed.tensors, folder.resumed_from)
             self.restore(folder.resumed)
         with folder, Progress(total, "training", start=self.step) as progress:
             if self.step == 0:
