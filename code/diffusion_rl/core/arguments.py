@@ -12,8 +12,8 @@ from diffusion_rl.core.errors import UserError
 class Arguments(argparse.ArgumentParser):
     """A parser that raises UserError, takes no abbreviations, and every option with a value only once."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, _Once)
 
     def error(self, message: str) -> NoReturn:
