@@ -48,7 +48,7 @@ from diffusion_rl.reports.metrics import MetricsWriter
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
 PICTURES = 6  # frames of a plan in its picture
-ANOTHER_SUFFIX = "give another --suffix"
+ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
 
 # ---------- training ----------
@@ -89,8 +89,11 @@ def train_model(
 ) -> None:
     """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
-    with initial_weights(noise):
-        model = description.build()
+    try:
+        with initial_weights(noise):
+            model = description.build()
+    except TypeError as error:
+        raise UserError(f"--model {options.model} is no model for --diffusion {options.diffusion} ({error})") from error
     trainer = trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay)
     fitted = normalizer_tensors(dataset)
 
@@ -118,7 +121,7 @@ def train_model(
     for line in run.report():
         print(line)
     run.check()
-    with locked(folder, "give another --prefix"), run.stop:
+    with locked(folder, "give another --logbase or --prefix"), run.stop:
         _train_in_folder(run, folder, options, description)
         run.stop_if_requested()
 
