@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusion_rl import experiments
+from diffusion_rl import experiments, run_folders
 from diffusion_rl.configs import REPOSITORY
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.loops.locks import child_lock
 
 META = {"exp_name": "some", "script_path": "child.py"}
 
@@ -187,6 +188,82 @@ def test_interrupting_stops_the_children(tmp_path):
     assert process.returncode == 130 and "--resume goes on" in output
     children = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(logs.relative_to(tmp_path)) not in children or not (tmp_path / "done").exists()
+
+
+def test_a_killed_runner_takes_its_children_with_it(tmp_path):
+    """So that --resume does not start the same runs beside them."""
+    write_spec(tmp_path, variables={"status": [0, 0]}, constants={"seconds": 1})
+    process, logs = start(tmp_path), tmp_path / "logs" / "variants" / "variants-for-some"
+    until = time.monotonic() + 40
+    while len([p for p in logs.glob("*/*.log") if p.stat().st_size]) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    status, output = finish(tmp_path, "--resume")
+    assert status == 0 and "2 of 2 runs done" in output
+    assert all(path.read_text().count("working: 3/3") == 1 for path in logs.glob("*/*.log"))
+
+
+def test_a_process_of_an_earlier_launch_is_waited_for(tmp_path):
+    job = experiments.Job(tmp_path / "0.yaml", [sys.executable, "-c", "pass"])
+    lock = child_lock(tmp_path / "0.lock")
+    pool = experiments.Pool(tmp_path, [job], 1, "0", io.StringIO())
+    waiting, running = [job], []
+    pool._start(waiting, running)
+    assert (waiting, running) == ([job], []) and "still runs; waiting" in pool.stream.getvalue()
+    lock.close()
+    assert pool.run(poll_seconds=0.05) == 0
+
+
+# ---------- folders ----------
+
+
+def folders(spec, *varied):
+    found = experiments.tell_apart(experiments.variants(spec), varied)
+    return [run_folders.folder_of(variant, experiments.style_of(variant)) for variant in found], found
+
+
+def spec_of(script, variables, **constants):
+    meta = {"exp_name": "some", "script_path": str(REPOSITORY / script)}
+    return {"meta_data": meta, "variables": variables, "constants": constants}
+
+
+def test_runs_that_would_share_a_folder_get_names_of_their_own(monkeypatch):
+    vae = {"dataset": "toy", "horizon": 2, "history_horizon": 2}
+    where, found = folders(spec_of("train.py", {"seed": [1, 2], "online_training": [False, True]}, **vae))
+    assert len(set(where)) == 4 and not any("job_name" in variant for variant in found), "as it always was"
+    where, _ = folders(spec_of("train.py", {"seed": [1], "batch_size": [8, 16]}, **vae), "seed", "batch_size")
+    assert [each.rpartition("online_False-")[2] for each in where] == ["batch_size_8/1", "batch_size_16/1"]
+    where, _ = folders(spec_of("scripts/train.py", {"learning_rate": [1e-3, 1e-4]}, resume="True"), "learning_rate")
+    assert [each.rpartition("/")[2] for each in where] == [
+        "defaults-learning_rate_0.001_H32_T20",
+        "defaults-learning_rate_0.0001_H32_T20",
+    ]
+    where, _ = folders(spec_of("scripts/train.py", {"horizon": [8, 16]}), "horizon")
+    assert [each.rpartition("/")[2] for each in where] == ["defaults_H8_T20", "defaults_H16_T20"]
+    hydra = {"config_name": "ft_ppo_diffusion_mlp", "config_dir": str(REPOSITORY / "cfg/gym/finetune/hopper-v2")}
+    where, found = folders(spec_of("script/run.py", {"train": {"gamma": [0.9, 0.99]}}, **hydra), "train.gamma")
+    assert len(set(where)) == 2 and [v["name"].rpartition("-")[2] for v in found] == [
+        "train.gamma_0.9",
+        "train.gamma_0.99",
+    ]
+    assert "name" not in folders(spec_of("script/run.py", {"seed": [1, 2]}, **hydra), "seed")[1][0]
+
+
+def test_runs_that_are_the_same_are_refused():
+    with pytest.raises(UserError, match="runs 0, 1 would all write to .*: they do not differ in seed"):
+        folders(spec_of("train.py", {"seed": [1, 1]}, dataset="toy"), "seed")
+
+
+def test_a_variant_that_is_another_now_is_not_done(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "child.py").write_text("")
+    (tmp_path / "status.json").write_text('{"0": {"exit": 0}, "1": {"exit": 0}}')
+    found = grid(variables={"a": [1, 2]})
+    for variant in found:
+        experiments._write_yaml(tmp_path / f"{variant['exp_id']}.yaml", variant)
+    found[1]["a"] = 3
+    assert [job.status for job in experiments._jobs(tmp_path, found, "0")] == [0, None]
 
 
 def test_progress_tells_how_long_it_will_take(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 
 import h5py
@@ -12,9 +13,9 @@ import pytest
 import tensorflow as tf
 
 from diffusion_rl import lite_app
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.interop.torch_checkpoint import read_pt
+from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.lite_options import FOLDER, parse
 from diffusion_rl.loops import lite_files
 from diffusion_rl.reports import commands, lite_figures
@@ -79,7 +80,8 @@ def test_files_of_a_training(folder):
     for name in ("loss_curve.png", "invdyn_loss_curve.png"):
         assert (folder / "results" / "figures" / name).stat().st_size > 10_000
     copies = {path.relative_to(folder / "backup") for path in (folder / "backup").rglob("*") if path.is_file()}
-    assert copies == {p.relative_to(folder / "results") for p in (folder / "results").rglob("*") if p.is_file()}
+    visible = (p for p in (folder / "results").rglob("*") if p.is_file() and p.name != ".lock")
+    assert copies == {p.relative_to(folder / "results") for p in visible}
 
 
 def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
@@ -108,7 +110,45 @@ def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
     with pytest.raises(UserError, match="keep_states=true"):
         lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=3"])
     with pytest.raises(UserError, match="6 steps, this one has 8"):
-        lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "diffusion_gradient_steps=8"])
+        longer = [option.replace("diffusion_gradient_steps=6", "diffusion_gradient_steps=8") for option in RUN]
+        lite_app.mujoco([*longer, "mode=training", "results_dir=parts"])
+
+
+def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
+    add, own = lite_files.LossLog.add, [*RUN, "mode=training", "results_dir=stopped"]
+
+    def stop(log, row):
+        monkeypatch.setattr(lite_files.LossLog, "add", add)
+        with pytest.raises(UserError, match="another process is writing to .*or name another results_dir"):
+            lite_app.mujoco(own)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        add(log, row)
+
+    monkeypatch.setattr(lite_files.LossLog, "add", stop)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; state saved after step 1; go on with resume=auto"):
+        lite_app.mujoco(own)
+    lite_app.mujoco(own)
+    for i in range(2):
+        once, parts = (weights(where, f"diffusion{i}_ckpt_latest.pt") for where in ("results", "stopped"))
+        assert all(np.array_equal(once[name], parts[name]) for name in once)
+
+
+def test_what_is_not_finite_is_neither_saved_nor_loaded(folder):
+    faster = [option for option in RUN if not option.startswith("save_interval")]
+    with pytest.raises(UserError, match="no longer finite|a loss became"):
+        ruined = ["results_dir=ruined", "learning_rate=1e38", "save_interval=1"]
+        lite_app.mujoco([*faster, "mode=training", *ruined])
+    for path in (folder / "ruined").rglob("diffusion*.pt"):
+        data = read_pt(path)
+        assert all(np.isfinite(value).all() for part in data.values() for value in part.values()), path
+    own = folder / "results" / "diffuserlite_d4rl_mujoco" / TASK
+    data = read_pt(own / "diffusion0_ckpt_latest.pt")
+    next(iter(data["model_ema"].values()))[...] = np.nan
+    write_pt(own / "diffusion0_ckpt_8.pt", data)
+    with pytest.raises(UserError, match="diffusion0_ckpt_8.pt: weight .* is not finite"):
+        lite_app.mujoco([*RUN, "mode=inference", "diffusion_ckpt=8"])
+    (own / "diffusion0_ckpt_8.pt").unlink()
 
 
 def test_reflow_and_acting(folder, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 from ctypes.util import find_library
 
 import h5py
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 from diffusion_rl import planner_app, planner_commands
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.loops.diffuser_training import DiffuserTraining
 from diffusion_rl.loops.planner_files import load_experiment
-from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 from diffusion_rl.reports.contact_sheet import frames
 from diffusion_rl.reports.plan_figure import bars_of, plan_scores
 
@@ -108,6 +110,61 @@ def test_resumed_is_uninterrupted(folder, trained):
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
+def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
+    own, steps = [*TRAIN, "--logbase", "stopped", "--n_train_steps", "60"], DiffuserTraining._steps
+
+    def stop(self, count):
+        monkeypatch.setattr(DiffuserTraining, "_steps", steps)
+        with pytest.raises(UserError, match="another process is writing to .*: wait for it, stop it, or give another"):
+            planner_app.train([*own, "--resume", "True"])
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return steps(self, count)
+
+    monkeypatch.setattr(DiffuserTraining, "_steps", stop)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; state saved; go on with --resume True"):
+        planner_app.train(own)
+    states = folder / "stopped" / NAME / "diffusion" / "defaults_H4_T3"
+    assert load_checkpoint(states / "state_0.safetensors").metadata["step"] == 1
+
+
+def test_what_is_not_finite_is_neither_saved_nor_loaded(folder, trained):
+    with pytest.raises(UserError, match="no longer finite|the loss became"):
+        ruined = ["--logbase", "ruined", "--n_train_steps", "9", "--learning_rate", "1e38"]
+        planner_app.train([*TRAIN, *ruined])
+    for path in (folder / "ruined").rglob("state_*"):
+        assert all(np.isfinite(each).all() for each in load_checkpoint(path).tensors.values())
+    checkpoint, bad = load_checkpoint(trained / "state_6.safetensors"), folder / "bad"
+    name = next(name for name in checkpoint.tensors if name.startswith("ema."))
+    checkpoint.tensors[name][...] = np.nan
+    save_checkpoint(bad / "state_6.safetensors", checkpoint.tensors, checkpoint.metadata)
+    with pytest.raises(UserError, match="bad/state_6.safetensors: weight .* is not finite"):
+        load_experiment(bad)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model", {"dim_mults": [1, 10**6]}),
+        ("model", {"transition_dim": 10**9}),
+        ("model", {"horizon": 10**9}),
+        ("model", {"class": "os.system"}),
+        ("model", {"nothing": 1}),
+        ("model", {"dim_mults": "x"}),
+        ("diffusion", {"n_timesteps": 10**9}),
+        ("diffusion", {"observation_dim": -1}),
+        ("diffusion", {"loss_weights": 3}),
+        ("dataset", {"normalizer": "os.system"}),
+    ],
+)
+def test_facts_of_a_checkpoint_that_do_not_fit_its_weights(tmp_path, trained, part, change):
+    checkpoint = load_checkpoint(trained / "state_6.safetensors")
+    checkpoint.metadata["description"][part] |= change
+    save_checkpoint(tmp_path / "state_6.safetensors", checkpoint.tensors, checkpoint.metadata)
+    with pytest.raises(UserError):
+        load_experiment(tmp_path)
+
+
 def test_the_last_steps_have_a_tenth_of_the_rate(folder):
     final = []
     for base, runs in {
@@ -128,7 +185,7 @@ def test_what_is_missing_is_named(trained):
     with pytest.raises(UserError, match="train a model first"):
         planner_app.plan_guided([*PLAN, "--logbase", "elsewhere"])
     with pytest.raises(UserError, match="no data for walker2d-expert-v2: download http"):
-        planner_app.train([*TRAIN, "--dataset", "walker2d-expert-v2"])
+        planner_app.train(["--dataset", "walker2d-expert-v2", *TRAIN[2:]])
     assert not (trained.parents[2] / "walker2d-expert-v2").exists()
     with pytest.raises(UserError, match="no checkpoint 5 in .* there are 0, 3, 6"):
         load_experiment(trained, epoch="5")

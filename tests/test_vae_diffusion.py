@@ -24,9 +24,9 @@ from diffusion_rl.data.sources import agents
 from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv, controller
 from diffusion_rl.loops import mpe_data
 from diffusion_rl.loops.agent_history import AgentHistoryEnv
-from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 from diffusion_rl.loops.toy_agent_data import toy_data
-from diffusion_rl.loops.vae_training import METRICS, check_schedule, keep_returns
+from diffusion_rl.loops.vae_training import METRICS, keep_returns
 from diffusion_rl.networks.latent import ActionVAE, TrajectoryEncoder, kl_to_standard_normal
 from diffusion_rl.networks.layers import variables_of
 
@@ -385,13 +385,13 @@ def test_simple_spread_is_made_and_learned_from(tmp_path, capsys):
 
 
 def test_schedules_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="eval_freq 6 must be a multiple of save_freq 4"):
-        check_schedule(settings(eval_freq=6))
+    with pytest.raises(UserError, match="eval_freq: 6, save_freq: 4: eval_freq must be a multiple of save_freq"):
+        settings(eval_freq=6)
     with pytest.raises(UserError, match="rl_warmup_steps"):
-        check_schedule(settings(online_training=True, rl_warmup_steps=5))
+        settings(online_training=True, rl_warmup_steps=5)
     with pytest.raises(UserError, match="replay_buffer_size"):
-        check_schedule(settings(online_training=True, replay_buffer_size=10))
-    check_schedule(settings(eval_freq=0))
+        settings(online_training=True, replay_buffer_size=10)
+    settings(eval_freq=0)
 
 
 def test_settings_come_from_names_and_keys_that_are_known():
@@ -456,6 +456,31 @@ def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, value in theirs.tensors.items():
         np.testing.assert_array_equal(ours.tensors[name], value, err_msg=name)
+
+
+def test_a_checkpoint_imports_nothing_and_is_as_large_as_it_says(tmp_path, monkeypatch):
+    sizes = Sizes(n_agents=2, obs_dim=4, action_dim=2, horizon=2, steps=3)
+    cfg = settings(tmp_path)
+    facts = {"kind": LatentDiffusionRL.KIND, "itr": 4, "online": False, "sizes": sizes._asdict()}
+    path = tmp_path / "run" / "checkpoint" / "state_4.safetensors"
+    (tmp_path / "evil_module.py").write_text("raise SystemError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for change, size, said in (
+        ({"env_type": "d4rl", "dataset": "evil_module:X-v0"}, {}, "only if you name it: add dataset: evil_module:X-v0"),
+        ({"num_envs": 10**9}, {}, "num_envs: 1000000000: a whole number from 1 to 10000"),
+        ({"vae_hidden_dim": 60_000}, {}, "vae_hidden_dim: 60000: a whole number from 1 to 64"),
+        ({"backbone_layers": 900}, {}, "backbone_layers: 900"),
+        ({"save_freq": "x"}, {}, "save_freq: 'x' is no whole number"),
+        ({"model": "os.system"}, {}, "its facts are damaged|is unknown"),
+        ({}, {"obs_dim": 10**9}, "obs_dim: 1000000000"),
+        ({}, {"obs_dim": "x"}, "obs_dim: x"),
+        ({}, {"nothing": 1}, "sizes have facts"),
+    ):
+        config = {**cfg, **change}
+        tensors = {"model.vae.x": np.zeros((64, 2), np.float32)}
+        save_checkpoint(path, tensors, {**facts, "config": config, "sizes": {**sizes._asdict(), **size}})
+        with pytest.raises(UserError, match=said):
+            vae_app.evaluate_checkpoint(path, {}, overwrite=False)
 
 
 def test_a_run_with_everything_that_is_optional(tmp_path):

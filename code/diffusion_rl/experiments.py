@@ -10,13 +10,15 @@ its output goes into a file beside the variant.
 
 from __future__ import annotations
 
-import argparse
+import collections
+import contextlib
 import copy
+import functools
 import itertools
 import json
+import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,46 +29,38 @@ from typing import Any, TextIO
 
 import yaml
 
+from diffusion_rl import run_folders
+from diffusion_rl.core import signals
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.names import require_inside
+from diffusion_rl.core.ranges import check_ranges, shown, whole
+from diffusion_rl.core.yaml_files import read_yaml
 from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.loops.locks import child_lock, locked
 from diffusion_rl.reports.progress import duration
 
 META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "arguments")
 LINE_SECONDS = 10.0  # between lines about what is running, where there is no terminal
 STOP_SECONDS = 15.0  # that a child has to save its state before it is killed
-SAVED = 130  # exit status of a run that was interrupted
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number (YAML 1.1 asks for a dot) and a key may stand only once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+HYDRA_OPTIONS = ("config_name", "config_dir")
+MOST_RUNS = 10_000  # of a grid
 
 
 def read_spec(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
-    try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  (derived from SafeLoader)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: a mapping of keys to values is needed")
     _check_keys(found, str(path))
     return found
+
+
+def gpu_number(text: str) -> str:
+    """What `-g` gives, for CUDA_VISIBLE_DEVICES: numbers with commas between, or nothing for no GPU."""
+    if not re.fullmatch(r"-1|(\d{1,4}(,\d{1,4})*)?|((GPU|MIG)-[\w/-]+,?)+", text):
+        raise UserError(f"-g {shown(text)}: give the number of a GPU")
+    return text
 
 
 def _check_keys(node: Any, where: str) -> None:
@@ -86,19 +80,26 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     The variable that was named last changes fastest; a variable overrides the constant of its name.
     """
-    meta = spec.get("meta_data") or {}
-    for key in ("exp_name", "script_path"):
-        if not meta.get(key):
-            raise UserError(f"meta_data needs {key}")
     if unknown := [key for key in spec if key not in ("meta_data", "variables", "constants")]:
         raise UserError(f"{unknown[0]}: an experiment has meta_data, variables and constants only")
-    variables = dict(_flat(spec.get("variables") or {}))
+    meta, variables, constants = (spec.get(key) or {} for key in ("meta_data", "variables", "constants"))
+    for name, group in (("meta_data", meta), ("variables", variables), ("constants", constants)):
+        if not isinstance(group, Mapping):
+            raise UserError(f"{name} must be a mapping of keys to values")
+    for key in ("exp_name", "script_path"):
+        if meta.get(key) in (None, ""):
+            raise UserError(f"meta_data needs {key}")
+    require_inside(str(meta["exp_name"]), f"exp_name: {meta['exp_name']}")
+    check_ranges({"num_workers": meta.get("num_workers") or 1}, {"num_workers": whole(1, 1000)}, "{}: {}".format)
+    variables = dict(_flat(variables))
     for key, values in variables.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"variables: {key} must be a list of at least one value")
+    if (count := math.prod(map(len, variables.values()))) > MOST_RUNS:
+        raise UserError(f"these variables make {count} runs: {MOST_RUNS} are allowed, so give fewer values")
     found = []
     for i, combination in enumerate(itertools.product(*variables.values())):
-        variant = copy.deepcopy(dict(spec.get("constants") or {}))
+        variant = copy.deepcopy(dict(constants))
         for key, value in zip(variables, combination, strict=True):
             _put(variant, key, copy.deepcopy(value))
         found.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
@@ -150,12 +151,23 @@ class Job:
     def log(self) -> Path:
         return self.variant.with_suffix(".log")
 
-    def start(self, environment: Mapping[str, str]) -> None:
+    def start(self, environment: Mapping[str, str]) -> bool:
+        """Start it as a process that ends with this one; False while the process of an earlier launch still runs."""
+        lock = child_lock(self.variant.with_suffix(".lock"))
+        if lock is None:
+            return False
         self.began = time.monotonic()
-        with self.log.open("ab") as output:
+        with self.log.open("ab") as output, lock:
             self.process = subprocess.Popen(
-                self.command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=dict(environment)
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=dict(environment),
+                pass_fds=[lock.fileno()],  # the lock is the child's from here on
+                preexec_fn=signals.end_with_parent(),
             )
+        return True
 
     def poll(self) -> bool:
         """Whether it has ended by now."""
@@ -184,24 +196,75 @@ def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
     `meta_data: arguments` says it: "file" (`-e FILE -g GPU`), "hydra" (`key=value`, with config_dir and config_name;
     the default for script/run.py), "flags" (`--key value`, the default for scripts/).
     """
-    script = str(variant["script_path"])
+    script, style = str(variant["script_path"]), style_of(variant)
     if not Path(script).is_file():
         raise UserError(f"script_path {script}: no such file (paths are relative to the folder you start in)")
-    parent, name = Path(script).parent.name, Path(script).name
-    usual = "hydra" if (parent, name) == ("script", "run.py") else "flags" if parent == "scripts" else "file"
-    style = variant.get("arguments") or usual
     start = [sys.executable, script]
-    given = {k: v for k, v in variant.items() if k not in META_KEYS}
     if style == "file":
         return [*start, "-e", str(path), "-g", gpu]
     if style == "flags":
-        return [*start, *(part for key, value in _flat(given) for part in (f"--{key}", str(value)))]
+        return [*start, *flags(variant)]
     if style == "hydra":
-        named = {k: given.pop(k) for k in ("config_name", "config_dir") if k in given}
-        options = [f"--{key.replace('_', '-')}={value}" for key, value in named.items()]
-        overrides = [f"{key}={_hydra(value)}" for key, value in _flat(given)]
-        return [*start, *options, *overrides]
+        named = {key: variant[key] for key in HYDRA_OPTIONS if key in variant}
+        return [*start, *(f"--{key.replace('_', '-')}={value}" for key, value in named.items()), *overrides(variant)]
     raise UserError(f"meta_data: arguments {style!r} is unknown: choose file, hydra or flags")
+
+
+def flags(variant: Mapping[str, Any]) -> list[str]:
+    """Its values as `--key value`."""
+    given = {k: v for k, v in variant.items() if k not in META_KEYS}
+    return [part for key, value in _flat(given) for part in (f"--{key}", str(value))]
+
+
+def overrides(variant: Mapping[str, Any]) -> list[str]:
+    """Its values as Hydra's `key=value`, but for the configuration itself."""
+    given = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
+    return [f"{key}={_hydra(value)}" for key, value in _flat(given)]
+
+
+def style_of(variant: Mapping[str, Any]) -> str:
+    """How the script of a variant takes its values: "file", "hydra" or "flags"."""
+    script = Path(str(variant["script_path"]))
+    usual = {("script", "run.py"): "hydra"}.get((script.parent.name, script.name))
+    return variant.get("arguments") or usual or ("flags" if script.parent.name == "scripts" else "file")
+
+
+def tell_apart(found: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
+    """Variants of which no two write to one folder, where that can be known: of this repository's own scripts.
+
+    Where some would, what varies is appended to the name of each run.
+
+    Raises:
+        UserError: they still would, since their values are the same.
+    """
+    if len(found) == 1:
+        return found
+    folders = [run_folders.folder_of(variant, style_of(variant)) for variant in found]
+    if _twice(folders) is not None:
+        for variant in found:
+            parts = [f"{key}_{_at(variant, key)}" for key in varied if key != "seed"]
+            run_folders.append_to_name(variant, style_of(variant), "".join(f"-{_plain(part)}" for part in parts))
+        folders = [run_folders.folder_of(variant, style_of(variant)) for variant in found]
+    if (folder := _twice(folders)) is not None:
+        same = ", ".join(str(i) for i, each in enumerate(folders) if each == folder)
+        raise UserError(
+            f"runs {same} would all write to {folder}: they do not differ in {', '.join(varied) or 'anything'}"
+        )
+    return found
+
+
+def _twice(folders: Sequence[str | None]) -> str | None:
+    known = [folder for folder in folders if folder is not None]
+    return next((folder for folder, count in collections.Counter(known).items() if count > 1), None)
+
+
+def _at(variant: Mapping[str, Any], key: str) -> Any:
+    return functools.reduce(lambda node, part: node[part], key.split("."), variant)
+
+
+def _plain(text: str) -> str:
+    """What can stand in every name of a folder."""
+    return re.sub(r"[^\w.+-]+", "-", text)[:80].replace("..", "-")
 
 
 def _hydra(value: Any) -> str:
@@ -226,44 +289,51 @@ class Pool:
         self.stream = sys.stderr if stream is None else stream
         self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
         self.began = self.told = time.monotonic()
+        self.awaited: list[Job] = []
         self.skipped = sum(job.status == 0 for job in self.jobs)  # done in an earlier launch
 
     def run(self, poll_seconds: float = 1.0) -> int:
         """Run all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
         waiting = [job for job in self.jobs if job.status != 0]
         running: list[Job] = []
-        before = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            while waiting or running:
-                while waiting and len(running) < self.workers:
-                    running.append(waiting.pop(0))
-                    running[-1].start(self.environment)
-                time.sleep(poll_seconds)
-                for job in [job for job in running if job.poll()]:
-                    running.remove(job)
-                    self._save()
-                    self._ended(job)
-                self._tell(running)
+            with signals.interrupting():
+                while waiting or running:
+                    self._start(waiting, running)
+                    time.sleep(poll_seconds)
+                    for job in [job for job in running if job.poll()]:
+                        running.remove(job)
+                        self._save()
+                        self._ended(job)
+                    self._tell(running)
         except KeyboardInterrupt:
             self._stop(running)
             raise Interrupted(f"interrupted; --resume goes on with what is not done in {self.folder}") from None
-        finally:
-            signal.signal(signal.SIGTERM, before)
         return self._summary()
 
+    def _start(self, waiting: list[Job], running: list[Job]) -> None:
+        """Start as many as there are workers for; those of an earlier launch are waited for."""
+        for job in waiting[: self.workers - len(running)]:
+            if job.start(self.environment):
+                waiting.remove(job)
+                running.append(job)
+            elif job not in self.awaited:
+                self.awaited.append(job)
+                self._say(f"run {job.variant.stem}: its process of an earlier launch still runs; waiting for its end")
+
     def _stop(self, running: Sequence[Job]) -> None:
+        """Ask all to stop; whoever has not after a while, or at another signal, is killed."""
+        processes = [job.process for job in running if job.process is not None]
+        with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            for process in processes:
+                process.terminate()
+            until = time.monotonic() + STOP_SECONDS
+            for process in processes:
+                process.wait(max(until - time.monotonic(), 0.1))
+        for process in processes:
+            process.kill()  # nothing where it has ended
+            process.wait()
         for job in running:
-            assert job.process is not None
-            if job.process.poll() is None:
-                job.process.terminate()
-        until = time.monotonic() + STOP_SECONDS
-        for job in running:
-            assert job.process is not None
-            try:
-                job.process.wait(max(until - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-                job.process.wait()
             job.poll()
         self._save()
 
@@ -309,40 +379,43 @@ class Pool:
         return 1 if failed else 0
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: Sequence[str]) -> int:
     """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
-    parser = argparse.ArgumentParser(description="Run every combination of an experiment's variables.")
+    parser = Arguments(description="Run every combination of an experiment's variables.")
     parser.add_argument("-e", "--experiment", required=True, help="YAML file: meta_data, variables, constants")
     parser.add_argument("-g", "--gpu", default="0", help="number of the GPU that all runs use (default 0)")
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
     given = parser.parse_args(list(arguments))
-    source = Path(given.experiment)
-    spec = read_spec(source)
-    found = variants(spec)
+    gpu, spec = gpu_number(given.gpu), read_spec(Path(given.experiment))
+    found = tell_apart(variants(spec), [key for key, _ in _flat(spec.get("variables") or {})])
     root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
+    for variant in found:  # what cannot be started is said before anything is written
+        command = command_of(variant, root / f"{variant['exp_id']}.yaml", gpu)
+        if given.dry_run:
+            print(" ".join(command))
     if given.dry_run:
-        for variant in found:
-            print(" ".join(command_of(variant, root / f"{variant['exp_id']}.yaml", given.gpu)))
         return 0
-    for variant in found:
-        command_of(variant, root, given.gpu)  # what cannot be started is said before anything is written
     folder = _last_launch(root, spec) if given.resume else None
     if folder is None:
         folder = _new_folder(root)
         _write_yaml(folder / "exp_spec_definition.yaml", spec)
         for variant in found:
             _write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
-    done = _statuses(folder)
-    jobs = []
+    with locked(folder, "start it anew without --resume"):
+        return Pool(folder, _jobs(folder, found, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
+
+
+def _jobs(folder: Path, found: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
+    """The runs of a launch; done are those that ended well as the very variants that they are now."""
+    done, jobs = _statuses(folder), []
     for variant in found:
         path = folder / f"{variant['exp_id']}.yaml"
-        jobs.append(Job(path, command_of(variant, path, given.gpu), done.get(path.stem)))
-    return Pool(folder, jobs, int(spec["meta_data"].get("num_workers") or 1), given.gpu).run()
+        if not path.is_file() or read_spec(path) != variant:
+            _write_yaml(path, variant)
+            done.pop(path.stem, None)
+        jobs.append(Job(path, command_of(variant, path, gpu), done.get(path.stem)))
+    return jobs
 
 
 def _new_folder(root: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from diffusion_rl.interop.diffuser_checkpoint import stacking_weights
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.kuka import StackingTraining, run_episode
+from diffusion_rl.loops.locks import locked
 from diffusion_rl.loops.planner_files import Description, Experiment, load_experiment, require_compatible
 from diffusion_rl.loops.planning import write_json
 from diffusion_rl.loops.run_state import require_finite
-from diffusion_rl.planner_app import beside, score_line, seed_of, train_model
+from diffusion_rl.planner_app import ANOTHER_SUFFIX, beside, score_line, seed_of, train_model
 from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.kuka import MaskedDiffusion, StackClassification, StackingPlanner, StackingTrainer
 
@@ -78,18 +80,18 @@ def plan(arguments: Sequence[str]) -> None:
         classifier, epochs = found.model.model, epochs | {"epoch_classifier": found.epoch}
     planner = StackingPlanner(experiment.model, experiment.normalizers["observations"], classifier)
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
-    options.save()
-    scores = list[float]()
-    for i in range(options.n_episodes):
-        episode = run_episode(planner, env, draw_task(options.task, noise), noise, options.n_plans)
-        total, own = episode.count.total, beside(folder, i)
-        scores.append(total / BEST_RETURN)
-        facts = {"return": total, "score": scores[-1], "step": len(episode.states) - 1, "term": False, **epochs}
-        write_json(own / "rollout.json", facts)
-        with atomic_file(own / "states.npy") as file:
-            np.save(file, episode.states)
-        print(f"episode {i} | return {total:.2f} | {score_line(np.array(scores), folder)}", flush=True)
-    env.close()
+    with contextlib.closing(env), locked(folder, ANOTHER_SUFFIX):
+        options.save()
+        scores = list[float]()
+        for i in range(options.n_episodes):
+            episode = run_episode(planner, env, draw_task(options.task, noise), noise, options.n_plans)
+            total, own = episode.count.total, beside(folder, i)
+            scores.append(total / BEST_RETURN)
+            facts = {"return": total, "score": scores[-1], "step": len(episode.states) - 1, "term": False, **epochs}
+            write_json(own / "rollout.json", facts)
+            with atomic_file(own / "states.npy") as file:
+                np.save(file, episode.states)
+            print(f"episode {i} | return {total:.2f} | {score_line(np.array(scores), folder)}", flush=True)
 
 
 def _load(options: Options, kind: type, part: str) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import secrets
 import shutil
@@ -36,8 +37,9 @@ from diffusion_rl.loops.planner_files import (
 )
 from diffusion_rl.loops.planning import Episodes, normalized_score, run_episodes, write_json
 from diffusion_rl.loops.run_state import load_checkpoint, require_finite, save_checkpoint
+from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.planner_options import Options, parse
-from diffusion_rl.planners.diffuser import Decision, Diffuser, ValueDiffusion
+from diffusion_rl.planners.diffuser import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
 from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 from diffusion_rl.reports import maze_pictures
 from diffusion_rl.reports.contact_sheet import contact_sheet
@@ -46,6 +48,7 @@ from diffusion_rl.reports.metrics import MetricsWriter
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
 PICTURES = 6  # frames of a plan in its picture
+ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
 
 # ---------- training ----------
@@ -86,8 +89,11 @@ def train_model(
 ) -> None:
     """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
-    with initial_weights(noise):
-        model = description.build()
+    try:
+        with initial_weights(noise):
+            model = description.build()
+    except TypeError as error:
+        raise UserError(f"--model {options.model} is no model for --diffusion {options.diffusion} ({error})") from error
     trainer = trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay)
     fitted = normalizer_tensors(dataset)
 
@@ -115,7 +121,7 @@ def train_model(
     for line in run.report():
         print(line)
     run.check()
-    with locked(folder, "give another --prefix"), run.stop:
+    with locked(folder, "give another --logbase or --prefix"), run.stop:
         _train_in_folder(run, folder, options, description)
         run.stop_if_requested()
 
@@ -213,6 +219,9 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
     else:
         model["transition_dim"] = dataset.observation_dim + dataset.action_dim
     if options.model == "models.TemporalUnet":
+        for index in getattr(options, "loss_weights", None) or {}:
+            if int(index) >= dataset.observation_dim:
+                raise UserError(f"--loss_weights: there is no observation {index}, they have {dataset.observation_dim}")
         model["attention"] = options.attention
         for key in ("clip_denoised", "predict_epsilon", "action_weight", "loss_weights", "loss_discount"):
             diffusion[key] = getattr(options, key)
@@ -225,7 +234,7 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 def plan_guided(arguments: Sequence[str]) -> None:
     """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
     options = parse("plan", arguments, PLANNED, save=False)
-    experiment = _load(options, options.diffusion_loadpath, options.diffusion_epoch)
+    experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
         raise UserError(f"{values.folder} holds no value: train one with scripts/train_values.py")
@@ -251,9 +260,8 @@ def plan_unguided(arguments: Sequence[str]) -> None:
         if any((where / fallback).glob("state_*")):
             print(f"no {options.diffusion_loadpath}; planning with {fallback}")
             options.diffusion_loadpath = fallback
-    experiment = _load(options, options.diffusion_loadpath, options.diffusion_epoch)
-    horizon = None if experiment.model.horizon == options.horizon else options.horizon
-    planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, horizon)
+    experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
+    planner = _unguided(experiment, options)
     _plan(options, planner, {"epoch_diffusion": experiment.epoch})
 
 
@@ -261,13 +269,11 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
     """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
     configure_threads()
     options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
-    experiment = load_experiment(
-        options.logbase, options.dataset, options.diffusion_loadpath, epoch=options.diffusion_epoch
-    )
+    where = options.logbase, options.dataset, options.diffusion_loadpath
+    experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch))
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
-    planner = Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, options.horizon)
+    planner = _unguided(experiment, options)
     env = Maze2D(options.dataset)
-    options.save()
     score = functools.partial(normalized_score, options.dataset)
 
     def say(t: int, reward: float, total: float, observation: np.ndarray) -> None:
@@ -275,25 +281,41 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
             print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
 
-    scores, plans, ways, goals = [], [], [], []
-    for i in range(options.n_episodes):
-        start, own = env.reset(noise), beside(folder, i)
-        if options.conditional:
-            env.draw_target(noise)
-        episode = follow_plan(planner, env, noise, start, options.replan_every, say)
-        scores.append(float(score(episode.episode_return)))
-        found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
-        plans.append(episode.plans.observations[0])
-        ways.append(episode.observations)
-        goals.append(env.target)
-        maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
-        maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
-        write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
-    if options.n_episodes > 1:
-        first = np.stack([each[0] for each in plans])
-        maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
-        maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
-    print(score_line(np.array(scores), folder))
+    with locked(folder, ANOTHER_SUFFIX):
+        options.save()
+        scores, plans, ways, goals = [], [], [], []
+        for i in range(options.n_episodes):
+            start, own = env.reset(noise), beside(folder, i)
+            if options.conditional:
+                env.draw_target(noise)
+            episode = follow_plan(planner, env, noise, start, options.replan_every, say)
+            scores.append(float(score(episode.episode_return)))
+            found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
+            plans.append(episode.plans.observations[0])
+            ways.append(episode.observations)
+            goals.append(env.target)
+            maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
+            maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+            write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+        if options.n_episodes > 1:
+            first = np.stack([each[0] for each in plans])
+            maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
+            maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
+        print(score_line(np.array(scores), folder))
+
+
+def _trajectory_model(experiment: Experiment) -> Experiment:
+    """The experiment. Raises UserError where it holds something that makes no plans."""
+    if not isinstance(experiment.model, TrajectoryDiffusion):
+        raise UserError(f"{experiment.folder} holds no model of trajectories: train one with scripts/train.py")
+    return experiment
+
+
+def _unguided(experiment: Experiment, options: Options) -> Diffuser:
+    """A planner without a value, whose horizon may be another than that of the training."""
+    require_horizon(options.horizon, experiment.model.model.levels)
+    horizon = None if experiment.model.horizon == options.horizon else options.horizon
+    return Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, horizon)
 
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
@@ -303,7 +325,6 @@ def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
 
 def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
     folder, seed = Path(options.savepath), seed_of(options)
-    options.save()
     model = planner.diffusion
     env = {"name": options.dataset, "n_envs": options.n_envs, "max_episode_steps": options.max_episode_length}
     venv = make_vector_env(env, obs_dim=model.observation_dim, action_dim=model.action_dim, act_steps=1, seed=seed)
@@ -321,7 +342,8 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
         if options.render and t % options.vis_freq == 0 and decision.observations.shape[-1]:
             _film(venv, decision, folder / f"{t}_plan.mp4")
 
-    try:
+    with contextlib.closing(venv), locked(folder, ANOTHER_SUFFIX):
+        options.save()
         found = run_episodes(
             planner,
             venv,
@@ -336,9 +358,7 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             say=say,
             show=show,
         )
-    finally:
-        venv.close()
-    _write(options, folder, found, epochs)
+        _write(options, folder, found, epochs)
 
 
 def _film(venv: Any, decision: Decision, path: Path) -> None:

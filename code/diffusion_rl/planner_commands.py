@@ -39,7 +39,10 @@ def read_results(arguments: Sequence[str]) -> None:
     """`[--dataset NAME] [--logbase DIR]`: scores of the plans below a folder (logs/pretrained)."""
     options = _known(arguments, {"dataset": None, "logbase": "logs/pretrained"})
     dataset = options["dataset"]
-    for experiment in plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS):
+    found = plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS)
+    if not found:
+        raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
+    for experiment in found:
         print(experiment)
 
 
@@ -65,7 +68,7 @@ def table(arguments: Sequence[str]) -> None:
 def _labels(path: str) -> dict[str, str]:
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--labels {path}: {error}; a JSON object of words is needed") from error
 
 

@@ -7,6 +7,7 @@ it and D4RL's data to /root/.d4rl.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shlex
 import shutil
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from diffusion_rl.configs import REPOSITORY
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.planner_options import coerce, pairs
+from diffusion_rl.core.ranges import check_ranges, whole
+from diffusion_rl.planner_options import coerce, pairs, spelling
 from diffusion_rl.reports.plan_results import DATASETS
 
 Command = list[str]
@@ -24,6 +26,7 @@ CODE = "/home/code"  # in containers
 TRIALS, TOGETHER = 50, 2  # of a job of plans: how many, and how many at a time
 FLAGS = {"job": "train", "dry_run": False, "image": "diffuser", "sif": "diffuser.sif", "trials": 150}
 AZURE_CORES, AZURE_GIGABYTES = 4, 16
+MOST_INSTANCES = 1000
 SCRIPTS = {"train": "scripts/train.py", "values": "scripts/train_values.py", "plan": "scripts/plan_guided.py"}
 
 
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"say where: one of {', '.join(PLACES)}")
     given = pairs(arguments[1:])
     flags = FLAGS | {key: coerce(key, given.pop(key), FLAGS[key]) for key in FLAGS if key in given}
+    check_ranges(flags, {"trials": whole(1, 100_000)}, spelling)
     if flags["job"] not in SCRIPTS:
         raise UserError(f"--job {flags['job']}: choose one of {', '.join(SCRIPTS)}")
     run_all(PLACES[arguments[0]](flags, given), bool(flags["dry_run"]))
@@ -100,7 +104,12 @@ def azure(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
         raise UserError("set DOCKER_USERNAME to the account that the image was pushed to (docker push)")
     image = f"docker.io/{user or '$DOCKER_USERNAME'}/{flags['image']}:latest"
     size = ["--cpu", str(AZURE_CORES), "--memory", str(AZURE_GIGABYTES)]
-    combinations = itertools.product(*(value.split(",") for value in options.values()))
+    split = [value.split(",") for value in options.values()]
+    if (count := math.prod(map(len, split))) > MOST_INSTANCES:
+        raise UserError(
+            f"these are {count} combinations, of which {MOST_INSTANCES} are started at most: give fewer values"
+        )
+    combinations = itertools.product(*split)
     for number, values in enumerate(combinations):
         command = shlex.join(job(flags, dict(zip(options, values, strict=True))))
         where = ["--resource-group", group, "--name", f"diffuser-{flags['job']}-{number}", "--image", image]

@@ -23,14 +23,14 @@ class Interrupted(KeyboardInterrupt):
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command line; the status that its process ends with.
 
-    A UserError, or a file that the operating system refuses, is one line on stderr and 2 (a traceback under
+    A UserError, or a file or memory that the operating system refuses, is one line on stderr and 2 (a traceback under
     `HYDRA_FULL_ERROR=1`); SIGINT or SIGTERM at any time one line and 130.
     """
     with signals.interrupting():
         try:
             return command() or 0
-        except (UserError, OSError) as error:
-            line = str(error) if isinstance(error, UserError) else _refused_file(error)
+        except (UserError, OSError, MemoryError) as error:
+            line = str(error) if isinstance(error, UserError) else _refused(error)
             if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
             print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
@@ -40,6 +40,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
             return 130
 
 
-def _refused_file(error: OSError) -> str | None:
-    """What the operating system says of a file; None where the error names none."""
+def _refused(error: OSError | MemoryError) -> str | None:
+    """What the operating system refuses; None where it names no file."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory{f' ({error})' if str(error) else ''}: choose smaller numbers"
     return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else None

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from diffusion_rl.core.errors import UserError
 
+_NUMBERS = (int, float, np.integer, np.floating)
 Spelling = Callable[[str, Any], str]  # how a key with its value is written where the user wrote it
 
 
@@ -47,11 +49,11 @@ class Range:
         return self._holds(value)
 
     def _holds(self, value: Any) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool) or not _finite(value):
+        if not isinstance(value, _NUMBERS) or isinstance(value, bool) or not _finite(value):
             return False
         if self.whole and value != int(value):
             return False
-        return self.least <= value <= self.most and not (self.open and value == self.least)
+        return bool(self.least <= value <= self.most) and not (self.open and value == self.least)
 
     def __str__(self) -> str:
         kind = "whole number" if self.whole else "number"
@@ -89,6 +91,9 @@ BATCH = whole(1, LARGEST_BATCH)
 ENVS = whole(1, LARGEST_ENVS)
 STEPS = whole(1, LARGEST_STEPS)
 FREQUENCY = STEPS  # every so many steps
+WIDTH = whole(1, 2**16)  # of a layer
+HORIZON = whole(1, 100_000)
+DIFFUSION_STEPS = whole(1, 100_000)
 FREQUENCY_OR_OFF = whole(0, LARGEST_STEPS)  # 0: never
 
 
@@ -138,12 +143,12 @@ def check_ranges(
     """
     for key, allowed in ranges.items():
         if key in values and not allowed.holds(values[key]):
-            raise UserError(f"{spelling(key, _shown(values[key]))}: {allowed} is needed here")
+            raise UserError(f"{spelling(key, shown(values[key]))}: {allowed} is needed here")
     for relation in relations:
         held = [values.get(key) for key in relation.keys]
         if None not in held and not relation.holds(*held):
-            shown = ", ".join(spelling(key, _shown(value)) for key, value in zip(relation.keys, held, strict=True))
-            raise UserError(f"{shown}: {relation.rule}")
+            pairs = ", ".join(spelling(key, shown(value)) for key, value in zip(relation.keys, held, strict=True))
+            raise UserError(f"{pairs}: {relation.rule}")
 
 
 def _finite(value: Any) -> bool:
@@ -153,7 +158,7 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value on one line of bearable length."""
     try:
         text = " ".join(str(value).split())

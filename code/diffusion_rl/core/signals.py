@@ -6,6 +6,8 @@ Signals within a second of the first are one with it: timeout(1) and some batch 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 ONE_REQUEST_SECONDS = 1.0
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _listening = 0  # how many handlers of this module are installed, one over the other
@@ -64,6 +67,25 @@ def held() -> Iterator[None]:
 def ignore() -> None:
     """From here to the end of the process nothing is left to stop."""
     _install(signal.SIG_IGN)
+
+
+def end_with_parent() -> Callable[[], None] | None:
+    """Gives what a child calls before it begins, so that it gets SIGTERM when this process ends, however it ends.
+
+    None where the operating system (others than Linux) has no such thing.
+    """
+    parent = os.getpid()
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return None
+
+    def prepare() -> None:
+        prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it ended in between
+            os._exit(128 + signal.SIGTERM)
+
+    return prepare
 
 
 def _interrupt(name: str, again: bool) -> None:

@@ -143,11 +143,8 @@ def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int) -> bool:
     Raises:
         UserError: there is none of the step; it is of a training of another length, whose schedule would be another.
     """
-    numbered = isinstance(how, int) and not isinstance(how, bool)
-    if how not in ("auto", "never") and not numbered:
-        raise UserError(f"resume={how}: choose auto, never or a step")
     path = state_path(folder, mode)
-    if numbered:
+    if isinstance(how, int):
         path = state_path(folder, mode, int(how))
         if not path.is_file():
             raise UserError(f"resume={how}: no {path}; states of single steps are kept with keep_states=true")
@@ -175,8 +172,11 @@ class LossLog:
         self.path, self.shown = folder / name, results / name
         self.rows: dict[int, dict[str, Any]] = {}
         if self.path.is_file():
-            with open(self.path, encoding="utf-8") as file:
-                self.rows = {row["gradient_steps"]: row for row in json.load(file)}
+            try:
+                rows = json.loads(self.path.read_text(encoding="utf-8"))
+                self.rows = {int(row["gradient_steps"]): dict(row) for row in rows}
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise UserError(f"{self.path} is damaged ({error}): delete it, or start anew elsewhere") from error
 
     def truncate(self, step: int) -> None:
         """Drop rows after a step."""

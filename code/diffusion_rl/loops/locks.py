@@ -61,6 +61,15 @@ def locked(folder: Path, cure: str) -> Iterator[None]:
     lock.close()
 
 
+def child_lock(path: Path) -> IO[str] | None:
+    """A locked file for a child process to inherit, which holds the lock for as long as it lives; None while another
+    process does."""
+    file = _acquire(path)
+    if file is not None:
+        os.set_inheritable(file.fileno(), True)
+    return file
+
+
 def _acquire(path: Path) -> IO[str] | None:
     """The file, locked by this process; None where another has it. Systems without locks go without."""
     while True:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.ranges import DIFFUSION_STEPS, HORIZON, check_ranges, whole
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled, split_episodes
 from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
@@ -25,7 +26,7 @@ from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_go
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
-from diffusion_rl.loops.run_state import load_checkpoint, require_finite
+from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, require_finite
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
 from diffusion_rl.planners.action_diffuser import ActionDiffusion
@@ -182,13 +183,33 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
     facts = checkpoint.metadata.get("description")
     if facts is None:
         raise UserError(f"{path} is no checkpoint of a planner (its kind is {checkpoint.metadata.get('kind')})")
-    model = Description(**facts).build()
+    try:
+        model, kind = _described_model(facts, checkpoint), normalizer(facts["dataset"]["normalizer"])
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: its description is damaged ({error}): use another checkpoint") from error
     weights = checkpoint.select("ema.")
     require_finite(weights, path)
     load_state_dict(model, weights)
-    kind = normalizer(facts["dataset"]["normalizer"])
     fitted = {field: kind(checkpoint.select(f"normalizer.{field}.")) for field in FIELDS}
     return Experiment(model, fitted, kind.__name__, label, folder)
+
+
+def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyTrajectories:
+    """The model with new weights. Raises UserError where it would be larger than the checkpoint's tensors."""
+    description = Description(**facts)
+    largest = max((max(each.shape, default=1) for each in checkpoint.tensors.values()), default=1)
+    size, sizes = whole(0, largest), whole(0, largest, many=True)
+    ranges = dict.fromkeys(("observation_dim", "action_dim", "transition_dim", "dim", "out_dim", "time_dim"), size)
+    ranges |= {"dim_mults": sizes, "hidden_dims": sizes, "horizon": HORIZON, "n_timesteps": DIFFUSION_STEPS}
+    for part in (description.model, description.diffusion):
+        check_ranges(part, ranges, "{} {}".format)
+    mults, width = description.model.get("dim_mults"), description.model.get("dim", 32)
+    if mults and (width * max(mults) > largest or len(mults) > len(checkpoint.tensors)):
+        raise ValueError("its network is larger than its weights")
+    is_value = description.model["class"] == "models.ValueFunction"
+    if is_value and description.model["horizon"] > largest * 2 ** len(mults or ()):
+        raise ValueError("its horizon is larger than its weights")
+    return description.build()
 
 
 def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:

@@ -22,7 +22,7 @@ from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.diffuser_training import WindowOrder
 from diffusion_rl.loops.rollout import Rollout, RunningEpisodes, collect
 from diffusion_rl.loops.run_folder import RunFolder
-from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.loops.run_state import Checkpoint, require_finite
 from diffusion_rl.policies.acting import DiffusionActor
 from diffusion_rl.reports.progress import Progress
 
@@ -74,8 +74,10 @@ class VAEDiffusionTraining:
     def run(self) -> list[dict[str, Any]]:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         cfg, total = self.cfg, int(self.cfg["n_train_steps"])
-        folder = RunFolder(cfg, "itr", self.algorithm.KIND)  # type: ignore[arg-type]
+        cures = {"another_folder": "give another logbase, exp_name or job_name", "go_on": "continue_training: true"}
+        folder = RunFolder(cfg, "itr", self.algorithm.KIND, **cures)  # type: ignore[arg-type]
         if folder.resumed is not None:
+            require_finite(folder.resumed.tensors, folder.resumed_from)
             self.restore(folder.resumed)
         with folder, Progress(total, "training", start=self.step) as progress:
             if self.step == 0:
@@ -325,25 +327,6 @@ METRICS = ("loss", "diffusion_loss", "vae_loss", "vae_recon_loss", "vae_kl_loss"
 def keep_returns(noise: Any, size: int, dropout: float) -> np.ndarray:
     """[B,1]: 0 with probability `dropout` (the return is not told), else 1."""
     return (noise.uniform((size, 1)) >= dropout).astype(np.float32)
-
-
-def check_schedule(cfg: Mapping[str, Any]) -> None:
-    """Raises UserError for numbers that do not go together."""
-    if cfg["eval_freq"] and cfg["eval_freq"] % cfg["save_freq"]:
-        raise UserError(f"eval_freq {cfg['eval_freq']} must be a multiple of save_freq {cfg['save_freq']} (or 0)")
-    if cfg["act_steps"] > cfg["horizon"]:
-        raise UserError(f"act_steps {cfg['act_steps']}: a plan has {cfg['horizon']} actions (horizon)")
-    if not cfg["online_training"]:
-        return
-    samples = int(cfg["rl_collect_steps"]) * int(cfg["rl_num_envs"])
-    for key in ("save_freq", "rl_warmup_steps"):
-        if cfg[key] % cfg["rl_collect_freq"]:
-            raise UserError(f"{key} {cfg[key]} must be a multiple of rl_collect_freq {cfg['rl_collect_freq']}")
-    if not cfg["rl_batch_size"] <= samples <= cfg["replay_buffer_size"]:
-        raise UserError(
-            f"a collection has {samples} decisions (rl_collect_steps * rl_num_envs): it must hold rl_batch_size "
-            f"({cfg['rl_batch_size']}) and fit into replay_buffer_size ({cfg['replay_buffer_size']})"
-        )
 
 
 def weights(algorithm: LatentDiffusionRL) -> dict[str, np.ndarray]:
