@@ -18,6 +18,12 @@ class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived and the state of the run has been saved; `str()` says where."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; the name of its class where it says nothing."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(str(reason).split())[:200] or type(error).__name__
+
+
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command line; the status that its process ends with.
 
