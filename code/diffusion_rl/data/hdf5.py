@@ -49,6 +49,9 @@ class Group:
     def __init__(self, node: h5py.Group, where: str, allowance: Allowance):
         self._node, self.where, self._allowance = node, where, allowance
 
+    def _place(self, name: str) -> str:
+        return f"{self.where}{': ' if self._node.name == '/' else '/'}{name}"
+
     def names(self) -> list[str]:
         """Names of what is in it, sorted."""
         with reading(self.where, _CURE):
@@ -60,7 +63,7 @@ class Group:
     def group(self, name: str) -> Group | None:
         """The group of that name ("a/b"); None where there is none, or something else."""
         node = self._find(name)
-        return Group(node, f"{self.where}: {name}", self._allowance) if isinstance(node, h5py.Group) else None
+        return Group(node, self._place(name), self._allowance) if isinstance(node, h5py.Group) else None
 
     def is_array(self, name: str) -> bool:
         """Whether there is an array of that name."""
@@ -68,7 +71,7 @@ class Group:
 
     def array(self, name: str) -> Array:
         """The array of that name ("a/b"). Raises UserError where there is none, or something else."""
-        where = f"{self.where}: {name}"
+        where = self._place(name)
         node = self._find(name)
         if not isinstance(node, h5py.Dataset):
             raise UserError(f"{where} is {'missing' if node is None else 'no array'}: {_CURE}")
@@ -84,7 +87,7 @@ class Group:
 
     def _find(self, name: str) -> Any:
         """The node, links within the file followed one by one; None where nothing has this name."""
-        with reading(f"{self.where}: {name}", _CURE):
+        with reading(self._place(name), _CURE):
             node, parts = self._node, name.split("/")
             for _ in range(_MOST_LINKS * len(parts)):
                 part = parts.pop(0).encode()
@@ -98,7 +101,7 @@ class Group:
                     node = node.file if target.startswith("/") else node
                     parts = [each for each in target.split("/") if each not in ("", ".")] + parts
                 else:
-                    raise UserError(f"{self.where}: {name} lies in another file: copy it into this one")
+                    raise UserError(f"{self._place(name)} lies in another file: copy it into this one")
                 if not parts:
                     return node
             raise ValueError("its links lead nowhere")

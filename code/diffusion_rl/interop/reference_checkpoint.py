@@ -69,7 +69,7 @@ def from_reference(data: Any, name: str = "the checkpoint") -> tuple[dict[str, n
     if aside:
         log.warning("%s: its weights are taken, and left aside is what lies beside them: %s", name, ", ".join(aside))
     metadata: dict[str, Any] = {"format": 1, "kind": infer_kind(tensors)}
-    metadata |= {counter: entries.pop(counter) for counter in _COUNTERS if counter in entries}
+    metadata |= {counter: entries.pop(counter) for counter in _COUNTERS if type(entries.get(counter)) is int}
     metadata["networks"] = describe_networks(tensors)
     aliases = {group: _shared_parts(tensors, group) for group in empty}
     named = {key: group for group, key in groups.items()}
@@ -87,14 +87,11 @@ def plain_name(name: str) -> str:
 def _groups(data: Any, name: str) -> dict[str, str | None]:
     """The entry of each group of weights; None for a bare state_dict."""
     if isinstance(data, dict):
-        groups = {
-            group: next(key for key in keys if isinstance(data.get(key), dict))
-            for group, keys in _ENTRIES.items()
-            if any(isinstance(data.get(key), dict) for key in keys)
-        }
-        if groups:
-            return groups
-        if any(_is_tensor(value) for value in data.values()):
+        tensors = {key: isinstance(x, dict) and any(map(_is_tensor, x.values())) for key, x in data.items()}
+        named = {group: [key for key in keys if tensors.get(key)] for group, keys in _ENTRIES.items()}
+        if any(named.values()):
+            return {group: keys[0] for group, keys in named.items() if keys}
+        if any(map(_is_tensor, data.values())):
             return {"model": None}
     raise UserError(
         f'{name} is not a checkpoint of the reference: it has no "model" with a state_dict; give the state_<n>.pt '
@@ -164,9 +161,7 @@ def _usual_aliases(state: Mapping[str, np.ndarray], tensors: Mapping[str, np.nda
 
 def _with_shared_storage(state: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> State:
     """Tensors of an alias become the very arrays of the part it stands for, where they are equal."""
-    shared: log = logging.getLogger(__name__)
-
-State = collections.OrderedDict(state)
+    shared: State = collections.OrderedDict(state)
     for alias, part in aliases.items():
         for name, value in state.items():
             original = state.get(f"{part}.{name.removeprefix(alias + '.')}") if name.startswith(f"{alias}.") else None

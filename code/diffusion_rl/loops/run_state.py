@@ -216,10 +216,8 @@ def _check_facts(metadata: Mapping[str, Any], name: str) -> None:
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
             if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-                raise UserError(
-                    f"{name}: its {key} is a {type(value).__name__}, not a {kind.__name__}, so it is no checkpoint of this "
-                    "package: use another"
-                )
+                wrong = f"its {key} is a {type(value).__name__}, not a {kind.__name__}"
+                raise UserError(f"{name} is no checkpoint of this package, {wrong}: use another")
     bounds = metadata.get("normalization") or {}
     for key in KEYS:
         vector = bounds.get(key, [])
