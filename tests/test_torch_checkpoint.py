@@ -330,7 +330,10 @@ def weights_of_forks():
     """Files of others' trainings that hold the weights of `fine_tuned`, and what is said to lie beside them."""
     plain = fine_tuned(residual=True)["model"]
     network = {name.removeprefix("network."): value for name, value in plain.items() if name.startswith("network.")}
-    moments = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 0.99)}]}
+    moments = {
+        "state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2)}},
+        "param_groups": [{"betas": (0.9, 0.99)}],
+    }
     beside = {"optimizer": moments, "lr_scheduler": {"_last_lr": [1e-3]}, "config": {"seed": None, "dims": [1, 2]}}
     return {
         "optimizer, scheduler and configuration": ({"model": plain, **beside}, "optimizer, lr_scheduler, config"),
@@ -354,7 +357,9 @@ def test_weights_of_forks_are_taken_and_what_is_left_aside_is_named(name, tmp_pa
     torch.save(data, tmp_path / "x.pt")
     checkpoint = load_checkpoint(tmp_path / "x.pt")
     weights = checkpoint.select("model.") or checkpoint.select("ema.")
-    expected = {k: v for k, v in fine_tuned(residual=True)["model"].items() if name != "the network alone" or "network." in k}
+    expected = {
+        k: v for k, v in fine_tuned(residual=True)["model"].items() if name != "the network alone" or "network." in k
+    }
     assert set(weights) == set(expected) and all(weights[k].shape == tuple(v.shape) for k, v in expected.items())
     assert checkpoint.metadata["kind"] == ("diffusion_policy" if name == "the network alone" else "dppo")
     said = [record.getMessage() for record in caplog.records]

@@ -108,6 +108,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     _sync_folder(target.parent)
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Raise UserError unless a file can be written at `path`: before the work whose result it is to hold."""
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"cannot write {target}: it is a folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, file = _open_temporary(target)
+        with file:
+            temporary.unlink()
+    except OSError as error:
+        raise UserError(_explain(target, error)) from error
+
+
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
     """An empty temporary file beside `target`, locked for as long as it is open: the lock says that it is in use."""
     for attempt in range(1000):

@@ -8,16 +8,17 @@ that expand to more than they should. Whatever is damaged is a UserError that na
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import h5py
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import reading, require_file
+from diffusion_rl.core.files import atomic_file, reading, require_file
 from diffusion_rl.core.npz import Allowance
 
 _CURE = "get the file again, or write it anew"
@@ -38,6 +39,19 @@ def open_hdf5(path: str | os.PathLike[str], what: str = "an HDF5 file") -> Itera
         file = h5py.File(path, "r")
     with file:
         yield Group(file, str(path), Allowance(path))
+
+
+def write_hdf5(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write compressed arrays whole or not at all. Raises UserError where that is impossible.
+
+    The file is made in memory: where a disk is full, the library cannot close what it has begun to write there.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, compression="gzip")
+    with atomic_file(path) as target:
+        target.write(buffer.getbuffer())
 
 
 class Group:
