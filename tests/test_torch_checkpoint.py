@@ -354,6 +354,7 @@ def weights_of_forks():
 @pytest.mark.parametrize("name", weights_of_forks())
 def test_weights_of_forks_are_taken_and_what_is_left_aside_is_named(name, tmp_path, caplog):
     data, beside = weights_of_forks()[name]
+    plain = fine_tuned(residual=True)["model"]
     torch.save(data, tmp_path / "x.pt")
     checkpoint = load_checkpoint(tmp_path / "x.pt")
     weights = checkpoint.select("model.") or checkpoint.select("ema.")

@@ -76,9 +76,9 @@ class Settings:
         require_range("--explore-steps", self.explore_steps, 0)
         require_range("--replay-ratio", self.replay_ratio, above=0)
         require_range("--buffer-size", self.buffer_size, self.batch_size, 100_000_000)
-        require_range("--max-updates", self.max_updates, self.eval_every)  # or nothing is ever evaluated
+        require_range("--max-updates (which --eval-every must fit into)", self.max_updates, self.eval_every)
         first = self.explore_steps + self.updates_per_call / self.replay_ratio
-        require_range("--batch-size", self.batch_size, 1, int(first))  # rows that there are at the first update
+        require_range("--batch-size (with these --explore-steps)", self.batch_size, 1, int(first))
 
 
 def _option(name: str) -> str:

@@ -106,7 +106,8 @@ def _smac(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
     total = sum(path_lengths.tolist())
     if arrays["obs"].ndim != 3 or total != len(arrays["obs"]) or path_lengths.min() < 1 or (path_lengths % 1).any():
         raise UserError(
-            f"{folder}: path_lengths, whole numbers above 0, add up to {total}; {_shapes(arrays)}; obs must be [T,N,O]"
+            f"{folder}: path_lengths add up to {total}; {_shapes(arrays)}; obs must be [T,N,O], path_lengths whole "
+            "numbers above 0"
         )
     lengths, (length, n) = path_lengths.astype(np.int64), arrays["obs"].shape[:2]
     for key in arrays.keys() - {"rewards"}:
