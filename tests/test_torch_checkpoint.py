@@ -358,9 +358,7 @@ def test_weights_of_forks_are_taken_and_what_is_left_aside_is_named(name, tmp_pa
     torch.save(data, tmp_path / "x.pt")
     checkpoint = load_checkpoint(tmp_path / "x.pt")
     weights = checkpoint.select("model.") or checkpoint.select("ema.")
-    expected = {
-        k: v for k, v in fine_tuned(residual=True)["model"].items() if name != "the network alone" or "network." in k
-    }
+    expected = {k: v for k, v in plain.items() if name != "the network alone" or "network." in k}
     assert set(weights) == set(expected) and all(weights[k].shape == tuple(v.shape) for k, v in expected.items())
     assert checkpoint.metadata["kind"] == ("diffusion_policy" if name == "the network alone" else "dppo")
     said = [record.getMessage() for record in caplog.records]

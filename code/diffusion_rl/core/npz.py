@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.core.files import atomic_file, reading, require_file
 
 FREE_BYTES, LARGEST_RATIO = 1 << 27, 100  # a compressed file may hold so many bytes, or so many times its own size
@@ -36,8 +36,8 @@ class Allowance:
         self.left -= count
         if self.left < 0:
             raise UserError(
-                f"{self.path}: {what} claims {count} bytes in a file of {self.size}; at most {LARGEST_RATIO} times the "
-                f"file's size are read (and {FREE_BYTES >> 20} MB): write it again with less compression"
+                f"{self.path}: {listed([what])} claims {count} bytes in a file of {self.size}; at most {LARGEST_RATIO} "
+                f"times the file's size are read (and {FREE_BYTES >> 20} MB): write it again with less compression"
             )
 
 

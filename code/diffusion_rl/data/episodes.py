@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.core.normalizers import read_bounds
 from diffusion_rl.core.npz import names_in, read_npz, write_npz
 
@@ -144,7 +144,7 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, sc
     arrays = read_npz(path, [f.name for f in fields(Episodes)])
     missing = [k for k in ("states", "actions", "traj_lengths") if k not in arrays]
     if missing:
-        raise UserError(f"{path}: missing {', '.join(missing)} (found {', '.join(names_in(path)) or 'nothing'})")
+        raise UserError(f"{path}: missing {', '.join(missing)} (found {listed(names_in(path))})")
     lengths = arrays.pop("traj_lengths")
     if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (len(lengths) and lengths.min() < 0):
         raise UserError(

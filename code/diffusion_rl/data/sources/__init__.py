@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes
 from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.data.sources import d4rl, minari, robomimic
@@ -39,7 +39,7 @@ def load(
         if robomimic.recognises(file):
             episodes = robomimic.read(file, obs_keys, cameras, max_episodes)
             return episodes, Normalization.of(episodes)
-        found = ", ".join(file.names()[:8]) or "nothing"
+        found = listed(file.names())
     raise UserError(
         f"{path}: neither D4RL's layout (observations, actions, rewards, terminals), Minari's (episode_0, …) nor "
         f"robomimic's (data/demo_0, …); found {found}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, Normalization, check, split_episodes
 from diffusion_rl.data.hdf5 import Group
 
@@ -22,7 +22,7 @@ def recognises(file: Group) -> bool:
 def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Arrays of equal length by name, of single numbers [N] but for observations and actions [N,…]."""
     if missing := [name for name in names if name not in file]:
-        raise UserError(f"{file.where}: missing {', '.join(missing)} (found {', '.join(file.names())})")
+        raise UserError(f"{file.where}: missing {', '.join(missing)} (found {listed(file.names())})")
     columns = {name: file.array(name) for name in names}
     sizes = {name: len(column) for name, column in columns.items()}
     if len(set(sizes.values())) != 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.core.files import read_json
 from diffusion_rl.data.episodes import Episodes, check
 from diffusion_rl.data.hdf5 import Array, Group
@@ -73,7 +73,7 @@ def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> tuple[np.ndarray
         raise UserError(f"{where} is no group: get the file again")
     missing = [k for k in ("observations", "actions", "rewards", "terminations") if k not in group]
     if missing:
-        raise UserError(f"{where}: missing {', '.join(missing)} (found {', '.join(group.names())})")
+        raise UserError(f"{where}: missing {', '.join(missing)} (found {listed(group.names())})")
     if not group.is_array("actions"):
         raise UserError(f"{where}: actions are a dictionary; only arrays are supported")
     observations = _observations(group, where, obs_keys)
@@ -102,5 +102,5 @@ def _observations(group: Group, where: str, obs_keys: Sequence[str]) -> list[Arr
     unknown = [k for k in obs_keys if k not in parts]
     if not obs_keys or unknown:
         problem = f"no such observation: {', '.join(unknown)}" if unknown else "observations are a dictionary"
-        raise UserError(f"{where}: {problem}; choose with --obs-keys from {', '.join(parts.names())}")
+        raise UserError(f"{where}: {problem}; choose with --obs-keys from {listed(parts.names(), 40)}")
     return [parts.array(k) for k in obs_keys]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, check
 from diffusion_rl.data.hdf5 import Group
 
@@ -69,9 +69,7 @@ def _demo(group: Group, obs_keys: Sequence[str], cameras: Sequence[str]) -> dict
     dims = {f"obs/{key}": 2 for key in obs_keys} | dict.fromkeys(pictures, 4) | {"actions": 2, "rewards": 1}
     if missing := [key for key in dims if key not in group]:
         obs = group.group("obs")
-        raise UserError(
-            f"{group.where}: missing {', '.join(missing)} (obs holds {', '.join(obs.names() if obs else ())})"
-        )
+        raise UserError(f"{group.where}: missing {', '.join(missing)} (obs holds {listed(obs.names() if obs else ())})")
     arrays = {key: group.array(key) for key in dims}
     if len({len(array) for array in arrays.values()}) != 1:
         raise UserError(f"{group.where}: its arrays have different lengths")
