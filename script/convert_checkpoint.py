@@ -7,6 +7,7 @@ The direction follows from the suffixes. PyTorch is not needed, and nothing in a
 
 import argparse
 import collections
+import os
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if {arguments.source.suffix, arguments.target.suffix} != {".pt", ".safetensors"}:
         raise UserError("of IN and OUT, one must end in .pt and the other in .safetensors")
-    if arguments.target.exists() and not arguments.force:
+    if os.path.lexists(arguments.target) and not arguments.force:
         raise UserError(f"{arguments.target} exists: choose another name, or add --force to overwrite it")
     checkpoint = load_checkpoint(arguments.source)
     if infer_kind(checkpoint.tensors) == "unknown" and checkpoint.metadata.get("kind", "unknown") == "unknown":

@@ -111,7 +111,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def require_writable(path: str | os.PathLike[str]) -> None:
     """Raise UserError unless a file can be written at `path`: before the work whose result it is to hold."""
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):
         raise UserError(f"cannot write {target}: it is a folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def find_flat(
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     remote = remote_file(name)
     path = Path(data_dir) if data_dir else folder / (Path(remote).name if remote else f"{name}.hdf5")
-    if path.is_file() and path.suffix in (".hdf5", ".h5"):
+    if os.path.isfile(path) and path.suffix in (".hdf5", ".h5"):
         found = read_flat(path)
         if found is not None:
             say(f"data: {path}")

@@ -149,10 +149,8 @@ class Array:
         """Raise UserError unless all of its `size` bytes were written, as such or compressed."""
         node = self._node
         filters = node.id.get_create_plist().get_nfilters() if node.chunks else 0
-        if not filters and node.id.get_storage_size() < size:
-            raise UserError(
-                f"{self.where}: {node.id.get_storage_size()} of its {size} bytes were ever written: {_CURE}"
-            )
+        if not filters and (there := node.id.get_storage_size()) < size:
+            raise UserError(f"{self.where}: only {there} of its {size} bytes were ever written: {_CURE}")
         if filters:
             self._require_chunks(_bytes(node.chunks, self.dtype))
 

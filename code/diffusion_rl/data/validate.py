@@ -18,7 +18,7 @@ _CONSTANT = 1e-5  # a range below this, in raw units, is blown up by the scaling
 def validate(directory: str | os.PathLike) -> Iterator[str]:
     """Lines about `train.npz`, `val.npz` (if any) and `normalization.npz`; UserError at the first thing wrong."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise UserError(f"no such folder: {directory}")
     splits = {name: load_episodes(directory / f"{name}.npz") for name in _split_names(directory)}
     for name, episodes in splits.items():

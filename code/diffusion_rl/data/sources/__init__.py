@@ -25,7 +25,7 @@ def load(
     robomimic's files, whose ranges are those of the episodes that are read.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = minari.file_in(path)
     if path.suffix == ".npz":
         episodes = load_episodes(path)

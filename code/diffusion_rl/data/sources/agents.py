@@ -9,6 +9,7 @@ A data set is called <scenario>-<quality>: simple_spread-medium, 3m-Good, 2ant-G
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def load(
     if {"/", "\\", "\0"} & set(name) or ".." in (scenario, quality):
         raise UserError(f"dataset={name!r} must be a name of the form <scenario>-<quality>, not a path")
     folder = Path(root or data_dir()) / kind / scenario / quality
-    if not scenario or not folder.is_dir():
+    if not scenario or not os.path.isdir(folder):
         cure = "python script/dataset/make_mpe_data.py makes simple_spread-medium" if kind == "mpe" else "put it there"
         raise UserError(f"no data for {name}: {folder} is no folder; {cure}, or name another data_dir")
     read = _mpe if kind == "mpe" else _smac
