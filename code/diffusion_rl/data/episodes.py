@@ -197,7 +197,13 @@ def check(episodes: Episodes, name: str) -> None:
         )
     if episodes.images is not None and episodes.images.dtype != np.uint8:
         raise UserError(f"{name}: images must be uint8, got {episodes.images.dtype}; save them as 0 to 255")
+    if episodes.actions.shape[1] == 1 and episodes.actions.max() >= 2 and _whole(episodes.actions):
+        log.warning("%s: its actions, whole numbers from 0 on, look like choices of a discrete space", name)
     _check_terminals(episodes, name)
+
+
+def _whole(x: np.ndarray) -> bool:
+    return bool(x.min() >= 0 and (x == np.floor(x)).all())
 
 
 def _check_terminals(episodes: Episodes, name: str) -> None:

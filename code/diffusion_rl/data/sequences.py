@@ -64,7 +64,7 @@ class SequenceDataset:
     ):
         counts = {"horizon_steps": horizon_steps, "cond_steps": cond_steps, "max_n_episodes": max_n_episodes}
         for key, value in counts.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise UserError(f"{key}={value} must be at least 1")
         if not 1 <= img_cond_steps <= cond_steps:
             raise UserError(f"img_cond_steps={img_cond_steps} must be from 1 to cond_steps={cond_steps}")

@@ -10,7 +10,7 @@ A data set is called <scenario>-<quality>: simple_spread-medium, 3m-Good, 2ant-G
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,8 @@ def _mpe_seed(folder: Path, max_path_length: int, discrete: bool) -> tuple:
     length = len(fields["obs"][0])
     if any(array.size != length for key in ("rews", "dones") for array in fields[key]):
         raise UserError(f"{folder}: rews and dones need one value for each of the {length} steps")
+    if not discrete:
+        _require_continuous(folder, fields["acs"])
     observations = [x.reshape(length, -1) for x in fields["obs"]]
     actions = [a.reshape(length, -1) for a in fields["acs"]]
     if discrete:
@@ -111,11 +113,13 @@ def _smac(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
             "numbers above 0"
         )
     lengths, (length, n) = path_lengths.astype(np.int64), arrays["obs"].shape[:2]
-    for key in arrays.keys() - {"rewards"}:
+    for key in ("obs", *(arrays.keys() - {"obs", "rewards"})):
         if not arrays[key].size or arrays[key].size % (length * n):
             raise UserError(f"{folder}: {key} is not [T,N,…]: {_shapes(arrays)}")
     actions, legal = arrays["actions"].reshape(length, n, -1), None
-    if discrete:
+    if not discrete:
+        _require_continuous(folder, [actions])
+    else:
         legal = arrays["legals"].reshape(length, n, -1)
         actions = _one_hot(actions[..., 0], folder, legal.shape[-1])
         legal = legal.reshape(length, -1).astype(np.float32)
@@ -124,6 +128,11 @@ def _smac(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
     rewards = arrays["rewards"].reshape(length, -1).mean(axis=1)
     flat = (x.reshape(length, -1).astype(np.float32) for x in (arrays["obs"], actions))
     return AgentEpisodes(Episodes(*flat, lengths, rewards.astype(np.float32), terminals), n, discrete, legal)
+
+
+def _require_continuous(folder: Path, actions: Sequence[np.ndarray]) -> None:
+    if any(array.dtype.kind != "f" for array in actions):
+        raise UserError(f"{folder}: its actions are choices of a discrete space: set discrete_action=true")
 
 
 def _one_hot(indices: np.ndarray, folder: Path, count: int | None = None) -> np.ndarray:
