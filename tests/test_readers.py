@@ -350,6 +350,15 @@ def test_facts_of_another_type_are_refused_although_their_checksum_is_right(fact
     refused(load_checkpoint, tmp_path / "x.safetensors", "its " + next(iter(facts)))
 
 
+@pytest.mark.parametrize(
+    "facts", [{"aliases": 5}, {"aliases": {"model": 3}}, {"empty": {"model": {"a": 1}}}, {"keys": 4}, {"entries": []}]
+)
+def test_facts_on_a_pt_file_that_make_no_sense_are_refused(facts, tmp_path):
+    with pytest.raises(UserError, match="make no sense"):
+        save_checkpoint(tmp_path / "x.pt", {"model.network.a": np.ones(2)}, {"kind": "dppo", "reference": facts})
+    assert not list(tmp_path.iterdir())
+
+
 # ---------- data that do not fit ----------
 
 

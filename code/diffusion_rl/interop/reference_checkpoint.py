@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed, one_line
 from diffusion_rl.interop.description import describe_network, describe_networks, infer_kind, parts_of
 from diffusion_rl.interop.torch_checkpoint import MetaTensor
 
@@ -33,6 +33,7 @@ State = collections.OrderedDict[str, Any]
 
 _GROUPS = ("model", "ema")
 _ENTRIES = {"model": ("model", "state_dict", "model_state_dict"), "ema": ("ema", "ema_state_dict", "model_ema")}
+_ACTING = ("MLP", "Unet1D", "Transformer")  # what classes of networks that act end in
 _WRAPPERS = ("module", "_orig_mod")
 _STACKED = "ensemble_params."  # ensembles as they are trained: in our checkpoints, not in the reference's (quirk 49)
 _COUNTERS = ("epoch", "itr")
@@ -64,10 +65,10 @@ def from_reference(data: Any, name: str = "the checkpoint") -> tuple[dict[str, n
         tensors |= {f"{group}.{k}": v for k, v in state.items() if isinstance(v, np.ndarray)}
         empty[group] = {k: [v.dtype, list(v.shape)] for k, v in state.items() if isinstance(v, MetaTensor)}
     entries = {key: value for key, value in data.items() if isinstance(key, str) and _is_scalar(value)}
-    taken = {*groups.values(), *entries, *(states[None][0] if None in states else ())}
+    taken = {*groups.values(), *entries}
     aside += [str(key)[:50] for key in data if key not in taken and not _is_tensor(data[key])]
     if aside:
-        log.warning("%s: its weights are taken, and left aside is what lies beside them: %s", name, ", ".join(aside))
+        log.warning("%s: its weights are taken, and left aside is what lies beside them: %s", name, listed(aside))
     metadata: dict[str, Any] = {"format": 1, "kind": infer_kind(tensors)}
     metadata |= {counter: entries.pop(counter) for counter in _COUNTERS if type(entries.get(counter)) is int}
     metadata["networks"] = describe_networks(tensors)
@@ -109,7 +110,8 @@ def _state_dict(entry: dict[Any, Any], group: str, name: str) -> tuple[dict[str,
             state[plain] = value
         else:
             others.append(str(key)[:50])
-    if describe_network(state):  # of the network alone
+    arrays = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
+    if describe_network(arrays).get("class", "").endswith(_ACTING):  # of the network alone
         state = {f"network.{key}": value for key, value in state.items()}
     return state, others
 
@@ -118,9 +120,19 @@ def to_reference(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any])
     """What `write_pt` needs for a `.pt` file that the reference loads.
 
     Raises:
-        UserError: there are no `model.*` tensors.
+        UserError: there are no `model.*` tensors, or the metadata under "reference" are not those of `from_reference`.
     """
-    origin = metadata.get("reference", {})
+    try:
+        return _to_reference(tensors, metadata, metadata.get("reference") or {})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the checkpoint's facts on its .pt file make no sense ({one_line(error)}): use another"
+        ) from error
+
+
+def _to_reference(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], origin: Mapping[str, Any]
+) -> dict[str, Any]:
     groups: dict[str, State] = {}
     for group in _GROUPS:
         start = f"{group}."
