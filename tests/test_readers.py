@@ -205,6 +205,10 @@ ODD = {
     "external storage": ("rewards", put("rewards", (20,), external=[("pipe", 0, 80)]), "lies in another file"),
     "never written": ("rewards", put("rewards", (20,)), "only 0 of its 80 bytes"),
     "in parts never written": ("rewards", put("rewards", (20,), chunks=(5,), **ZIPPED), "only 0 of its 4 parts"),
+    "another compression": (
+        *("rewards", lambda file: file.create_dataset("rewards", data=np.ones(20, int), scaleoffset=True)),
+        "rewards is compressed by other means than gzip or lzf",
+    ),
     "2^40 rows": ("rewards", put("rewards", (1 << 40,), chunks=True), "different lengths"),
     "2^40 columns": (
         *("observations", put("observations", (20, 1 << 40), chunks=True)),
@@ -247,13 +251,18 @@ def test_hdf5_reads_as_it_was_written(tmp_path):
     write_hdf5(tmp_path / "x.hdf5", arrays)
     with h5py.File(tmp_path / "x.hdf5", "a") as file:
         file["group/link"] = h5py.SoftLink("/a")
+        file.create_dataset("lzf", data=arrays["a"], compression="lzf")
         file.create_dataset(
             "large", data=arrays["a"], chunks=(10_000, 11), compression="gzip", shuffle=True, fletcher32=True
         )
     with open_hdf5(tmp_path / "x.hdf5") as file:
-        for name, key in (("a", "a"), ("zeros", "zeros"), ("group/link", "a"), ("large", "a")):
+        for name, key in (("a", "a"), ("zeros", "zeros"), ("group/link", "a"), ("large", "a"), ("lzf", "a")):
             np.testing.assert_array_equal(file.array(name).read(), arrays[key])
-        assert "group/a" not in file and file.group("a") is None and file.names() == ["a", "group", "large", "zeros"]
+        assert (
+            "group/a" not in file
+            and file.group("a") is None
+            and file.names() == ["a", "group", "large", "lzf", "zeros"]
+        )
 
 
 def minari(folder, **changes):

@@ -24,6 +24,7 @@ from diffusion_rl.core.npz import Allowance
 _CURE = "get the file again, or write it anew"
 _MOST_LINKS = 16  # that one name may lead through
 _NUMBERS = "biuf"
+_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
 _SMALL_CHUNK = 1 << 16  # bytes; zlib expands to 1032 times as many at most
 
 
@@ -95,7 +96,7 @@ class Group:
     def text(self, name: str) -> str:
         """The attribute of that name, if it is a text; otherwise ""."""
         with contextlib.suppress(Exception):  # an attribute is a help, and none a damaged one
-            value = self._node.attrs.get(name)
+            value = self._node.attrs.get(name) if self._node.attrs.get_id(name).shape == () else ""
             return value if isinstance(value, str) else ""
         return ""
 
@@ -148,11 +149,19 @@ class Array:
     def _require_written(self, size: int) -> None:
         """Raise UserError unless all of its `size` bytes were written, as such or compressed."""
         node = self._node
-        filters = node.id.get_create_plist().get_nfilters() if node.chunks else 0
+        filters = self._filters()
         if not filters and (there := node.id.get_storage_size()) < size:
             raise UserError(f"{self.where}: only {there} of its {size} bytes were ever written: {_CURE}")
         if filters:
             self._require_chunks(_bytes(node.chunks, self.dtype))
+
+    def _filters(self) -> list[int]:
+        """Numbers of the filters that its chunks went through. Raises UserError for others than those of `_FILTERS`."""
+        plan = self._node.id.get_create_plist()
+        filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())] if self._node.chunks else []
+        if not set(filters) <= _FILTERS or len(set(filters)) < len(filters):
+            raise UserError(f"{self.where} is compressed by other means than gzip or lzf, once: h5repack -f GZIP=4")
+        return filters
 
     def _require_chunks(self, size: int) -> None:
         """Raise UserError unless every chunk is there, and none expands to more than its `size` in bytes."""
