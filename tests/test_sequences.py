@@ -141,7 +141,7 @@ def test_a_useless_split_is_refused(fraction, tmp_path):
         ({"states": np.full((11, 2), 7.0)}, "states must be scaled to .-1, 1., but dimension 0 reaches from 7 to 7"),
         ({"actions": np.full((11, 1), -30.0)}, "actions must be scaled to .-1, 1., but dimension 0"),
         ({"actions": np.ones((11, 1), int)}, "actions are of type int64, as choices of a discrete space"),
-        ({"terminals": np.ones(11, bool)}, "8 terminals lie inside episodes"),
+        ({"terminals": np.arange(11) == 5}, "an episode goes on after its terminal in row 5"),
         ({"images": np.zeros((11, 3, 4, 4), np.float32)}, "images must be uint8, got float32"),
         ({"actions": np.zeros((11, 0))}, "hold nothing"),
     ],
@@ -157,6 +157,10 @@ def test_what_is_left_out_or_unusual_is_said_in_a_line_each(tmp_path, caplog):
     SequenceDataset(write(tmp_path / "a.npz"), horizon_steps=4, max_n_episodes=2)
     QLearningDataset(write(tmp_path / "b.npz", rewards=np.zeros(11), states=np.full((11, 2), 1.5)), horizon_steps=2)
     said = [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records]
+    SequenceDataset(write(tmp_path / "d.npz", terminals=np.arange(11) > 8), horizon_steps=2, max_n_episodes=-1)
+    assert [record.getMessage() for record in caplog.records][4:] == [
+        f"{tmp_path}/d.npz: 1 terminals lie inside episodes, before the last one of each"
+    ]
     assert said == [
         "a.npz: the first 2 of 3 episodes are used (max_n_episodes)",
         "a.npz: 1 of 2 episodes are shorter than horizon_steps=4 and left out",

@@ -207,12 +207,25 @@ def _whole(x: np.ndarray) -> bool:
 
 
 def _check_terminals(episodes: Episodes, name: str) -> None:
+    """Raise UserError where an episode goes on after a terminal; warn of several at its end, as success that lasts."""
     if episodes.terminals is None or len(episodes.traj_lengths) < 2:
         return
-    ended, lengths = np.asarray(episodes.terminals, bool), np.asarray(episodes.traj_lengths)
-    last = (episodes.starts + lengths - 1)[lengths > 0]
-    if inside := int(ended.sum() - ended[last].sum()):
-        raise UserError(f"{name}: {inside} terminals lie inside episodes; traj_lengths must end an episode at each")
+    inside = inner_terminals(episodes)
+    later = inside[~np.asarray(episodes.terminals, bool)[inside + 1]]
+    if len(later):
+        raise UserError(
+            f"{name}: an episode goes on after its terminal in row {later[0]}; traj_lengths must end it there"
+        )
+    if len(inside):
+        log.warning("%s: %d terminals lie inside episodes, before the last one of each", name, len(inside))
+
+
+def inner_terminals(episodes: Episodes) -> np.ndarray:
+    """Rows of terminals that are not the last of their episodes."""
+    lengths = np.asarray(episodes.traj_lengths)
+    inner = np.array(episodes.terminals, bool)
+    inner[(episodes.starts + lengths - 1)[lengths > 0]] = False
+    return np.flatnonzero(inner)
 
 
 def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:

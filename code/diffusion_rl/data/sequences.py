@@ -44,8 +44,8 @@ class SequenceDataset:
     """Every window of `horizon_steps` actions that fits into one episode, with the observations up to its first step.
 
     History that would reach before the episode repeats its first observation; the most recent stands last. Episodes
-    shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used. What
-    is left out is said in a line.
+    shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used (-1:
+    all). What is left out is said in a line.
 
     Attributes: states [N,O] float32, actions [N,A] float32, traj_lengths [T], indices [M,2] int64 (row of the first
     action, steps since the episode's beginning), images [N,C,Hi,Wi] as stored or None.
@@ -64,14 +64,14 @@ class SequenceDataset:
     ):
         counts = {"horizon_steps": horizon_steps, "cond_steps": cond_steps, "max_n_episodes": max_n_episodes}
         for key, value in counts.items():
-            if value is not None and value < 1:
+            if value is not None and value < 1 and (key, value) != ("max_n_episodes", -1):
                 raise UserError(f"{key}={value} must be at least 1")
         if not 1 <= img_cond_steps <= cond_steps:
             raise UserError(f"img_cond_steps={img_cond_steps} must be from 1 to cond_steps={cond_steps}")
         self.dataset_path = str(dataset_path)
         self.horizon_steps, self.cond_steps, self.img_cond_steps = horizon_steps, cond_steps, img_cond_steps
         self.use_img = use_img
-        self._take(load_episodes(resolve(dataset_path), max_n_episodes, scaled=True))
+        self._take(load_episodes(resolve(dataset_path), None if max_n_episodes == -1 else max_n_episodes, scaled=True))
         self.indices = self._make_indices()
         self.n_short_episodes = int(np.sum(self.traj_lengths < horizon_steps))
         if not len(self.indices):

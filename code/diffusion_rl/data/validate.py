@@ -10,7 +10,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.normalizers import read_bounds
-from diffusion_rl.data.episodes import SCALED, Episodes, check_scaled, load_episodes
+from diffusion_rl.data.episodes import SCALED, Episodes, check_scaled, inner_terminals, load_episodes
 
 _CONSTANT = 1e-5  # a range below this, in raw units, is blown up by the scaling
 
@@ -23,7 +23,16 @@ def validate(directory: str | os.PathLike) -> Iterator[str]:
     splits = {name: load_episodes(directory / f"{name}.npz") for name in _split_names(directory)}
     for name, episodes in splits.items():
         yield from _describe(f"{name}.npz", episodes)
+        if (dims := _dims(episodes)) != _dims(splits["train"]):
+            raise UserError(
+                f"{name}.npz has dimensions {dims}, train.npz {_dims(splits['train'])}: convert them together"
+            )
     yield from _check_normalization(directory / "normalization.npz", splits["train"])
+
+
+def _dims(episodes: Episodes) -> tuple[int, int]:
+    """O and A."""
+    return episodes.states.shape[1], episodes.actions.shape[1]
 
 
 def _split_names(directory: Path) -> list[str]:
@@ -33,6 +42,10 @@ def _split_names(directory: Path) -> list[str]:
 def _describe(name: str, episodes: Episodes) -> Iterator[str]:
     lengths = episodes.traj_lengths
     check_scaled(episodes, name, SCALED)
+    if episodes.terminals is not None and len(inside := inner_terminals(episodes)):
+        raise UserError(
+            f"{name}: {len(inside)} terminals lie inside episodes; traj_lengths must end an episode at each"
+        )
     yield (
         f"{name}: {len(lengths)} episodes, {lengths.sum()} transitions, lengths {lengths.min()} to {lengths.max()} "
         f"(mean {lengths.mean():.1f})"
@@ -60,7 +73,7 @@ def _describe_rewards(episodes: Episodes) -> Iterator[str]:
 
 
 def _check_normalization(path: Path, episodes: Episodes) -> Iterator[str]:
-    dims = {"obs": episodes.states.shape[1], "action": episodes.actions.shape[1]}
+    dims = dict(zip(("obs", "action"), _dims(episodes), strict=True))
     bounds = read_bounds(path, *dims.values())
     for prefix, dim in dims.items():
         low, high = bounds[f"{prefix}_min"], bounds[f"{prefix}_max"]
