@@ -17,7 +17,7 @@ FREE_BYTES, LARGEST_RATIO = 1 << 27, 100  # a compressed file may hold so many b
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # those that numpy writes
 _NUMBERS = "biuf"
 _CURE = "fetch or make it again"
-_NO_NPZ = "cannot be read, it is damaged or not an npz of plain arrays"
+_NO_NPZ = "is damaged or not an npz of plain arrays, so it cannot be read"
 
 
 class Allowance:

@@ -44,6 +44,6 @@ def read(file: Group) -> tuple[Episodes, Normalization]:
     timeouts = columns.pop("timeouts", None)
     raw = {ours: columns[theirs] for ours, theirs in _NAMES.items()}
     raw["terminals"] = raw["terminals"].astype(bool)
-    everything = Episodes(traj_lengths=np.array([len(raw["states"])]), **raw)
+    everything = Episodes(raw["states"], raw["actions"], np.array([len(raw["states"])]), raw["rewards"])
     check(everything, file.where)
     return split_episodes(raw, timeouts, file.where, EPISODE_STEPS), Normalization.of(everything)
