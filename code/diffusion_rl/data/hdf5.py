@@ -93,13 +93,6 @@ class Group:
         with reading(where, _CURE):
             return Array(node, where, self._allowance)
 
-    def text(self, name: str) -> str:
-        """The attribute of that name, if it is a text; otherwise ""."""
-        with contextlib.suppress(Exception):  # an attribute is a help, and none a damaged one
-            value = self._node.attrs.get(name) if self._node.attrs.get_id(name).shape == () else ""
-            return value if isinstance(value, str) else ""
-        return ""
-
     def _find(self, name: str) -> Any:
         """The node, links within the file followed one by one; None where nothing has this name."""
         with reading(self._place(name), _CURE):

@@ -37,7 +37,7 @@ def file_in(folder: Path) -> Path:
 
 def read(file: Group, obs_keys: Sequence[str] = ()) -> Episodes:
     """Episodes in numerical order; `obs_keys` choose from dictionary observations."""
-    _require_continuous(file)
+    _require_continuous(file.where)
     matches = sorted(filter(None, map(_EPISODE.fullmatch, file.names())), key=lambda match: int(match[1]))
     parts = [_episode(file, match[0], obs_keys) for match in matches]
     parts = [part for part in parts if len(part[1])]
@@ -52,19 +52,21 @@ def read(file: Group, obs_keys: Sequence[str] = ()) -> Episodes:
     return episodes
 
 
-def _require_continuous(file: Group) -> None:
-    """Raise UserError where the data set says that its actions are of a discrete space: in the file, or beside it."""
-    beside = Path(file.where).with_name("metadata.json")
+def _require_continuous(where: str) -> None:
+    """Raise UserError where the `metadata.json` beside the file says that actions are of a discrete space.
+
+    Attributes of the file, which older data sets have instead, are not read: in a damaged file the library may never
+    end to look for a text. The actions' type tells as much (see `data.episodes.check`).
+    """
+    beside = Path(where).with_name("metadata.json")
     facts = read_json(beside) if beside.exists() else None
-    space = facts.get("action_space") if isinstance(facts, dict) else None
-    text = space if isinstance(space, str) else file.text("action_space")
     try:
-        space = json.loads(text)
-    except (ValueError, RecursionError):
+        space = json.loads(facts["action_space"])  # type: ignore[index]
+    except (ValueError, LookupError, TypeError, RecursionError):
         return
     kind = space.get("type") if isinstance(space, dict) else None
     if kind in _DISCRETE:
-        raise UserError(f"{file.where}: its actions are of a {kind} space, and only continuous ones are supported")
+        raise UserError(f"{where}: its actions are of a {kind} space, and only continuous ones are supported")
 
 
 def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> tuple[np.ndarray, ...]:
