@@ -7,11 +7,12 @@ The direction follows from the suffixes. PyTorch is not needed, and nothing in a
 
 import argparse
 import collections
+import os
 import sys
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError, exit_status
-from diffusion_rl.interop.description import describe_networks
+from diffusion_rl.interop.description import describe_networks, infer_kind
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -23,9 +24,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if {arguments.source.suffix, arguments.target.suffix} != {".pt", ".safetensors"}:
         raise UserError("of IN and OUT, one must end in .pt and the other in .safetensors")
-    if arguments.target.exists() and not arguments.force:
+    if os.path.lexists(arguments.target) and not arguments.force:
         raise UserError(f"{arguments.target} exists: choose another name, or add --force to overwrite it")
     checkpoint = load_checkpoint(arguments.source)
+    if infer_kind(checkpoint.tensors) == "unknown" and checkpoint.metadata.get("kind", "unknown") == "unknown":
+        parts = ", ".join(sorted({name.partition(".")[0] for name in checkpoint.select("model.")})[:8]) or "none"
+        raise UserError(f"{arguments.source} is of no method that this package knows (parts of its model: {parts})")
     save_checkpoint(arguments.target, checkpoint.tensors, checkpoint.metadata)
     describe(checkpoint, arguments.target)
 

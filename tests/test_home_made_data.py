@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.episodes import load_episodes, read_npz
 from diffusion_rl.data.sequences import SequenceDataset
@@ -45,6 +46,27 @@ def test_a_short_run_from_the_command_line(tmp_path):
     np.testing.assert_allclose(
         (first[:, 0] + 1) / 2 * (height["obs_max"][0] - height["obs_min"][0]) + height["obs_min"][0], 1.25, atol=6e-3
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        *[({name: 0}, name) for name in ("n_envs", "n_eval_envs", "batch_size", "replay_ratio", "updates_per_call")],
+        *[({name: -1}, name) for name in ("seed", "explore_steps", "max_updates", "eval_every", "hidden")],
+        *[({"replay_ratio": value}, "replay_ratio") for value in (float("nan"), float("inf"), -0.5)],
+        *[({"n_envs": 10**9}, "n_envs"), ({"buffer_size": 10**12}, "buffer_size"), ({"seed": 2**40}, "seed")],
+        *[
+            ({"max_updates": 2499}, "max_updates"),
+            ({"explore_steps": 100}, "batch_size"),
+            ({"buffer_size": 9}, "buffer"),
+        ],
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_before_anything_starts(changes, option, tmp_path):
+    with pytest.raises(UserError, match=f"--{option.replace('_', '-')}.* must be "):
+        home_made.make("hopper", "medium", 1000, home_made.Settings(**changes), tmp_path / "work")
+    assert not list(tmp_path.iterdir())
+    home_made.Settings().check()
 
 
 def test_a_buffer_becomes_the_complete_episodes_of_each_environment():

@@ -84,10 +84,10 @@ def test_the_range_is_that_of_the_data_padded_with_zeros(data, dataset):
     [
         (np.zeros((5, 7)), "trajectory is"),
         (np.zeros((0, D)), "trajectory is"),
-        (np.array([{"a": 1}]), "no array of numbers"),
+        (np.array([{"a": 1}]), "no npy file of numbers"),
         (np.full((4, D), np.nan), "no numbers"),
-        (b"", "no array of numbers"),
-        (b"not numpy at all", "no array of numbers"),
+        (b"", "no npy file of numbers"),
+        (b"not numpy at all", "no npy file of numbers"),
     ],
 )
 def test_files_that_are_refused(tmp_path, content, message):

@@ -189,7 +189,7 @@ def test_foreign_newer_missing_and_misnamed_files(tmp_path):
     with pytest.raises(UserError, match=r"called \*.safetensors"):
         load_checkpoint(tmp_path / "x.h5")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         load_checkpoint(tmp_path / "folder.safetensors")
     with pytest.raises(UserError, match="Is a directory"):
         save_checkpoint(tmp_path / "folder.safetensors", {}, {})

@@ -66,9 +66,9 @@ def test_split_draws_as_the_reference_and_validates_on_the_rest(tmp_path):
 
 
 def write(path: Path, lengths=(5, 2, 4), **changes) -> Path:
-    """A data set in which a state says its row and an action is half of it."""
+    """A data set in which a state says its row, in sixteenths, and an action is half of it."""
     n = sum(lengths)
-    rows = np.arange(n, dtype=np.float32)
+    rows = np.arange(n, dtype=np.float32) / 16
     arrays = {
         "states": np.stack([rows, -rows], 1),
         "actions": rows[:, None] / 2,
@@ -86,8 +86,8 @@ def test_windows_by_hand(tmp_path):
     assert data.indices.tolist() == [[0, 0], [1, 1], [7, 0]]
     assert data.n_short_episodes == 1
     actions, conditions = data.gather([1, 2])
-    assert (2 * actions[..., 0]).tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
-    assert conditions["state"][..., 0].tolist() == [[0, 0, 1], [7, 7, 7]]
+    assert (32 * actions[..., 0]).tolist() == [[1, 2, 3, 4], [7, 8, 9, 10]]
+    assert (16 * conditions["state"][..., 0]).tolist() == [[0, 0, 1], [7, 7, 7]]
 
 
 def test_max_n_episodes_and_dimensions(tmp_path):
@@ -104,7 +104,7 @@ def test_q_learning_leaves_out_the_last_window_of_cut_episodes(tmp_path):
     data = QLearningDataset(write(tmp_path / "d.npz", terminals=terminals), horizon_steps=2)
     assert data.indices[:, 0].tolist() == [0, 1, 2, 3, 7, 8]
     batch = data.gather(np.arange(6))
-    assert batch.conditions["next_state"][:, 0, 0].tolist() == [2, 3, 4, 5, 0, 0]  # the last two windows: zero
+    assert (16 * batch.conditions["next_state"][:, 0, 0]).tolist() == [2, 3, 4, 5, 0, 0]  # the last two windows: zero
     assert batch.reward_to_gos is None
 
 
@@ -133,7 +133,17 @@ def test_a_useless_split_is_refused(fraction, tmp_path):
         ({"states": np.zeros(11)}, "states must have 2 dimensions"),
         ({"states": np.array([{}] * 11, dtype=object)}, "not an npz of plain arrays"),
         ({"traj_lengths": np.array([1] * 11)}, "longest episode: 1"),
-        ({"traj_lengths": np.array([], int)}, "no transitions"),
+        ({"traj_lengths": np.array([], int)}, "11 rows, but traj_lengths adds up to 0"),
+        ({"traj_lengths": np.array([], int), **dict.fromkeys(("states", "actions"), np.zeros((0, 2)))}, "rows"),
+        ({"states": np.zeros((12, 2))}, "states has 12 rows, but traj_lengths adds up to 11"),
+        ({"rewards": np.zeros(12)}, "rewards has 12 rows, but traj_lengths adds up to 11"),
+        ({"traj_lengths": np.array([2**62, 2**62, 2**62, 2**62, 11])}, f"adds up to {2**64 + 11}"),
+        ({"states": np.full((11, 2), 7.0)}, "states must be scaled to .-1, 1., but dimension 0 reaches from 7 to 7"),
+        ({"actions": np.full((11, 1), -30.0)}, "actions must be scaled to .-1, 1., but dimension 0"),
+        ({"actions": np.ones((11, 1), int)}, "actions are of type int64, as choices of a discrete space"),
+        ({"terminals": np.arange(11) == 5}, "an episode goes on after its terminal in row 5"),
+        ({"images": np.zeros((11, 3, 4, 4), np.float32)}, "images must be uint8, got float32"),
+        ({"actions": np.zeros((11, 0))}, "hold nothing"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(changes, message, tmp_path):
@@ -141,6 +151,25 @@ def test_a_wrong_file_is_one_clear_line(changes, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         SequenceDataset(path, horizon_steps=2)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_left_out_or_unusual_is_said_in_a_line_each(tmp_path, caplog):
+    SequenceDataset(write(tmp_path / "a.npz"), horizon_steps=4, max_n_episodes=2)
+    QLearningDataset(write(tmp_path / "b.npz", rewards=np.zeros(11), states=np.full((11, 2), 1.5)), horizon_steps=2)
+    said = [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records]
+    SequenceDataset(write(tmp_path / "d.npz", terminals=np.arange(11) > 8), horizon_steps=2, max_n_episodes=-1)
+    assert [record.getMessage() for record in caplog.records][4:] == [
+        f"{tmp_path}/d.npz: 1 terminals lie inside episodes, before the last one of each"
+    ]
+    assert said == [
+        "a.npz: the first 2 of 3 episodes are used (max_n_episodes)",
+        "a.npz: 1 of 2 episodes are shorter than horizon_steps=4 and left out",
+        "b.npz: states should be scaled to [-1, 1], but dimension 0 reaches from 1.5 to 1.5",
+        "b.npz: every reward is 0, so there is nothing to learn of values",
+    ]
+    caplog.clear()
+    SequenceDataset(write(tmp_path / "c.npz"), horizon_steps=2)
+    assert not caplog.records
 
 
 def test_missing_and_damaged_files(tmp_path):

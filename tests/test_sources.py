@@ -212,8 +212,8 @@ def own_data(folder: Path, **changes) -> Path:
     [
         ({"states": np.full((6, 2), 5.0)}, "states must be scaled to .-1, 1., but dimension 0 reaches from 5 to 5"),
         ({"terminals": np.ones(6, bool)}, "4 terminals lie inside episodes"),
-        ({"obs_min": None}, "missing obs_min"),
-        ({"obs_min": np.zeros(3)}, "obs_min has shape .3,., the data has 2"),
+        ({"obs_min": None}, "lacks obs_min"),
+        ({"obs_min": np.zeros(3)}, "is for obs_dim=3, but obs_dim=2 is wanted here"),
         ({"obs_max": np.array([np.nan, 1])}, "obs_max holds NaN"),
         ({"action_min": np.full(1, 3.0)}, "action_min exceeds action_max in dimension 0"),
     ],

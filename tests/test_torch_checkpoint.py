@@ -316,17 +316,56 @@ def test_a_run_of_ours_becomes_what_the_reference_loads():
         ([1], "no .model."),
         ({"ema": {}}, "no .model."),
         ({"model": [1]}, "no .model."),
-        ({"model": {"a": 1}}, "'a' of its .model. is not a tensor"),
-        ({"model": {1: np.ones(1)}}, "'1' of its .model. is not a tensor"),
-        ({"model": {}, "ema": 3}, "its .ema. is no state_dict"),
-        ({"model": {}, "optimizer": {}}, "unexpected entry 'optimizer'"),
-        ({"model": {}, 5: 1}, "unexpected entry '5'"),
-        ({"model": {}, "itr": 2**70}, "unexpected entry 'itr'"),
+        ({"model": {"a": 1}}, "no .model."),
+        ({"epoch": 3, "config": {"lr": 1e-3}}, "no .model."),
+        ({"model": {"a": np.ones(1), "module.a": np.ones(1)}}, "the weight 'a' of its 'model' is there twice"),
     ],
 )
 def test_other_contents_are_named(data, problem):
     with pytest.raises(UserError, match=f"^x.pt.*{problem}"):
         from_reference(data, name="x.pt")
+
+
+def weights_of_forks():
+    """Files of others' trainings that hold the weights of `fine_tuned`, and what is said to lie beside them."""
+    plain = fine_tuned(residual=True)["model"]
+    network = {name.removeprefix("network."): value for name, value in plain.items() if name.startswith("network.")}
+    moments = {
+        "state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2)}},
+        "param_groups": [{"betas": (0.9, 0.99)}],
+    }
+    beside = {"optimizer": moments, "lr_scheduler": {"_last_lr": [1e-3]}, "config": {"seed": None, "dims": [1, 2]}}
+    return {
+        "optimizer, scheduler and configuration": ({"model": plain, **beside}, "optimizer, lr_scheduler, config"),
+        "ema alone": ({"ema": plain}, None),
+        "bare": (plain, None),
+        "the network alone": (network, None),
+        "bare, with a list": ({**plain, "losses": [1.0, 2.0]}, "losses"),
+        "state_dict": ({"state_dict": plain, "epoch": 3}, None),
+        "model_state_dict": ({"model_state_dict": plain, "optimizer_state_dict": moments}, "optimizer_state_dict"),
+        "DistributedDataParallel": ({"model": {f"module.{k}": v for k, v in plain.items()}}, None),
+        "torch.compile": ({"model": {k.replace("network.", "network._orig_mod."): v for k, v in plain.items()}}, None),
+        "both": ({"model": {f"module._orig_mod.{k}": v for k, v in plain.items()}}, None),
+        "a number among the weights": ({"model": {**plain, "version": 3}}, "model.version"),
+        "an average of another kind": ({"model": plain, "ema": {"decay": 0.9, "shadow": [1]}}, "ema"),
+    }
+
+
+@pytest.mark.parametrize("name", weights_of_forks())
+def test_weights_of_forks_are_taken_and_what_is_left_aside_is_named(name, tmp_path, caplog):
+    data, beside = weights_of_forks()[name]
+    plain = fine_tuned(residual=True)["model"]
+    torch.save(data, tmp_path / "x.pt")
+    checkpoint = load_checkpoint(tmp_path / "x.pt")
+    weights = checkpoint.select("model.") or checkpoint.select("ema.")
+    expected = {k: v for k, v in plain.items() if name != "the network alone" or "network." in k}
+    assert set(weights) == set(expected) and all(weights[k].shape == tuple(v.shape) for k, v in expected.items())
+    assert checkpoint.metadata["kind"] == ("diffusion_policy" if name == "the network alone" else "dppo")
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.partition("beside them: ")[2] for line in said] == ([beside] if beside else []), said
+    save_checkpoint(tmp_path / "y.pt", checkpoint.tensors, checkpoint.metadata)
+    again = load_checkpoint(tmp_path / "y.pt")
+    assert {name.partition(".")[2] for name in again.tensors} == set(expected)
 
 
 def test_bfloat16_keeps_its_type_through_both_formats(tmp_path):
@@ -402,7 +441,7 @@ def test_the_command_says_what_to_do_about_damaged_and_foreign_files(tmp_path):
         ("cut.safetensors", "is damaged", "use another, or delete it"),
         ("foreign.pt", "refused: it is a zip archive, but not of the form that torch.save writes", "nothing in it was"),
         ("foreign.safetensors", "is damaged", "use another, or delete it"),
-        ("bare.pt", 'it has no "model"', "give the state_<n>.pt that a training wrote"),
+        ("bare.pt", "is of no method that this package knows", "parts of its model: "),
         ("bare.safetensors", "no checkpoint of this package", "give the state_<n>.safetensors that a training wrote"),
     ):
         target = "x.safetensors" if name.endswith(".pt") else "x.pt"

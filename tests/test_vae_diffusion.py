@@ -293,7 +293,7 @@ def test_acting_sees_what_the_windows_of_its_own_episode_hold(discrete):
         states.append(raw.step(given[:, None]).observations["state"][:, -1])
     for e in range(3):
         states_e, acted_e = np.array([s[e] for s in states]), np.array([a[e] for a in acted] + [acted[0][e]])
-        episode = AgentEpisodes(Episodes(states_e, acted_e, np.array([7])), 2, discrete)
+        episode = AgentEpisodes(Episodes(states_e, acted_e, np.array([7]), np.ones(7)), 2, discrete)
         dataset = VAESequenceDataset(episode, normalizer, 1, 3)
         rows, begin = np.array([0, 2, 4, 6]), np.zeros(4, np.int64)
         np.testing.assert_allclose(np.array([s[e] for s in seen]), dataset.past(rows, begin), atol=2e-5)

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
+from diffusion_rl.core.ranges import require_seed  # noqa: E402
 from diffusion_rl.data.convert import convert_file  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.envs.kitchen import goal_of  # noqa: E402
@@ -29,6 +30,7 @@ def main() -> None:
         "--kitchen", metavar="TASK", help="Minari's kitchen sets: make D4RL's observations of this task"
     )
     args = parser.parse_args()
+    require_seed(args.seed)
     goal = goal_of(args.kitchen) if args.kitchen else None
     converted = convert_file(
         args.source,

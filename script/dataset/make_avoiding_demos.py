@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.core.errors import UserError, exit_status  # noqa: E402
+from diffusion_rl.core.ranges import require_range, require_seed  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.sources.d3il import MODE_SETS, read_folder, select  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
@@ -29,6 +30,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.out_dir and len(args.modes) > 1:
         raise UserError("--out-dir is for one set of modes: give one, or leave it out")
+    require_range("--per-mode", args.per_mode, 1, 10_000)
+    require_seed(args.seed)
     for name in args.modes:
         chosen = select(read_folder(args.recordings), MODE_SETS[name]) if args.recordings else None
         out_dir = args.out_dir or data_dir() / "d3il" / f"avoid_{name}"

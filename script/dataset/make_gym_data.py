@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 import tensorflow as tf  # noqa: E402
 
 from diffusion_rl.core.errors import exit_status  # noqa: E402
+from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
@@ -43,6 +44,7 @@ def main() -> None:
     out_dir = args["out_dir"] or data_dir() / "gym" / f"{args['task']}-{args['flavour']}-v2"
     work_dir = args["work_dir"] or Path("log/home-made") / args["task"]
     sources = {name: args[name] for name in ("actor", "replay", "target_return")}
+    require_writable(out_dir / "train.npz")
     raw = home_made.make(args["task"], args["flavour"], args["transitions"], settings, work_dir, **sources)
     print(json.dumps(home_made.ship(raw, out_dir) | {"directory": str(out_dir)}, indent=1))
 

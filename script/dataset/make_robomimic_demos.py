@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.core.errors import exit_status  # noqa: E402
+from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.loops import robomimic_demos as demos  # noqa: E402
@@ -29,6 +30,8 @@ def main() -> None:
     args = vars(parser.parse_args())
     settings = demos.Settings(**{field.name: args[field.name] for field in dataclasses.fields(demos.Settings)})
     out_dir = args["out_dir"] or data_dir() / "robomimic" / args["task"]
+    if not args["measure"]:
+        require_writable(out_dir / "train.npz")
     kept = list(demos.collect(args["task"], settings, lambda line: print(line, flush=True)))
     if not args["measure"]:
         demos.save(out_dir, kept, settings)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
+from diffusion_rl.core.ranges import require_seed  # noqa: E402
 from diffusion_rl.data.convert import convert_file  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 
@@ -26,11 +27,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--normalize", action="store_true", help="always done; accepted for the reference's command")
     args = parser.parse_args()
+    require_seed(args.seed)
     convert_file(
         args.load_path,
         args.save_dir,
         cameras=args.cameras,
-        max_episodes=args.max_episodes if args.max_episodes > 0 else None,
+        max_episodes=None if args.max_episodes == -1 else args.max_episodes,
         val_split=args.val_split,
         keep_unrewarded=True,
         noise=NoiseSource(args.seed),

@@ -28,7 +28,7 @@ def main() -> None:
         tensors = {name: value.astype(np.float16) for name, value in tensors.items()}
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
     here = ("log_dir", "logdir", "resume")  # folders of the machine that it was trained on
-    metadata["config"] = {k: v for k, v in metadata.get("config", {}).items() if k not in here}
+    metadata["config"] = {k: v for k, v in (metadata.get("config") or {}).items() if k not in here}
     save_checkpoint(arguments.output, tensors, metadata)
     print(f"{arguments.output}: {len(tensors)} tensors, {sum(t.size for t in tensors.values())} parameters")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from diffusion_rl.core import signals
 
@@ -18,6 +19,18 @@ class UserError(Exception):
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived and the state of the run has been saved; `str()` says where."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters; the name of its class where it says nothing."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(str(reason).split())[:200] or type(error).__name__
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names from a file, for a message: the first ones, each cut to 40 characters and without control characters."""
+    shown = [name[:40] if name.isprintable() else ascii(name[:40]) for name in itertools.islice(names, most)]
+    return ", ".join(shown) or "nothing"
 
 
 def exit_status(command: Callable[[], int | None]) -> int:

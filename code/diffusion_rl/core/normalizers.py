@@ -7,13 +7,13 @@ float32 bounds give float64, float32 actions with float32 bounds stay float32.
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.npz import read_npz
 
 KEYS = ("obs_min", "obs_max", "action_min", "action_max")
 
@@ -56,36 +56,40 @@ class MinMaxNormalizer:
     def from_npz(cls, path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> MinMaxNormalizer:
         """Read the bounds from `normalization.npz`; with obs_dim or action_dim given, hold the file to them.
 
-        Raises UserError for a missing or unreadable file, a missing key, or bounds of another dimension.
+        Raises UserError as `read_bounds` does.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(
-                f"normalization file {path} does not exist: put the data set's normalization.npz there, "
-                "or set DPPO_DATA_DIR or normalization_path to where it is"
-            )
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                missing = [key for key in KEYS if key not in archive.files]
-                arrays = {key: archive[key] for key in KEYS if key not in missing}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-            raise UserError(f"normalization file {path} cannot be read ({error}); make it anew") from error
-        if missing:
-            raise UserError(f"normalization file {path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
-        normalizer = cls(**arrays)
-        normalizer._check(path, obs_dim, action_dim)
-        return normalizer
+        return cls(**read_bounds(path, obs_dim, action_dim))
 
-    def _check(self, path: Path, obs_dim: int | None, action_dim: int | None) -> None:
-        for kind, wanted in (("obs", obs_dim), ("action", action_dim)):
-            for bound in ("min", "max"):
-                shape = getattr(self, f"{kind}_{bound}").shape
-                if len(shape) != 1:
-                    raise UserError(f"normalization file {path}: {kind}_{bound} must be a vector, it has shape {shape}")
-                if wanted is not None and shape != (wanted,):
-                    raise UserError(
-                        f"normalization file {path} is for {kind}_dim={shape[0]}, the config says {kind}_dim={wanted}: "
-                        f"take the file of this task or set {kind}_dim={shape[0]}"
-                    )
-            if getattr(self, f"{kind}_min").shape != getattr(self, f"{kind}_max").shape:
-                raise UserError(f"normalization file {path}: {kind}_min and {kind}_max differ in length")
+
+def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> dict[str, np.ndarray]:
+    """The bounds in a `normalization.npz`, by their names in `KEYS`: finite vectors of these dimensions, none below its
+    other end.
+
+    Raises:
+        UserError: the file is missing or unreadable, or it holds anything else.
+    """
+    cure = "put the data set's normalization.npz there, or set DPPO_DATA_DIR or normalization_path to where it is"
+    bounds = read_npz(path, KEYS, f"no such file: {path} (the normalization file does not exist): {cure}")
+    if missing := [key for key in KEYS if key not in bounds]:
+        raise UserError(f"normalization file {path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
+    for kind, wanted in (("obs", obs_dim), ("action", action_dim)):
+        _check_bounds(path, kind, bounds[f"{kind}_min"], bounds[f"{kind}_max"], wanted)
+    return {key: bounds[key] for key in KEYS}
+
+
+def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray, wanted: int | None) -> None:
+    for key, bound in ((f"{kind}_min", low), (f"{kind}_max", high)):
+        if bound.ndim != 1 or not len(bound):
+            raise UserError(f"normalization file {path}: {key} must be a vector, it has shape {bound.shape}")
+        if wanted is not None and bound.shape != (wanted,):
+            raise UserError(
+                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={wanted} is wanted here: "
+                f"take the file of this task or set {kind}_dim={len(bound)}"
+            )
+        if not np.isfinite(bound).all():
+            raise UserError(f"normalization file {path}: {key} holds NaN or infinity; make it anew")
+    if low.shape != high.shape:
+        raise UserError(f"normalization file {path}: {kind}_min and {kind}_max differ in length")
+    if (low > high).any():
+        worst = int(np.argmax(low > high))
+        raise UserError(f"normalization file {path}: {kind}_min exceeds {kind}_max in dimension {worst}; make it anew")

@@ -84,6 +84,7 @@ def positive(most: float = math.inf, null: bool = False) -> Range:
 
 SEED = whole(0, 2**63 - 1)
 SHARE = number(0, 1)  # a probability, a discount, a decay
+LARGEST_SEED = 2**31 - 1  # that every generator takes
 LARGEST_BATCH = 2**20
 LARGEST_ENVS = 10_000
 LARGEST_STEPS = 10**12
@@ -165,3 +166,19 @@ def shown(value: Any) -> str:
     except ValueError:  # thousands of digits, which Python refuses to write
         return "(a number of thousands of digits)"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def require_range(
+    name: str, value: float, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
+) -> None:
+    """Raise UserError unless a finite value is at least `least`, at most `most` and greater than `above`."""
+    if math.isfinite(value) and least <= value <= most and value > above:
+        return
+    lower = f"at least {least:g}" if least > -math.inf else f"above {above:g}" if above > -math.inf else ""
+    upper = f"at most {most:.10g}" if most < math.inf else ""
+    raise UserError(f"{name} {value} must be {' and '.join(filter(None, (lower, upper))) or 'a finite number'}")
+
+
+def require_seed(value: int) -> None:
+    """Raise UserError unless `--seed` is one that every generator takes."""
+    require_range("--seed", value, 0, LARGEST_SEED)

@@ -14,6 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+from diffusion_rl.data.trajectories import tell_left_out
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,7 @@ class VAESequenceDataset:
         self.actions = normalizer.normalize_actions(episodes.actions)
         self.rows = agent_rows(self.actions, self.observations, data.n_agents)  # [T,N*(A+O)]
         self.present = agent_rows(np.zeros_like(self.actions), self.observations, data.n_agents)
-        rewards = np.zeros(len(self.rows)) if episodes.rewards is None else episodes.rewards
-        self.rewards = np.array(rewards, np.float32)
+        self.rewards = np.array(episodes.require_rewards("the data set"), np.float32)
         self.terminals = np.zeros(len(self.rows), bool)
         if episodes.terminals is not None:
             self.terminals = np.asarray(episodes.terminals, bool)
@@ -157,6 +157,7 @@ class VAESequenceDataset:
         self.start = np.concatenate(starts) + self.begins[self.episode]  # [M], rows
         if not len(self.start):
             raise UserError(f"no episode has a window of {horizon} steps: choose a smaller horizon")
+        tell_left_out(lengths, self.episode, horizon)
 
     def __len__(self) -> int:
         return len(self.start)

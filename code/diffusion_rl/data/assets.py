@@ -25,6 +25,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import require_file
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
@@ -67,12 +68,12 @@ def resolve(path: str | os.PathLike, assets: Mapping[str, Asset] | None = None) 
     """
     given = Path(path).expanduser()
     for candidate in (given, data_dir() / given):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     assets = manifest() if assets is None else assets
     asset = assets.get(str(path)) or _by_destination(given, assets)
     if asset is None:
-        raise UserError(f"no such file: {given}; {_cure(given)}")
+        return require_file(given, f"no such file: {given}; {_cure(given)}")  # which it is not: says what it is
     return fetch(asset)
 
 

@@ -43,6 +43,8 @@ def convert(
     """
     if not 0.0 <= val_split < 1.0:
         raise UserError(f"the validation share must be at least 0 and below 1, got {val_split}")
+    if max_episodes is not None and max_episodes < 1:
+        raise UserError(f"the number of episodes to take must be at least 1, got {max_episodes}")
     chosen = np.arange(len(episodes.traj_lengths))[:max_episodes]
     n_train = int(len(chosen) * (1 - val_split))
     in_train = np.ones(len(chosen), bool)

@@ -5,16 +5,21 @@ Shape letters: N transitions, T episodes, O observation, A action, C,Hi,Wi image
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
+from diffusion_rl.core.normalizers import read_bounds
+from diffusion_rl.core.npz import names_in, read_npz, write_npz
 
-NORMALIZATION_KEYS = ("obs_min", "obs_max", "action_min", "action_max")
+log = logging.getLogger(__name__)
+
+SCALED = 1.001  # what the scaling reaches, and some rounding
 _RANGE_EPSILON = 1e-6  # keeps a constant dimension finite; part of the reference's file format
 
 
@@ -43,6 +48,14 @@ class Episodes:
         """Undiscounted return of each episode [T], float64. Needs rewards."""
         so_far = np.concatenate([[0.0], np.cumsum(self.rewards, dtype=np.float64)])
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
+
+    def require_rewards(self, name: str) -> np.ndarray:
+        """The rewards. Raises UserError where there are none, of which no value can be learned."""
+        if self.rewards is None:
+            raise UserError(f"{name}: no rewards in it, so no values can be learned; convert the data set anew")
+        if not np.any(self.rewards):
+            log.warning("%s: every reward is 0, so there is nothing to learn of values", name)
+        return self.rewards
 
     def select(self, episodes: Sequence[int] | np.ndarray) -> Episodes:
         """The given episodes, in the given order."""
@@ -122,63 +135,114 @@ def split_episodes(
     return Episodes(traj_lengths=np.diff(np.concatenate([[0], ends])), **kept)
 
 
-def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All arrays of an npz file; a missing or damaged file, or one with Python objects inside, is one clear line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return {k: z[k] for k in z.files}
-    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds for damaged files
-        raise UserError(f"{path} is damaged or not an npz of plain arrays ({error}); fetch or make it again") from error
+def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, scaled: bool = False) -> Episodes:
+    """Read and check a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; that others are left out is
+    said in a line.
 
-
-def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None) -> Episodes:
-    """Read and check a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes."""
-    arrays = read_npz(path)
+    scaled: states and actions must be in [-1, 1] (see `check_scaled`).
+    """
+    arrays = read_npz(path, [f.name for f in fields(Episodes)])
     missing = [k for k in ("states", "actions", "traj_lengths") if k not in arrays]
     if missing:
-        raise UserError(f"{path}: missing {', '.join(missing)} (found {', '.join(sorted(arrays)) or 'nothing'})")
-    known = {f.name for f in fields(Episodes)}
-    lengths = arrays["traj_lengths"]
+        raise UserError(f"{path}: missing {', '.join(missing)} (found {listed(names_in(path))})")
+    lengths = arrays.pop("traj_lengths")
     if lengths.ndim != 1 or not np.issubdtype(lengths.dtype, np.integer) or (len(lengths) and lengths.min() < 0):
         raise UserError(
             f"{path}: traj_lengths must be a 1-D array of non-negative integers, got {lengths.dtype} {lengths.shape}"
         )
-    lengths = lengths.astype(np.int64)[:max_n_episodes]
-    total = int(lengths.sum())
-    for key in sorted(known & arrays.keys() - {"traj_lengths"}):
-        if arrays[key].ndim == 0 or len(arrays[key]) < total:
-            rows = "a scalar" if arrays[key].ndim == 0 else f"{len(arrays[key])} rows"
-            raise UserError(f"{path}: {key} has {rows}, but traj_lengths adds up to {total}")
-    episodes = Episodes(
-        traj_lengths=lengths, **{k: v[:total] for k, v in arrays.items() if k in known and k != "traj_lengths"}
-    )
+    everything = sum(lengths.tolist())  # in Python's integers, which do not overflow
+    for key, array in sorted(arrays.items()):
+        if array.ndim == 0 or len(array) != everything:
+            rows = "a scalar" if array.ndim == 0 else f"{len(array)} rows"
+            raise UserError(f"{path}: {key} has {rows}, but traj_lengths adds up to {everything}")
+    kept = lengths.astype(np.int64)[:max_n_episodes]
+    if len(kept) < len(lengths):
+        log.warning("%s: the first %d of %d episodes are used (max_n_episodes)", path, len(kept), len(lengths))
+    total = int(kept.sum())
+    episodes = Episodes(traj_lengths=kept, **{k: v[:total] for k, v in arrays.items()})
     check(episodes, str(path))
+    if scaled:
+        check_scaled(episodes, str(path))
     return episodes
 
 
 def load_unscaled(directory: str | os.PathLike) -> Episodes:
     """The episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
     directory = Path(directory)
-    episodes, bounds = load_episodes(directory / "train.npz"), read_npz(directory / "normalization.npz")
-    if missing := [key for key in NORMALIZATION_KEYS if key not in bounds]:
-        raise UserError(f"{directory / 'normalization.npz'} lacks {', '.join(missing)}")
-    return Normalization(**{key: bounds[key] for key in NORMALIZATION_KEYS}).undo(episodes)
+    episodes = load_episodes(directory / "train.npz", scaled=True)
+    dims = episodes.states.shape[1], episodes.actions.shape[1]
+    return Normalization(**read_bounds(directory / "normalization.npz", *dims)).undo(episodes)
+
+
+_DIMENSIONS = {"states": 2, "actions": 2, "images": 4}  # of the arrays; the others have one
 
 
 def check(episodes: Episodes, name: str) -> None:
-    """Raise UserError, naming the first thing wrong."""
+    """Raise UserError, naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
+    if not len(episodes.states):
+        raise UserError(f"{name}: no transitions in it")
     for key, array in episodes.arrays().items():
-        dims = {"states": 2, "actions": 2, "images": 4}.get(key, 1)
+        dims = _DIMENSIONS.get(key, 1)
         if array.ndim != dims:
             raise UserError(f"{name}: {key} must have {dims} dimensions, got shape {array.shape}")
+        if 0 in array.shape[1:]:
+            raise UserError(f"{name}: {key} of shape {array.shape} hold nothing")
         if np.issubdtype(array.dtype, np.inexact) and not np.isfinite(array).all():
             row = int(np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0])
             raise UserError(f"{name}: {key} holds NaN or infinity (first in row {row}); remove that episode")
-    if not len(episodes.states):
-        raise UserError(f"{name}: no transitions in it")
+    if not np.issubdtype(episodes.actions.dtype, np.floating):
+        raise UserError(
+            f"{name}: actions are of type {episodes.actions.dtype}, as choices of a discrete space are, and only "
+            "continuous ones are supported; if they are values on a scale, save them as float32"
+        )
+    if episodes.images is not None and episodes.images.dtype != np.uint8:
+        raise UserError(f"{name}: images must be uint8, got {episodes.images.dtype}; save them as 0 to 255")
+    if episodes.actions.shape[1] == 1 and episodes.actions.max() >= 2 and _whole(episodes.actions):
+        log.warning("%s: its actions, whole numbers from 0 on, look like choices of a discrete space", name)
+    _check_terminals(episodes, name)
+
+
+def _whole(x: np.ndarray) -> bool:
+    return bool(x.min() >= 0 and (x == np.floor(x)).all())
+
+
+def _check_terminals(episodes: Episodes, name: str) -> None:
+    """Raise UserError where an episode goes on after a terminal; warn of several at its end, as success that lasts."""
+    if episodes.terminals is None:
+        return
+    inside = inner_terminals(episodes)
+    later = inside[~np.asarray(episodes.terminals, bool)[inside + 1]]
+    if len(later):
+        raise UserError(
+            f"{name}: an episode goes on after its terminal in row {later[0]}; traj_lengths must end it there"
+        )
+    if len(inside):
+        log.warning("%s: %d terminals lie inside episodes, before the last one of each", name, len(inside))
+
+
+def inner_terminals(episodes: Episodes) -> np.ndarray:
+    """Rows of terminals that are not the last of their episodes."""
+    lengths = np.asarray(episodes.traj_lengths)
+    inner = np.array(episodes.terminals, bool)
+    inner[(episodes.starts + lengths - 1)[lengths > 0]] = False
+    return np.flatnonzero(inner)
+
+
+def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
+    """Raise UserError where states or actions go beyond `limit`; warn where they go beyond 1, as those do that were
+    scaled with the ranges of other data."""
+    for key in ("states", "actions"):
+        array = getattr(episodes, key)
+        low, high = array.min(axis=0), array.max(axis=0)
+        worst = int(np.argmax(np.maximum(np.abs(low), np.abs(high))))
+        reach = f"dimension {worst} reaches from {low[worst]:.4g} to {high[worst]:.4g}"
+        if max(-low[worst], high[worst]) > limit:
+            raise UserError(
+                f"{name}: {key} must be scaled to [-1, 1], but {reach}; use script/dataset/convert.py, or "
+                "2 * (x - min) / (max - min + 1e-6) - 1"
+            )
+        if max(-low[worst], high[worst]) > SCALED:
+            log.warning("%s: %s should be scaled to [-1, 1], but %s", name, key, reach)
 
 
 def save_episodes(
@@ -186,24 +250,5 @@ def save_episodes(
 ) -> list[Path]:
     """Write `<split>.npz` for each split and `normalization.npz`; each file appears whole or not at all."""
     directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [write_npz(directory / f"{split}.npz", e.arrays()) for split, e in episodes.items()]
-        statistics = {k: getattr(normalization, k) for k in NORMALIZATION_KEYS}
-        return [*paths, write_npz(directory / "normalization.npz", statistics)]
-    except OSError as error:
-        raise UserError(f"cannot write the data set to {directory}: {error.strerror or error}") from error
-
-
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-    """Write an npz file whole or not at all."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with open(partial, "wb") as f:
-            np.savez_compressed(f, **arrays)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    paths = [write_npz(directory / f"{split}.npz", e.arrays()) for split, e in episodes.items()]
+    return [*paths, write_npz(directory / "normalization.npz", asdict(normalization))]

@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.episodes import Episodes
+from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.data.sources import d4rl
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -46,7 +45,7 @@ def find_flat(
     folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
     remote = remote_file(name)
     path = Path(data_dir) if data_dir else folder / (Path(remote).name if remote else f"{name}.hdf5")
-    if path.is_file() and path.suffix in (".hdf5", ".h5"):
+    if os.path.isfile(path) and path.suffix in (".hdf5", ".h5"):
         found = read_flat(path)
         if found is not None:
             say(f"data: {path}")
@@ -56,26 +55,17 @@ def find_flat(
 
 def read_flat(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a file in D4RL's layout; None where it has another."""
-    try:
-        with h5py.File(path, "r") as file:
-            if not d4rl.recognises(file):
-                return None
-            if missing := [field for field in FIELDS if field not in file]:
-                raise UserError(f"{path}: missing {', '.join(missing)} (found {', '.join(sorted(file))})")
-            found = {field: file[field][()] for field in FIELDS}
-    except OSError as error:
-        raise UserError(f"{path} is not an HDF5 file, or it is damaged ({error})") from error
-    for field in FIELDS[2:]:
-        found[field] = found[field].reshape(len(found[field]), -1)[:, 0]  # some files hold [N,1]
-    if len({len(rows) for rows in found.values()}) != 1:
-        raise UserError(f"{path}: arrays of different lengths: { {k: len(v) for k, v in found.items()} }")
-    return found
+    with open_hdf5(path) as file:
+        if not d4rl.recognises(file):
+            return None
+        flat = d4rl.read_columns(file, FIELDS)
+    check(Episodes(flat["observations"], flat["actions"], np.array([len(flat["rewards"])]), flat["rewards"]), str(path))
+    return flat
 
 
 def flat_of(episodes: Episodes) -> dict[str, np.ndarray]:
-    """Complete episodes as flat arrays; one that is not terminated ends with a time-out."""
-    count = len(episodes.states)
-    rewards = np.zeros(count, np.float32) if episodes.rewards is None else episodes.rewards
+    """Complete episodes with rewards as flat arrays; one that is not terminated ends with a time-out."""
+    count, rewards = len(episodes.states), episodes.require_rewards("the data set")
     terminals = np.zeros(count, bool) if episodes.terminals is None else np.asarray(episodes.terminals, bool)
     timeouts = np.zeros(count, bool)
     last = episodes.starts + np.asarray(episodes.traj_lengths) - 1

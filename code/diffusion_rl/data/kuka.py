@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.npz import read_npy
 from diffusion_rl.core.stacking import STATE_DIM, stacked
 from diffusion_rl.data.field_normalizers import DebugNormalizer, WideLimitsNormalizer
-from diffusion_rl.data.trajectories import TrajectoryDataset
+from diffusion_rl.data.trajectories import TrajectoryDataset, tell_left_out
 
 EVERY, LONGEST = 2, 300  # frames: one out of so many, and at most so many of these
 
@@ -30,13 +31,7 @@ def read_trajectories(folder: str | Path) -> list[np.ndarray]:
 
 
 def _read(path: Path) -> np.ndarray:
-    try:
-        states = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no array of numbers ({reason}): unpack the data anew, or remove it") from error
-    if not isinstance(states, np.ndarray) or states.dtype.kind not in "fiu":
-        raise UserError(f"{path} is no array of numbers: unpack the data anew, or remove it")
+    states = read_npy(path, mmap=True)
     if states.ndim != 2 or states.shape[1] != STATE_DIM or not len(states):
         raise UserError(f"{path} has shape {states.shape}, a trajectory is [T,{STATE_DIM}]: remove it")
     states = np.array(states[::EVERY][:LONGEST], np.float64)
@@ -78,5 +73,6 @@ class StackingDataset(TrajectoryDataset):
                 "counted): choose a smaller --horizon"
             )
         episodes = np.repeat(np.arange(len(counts)), counts)
+        tell_left_out(self.path_lengths, episodes, horizon)
         firsts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         self.windows = np.stack([episodes, firsts], axis=1)

@@ -6,6 +6,7 @@ Observations and actions are stored normalised; nothing is scaled here.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, NoiseTape
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.data.episodes import Episodes, load_episodes
+
+log = logging.getLogger(__name__)
 
 Conditions = dict[str, np.ndarray]
 
@@ -41,7 +44,8 @@ class SequenceDataset:
     """Every window of `horizon_steps` actions that fits into one episode, with the observations up to its first step.
 
     History that would reach before the episode repeats its first observation; the most recent stands last. Episodes
-    shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used.
+    shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used (-1:
+    all). What is left out is said in a line.
 
     Attributes: states [N,O] float32, actions [N,A] float32, traj_lengths [T], indices [M,2] int64 (row of the first
     action, steps since the episode's beginning), images [N,C,Hi,Wi] as stored or None.
@@ -58,12 +62,16 @@ class SequenceDataset:
         use_img: bool = False,
         device: Any = None,  # accepted for the reference's configuration files; TensorFlow places tensors itself
     ):
-        if img_cond_steps > cond_steps:
-            raise UserError(f"img_cond_steps={img_cond_steps} exceeds cond_steps={cond_steps}")
+        counts = {"horizon_steps": horizon_steps, "cond_steps": cond_steps, "max_n_episodes": max_n_episodes}
+        for key, value in counts.items():
+            if value is not None and value < 1 and (key, value) != ("max_n_episodes", -1):
+                raise UserError(f"{key}={value} must be at least 1")
+        if not 1 <= img_cond_steps <= cond_steps:
+            raise UserError(f"img_cond_steps={img_cond_steps} must be from 1 to cond_steps={cond_steps}")
         self.dataset_path = str(dataset_path)
         self.horizon_steps, self.cond_steps, self.img_cond_steps = horizon_steps, cond_steps, img_cond_steps
         self.use_img = use_img
-        self._take(load_episodes(resolve(dataset_path), max_n_episodes))
+        self._take(load_episodes(resolve(dataset_path), None if max_n_episodes == -1 else max_n_episodes, scaled=True))
         self.indices = self._make_indices()
         self.n_short_episodes = int(np.sum(self.traj_lengths < horizon_steps))
         if not len(self.indices):
@@ -71,6 +79,11 @@ class SequenceDataset:
             raise UserError(
                 f"{self.dataset_path}: no window of {horizon_steps} steps fits (longest episode: {longest}); "
                 f"lower horizon_steps"
+            )
+        if self.n_short_episodes:
+            log.warning(
+                "%s: %d of %d episodes are shorter than horizon_steps=%d and left out",
+                *(self.dataset_path, self.n_short_episodes, len(self.traj_lengths), horizon_steps),
             )
 
     def _take(self, episodes: Episodes) -> None:
@@ -167,7 +180,7 @@ class QLearningDataset(SequenceDataset):
         super()._take(episodes)
         if episodes.rewards is None or episodes.terminals is None:
             raise UserError(f"{self.dataset_path}: Q-learning needs rewards and terminals; convert the data set anew")
-        self.rewards = np.asarray(episodes.rewards, np.float32)
+        self.rewards = np.asarray(episodes.require_rewards(self.dataset_path), np.float32)
         self.dones = np.asarray(episodes.terminals, np.float32)
 
     def _windows_per_episode(self) -> np.ndarray:

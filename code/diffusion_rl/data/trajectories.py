@@ -5,6 +5,7 @@ Shape letters: N transitions, M windows, B batch, H horizon, A action, O observa
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+
+log = logging.getLogger(__name__)
 
 FIELDS = ("observations", "actions")
 
@@ -53,6 +56,8 @@ class TrajectoryDataset:
         raw = {"observations": _float32(episodes.states), "actions": _float32(episodes.actions)}
         self.normalizers = fit(raw, normalizer)
         self.observation_dim, self.action_dim = raw["observations"].shape[1], raw["actions"].shape[1]
+        if discount is not None:
+            episodes.require_rewards("the data set")
         self.rewards = self._rewards(episodes, termination_penalty)
         padded = {k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in raw.items()}
         normed_fields = [_float32(self.normalizers[k].normalize(padded[k])) for k in ("actions", "observations")]
@@ -60,6 +65,7 @@ class TrajectoryDataset:
         self.windows = self._windows(use_padding)
         if not len(self.windows):
             raise UserError(f"no episode has a window of {horizon} steps: choose a smaller horizon")
+        tell_left_out(self.path_lengths, self.windows[:, 0], horizon)
         self.condition_times = (0, horizon - 1) if goal else (0,)
         self.values = None if discount is None else self._values(discount, normed)  # [M,1]
 
@@ -116,6 +122,13 @@ class TrajectoryDataset:
     def trajectories(self, items: np.ndarray) -> np.ndarray:
         """Windows `items` [B]: [B,H,D]."""
         return self.transitions[self.rows(items)]
+
+
+def tell_left_out(lengths: np.ndarray, used: np.ndarray, horizon: int) -> None:
+    """Say in a line how many of the episodes of these lengths [P] are not among the numbers `used` [M]: they have no
+    window."""
+    if left_out := len(lengths) - len(np.unique(used)):
+        log.warning("%d of %d episodes have no window of %d steps and are left out", left_out, len(lengths), horizon)
 
 
 def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, DebugNormalizer]:

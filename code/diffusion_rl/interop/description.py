@@ -55,8 +55,8 @@ def parts_of(tensors: Weights, group: str = "model") -> dict[str, dict[str, np.n
 
 
 def infer_kind(tensors: Weights) -> str:
-    """The method that these `model.*` tensors are of (`_KINDS`), or "unknown"."""
-    parts = parts_of(tensors)
+    """The method that these `model.*` (or, without them, `ema.*`) tensors are of (`_KINDS`), or "unknown"."""
+    parts = parts_of(tensors) or parts_of(tensors, "ema")
     acting = next((parts[name] for name in ("network", "actor_ft", "actor") if name in parts), {})
     network = describe_network(acting).get("class", "")
     family = "diffusion" if network in _DIFFUSION else "gmm" if network in _MIXTURE else "gaussian"
@@ -68,7 +68,7 @@ def describe_networks(tensors: Weights) -> dict[str, dict[str, Any]]:
     """Class and architecture of each part of the model, members of an ensemble counted; parts of no known class are
     left out."""
     networks: dict[str, dict[str, Any]] = {}
-    for name, weights in parts_of(tensors).items():
+    for name, weights in (parts_of(tensors) or parts_of(tensors, "ema")).items():
         part, _, member = name.partition(".")
         if member and part in networks:
             networks[part]["members"] += 1
@@ -81,6 +81,13 @@ def describe_networks(tensors: Weights) -> dict[str, dict[str, Any]]:
 
 def describe_network(weights: Weights) -> dict[str, Any]:
     """ "class", as this package calls it, and the dimensions that its shapes tell; {} for anything else."""
+    try:
+        return _facts(weights)
+    except (LookupError, ValueError):  # the names of a network, but shapes that none has
+        return {}
+
+
+def _facts(weights: Weights) -> dict[str, Any]:
     parts = {name.partition(".")[0] for name in weights}
     sees, facts = "backbone" in parts, {}
     if "time_embedding" in parts:

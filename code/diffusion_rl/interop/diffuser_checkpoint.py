@@ -6,17 +6,18 @@ not import or build anything: the names in the pickle become labels, and what is
 
 from __future__ import annotations
 
-import io
+import itertools
 import os
-import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, one_line
+from diffusion_rl.core.files import read_bytes
+from diffusion_rl.core.pickles import Interpreter, Refused
+from diffusion_rl.interop.reference_checkpoint import plain_name
 from diffusion_rl.interop.torch_checkpoint import read_pt
 
 # Its schedule tables, which are part of its state_dict, and ours.
@@ -33,36 +34,41 @@ SCHEDULE_BUFFERS = {
     "posterior_mean_coef1": "ddpm_mu_coef1",
     "posterior_mean_coef2": "ddpm_mu_coef2",
 }
-_LARGEST_CONFIG = 1_000_000  # bytes
+_LARGEST_CONFIG, _MOST_ITEMS = 1_000_000, 100_000  # bytes, values
 _PLAIN = (type(None), bool, int, float, str)
 _DROPPED = ("device",)
 
 
-class _Label:
-    """Stands for a class of the original: it has its name and takes arguments and state without doing anything."""
-
-    name = ""
-
-    def __init__(self, *arguments: Any):
-        self.state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+class _Label(str):
+    """The name of a class of the original, which is never looked up."""
 
 
-class _LabelsOnly(pickle._Unpickler):  # type: ignore[name-defined]  # in Python: the compiled one trusts sizes in the file
+class _Instance:
+    """Stands for an object of the original: its class and its state."""
+
+    def __init__(self, label: _Label):
+        self.label = label
+        self.state: dict[Any, Any] | None = None
+
+
+class _LabelsOnly(Interpreter):
     """Every class is a label; only the original's package may be named."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] != "diffuser" or not all(part.isidentifier() for part in f"{module}.{name}".split(".")):
-            raise pickle.UnpicklingError(f"it wants {module}.{name}")
-        return type("_Label", (_Label,), {"name": f"{module}.{name}"})
+    def find(self, name: str) -> _Label:
+        path = name.replace(" ", ".")
+        if path.split(".")[0] != "diffuser" or not all(part.isidentifier() for part in path.split(".")):
+            raise Refused(f"it wants {path}")
+        return _Label(path)
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside")
+    def create(self, kind: Any, arguments: Any) -> _Instance:
+        if type(kind) is not _Label or arguments != ():
+            raise Refused(f"it wants to make a {type(kind).__name__}")
+        return _Instance(kind)
 
-    def get_extension(self, code: int) -> None:
-        raise pickle.UnpicklingError("it wants a registered extension")
+    def build(self, target: Any, state: Any) -> None:
+        if type(target) is not _Instance or type(state) is not dict:
+            raise Refused(f"it wants to set the state of a {type(target).__name__}")
+        target.state = state
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
@@ -71,40 +77,39 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: the file is missing, damaged, or holds anything but a configuration of plain values.
     """
+    payload = read_bytes(path, f"no {path}: the configurations must lie beside the original's checkpoint")
     try:
-        payload = Path(path).read_bytes()
         if len(payload) > _LARGEST_CONFIG:
-            raise pickle.UnpicklingError(f"{len(payload)} bytes are too many")
-        found = _LabelsOnly(io.BytesIO(payload)).load()
-        if not isinstance(found, _Label) or not isinstance(found.state, dict):
-            raise pickle.UnpicklingError("it is no configuration")
-        label, arguments = found.state["_class"], found.state["_dict"]
-        if not (isinstance(label, type) and issubclass(label, _Label)) or not isinstance(arguments, dict):
-            raise pickle.UnpicklingError("it is no configuration")
-        return label.name, {_text(k): _plain(v) for k, v in arguments.items()}
-    except FileNotFoundError:
-        raise UserError(f"no {path}: the configurations must lie beside the original's checkpoint") from None
-    except UserError:
-        raise
+            raise Refused(f"{len(payload)} bytes are too many")
+        config = _LabelsOnly().run(payload)
+        if not isinstance(config, _Instance) or not isinstance(config.state, dict):
+            raise Refused("it is no configuration")
+        label, arguments = config.state["_class"], config.state["_dict"]
+        if type(label) is not _Label or not isinstance(arguments, dict):
+            raise Refused("it is no configuration")
+        items = itertools.count()
+        return str(label), {_text(k): _plain(v, items) for k, v in arguments.items()}
     except Exception as error:  # damaged pickles raise whatever their instructions lead to
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} refused: {reason}; nothing in it was executed") from error
+        raise UserError(f"{path} refused: {one_line(error)}; nothing in it was executed") from error
 
 
 def _text(key: Any) -> str:
     if type(key) is not str:
-        raise pickle.UnpicklingError("an argument without a name")
+        raise Refused("an argument without a name")
     return key
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _plain(value: Any, items: Iterator[int], depth: int = 0) -> Any:
+    """The value as JSON has it; `items` counts its parts, of which a few bytes of a pickle can make very many."""
+    if next(items) > _MOST_ITEMS:
+        raise Refused("it holds too many values")
     if type(value) in _PLAIN:
         return value
     if depth < 8 and type(value) in (list, tuple):
-        return [_plain(item, depth + 1) for item in value]
+        return [_plain(item, items, depth + 1) for item in value]
     if depth < 8 and type(value) is dict and all(type(key) in (str, int) for key in value):
-        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
-    raise pickle.UnpicklingError(f"it holds a {type(value).__name__}")
+        return {str(key): _plain(item, items, depth + 1) for key, item in value.items()}
+    raise Refused(f"it holds a {type(value).__name__}")
 
 
 def described(part: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,12 +124,8 @@ def described(part: str, name: str, arguments: Mapping[str, Any]) -> dict[str, A
 
 def averaged_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str, np.ndarray]:
     """The averaged weights in a `state_<label>.pt`, without its schedule, which must be of so many steps."""
-    data = read_pt(path)
-    if not isinstance(data, dict) or not isinstance(data.get("ema"), dict):
-        raise UserError(f"{path} is no checkpoint of the PyTorch Diffuser: it has no averaged weights")
-    weights = data["ema"]
-    steps = len(weights.get("betas", ()))
-    if steps != n_timesteps:
+    weights = _average_in(path, f"{path} is no checkpoint of the PyTorch Diffuser: it has no averaged weights")
+    if (steps := _steps(weights)) != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps, its configuration says {n_timesteps}")
     return {name: value for name, value in weights.items() if name.startswith("model.")}
 
@@ -134,11 +135,11 @@ def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
 
     Its attention is made of two-dimensional convolutions, and its levels have no place for another attention.
     """
-    data = read_pt(path)
-    weights = data.get("ema") if isinstance(data, dict) else None
-    if not isinstance(weights, dict) or not any(str(name).startswith("denoise_fn.") for name in weights):
-        raise UserError(f"{path} is no checkpoint of the PyTorch Diffuser's Kuka experiments")
-    if (steps := len(weights.get("betas", ()))) != n_timesteps:
+    problem = f"{path} is no checkpoint of the PyTorch Diffuser's Kuka experiments"
+    weights = _average_in(path, problem)
+    if not any(name.startswith("denoise_fn.") for name in weights):
+        raise UserError(problem)
+    if (steps := _steps(weights)) != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps: plan with --n_diffusion_steps {steps}")
     found = {}
     for name, value in weights.items():
@@ -147,3 +148,20 @@ def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
             value = value[..., 0] if ".attn.fn." in name and value.ndim == 4 else value
             found[own.replace("denoise_fn.", "model.", 1)] = value
     return found
+
+
+def _average_in(path: str | os.PathLike[str], problem: str) -> dict[str, np.ndarray]:
+    """Arrays of the entry "ema"; UserError with `problem` where there are none."""
+    data = read_pt(path)
+    weights = data.get("ema") if isinstance(data, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(problem)
+    arrays = {k: v for k, v in weights.items() if isinstance(k, str) and isinstance(v, np.ndarray)}
+    if not arrays:
+        raise UserError(problem)
+    return {plain_name(name): value for name, value in arrays.items()}
+
+
+def _steps(weights: Mapping[str, np.ndarray]) -> int:
+    """Length of the schedule that lies among the weights."""
+    return int(weights["betas"].size) if "betas" in weights else 0

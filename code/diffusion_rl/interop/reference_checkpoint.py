@@ -17,18 +17,24 @@ What ours holds beyond that (optimizer, state of training, configuration) has no
 from __future__ import annotations
 
 import collections
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
-from diffusion_rl.interop.description import describe_networks, infer_kind, parts_of
+from diffusion_rl.core.errors import UserError, listed, one_line
+from diffusion_rl.interop.description import describe_network, describe_networks, infer_kind, parts_of
 from diffusion_rl.interop.torch_checkpoint import MetaTensor
+
+log = logging.getLogger(__name__)
 
 State = collections.OrderedDict[str, Any]
 
 _GROUPS = ("model", "ema")
+_ENTRIES = {"model": ("model", "state_dict", "model_state_dict"), "ema": ("ema", "ema_state_dict", "model_ema")}
+_ACTING = ("MLP", "Unet1D", "Transformer")  # what classes of networks that act end in
+_WRAPPERS = ("module", "_orig_mod")
 _STACKED = "ensemble_params."  # ensembles as they are trained: in our checkpoints, not in the reference's (quirk 49)
 _COUNTERS = ("epoch", "itr")
 _ENSEMBLE, _SHELL = "critic_networks.0.", "base_model."
@@ -37,46 +43,96 @@ _ENSEMBLE, _SHELL = "critic_networks.0.", "base_model."
 def from_reference(data: Any, name: str = "the checkpoint") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, metadata) of ours for what `read_pt` gave.
 
+    Files of others' trainings are taken as well: weights under another name or bare, names in which DistributedData-
+    Parallel and torch.compile have left theirs, and what else lies beside the weights. That is left aside, and one
+    warning names it.
+
     The metadata say what the tensors tell: "kind" and "networks" (see `description`) and the counter ("epoch" or
     "itr"); and under "reference" what is needed to write the same file again: its "keys" in their order, its other
     "entries", "aliases" (part -> the part whose tensors it shares, by group), and "empty" (names of tensors without
     elements -> [type, shape], by group).
 
     Raises:
-        UserError: `data` is not a checkpoint of the reference.
+        UserError: `data` holds no weights of a model.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise UserError(
-            f'{name} is not a checkpoint of the reference: it has no "model" with a state_dict; give the state_<n>.pt '
-            "that a training wrote"
-        )
+    groups = _groups(data, name)
+    states = {key: _state_dict(data if key is None else data[key], group, name) for group, key in groups.items()}
+    aside = [f"{key}.{odd}" for key, (_, others) in states.items() if key is not None for odd in others]
     tensors: dict[str, np.ndarray] = {}
-    entries: dict[str, Any] = {}
     empty: dict[str, Any] = {}
-    for key, value in data.items():
-        if key in _GROUPS:
-            _require_state_dict(key, value, name)
-            tensors.update({f"{key}.{k}": v for k, v in value.items() if isinstance(v, np.ndarray)})
-            empty[key] = {k: [v.dtype, list(v.shape)] for k, v in value.items() if isinstance(v, MetaTensor)}
-        elif isinstance(key, str) and _is_scalar(value):
-            entries[key] = value
-        else:
-            raise UserError(f"{name} is not a checkpoint of the reference: unexpected entry {str(key)[:50]!r}")
+    for group, key in groups.items():
+        state, _ = states[key]
+        tensors |= {f"{group}.{k}": v for k, v in state.items() if isinstance(v, np.ndarray)}
+        empty[group] = {k: [v.dtype, list(v.shape)] for k, v in state.items() if isinstance(v, MetaTensor)}
+    entries = {key: value for key, value in data.items() if isinstance(key, str) and _is_scalar(value)}
+    taken = {*groups.values(), *entries}
+    aside += [str(key)[:50] for key in data if key not in taken and not _is_tensor(data[key])]
+    if aside:
+        log.warning("%s: its weights are taken, and left aside is what lies beside them: %s", name, listed(aside))
     metadata: dict[str, Any] = {"format": 1, "kind": infer_kind(tensors)}
-    metadata |= {counter: entries.pop(counter) for counter in _COUNTERS if counter in entries}
+    metadata |= {counter: entries.pop(counter) for counter in _COUNTERS if type(entries.get(counter)) is int}
     metadata["networks"] = describe_networks(tensors)
     aliases = {group: _shared_parts(tensors, group) for group in empty}
-    metadata["reference"] = {"keys": list(data), "entries": entries, "aliases": aliases, "empty": empty}
+    named = {key: group for group, key in groups.items()}
+    keys = [named.get(key, key) for key in data if key in named or key in entries or key in _COUNTERS]
+    keys += [group for group in groups if group not in keys]
+    metadata["reference"] = {"keys": keys, "entries": entries, "aliases": aliases, "empty": empty}
     return tensors, metadata
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what DistributedDataParallel and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _groups(data: Any, name: str) -> dict[str, str | None]:
+    """The entry of each group of weights; None for a bare state_dict."""
+    if isinstance(data, dict):
+        tensors = {key: isinstance(x, dict) and any(map(_is_tensor, x.values())) for key, x in data.items()}
+        named = {group: [key for key in keys if tensors.get(key)] for group, keys in _ENTRIES.items()}
+        if any(named.values()):
+            return {group: keys[0] for group, keys in named.items() if keys}
+        if any(map(_is_tensor, data.values())):
+            return {"model": None}
+    raise UserError(
+        f'{name} is not a checkpoint of the reference: it has no "model" with a state_dict; give the state_<n>.pt '
+        "that a training wrote"
+    )
+
+
+def _state_dict(entry: dict[Any, Any], group: str, name: str) -> tuple[dict[str, Any], list[str]]:
+    """The tensors of a state_dict under their plain names, and the names of what else is in it."""
+    state, others = {}, []
+    for key, value in entry.items():
+        if isinstance(key, str) and _is_tensor(value):
+            if (plain := plain_name(key)) in state:
+                raise UserError(f"{name}: the weight {plain!r} of its {group!r} is there twice")
+            state[plain] = value
+        else:
+            others.append(str(key)[:50])
+    arrays = {key: value for key, value in state.items() if isinstance(value, np.ndarray)}
+    if describe_network(arrays).get("class", "").endswith(_ACTING):  # of the network alone
+        state = {f"network.{key}": value for key, value in state.items()}
+    return state, others
 
 
 def to_reference(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:
     """What `write_pt` needs for a `.pt` file that the reference loads.
 
     Raises:
-        UserError: there are no `model.*` tensors.
+        UserError: there are no `model.*` tensors, or the metadata under "reference" are not those of `from_reference`.
     """
-    origin = metadata.get("reference", {})
+    try:
+        return _to_reference(tensors, metadata, metadata.get("reference") or {})
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the checkpoint's facts on its .pt file make no sense ({one_line(error)}): use another"
+        ) from error
+
+
+def _to_reference(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], origin: Mapping[str, Any]
+) -> dict[str, Any]:
     groups: dict[str, State] = {}
     for group in _GROUPS:
         start = f"{group}."
@@ -143,12 +199,8 @@ def _usual_shell(state: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[
     return {_SHELL + name: (value.dtype.name, value.shape) for name, value in first.items()}
 
 
-def _require_state_dict(group: str, state: Any, name: str) -> None:
-    if not isinstance(state, dict):
-        raise UserError(f'{name} is not a checkpoint of the reference: its "{group}" is no state_dict')
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, np.ndarray | MetaTensor):
-            raise UserError(f'{name}: the entry {str(key)[:50]!r} of its "{group}" is not a tensor')
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, np.ndarray | MetaTensor)
 
 
 def _is_scalar(value: Any) -> bool:

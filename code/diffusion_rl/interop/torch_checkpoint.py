@@ -2,9 +2,9 @@
 
 A `.pt` file is a zip archive of uncompressed records: `<name>/data.pkl`, a pickle in which every tensor is a call that
 refers to a storage by key, and `<name>/data/<key>`, the raw elements of that storage. A pickle is a program. This one
-is not run by Python's unpickler, which calls what the program names, but by a small interpreter (`_Interpreter`) that
-has no means to import or to call anything: it knows the dozen names that tensors and dictionaries are made with, builds
-plain values for them itself, and refuses the file at the first other name.
+is not run by Python's unpickler, which calls what the program names, but by an interpreter (`core.pickles`) that has no
+means to import or to call anything: it knows the dozen names that tensors and dictionaries are made with, builds plain
+values for them itself, and refuses the file at the first other name.
 
 Types: float16/32/64, bfloat16, int8…64, uint8…64, bool, complex64/128. Views keep their values and lose their strides.
 Tensors of torch's "meta" device have a type and a shape but no elements: `MetaTensor`.
@@ -17,19 +17,18 @@ import io
 import math
 import os
 import pickle
-import pickletools
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
-from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.core.errors import UserError, one_line
+from diffusion_rl.core.files import atomic_file, read_bytes
+from diffusion_rl.core.pickles import Interpreter, Refused, scalar_key
 
 # torch's storage classes, and the newer element types that have none and are kept as untyped bytes.
 _STORAGES = {
@@ -65,10 +64,6 @@ class MetaTensor:
     shape: tuple[int, ...]
 
 
-class _Refused(Exception):
-    """The pickle wants something that has no place in a checkpoint."""
-
-
 def read_pt(path: str | os.PathLike[str]) -> Any:
     """What `torch.save` wrote to `path`, with numpy arrays for the tensors; nothing in the file is executed.
 
@@ -79,13 +74,7 @@ def read_pt(path: str | os.PathLike[str]) -> Any:
     Raises:
         UserError: the file is missing, damaged, of another format, or its pickle wants more than the above.
     """
-    name = str(path)
-    try:
-        payload = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {name}: check the path") from None
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {name}: {error.strerror or error}") from error
+    name, payload = str(path), read_bytes(path, f"no checkpoint at {path}: check the path")
     if payload.startswith(_LEGACY_START):
         raise UserError(
             f"{name} has the format of torch before 1.6: write it anew with torch.save(torch.load(path, "
@@ -99,10 +88,10 @@ def read_pt(path: str | os.PathLike[str]) -> Any:
     try:
         archive = _Archive(payload)
         return _Interpreter(archive).run(archive.read("data.pkl"))
-    except _Refused as error:
-        raise UserError(f"{name} refused: {_one_line(error)}; nothing in it was executed") from error
+    except Refused as error:
+        raise UserError(f"{name} refused: {one_line(error)}; nothing in it was executed") from error
     except _DAMAGE as error:
-        raise UserError(f"{name} is damaged ({_one_line(error)}): use another copy") from error
+        raise UserError(f"{name} is damaged ({one_line(error)}): use another copy") from error
 
 
 # What zipfile, pickletools, numpy and the interpreter's own checks raise on contents that make no sense.
@@ -110,10 +99,6 @@ _DAMAGE = (
     *(zipfile.BadZipFile, struct.error, ValueError, LookupError, TypeError, ArithmeticError, EOFError),
     *(RuntimeError, AssertionError, AttributeError, MemoryError),
 )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
 
 
 class _Archive:
@@ -126,10 +111,10 @@ class _Archive:
         names = self._zip.namelist()
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1 or len(set(names)) != len(names):
-            raise _Refused("it is a zip archive, but not of the form that torch.save writes")
+            raise Refused("it is a zip archive, but not of the form that torch.save writes")
         self._prefix = pickles[0].removesuffix("data.pkl")
         if f"{self._prefix}constants.pkl" in names:
-            raise _Refused("it is a TorchScript archive (a program); save the model's state_dict instead")
+            raise Refused("it is a TorchScript archive (a program); save the model's state_dict instead")
         self.byteorder = self.read("byteorder").decode() if f"{self._prefix}byteorder" in names else "little"
         if self.byteorder not in ("little", "big"):
             raise ValueError("unknown byte order")
@@ -138,10 +123,10 @@ class _Archive:
     def read(self, record: str) -> bytes:
         info = self._zip.getinfo(self._prefix + record)
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-            raise _Refused("its records are compressed, which torch.save never does")
+            raise Refused("its records are compressed, which torch.save never does")
         self._unread -= info.file_size
         if self._unread < 0 or (record == "data.pkl" and info.file_size > _MAX_PICKLE_BYTES):
-            raise _Refused(f"its records claim more bytes than a file of {self.size} bytes can hold")
+            raise Refused(f"its records claim more bytes than a file of {self.size} bytes can hold")
         return self._zip.read(info)
 
     def storage(self, key: str, dtype: np.dtype, numel: int) -> np.ndarray:
@@ -166,108 +151,57 @@ class _Storage:
         self.key, self.dtype, self.numel = key, dtype, numel
 
 
-class _Interpreter:
-    """Runs the pickle instructions that torch writes, on plain values only."""
+class _Interpreter(Interpreter):
+    """Knows tensors, and what else torch writes."""
+
+    WRITER = "torch.save"
 
     def __init__(self, archive: _Archive):
+        super().__init__()
         self._archive = archive
-        self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
         self._tensors: dict[tuple[Any, ...], np.ndarray] = {}
         # Views can repeat elements: what they add up to is kept in proportion to the file.
         self._allowance = 16_000_000 + 4 * archive.size
 
     def run(self, program: bytes) -> Any:
-        for instruction, argument, _ in pickletools.genops(program):
-            name = instruction.name
-            if name == "STOP":
-                break
-            if name in _LITERALS:
-                self._stack.append(argument)
-            elif name in _INSTRUCTIONS:
-                _INSTRUCTIONS[name](self, argument)
-            else:
-                raise _Refused(f"this pickle uses the instruction {name}, which torch.save never writes")
-        (result,) = self._stack
-        if self._marked:
-            raise ValueError("a mark without an end")
+        result = super().run(program)
         _require_plain(result)
         return result
 
-    # Instructions: each takes the argument that follows it in the file, if any.
-
-    def _push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def _mark(self, _: None) -> None:
-        self._marked.append(self._stack)
-        self._stack = []
-
-    def _since_mark(self) -> list[Any]:
-        items, self._stack = self._stack, self._marked.pop()
-        return items
-
-    def _tuple(self, size: int | None) -> None:
-        items = self._since_mark() if size is None else [self._stack.pop() for _ in range(size)][::-1]
-        self._push(tuple(items))
-
-    def _extend(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) is not list:
-            raise _Refused(f"this pickle wants to append to a {type(target).__name__}")
-        target.extend(items)
-
-    def _set_items(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if type(target) not in (dict, collections.OrderedDict):
-            raise _Refused(f"this pickle wants to set items of a {type(target).__name__}")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
-
-    def _remember(self, index: int | None) -> None:
-        self._memo[len(self._memo) if index is None else index] = self._stack[-1]
-
-    def _global(self, name: str) -> None:
+    def find(self, name: str) -> Any:
         if name in _DTYPE_NAMES:
-            self._push(name.replace(" ", "."))
-        elif name in _FUNCTIONS or name in _STORAGE_CLASSES:
-            self._push(_Global(name))
-        else:
-            raise _Refused(f"this pickle wants {name.replace(' ', '.')}, which has no place in a checkpoint")
+            return name.replace(" ", ".")
+        if name in _FUNCTIONS or name in _STORAGE_CLASSES:
+            return _Global(name)
+        raise Refused(f"this pickle wants {name.replace(' ', '.')}, which has no place in a checkpoint")
 
-    def _stack_global(self, _: None) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._global(f"{module} {name}")
+    def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if type(function) is not _Global or function not in _FUNCTIONS:
+            raise Refused(f"this pickle wants to call a {type(function).__name__}")
+        return _FUNCTIONS[function](self, *arguments)
 
-    def _reduce(self, _: None) -> None:
-        arguments, function = self._stack.pop(), self._stack.pop()
-        if type(function) is not _Global or function not in _FUNCTIONS or type(arguments) is not tuple:
-            raise _Refused(f"this pickle wants to call a {type(function).__name__}")
-        self._push(_FUNCTIONS[function](self, *arguments))
-
-    def _build(self, _: None) -> None:
+    def build(self, target: Any, state: Any) -> None:
         """A state_dict carries its modules' version numbers as an attribute: dropped. Nothing else has attributes."""
-        state = self._stack.pop()
-        if type(self._stack[-1]) is not collections.OrderedDict or type(state) is not dict:
-            raise _Refused(f"this pickle wants to set the state of a {type(self._stack[-1]).__name__}")
+        if type(target) is not collections.OrderedDict or type(state) is not dict:
+            raise Refused(f"this pickle wants to set the state of a {type(target).__name__}")
 
-    def _persistent(self, _: None) -> None:
-        kind, storage_class, key, _location, numel = self._stack.pop()
+    def persistent(self, pid: Any) -> Any:
+        kind, storage_class, key, _location, numel = pid
         if kind != "storage" or type(storage_class) is not _Global or storage_class not in _STORAGE_CLASSES:
-            raise _Refused("this pickle refers to something that is not a storage")
+            raise Refused("this pickle refers to something that is not a storage")
         if type(key) is not str:
             raise ValueError("a storage's key is not a string")
-        self._push(_Storage(key, _STORAGE_CLASSES[storage_class], _natural(numel)))
+        return _Storage(key, _STORAGE_CLASSES[storage_class], _natural(numel))
 
     # The functions a pickle may "call".
 
     def _ordered_dict(self, items: Any = ()) -> collections.OrderedDict[Any, Any]:
-        return collections.OrderedDict([(_key(key), value) for key, value in items])
+        self.spend(len(items))
+        return collections.OrderedDict([(scalar_key(key), value) for key, value in items])
 
     def _tensor_v2(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> np.ndarray:
         if len(rest) > 2 and rest[2]:  # after requires_grad and hooks
-            raise _Refused("it holds a lazily conjugated or negated tensor: save tensor.resolve_conj().resolve_neg()")
+            raise Refused("it holds a lazily conjugated or negated tensor: save tensor.resolve_conj().resolve_neg()")
         return self._view(storage, offset, size, stride)
 
     def _tensor_v3(
@@ -290,63 +224,32 @@ class _Interpreter:
         return data
 
     def _size(self, dimensions: Any) -> tuple[Any, ...]:
+        if len(dimensions) > _MAX_DIMENSIONS:
+            raise ValueError("a size of too many dimensions")
         return tuple(dimensions)
 
     def _device(self, *parts: Any) -> str:
-        return ":".join(str(part) for part in parts if type(part) in (str, int))
+        return ":".join(str(part)[:20] for part in parts[:2] if type(part) in (str, int))
 
     def _view(self, storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
         """The tensor of shape `size`, contiguous. One array for one and the same view."""
-        shape, strides = tuple(map(_natural, size)), tuple(map(_natural, stride))
-        if len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS or type(storage) is not _Storage:
+        if len(size) != len(stride) or len(size) > _MAX_DIMENSIONS or type(storage) is not _Storage:
             raise ValueError("a tensor's size, stride and storage do not fit together")
+        shape, strides = tuple(map(_natural, size)), tuple(map(_natural, stride))
         view = (storage.key, storage.dtype, _natural(offset), shape, strides)
         if view not in self._tensors:
             dtype, count = _dtype(storage.dtype), math.prod(shape)
             elements = self._archive.storage(storage.key, dtype, storage.numel)
             last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
             if count and last >= storage.numel:
-                raise _Refused(f"a tensor reaches element {last} of a storage of {storage.numel}")
+                raise Refused(f"a tensor reaches element {last} of a storage of {storage.numel}")
             self._allowance -= count * dtype.itemsize
             if self._allowance < 0:
-                raise _Refused(f"its tensors claim more bytes than a file of {self._archive.size} bytes can hold")
+                raise Refused(f"its tensors claim more bytes than a file of {self._archive.size} bytes can hold")
             self._tensors[view] = _copy_view(elements[offset:], shape, strides) if count else np.empty(shape, dtype)
         return self._tensors[view]
 
 
-_LITERALS = {
-    *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINSTRING", "SHORT_BINSTRING"),
-}
-_INSTRUCTIONS: dict[str, Callable[[_Interpreter, Any], None]] = {
-    "PROTO": lambda self, _: None,
-    "FRAME": lambda self, _: None,
-    "NONE": lambda self, _: self._push(None),
-    "NEWTRUE": lambda self, _: self._push(True),
-    "NEWFALSE": lambda self, _: self._push(False),
-    "EMPTY_DICT": lambda self, _: self._push({}),
-    "EMPTY_LIST": lambda self, _: self._push([]),
-    "EMPTY_TUPLE": lambda self, _: self._push(()),
-    "MARK": _Interpreter._mark,
-    "TUPLE": lambda self, _: self._tuple(None),
-    "TUPLE1": lambda self, _: self._tuple(1),
-    "TUPLE2": lambda self, _: self._tuple(2),
-    "TUPLE3": lambda self, _: self._tuple(3),
-    "APPEND": lambda self, _: self._extend([self._stack.pop()]),
-    "APPENDS": lambda self, _: self._extend(self._since_mark()),
-    "SETITEM": lambda self, _: self._set_items([self._stack.pop(), self._stack.pop()][::-1]),
-    "SETITEMS": lambda self, _: self._set_items(self._since_mark()),
-    "BINPUT": _Interpreter._remember,
-    "LONG_BINPUT": _Interpreter._remember,
-    "MEMOIZE": lambda self, _: self._remember(None),
-    "BINGET": lambda self, index: self._push(self._memo[index]),
-    "LONG_BINGET": lambda self, index: self._push(self._memo[index]),
-    "GLOBAL": _Interpreter._global,
-    "STACK_GLOBAL": _Interpreter._stack_global,
-    "REDUCE": _Interpreter._reduce,
-    "BUILD": _Interpreter._build,
-    "BINPERSID": _Interpreter._persistent,
-}
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "collections OrderedDict": _Interpreter._ordered_dict,
     "torch._utils _rebuild_tensor": _Interpreter._tensor_v2,
@@ -358,13 +261,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch Size": _Interpreter._size,
     "torch device": _Interpreter._device,
 }
-
-
-def _key(value: Any) -> Any:
-    # Only scalars: the hash of a tuple nested a million deep would end the process.
-    if value is not None and type(value) not in (str, int, float, bool):
-        raise _Refused(f"this pickle wants a {type(value).__name__} as a dictionary's key")
-    return value
 
 
 def _natural(value: Any) -> int:
@@ -396,7 +292,7 @@ def _require_plain(result: Any) -> None:
     while pending:
         value = pending.pop()
         if isinstance(value, (_Global, _Storage)):
-            raise _Refused("it holds a bare class, function or storage where a value should be")
+            raise Refused("it holds a bare class, function or storage where a value should be")
         if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
             seen.add(id(value))
             pending.extend([*value.keys(), *value.values()] if isinstance(value, dict) else value)

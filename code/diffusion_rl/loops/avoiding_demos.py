@@ -18,12 +18,12 @@ import numpy as np
 
 from diffusion_rl.core import avoiding
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.episodes import Episodes, Normalization, save_episodes
 from diffusion_rl.data.sources import d3il
 from diffusion_rl.data.sources.d3il import Demonstration
 from diffusion_rl.envs.panda import ArmStates, PandaPhysics
-from diffusion_rl.interop.files import atomic_file
 
 
 def follow(setpoints: Sequence[np.ndarray], physics: PandaPhysics | None = None) -> tuple[list[np.ndarray], np.ndarray]:

@@ -21,16 +21,17 @@ import tensorflow as tf
 from diffusion_rl.algorithms.off_policy import Phase
 from diffusion_rl.algorithms.sac import SAC
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file, require_file, require_writable
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.npz import read_npz, write_npz
+from diffusion_rl.core.ranges import require_range, require_seed
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import (
     Episodes,
     Normalization,
     load_episodes,
     load_unscaled,
-    read_npz,
     save_episodes,
-    write_npz,
 )
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -64,6 +65,24 @@ class Settings:
     eval_every: int = 2_500  # gradient steps between evaluations
     hidden: int = 256  # width of the two hidden layers of every network
     critic_layernorm: bool = False  # steadier where the plain critics overestimate (Ball et al. 2023)
+
+    def check(self) -> None:
+        """Raise UserError for a number that cannot work."""
+        require_seed(self.seed)
+        for name in ("n_envs", "n_eval_envs", "hidden", "updates_per_call"):
+            require_range(_option(name), getattr(self, name), 1, 10_000)
+        for name in ("batch_size", "eval_every"):
+            require_range(_option(name), getattr(self, name), 1)
+        require_range("--explore-steps", self.explore_steps, 0)
+        require_range("--replay-ratio", self.replay_ratio, above=0)
+        require_range("--buffer-size", self.buffer_size, self.batch_size, 100_000_000)
+        require_range("--max-updates (which --eval-every must fit into)", self.max_updates, self.eval_every)
+        first = self.explore_steps + self.updates_per_call / self.replay_ratio
+        require_range("--batch-size (with these --explore-steps)", self.batch_size, 1, int(first))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
@@ -153,7 +172,7 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     first that reaches a medium return may be far above it. Every evaluated actor is kept in `work_dir`, and in
     `replay.npz` all episodes up to the first evaluation of medium return.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
+    require_writable(work_dir / "training.json")
     envs = make_envs(task, settings.n_envs, settings.seed)
     eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
@@ -177,9 +196,11 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
         row["alpha"] = float(np.exp(policy.watched()["log_alpha"]))
         log.append(row)
         save_actor(actor_file(work_dir, updates), policy)
-        (work_dir / "training.json").write_text(json.dumps(log, indent=1))
+        with atomic_file(work_dir / "training.json") as file:
+            file.write(json.dumps(log, indent=1).encode())
         print(_progress_line(row, updates / (time.monotonic() - start), settings), flush=True)
-        if evaluation["return"]["mean"] >= MEDIUM_RETURN[task] and not replay_file(work_dir).exists():
+        whole = collector.env_steps <= settings.buffer_size
+        if evaluation["return"]["mean"] >= MEDIUM_RETURN[task] and whole and not replay_file(work_dir).exists():
             write_npz(replay_file(work_dir), collector.episodes().arrays())
         if evaluation["return"]["mean"] >= target_return:
             break
@@ -290,7 +311,7 @@ def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:
 
 def save_actor(path: Path, policy: SAC) -> None:
     """The actor's weights under the reference's names."""
-    np.savez_compressed(path, **state_dict(policy.network))
+    write_npz(path, state_dict(policy.network))
 
 
 def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
@@ -331,10 +352,15 @@ def make(
         actor, replay: of an earlier training, instead of one.
         target_return: of the policy, where it is not to be about D4RL's.
     """
+    settings.check()
+    require_range("--transitions", transitions, 2)
+    require_range("--target-return", 0.0 if target_return is None else target_return)
     if flavour == "medium-replay":
         if replay is None:
             train(task, MEDIUM_RETURN[task] if target_return is None else target_return, settings, work_dir)
             replay = replay_file(work_dir)
+            cure = f"raise --max-updates ({settings.max_updates}) or --buffer-size ({settings.buffer_size})"
+            require_file(replay, f"no {replay}: no medium return was reached before the end or a full buffer: {cure}")
         return thinned(load_episodes(replay), transitions)
     if actor is None:
         returns = MEDIUM_RETURN if flavour == "medium" else EXPERT_RETURN

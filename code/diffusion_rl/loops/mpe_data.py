@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_rl.core.files import atomic_file, require_writable
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.ranges import require_range
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.envs.mpe import N_AGENTS, SpreadVectorEnv, scripted
-from diffusion_rl.interop.files import atomic_file
 
 # What the agents are like: force for each unit of distance, and deviation of its noise.
 QUALITIES = {"expert": (6.0, 0.1), "medium": (1.0, 0.5)}
@@ -25,7 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--episodes", type=int, default=1000, help="of 25 steps")
     parser.add_argument("--data_dir", help="default: where the data of this repository are")
     given = parser.parse_args(list(arguments))
+    require_range("--episodes", given.episodes, 1, 1_000_000)
     folder = Path(given.data_dir or data_dir()) / "mpe" / "simple_spread" / given.quality / "seed_0_data"
+    require_writable(folder / "obs_0.npy")
     fields, returns = record(given.episodes, *QUALITIES[given.quality])
     for name, arrays in fields.items():
         for agent, array in enumerate(arrays):

@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import require_writable
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes, read_npz, save_episodes, write_npz
+from diffusion_rl.core.normalizers import read_bounds
+from diffusion_rl.core.npz import read_npz, write_npz
+from diffusion_rl.core.ranges import require_range, require_seed
+from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes, save_episodes
 from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import robomimic
 from diffusion_rl.envs.robomimic_experts import plans
@@ -38,6 +42,13 @@ class Settings:
     noise: float = 0.0
     speed: float = 1.0
     seed: int = 0
+
+    def check(self) -> None:
+        """Raise UserError for a number that cannot work."""
+        require_range("--attempts", self.attempts, 1)
+        require_range("--noise", self.noise, 0)
+        require_range("--speed", self.speed, above=0, most=1)
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
 
 def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstration]:
     """The successful ones of `settings.attempts` episodes, seeded one after the other."""
+    settings.check()
     env, succeeded = make_env(task, settings.seed), 0
     for i in range(settings.attempts):
         demonstration, success = demonstrate(env, task, settings.seed + i, settings)
@@ -123,11 +135,18 @@ def render(task: str, source: Path, out_dir: Path, report: Report) -> None:
 
     Every simulator state that `save` wrote is set in a simulator with cameras; actions and rewards stay.
     """
-    episodes, bounds = load_episodes(source / "train.npz"), read_npz(source / "normalization.npz")
-    saved = read_npz(source / SIMULATOR_FILE)
+    episodes, states_file = load_episodes(source / "train.npz", scaled=True), source / SIMULATOR_FILE
+    bounds = read_bounds(source / "normalization.npz", episodes.states.shape[1], episodes.actions.shape[1])
+    saved = read_npz(states_file, ("states", "seed"))
+    if (
+        len(saved) < 2
+        or saved["states"].ndim != 2
+        or saved["seed"].shape
+        or len(saved["states"]) != len(episodes.states)
+    ):
+        raise UserError(f"{states_file}: it needs a seed, and a state for each of {len(episodes.states)} transitions")
     flats, seed = saved["states"], int(saved["seed"])
-    if len(flats) != len(episodes.states):
-        raise UserError(f"{source / SIMULATOR_FILE}: {len(flats)} states for {len(episodes.states)} transitions")
+    require_writable(out_dir / "train.npz")
     env = make_env(task, seed, pictures=True)
     env.reset(seed=seed)  # the first pictures are right only after one
     images, states = [], []

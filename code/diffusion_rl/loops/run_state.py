@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from diffusion_rl.core.errors import UserError
-from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.core.errors import UserError, one_line
+from diffusion_rl.core.files import atomic_file, read_bytes, require_file
+from diffusion_rl.core.normalizers import KEYS
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,13 @@ _DTYPES = {
     "F32": "<f4",
     "F64": "<f8",
     "C64": "<c8",
+}
+_COUNTS = ("obs_dim", "action_dim", "horizon_steps", "denoising_steps", "ft_denoising_steps", "cond_steps")
+_TABLES = ("config", "config.train", "train", "normalization", "networks", "sampling", "sizes", "noise", "reference")
+_FACTS: dict[type, Sequence[str]] = {  # None stands for a fact that is not known
+    str: ("kind", "mode"),
+    int: ("format", "epoch", "itr", "step", "steps", "position", *_COUNTS),
+    dict: (*_TABLES, *(f"description{part}" for part in ("", ".dataset", ".model", ".diffusion"))),
 }
 _SAVABLE = {np.dtype(code).name for code in _DTYPES.values()} | {"bfloat16"}
 _STATE_FILE = re.compile(r"state_(\d+)\.safetensors")
@@ -97,13 +106,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
         data = torch_checkpoint.read_pt(path)
         return Checkpoint(*reference_checkpoint.from_reference(data, name=str(path)))
-    try:
-        payload = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: check the path") from None
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    return _decode(payload, str(path))
+    return _decode(read_bytes(path, f"no checkpoint at {path}: check the path"), str(path))
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
@@ -136,10 +139,10 @@ def numbered_checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, P
 def checkpoint_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a checkpoint of ours, unchecked and without reading its tensors; {} where they cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open(require_file(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return json.loads(json.loads(file.read(min(length, 1 << 26)))["__metadata__"]["metadata"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (UserError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
 
@@ -214,11 +217,29 @@ def _decode(payload: bytes, name: str) -> Checkpoint:
             raise ValueError("its contents do not match their checksum")
         newer = metadata.get("format", FORMAT) > FORMAT
     except (safetensors.SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name} is damaged ({len(payload)} bytes; {reason}): use another, or delete it") from error
+        reason = f"{len(payload)} bytes; {one_line(error)}"
+        raise UserError(f"{name} is damaged ({reason}): use another, or delete it") from error
     if newer:
         raise UserError(f"{name} is of format {metadata['format']}, newer than this package's {FORMAT}: update it")
+    _check_facts(metadata, name)
     return Checkpoint(arrays, metadata)
+
+
+def _check_facts(metadata: Mapping[str, Any], name: str) -> None:
+    """Raise UserError for a fact of another type than it has in a checkpoint that this package wrote."""
+    for kind, keys in _FACTS.items():
+        for key in keys:
+            value: Any = metadata
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+                wrong = f"its {key} is a {type(value).__name__}, not a {kind.__name__}"
+                raise UserError(f"{name} is no checkpoint of this package, {wrong}: use another")
+    bounds = metadata.get("normalization") or {}
+    for key in KEYS:
+        vector = bounds.get(key, [])
+        if not isinstance(vector, list) or not all(type(x) in (int, float) and math.isfinite(x) for x in vector):
+            raise UserError(f"{name}: its normalization.{key} is no list of finite numbers: use another checkpoint")
 
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import read_json
 from diffusion_rl.reports.figures import write_with_table
 
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
@@ -18,12 +18,11 @@ FIGURES = "figures"
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a loss log or of the results of a sweep."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; a JSON list of rows is needed") from error
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} is no list of rows")
+        raise UserError(f"{path} is no JSON list of rows")
+    if not all(type(row.get("gradient_steps")) is int for row in rows):
+        raise UserError(f"{path}: every row needs its gradient_steps, a whole number")
     return rows
 
 

@@ -31,6 +31,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import read_bytes
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -64,7 +65,7 @@ def _parse(path: Path) -> tuple[list[Row], int]:
     rows: list[Row] = []
     good_bytes = 0
     damaged_line = None
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(read_bytes(path).splitlines(keepends=True), start=1):
         row = _parse_line(line)
         if row is None:
             damaged_line = damaged_line or number
@@ -81,9 +82,11 @@ def _parse_line(line: bytes) -> Row | None:
         return None
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict) or any(isinstance(row.get(key), str | list | dict) for key in STEP_KEYS):
+        return None
+    return row
 
 
 def step_of(row: Mapping[str, Any]) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import read_json
 
 BUFFERS = ("medium-replay", "medium", "medium-expert")
 DATASETS = [f"{task}-{buffer}-v2" for task in ("hopper", "walker2d", "halfcheetah") for buffer in BUFFERS]
@@ -70,10 +70,10 @@ def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list
 
 
 def _read(path: Path) -> dict[str, Any]:
+    facts = read_json(path)
     try:
-        facts = json.loads(path.read_text())
         return {**facts, "score": float(facts["score"])}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{path} has no score in it ({error}): delete it or plan again") from error
 
 

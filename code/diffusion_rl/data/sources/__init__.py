@@ -6,10 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
-
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes
+from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.data.sources import d4rl, minari, robomimic
 
 
@@ -26,26 +25,21 @@ def load(
     robomimic's files, whose ranges are those of the episodes that are read.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = minari.file_in(path)
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
     if path.suffix == ".npz":
         episodes = load_episodes(path)
         return episodes, Normalization.of(episodes)
-    try:
-        with h5py.File(path, "r") as file:
-            if d4rl.recognises(file):
-                return d4rl.read(file, str(path))
-            if minari.recognises(file):
-                episodes = minari.read(file, str(path), obs_keys)
-                return episodes, Normalization.of(episodes)
-            if robomimic.recognises(file):
-                episodes = robomimic.read(file, str(path), obs_keys, cameras, max_episodes)
-                return episodes, Normalization.of(episodes)
-            found = ", ".join(sorted(file)[:8]) or "nothing"
-    except OSError as error:
-        raise UserError(f"{path} is not an HDF5 or npz file, or it is damaged ({error})") from error
+    with open_hdf5(path, "an HDF5 or npz file") as file:
+        if d4rl.recognises(file):
+            return d4rl.read(file)
+        if minari.recognises(file):
+            episodes = minari.read(file, obs_keys)
+            return episodes, Normalization.of(episodes)
+        if robomimic.recognises(file):
+            episodes = robomimic.read(file, obs_keys, cameras, max_episodes)
+            return episodes, Normalization.of(episodes)
+        found = listed(file.names())
     raise UserError(
         f"{path}: neither D4RL's layout (observations, actions, rewards, terminals), Minari's (episode_0, …) nor "
         f"robomimic's (data/demo_0, …); found {found}"

@@ -9,17 +9,19 @@ A data set is called <scenario>-<quality>: simple_spread-medium, 3m-Good, 2ant-G
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.npz import read_npy
 from diffusion_rl.data.agent_windows import AgentEpisodes
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import Episodes, check
 
+_MOST_ACTIONS = 10_000
 KINDS = ("mpe", "smac", "smacv2", "mamujoco", "mahalfcheetah")
 
 
@@ -39,8 +41,10 @@ def load(
     if kind not in KINDS:
         raise UserError(f"env_type {kind!r} is unknown: choose toy, d4rl or one of {', '.join(KINDS)}")
     scenario, _, quality = name.rpartition("-")
+    if {"/", "\\", "\0"} & set(name) or ".." in (scenario, quality):
+        raise UserError(f"dataset={name!r} must be a name of the form <scenario>-<quality>, not a path")
     folder = Path(root or data_dir()) / kind / scenario / quality
-    if not scenario or not folder.is_dir():
+    if not scenario or not os.path.isdir(folder):
         cure = "python script/dataset/make_mpe_data.py makes simple_spread-medium" if kind == "mpe" else "put it there"
         raise UserError(f"no data for {name}: {folder} is no folder; {cure}, or name another data_dir")
     read = _mpe if kind == "mpe" else _smac
@@ -54,21 +58,14 @@ def load(
     return data
 
 
-def _array(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no npy file of numbers ({error})") from error
-
-
 def _mpe(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
     """Of all seeds, one after the other."""
-    seeds = sorted(folder.glob("seed_*_data"), key=lambda p: int(re.sub(r"\D", "", p.name) or 0))
+    seeds = sorted(folder.glob("seed_*_data"), key=lambda path: (len(path.name), path.name))  # 2 before 10
     if not seeds:
         raise UserError(f"{folder} holds no seed_<k>_data folder")
     parts = [_mpe_seed(seed, max_path_length, discrete) for seed in seeds]
+    if len({(part[0].shape[1:], part[1].shape[1:], part[5]) for part in parts}) != 1:
+        raise UserError(f"{folder}: its seeds differ in the numbers of agents, observations or actions")
     episodes = Episodes(*(np.concatenate([part[i] for part in parts]) for i in range(5)))
     return AgentEpisodes(episodes, parts[0][5], discrete)
 
@@ -78,11 +75,18 @@ def _mpe_seed(folder: Path, max_path_length: int, discrete: bool) -> tuple:
     if not n:
         raise UserError(f"{folder} holds no obs_<agent>.npy")
     fields = {
-        key: [_array(folder / f"{key}_{agent}.npy") for agent in range(n)] for key in ("obs", "acs", "rews", "dones")
+        key: [read_npy(folder / f"{key}_{agent}.npy") for agent in range(n)] for key in ("obs", "acs", "rews", "dones")
     }
     _same_length(folder, {f"{key}_{i}": array for key, arrays in fields.items() for i, array in enumerate(arrays)})
     length = len(fields["obs"][0])
-    actions = [_one_hot(a.reshape(length, -1)) if discrete else a.reshape(length, -1) for a in fields["acs"]]
+    if any(array.size != length for key in ("rews", "dones") for array in fields[key]):
+        raise UserError(f"{folder}: rews and dones need one value for each of the {length} steps")
+    if not discrete:
+        _require_continuous(folder, fields["acs"])
+    observations = [x.reshape(length, -1) for x in fields["obs"]]
+    actions = [a.reshape(length, -1) for a in fields["acs"]]
+    if discrete:
+        actions = [_one_hot(a, folder) for a in actions]
     dones = np.any([d.reshape(length) for d in fields["dones"]], axis=0)
     if not dones.any():  # time limits only
         dones = (np.arange(length) + 1) % max_path_length == 0
@@ -90,25 +94,34 @@ def _mpe_seed(folder: Path, max_path_length: int, discrete: bool) -> tuple:
     if not len(ends):
         raise UserError(f"{folder}: no episode ends within its {length} steps; set max_path_length")
     used, lengths = ends[-1], np.diff(np.concatenate([[0], ends]))
-    columns = np.concatenate(fields["obs"], axis=1), np.concatenate(actions, axis=1)
+    columns = np.concatenate(observations, axis=1), np.concatenate(actions, axis=1)
     rewards = np.mean([r.reshape(length) for r in fields["rews"]], axis=0)
     cut = [x[:used].astype(np.float32) for x in columns]
     return *cut, lengths, rewards[:used].astype(np.float32), np.zeros(used, bool), n  # their ends are time limits
 
 
 def _smac(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
-    arrays = {key: _array(folder / f"{key}.npy") for key in ("obs", "actions", "rewards", "path_lengths")}
+    arrays = {key: read_npy(folder / f"{key}.npy") for key in ("obs", "actions", "rewards", "path_lengths")}
     if discrete:
-        arrays["legals"] = _array(folder / "legals.npy")
-    lengths = arrays.pop("path_lengths").reshape(-1).astype(np.int64)
+        arrays["legals"] = read_npy(folder / "legals.npy")
+    path_lengths = arrays.pop("path_lengths").reshape(-1)
     _same_length(folder, arrays)
-    length, n = arrays["obs"].shape[:2]
-    if arrays["obs"].ndim != 3 or lengths.sum() != length:
-        raise UserError(f"{folder}: path_lengths add up to {lengths.sum()}; {_shapes(arrays)}; obs must be [T,N,O]")
+    total = sum(path_lengths.tolist())
+    if arrays["obs"].ndim != 3 or total != len(arrays["obs"]) or path_lengths.min() < 1 or (path_lengths % 1).any():
+        raise UserError(
+            f"{folder}: path_lengths add up to {total}; {_shapes(arrays)}; obs must be [T,N,O], path_lengths whole "
+            "numbers above 0"
+        )
+    lengths, (length, n) = path_lengths.astype(np.int64), arrays["obs"].shape[:2]
+    for key in ("obs", *(arrays.keys() - {"obs", "rewards"})):
+        if not arrays[key].size or arrays[key].size % (length * n):
+            raise UserError(f"{folder}: {key} is not [T,N,…]: {_shapes(arrays)}")
     actions, legal = arrays["actions"].reshape(length, n, -1), None
-    if discrete:
+    if not discrete:
+        _require_continuous(folder, [actions])
+    else:
         legal = arrays["legals"].reshape(length, n, -1)
-        actions = np.eye(legal.shape[-1], dtype=np.float32)[actions[..., 0].astype(np.int64)]
+        actions = _one_hot(actions[..., 0], folder, legal.shape[-1])
         legal = legal.reshape(length, -1).astype(np.float32)
     terminals = np.zeros(length, bool)
     terminals[np.cumsum(lengths) - 1] = lengths < max_path_length
@@ -117,12 +130,25 @@ def _smac(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
     return AgentEpisodes(Episodes(*flat, lengths, rewards.astype(np.float32), terminals), n, discrete, legal)
 
 
-def _one_hot(indices: np.ndarray) -> np.ndarray:
-    return np.eye(int(indices.max()) + 1, dtype=np.float32)[indices[:, 0].astype(np.int64)]
+def _require_continuous(folder: Path, actions: Sequence[np.ndarray]) -> None:
+    if any(array.dtype.kind != "f" for array in actions):
+        raise UserError(f"{folder}: its actions are choices of a discrete space: set discrete_action=true")
+
+
+def _one_hot(indices: np.ndarray, folder: Path, count: int | None = None) -> np.ndarray:
+    """Indices [T,1] or [T,N] of `count` actions (as many as there are by default) -> [T,…,count]"""
+    most = _MOST_ACTIONS if count is None else count
+    if not np.isfinite(indices).all() or indices.min() < 0 or indices.max() >= most or (indices % 1).any():
+        raise UserError(f"{folder}: actions must be whole numbers from 0 to {most - 1}, to choose among as many")
+    chosen = indices.astype(np.int64)
+    if count is None:
+        return np.eye(int(chosen.max()) + 1, dtype=np.float32)[chosen[:, 0]]
+    return np.eye(count, dtype=np.float32)[chosen]
 
 
 def _same_length(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    if len({len(array) for array in arrays.values()}) != 1:
+    lengths = {array.shape[:1] for array in arrays.values()}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
         raise UserError(f"{folder}: arrays of different lengths: {_shapes(arrays)}")
 
 

@@ -1,14 +1,12 @@
 """D3IL's recordings of its avoiding task: a folder of pickles, one for each demonstration (ALRhub/d3il, avoiding data).
 
 A pickle holds a dictionary whose "robot" has, among others, `des_c_pos` and `c_pos` [T,3], setpoint and position of the
-tool. Reading executes nothing: the only names a pickle may use are those of numpy's arrays, and what stands behind them
-here are classes that keep what they are given, checked before it becomes an array.
+tool. Reading executes nothing (see `core.pickles`): the only names a pickle may use are those of numpy's arrays, and
+what they are given is checked before it becomes an array.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.avoiding import modes_of
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, one_line
+from diffusion_rl.core.files import read_bytes
+from diffusion_rl.core.pickles import Interpreter, Refused
 from diffusion_rl.data.episodes import Episodes, check
 
 #: What DPPO pre-trains on: the gap of the third row is one of these two, those of the first rows are 1 and 2.
@@ -62,11 +62,11 @@ def read_folder(folder: str | Path) -> list[Demonstration]:
 def read(path: Path) -> Demonstration:
     """One demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
     content = _load(path)
-    try:
-        robot = content["robot"]
-        setpoints, positions = (np.asarray(robot[key], dtype=np.float64) for key in ("des_c_pos", "c_pos"))
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is no D3IL recording: robot.des_c_pos and robot.c_pos are missing") from error
+    robot = content.get("robot") if isinstance(content, dict) else None
+    found = [robot.get(key) for key in ("des_c_pos", "c_pos")] if isinstance(robot, dict) else [None]
+    if not all(isinstance(array, np.ndarray) for array in found):
+        raise UserError(f"{path} is no D3IL recording: robot.des_c_pos and robot.c_pos are missing")
+    setpoints, positions = (array.astype(np.float64) for array in found)
     if setpoints.ndim != 2 or setpoints.shape != positions.shape or setpoints.shape[1] != 3 or len(setpoints) < 2:
         raise UserError(f"{path}: des_c_pos {setpoints.shape} and c_pos {positions.shape} should both be [T, 3]")
     return Demonstration(path.stem, setpoints[:, :2], positions[:, :2])
@@ -94,65 +94,78 @@ def as_episodes(demonstrations: Sequence[Demonstration]) -> Episodes:
 
 
 class _Type:
-    """Stands in for a numpy dtype: a number of so many bytes, in this or that byte order."""
+    """Stands for a numpy dtype: a number of so many bytes, in this or that byte order."""
 
-    def __init__(self, code: str, *_: Any):
+    def __init__(self, code: Any):
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code):
-            raise pickle.UnpicklingError(f"arrays of {code!r}")
+            raise Refused(f"it holds arrays of {str(code)[:20]!r}")
         self.code = code
 
-    def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        if order not in ("<", ">", "|", "="):
-            raise pickle.UnpicklingError("a damaged dtype")
-        self.code = order + self.code
+    def order(self, state: Any) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise Refused("it holds a damaged dtype")
+        self.code = state[1] + self.code[-2:]
 
 
 class _Array:
-    """Stands in for a numpy array."""
+    """Stands for a numpy array, which is there once its state is."""
 
     content: np.ndarray | None = None
 
-    def __setstate__(self, state: Any) -> None:
+    def fill(self, state: Any) -> None:
         _, shape, kind, fortran, data = state
         if not isinstance(kind, _Type) or not isinstance(data, bytes) or not all(type(n) is int for n in shape):
-            raise pickle.UnpicklingError("a damaged array")
+            raise Refused("it holds a damaged array")
         self.content = np.frombuffer(data, kind.code).reshape(shape, order="F" if fortran else "C")
 
 
-class _Name:
-    """Stands in for the class `numpy.ndarray`, which only names what `_reconstruct` is to make."""
+class _Arrays(Interpreter):
+    """Knows the names that numpy's arrays are pickled with; nothing is looked up."""
 
+    NAMES = (
+        "numpy ndarray",
+        "numpy dtype",
+        "numpy.core.multiarray _reconstruct",
+        "numpy._core.multiarray _reconstruct",
+    )
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
+    def find(self, name: str) -> str:
+        if name not in self.NAMES:
+            raise Refused(f"it asks for {name.replace(' ', '.')}")
+        return name.split()[-1]
 
+    def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if function == "_reconstruct":
+            return _Array()
+        if function == "dtype" and arguments:
+            return _Type(arguments[0])
+        raise Refused(f"it wants to call a {type(function).__name__}")
 
-_KNOWN = {("numpy", "ndarray"): _Name, ("numpy", "dtype"): _Type} | {
-    (f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _KNOWN[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}") from None
+    def build(self, target: Any, state: Any) -> None:
+        if isinstance(target, _Type):
+            target.order(state)
+        elif isinstance(target, _Array):
+            target.fill(state)
+        else:
+            super().build(target, state)
 
 
 def _load(path: Path) -> Any:
     """What a pickle of dictionaries and arrays holds."""
+    payload = read_bytes(path)
     try:
-        return _plain(_Unpickler(io.BytesIO(path.read_bytes())).load())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        return _with_arrays(_Arrays().run(payload))
     except Exception as error:  # a damaged pickle can raise anything, and no more than that
-        reason = " ".join((str(error) or type(error).__name__).split())[:200]
-        raise UserError(f"{path} refused: {reason}; nothing in it was executed") from error
+        raise UserError(f"{path} refused: {one_line(error)}; nothing in it was executed") from error
 
 
-def _plain(content: Any) -> Any:
-    if isinstance(content, _Array):
-        return content.content
-    return {key: _plain(value) for key, value in content.items()} if type(content) is dict else content
+def _with_arrays(content: Any) -> Any:
+    """Put the arrays in the place of what stands for them, in each dictionary once, however often it is referred to."""
+    pending, seen = [content], set()
+    while pending:
+        node = pending.pop()
+        if type(node) is dict and id(node) not in seen:
+            seen.add(id(node))
+            node.update({key: value.content for key, value in node.items() if isinstance(value, _Array)})
+            pending += node.values()
+    return content

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import h5py
+from collections.abc import Sequence
+
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, Normalization, check, split_episodes
+from diffusion_rl.data.hdf5 import Group
 
 EPISODE_STEPS = 1000  # the limit of its locomotion tasks, whose older files have no `timeouts`
 _NAMES = {"states": "observations", "actions": "actions", "rewards": "rewards", "terminals": "terminals"}
 
 
-def recognises(file: h5py.File) -> bool:
+def recognises(file: Group) -> bool:
     """Whether the file has this layout."""
-    return isinstance(file.get("observations"), h5py.Dataset) and isinstance(file.get("actions"), h5py.Dataset)
+    return file.is_array("observations") and file.is_array("actions")
 
 
-def read(file: h5py.File, name: str) -> tuple[Episodes, Normalization]:
+def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of equal length by name, of single numbers [N] but for observations and actions [N,…]."""
+    if missing := [name for name in names if name not in file]:
+        raise UserError(f"{file.where}: missing {', '.join(missing)} (found {listed(file.names())})")
+    columns = {name: file.array(name) for name in names}
+    sizes = {name: len(column) for name, column in columns.items()}
+    if len(set(sizes.values())) != 1:
+        raise UserError(f"{file.where}: arrays of different lengths: {sizes}")
+    for name, column in columns.items():
+        if name not in ("observations", "actions") and column.shape[1:] not in ((), (1,)):  # some files hold [N,1]
+            raise UserError(f"{file.where}: {name} has shape {list(column.shape)}, but each step has one of them")
+    arrays = {name: column.read() for name, column in columns.items()}
+    return {k: v if k in ("observations", "actions") else v.reshape(-1) for k, v in arrays.items()}
+
+
+def read(file: Group) -> tuple[Episodes, Normalization]:
     """Episodes cut at terminals and time-outs (without these after 1000 steps), and the ranges of all rows.
 
-    An unfinished episode at the end is dropped but counts for the ranges, as in the reference. `name` is for messages.
+    An unfinished episode at the end is dropped but counts for the ranges, as in the reference.
     """
-    missing = [theirs for theirs in _NAMES.values() if theirs not in file]
-    if missing:
-        raise UserError(f"{name}: missing {', '.join(missing)} (found {', '.join(sorted(file))})")
-    raw = {ours: file[theirs][()] for ours, theirs in _NAMES.items()}
-    timeouts = file["timeouts"][()] if "timeouts" in file else None
-    sizes = {k: len(v) for k, v in raw.items()} | ({} if timeouts is None else {"timeouts": len(timeouts)})
-    if len(set(sizes.values())) != 1:
-        raise UserError(f"{name}: arrays of different lengths: {sizes}")
-    for key in ("rewards", "terminals"):
-        raw[key] = np.asarray(raw[key]).reshape(len(raw[key]), -1)[:, 0]  # some files hold [N,1]
+    names = [*_NAMES.values(), *(["timeouts"] if "timeouts" in file else [])]
+    columns = read_columns(file, names)
+    timeouts = columns.pop("timeouts", None)
+    raw = {ours: columns[theirs] for ours, theirs in _NAMES.items()}
     raw["terminals"] = raw["terminals"].astype(bool)
-    everything = Episodes(traj_lengths=np.array([len(raw["states"])]), **raw)
-    check(everything, name)
-    return split_episodes(raw, timeouts, name, EPISODE_STEPS), Normalization.of(everything)
+    everything = Episodes(raw["states"], raw["actions"], np.array([len(raw["states"])]), raw["rewards"])
+    check(everything, file.where)
+    return split_episodes(raw, timeouts, file.where, EPISODE_STEPS), Normalization.of(everything)

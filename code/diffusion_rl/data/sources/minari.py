@@ -6,25 +6,25 @@ A group holds `observations [L+1,O]` (or a group of such arrays), `actions [L,A]
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
+from diffusion_rl.core.files import read_json
 from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.hdf5 import Array, Group
 
-_PREFIX = "episode_"
+_EPISODE = re.compile(r"episode_([0-9]{1,18})")
+_DISCRETE = ("Discrete", "MultiDiscrete", "MultiBinary")
 
 
-def recognises(file: h5py.File) -> bool:
+def recognises(file: Group) -> bool:
     """Whether the file has this layout."""
-    return any(_is_episode(key) for key in file)
-
-
-def _is_episode(key: str) -> bool:
-    return key.startswith(_PREFIX) and key[len(_PREFIX) :].isdigit()
+    return any(map(_EPISODE.fullmatch, file.names()))
 
 
 def file_in(folder: Path) -> Path:
@@ -35,45 +35,74 @@ def file_in(folder: Path) -> Path:
     raise UserError(f"{folder} holds no main_data.hdf5: give the file itself or a Minari data set's folder")
 
 
-def read(file: h5py.File, name: str, obs_keys: Sequence[str] = ()) -> Episodes:
-    """Episodes in numerical order. `name` is for messages; `obs_keys` choose from dictionary observations."""
-    keys = sorted((k for k in file if _is_episode(k)), key=lambda k: int(k[len(_PREFIX) :]))
-    parts = [_episode(file[key], f"{name}: {key}", obs_keys) for key in keys]
+def read(file: Group, obs_keys: Sequence[str] = ()) -> Episodes:
+    """Episodes in numerical order; `obs_keys` choose from dictionary observations."""
+    _require_continuous(file.where)
+    matches = sorted(filter(None, map(_EPISODE.fullmatch, file.names())), key=lambda match: int(match[1]))
+    parts = [_episode(file, match[0], obs_keys) for match in matches]
     parts = [part for part in parts if len(part[1])]
     if not parts:
-        raise UserError(f"{name}: every episode is empty")
+        raise UserError(f"{file.where}: every episode is empty")
     if len({(p[0].shape[1:], p[1].shape[1:]) for p in parts}) != 1:
-        raise UserError(f"{name}: episodes differ in the shape of observations or actions")
+        raise UserError(f"{file.where}: episodes differ in the shape of observations or actions")
     states, actions, rewards, terminals = (np.concatenate(column) for column in zip(*parts, strict=True))
     lengths = np.array([len(part[1]) for part in parts])
     episodes = Episodes(states=states, actions=actions, traj_lengths=lengths, rewards=rewards, terminals=terminals)
-    check(episodes, name)
+    check(episodes, file.where)
     return episodes
 
 
-def _episode(group: h5py.Group, name: str, obs_keys: Sequence[str]) -> tuple[np.ndarray, ...]:
+def _require_continuous(where: str) -> None:
+    """Raise UserError where the `metadata.json` beside the file says that actions are of a discrete space.
+
+    Attributes of the file, which older data sets have instead, are not read: in a damaged file the library may never
+    end to look for a text. The actions' type tells as much (see `data.episodes.check`).
+    """
+    beside = Path(where).with_name("metadata.json")
+    facts = read_json(beside) if beside.exists() else None
+    try:
+        space = json.loads(facts["action_space"])  # type: ignore[index]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return
+    kind = space.get("type") if isinstance(space, dict) else None
+    if kind in _DISCRETE:
+        raise UserError(f"{where}: its actions are of a {kind} space, and only continuous ones are supported")
+
+
+def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> tuple[np.ndarray, ...]:
+    where, group = f"{file.where}: {key}", file.group(key)
+    if group is None:
+        raise UserError(f"{where} is no group: get the file again")
     missing = [k for k in ("observations", "actions", "rewards", "terminations") if k not in group]
     if missing:
-        raise UserError(f"{name}: missing {', '.join(missing)} (found {', '.join(sorted(group))})")
-    if isinstance(group["actions"], h5py.Group):
-        raise UserError(f"{name}: actions are a dictionary; only arrays are supported")
-    observations = _observations(group["observations"], name, obs_keys)
-    actions, rewards, terminals = (group[k][()] for k in ("actions", "rewards", "terminations"))
-    steps = len(actions)
-    if len(observations) not in (steps, steps + 1) or len(rewards) != steps or len(terminals) != steps:
+        raise UserError(f"{where}: missing {', '.join(missing)} (found {listed(group.names())})")
+    if not group.is_array("actions"):
+        raise UserError(f"{where}: actions are a dictionary; only arrays are supported")
+    observations = _observations(group, where, obs_keys)
+    actions, rewards, terminals = (group.array(k) for k in ("actions", "rewards", "terminations"))
+    steps, seen = len(actions), {len(part) for part in observations}
+    if len(seen) != 1 or not seen <= {steps, steps + 1} or rewards.shape != (steps,) or terminals.shape != (steps,):
         raise UserError(
-            f"{name}: {len(observations)} observations, {steps} actions, {len(rewards)} rewards and "
-            f"{len(terminals)} terminations do not fit together"
+            f"{where}: {' or '.join(map(str, sorted(seen)))} observations, {steps} actions, rewards "
+            f"{list(rewards.shape)} and terminations {list(terminals.shape)} do not fit together"
         )
-    return observations[:steps], actions.reshape(steps, -1), rewards, terminals.astype(bool)
+    rows = [_flat(part.read())[:steps] for part in observations]
+    states = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
+    return states, _flat(actions.read()), rewards.read(), terminals.read().astype(bool)
 
 
-def _observations(node: h5py.Dataset | h5py.Group, name: str, obs_keys: Sequence[str]) -> np.ndarray:
-    if isinstance(node, h5py.Dataset):
-        values = node[()]
-        return values.reshape(len(values), -1)
-    unknown = [k for k in obs_keys if k not in node]
+def _flat(x: np.ndarray) -> np.ndarray:
+    """[L,…] -> [L,D]"""
+    return x.reshape(len(x), -1) if len(x) else x.reshape(0, 1)
+
+
+def _observations(group: Group, where: str, obs_keys: Sequence[str]) -> list[Array]:
+    """What a state consists of: the array `observations`, or those of `obs_keys` in the group of that name."""
+    parts = group.group("observations")
+    if parts is None:
+        return [group.array("observations")]
+    unknown = [k for k in obs_keys if k not in parts]
     if not obs_keys or unknown:
         problem = f"no such observation: {', '.join(unknown)}" if unknown else "observations are a dictionary"
-        raise UserError(f"{name}: {problem}; choose with --obs-keys from {', '.join(sorted(node))}")
-    return np.concatenate([node[k][()].reshape(len(node[k]), -1) for k in obs_keys], axis=1)
+        raise UserError(f"{where}: {problem}; choose with --obs-keys from {listed(parts.names(), 40)}")
+    return [parts.array(k) for k in obs_keys]

@@ -6,15 +6,16 @@ A demonstration holds `obs/<key> [L,...]`, `actions [L,A]` and `rewards [L]`; pi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-import h5py
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.hdf5 import Group
 
-_PREFIX = "demo_"
+_DEMO = re.compile(r"demo_([0-9]{1,18})")
 IMAGE_SUFFIX = "_image"
 
 
@@ -24,56 +25,65 @@ def low_dim_keys(n_arms: int, with_object: bool) -> list[str]:
     return [f"robot{i}_{part}" for i in range(n_arms) for part in parts] + ["object"] * with_object
 
 
-def recognises(file: h5py.File) -> bool:
+def recognises(file: Group) -> bool:
     """Whether the file has this layout."""
-    data = file.get("data")
-    return isinstance(data, h5py.Group) and bool(_demos(data))
+    data = file.group("data")
+    return data is not None and bool(_demos(data))
 
 
-def _demos(data: h5py.Group) -> list[str]:
+def _demos(data: Group) -> list[str]:
     """Names of the demonstrations in numerical order."""
-    named = [key for key in data if key.startswith(_PREFIX) and key[len(_PREFIX) :].isdigit()]
-    return sorted((key for key in named if isinstance(data[key], h5py.Group)), key=lambda key: int(key[len(_PREFIX) :]))
+    matches = sorted(filter(None, map(_DEMO.fullmatch, data.names())), key=lambda match: int(match[1]))
+    return [match[0] for match in matches if data.group(match[0]) is not None]
 
 
 def read(
-    file: h5py.File,
-    name: str,
-    obs_keys: Sequence[str] = (),
-    cameras: Sequence[str] = (),
-    max_episodes: int | None = None,
+    file: Group, obs_keys: Sequence[str] = (), cameras: Sequence[str] = (), max_episodes: int | None = None
 ) -> Episodes:
     """Demonstrations in numerical order, the first `max_episodes`.
 
     obs_keys: entries of the state; by default those that the reference takes, `object` only where there are no
-    cameras. cameras: whose pictures to read, one after the other in the channels. name: for messages.
+    cameras. cameras: whose pictures to read, one after the other in the channels.
     """
-    data = file["data"]
-    demos = _demos(data)[:max_episodes]
+    data = file.group("data")
+    assert data is not None
+    demos = [data.group(key) for key in _demos(data)[:max_episodes]]
+    if not demos:
+        raise UserError(f"{file.where}: no demonstration is left of max_episodes={max_episodes}")
     if not obs_keys:
-        n_arms = 2 if "robot1_eef_pos" in data[demos[0]].get("obs", ()) else 1
+        n_arms = 2 if demos[0] is not None and "obs/robot1_eef_pos" in demos[0] else 1
         obs_keys = low_dim_keys(n_arms, with_object=not cameras)
-    parts = [_demo(data[key], f"{name}: data/{key}", obs_keys, cameras) for key in demos]
+    parts = [_demo(group, obs_keys, cameras) for group in demos if group is not None]
+    shapes = {key: {part[key].shape[1:] for part in parts} for key in parts[0]}
+    if odd := [key for key, found in shapes.items() if len(found) != 1]:
+        raise UserError(f"{file.where}: demonstrations differ in the shape of their {odd[0]}")
     columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     lengths = np.array([len(part["actions"]) for part in parts])
     episodes = Episodes(traj_lengths=lengths, terminals=np.zeros(lengths.sum(), bool), **columns)
-    check(episodes, name)
+    check(episodes, file.where)
     return episodes
 
 
-def _demo(group: h5py.Group, name: str, obs_keys: Sequence[str], cameras: Sequence[str]) -> dict[str, np.ndarray]:
-    names = [*(f"obs/{key}" for key in obs_keys), *(f"obs/{camera}{IMAGE_SUFFIX}" for camera in cameras)]
-    missing = [key for key in (*names, "actions", "rewards") if key not in group]
-    if missing:
-        raise UserError(f"{name}: missing {', '.join(missing)} (obs holds {', '.join(sorted(group.get('obs', ())))})")
-    if len({len(group[key]) for key in (*names, "actions", "rewards")}) != 1:
-        raise UserError(f"{name}: its arrays have different lengths")
+def _demo(group: Group, obs_keys: Sequence[str], cameras: Sequence[str]) -> dict[str, np.ndarray]:
+    pictures = [f"obs/{camera}{IMAGE_SUFFIX}" for camera in cameras]
+    dims = {f"obs/{key}": 2 for key in obs_keys} | dict.fromkeys(pictures, 4) | {"actions": 2, "rewards": 1}
+    if missing := [key for key in dims if key not in group]:
+        obs = group.group("obs")
+        raise UserError(f"{group.where}: missing {', '.join(missing)} (obs holds {listed(obs.names() if obs else ())})")
+    arrays = {key: group.array(key) for key in dims}
+    if len({len(array) for array in arrays.values()}) != 1:
+        raise UserError(f"{group.where}: its arrays have different lengths")
+    if odd := [key for key, array in arrays.items() if len(array.shape) != dims[key]]:
+        raise UserError(
+            f"{group.where}: {odd[0]} has shape {list(arrays[odd[0]].shape)}, not {dims[odd[0]]} dimensions"
+        )
+    if len({arrays[key].shape[1:3] for key in pictures}) > 1:
+        raise UserError(f"{group.where}: its cameras have pictures of different sizes")
     columns = {
-        "states": np.concatenate([group[f"obs/{key}"][()] for key in obs_keys], axis=1),
-        "actions": group["actions"][()],
-        "rewards": group["rewards"][()],
+        "states": np.concatenate([arrays[f"obs/{key}"].read() for key in obs_keys], axis=1),
+        "actions": arrays["actions"].read(),
+        "rewards": arrays["rewards"].read(),
     }
     if cameras:
-        pictures = [np.moveaxis(group[f"obs/{camera}{IMAGE_SUFFIX}"][()], -1, 1) for camera in cameras]
-        columns["images"] = np.concatenate(pictures, axis=1)
+        columns["images"] = np.concatenate([np.moveaxis(arrays[key].read(), -1, 1) for key in pictures], axis=1)
     return columns
