@@ -214,6 +214,14 @@ _WHOLE = {
     *("train.n_train_itr", "train.n_critic_warmup_itr", "train.n_steps", "train.update_epochs", "train.val_freq"),
     *("train.save_model_freq", "train.render.freq", "train.render.num"),
 }
+#: Optional keys that no file gives a value to: one of their kind.
+_KINDS = dict.fromkeys(
+    (
+        *("tensorboard", "env.render", "env.save_full_observations", "env.reward_shaping", "env.reflections"),
+        *("train.augment", "train.fast", "train.force_train", "train.use_bc_loss", "train.reward_scale_running"),
+    ),
+    False,
+)
 MOST_NAMED = 6  # keys in one line
 _HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
@@ -255,7 +263,7 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Col
         groups = [default for default in defaults if default.startswith(f"{key}.")]
         if groups and value is not None and value != {}:
             raise UserError(f"{key}={value}: '{key}' is a group of keys, not a value; it holds {_some(groups)}")
-        _check_kind(key, value, defaults.get(key))
+        _check_kind(key, value, defaults.get(key, _KINDS.get(key)))
         if key in KEYS or key.startswith((*objects, OPEN)) or (own_env and key.startswith("env.")):
             continue
         if not (value == {} and any(known.startswith(f"{key}.") for known in KEYS)):
@@ -291,7 +299,7 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
         case _:
             return
     if not fits and value is not None:
-        raise UserError(f"{key}={value}: not {kind} (its default is {default})")
+        raise UserError(f"{key}={value}: not {kind} (such as {default})")
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:

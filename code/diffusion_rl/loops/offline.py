@@ -52,6 +52,7 @@ class PreTraining:
         self.noise = NoiseSource(self.seed) if noise is None else noise
         self.model = model if model is not None else self._build_model()
         self.dataset = dataset if dataset is not None else instantiate(cfg["train_dataset"])
+        self.bounds = normalization_facts(self._bounds_path())
         if "obs_dim" in cfg:
             self.dataset.require_dims(int(cfg["obs_dim"]), int(cfg["action_dim"]))
         images = self.dataset.images
@@ -186,7 +187,7 @@ class PreTraining:
         metadata = {
             "kind": self.model.KIND,
             **policy_facts(self.model),
-            "normalization": normalization_facts(self._bounds_path()),
+            "normalization": self.bounds,
             "train": {
                 "schedule": self.trainer.schedule.state(),
                 "noise": self.noise.state() if hasattr(self.noise, "state") else None,

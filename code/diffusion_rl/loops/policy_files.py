@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.normalizers import read_bounds
 from diffusion_rl.data.assets import resolve
-from diffusion_rl.data.episodes import NORMALIZATION_KEYS, read_npz
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.run_state import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
 from diffusion_rl.networks.layers import copy_weights
@@ -153,10 +153,10 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
 
 
 def normalization_facts(path: str | Path | None) -> dict[str, list[float]] | None:
-    """Read the bounds of a normalization file as lists; None where there is no such file, or none with bounds in it."""
+    """Read the bounds of a normalization file as lists; None where there is no such file.
+
+    Raises UserError for a file without proper bounds.
+    """
     if not path or not Path(path).is_file():
         return None
-    arrays = read_npz(path)
-    if not set(NORMALIZATION_KEYS) <= arrays.keys():
-        return None
-    return {key: np.asarray(arrays[key], np.float64).tolist() for key in NORMALIZATION_KEYS}
+    return {key: np.asarray(value, np.float64).tolist() for key, value in read_bounds(path).items()}
