@@ -19,6 +19,7 @@ from diffusion_rl.core.config import find_class, instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.loops.policy_files import policy_facts
+from diffusion_rl.loops.run_facts import FINE_TUNING_MAY_CHANGE
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 
@@ -125,7 +126,7 @@ def go_through(
     """
     seen = []
     cfg = config(FINE_TUNE, folder, "base_policy_path=x.pt", f"resume={resume}", *overrides)
-    with RunFolder(cfg, "itr", "dppo") as opened:
+    with RunFolder(cfg, "itr", "dppo", may_change=FINE_TUNING_MAY_CHANGE) as opened:
         for step in steps:
             opened.metrics.write({"itr": step, "kind": "train"})
             opened.remember(step, {"model.x": np.full(3000, step)}, {"train": {}}, keep=step % keep_every == 0)
