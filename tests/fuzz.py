@@ -449,6 +449,10 @@ def trajectories(path: Path) -> None:
 
 
 # name -> suffix, mutated files, readers, number of inputs
+def read_losses(path: Path) -> Any:
+    return lite_figures.read_rows(path, lite_figures.LOSSES)
+
+
 FORMATS: dict[str, tuple[str, Callable[[random.Random], Payloads], tuple[Callable[[Path], Any], ...], int]] = {
     "safetensors": (".safetensors", safetensors_files, (load_checkpoint, checkpoint_metadata), 3000),
     "pt": (
@@ -463,7 +467,7 @@ FORMATS: dict[str, tuple[str, Callable[[random.Random], Payloads], tuple[Callabl
     "hdf5": (".hdf5", hdf5_files, (sources.load, lambda path: sources.load(path, ["a"]), flat.read_flat), 3000),
     "pickle_d3il": (".pkl", recordings, (d3il.read,), 3000),
     "pickle_diffuser": (".pkl", configurations, (diffuser_checkpoint.read_config,), 3000),
-    "json": (".json", text_files(ROWS), (read_json, lite_figures.read_rows), 3000),
+    "json": (".json", text_files(ROWS), (read_json, read_losses), 3000),
     "yaml": (".yaml", yaml_files, (experiments.read_spec,), 1000),
 }
 

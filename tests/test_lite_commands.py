@@ -109,6 +109,8 @@ def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
     assert all(np.array_equal(once[name], weights("parts", "diffusion1_ckpt_latest.pt")[name]) for name in once)
     with pytest.raises(UserError, match="keep_states=true"):
         lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=3"])
+    with pytest.raises(UserError, match="that run has seed=0 .now 7., which resuming cannot change"):
+        lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=2", "seed=7"])
     with pytest.raises(UserError, match="6 steps, this one has 8"):
         longer = [option.replace("diffusion_gradient_steps=6", "diffusion_gradient_steps=8") for option in RUN]
         lite_app.mujoco([*longer, "mode=training", "results_dir=parts"])

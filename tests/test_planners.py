@@ -101,6 +101,11 @@ def test_resumed_is_uninterrupted(folder, trained):
     parts = [*TRAIN, "--logbase", "parts"]
     planner_app.train([*parts, "--n_train_steps", "4"])
     planner_app.train([*parts, "--n_train_steps", "6", "--resume", "True"])
+    with pytest.raises(UserError, match="--seed 9: the run in .* has --seed"):
+        place = parts.index("--seed") + 1
+        planner_app.train([*parts[:place], "9", *parts[place + 1 :], "--n_train_steps", "6", "--resume", "True"])
+    with pytest.raises(UserError, match="that run has diffusion.loss_type=l2 .now l1., which resuming cannot change"):
+        planner_app.train([*parts, "--n_train_steps", "6", "--resume", "True", "--loss_type", "l1"])
     with pytest.raises(UserError, match="--resume True"):
         planner_app.train([*parts, "--n_train_steps", "6"])
     one = load_checkpoint(trained / "state_6.safetensors").tensors

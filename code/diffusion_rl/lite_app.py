@@ -233,12 +233,12 @@ class Pipeline:
             state = lite_files.finite_state(loop)
             if not interrupted:
                 save(loop.step, lite_files.labels_of(loop.step, o.save_interval, o.keep_every))
-            lite_files.save_state(self.folder, mode, loop, state, o.keep_states and not interrupted)
+            lite_files.save_state(self.folder, mode, loop, state, vars(o), o.keep_states and not interrupted)
             self.backup()
 
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}
         loop = build(steps=steps, save=save_all, record=log.add, **intervals)
-        if lite_files.resume(self.folder, mode, loop, o.resume):
+        if lite_files.resume(self.folder, mode, loop, o.resume, vars(o)):
             print(f"going on after step {loop.step}", flush=True)
         log.truncate(loop.step)
         loop.run()

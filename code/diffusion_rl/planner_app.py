@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import secrets
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.config import flatten
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
@@ -36,7 +38,8 @@ from diffusion_rl.loops.planner_files import (
     require_compatible,
 )
 from diffusion_rl.loops.planning import Episodes, normalized_score, run_episodes, write_json
-from diffusion_rl.loops.run_state import load_checkpoint, require_finite, save_checkpoint
+from diffusion_rl.loops.run_facts import refuse_changes
+from diffusion_rl.loops.run_state import checkpoint_metadata, load_checkpoint, require_finite, save_checkpoint
 from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.planner_options import Options, parse
 from diffusion_rl.planners.diffuser import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
@@ -47,6 +50,7 @@ from diffusion_rl.reports.metrics import MetricsWriter
 
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
+NOT_RESUMED = ("False", "None", None)  # values of --resume
 PICTURES = 6  # frames of a plan in its picture
 ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
@@ -88,7 +92,9 @@ def train_model(
     training: type[DiffuserTraining] = DiffuserTraining,
 ) -> None:
     """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
-    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
+    folder = Path(options.savepath)
+    _keep_seed(options, folder)
+    noise = NoiseSource(seed_of(options))
     try:
         with initial_weights(noise):
             model = description.build()
@@ -128,7 +134,7 @@ def train_model(
 
 def _train_in_folder(run: DiffuserTraining, folder: Path, options: Options, description: Description) -> None:
     """Resume if that is asked for, then train to the end, epoch by epoch."""
-    start = _resume(run, folder, options.resume)
+    start = _resume(run, folder, options.resume, description)
     options.save()  # not before it is known that the run can begin
     description.save(folder, {k: v for k, v in options.as_dict().items() if k in _TRAINER_KEYS})
     metrics = MetricsWriter(folder, config=options.as_dict())
@@ -159,9 +165,23 @@ def seed_of(options: Options) -> int:
     return int(options.seed)
 
 
-def _resume(run: DiffuserTraining, folder: Path, resume: str) -> int:
+def _keep_seed(options: Options, folder: Path) -> None:
+    """Resuming goes on with the seed of the run. Raises UserError if another one is asked for."""
+    if options.resume in NOT_RESUMED or not any(folder.glob("state_*")):
+        return
+    _, path = find_state(folder, "latest" if options.resume in ("True", "latest") else options.resume)
+    recorded = (checkpoint_metadata(path).get("config") or {}).get("seed")
+    if options.seed is None and isinstance(recorded, int):
+        options.seed = recorded
+    elif recorded not in (None, options.seed):
+        raise UserError(
+            f"--seed {options.seed}: the run in {folder} has --seed {recorded}, which resuming cannot change"
+        )
+
+
+def _resume(run: DiffuserTraining, folder: Path, resume: str, description: Description) -> int:
     """Go on with a checkpoint of the folder, if that is asked for; returns the first step."""
-    if resume in ("False", "None", None):
+    if resume in NOT_RESUMED:
         if any(folder.glob("state_*")):
             raise UserError(
                 f"{folder} holds a trained model already: go on with it (--resume True), or give another --prefix"
@@ -172,6 +192,9 @@ def _resume(run: DiffuserTraining, folder: Path, resume: str) -> int:
         raise UserError(f"{path} has no optimizer state and cannot be resumed: train anew under another --prefix")
     checkpoint = load_checkpoint(path)
     require_finite(checkpoint.tensors, path)
+    recorded, asked = checkpoint.metadata["description"], description._asdict()
+    before, now = (flatten(json.loads(json.dumps(facts))) for facts in (recorded, asked))
+    refuse_changes({key: value for key, value in before.items() if key in now}, now, path)
     run.restore(checkpoint)
     print(f"resuming {path} at step {run.step}", flush=True)
     return run.step

@@ -19,12 +19,14 @@ from typing import Any
 import h5py
 import numpy as np
 
+from diffusion_rl.core.config import flatten
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import read_npz
 from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.lite_training import LiteLoop, Pairs, State
+from diffusion_rl.loops.run_facts import refuse_changes
 from diffusion_rl.loops.run_state import load_checkpoint, not_finite, require_finite, require_kind, save_checkpoint
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.planners.diffuser_lite import PlanLevel
@@ -129,19 +131,37 @@ def finite_state(loop: LiteLoop) -> State:
     return tensors, facts
 
 
-def save_state(folder: Path, mode: str, loop: LiteLoop, state: State, keep: bool = False) -> None:
-    """The latest state; `keep`: under its step, too."""
+#: Options of a training that a resumed one goes on with as they were.
+SETTLED = (
+    *("task", "seed", "noreaching_penalty", "terminal_penalty", "discount", "emb_dim", "d_model", "n_heads", "depth"),
+    *("standard_residual", "backbone", "next_obs_loss_weight", "ema_rate", "learning_rate", "invdyn_learning_rate"),
+    *("invdyn_gradient_steps", "iql_hidden_dim", "iql_batch_size", "iql_target_updates", "mask_padding", "batch_size"),
+    *("reflow_backbone_ckpt", "reflow_lr"),
+)
+
+
+def settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a training's options those that it is resumed with unchanged, flat."""
+    return flatten({key: options[key] for key in SETTLED if key in options})
+
+
+def save_state(
+    folder: Path, mode: str, loop: LiteLoop, state: State, options: Mapping[str, Any], keep: bool = False
+) -> None:
+    """The latest state, with the options of the training; `keep`: under its step, too."""
     tensors, facts = state
+    facts = {**facts, "options": settled(options)}
     for step in [loop.step, None] if keep else [None]:
         save_checkpoint(state_path(folder, mode, step), tensors, {"kind": KIND, "mode": mode, **facts})
 
 
-def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int) -> bool:
+def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int, options: Mapping[str, Any]) -> bool:
     """Go on with the state of an interrupted run: the latest one if there is one ("auto"), that of a step, or none
     ("never").
 
     Raises:
-        UserError: there is none of the step; it is of a training of another length, whose schedule would be another.
+        UserError: there is none of the step; it is of a training of another length, whose schedule would be another, or
+            with other options.
     """
     path = state_path(folder, mode)
     if isinstance(how, int):
@@ -158,6 +178,7 @@ def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int) -> bool:
             f"{path} is of a run of {checkpoint.metadata['steps']} steps, this one has {loop.steps}: give the same "
             "number, which the learning rate depends on, or start anew with resume=never"
         )
+    refuse_changes(checkpoint.metadata.get("options", {}), settled(options), path)
     loop.restore(checkpoint)
     return True
 

@@ -80,6 +80,13 @@ PRE_TRAINING_MAY_CHANGE = (
     ),
     *("train.epoch_start_ema", "train.batch_size", "ema.decay", "*.device"),
 )
+LATENT_MAY_CHANGE = (
+    *NEUTRAL,
+    *("continue_training", "logbase", "exp_name", "exp_id", "job_name", "script_path", "num_workers", "arguments"),
+    *("n_train_steps", "n_steps_per_epoch", "log_freq", "save_freq", "eval_freq", "num_eval", "num_envs", "fast"),
+    *("evaluator", "test_ret", "condition_guidance_w", "use_ddim_sample", "n_ddim_steps", "sample_noise_scale"),
+    *("*_weight", "clip_*", "ema_decay", "update_ema_every", "gae_lambda", "target_kl", "data_dir", "rl_*_freq"),
+)
 
 
 # ---------- a policy's checkpoint ----------
@@ -190,7 +197,15 @@ def compare_settings(checkpoint: Checkpoint, now: Mapping[str, Any], path: Path,
     """
     if not _config(checkpoint):
         return
-    before, after = _filled(_config(checkpoint)), _filled(now)
+    refuse_changes(_filled(_config(checkpoint)), _filled(now), path, may_change)
+    for _, difference in _bounds_difference(checkpoint, bounds_path(now)):
+        raise UserError(f"resume={path}: that run was trained with {difference}")
+
+
+def refuse_changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], path: Path, may_change: Sequence[str] = ()
+) -> None:
+    """Compare flat settings of a run with those it is resumed with. Raises UserError, or says what changed."""
     changed = [key for key in before if key not in after or not _same(key, before[key], after[key])]
     refused = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)]
     if refused:
@@ -203,8 +218,6 @@ def compare_settings(checkpoint: Checkpoint, now: Mapping[str, Any], path: Path,
     if told:
         facts = (f"{key}={after.get(key, 'its default')} (was {before.get(key, 'not set')})" for key in told)
         log.warning("resumed with %s", ", ".join(facts))
-    for _, difference in _bounds_difference(checkpoint, bounds_path(now)):
-        raise UserError(f"resume={path}: that run was trained with {difference}")
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:

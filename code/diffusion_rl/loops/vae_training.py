@@ -21,6 +21,7 @@ from diffusion_rl.loops.agent_evaluation import decoder, evaluate_policy, evalua
 from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.diffuser_training import WindowOrder
 from diffusion_rl.loops.rollout import Rollout, RunningEpisodes, collect
+from diffusion_rl.loops.run_facts import LATENT_MAY_CHANGE
 from diffusion_rl.loops.run_folder import RunFolder
 from diffusion_rl.loops.run_state import Checkpoint, require_finite
 from diffusion_rl.policies.acting import DiffusionActor
@@ -75,7 +76,7 @@ class VAEDiffusionTraining:
         """Train to the end (or to a signal); returns the rows of the metrics."""
         cfg, total = self.cfg, int(self.cfg["n_train_steps"])
         cures = {"another_folder": "give another logbase, exp_name or job_name", "go_on": "continue_training: true"}
-        folder = RunFolder(cfg, "itr", self.algorithm.KIND, **cures)  # type: ignore[arg-type]
+        folder = RunFolder(cfg, "itr", self.algorithm.KIND, may_change=LATENT_MAY_CHANGE, **cures)  # type: ignore[arg-type]
         if folder.resumed is not None:
             require_finite(folder.resumed.tensors, folder.resumed_from)
             self.restore(folder.resumed)

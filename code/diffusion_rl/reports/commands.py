@@ -130,10 +130,10 @@ def _add_lite(commands: argparse._SubParsersAction) -> None:
 
 
 def _draw_lite_losses(args: argparse.Namespace, command: str) -> None:
-    found = lite_figures.by_name(lite_figures.read_rows(args.log))
+    found = lite_figures.by_name(lite_figures.read_rows(args.log, lite_figures.LOSSES))
     print(*lite_figures.plot_loss_curves(found, args.output, command), sep="\n")
 
 
 def _draw_lite_scores(args: argparse.Namespace, command: str) -> None:
-    rows = [row for path in args.results for row in lite_figures.read_rows(path)]
+    rows = [row for path in args.results for row in lite_figures.read_rows(path, lite_figures.SCORES)]
     print(lite_figures.plot_scores(rows, args.output, command))

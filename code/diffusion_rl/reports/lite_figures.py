@@ -14,15 +14,19 @@ from diffusion_rl.reports.figures import write_with_table
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
 DPI = 150
 FIGURES = "figures"
+LOSSES = {"gradient_steps": int}  # what rows must hold
+SCORES = {"checkpoint": (int, str), "score": (int, float), "standard_error": (int, float)}
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a loss log or of the results of a sweep."""
+def read_rows(path: str | Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """Read the rows of a loss log or of the results of a sweep. needed: what each row must hold."""
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is no JSON list of rows")
-    if not all(type(row.get("gradient_steps")) is int for row in rows):
-        raise UserError(f"{path}: every row needs its gradient_steps, a whole number")
+    for row in rows:
+        for key, kinds in needed.items():
+            if not isinstance(row.get(key), kinds) or isinstance(row[key], bool):
+                raise UserError(f"{path}: a row has no proper {key}")
     return rows
 
 
