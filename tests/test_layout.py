@@ -15,6 +15,7 @@ PACKAGE = ROOT / "code" / "diffusion_rl"
 # What each package may import of ours: always further down, never sideways back up (see ARCHITECTURE.md).
 BELOW = {
     "core": set(),
+    "config": {"core"},
     "networks": {"core"},
     "diffusion": {"core"},
     "policies": {"core", "networks", "diffusion"},

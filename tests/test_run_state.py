@@ -15,8 +15,8 @@ import pytest
 
 import diffusion_rl
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.run_state import (
     Checkpoint,
     latest_checkpoint,

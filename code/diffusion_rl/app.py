@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
 import sys
 import time
 import traceback
@@ -22,6 +21,7 @@ from diffusion_rl.config.ranges import check_numbers
 from diffusion_rl.config.reads import interpolated
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
+from diffusion_rl.core import signals
 from diffusion_rl.core.config import ENVIRONMENT, find_class, instantiate, instantiate_trusted, register_resolvers
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.reference_targets import translate
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{command_line.USAGE}   (--help explains)", file=sys.stderr)
         return USER_ERROR
     register_resolvers()
-    with _reported(arguments) as status, _terminable():
+    with _reported(arguments) as status, signals.interrupting():
         options = command_line.parse(arguments)
         if options.help:
             print(command_line.help_text(options))
@@ -159,24 +159,6 @@ def _reported(arguments: Sequence[str], label: str = "") -> Iterator[list[int]]:
             raise
         print(f"error: {label}{line}", file=sys.stderr, flush=True)
         status[0] = USER_ERROR
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM is an interruption like Ctrl-C, also before a loop has begun to catch both."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _hydra_mains(arguments: Sequence[str], options: Namespace) -> None:

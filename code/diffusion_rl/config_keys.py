@@ -7,12 +7,11 @@ of that class, and are checked against its signature.
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from diffusion_rl.config.reads import unread
-from diffusion_rl.core.config import PACKAGE, find_class, flatten, targets
+from diffusion_rl.core.config import PACKAGE, find_class, flatten, parameters_of, targets
 from diffusion_rl.core.errors import UserError
 
 KEYS: dict[str, str] = {
@@ -278,7 +277,9 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Col
 def _not_read(key: str, config: Mapping[str, Any]) -> str:
     """The line about a key that other configurations read and this one does not."""
     takers = [
-        where for where, mapping in targets(config) if where and key in _parameters(find_class(mapping["_target_"]))[0]
+        where
+        for where, mapping in targets(config)
+        if where and key in parameters_of(find_class(mapping["_target_"]))[0]
     ]
     hint = f"; did you mean {' or '.join(f'{where}.{key}' for where in takers)}?" if takers else ""
     return f"'{key}' does nothing here: nothing of this configuration reads it{hint}"
@@ -308,7 +309,7 @@ def check_arguments(config: Mapping[str, Any]) -> None:
         found = _class_at(where, mapping["_target_"])
         if not where:
             continue
-        accepted, anything = _parameters(found)
+        accepted, anything = parameters_of(found)
         for key, value in mapping.items():
             if key in accepted and key not in IGNORED_ARGUMENTS:
                 _check_annotation(f"{where}.{key}", value, accepted[key].annotation)
@@ -353,31 +354,6 @@ def _check_annotation(key: str, value: Any, annotation: str) -> None:
     fits = {"bool": isinstance(value, bool), "int": number and float(value).is_integer(), "float": number}
     if not fits[kind]:
         raise UserError(f"{key}={value}: not {kinds[kind]}")
-
-
-def default_arguments(target: str) -> dict[str, Any]:
-    """The arguments of a class that have defaults, with these."""
-    parameters = _parameters(find_class(target))[0].values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-
-
-def _parameters(found: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The arguments of a class and of those bases it passes others on to, and whether it takes any other.
-
-    `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
-    """
-    names: dict[str, inspect.Parameter] = {}
-    for base in found.__mro__:
-        if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
-            break
-        if "__init__" not in vars(base):
-            continue
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names = {p.name: p for p in named} | names
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            return names, False
-    return names, not found.__module__.startswith(PACKAGE)
 
 
 def _get(config: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -33,10 +33,10 @@ from diffusion_rl import run_folders
 from diffusion_rl.core import signals
 from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.files import atomic_file, read_json
 from diffusion_rl.core.names import require_inside
 from diffusion_rl.core.ranges import check_ranges, shown, whole
 from diffusion_rl.core.yaml_files import read_yaml
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.locks import child_lock, locked
 from diffusion_rl.reports.progress import duration
 
@@ -440,9 +440,9 @@ def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
 
 def _statuses(folder: Path) -> dict[str, int]:
     try:
-        facts = json.loads((folder / "status.json").read_text())
+        facts = read_json(folder / "status.json")
         return {name: 0 for name, each in facts.items() if each["exit"] == 0}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, KeyError, TypeError, AttributeError):
         return {}
 
 

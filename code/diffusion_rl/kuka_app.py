@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.stacking import BEST_RETURN, TASKS, draw_task
 from diffusion_rl.core.threads import configure_threads
 from diffusion_rl.data.kuka import StackingDataset, read_trajectories
 from diffusion_rl.envs.kuka import KukaStacking
 from diffusion_rl.interop.diffuser_checkpoint import stacking_weights
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.kuka import StackingTraining, run_episode
 from diffusion_rl.loops.locks import locked

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusion_rl.core import signals
 from diffusion_rl.core.errors import UserError, exit_status
+from diffusion_rl.core.files import read_json
 from diffusion_rl.planner_options import pairs
 from diffusion_rl.reports import plan_results
 
@@ -67,8 +66,8 @@ def table(arguments: Sequence[str]) -> None:
 
 def _labels(path: str) -> dict[str, str]:
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return dict(read_json(path))
+    except (ValueError, TypeError) as error:
         raise UserError(f"--labels {path}: {error}; a JSON object of words is needed") from error
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.names import require_device, require_inside
 from diffusion_rl.core.ranges import (
     BATCH,
@@ -42,7 +43,6 @@ from diffusion_rl.core.ranges import (
     whole,
 )
 from diffusion_rl.core.yaml_files import read_yaml
-from diffusion_rl.interop.files import atomic_file
 
 TUPLES = ("dim_mults",)  # YAML has lists only
 REAL = ("loss_discount", "action_weight", "termination_penalty")  # may be a fraction although the default is whole

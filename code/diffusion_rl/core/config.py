@@ -230,6 +230,31 @@ def _refuse_standard_library(name: str, module: str) -> None:
         raise UserError(f"'{name}' is of Python's standard library and can be no part of a run; refused")
 
 
+def default_arguments(target: str) -> dict[str, Any]:
+    """The arguments of a class that have defaults, with these."""
+    parameters = parameters_of(find_class(target))[0].values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def parameters_of(found: type) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The arguments of a class and of those bases it passes others on to, and whether it takes any other.
+
+    `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
+    """
+    names: dict[str, inspect.Parameter] = {}
+    for base in found.__mro__:
+        if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
+            break
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        names = {p.name: p for p in named} | names
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, False
+    return names, not found.__module__.startswith(PACKAGE)
+
+
 def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(node, str):
         yield where, node

@@ -128,6 +128,11 @@ class Array:
             raise UserError(f"{where} holds values of type {node.dtype}, not numbers")
         self.shape, self.dtype = node.shape, node.dtype
 
+    @property
+    def stored(self) -> h5py.Dataset:
+        """The data set itself, to read single rows of."""
+        return self._node
+
     def __len__(self) -> int:
         return int(self.shape[0])
 

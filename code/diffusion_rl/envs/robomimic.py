@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import read_json
 from diffusion_rl.core.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import room
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
@@ -79,8 +79,8 @@ def read_env_meta(path: str | Path) -> dict[str, Any]:
     found = next((one for one in candidates if one.is_file()), None)
     if found is None:
         raise UserError(f"robomimic_env_cfg_path={path}: no such file")
+    meta = read_json(found)
     try:
-        meta = json.loads(found.read_text())
         return {"env_name": str(meta["env_name"]), "type": int(meta["type"]), "env_kwargs": dict(meta["env_kwargs"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{found}: not a robomimic env_meta file ({type(error).__name__}: {error})") from error

@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.envs.vector import VectorEnv
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.policy_files import (
     GAUSSIAN_SAMPLING,
     SAMPLING,

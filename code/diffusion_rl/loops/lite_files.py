@@ -21,8 +21,9 @@ import numpy as np
 
 from diffusion_rl.core.config import flatten
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file, read_json
 from diffusion_rl.data.episodes import read_npz
-from diffusion_rl.interop.files import atomic_file
+from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.lite_training import LiteLoop, Pairs, State
@@ -193,10 +194,10 @@ class LossLog:
         self.path, self.shown = folder / name, results / name
         self.rows: dict[int, dict[str, Any]] = {}
         if self.path.is_file():
+            rows = read_json(self.path)
             try:
-                rows = json.loads(self.path.read_text(encoding="utf-8"))
                 self.rows = {int(row["gradient_steps"]): dict(row) for row in rows}
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
+            except (ValueError, LookupError, TypeError) as error:
                 raise UserError(f"{self.path} is damaged ({error}): delete it, or start anew elsewhere") from error
 
     def truncate(self, step: int) -> None:
@@ -289,13 +290,12 @@ def pairs_to_read(folder: Path, levels: Sequence[PlanLevel]) -> Iterator[Pairs]:
     paths = [folder / name for name in ("traj_cond_dataset.h5", "traj_uncond_dataset.h5")]
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"no {missing[0]}: run mode=prepare_dataset first")
-    with h5py.File(paths[0], "r") as told, h5py.File(paths[1], "r") as untold:
+    with open_hdf5(paths[0]) as told, open_hdf5(paths[1]) as untold:
         counted = range(len(levels))
-        try:
-            yield Pairs(
-                [told[f"traj_cond_dataset_{i}"] for i in counted],
-                [told[f"condition_dataset_{i}"] for i in counted],
-                [untold[f"traj_uncond_dataset_{i}"] for i in counted],
-            )
-        except KeyError as error:
-            raise UserError(f"{folder}: the pairs are of other levels ({error}): run mode=prepare_dataset") from error
+        conditional = [told.array(f"traj_cond_dataset_{i}") for i in counted]
+        returns = [told.array(f"condition_dataset_{i}") for i in counted]
+        unconditional = [untold.array(f"traj_uncond_dataset_{i}") for i in counted]
+        for i, level in enumerate(levels):
+            if any(pairs[i].shape[1:] != (2, *level.shape) for pairs in (conditional, unconditional)):
+                raise UserError(f"{folder}: the pairs are of other levels: run mode=prepare_dataset")
+        yield Pairs(*([array.stored for array in arrays] for arrays in (conditional, returns, unconditional)))

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.ranges import DIFFUSION_STEPS, HORIZON, check_ranges, whole
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled, split_episodes
 from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
 from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
 from diffusion_rl.interop import diffuser_checkpoint
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, require_finite
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.envs.vector import VectorEnv
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.planners.action_diffuser import aggregate
 from diffusion_rl.planners.diffuser import Decision, Diffuser
 

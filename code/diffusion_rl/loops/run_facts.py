@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl.config_keys import default_arguments
-from diffusion_rl.core.config import PACKAGE, flatten, targets
+from diffusion_rl.core.config import PACKAGE, default_arguments, flatten, targets
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.loops.policy_files import normalization_facts
 from diffusion_rl.loops.run_state import Checkpoint

@@ -15,8 +15,8 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.signals import StopRequest
-from diffusion_rl.interop.files import atomic_file
 from diffusion_rl.loops.locks import FolderLock
 from diffusion_rl.loops.run_facts import compare_settings
 from diffusion_rl.loops.run_state import (

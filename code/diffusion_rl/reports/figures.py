@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.yaml_files import read_yaml
 from diffusion_rl.reports.metrics import Row, read_rows, replace_file, step_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow (pale on white); then three of Tol's.
@@ -124,10 +124,7 @@ def _class_of(described: Any) -> str:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        config = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    config = read_yaml(path)
     return config if isinstance(config, dict) else {}
 
 
