@@ -19,7 +19,7 @@ NUMBERS = {
         "train.save_model_freq": "0 -1",
         "train.gamma": "-0.1 1.5 .nan high",
         "train.gae_lambda": "2 -1",
-        "train.actor_lr": "-1 .nan .inf 11",
+        "train.actor_lr": "-1 .nan .inf",
         "train.critic_lr": "-1e-3 .nan",
         "train.actor_weight_decay": "-1 .inf",
         "train.target_kl": "0 -1 .nan",
@@ -82,7 +82,7 @@ WORDS = {
         *("env.engine=unreal", "env.wrappers.multi_step.n_action_steps=3", "n_steps=5", "train.augment=perhaps"),
     ),
     PRE: ("train_dataset_path=/nowhere.npz", "train_dataset_path=README.md", "horizon_steps=100000", "train.gamma=0.9"),
-    EVALUATE: ("base_policy_path=x=y", "train.gamma=1", "obs_dim=12", "ft_denoising_steps=7", "update_epochs=1"),
+    EVALUATE: ("base_policy_path=x=y", "train.gamma=1", "obs_dim=12", "update_epochs=1"),
 }
 CASES = [
     (config, f"{key}={value}")

@@ -23,7 +23,7 @@ from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
 from diffusion_rl.core import signals
 from diffusion_rl.core.config import ENVIRONMENT, find_class, instantiate, instantiate_trusted, register_resolvers
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.interop.reference_targets import translate
 
 __all__ = ["instantiate", "instantiate_trusted", "main", "prepare", "run"]
@@ -151,7 +151,8 @@ def _reported(arguments: Sequence[str], label: str = "") -> Iterator[list[int]]:
     except KeyboardInterrupt as stopped:
         if wants_traceback:
             raise
-        print(str(stopped) or "interrupted; resume=auto goes on from the last checkpoint", file=sys.stderr)
+        told = str(stopped) if isinstance(stopped, Interrupted) else ""
+        print(told or "interrupted; resume=auto goes on from the last checkpoint", file=sys.stderr)
         status[0] = INTERRUPTED
     except Exception as error:
         line = None if wants_traceback else command_line.line_for_user(error, arguments)

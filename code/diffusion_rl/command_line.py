@@ -146,7 +146,7 @@ def _defaults(options: Namespace) -> dict[str, Any]:
 def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
     """One line for an error that the user can mend; None for a defect of ours."""
     if isinstance(error, UserError):
-        return " ".join(str(error).split("\n"))
+        return str(error)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _config_line(error, arguments)
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):

@@ -9,7 +9,7 @@ from diffusion_rl.core.config import flatten
 from diffusion_rl.core.ranges import ENVS, SEED, SHARE, STEPS, Range, at_most, check_ranges, number, positive, whole
 
 COUNT = whole(1, 10**6)  # of what lies in memory: dimensions, steps of a plan
-RATE = number(0, 10)  # of learning; 0 trains nothing
+RATE = number(0)  # of learning; 0 trains nothing
 NOT_NEGATIVE = number(0)
 FROM_ZERO = whole(0, 10**12)
 ROWS = whole(1, 10**8)  # of a minibatch: what is more than there are is cut

@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterable
 
 from diffusion_rl.core import signals
 
+LONGEST = 900  # characters of a message
+
 
 class UserError(Exception):
     """Something the user can mend: one line that names the thing and the cure.
 
     The command lines print it without a traceback and exit with status 2 (with a traceback under `HYDRA_FULL_ERROR=1`).
+    Whatever a file or a library put into it, its text has no line breaks and a bearable length.
     """
+
+    def __str__(self) -> str:
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,7 +53,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
             line = str(error) if isinstance(error, UserError) else _refused(error)
             if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
-            print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+            print(f"error: {line}", file=sys.stderr)
             return 2
         except KeyboardInterrupt as stopped:
             print(str(stopped) or "interrupted", file=sys.stderr)
