@@ -2,6 +2,7 @@
 
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from tests.small_runs import (
 from diffusion_rl.configs import REPOSITORY
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
-from diffusion_rl.loops import run_facts
+from diffusion_rl.loops import planner_files, run_facts
 from diffusion_rl.loops.policy_files import normalization_facts, open_checkpoint
 from diffusion_rl.loops.rollout import Rollout, episode_statistics
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
@@ -93,6 +94,27 @@ def test_the_task(evaluation, theirs, outcome, caplog):
     else:
         run_facts.compare_policy(other, evaluation, "p", evaluating=True)
     assert (theirs in caplog.text) == (outcome != "silence")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("hopper-medium-v2", "hopper-medium-expert-v2", True),
+        ("hopper-medium-v2", "walker2d-medium-v2", False),
+        ("maze2d-umaze-v1", "maze2d-large-v1", False),
+        ("mine", "mine", True),
+        ("mine", "hopper-medium-v2", None),
+    ],
+)
+def test_names_of_one_task(one, other, same, caplog):
+    assert run_facts.same_task(one, other) is same
+    experiment = planner_files.Experiment(None, {}, "", 0, Path("folder"), one)
+    if same is False:
+        with pytest.raises(UserError, match=f"folder was trained on {one}, which is another task than {other}"):
+            experiment.require_task(other)
+    else:
+        experiment.require_task(other)
+    assert ("trained on" in caplog.text) == (same is None)
 
 
 @pytest.mark.parametrize("evaluating", [True, False])

@@ -115,4 +115,4 @@ def _original(options: Options, path: Path) -> Experiment:
     weights = stacking_weights(path, model.n_timesteps)
     require_finite(weights, path)
     load_state_dict(model, weights)
-    return Experiment(model, dataset.normalizers, dataset.normalizer, 0, path)
+    return Experiment(model, dataset.normalizers, dataset.normalizer, 0, path, options.dataset)

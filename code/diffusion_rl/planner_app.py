@@ -293,7 +293,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
     configure_threads()
     options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
     where = options.logbase, options.dataset, options.diffusion_loadpath
-    experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch))
+    experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
     planner = _unguided(experiment, options)
     env = Maze2D(options.dataset)
@@ -343,7 +343,8 @@ def _unguided(experiment: Experiment, options: Options) -> Diffuser:
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
     configure_threads()
-    return load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
+    found = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
+    return found.require_task(options.dataset)
 
 
 def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:

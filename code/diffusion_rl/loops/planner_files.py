@@ -8,6 +8,7 @@ their pickled configurations, are read as well; nothing in them is executed.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import re
@@ -26,12 +27,15 @@ from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
 from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.torch_names import load_state_dict
+from diffusion_rl.loops.run_facts import same_task
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, require_finite
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
 from diffusion_rl.planners.action_diffuser import ActionDiffusion
 from diffusion_rl.planners.diffuser import NoisyTrajectories, TrajectoryDiffusion, ValueDiffusion
 from diffusion_rl.planners.kuka import MaskedDiffusion, StackClassification
+
+log = logging.getLogger(__name__)
 
 DOWNLOADS = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 NETWORKS: dict[str, Callable[..., Any]] = {
@@ -157,6 +161,16 @@ class Experiment(NamedTuple):
     normalizer: str  # name of their class
     epoch: int
     folder: Path
+    task: str  # environment or data set that it was trained on
+
+    def require_task(self, name: str) -> Experiment:
+        """Itself. Raises UserError if it was trained on another task than that of `name`; warns where that is open."""
+        same = same_task(self.task, name)
+        if same is False:
+            raise UserError(f"{self.folder} was trained on {self.task}, which is another task than {name}")
+        if same is None:
+            log.warning("%s was trained on %s, this plans in %s", self.folder, self.task, name)
+        return self
 
 
 def normalizer_tensors(dataset: TrajectoryDataset) -> dict[str, np.ndarray]:
@@ -191,7 +205,7 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
     require_finite(weights, path)
     load_state_dict(model, weights)
     fitted = {field: kind(checkpoint.select(f"normalizer.{field}.")) for field in FIELDS}
-    return Experiment(model, fitted, kind.__name__, label, folder)
+    return Experiment(model, fitted, kind.__name__, label, folder, str(facts["dataset"]["env"]))
 
 
 def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyTrajectories:
@@ -251,7 +265,7 @@ def _original(folder: Path, label: int, path: Path, data_dir: str | None) -> Exp
     load_state_dict(model, weights)
     dataset = dict(description.dataset)
     data = dataset_of(find_episodes(dataset["env"], data_dir), dataset)
-    return Experiment(model, data.normalizers, dataset["normalizer"], label, folder)
+    return Experiment(model, data.normalizers, dataset["normalizer"], label, folder, str(dataset["env"]))
 
 
 def require_compatible(one: Experiment, other: Experiment) -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 #: Names of tasks begin with these; what follows tells data sets of one task apart.
 FAMILIES = (
     *("hopper", "walker2d", "halfcheetah", "ant", "kitchen", "lift", "can", "square", "transport", "avoiding"),
-    *("one_leg", "lamp", "round_table"),
+    *("one_leg", "lamp", "round_table", "maze2d-umaze", "maze2d-medium", "maze2d-large"),
 )
 #: Arguments of networks that may change between pre-training and what follows: the weights act without them.
 FREE_ARGUMENTS = ("fixed_std", "learn_fixed_std", "std_min", "std_max", "dropout", "p_drop_*", "augment", "device")
@@ -121,12 +121,18 @@ def task_name(config: Mapping[str, Any]) -> str:
     return str(name or config.get("env_name") or "")
 
 
+def same_task(one: str, other: str) -> bool | None:
+    """Whether two names of environments or data sets are of one task; None where that cannot be known."""
+    if one == other:
+        return True
+    families = [next((family for family in FAMILIES if name.startswith(family)), None) for name in (one, other)]
+    return None if None in families else families[0] == families[1]
+
+
 def _task_difference(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
     theirs, ours = task_name(_config(checkpoint)), task_name(cfg)
-    families = [next((family for family in FAMILIES if name.startswith(family)), None) for name in (theirs, ours)]
-    if not theirs or theirs == ours or (families[0] == families[1] and families[0]):
-        return
-    yield None in families, f"the task {theirs}, this run's is {ours}"
+    if theirs and not (same := same_task(theirs, ours)):
+        yield same is None, f"the task {theirs}, this run's is {ours}"
 
 
 def _bounds_difference(checkpoint: Checkpoint, path: str | None) -> Iterator[tuple[bool, str]]:
