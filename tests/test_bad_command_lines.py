@@ -107,3 +107,41 @@ def test_one_line_and_nothing_written(config, change, tmp_path, monkeypatch, cap
     assert status == 2, (out, err)
     assert err.startswith("error: ") and err.count("\n") == 1 and len(err) < 900, err
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+OWN = "# @package _global_\ndefaults: [/gym/finetune/hopper-v2/ft_ppo_diffusion_mlp, _self_]\n"
+NINES = "".join(f"    a{i}: &a{i} {{" + ", ".join(f"k{j}: *a{i - 1}" for j in range(9)) + "}\n" for i in range(1, 12))
+FILES = {
+    "callback": (
+        OWN + "hydra: {callbacks: {a: {_target_: subprocess.Popen, args: [touch, PWNED]}}}",
+        "may not name this",
+    ),
+    "handler": (
+        OWN + "hydra: {job_logging: {handlers: {h: {'()': os.system, command: touch PWNED}}}}",
+        "may not name this",
+    ),
+    "launcher": (OWN + "hydra: {launcher: {_target_: evil.Launcher}}", "may not name this"),
+    "tag": (OWN + "a: !!int abc", "is not valid YAML"),
+    "python": (OWN + "a: !!python/object/apply:os.system [touch PWNED]", "is not valid YAML"),
+    "itself": (OWN + "a: &a {b: *a}", "an alias stands within what it names"),
+    "nines": (OWN + "env:\n  specific:\n    a0: &a0 {x: 1}\n" + NINES, "more than 100000 values"),
+    "deep": (OWN + "env: {specific: {a: " + "[" * 3000 + "]" * 3000 + "}}", "levels deep"),
+    "list": ("- 1\n- 2\n", "is no configuration"),
+    "empty": ("", "no _target_"),
+    "torn": ("a: [1\n b: }", "is not valid YAML"),
+    "binary": (b"\xff\xfe\x00abc", "is not valid YAML"),
+    "beside": ("defaults: [other, _self_]\nseed: 1\n", "other.yaml: an alias stands within"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_are_no_configurations(kind, tmp_path, monkeypatch, capfd):
+    content, message = FILES[kind]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cfg").mkdir()
+    (tmp_path / "cfg/other.yaml").write_text("a: &a {b: *a}")
+    (tmp_path / "cfg/mine.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    status = app.main(["--config-dir=cfg", "--config-name=mine"])
+    err = capfd.readouterr().err
+    assert status == 2 and message in err and err.count("\n") == 1, err
+    assert [path.name for path in tmp_path.iterdir()] == ["cfg"]

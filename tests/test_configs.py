@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_rl import app
+from diffusion_rl import app, command_line
 from diffusion_rl.config_keys import KEYS, check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
 from diffusion_rl.core.config import calc, find_class, flatten, instantiate, instantiate_trusted, targets
@@ -409,3 +409,30 @@ def test_script_wrong_obs_dim(tmp_path):
 
 def test_the_script_is_thin():
     assert len((Path(REPOSITORY) / "script/run.py").read_text().splitlines()) <= 60
+
+
+# Spellings
+
+
+@pytest.mark.parametrize(
+    "path", ["a=1/b=0.97.pt", "a, b/c.pt", "it's/x.pt", "(1)/x [2].pt", "a b/c.pt", "plain/x.pt", "C:\\x.pt"]
+)
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_path_may_have_any_letters(path, multirun):
+    quoted = command_line._quoted(f"base_policy_path={path}", multirun)
+    if multirun and "," in path:
+        return  # there, commas part the values of a sweep
+    assert hopper(quoted).base_policy_path == path
+
+
+def test_optional_keys_and_arguments_need_no_plus():
+    defaults = flatten(OmegaConf.to_container(app.prepare(hopper())))
+
+    def added(override):
+        return command_line._added(override, defaults)
+
+    assert added("model.use_ddim=true") == "++model.use_ddim=true"
+    assert added("model.eta._target_=x.Y") == "++model.eta._target_=x.Y"
+    assert added("train.max_grad_norm=1") == "++train.max_grad_norm=1"
+    assert added("+seed=3") == "++seed=3" and added("seed=3") == "seed=3"
+    assert added("nope=1") == "nope=1" and added("~train.gamma") == "~train.gamma"

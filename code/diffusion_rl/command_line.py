@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffusion_rl.config_keys import KEYS, OPEN, unknown_key
-from diffusion_rl.configs import CONFIG_ROOT, compose, shipped_configs
+from diffusion_rl.configs import CONFIG_ROOT, check_hydra, check_own_files, compose, shipped_configs
 from diffusion_rl.core.config import first_line, flatten
 from diffusion_rl.core.errors import UserError
 
@@ -79,7 +79,7 @@ def _quoted(override: str, multirun: bool) -> str:
 def _in_quotes(value: str) -> str:
     if re.fullmatch(r"[\w\-/.%*@?|+:$~{}]*", value):  # may stand there as it is; braces: ${…}
         return value
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 #: What every configuration of ours says (cfg/_base/run.yaml): a run's folder is made by its loop, not by Hydra.
@@ -137,7 +137,10 @@ def _defaults(options: Namespace) -> dict[str, Any]:
     folder = options.config_dir
     if folder and not (Path(folder) / f"{options.config_name.removesuffix('.yaml')}.yaml").is_file():
         folder = None
+    if folder:
+        check_own_files(options.config_name, Path(folder))
     config = compose(options.config_name, folder=folder)
+    check_hydra(config.hydra)
     del config.hydra
     OmegaConf.resolve(config)
     return flatten(config)
