@@ -26,6 +26,7 @@ BELOW = {
     "algorithms": {"core", "networks", "diffusion", "policies"},
     "planners": {"core", "networks", "diffusion", "policies", "data"},
     "loops": {
+        "config",
         "core",
         "networks",
         "diffusion",

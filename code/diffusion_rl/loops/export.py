@@ -31,8 +31,10 @@ from diffusion_rl.algorithms.qsm import QSM
 from diffusion_rl.algorithms.rlpd import RLPD
 from diffusion_rl.algorithms.rwr import RWR, GaussianRWR
 from diffusion_rl.algorithms.sac import SAC
+from diffusion_rl.config.ranges import check_numbers
 from diffusion_rl.core.config import CHECKPOINT_CLASSES, find_class, flatten, instantiate_trusted
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import reading
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.normalizers import KEYS, MinMaxNormalizer
 from diffusion_rl.interop.torch_names import load_state_dict
@@ -159,13 +161,15 @@ def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
     config = config or checkpoint.metadata.get("config")
     if not config or not config.get("model"):
         raise UserError(f"{path} does not hold its configuration: add --config <name of the one it was trained with>")
-    policy = build_policy(checkpoint, config, path)
-    load_policy(policy, checkpoint, path)
-    if acting := checkpoint.select("model." + ACTS_BY.get(checkpoint.metadata["kind"], " ")):
-        load_state_dict(policy.network, acting)
-    act_steps = int(config.get("act_steps") or policy.horizon_steps)
-    normalizer = normalizer_of(checkpoint, config, path)
-    return Source(policy, normalizer, int(config.get("cond_steps") or 1), act_steps, checkpoint.metadata["kind"])
+    with reading(path, "use another checkpoint", "holds a configuration that describes no policy"):
+        check_numbers(config)
+        policy = build_policy(checkpoint, config, path)
+        load_policy(policy, checkpoint, path)
+        if acting := checkpoint.select("model." + ACTS_BY.get(checkpoint.metadata["kind"], " ")):
+            load_state_dict(policy.network, acting)
+        act_steps = int(config.get("act_steps") or policy.horizon_steps)
+        normalizer = normalizer_of(checkpoint, config, path)
+        return Source(policy, normalizer, int(config.get("cond_steps") or 1), act_steps, checkpoint.metadata["kind"])
 
 
 def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Policy:

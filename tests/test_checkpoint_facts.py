@@ -1,0 +1,64 @@
+"""Facts of the wrong kind in a checkpoint whose checksum is right: read, or refused in one line, wherever it goes."""
+
+import copy
+import itertools
+
+import pytest
+from omegaconf import OmegaConf
+from tests.small_runs import EVALUATE, PRE_TRAIN, config, make_base_policy
+
+from diffusion_rl.core.config import instantiate
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.loops.evaluation import fine_tuned_steps, model_of
+from diffusion_rl.loops.export import open_policy
+from diffusion_rl.loops.policy_files import load_policy
+from diffusion_rl.loops.run_facts import FINE_TUNING_MAY_CHANGE, compare_policy, compare_settings
+from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+
+WRONG = (None, -1, 1e300, float("nan"), "x", [1], {"a": 1}, [[[]]])
+PLACES = (
+    *("kind", "normalization", "config", "sampling", "ft_denoising_steps", "denoising_steps", "obs_dim", "train"),
+    *("normalization.obs_min", "config.env", "config.model", "config.train", "config.act_steps", "config.obs_dim"),
+    *("config.model.network", "config.model.network._target_", "config.model.network.mlp_dims"),
+    *("config.model.network.activation_type", "config.model.denoising_steps", "sampling.denoised_clip_value"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A checkpoint with all its facts."""
+    folder = tmp_path_factory.mktemp("facts")
+    checkpoint = load_checkpoint(make_base_policy(folder / "base.safetensors"))
+    bounds = {"obs_min": [-1.0] * 11, "obs_max": [1.0] * 11, "action_min": [-1.0] * 3, "action_max": [1.0] * 3}
+    facts = OmegaConf.to_container(config(PRE_TRAIN, folder), resolve=True)
+    checkpoint.metadata |= {"normalization": bounds, "config": facts | {"act_steps": 4}, "train": {}}
+    checkpoint.metadata.pop("format", None)
+    return checkpoint
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_facts_of_the_wrong_kind(whole, where, tmp_path):
+    cfg, path = config(EVALUATE, tmp_path), tmp_path / "x.safetensors"
+
+    def evaluate():
+        checkpoint = load_checkpoint(path)
+        compare_policy(checkpoint, cfg, path, evaluating=True)
+        policy = instantiate(model_of(checkpoint, cfg["model"]))
+        policy.ft_denoising_steps = fine_tuned_steps(checkpoint, 0, path)
+        load_policy(policy, checkpoint, path)
+
+    def resume():
+        compare_settings(load_checkpoint(path), OmegaConf.to_container(cfg), path, FINE_TUNING_MAY_CHANGE)
+
+    for value, use in itertools.product(WRONG, (evaluate, resume, lambda: open_policy(path))):
+        metadata = copy.deepcopy(whole.metadata)
+        *parents, last = where.split(".")
+        node = metadata
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+        save_checkpoint(path, whole.tensors, metadata)
+        try:
+            use()
+        except UserError as error:
+            assert len(str(error)) < 1000, error  # any other error fails the test
