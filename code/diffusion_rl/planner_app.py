@@ -38,6 +38,7 @@ from diffusion_rl.loops.planner_files import (
     require_compatible,
 )
 from diffusion_rl.loops.planning import Episodes, normalized_score, run_episodes, write_json
+from diffusion_rl.loops.policy_files import fitting
 from diffusion_rl.loops.run_facts import refuse_changes
 from diffusion_rl.loops.run_state import checkpoint_metadata, load_checkpoint, require_finite, save_checkpoint
 from diffusion_rl.networks.temporal_unet import require_horizon
@@ -192,10 +193,11 @@ def _resume(run: DiffuserTraining, folder: Path, resume: str, description: Descr
         raise UserError(f"{path} has no optimizer state and cannot be resumed: train anew under another --prefix")
     checkpoint = load_checkpoint(path)
     require_finite(checkpoint.tensors, path)
-    recorded, asked = checkpoint.metadata["description"], description._asdict()
+    recorded, asked = checkpoint.metadata.get("description") or {}, description._asdict()
     before, now = (flatten(json.loads(json.dumps(facts))) for facts in (recorded, asked))
     refuse_changes({key: value for key, value in before.items() if key in now}, now, path)
-    run.restore(checkpoint)
+    with fitting(path):
+        run.restore(checkpoint)
     print(f"resuming {path} at step {run.step}", flush=True)
     return run.step
 

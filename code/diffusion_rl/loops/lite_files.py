@@ -27,6 +27,7 @@ from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.lite_training import LiteLoop, Pairs, State
+from diffusion_rl.loops.policy_files import fitting
 from diffusion_rl.loops.run_facts import refuse_changes
 from diffusion_rl.loops.run_state import load_checkpoint, not_finite, require_finite, require_kind, save_checkpoint
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
@@ -174,13 +175,14 @@ def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int, options: Map
     checkpoint = load_checkpoint(path)
     require_kind(checkpoint, KIND, path)
     require_finite(checkpoint.tensors, path)
-    if checkpoint.metadata["steps"] != loop.steps:
+    if (steps := checkpoint.metadata.get("steps")) != loop.steps:
         raise UserError(
-            f"{path} is of a run of {checkpoint.metadata['steps']} steps, this one has {loop.steps}: give the same "
-            "number, which the learning rate depends on, or start anew with resume=never"
+            f"{path} is of a run of {steps} steps, this one has {loop.steps}: give the same number, which the learning "
+            "rate depends on, or start anew with resume=never"
         )
-    refuse_changes(checkpoint.metadata.get("options", {}), settled(options), path)
-    loop.restore(checkpoint)
+    refuse_changes(checkpoint.metadata.get("options") or {}, settled(options), path)
+    with fitting(path):
+        loop.restore(checkpoint)
     return True
 
 

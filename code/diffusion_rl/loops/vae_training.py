@@ -20,6 +20,7 @@ from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.loops.agent_evaluation import decoder, evaluate_policy, evaluating_actor, write_result
 from diffusion_rl.loops.agent_history import AgentHistoryEnv
 from diffusion_rl.loops.diffuser_training import WindowOrder
+from diffusion_rl.loops.policy_files import fitting
 from diffusion_rl.loops.rollout import Rollout, RunningEpisodes, collect
 from diffusion_rl.loops.run_facts import LATENT_MAY_CHANGE
 from diffusion_rl.loops.run_folder import RunFolder
@@ -79,7 +80,8 @@ class VAEDiffusionTraining:
         folder = RunFolder(cfg, "itr", self.algorithm.KIND, may_change=LATENT_MAY_CHANGE, **cures)  # type: ignore[arg-type]
         if folder.resumed is not None:
             require_finite(folder.resumed.tensors, folder.resumed_from)
-            self.restore(folder.resumed)
+            with fitting(folder.resumed_from):
+                self.restore(folder.resumed)
         with folder, Progress(total, "training", start=self.step) as progress:
             if self.step == 0:
                 self._pretrain_vae(folder)
