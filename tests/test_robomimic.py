@@ -280,7 +280,7 @@ def test_another_version_of_robomimic_is_named(monkeypatch):
     "changes, message",
     [
         ({"robomimic_env_cfg_path": "nowhere.json"}, "nowhere.json: no such file"),
-        ({"robomimic_env_cfg_path": "setup.py"}, "not a robomimic env_meta file"),
+        ({"robomimic_env_cfg_path": "setup.py"}, "is no JSON"),
         ({"robomimic_env_cfg_path": None}, "env.robomimic_env_cfg_path is missing"),
     ],
 )

@@ -22,7 +22,7 @@ from diffusion_rl.config.reads import interpolated
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
 from diffusion_rl.core import signals
-from diffusion_rl.core.config import ENVIRONMENT, find_class, instantiate, instantiate_trusted, register_resolvers
+from diffusion_rl.core.config import find_class, instantiate, instantiate_trusted, register_resolvers
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.interop.reference_targets import translate
 
@@ -85,13 +85,10 @@ def run(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Any:
 
 def _find_data(config: DictConfig) -> None:
     """Started in another folder than the repository's, the default data folder is still the repository's."""
-    folder = Path(str(config.get("data_dir", ENVIRONMENT["DPPO_DATA_DIR"])))
+    folder = Path(str(config.get("data_dir", ".")))
     shipped = REPOSITORY / folder
-    if "DPPO_DATA_DIR" in os.environ or folder.exists() or not shipped.is_dir():
-        return
-    if "data_dir" in config:
+    if "DPPO_DATA_DIR" not in os.environ and not folder.exists() and shipped.is_dir():
         config.data_dir = str(shipped)
-    ENVIRONMENT["DPPO_DATA_DIR"] = str(shipped)
 
 
 def _complete_wandb(config: dict[str, Any]) -> None:

@@ -57,8 +57,7 @@ _CHECKPOINT_MODULES = {
 }
 CHECKPOINT_CLASSES = frozenset(f"{PACKAGE}{m}.{name}" for m, names in _CHECKPOINT_MODULES.items() for name in names)
 Number = int | float
-#: Values of environment variables that a configuration may name and that are not set.
-ENVIRONMENT = {"DPPO_DATA_DIR": "data", "DPPO_LOG_DIR": "log", "DPPO_WANDB_ENTITY": None}
+SHIPPED_DATA = Path(__file__).resolve().parents[3] / "data"
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -121,8 +120,10 @@ def _rounded(rounded: Callable[[Number], int], value: Any) -> int:
 
 
 def _environment(name: str, default: Any = ...) -> Any:
-    """An environment variable, else the default, else that of `ENVIRONMENT`."""
-    default = ENVIRONMENT.get(name, ...) if default is ... else default
+    """An environment variable, else the default, else what stands for those of the reference that are not set."""
+    if default is ...:
+        data = "data" if Path("data").exists() or not SHIPPED_DATA.is_dir() else str(SHIPPED_DATA)
+        default = {"DPPO_DATA_DIR": data, "DPPO_LOG_DIR": "log", "DPPO_WANDB_ENTITY": None}.get(name, ...)
     if name not in os.environ and default is ...:
         raise UserError(f"the configuration needs the environment variable {name}, which is not set")
     value = os.environ.get(name, default)
