@@ -11,7 +11,7 @@ DQL = ("--config-dir=cfg/gym/finetune/hopper-v2", "--config-name=ft_dql_diffusio
 
 NUMBERS = {
     HOPPER: {
-        "train.n_steps": "0 -1 1.5 .inf .nan text true",
+        "train.n_steps": "0 -1 1.5 .inf .nan text true 1000000000000",
         "train.batch_size": "0 -1 2.5 .inf",
         "train.n_train_itr": "0 -3 .inf",
         "train.update_epochs": "0 -1",
@@ -31,7 +31,7 @@ NUMBERS = {
         "train.actor_lr_scheduler.warmup_steps": "-1 1000",
         "train.actor_lr_scheduler.min_lr": "-1 .nan",
         "act_steps": "0 -1 8",
-        "horizon_steps": "0 -4 2",
+        "horizon_steps": "0 -4 2 100000",
         "cond_steps": "0 -1",
         "obs_dim": "0 -1 10000001",
         "action_dim": "0 -3",
@@ -81,7 +81,7 @@ WORDS = {
         *("normalization_path=/nowhere.npz", "normalization_path=README.md", "resume=/nowhere", "env.name=hoper-v2"),
         *("env.engine=unreal", "env.wrappers.multi_step.n_action_steps=3", "n_steps=5", "train.augment=perhaps"),
     ),
-    PRE: ("train_dataset_path=/nowhere.npz", "train_dataset_path=README.md", "horizon_steps=100000", "train.gamma=0.9"),
+    PRE: ("train_dataset_path=/nowhere.npz", "train_dataset_path=README.md", "train.gamma=0.9"),
     EVALUATE: ("base_policy_path=x=y", "train.gamma=1", "obs_dim=12", "update_epochs=1"),
 }
 CASES = [

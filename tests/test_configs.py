@@ -436,3 +436,12 @@ def test_optional_keys_and_arguments_need_no_plus():
     assert added("train.max_grad_norm=1") == "++train.max_grad_norm=1"
     assert added("+seed=3") == "++seed=3" and added("seed=3") == "seed=3"
     assert added("nope=1") == "nope=1" and added("~train.gamma") == "~train.gamma"
+
+
+def test_too_little_memory_is_one_line():
+    class ResourceExhaustedError(Exception):  # TensorFlow's is known by its name
+        pass
+
+    for error in (MemoryError("Unable to allocate 3 PiB"), ResourceExhaustedError("OOM when\nallocating")):
+        line = command_line.line_for_user(error, [])
+        assert line and line.startswith("not enough memory (") and "train.batch_size" in line and "\n" not in line

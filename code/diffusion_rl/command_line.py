@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffusion_rl.config_keys import KEYS, OPEN, unknown_key
 from diffusion_rl.configs import CONFIG_ROOT, check_hydra, check_own_files, compose, shipped_configs
 from diffusion_rl.core.config import first_line, flatten
-from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.errors import UserError, is_out_of_memory
 
 EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
 USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=value ...]   e.g. {EXAMPLE}"
@@ -150,6 +150,9 @@ def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
     """One line for an error that the user can mend; None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
+    if is_out_of_memory(error):
+        some = "env.n_envs, train.n_steps, train.batch_size, train.buffer_size"
+        return f"not enough memory ({first_line(error)[:150]}): choose smaller numbers, such as {some}"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _config_line(error, arguments)
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):

@@ -8,16 +8,18 @@ from typing import Any
 from diffusion_rl.core.config import flatten
 from diffusion_rl.core.ranges import ENVS, SEED, SHARE, STEPS, Range, at_most, check_ranges, number, positive, whole
 
-COUNT = whole(1, 10**6)  # of what lies in memory: dimensions, steps of a plan
+COUNT = whole(1, 10**6)  # of what lies in memory: dimensions, entries
+SPAN = whole(1, 10**4)  # steps of a plan or of a history
 RATE = number(0)  # of learning; 0 trains nothing
 NOT_NEGATIVE = number(0)
 FROM_ZERO = whole(0, 10**12)
 ROWS = whole(1, 10**8)  # of a minibatch: what is more than there are is cut
 
 _TOP = {
-    **dict.fromkeys(("obs_dim", "action_dim", "cond_steps", "img_cond_steps", "horizon_steps", "act_steps"), COUNT),
-    **dict.fromkeys(("denoising_steps", "ddim_steps", "num_modes", "reward_horizon"), whole(1, 10**6, null=True)),
-    "ft_denoising_steps": whole(0, 10**6),
+    **dict.fromkeys(("obs_dim", "action_dim"), COUNT),
+    **dict.fromkeys(("cond_steps", "img_cond_steps", "horizon_steps", "act_steps"), SPAN),
+    **dict.fromkeys(("denoising_steps", "ddim_steps", "num_modes", "reward_horizon"), whole(1, 10**4, null=True)),
+    "ft_denoising_steps": whole(0, 10**4),
     "seed": SEED,
     "n_steps": STEPS,
     "render_num": FROM_ZERO,
@@ -30,7 +32,8 @@ _TOP = {
     "env.worker_timeout": positive(null=True),
 }
 _TRAIN = {
-    **dict.fromkeys(("n_epochs", "n_train_itr", "n_steps", "save_model_freq", "val_freq", "log_freq"), STEPS),
+    **dict.fromkeys(("n_epochs", "n_train_itr", "save_model_freq", "val_freq", "log_freq"), STEPS),
+    "n_steps": whole(1, 10**7),
     **dict.fromkeys(("update_ema_freq", "render.freq", "update_epochs", "grad_accumulate", "buffer_size"), STEPS),
     **dict.fromkeys(("eta_update_interval", "temperature_interval", "update_freq", "critic_update_ratio"), STEPS),
     **dict.fromkeys(("entropy_states", "entropy_samples", "n_random_actions", "critic_num_update"), COUNT),
@@ -50,9 +53,10 @@ _TRAIN = {
 }
 _SCHEDULE = {"first_cycle_steps": STEPS, "warmup_steps": FROM_ZERO, "min_lr": RATE}
 _POLICY = {
-    **dict.fromkeys(("obs_dim", "action_dim", "horizon_steps"), COUNT),
-    **dict.fromkeys(("denoising_steps", "ddim_steps", "num_modes"), whole(1, 10**6, null=True)),
-    "ft_denoising_steps": whole(0, 10**6),
+    **dict.fromkeys(("obs_dim", "action_dim"), COUNT),
+    "horizon_steps": SPAN,
+    **dict.fromkeys(("denoising_steps", "ddim_steps", "num_modes"), whole(1, 10**4, null=True)),
+    "ft_denoising_steps": whole(0, 10**4),
     "gamma_denoising": SHARE,
     **dict.fromkeys(("clip_ploss_coef", "clip_ploss_coef_base", "clip_vloss_coef"), number(0, null=True)),
     **dict.fromkeys(("denoised_clip_value", "randn_clip_value", "final_action_clip_value"), positive(null=True)),

@@ -49,7 +49,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     with signals.interrupting():
         try:
             return command() or 0
-        except (UserError, OSError, MemoryError) as error:
+        except Exception as error:
             line = str(error) if isinstance(error, UserError) else _refused(error)
             if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
                 raise
@@ -60,8 +60,14 @@ def exit_status(command: Callable[[], int | None]) -> int:
             return 130
 
 
-def _refused(error: OSError | MemoryError) -> str | None:
-    """What the operating system refuses; None where it names no file."""
-    if isinstance(error, MemoryError):
-        return f"not enough memory{f' ({error})' if str(error) else ''}: choose smaller numbers"
-    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else None
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or TensorFlow (whose error is known by its name) ran out of memory."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+
+
+def _refused(error: Exception) -> str | None:
+    """What the operating system refuses: memory, or a file that it names; None for anything else."""
+    if is_out_of_memory(error):
+        return f"not enough memory ({one_line(error)}): choose smaller numbers"
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    return f"{error.filename}: {error.strerror}" if named else None  # type: ignore[attr-defined]
