@@ -93,6 +93,13 @@ CASES = [
 CASES += [(config, word) for config, words in WORDS.items() for word in words]
 
 
+@pytest.fixture(autouse=True)
+def no_logging_set_up(monkeypatch):
+    """Setting logging up anew closes the handlers there are, absl's with the stderr that pytest captures."""
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+    monkeypatch.setattr("hydra._internal.logging_config.configure_logging", lambda config: None, raising=False)
+
+
 def test_there_are_enough():
     assert len(CASES) >= 150
 
@@ -100,8 +107,6 @@ def test_there_are_enough():
 @pytest.mark.parametrize(("config", "change"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_one_line_and_nothing_written(config, change, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("DPPO_LOG_DIR", str(tmp_path))
-    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
-    monkeypatch.setattr("hydra._internal.logging_config.configure_logging", lambda config: None, raising=False)
     status = app.main([*config, change])
     out, err = capfd.readouterr()
     assert status == 2, (out, err)
