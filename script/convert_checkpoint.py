@@ -11,13 +11,14 @@ import os
 import sys
 from pathlib import Path
 
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import UserError, exit_status
 from diffusion_rl.interop.description import describe_networks, infer_kind
 from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", type=Path, help="a .pt or .safetensors checkpoint")
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write, of the other suffix")
     parser.add_argument("--force", action="store_true", help="overwrite OUT")

@@ -18,13 +18,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from diffusion_rl.app import prepare  # noqa: E402
 from diffusion_rl.configs import compose  # noqa: E402
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import UserError, exit_status  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--format", required=True, metavar="savedmodel|tflite")
+    parser.add_argument("--format", required=True, choices=("savedmodel", "tflite"))
     parser.add_argument("--output", type=Path, help="the folder or file to write; default: beside the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--config", help="name of a configuration under cfg/, for a checkpoint that holds none")

@@ -57,6 +57,12 @@ WRONG = [
 ]
 
 
+def last_of_each_option(command):
+    """The command with the last of an option that stands twice."""
+    earlier = [i for i, word in enumerate(command) if word.startswith("--") and word in command[i + 1 :]]
+    return [word for i, word in enumerate(command) if i not in earlier and i - 1 not in earlier]
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -71,7 +77,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("command", "problem"), WRONG, ids=lambda value: value if isinstance(value, str) else None)
 def test_what_cannot_work_is_one_line(command, problem, here, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(sys, "argv", last_of_each_option(command))
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(SCRIPTS / command[0]), run_name="__main__")

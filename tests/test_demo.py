@@ -37,6 +37,7 @@ def loops(tmp_path, monkeypatch):
 
     monkeypatch.setattr(demo, "compose", compose)
     monkeypatch.setattr(demo.app, "run", run)
+    monkeypatch.setattr(demo.app, "prepare", lambda config: config)
     return started
 
 
@@ -66,3 +67,12 @@ def test_an_evaluation_without_an_episode_says_so(tmp_path, monkeypatch):
 def test_a_run_without_a_checkpoint_says_so(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         demo.checkpoint_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [("--nope", "cannot read the argument"), ("train.n_steps=0", "train.n_steps=0")]
+)
+def test_an_override_that_cannot_work_is_said_before_anything_runs(override, message, monkeypatch):
+    monkeypatch.setattr(demo, "run", lambda *arguments: pytest.fail("a run was started"))
+    with pytest.raises(UserError, match=message):
+        demo.main([override])

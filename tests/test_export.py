@@ -314,7 +314,7 @@ def test_the_command_refuses_in_one_line_with_status_2(tmp_path, monkeypatch, ca
     main = runpy.run_path("script/export_policy.py")["main"]
     shipped, other = "data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors", "data/gym/hopper-medium-v2/train.npz"
     for arguments, message in (
-        ([shipped, "--format", "onnx"], "unknown format 'onnx': choose savedmodel or tflite"),
+        ([shipped, "--format", "onnx"], "invalid choice: 'onnx' (choose from 'savedmodel', 'tflite')"),
         ([tmp_path / "gone.safetensors", "--format", "tflite"], "no checkpoint at"),
         ([other, "--format", "tflite"], r"a checkpoint is called"),
         ([shipped, "--format", "tflite", "model.use_ddim=true"], "name it with --config"),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from diffusion_rl import app
+from diffusion_rl.command_line import line_for_user
 from diffusion_rl.configs import compose
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.loops.run_state import latest_checkpoint
@@ -39,6 +40,7 @@ class Score(NamedTuple):
 
 def main(overrides: Sequence[str] = ()) -> int:
     """Run the demonstration; `overrides` (Hydra's syntax) go to the fine-tuning. Returns the exit status."""
+    check(overrides)
     began = time.monotonic()
     folder = Path("log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
     print("1/4  evaluating the pre-trained Hopper policy", flush=True)
@@ -53,6 +55,20 @@ def main(overrides: Sequence[str] = ()) -> int:
     figure = draw(tuned)
     report(before, after, tuned, figure, time.monotonic() - began)
     return 0
+
+
+def check(overrides: Sequence[str]) -> None:
+    """Raise UserError for overrides that cannot work, before the first evaluation."""
+    try:
+        config = compose(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides])
+        OmegaConf.set_struct(config, False)
+        config.pop("hydra", None)
+        app.prepare(config)
+    except Exception as error:
+        line = line_for_user(error, overrides)
+        if line is None:
+            raise
+        raise UserError(line) from error
 
 
 def run(config_name: str, overrides: Sequence[str], logdir: Path) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.core.ranges import require_seed  # noqa: E402
@@ -18,7 +19,7 @@ from diffusion_rl.envs.kitchen import goal_of  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--max-episodes", type=int, help="take the first ones only")

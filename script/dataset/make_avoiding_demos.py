@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import UserError, exit_status  # noqa: E402
 from diffusion_rl.core.ranges import require_range, require_seed  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
@@ -19,7 +20,7 @@ from diffusion_rl.loops.avoiding_demos import make, save  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "modes", nargs="+", choices=sorted(MODE_SETS), help="m1: gaps 5 and 6, m2: 5 and 7, m3: 5 and 8"
     )

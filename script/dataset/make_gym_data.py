@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import tensorflow as tf  # noqa: E402
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.threads import silence_compiler  # noqa: E402
@@ -24,7 +25,7 @@ from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("task", choices=sorted(home_made.MEDIUM_RETURN))
     parser.add_argument("--flavour", choices=home_made.FLAVOURS, default="medium")
     parser.add_argument("--work-dir", type=Path, help="actors and training log (default: log/home-made/<task>)")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
@@ -19,7 +20,7 @@ from diffusion_rl.loops import robomimic_demos as demos  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(demos.STEPS))
     parser.add_argument("--attempts", type=int, default=100, help="episodes, of which the successful ones are kept")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation of what is added to the motions")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.core.ranges import require_seed  # noqa: E402
@@ -18,7 +19,7 @@ from diffusion_rl.data.validate import validate  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load_path", type=Path, required=True, help="robomimic's HDF5 file")
     parser.add_argument("--save_dir", type=Path, required=True)
     parser.add_argument("--val_split", type=float, default=0.0, help="share of episodes for val.npz (default: none)")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
@@ -16,7 +17,7 @@ from diffusion_rl.loops import robomimic_demos as demos  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(demos.STEPS))
     parser.add_argument("--source", type=Path, help="default: <data directory>/robomimic/<task>")
     parser.add_argument("--out-dir", type=Path, help="default: <data directory>/robomimic/<task>-img")

@@ -9,13 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.data.sources.d3il import read_folder  # noqa: E402
 from diffusion_rl.loops.avoiding_demos import replay, write_table  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="D3IL's pickles")
     parser.add_argument("--output", type=Path, default=Path("figure/d3il/replay.csv"))
     args = parser.parse_args()

@@ -9,13 +9,14 @@ import sys
 
 import numpy as np
 
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import exit_status
 from diffusion_rl.loops.policy_files import policy_weights
 from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="state_<n>.safetensors of a pre-training run")
     parser.add_argument("output", help="file to write")
     parser.add_argument("--half", action="store_true", help="write 16-bit numbers, for large networks")

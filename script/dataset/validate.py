@@ -9,12 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
+from diffusion_rl.core.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.errors import exit_status  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     for line in validate(parser.parse_args().directory):
         print(line)

@@ -20,10 +20,10 @@ class Arguments(argparse.ArgumentParser):
         """Raises UserError."""
         raise UserError(f"{message} (--help says what there is)")
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The arguments as attributes."""
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The arguments as attributes, and what is left; a command of several (a subparser) does so with its own."""
         self.given = set[str]()
-        return super().parse_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
 
 class _Once(argparse.Action):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.files import atomic_file, require_writable
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.ranges import require_range
@@ -21,7 +21,7 @@ EPISODE_STEPS = 25
 
 def main(arguments: Sequence[str]) -> None:
     """Record episodes into `<data>/mpe/simple_spread/<quality>/seed_0_data/`; prints their mean return."""
-    parser = argparse.ArgumentParser(description="Data of simple_spread by scripted agents.")
+    parser = Arguments(description="Data of simple_spread by scripted agents.")
     parser.add_argument("--quality", choices=QUALITIES, default="medium", help="how good the agents are")
     parser.add_argument("--episodes", type=int, default=1000, help="of 25 steps")
     parser.add_argument("--data_dir", help="default: where the data of this repository are")

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
+from diffusion_rl.core.arguments import Arguments
 from diffusion_rl.core.errors import exit_status
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
@@ -22,7 +23,7 @@ def main(more: Sequence[AddCommand] = ()) -> int:
 
     more: add the commands of figures that take more than run folders.
     """
-    parser = argparse.ArgumentParser(description="Figures from run folders, each with a CSV of the numbers drawn.")
+    parser = Arguments(description="Figures from run folders, each with a CSV of the numbers drawn.")
     commands = parser.add_subparsers(required=True, metavar="figure")
     _add_learning_curve(commands)
     _add_compare(commands)
@@ -31,8 +32,12 @@ def main(more: Sequence[AddCommand] = ()) -> int:
     _add_lite(commands)
     for add_command in more:
         add_command(commands)
-    args = parser.parse_args()
-    return exit_status(lambda: args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]])))
+
+    def draw() -> int:
+        args = parser.parse_args()
+        return args.draw(args, shlex.join(["python", "script/make_figures.py", *sys.argv[1:]]))
+
+    return exit_status(draw)
 
 
 def _add_common(command: argparse.ArgumentParser, output: str) -> None:
