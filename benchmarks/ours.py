@@ -36,7 +36,7 @@ def config(name: str, *overrides: str) -> Any:
 def fine_tuning() -> tuple[Any, Any]:
     """(configuration, trainer) of the default Hopper run, with random weights."""
     from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-    from diffusion_rl.app import instantiate
+    from diffusion_rl.core.config import instantiate
 
     cfg = config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}", "model.network_path=null")
     return cfg, DPPOTrainer(instantiate(cfg["model"]), cfg["train"], reward_horizon=w.HORIZON)
@@ -140,7 +140,7 @@ def multiply(m: int, k: int, n: int) -> Workload:
 
 def write_policy(path: Path) -> None:
     """The configured pre-trained policy, or a random one if it is not there, as a file that both sides read."""
-    from diffusion_rl.app import instantiate
+    from diffusion_rl.core.config import instantiate
     from diffusion_rl.core.noise import initial_weights
     from diffusion_rl.interop.torch_names import state_dict
     from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint

@@ -14,6 +14,7 @@ from diffusion_rl.config_keys import KEYS, check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
 from diffusion_rl.core.config import calc, find_class, flatten, instantiate, instantiate_trusted, targets
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.interop.reference_targets import CHECKPOINT_CLASSES
 
 HOPPER = ["--config-dir=cfg/gym/finetune/hopper-v2", "--config-name=ft_ppo_diffusion_mlp"]
 PARAMETERS = json.loads((REPOSITORY / "parity_tests/goldens/config_parameters.json").read_text())
@@ -192,18 +193,20 @@ def test_a_checkpoint_may_only_name_classes_of_this_package(target):
     inside = {"_target_": "diffusion_rl.policies.diffusion.DiffusionPolicy", "network": {"_target_": target}}
     for config in ({"_target_": target}, inside, {**inside, "network": [{"x": inside["network"]}]}):
         with pytest.raises(UserError, match="checkpoint's configuration"):
-            instantiate_trusted(config)
+            instantiate_trusted(config, CHECKPOINT_CLASSES)
 
 
 @pytest.mark.parametrize("extra", [{"_partial_": True}, {"_args_": [1]}, {"mlp_dims": "${oc.env:HOME}"}])
 def test_a_checkpoint_may_not_give_directives(extra):
     with pytest.raises(UserError, match="refused"):
-        instantiate_trusted({"_target_": "diffusion_rl.networks.critics.CriticObs", "cond_dim": 2, **extra})
+        instantiate_trusted(
+            {"_target_": "diffusion_rl.networks.critics.CriticObs", "cond_dim": 2, **extra}, CHECKPOINT_CLASSES
+        )
 
 
 def test_a_saved_configuration_builds():
     saved = OmegaConf.to_container(app.prepare(hopper()).model)
-    assert n_parameters(instantiate_trusted(saved).critic) == 134913
+    assert n_parameters(instantiate_trusted(saved, CHECKPOINT_CLASSES).critic) == 134913
 
 
 def test_errors_from_inside_come_out_in_one_line():

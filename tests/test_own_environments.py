@@ -225,7 +225,8 @@ def test_a_module_that_fails_when_it_is_imported(tmp_path: Path, monkeypatch: An
 def test_images_of_another_size_than_the_networks(
     num_img: int, steps_seen: int, shape: tuple[int, ...] | None, message: str | None
 ) -> None:
-    vision = pytest.importorskip("diffusion_rl.networks.vision")
+    from diffusion_rl.networks import vision
+
     from diffusion_rl.networks.vit import VitEncoder
 
     backbone = VitEncoder(cfg={"embed_dim": 8}, num_channel=3 * steps_seen, img_h=16, img_w=16)
@@ -241,7 +242,8 @@ def test_images_of_another_size_than_the_networks(
 
 
 def test_environments_that_show_other_images_are_refused_before_the_run() -> None:
-    evaluation = pytest.importorskip("diffusion_rl.loops.evaluation")
+    from diffusion_rl.loops import evaluation
+
     from diffusion_rl.networks.vision import ImageFeatures
     from diffusion_rl.networks.vit import VitEncoder
 

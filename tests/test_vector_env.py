@@ -157,7 +157,6 @@ def test_an_environment_that_cannot_be_built_is_reported() -> None:
 
 
 def test_workers_do_not_import_tensorflow() -> None:
-    pytest.importorskip("tensorflow")
     import multiprocessing
 
     venv = counters(ProcessVectorEnv, n_envs=1)
@@ -490,7 +489,6 @@ def test_video_of_a_generic_environment(tmp_path: Path) -> None:
 def test_video_of_locomotion(tmp_path: Path) -> None:
     """In a helper process: software rendering next to TensorFlow would crash."""
     pytest.importorskip("imageio_ffmpeg")
-    pytest.importorskip("tensorflow")
     venv = hopper(2)
     path = tmp_path / "hopper.mp4"
     venv.reset([{"video_path": str(path)}, {}])

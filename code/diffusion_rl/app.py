@@ -22,11 +22,11 @@ from diffusion_rl.config.reads import interpolated
 from diffusion_rl.config_keys import check_arguments, check_keys
 from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY
 from diffusion_rl.core import signals
-from diffusion_rl.core.config import find_class, instantiate, instantiate_trusted, register_resolvers
+from diffusion_rl.core.config import find_class, register_resolvers
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.interop.reference_targets import translate
 
-__all__ = ["instantiate", "instantiate_trusted", "main", "prepare", "run"]
+__all__ = ["main", "prepare", "run"]
 
 USER_ERROR, INTERRUPTED = 2, 130
 

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from diffusion_rl.config.ranges import RANGES
 from diffusion_rl.config.reads import unread
 from diffusion_rl.core.config import PACKAGE, find_class, flatten, parameters_of, targets
 from diffusion_rl.core.errors import UserError
@@ -28,7 +29,7 @@ KEYS: dict[str, str] = {
     "logdir": "this run's folder",
     "resume": "never | auto (newest folder of this name and seed) | a run folder or checkpoint [ours]",
     "tensorboard": "write TensorBoard events; default true [ours]",
-    "wandb": "null: off; +wandb.mode=online turns it on",
+    "wandb": "null: off; wandb.mode=online turns it on",
     "wandb.mode": "online, offline or disabled",
     "wandb.entity": "default $DPPO_WANDB_ENTITY, else wandb's own",
     "wandb.project": "default `project`",
@@ -206,13 +207,6 @@ KEYS |= dict.fromkeys(
 OPEN = "env.specific."
 #: Arguments that the reference's configurations pass to classes that ignore them.
 IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim", "rtol", "atol"}
-#: Values that count things.
-_WHOLE = {
-    *("obs_dim", "action_dim", "cond_steps", "horizon_steps", "act_steps", "denoising_steps", "ft_denoising_steps"),
-    *("seed", "n_steps", "render_num", "env.n_envs", "env.max_episode_steps", "train.n_epochs", "train.batch_size"),
-    *("train.n_train_itr", "train.n_critic_warmup_itr", "train.n_steps", "train.update_epochs", "train.val_freq"),
-    *("train.save_model_freq", "train.render.freq", "train.render.num"),
-}
 #: Optional keys that no file gives a value to: one of their kind.
 _KINDS = dict.fromkeys(
     (
@@ -291,7 +285,7 @@ def _check_kind(key: str, value: Any, default: Any) -> None:
     match default:
         case bool():
             fits, kind = isinstance(value, bool), "true or false"
-        case int() | float() if key in _WHOLE:
+        case int() | float() if key in RANGES and RANGES[key].whole:
             fits, kind = number and float(value).is_integer(), "a whole number"
         case int() | float():
             fits, kind = number, "a number"

@@ -418,19 +418,21 @@ def recorded_facts(checkpoint: Any, path: Path) -> tuple[dict[str, Any], dict[st
     Raises:
         UserError: one is not, or declares more than the checkpoint's tensors hold.
     """
+    from diffusion_rl.algorithms.vae_diffusion_rl import Sizes
+
     try:
         config, sizes = dict(checkpoint.metadata["config"]), dict(checkpoint.metadata["sizes"])
         defaults = default_settings()
         cfg = {key: _checked(key, config.get(key, default), default) for key, default in defaults.items()}
         cfg |= asked_by_classes(cfg)
         check_numbers(cfg)
-        largest = max((max(each.shape, default=1) for each in checkpoint.tensors.values()), default=1)
-        limits = dict.fromkeys(DIMENSIONS, whole(1, largest)) | dict.fromkeys(LAYERS, whole(1, len(checkpoint.tensors)))
+        limits = dict.fromkeys(DIMENSIONS, whole(1, checkpoint.largest_dimension))
+        limits |= dict.fromkeys(LAYERS, whole(1, len(checkpoint.tensors)))
         check_ranges({**cfg, **sizes}, limits, spelling)
-        if missing := {"n_agents", "obs_dim", "action_dim", "horizon", "steps"} - set(sizes):
+        if missing := set(Sizes._fields) - set(Sizes._field_defaults) - set(sizes):
             raise UserError(f"sizes lack {', '.join(sorted(missing))}")
         int(checkpoint.metadata["itr"])
-        if sizes.keys() - {"n_agents", "obs_dim", "action_dim", "horizon", "steps", "discrete"}:
+        if sizes.keys() - set(Sizes._fields):
             raise UserError("sizes have facts that are not known")
     except (UserError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its facts are damaged ({error}): use another checkpoint") from error

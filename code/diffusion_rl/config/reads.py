@@ -19,7 +19,6 @@ PPO = (
     "max_grad_norm use_bc_loss bc_loss_coeff grad_accumulate augment logprob_batch_size "
     "eta_lr eta_weight_decay eta_lr_scheduler eta_update_interval"
 )
-BUFFER = "scale_reward_factor log_freq buffer_size replay_ratio"
 CRITIC = "actor critic n_critic_warmup_itr max_grad_norm"
 SOFT = "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode log_freq"
 
@@ -41,7 +40,7 @@ ALGORITHMS = {
     "DQL": f"{CRITIC} eta target_ema_rate replay_ratio",
     "IDQL": f"{CRITIC} critic_tau eval_deterministic eval_sample_num use_expectile_exploration replay_ratio",
     "QSM": f"{CRITIC} critic_tau q_grad_coeff replay_ratio",
-    "DACER": f"{CRITIC} {BUFFER} init_temperature target_entropy target_ema_rate temperature_lr temperature_interval "
+    "DACER": f"{CRITIC} replay_ratio init_temperature target_entropy target_ema_rate temperature_lr temperature_interval "
     "entropy_states entropy_samples",
     "SAC": f"{SOFT} critic_replay_ratio actor_replay_ratio",
     "RLPD": f"{SOFT} critic_num_update",

@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +22,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from diffusion_rl.core.errors import UserError
 
 PACKAGE = "diffusion_rl."
-#: What a checkpoint may name: networks and policies, by module of this package.
-_CHECKPOINT_MODULES = {
-    "algorithms.awr": ("AWR", "GaussianAWR"),
-    "algorithms.calql": ("CalQL",),
-    "algorithms.dacer": ("DACER",),
-    "algorithms.dipo": ("DIPO",),
-    "algorithms.dpoer": ("DPOER",),
-    "algorithms.dppo": ("DPPO",),
-    "algorithms.dppo_exact": ("ExactDPPO",),
-    "algorithms.dql": ("DQL",),
-    "algorithms.gaussian_ppo": ("GaussianPPO",),
-    "algorithms.gmm_ppo": ("GMMPPO",),
-    "algorithms.ibrl": ("IBRL",),
-    "algorithms.idql": ("IDQL",),
-    "algorithms.qsm": ("QSM",),
-    "algorithms.rlpd": ("RLPD",),
-    "algorithms.rwr": ("RWR", "GaussianRWR"),
-    "algorithms.sac": ("SAC",),
-    "diffusion.exact_likelihood": ("VPSDE",),
-    "networks.critics": ("CriticObs", "CriticObsAct", "DistributionalCritic"),
-    "networks.eta": ("EtaFixed", "EtaAction", "EtaState", "EtaStateAction"),
-    "networks.gaussian": ("GaussianMLP",),
-    "networks.gmm": ("GMMMLP",),
-    "networks.mlp": ("DiffusionMLP",),
-    "networks.transformer": ("GaussianTransformer", "GMMTransformer"),
-    "networks.unet1d": ("Unet1D",),
-    "networks.vision": ("VisionDiffusionMLP", "GaussianVisionMLP", "ViTCritic"),
-    "networks.vision_unet1d": ("VisionUnet1D",),
-    "networks.vit": ("VitEncoder",),
-    "policies.diffusion": ("DiffusionPolicy", "FineTunedDiffusionPolicy"),
-    "policies.gaussian": ("GaussianPolicy", "FineTunedGaussianPolicy"),
-    "policies.gmm": ("GMMPolicy", "FineTunedGMMPolicy"),
-}
-CHECKPOINT_CLASSES = frozenset(f"{PACKAGE}{m}.{name}" for m, names in _CHECKPOINT_MODULES.items() for name in names)
 Number = int | float
 SHIPPED_DATA = Path(__file__).resolve().parents[3] / "data"
 
@@ -190,8 +156,8 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         raise UserError(first_line(error)) from error
 
 
-def instantiate_trusted(node: Any, **arguments: Any) -> Any:
-    """Build what a configuration out of a checkpoint describes: networks and policies of `CHECKPOINT_CLASSES` only.
+def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
+    """Build what a configuration out of a checkpoint describes: classes of the closed list `allowed` only.
 
     Raises UserError for any other `_target_`, before anything is imported or built, and for an interpolation or a
     Hydra directive, which a saved (resolved) configuration has no need of.
@@ -203,10 +169,10 @@ def instantiate_trusted(node: Any, **arguments: Any) -> Any:
     for where, mapping in targets(plain):
         name = mapping["_target_"]
         directives = [key for key in mapping if str(key).startswith("_") and key != "_target_"]
-        if directives or not isinstance(name, str) or name not in CHECKPOINT_CLASSES:
+        if directives or not isinstance(name, str) or name not in allowed:
             what = f"{where}.{directives[0]}" if directives else f"{where}._target_ = {name}"
             raise UserError(f"checkpoint's configuration: {what} is no network or policy of this package; refused")
-    return instantiate(OmegaConf.create(plain), **arguments)
+    return instantiate(OmegaConf.create(plain))
 
 
 def find_class(name: str) -> type:

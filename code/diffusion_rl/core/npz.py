@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from collections.abc import Collection, Mapping
@@ -107,8 +108,6 @@ def _require_numbers(file: BinaryIO, size: int, name: str) -> None:
     shape, _, dtype = read(file)
     if dtype.kind not in _NUMBERS:
         raise ValueError(f"{name} holds values of type {dtype}, not numbers")
-    claimed, there = dtype.itemsize, size - file.tell()
-    for length in shape:
-        claimed *= length
+    claimed, there = dtype.itemsize * math.prod(shape), size - file.tell()
     if claimed != there or min(shape, default=0) < 0:
         raise ValueError(f"{name} claims {claimed} bytes for its shape {shape}, but has {there}")

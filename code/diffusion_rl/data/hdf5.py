@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -164,9 +165,7 @@ class Array:
     def _require_chunks(self, size: int) -> None:
         """Raise UserError unless every chunk is there, and none expands to more than its `size` in bytes."""
         self._allowance.take(size, f"a chunk of {self._node.name}")
-        expected = 1
-        for length, chunk in zip(self.shape, self._node.chunks, strict=True):
-            expected *= -(-length // chunk)
+        expected = math.prod(-(-n // chunk) for n, chunk in zip(self.shape, self._node.chunks, strict=True))
         if (there := self._node.id.get_num_chunks()) < expected:
             raise UserError(f"{self.where}: only {there} of its {expected} parts were ever written: {_CURE}")
         self._node.id.chunk_iter(lambda chunk: self._require_bounded(chunk, size))
@@ -185,7 +184,4 @@ class Array:
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Size of an array, in Python's integers, which do not overflow."""
-    size = dtype.itemsize
-    for length in shape:
-        size *= int(length)
-    return size
+    return math.prod(map(int, shape)) * dtype.itemsize

@@ -88,6 +88,12 @@ REFERENCE_TARGETS = {
     "model.common.critic.CriticObsAct_DACER": "diffusion_rl.networks.critics.DistributionalCritic",
 }
 
+#: What a checkpoint may name: networks and policies.
+CHECKPOINT_CLASSES = frozenset(
+    name
+    for name in REFERENCE_TARGETS.values()
+    if name.split(".")[1] in ("algorithms", "diffusion", "networks", "policies")
+)
 #: What the reference's configurations build beside policies and data, and nothing here needs.
 WITHOUT_EFFECT = ("env.plot_traj.TrajPlotter",)
 
@@ -117,7 +123,7 @@ def translate(config: dict[str, Any]) -> None:
     if found:
         _move(config)
     if found and config.get("wandb") and "mode" not in config["wandb"]:
-        log.info("logging to Weights & Biases stays off; +wandb.mode=online turns it on")
+        log.info("logging to Weights & Biases stays off; wandb.mode=online turns it on")
         config["wandb"] = None
 
 

@@ -32,11 +32,12 @@ from diffusion_rl.algorithms.rlpd import RLPD
 from diffusion_rl.algorithms.rwr import RWR, GaussianRWR
 from diffusion_rl.algorithms.sac import SAC
 from diffusion_rl.config.ranges import check_numbers
-from diffusion_rl.core.config import CHECKPOINT_CLASSES, find_class, flatten, instantiate_trusted
+from diffusion_rl.core.config import find_class, flatten, instantiate_trusted
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import reading
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.normalizers import KEYS, MinMaxNormalizer
+from diffusion_rl.interop.reference_targets import CHECKPOINT_CLASSES
 from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.loops.evaluation import fine_tuned_steps
 from diffusion_rl.loops.policy_files import GAUSSIAN_SAMPLING, SAMPLING, is_fine_tuned, load_policy, policy_weights
@@ -183,7 +184,7 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
     acts_as = ACTS_AS[cls]
     network = node.pop("network", None) or node.pop("actor", None)
     refuse_larger(network, checkpoint, path)
-    network = instantiate_trusted(network)
+    network = instantiate_trusted(network, CHECKPOINT_CLASSES)
     sampling = checkpoint.metadata.get("sampling") or {}
     if issubclass(acts_as, DiffusionPolicy):
         if fine_tuned := is_fine_tuned(policy_weights(checkpoint)):
@@ -201,8 +202,7 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
 
 def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
     """Raise UserError where a described network is wider or deeper than the stored weights can be."""
-    widest = max((size for value in checkpoint.tensors.values() for size in value.shape), default=0)
-    most = max(widest, LARGEST_SETTING), max(len(checkpoint.tensors), LARGEST_SETTING)
+    most = max(checkpoint.largest_dimension, LARGEST_SETTING), max(len(checkpoint.tensors), LARGEST_SETTING)
     for key, value in flatten(node if isinstance(node, Mapping) else {}).items():
         entries = value if isinstance(value, list) else [value]
         sizes = [entry for entry in entries if isinstance(entry, int | float) and not isinstance(entry, bool)]

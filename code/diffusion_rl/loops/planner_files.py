@@ -211,7 +211,7 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
 def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyTrajectories:
     """The model with new weights. Raises UserError where it would be larger than the checkpoint's tensors."""
     description = Description(**facts)
-    largest = max((max(each.shape, default=1) for each in checkpoint.tensors.values()), default=1)
+    largest = checkpoint.largest_dimension
     size, sizes = whole(0, largest), whole(0, largest, many=True)
     ranges = dict.fromkeys(("observation_dim", "action_dim", "transition_dim", "dim", "out_dim", "time_dim"), size)
     ranges |= {"dim_mults": sizes, "hidden_dims": sizes, "horizon": HORIZON, "n_timesteps": DIFFUSION_STEPS}

@@ -62,7 +62,6 @@ FINE_TUNING_MAY_CHANGE = (
         "train.eval_*",
         "train.logprob_batch_size",
         "train.n_critic_warmup_itr",
-        "train.val_freq",
     ),
     *("env.threads", "env.save_video", "env.render", "env.worker_timeout", "env.best_reward_threshold_for_success"),
     *("model.clip_*", "model.gamma_denoising", "model.randn_clip_value", "*.device"),

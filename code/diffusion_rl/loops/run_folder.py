@@ -255,16 +255,3 @@ def _siblings(path: Path) -> list[Path]:
 
 def _plain(cfg: Any) -> Any:
     return OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-
-
-def memory_in_gigabytes() -> float:
-    """Peak resident memory of this process."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def seed_everything(seed: int) -> None:
-    """Nothing of ours draws from global generators; libraries that do get a seed all the same."""
-    os.environ.setdefault("PYTHONHASHSEED", str(seed))
-    np.random.seed(seed)

@@ -65,6 +65,11 @@ class Checkpoint:
     tensors: dict[str, np.ndarray]
     metadata: dict[str, Any]
 
+    @property
+    def largest_dimension(self) -> int:
+        """Of any of its tensors: what its facts say of sizes cannot be more."""
+        return max((size for value in self.tensors.values() for size in value.shape), default=1)
+
     def select(self, prefix: str) -> dict[str, np.ndarray]:
         """The tensors under `prefix` ("model.", say), named without it."""
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
