@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent / "code"))  # a checkout that is not installed
 
-from diffusion_rl import planner_commands  # noqa: E402
+from diffusion_rl.cli import commands  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(planner_commands.run("experiments:main"))
+    sys.exit(commands.run("experiments:main"))

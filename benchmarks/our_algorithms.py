@@ -9,13 +9,13 @@ from typing import Any
 import algorithms as a
 from worker import Workload
 
-from diffusion_rl.algorithms.off_policy import Progress
-from diffusion_rl.core.config import instantiate
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.config.targets import REFERENCE_TARGETS
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.replay import ReplayBuffer, fields
-from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
-from diffusion_rl.loops.learner import Learner
-from diffusion_rl.loops.off_policy import Buffers, Rows
+from diffusion_rl.methods.off_policy.algorithm import Progress
+from diffusion_rl.methods.off_policy.learner import Learner
+from diffusion_rl.methods.off_policy.training import Buffers, Rows
 
 WARMED_UP = 10**6  # an iteration in which nothing waits any more
 

@@ -18,16 +18,16 @@ from worker import Workload, serve  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource, initial_weights  # noqa: E402
 from diffusion_rl.core.threads import configure_threads  # noqa: E402
 from diffusion_rl.data.plan_windows import PlanDataset, conditions  # noqa: E402
-from diffusion_rl.loops.lite_training import PlanTraining  # noqa: E402
-from diffusion_rl.networks.dit import ConditionalDiT  # noqa: E402
-from diffusion_rl.networks.inverse_dynamics import InverseDynamics  # noqa: E402
-from diffusion_rl.planners.diffuser_lite import Acting, DiffuserLite, PlanLevel, level_shapes  # noqa: E402
-from diffusion_rl.planners.diffuser_lite_trainer import (  # noqa: E402
+from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes  # noqa: E402
+from diffusion_rl.methods.diffuser_lite.trainer import (  # noqa: E402
     InverseTrainer,
     LevelTrainer,
     LiteTrainer,
     PlanSource,
 )
+from diffusion_rl.methods.diffuser_lite.training import PlanTraining  # noqa: E402
+from diffusion_rl.networks.dit import ConditionalDiT  # noqa: E402
+from diffusion_rl.networks.inverse_dynamics import InverseDynamics  # noqa: E402
 
 EPISODES, RATE = 10, 2e-4
 

@@ -10,10 +10,10 @@ import networks as n
 import tensorflow as tf
 from worker import Workload
 
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.config.targets import REFERENCE_TARGETS
 from diffusion_rl.core.batching import in_chunks
-from diffusion_rl.core.config import instantiate
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.acting import DiffusionActor, actor_for
 

@@ -20,9 +20,9 @@ from diffusion_rl.core.threads import configure_threads  # noqa: E402
 from diffusion_rl.data.episodes import Episodes  # noqa: E402
 from diffusion_rl.data.trajectories import TrajectoryDataset  # noqa: E402
 from diffusion_rl.diffusion.guidance import Guide  # noqa: E402
+from diffusion_rl.methods.diffuser.model import Diffuser, TrajectoryDiffusion, ValueDiffusion  # noqa: E402
+from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer  # noqa: E402
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction  # noqa: E402
-from diffusion_rl.planners.diffuser import Diffuser, TrajectoryDiffusion, ValueDiffusion  # noqa: E402
-from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer  # noqa: E402
 
 
 def models(case: p.Case) -> tuple[TrajectoryDiffusion, ValueDiffusion]:

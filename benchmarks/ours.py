@@ -23,8 +23,8 @@ def config(name: str, *overrides: str) -> Any:
     """A shipped configuration, resolved, writing nowhere near the user's runs."""
     from omegaconf import OmegaConf
 
-    from diffusion_rl.app import prepare
-    from diffusion_rl.configs import compose
+    from diffusion_rl.cli.app import prepare
+    from diffusion_rl.config.compose import compose
 
     cfg = compose(name, [*overrides, f"logdir={tempfile.gettempdir()}/unused"])
     OmegaConf.set_struct(cfg, False)
@@ -35,8 +35,8 @@ def config(name: str, *overrides: str) -> Any:
 @functools.cache
 def fine_tuning() -> tuple[Any, Any]:
     """(configuration, trainer) of the default Hopper run, with random weights."""
-    from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-    from diffusion_rl.core.config import instantiate
+    from diffusion_rl.config.instantiate import instantiate
+    from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
 
     cfg = config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}", "model.network_path=null")
     return cfg, DPPOTrainer(instantiate(cfg["model"]), cfg["train"], reward_horizon=w.HORIZON)
@@ -95,7 +95,7 @@ def minibatch() -> Workload:
 
 
 def pretraining() -> Workload:
-    from diffusion_rl.loops.offline import PreTraining
+    from diffusion_rl.methods.pretraining.training import PreTraining
 
     loop = PreTraining(config("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"))
     loop.epoch = 20  # from where on the average is one
@@ -140,10 +140,10 @@ def multiply(m: int, k: int, n: int) -> Workload:
 
 def write_policy(path: Path) -> None:
     """The configured pre-trained policy, or a random one if it is not there, as a file that both sides read."""
-    from diffusion_rl.core.config import instantiate
+    from diffusion_rl.config.instantiate import instantiate
     from diffusion_rl.core.noise import initial_weights
     from diffusion_rl.interop.torch_names import state_dict
-    from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+    from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
     source = Path(config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}")["base_policy_path"])
     if source.exists():

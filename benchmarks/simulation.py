@@ -124,7 +124,7 @@ def shares() -> list[str]:
     """Of the seconds of an iteration of DPPO, those that the loop waits for its environments."""
     from ours import config
 
-    from diffusion_rl.core.config import find_class
+    from diffusion_rl.config.instantiate import find_class
 
     lines = ["| 8 environments, 150 chunk steps | iteration | of it simulation |", "|---|---|---|"]
     for task in ("lift", "can"):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.diffusion.rectified_flow import time_grid
+from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.trainer import LevelTrainer
 from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.layers import copy_weights, variables_of
-from diffusion_rl.planners.diffuser_lite import PlanLevel
-from diffusion_rl.planners.diffuser_lite_trainer import LevelTrainer
 from parity_tests.replay import case
 from parity_tests.replay.compare import Comparison
 from parity_tests.replay.files import GOLDENS, Golden

@@ -14,9 +14,9 @@ from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.diffusion.guidance import Guide
 from diffusion_rl.diffusion.inpainting import Known
+from diffusion_rl.methods.diffuser.model import TrajectoryDiffusion, ValueDiffusion
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
-from diffusion_rl.planners.diffuser import TrajectoryDiffusion, ValueDiffusion
 from parity_tests.replay import case
 from parity_tests.replay.compare import Comparison, own_rounding
 from parity_tests.replay.files import GOLDENS, Golden

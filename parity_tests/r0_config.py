@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from diffusion_rl.configs import REPOSITORY, compose, shipped_configs
-from diffusion_rl.core.config import flatten
-from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
+from diffusion_rl.config.compose import REPOSITORY, compose, shipped_configs
+from diffusion_rl.config.instantiate import flatten
+from diffusion_rl.config.targets import REFERENCE_TARGETS
 
 HERE = Path(__file__).resolve().parent
 VALUES = HERE / "goldens" / "config_values.json"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from diffusion_rl.core.keras import precision
 from diffusion_rl.interop import torch_names
-from diffusion_rl.loops.on_policy import OnPolicyTraining
+from diffusion_rl.methods.on_policy.training import OnPolicyTraining
 from parity_tests import drawn
 from parity_tests.replay.compare import Comparison
 from parity_tests.replay.scripted import ScriptedEnv, Tape

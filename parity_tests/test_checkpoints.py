@@ -12,7 +12,7 @@ import pytest
 
 from diffusion_rl.interop import torch_names
 from diffusion_rl.interop.description import describe_networks
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from parity_tests.replay.build import OURS, build
 from parity_tests.replay.files import GOLDENS, Golden, case_files
 

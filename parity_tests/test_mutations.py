@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_rl.algorithms import dppo
 from diffusion_rl.core import ema, optimizers, returns, reward_scaling
 from diffusion_rl.diffusion import ddim, schedules
 from diffusion_rl.interop import torch_names
+from diffusion_rl.methods.on_policy import dppo
 from diffusion_rl.networks import layers, mlp, vision, vit
 from diffusion_rl.policies import diffusion
 from parity_tests.replay import dispatch

@@ -3,9 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_rl.app import prepare
-from diffusion_rl.configs import compose, shipped_configs
-from diffusion_rl.core.config import flatten
+from diffusion_rl.cli.app import prepare
+from diffusion_rl.config.compose import compose, shipped_configs
+from diffusion_rl.config.instantiate import flatten
 from parity_tests import r0_config
 
 GOLDEN = r0_config.reference_values()

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from parity_tests.replay.files import GOLDENS, Golden, case_files
 
 torch = pytest.importorskip("torch")

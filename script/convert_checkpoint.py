@@ -11,10 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from diffusion_rl.core.arguments import Arguments
-from diffusion_rl.core.errors import UserError, exit_status
+from diffusion_rl.cli.status import exit_status
+from diffusion_rl.config.arguments import Arguments
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.description import describe_networks, infer_kind
-from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 
 def main() -> None:

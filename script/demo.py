@@ -3,9 +3,9 @@
 import os
 import sys
 
-from diffusion_rl import demo
-from diffusion_rl.configs import REPOSITORY
-from diffusion_rl.core.errors import exit_status
+from diffusion_rl.cli import demo
+from diffusion_rl.cli.status import exit_status
+from diffusion_rl.config.compose import REPOSITORY
 
 if __name__ == "__main__":
     os.chdir(REPOSITORY)

@@ -16,10 +16,11 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from diffusion_rl.app import prepare  # noqa: E402
-from diffusion_rl.configs import compose  # noqa: E402
-from diffusion_rl.core.arguments import Arguments  # noqa: E402
-from diffusion_rl.core.errors import UserError, exit_status  # noqa: E402
+from diffusion_rl.cli.app import prepare  # noqa: E402
+from diffusion_rl.cli.status import exit_status  # noqa: E402
+from diffusion_rl.config.arguments import Arguments  # noqa: E402
+from diffusion_rl.config.compose import compose  # noqa: E402
+from diffusion_rl.core.errors import UserError  # noqa: E402
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to --config")
     args = parser.parse_intermixed_args()
     config = configuration(args.config, args.overrides, args.checkpoint)
-    from diffusion_rl.loops.export import export_policy
+    from diffusion_rl.export.saved import export_policy
 
     print(export_policy(args.checkpoint, args.format, args.output, config, args.force).report())
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from diffusion_rl.exploration import add_command
-from diffusion_rl.reports.commands import main
+from diffusion_rl.cli.exploration import add_command
+from diffusion_rl.cli.figures import main
 
 if __name__ == "__main__":
     sys.exit(main([add_command]))

@@ -4,7 +4,7 @@ import sys
 
 import _checkout  # noqa: F401
 
-from diffusion_rl import planner_commands
+from diffusion_rl.cli import commands
 
 if __name__ == "__main__":
-    sys.exit(planner_commands.run("planner_app:resume_training"))
+    sys.exit(commands.run("diffuser:resume_training"))

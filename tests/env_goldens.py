@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from diffusion_rl.core.normalizers import KEYS, MinMaxNormalizer
+from diffusion_rl.data.normalizers import KEYS, MinMaxNormalizer
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
 
 WRAPPERS = {  # keys of the reference's configurations

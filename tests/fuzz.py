@@ -30,18 +30,18 @@ from typing import Any
 import h5py
 import numpy as np
 
-from diffusion_rl import experiments
+from diffusion_rl.cli import experiments
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.core.normalizers import MinMaxNormalizer
 from diffusion_rl.core.npz import read_npy, read_npz
 from diffusion_rl.data import flat, kuka, sources
 from diffusion_rl.data.episodes import load_episodes
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import d3il
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
-from diffusion_rl.loops.run_state import checkpoint_metadata, load_checkpoint, save_checkpoint
 from diffusion_rl.reports import lite_figures
+from diffusion_rl.training.checkpoint import checkpoint_metadata, load_checkpoint, save_checkpoint
 
 SECONDS, BYTES = 10, 1_000_000_000  # of one input
 NUMBERS = (0, 1, 2, 255, 2**15, 2**28, 2**31 - 1, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1)

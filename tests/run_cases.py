@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.config.compose import REPOSITORY
 
 LIMIT = 900  # seconds
 

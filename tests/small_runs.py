@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl import app
-from diffusion_rl.configs import REPOSITORY, compose
-from diffusion_rl.core.config import find_class, instantiate
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import REPOSITORY, compose
+from diffusion_rl.config.instantiate import find_class, instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import state_dict
-from diffusion_rl.loops.policy_files import policy_facts
-from diffusion_rl.loops.run_facts import FINE_TUNING_MAY_CHANGE
-from diffusion_rl.loops.run_folder import RunFolder
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.policy_files import policy_facts
+from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_facts import FINE_TUNING_MAY_CHANGE
 
 FINE_TUNE = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
 PRE_TRAIN = "gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"

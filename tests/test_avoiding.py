@@ -16,8 +16,7 @@ mujoco = pytest.importorskip("mujoco", reason='needs pip install -e ".[d3il]"')
 if importlib.util.find_spec("robosuite") is None:
     pytest.skip('needs pip install -e ".[d3il]"', allow_module_level=True)
 
-from diffusion_rl.configs import REPOSITORY, compose  # noqa: E402
-from diffusion_rl.core import avoiding  # noqa: E402
+from diffusion_rl.config.compose import REPOSITORY, compose  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.data.episodes import load_episodes  # noqa: E402
 from diffusion_rl.data.sources import d3il  # noqa: E402
@@ -26,7 +25,8 @@ from diffusion_rl.envs import panda  # noqa: E402
 from diffusion_rl.envs.d3il_avoiding import PENALTY, AvoidingVectorEnv  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
 from diffusion_rl.envs.vector import VectorEnv  # noqa: E402
-from diffusion_rl.loops import avoiding_demos  # noqa: E402
+from diffusion_rl.generate import avoiding as demos  # noqa: E402
+from diffusion_rl.tasks import avoiding  # noqa: E402
 
 START = np.array([0.52493, -0.27974])
 
@@ -39,7 +39,7 @@ def physics() -> panda.PandaPhysics:
 @pytest.fixture(scope="module")
 def through_gap_5() -> np.ndarray:
     """Actions [1, T, 2] of a path through the gaps 1, 2 and 5 over the goal."""
-    demonstration = avoiding_demos.make("m1", 1, seed=3)[0]
+    demonstration = demos.make("m1", 1, seed=3)[0]
     return demonstration.actions[None]
 
 
@@ -351,7 +351,7 @@ def test_replaying_recordings(request: pytest.FixtureRequest) -> None:
         name: sum(len(r.actions) for r in d3il.select(recordings, d3il.MODE_SETS[name])) for name in d3il.MODE_SETS
     }
     assert sizes == {"m1": 571, "m2": 622, "m3": 685}
-    rows = avoiding_demos.replay(recordings)
+    rows = demos.replay(recordings)
     assert np.mean([row.mean_error_mm for row in rows]) < 0.6 and max(row.mean_error_mm for row in rows) < 2.05
     assert not any(row.contact for row in rows) and all(row.last_y > avoiding.GOAL_Y for row in rows)
     assert [row.modes for row in rows] == ["-".join(map(str, r.modes)) for r in recordings]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_rl import app
+from diffusion_rl.cli import app
 
 HOPPER = ("--config-dir=cfg/gym/finetune/hopper-v2", "--config-name=ft_ppo_diffusion_mlp")
 PRE = ("--config-dir=cfg/gym/pretrain/hopper-medium-v2", "--config-name=pre_diffusion_mlp")

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from diffusion_rl import experiments, kuka_app, lite_app, planner_app, planner_commands, planner_launchers, vae_app
-from diffusion_rl.core.errors import exit_status
+from diffusion_rl.cli import commands, diffuser, diffuser_lite, experiments, kuka, launchers, vae
+from diffusion_rl.cli.status import exit_status
 
 WHOLE = ("0", "-1", "1.5", "abc", "inf", "nan", "None", "9" * 5000)
 RATE = ("0", "-1", "inf", "nan", "abc", "None")
@@ -127,37 +127,37 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("key", "value"), cases(TRAIN))
 def test_training_of_diffuser(key, value, capsys, tmp_path):
-    line = refused(planner_app.train, [f"--{key}", value], capsys, tmp_path)
+    line = refused(diffuser.train, [f"--{key}", value], capsys, tmp_path)
     assert key in line or key == "exp_name"
 
 
 @pytest.mark.parametrize(("key", "value"), cases(PLAN))
 def test_plans_of_diffuser(key, value, capsys, tmp_path):
-    assert key in refused(planner_app.plan_guided, [f"--{key}", value], capsys, tmp_path)
+    assert key in refused(diffuser.plan_guided, [f"--{key}", value], capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("command", "arguments", "said"),
     [
-        (planner_app.train, ["--horizon"], "has no value"),
-        (planner_app.train, ["--horizon", "4", "--horizon", "8"], "--horizon stands twice (4 and 8)"),
-        (planner_app.train, ["--horizon", "6"], "halves the horizon"),
-        (planner_app.train_values, ["--discount", "2"], "--discount 2.0: a number from 0 to 1"),
-        (planner_app.plan_unguided, ["--n_envs", "2000", "--batch_size", "2000"], "plans are made together"),
-        (planner_app.plan_maze2d, ["--replan_every", "-1"], "--replan_every -1"),
-        (planner_app.plan_maze2d, ["--n_episodes", "0"], "--n_episodes 0"),
-        (kuka_app.train, ["--dim", "12"], "dim must be a multiple of 8"),
-        (kuka_app.train_classifier, ["--hidden_dims", "[0]"], "--hidden_dims [0]"),
-        (kuka_app.plan, ["--n_plans", "0"], "--n_plans 0"),
-        (kuka_app.plan, ["--task", "none"], "--task none"),
-        (planner_launchers.main, ["slurm", "--trials", "0"], "--trials 0"),
-        (planner_launchers.main, ["slurm", "--dry_run", "None"], "--dry_run None"),
-        (planner_commands.read_results, ["--logbase", "none"], "no results of plans below none"),
-        (planner_commands.read_results, ["--logbse", "none"], "--logbse is no option"),
-        (lite_app.mujoco, ["seed=1", "seed=2"], "seed stands twice (1 and 2)"),
-        (lite_app.mujoco, ["seed"], "key=value"),
-        (lite_app.kitchen, ["num_envs=5000", "num_candidates=5000"], "plans are made together"),
-        (lite_app.antmaze, ["noreaching_penalty=.nan"], "noreaching_penalty=nan"),
+        (diffuser.train, ["--horizon"], "has no value"),
+        (diffuser.train, ["--horizon", "4", "--horizon", "8"], "--horizon stands twice (4 and 8)"),
+        (diffuser.train, ["--horizon", "6"], "halves the horizon"),
+        (diffuser.train_values, ["--discount", "2"], "--discount 2.0: a number from 0 to 1"),
+        (diffuser.plan_unguided, ["--n_envs", "2000", "--batch_size", "2000"], "plans are made together"),
+        (diffuser.plan_maze2d, ["--replan_every", "-1"], "--replan_every -1"),
+        (diffuser.plan_maze2d, ["--n_episodes", "0"], "--n_episodes 0"),
+        (kuka.train, ["--dim", "12"], "dim must be a multiple of 8"),
+        (kuka.train_classifier, ["--hidden_dims", "[0]"], "--hidden_dims [0]"),
+        (kuka.plan, ["--n_plans", "0"], "--n_plans 0"),
+        (kuka.plan, ["--task", "none"], "--task none"),
+        (launchers.main, ["slurm", "--trials", "0"], "--trials 0"),
+        (launchers.main, ["slurm", "--dry_run", "None"], "--dry_run None"),
+        (commands.read_results, ["--logbase", "none"], "no results of plans below none"),
+        (commands.read_results, ["--logbse", "none"], "--logbse is no option"),
+        (diffuser_lite.mujoco, ["seed=1", "seed=2"], "seed stands twice (1 and 2)"),
+        (diffuser_lite.mujoco, ["seed"], "key=value"),
+        (diffuser_lite.kitchen, ["num_envs=5000", "num_candidates=5000"], "plans are made together"),
+        (diffuser_lite.antmaze, ["noreaching_penalty=.nan"], "noreaching_penalty=nan"),
     ],
 )
 def test_other_commands(command, arguments, said, capsys, tmp_path):
@@ -167,13 +167,13 @@ def test_other_commands(command, arguments, said, capsys, tmp_path):
 @pytest.mark.parametrize(("key", "value"), cases(LITE))
 def test_diffuser_lite(key, value, capsys, tmp_path):
     task = [] if key.startswith("task") and "." not in key else ["task=hopper-medium-v2"]
-    assert key in refused(lite_app.mujoco, [*task, f"{key}={value}"], capsys, tmp_path)
+    assert key in refused(diffuser_lite.mujoco, [*task, f"{key}={value}"], capsys, tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), cases(VAE))
 def test_vae(key, value, capsys, tmp_path):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump({key: value, "online_training": False}))
-    refused(vae_app.train, ["-e", "s.yaml"], capsys, tmp_path)
+    refused(vae.train, ["-e", "s.yaml"], capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_vae(key, value, capsys, tmp_path):
 def test_evaluations_of_vae(change, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "e.yaml").write_text(yaml.safe_dump({"log_dir": "run", "load_steps": [4], **change}))
-    refused(vae_app.evaluate, ["-e", "e.yaml"], capsys, tmp_path)
+    refused(vae.evaluate, ["-e", "e.yaml"], capsys, tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), cases(RUNNER))
@@ -207,7 +207,7 @@ def test_runner(key, value, capsys, tmp_path):
     refused(experiments.main, ["-e", "s.yaml"], capsys, tmp_path)
 
 
-@pytest.mark.parametrize("command", [experiments.main, vae_app.train, vae_app.evaluate])
+@pytest.mark.parametrize("command", [experiments.main, vae.train, vae.evaluate])
 @pytest.mark.parametrize(
     "arguments",
     [[], ["-e"], ["-e", "a", "-e", "b"], ["-e", "a", "--gp", "1"], ["-e", "a", "-g", "x"], ["a"], ["-e", "none.yaml"]],
@@ -233,4 +233,4 @@ def test_an_own_configuration_of_the_planners(capsys, tmp_path):
         ({"diffusion": own}, "needs the option"),
     ):
         (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
-        assert said in refused(planner_app.train, ["--config", "own.yaml"], capsys, tmp_path)
+        assert said in refused(diffuser.train, ["--config", "own.yaml"], capsys, tmp_path)

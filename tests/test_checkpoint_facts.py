@@ -7,13 +7,13 @@ import pytest
 from omegaconf import OmegaConf
 from tests.small_runs import EVALUATE, PRE_TRAIN, config, make_base_policy
 
-from diffusion_rl.core.config import instantiate
+from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.loops.evaluation import fine_tuned_steps, model_of
-from diffusion_rl.loops.export import open_policy
-from diffusion_rl.loops.policy_files import load_policy
-from diffusion_rl.loops.run_facts import FINE_TUNING_MAY_CHANGE, compare_policy, compare_settings
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.export.saved import open_policy
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.evaluation import fine_tuned_steps, model_of
+from diffusion_rl.training.policy_files import load_policy
+from diffusion_rl.training.run_facts import FINE_TUNING_MAY_CHANGE, compare_policy, compare_settings
 
 WRONG = (None, -1, 1e300, float("nan"), "x", [1], {"a": 1}, [[[]]])
 PLACES = (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_figures import make_run, png_text, read_csv
 
-from diffusion_rl.configs import compose, shipped_configs
+from diffusion_rl.config.compose import compose, shipped_configs
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports import compare as comparison
 from diffusion_rl.reports import published
@@ -99,7 +99,8 @@ def test_every_fine_tuning_run_has_the_label_of_its_algorithm(config):
 
 def test_the_class_of_the_model_is_read_from_the_configuration(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"itr": 0, "kind": "eval", "env_steps": 0, "episode_return": 1.0}\n')
-    (tmp_path / "config.yaml").write_text("name: anything\nmodel: {_target_: diffusion_rl.algorithms.dpoer.DPOER}\n")
+    model = "{_target_: diffusion_rl.methods.on_policy.dpoer.DPOER}"
+    (tmp_path / "config.yaml").write_text(f"name: anything\nmodel: {model}\n")
     assert comparison.algorithm_labels([read_run(tmp_path)]) == ["DPOER"]
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_rl import app, command_line
-from diffusion_rl.config_keys import KEYS, check_arguments, check_keys
-from diffusion_rl.configs import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
-from diffusion_rl.core.config import calc, find_class, flatten, instantiate, instantiate_trusted, targets
+from diffusion_rl.cli import app
+from diffusion_rl.config import command_line
+from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
+from diffusion_rl.config.instantiate import calc, find_class, flatten, instantiate, instantiate_trusted, targets
+from diffusion_rl.config.keys import KEYS, check_arguments, check_keys
+from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import Interrupted, UserError
-from diffusion_rl.interop.reference_targets import CHECKPOINT_CLASSES
 
 HOPPER = ["--config-dir=cfg/gym/finetune/hopper-v2", "--config-name=ft_ppo_diffusion_mlp"]
 PARAMETERS = json.loads((REPOSITORY / "parity_tests/goldens/config_parameters.json").read_text())
@@ -179,11 +180,11 @@ def test_calc_refuses(expression):
     "target",
     [
         "os.system",
-        "diffusion_rl.core.config.ast.parse",
-        "diffusion_rl.core.config.importlib",
-        "diffusion_rl.core.config.calc",
-        "diffusion_rl.configs.Path",
-        "diffusion_rl.app.compose",
+        "diffusion_rl.config.instantiate.ast.parse",
+        "diffusion_rl.config.instantiate.importlib",
+        "diffusion_rl.config.instantiate.calc",
+        "diffusion_rl.config.compose.Path",
+        "diffusion_rl.cli.app.compose",
         "diffusion_rl_evil.Model",
         "diffusion_rl",
         3,

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_rl import demo
+from diffusion_rl.cli import demo
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.loops.run_state import save_checkpoint
 from diffusion_rl.reports.metrics import MetricsWriter
+from diffusion_rl.training.checkpoint import save_checkpoint
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide, best_first
 from diffusion_rl.diffusion.inpainting import Known
+from diffusion_rl.methods.diffuser.action_only import ActionDiffusion, aggregate
+from diffusion_rl.methods.diffuser.model import Diffuser, TrajectoryDiffusion
+from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.networks.layers import Linear
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet
-from diffusion_rl.planners.action_diffuser import ActionDiffusion, aggregate
-from diffusion_rl.planners.diffuser import Diffuser, TrajectoryDiffusion
-from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
 
 H, O, A, T = 4, 3, 2, 5  # noqa: E741
 DRAW = NoiseSource(3)

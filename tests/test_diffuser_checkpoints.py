@@ -12,9 +12,9 @@ from tests.test_diffuser import dataset
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop import diffuser_checkpoint, torch_checkpoint
 from diffusion_rl.interop.torch_names import state_dict
-from diffusion_rl.loops import planner_files
+from diffusion_rl.methods.diffuser import files
+from diffusion_rl.methods.diffuser.model import TrajectoryDiffusion
 from diffusion_rl.networks.temporal_unet import TemporalUnet
-from diffusion_rl.planners.diffuser import TrajectoryDiffusion
 
 
 @pytest.fixture
@@ -57,15 +57,15 @@ def test_a_folder_of_the_original(tmp_path, original, monkeypatch):
         if name.split(".")[0] == "diffuser":
             monkeypatch.delitem(sys.modules, name)  # nothing of it can be imported while it is read
     data = dataset()
-    monkeypatch.setattr(planner_files, "find_episodes", lambda name, data_dir: None)
-    monkeypatch.setattr(planner_files, "dataset_of", lambda episodes, facts: data)
-    experiment = planner_files.load_experiment(tmp_path)
+    monkeypatch.setattr(files, "find_episodes", lambda name, data_dir: None)
+    monkeypatch.setattr(files, "dataset_of", lambda episodes, facts: data)
+    experiment = files.load_experiment(tmp_path)
     assert experiment.epoch == 200 and experiment.model.n_timesteps == 6 and not experiment.model.predict_epsilon
     for name, value in state_dict(experiment.model).items():
         np.testing.assert_array_equal(value, weights[name])
     torch_checkpoint.write_pt(tmp_path / "state_300.pt", {"step": 300, "ema": weights | {"betas": np.zeros(9)}})
     with pytest.raises(UserError, match="a schedule of 9 steps"):
-        planner_files.load_experiment(tmp_path)
+        files.load_experiment(tmp_path)
 
 
 class Malicious:

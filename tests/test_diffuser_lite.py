@@ -14,14 +14,14 @@ from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.diffusion import rectified_flow, vp_flow
-from diffusion_rl.loops.lite_acting import run_lite_episodes
+from diffusion_rl.methods.diffuser_lite.acting import run_lite_episodes
+from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
+from diffusion_rl.methods.diffuser_lite.tasks import return_scale
+from diffusion_rl.methods.diffuser_lite.trainer import InverseTrainer, LevelTrainer, cosine_rate
 from diffusion_rl.networks.dit import ConditionalDiT, DiT1d
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.layers import variables_of
-from diffusion_rl.planners.diffuser_lite import Acting, DiffuserLite, PlanLevel, level_shapes
-from diffusion_rl.planners.diffuser_lite_trainer import InverseTrainer, LevelTrainer, cosine_rate
-from diffusion_rl.planners.lite_targets import antmaze_targets, kitchen_targets
-from diffusion_rl.planners.lite_tasks import return_scale
 
 NOISE = NoiseSource(7)
 ONE_STEP = rectified_flow.steps(np.array([0.0, 1.0]))

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl.algorithms.dpoer import DPOER
-from diffusion_rl.algorithms.dpoer_trainer import DPOERTrainer
-from diffusion_rl.algorithms.entropy import mixture_entropy, nearest_neighbour_entropy
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.methods.on_policy.dpoer import DPOER
+from diffusion_rl.methods.on_policy.dpoer_trainer import DPOERTrainer
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP
+from diffusion_rl.policies.entropy import mixture_entropy, nearest_neighbour_entropy
 
 A, H, OBS, K, F = 2, 3, 4, 5, 3
 RATE = 1e-2
@@ -76,7 +76,7 @@ def test_mixtures_of_separate_clusters():
 
 
 def test_a_mixture_on_four_points_hardly_sees_their_spread():
-    """What is known of the published estimate: covariances collapse to their floor, 1e-6 (see algorithms/dpoer.py)."""
+    """What is known of the published estimate: covariances collapse to their floor, 1e-6 (see dpoer.py)."""
     points = NoiseSource(3).normal((300, 4, 3), np.float64)
     narrow, wide = (float(tf.reduce_mean(mixture_entropy(tf.constant(s * points)))) for s in (0.1, 1.0))
     assert -14 < narrow < wide < -11.5 and wide - narrow < 3  # the true difference is 3 log 10 = 6.9 per point

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl import app
-from diffusion_rl.configs import compose
-from diffusion_rl.core.config import instantiate
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import compose
+from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.replay import ReplayBuffer, fields
-from diffusion_rl.loops.off_policy import Buffers, Rows
-from diffusion_rl.loops.offline import PreTraining
+from diffusion_rl.methods.off_policy.training import Buffers, Rows
+from diffusion_rl.methods.pretraining.training import PreTraining
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import draw_masks, split_masks
 from diffusion_rl.networks.transformer import GaussianTransformer, GMMTransformer

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl.algorithms import dppo_exact_trainer
-from diffusion_rl.algorithms.dppo_exact import ExactDPPO
-from diffusion_rl.algorithms.dppo_exact_trainer import ExactDPPOTrainer
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.diffusion.exact_likelihood import METHODS, VPSDE, integrate, time_grid
+from diffusion_rl.methods.on_policy import dppo_exact_trainer
+from diffusion_rl.methods.on_policy.dppo_exact import ExactDPPO
+from diffusion_rl.methods.on_policy.dppo_exact_trainer import ExactDPPOTrainer
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusion_rl import experiments, run_folders
-from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.cli import experiments, run_folders
+from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.loops.locks import child_lock
+from diffusion_rl.training.locks import child_lock
 
 META = {"exp_name": "some", "script_path": "child.py"}
 

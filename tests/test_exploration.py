@@ -47,8 +47,8 @@ def test_figure_and_table(tmp_path) -> None:
 
 @pytest.mark.skipif(not HAS_SIMULATOR, reason='needs pip install -e ".[d3il]"')
 def test_the_shipped_policies(tmp_path, monkeypatch, capsys) -> None:
-    from diffusion_rl.exploration import add_command
-    from diffusion_rl.reports.commands import main
+    from diffusion_rl.cli.exploration import add_command
+    from diffusion_rl.cli.figures import main
 
     output = str(tmp_path / "exploration.png")
     arguments = ["exploration", "--mode", "m1", "--policy", "gmm", "--paths", "4"]
@@ -69,8 +69,8 @@ class Silent:
 @pytest.mark.skipif(not HAS_SIMULATOR, reason='needs pip install -e ".[d3il]"')
 @pytest.mark.parametrize("policy", ["diffusion", "gaussian", "gmm"])
 def test_fine_tuning_as_configured(tmp_path, policy, monkeypatch) -> None:
-    from diffusion_rl import app
-    from diffusion_rl.configs import compose
+    from diffusion_rl.cli import app
+    from diffusion_rl.config.compose import compose
     from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
 
     videos: list[str] = []

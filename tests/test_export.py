@@ -14,16 +14,17 @@ import pytest
 import tensorflow as tf
 from omegaconf import OmegaConf
 
-from diffusion_rl.configs import REPOSITORY
-from diffusion_rl.core.config import instantiate
-from diffusion_rl.core.errors import UserError, exit_status
+from diffusion_rl.cli.status import exit_status
+from diffusion_rl.config.compose import REPOSITORY
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.export import saved
+from diffusion_rl.export.deployed import DeployedPolicy
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops import export
-from diffusion_rl.loops.policy_files import policy_facts
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
 from diffusion_rl.networks.layers import variables_of
-from diffusion_rl.policies.deployed import DeployedPolicy
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.policy_files import policy_facts
 
 OBS, A, H, TA, TO = 5, 3, 4, 2, 2  # dimensions of observation and action; plan, executed part, history
 SIZE = {"action_dim": A, "horizon_steps": H}
@@ -59,7 +60,7 @@ MIXTURE = {**GAUSSIAN, "_target_": "diffusion_rl.networks.gmm.GMMMLP", "num_mode
 
 DDIM = {"use_ddim": True, "ddim_steps": 5, "eta": {"_target_": "diffusion_rl.networks.eta.EtaFixed"}}
 DPPO = {
-    "_target_": "diffusion_rl.algorithms.dppo.DPPO",
+    "_target_": "diffusion_rl.methods.on_policy.dppo.DPPO",
     **{"horizon_steps": H, "obs_dim": OBS, "action_dim": A, "critic": CRITIC, "denoising_steps": 10},
     **{"gamma_denoising": 0.99, "clip_ploss_coef": 0.01, "ft_denoising_steps": 4, "randn_clip_value": 3},
 }
@@ -79,11 +80,11 @@ MODELS: dict[str, dict[str, Any]] = {
         **{"horizon_steps": H, "network": {**GAUSSIAN, "fixed_std": 0.1}},
     },
     "gaussian ppo": {
-        "_target_": "diffusion_rl.algorithms.gaussian_ppo.GaussianPPO",
+        "_target_": "diffusion_rl.methods.on_policy.gaussian_ppo.GaussianPPO",
         **{"horizon_steps": H, "actor": GAUSSIAN, "critic": CRITIC, "clip_ploss_coef": 0.1},
     },
     "sac": {
-        "_target_": "diffusion_rl.algorithms.sac.SAC",
+        "_target_": "diffusion_rl.methods.off_policy.sac.SAC",
         **{"horizon_steps": H, "actor": {**GAUSSIAN, "tanh_output": False}, "critic": CRITIC_ACT},
     },
     "mixture": {
@@ -158,14 +159,14 @@ QUICK = ("mlp", "gaussian")
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_the_checkpoints_actions_in_a_process_with_tensorflow_only(tmp_path, name):
     checkpoint = make_checkpoint(tmp_path, name)
-    source = export.open_policy(checkpoint)
+    source = saved.open_policy(checkpoint)
     exports = {}
     for file_format, batch in (("savedmodel", 3), ("tflite", 1)):
-        written = export.export_policy(checkpoint, file_format)
+        written = saved.export_policy(checkpoint, file_format)
         assert written.path.parent == tmp_path and written.deviation <= 1e-5
-        exports[written.path] = export.random_inputs(source, batch, NoiseSource(9))
+        exports[written.path] = saved.random_inputs(source, batch, NoiseSource(9))
     for inputs, outputs in zip(exports.values(), in_a_fresh_process(exports), strict=True):
-        expected = export.decide(source, inputs)
+        expected = saved.decide(source, inputs)
         assert outputs["plan"].shape == (len(expected), H, A)
         np.testing.assert_allclose(outputs["plan"], expected, rtol=0, atol=1e-5)
         np.testing.assert_array_equal(outputs["actions"], outputs["plan"][:, :TA])
@@ -191,33 +192,33 @@ OFF_POLICY = {
 
 @pytest.mark.parametrize("name", OFF_POLICY)
 def test_off_policy_algorithms_act_as_in_their_evaluations(tmp_path, monkeypatch, name):
-    model = {**OFF_POLICY[name], "_target_": f"diffusion_rl.algorithms.{name}"}
+    model = {**OFF_POLICY[name], "_target_": f"diffusion_rl.methods.off_policy.{name}"}
     monkeypatch.setitem(MODELS, name, model)
     path = make_checkpoint(tmp_path, name)
     algorithm = instantiate(OmegaConf.create(model))
     load_state_dict(algorithm, load_checkpoint(path).select("model."))
-    source = export.open_policy(path)
-    inputs = export.random_inputs(source, 3, NoiseSource(9))
+    source = saved.open_policy(path)
+    inputs = saved.random_inputs(source, 3, NoiseSource(9))
     cond = {"state": tf.constant(source.normalizer.normalize_obs(inputs["state"]))}
     expected = algorithm.act(cond, {"noise": tf.constant(inputs["noise"])}, True, {})
     expected = source.normalizer.unnormalize_action(expected.numpy())
-    np.testing.assert_allclose(export.decide(source, inputs), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(saved.decide(source, inputs), expected, rtol=0, atol=1e-6)
 
 
 def test_noise_drawn_inside_is_standard_normal(tmp_path):
     """A policy whose action is its noise: 10 actions of deviation 1e-4 around a mean that is known."""
-    source = export.open_policy(make_checkpoint(tmp_path, "gaussian"))
-    inputs = export.random_inputs(source, 1, NoiseSource(3))
-    mean = export.decide(source, inputs | {"noise": np.zeros_like(inputs["noise"])})
+    source = saved.open_policy(make_checkpoint(tmp_path, "gaussian"))
+    inputs = saved.random_inputs(source, 1, NoiseSource(3))
+    mean = saved.decide(source, inputs | {"noise": np.zeros_like(inputs["noise"])})
     scale = 1e-4 * (source.normalizer.action_max - source.normalizer.action_min) / 2
-    for file_format, load in (("savedmodel", export.load_saved_model), ("tflite", export.load_tflite)):
-        run = load(export.export_policy(tmp_path / "state_7.safetensors", file_format).path)
+    for file_format, load in (("savedmodel", saved.load_saved_model), ("tflite", saved.load_tflite)):
+        run = load(saved.export_policy(tmp_path / "state_7.safetensors", file_format).path)
         draws = [(run("serving_default", {"state": inputs["state"]})["plan"] - mean) / scale for _ in range(300)]
         assert abs(np.mean(draws)) < 0.1 and abs(np.std(draws) - 1) < 0.1
 
 
 def test_the_image_is_encoded_once_for_a_decision(tmp_path):
-    source = export.open_policy(make_checkpoint(tmp_path, "image unet"))
+    source = saved.open_policy(make_checkpoint(tmp_path, "image unet"))
     module = DeployedPolicy(source.policy, source.normalizer, TO, TA, batch=1)
     convolutions = [op for op in module.act.graph.get_operations() if op.type == "Conv2D"]
     assert len(convolutions) == 2 * SEEING["num_img"] and source.policy.sampling_steps > 1
@@ -226,50 +227,59 @@ def test_the_image_is_encoded_once_for_a_decision(tmp_path):
 def test_a_fine_tuned_policy_uses_as_many_steps_as_its_checkpoint_says(tmp_path):
     """The number is lowered in training (`ft_denoising_steps_d`): the configuration's is then not the policy's."""
     path = make_checkpoint(tmp_path, "mlp", ft_denoising_steps=2)
-    assert export.open_policy(path).policy.ft_denoising_steps == 2
+    assert saved.open_policy(path).policy.ft_denoising_steps == 2
 
 
 def test_a_checkpoint_of_the_reference_with_a_configuration(tmp_path):
     checkpoint = load_checkpoint(make_checkpoint(tmp_path, "mlp"))
     save_checkpoint(tmp_path / "x.pt", checkpoint.tensors, checkpoint.metadata)
     with pytest.raises(UserError, match="does not hold its configuration"):
-        export.open_policy(tmp_path / "x.pt")
+        saved.open_policy(tmp_path / "x.pt")
     np.savez(tmp_path / "normalization.npz", **checkpoint.metadata["normalization"])
     config = {**checkpoint.metadata["config"], "normalization_path": str(tmp_path / "normalization.npz")}
-    source = export.open_policy(tmp_path / "x.pt", config)
-    inputs = export.random_inputs(source, 2, NoiseSource(0))
-    ours = export.open_policy(tmp_path / "state_7.safetensors")
-    np.testing.assert_array_equal(export.decide(source, inputs), export.decide(ours, inputs))
+    source = saved.open_policy(tmp_path / "x.pt", config)
+    inputs = saved.random_inputs(source, 2, NoiseSource(0))
+    ours = saved.open_policy(tmp_path / "state_7.safetensors")
+    np.testing.assert_array_equal(saved.decide(source, inputs), saved.decide(ours, inputs))
 
 
 def test_an_export_that_acts_otherwise_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
     checkpoint = make_checkpoint(tmp_path, "mlp ddim")
-    monkeypatch.setattr(export, "TOLERANCE", 0.0)
+    monkeypatch.setattr(saved, "TOLERANCE", 0.0)
     with pytest.raises(UserError, match="acts otherwise than the checkpoint, by .*nothing was written"):
-        export.export_policy(checkpoint, "savedmodel")
+        saved.export_policy(checkpoint, "savedmodel")
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 def test_what_is_there_is_replaced_by_force_only(tmp_path):
     checkpoint = make_checkpoint(tmp_path, "gaussian")
     for file_format in ("savedmodel", "tflite"):
-        export.export_policy(checkpoint, file_format)
+        saved.export_policy(checkpoint, file_format)
         with pytest.raises(UserError, match="exists: .*--force"):
-            export.export_policy(checkpoint, file_format)
-        export.export_policy(checkpoint, file_format, force=True)
+            saved.export_policy(checkpoint, file_format)
+        saved.export_policy(checkpoint, file_format, force=True)
     (tmp_path / "mine").mkdir()
     for other in (tmp_path / "mine", checkpoint):
         with pytest.raises(UserError, match="is not an export"):
-            export.export_policy(checkpoint, "tflite", other, force=True)
+            saved.export_policy(checkpoint, "tflite", other, force=True)
     left = {"state_7.safetensors", "state_7.tflite", "state_7_savedmodel", "mine"}
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+METHODS = "diffusion_rl.methods"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {**PRE, "_target_": "diffusion_rl.algorithms.ppo.ClippedPPO"}}, "of a ClippedPPO, which cannot be"),
-        ({"model": {**PRE, "_target_": "diffusion_rl.algorithms.idql.IDQL"}}, "of a IDQL, which cannot be exported"),
+        (
+            {"model": {**PRE, "_target_": "diffusion_rl.methods.on_policy.ppo.ClippedPPO"}},
+            "of a ClippedPPO, which cannot be",
+        ),
+        (
+            {"model": {**PRE, "_target_": "diffusion_rl.methods.off_policy.idql.IDQL"}},
+            "of a IDQL, which cannot be exported",
+        ),
         ({"model": {**PRE, "_target_": "os.system"}}, "of a system, which cannot be exported; these can: AWR, CalQL, "),
         ({"model": {**PRE, "network": {**MLP, "_target_": "os.system"}}}, "refused"),
         ({"model": {**PRE, "network": {**MLP, "cond_mlp_dims": [8], "mlp_dims": [7, 7, 7]}}}, "weight .* has shape"),
@@ -282,7 +292,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, change, message):
     checkpoint = load_checkpoint(path)
     config = checkpoint.metadata["config"] | change
     with pytest.raises(UserError, match=message) as caught:
-        export.open_policy(path, config)
+        saved.open_policy(path, config)
     assert "\n" not in str(caught.value)
 
 
@@ -327,8 +337,8 @@ def test_the_command_refuses_in_one_line_with_status_2(tmp_path, monkeypatch, ca
 
 def test_weights_are_stored_once(tmp_path):
     """Two signatures share them, and critics stay behind."""
-    path = export.export_policy(make_checkpoint(tmp_path, "mlp"), "savedmodel").path
+    path = saved.export_policy(make_checkpoint(tmp_path, "mlp"), "savedmodel").path
     stored = tf.train.load_checkpoint(str(path / "variables" / "variables")).get_variable_to_shape_map()
     size = sum(int(np.prod(shape)) for name, shape in stored.items() if "VARIABLE_VALUE" in name)
-    policy = export.open_policy(tmp_path / "state_7.safetensors").policy
+    policy = saved.open_policy(tmp_path / "state_7.safetensors").policy
     assert size == sum(int(tf.size(v)) for net in (policy.actor, policy.actor_ft) for v in variables_of(net))

@@ -30,15 +30,15 @@ from tests.small_runs import (
     states,
 )
 
-from diffusion_rl import app
-from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-from diffusion_rl.algorithms.pretrain import PreTrainer
-from diffusion_rl.configs import REPOSITORY
-from diffusion_rl.core import signals
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
-from diffusion_rl.loops.run_folder import RunFolder
-from diffusion_rl.loops.run_state import latest_checkpoint, load_checkpoint, save_checkpoint
+from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
+from diffusion_rl.methods.pretraining.losses import PreTrainer
+from diffusion_rl.training import signals
+from diffusion_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from diffusion_rl.training.run_dir import RunFolder
 
 PLAIN = "+train.fast=false"  # compiles faster
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_rl.configs import REPOSITORY, compose
+from diffusion_rl.config.compose import REPOSITORY, compose
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.furniture import INTERPRETER, PAGE, FurnitureVectorEnv
 from diffusion_rl.envs.make import make_vector_env

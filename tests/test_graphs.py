@@ -8,14 +8,14 @@ import pytest
 import tensorflow as tf
 from tests.small_runs import FINE_TUNE, PRE_TRAIN, loop, make_base_policy, make_data
 
-from diffusion_rl.algorithms import dppo_fast
-from diffusion_rl.algorithms.chunked import chunks
-from diffusion_rl.algorithms.dppo import DPPO
-from diffusion_rl.algorithms.dppo_trainer import DPPOTrainer
-from diffusion_rl.algorithms.pretrain import PreTrainer
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.methods.on_policy import dppo_fast
+from diffusion_rl.methods.on_policy.chunked import chunks
+from diffusion_rl.methods.on_policy.dppo import DPPO
+from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
+from diffusion_rl.methods.pretraining.losses import PreTrainer
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.eta import EtaFixed
 from diffusion_rl.networks.layers import variables_of

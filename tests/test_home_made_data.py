@@ -13,7 +13,7 @@ from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.episodes import load_episodes, read_npz
 from diffusion_rl.data.sequences import SequenceDataset
 from diffusion_rl.data.validate import validate
-from diffusion_rl.loops import home_made_data as home_made
+from diffusion_rl.generate import gym as home_made
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TASKS = sorted(home_made.MEDIUM_RETURN)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.torch_checkpoint import read_pt
-from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint
 
 torch = pytest.importorskip("torch", reason="the other side of these comparisons: pip install -e '.[parity]'")
 

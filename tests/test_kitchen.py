@@ -12,7 +12,7 @@ import pytest
 
 gymnasium_robotics = pytest.importorskip("gymnasium_robotics", reason='needs pip install -e ".[kitchen]"')
 
-from diffusion_rl.configs import REPOSITORY, compose  # noqa: E402
+from diffusion_rl.config.compose import REPOSITORY, compose  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.envs.kitchen import ELEMENTS, EPISODE_STEPS, TASKS, Kitchen, goal_of  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402

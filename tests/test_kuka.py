@@ -9,20 +9,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl import kuka_app
+from diffusion_rl.cli import kuka
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
-from diffusion_rl.core.stacking import PAIRS, STATE_DIM, Count, blocks_of, draw_task, stacked, standing
 from diffusion_rl.data.kuka import StackingDataset, read_trajectories
 from diffusion_rl.envs.kuka import MODELS, KukaStacking
 from diffusion_rl.interop.diffuser_checkpoint import stacking_weights
 from diffusion_rl.interop.torch_checkpoint import write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.kuka import StackingTraining, run_episode
-from diffusion_rl.loops.run_state import load_checkpoint
-from diffusion_rl.networks.layers import variables_of
-from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
-from diffusion_rl.planners.kuka import (
+from diffusion_rl.methods.diffuser.kuka import (
     LOOSE,
     STEP,
     MaskedDiffusion,
@@ -32,6 +27,11 @@ from diffusion_rl.planners.kuka import (
     StackingTrainer,
     known_states,
 )
+from diffusion_rl.methods.diffuser.kuka_episodes import StackingTraining, run_episode
+from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
+from diffusion_rl.tasks.kuka_stacking import PAIRS, STATE_DIM, Count, blocks_of, draw_task, stacked, standing
+from diffusion_rl.training.checkpoint import load_checkpoint
 
 H, D, T = 8, STATE_DIM, 5
 DRAW = NoiseSource(5)
@@ -305,9 +305,9 @@ def trained(data, tmp_path_factory):
     """Both models after six steps."""
     logs = tmp_path_factory.mktemp("logs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kuka_app, "StackingTraining", Kept)
-        kuka_app.train([*TRAIN, *WIDTHS, "--data_dir", str(data), "--logbase", str(logs)])
-    kuka_app.train_classifier([*CLASSIFIER, "--data_dir", str(data), "--logbase", str(logs)])
+        patch.setattr(kuka, "StackingTraining", Kept)
+        kuka.train([*TRAIN, *WIDTHS, "--data_dir", str(data), "--logbase", str(logs)])
+    kuka.train_classifier([*CLASSIFIER, "--data_dir", str(data), "--logbase", str(logs)])
     return logs
 
 
@@ -336,9 +336,9 @@ def test_a_restored_training_ends_alike(trained):
 def test_a_resumed_command_ends_alike(data, trained, capsys):
     arguments = [*CLASSIFIER, "--data_dir", str(data), "--logbase", str(trained)]
     with pytest.raises(UserError, match="--resume True"):
-        kuka_app.train_classifier(arguments)
+        kuka.train_classifier(arguments)
     folder = trained / "kuka" / "classifier" / f"H{H}_T{T}"
-    again(folder, lambda start: kuka_app.train_classifier([*arguments, "--resume", "True"]))
+    again(folder, lambda start: kuka.train_classifier([*arguments, "--resume", "True"]))
     assert "resuming" in capsys.readouterr().out
 
 
@@ -363,9 +363,9 @@ class Follows:
 
 @pytest.mark.parametrize("task", ["unconditional", "rearrangement"])
 def test_episodes(trained, monkeypatch, task):
-    monkeypatch.setattr(kuka_app, "KukaStacking", Follows)
+    monkeypatch.setattr(kuka, "KukaStacking", Follows)
     options = ["--task", task, "--n_episodes", "2", "--n_plans", "2", "--logbase", str(trained)]
-    kuka_app.plan([*SIZE, *options])
+    kuka.plan([*SIZE, *options])
     folder = trained / "kuka" / "plans" / f"{task}_H{H}_T{T}"
     second = json.loads((folder / "0-1" / "rollout.json").read_text())
     assert second["score"] == second["return"] / 3 and second["epoch_diffusion"] == 6
@@ -377,7 +377,7 @@ def test_episodes(trained, monkeypatch, task):
 
 def test_what_the_command_refuses(trained):
     with pytest.raises(UserError, match="choose one of unconditional"):
-        kuka_app.plan(["--task", "anything"])
+        kuka.plan(["--task", "anything"])
 
 
 def test_weights_of_the_pytorch_code(tmp_path):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl import lite_app
+from diffusion_rl.cli import diffuser_lite, figures
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
-from diffusion_rl.lite_options import FOLDER, parse
-from diffusion_rl.loops import lite_files
-from diffusion_rl.reports import commands, lite_figures
+from diffusion_rl.methods.diffuser_lite import files
+from diffusion_rl.methods.diffuser_lite.options import FOLDER, parse
+from diffusion_rl.reports import lite_figures
 
 TASK = "hopper-medium-v2"
 SMALL = ["emb_dim=16", "d_model=16", "n_heads=2", "depth=1", "batch_size=16", "num_envs=2", "num_episodes=1"]
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
     tf.config.run_functions_eagerly(True)
     patch = pytest.MonkeyPatch()
     for kind in ("mujoco", "kitchen"):
-        patch.setitem(lite_app.HORIZONS, kind, [3, 3])
+        patch.setitem(diffuser_lite.HORIZONS, kind, [3, 3])
     folder = tmp_path_factory.mktemp("lite")
     write(folder / "hopper_medium-v2.hdf5", 11, 3, lambda draw, n: draw.normal((n,)))
     write(
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
     )
     patch.setenv("D4RL_DATASET_DIR", str(folder))
     patch.chdir(folder)
-    lite_app.mujoco([*RUN, "mode=training", "backup_dir=backup"])
+    diffuser_lite.mujoco([*RUN, "mode=training", "backup_dir=backup"])
     yield folder
     tf.config.run_functions_eagerly(False)
     patch.undo()
@@ -85,7 +85,7 @@ def test_files_of_a_training(folder):
 
 
 def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
-    add = lite_files.LossLog.add
+    add = files.LossLog.add
 
     def stopping_at(step):
         def stop(log, row):
@@ -96,41 +96,41 @@ def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
         return stop
 
     for step in (3, 5):
-        monkeypatch.setattr(lite_files.LossLog, "add", stopping_at(step))
+        monkeypatch.setattr(files.LossLog, "add", stopping_at(step))
         with pytest.raises(KeyboardInterrupt):
-            lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "keep_states=true"])
-    monkeypatch.setattr(lite_files.LossLog, "add", add)
-    lite_app.mujoco([*RUN, "mode=training", "results_dir=parts"])
+            diffuser_lite.mujoco([*RUN, "mode=training", "results_dir=parts", "keep_states=true"])
+    monkeypatch.setattr(files.LossLog, "add", add)
+    diffuser_lite.mujoco([*RUN, "mode=training", "results_dir=parts"])
     for i in range(2):
         once, parts = (weights(where, f"diffusion{i}_ckpt_latest.pt") for where in ("results", "parts"))
         assert all(np.array_equal(once[name], parts[name]) for name in once)
     assert (folder / "parts" / "loss_log.json").read_bytes() == (folder / "results" / "loss_log.json").read_bytes()
-    lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=2"])
+    diffuser_lite.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=2"])
     assert all(np.array_equal(once[name], weights("parts", "diffusion1_ckpt_latest.pt")[name]) for name in once)
     with pytest.raises(UserError, match="keep_states=true"):
-        lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=3"])
+        diffuser_lite.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=3"])
     with pytest.raises(UserError, match="that run has seed=0 .now 7., which resuming cannot change"):
-        lite_app.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=2", "seed=7"])
+        diffuser_lite.mujoco([*RUN, "mode=training", "results_dir=parts", "resume=2", "seed=7"])
     with pytest.raises(UserError, match="6 steps, this one has 8"):
         longer = [option.replace("diffusion_gradient_steps=6", "diffusion_gradient_steps=8") for option in RUN]
-        lite_app.mujoco([*longer, "mode=training", "results_dir=parts"])
+        diffuser_lite.mujoco([*longer, "mode=training", "results_dir=parts"])
 
 
 def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
-    add, own = lite_files.LossLog.add, [*RUN, "mode=training", "results_dir=stopped"]
+    add, own = files.LossLog.add, [*RUN, "mode=training", "results_dir=stopped"]
 
     def stop(log, row):
-        monkeypatch.setattr(lite_files.LossLog, "add", add)
+        monkeypatch.setattr(files.LossLog, "add", add)
         with pytest.raises(UserError, match="another process is writing to .*or name another results_dir"):
-            lite_app.mujoco(own)
+            diffuser_lite.mujoco(own)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         add(log, row)
 
-    monkeypatch.setattr(lite_files.LossLog, "add", stop)
+    monkeypatch.setattr(files.LossLog, "add", stop)
     with pytest.raises(Interrupted, match="stopped by SIGTERM; state saved after step 1; go on with resume=auto"):
-        lite_app.mujoco(own)
-    lite_app.mujoco(own)
+        diffuser_lite.mujoco(own)
+    diffuser_lite.mujoco(own)
     for i in range(2):
         once, parts = (weights(where, f"diffusion{i}_ckpt_latest.pt") for where in ("results", "stopped"))
         assert all(np.array_equal(once[name], parts[name]) for name in once)
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(folder):
     faster = [option for option in RUN if not option.startswith("save_interval")]
     with pytest.raises(UserError, match="no longer finite|a loss became"):
         ruined = ["results_dir=ruined", "learning_rate=1e38", "save_interval=1"]
-        lite_app.mujoco([*faster, "mode=training", *ruined])
+        diffuser_lite.mujoco([*faster, "mode=training", *ruined])
     for path in (folder / "ruined").rglob("diffusion*.pt"):
         data = read_pt(path)
         assert all(np.isfinite(value).all() for part in data.values() for value in part.values()), path
@@ -149,48 +149,48 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(folder):
     next(iter(data["model_ema"].values()))[...] = np.nan
     write_pt(own / "diffusion0_ckpt_8.pt", data)
     with pytest.raises(UserError, match="diffusion0_ckpt_8.pt: weight .* is not finite"):
-        lite_app.mujoco([*RUN, "mode=inference", "diffusion_ckpt=8"])
+        diffuser_lite.mujoco([*RUN, "mode=inference", "diffusion_ckpt=8"])
     (own / "diffusion0_ckpt_8.pt").unlink()
 
 
 def test_reflow_and_acting(folder, capsys, monkeypatch):
     pytest.importorskip("mujoco")
-    monkeypatch.setitem(lite_app.LIMITS, "mujoco", 3)
-    lite_app.mujoco([*RUN, "mode=prepare_dataset"])
+    monkeypatch.setitem(diffuser_lite.LIMITS, "mujoco", 3)
+    diffuser_lite.mujoco([*RUN, "mode=prepare_dataset"])
     own = folder / "results" / "diffuserlite_d4rl_mujoco" / TASK
     with h5py.File(own / "traj_cond_dataset.h5") as file:
         assert file["traj_cond_dataset_1"].shape == (13, 2, 3, 11) and np.abs(file["traj_cond_dataset_0"][12]).max() > 0
-    lite_app.mujoco([*RUN, "mode=reflow"])
+    diffuser_lite.mujoco([*RUN, "mode=reflow"])
     before, after = weights("results", "diffusion0_ckpt_latest.pt"), weights("results", "reflow0_ckpt_4.pt")
     assert any(not np.array_equal(before[name], after[name]) for name in before)
-    lite_app.mujoco([*RUN, "mode=inference", "test_model=R2"])
-    lite_app.mujoco([*RUN, "mode=inference", "diffusion_ckpt=all", "runtime=graph"])
+    diffuser_lite.mujoco([*RUN, "mode=inference", "test_model=R2"])
+    diffuser_lite.mujoco([*RUN, "mode=inference", "diffusion_ckpt=all", "runtime=graph"])
     rows = json.loads((own / "inference_results_R1.json").read_text())
     assert [row["checkpoint"] for row in rows] == [2, 4, 6] and rows[0]["episodes"] == 2
     assert (folder / "results" / "figures" / "normalized_score.png").is_file()
     for command in (["lite_losses"], ["lite_scores", str(own / "inference_results_R1.json")]):
         monkeypatch.setattr(sys, "argv", ["make_figures.py", *command, "--output", "drawn"])
-        assert commands.main() == 0
+        assert figures.main() == 0
     assert {path.name for path in (folder / "drawn").iterdir()} >= {"loss_curve.png", "normalized_score.png"}
     assert "score" in capsys.readouterr().out
 
 
 def test_q_learning_and_kitchen_plans(folder):
     small = [*SMALL, *STEPS, *PAIRS, "iql_gradient_steps=3", "iql_hidden_dim=16"]
-    lite_app.kitchen([*small, "mode=iql_training"])
-    lite_app.kitchen([*small, "mode=training"])
+    diffuser_lite.kitchen([*small, "mode=iql_training"])
+    diffuser_lite.kitchen([*small, "mode=training"])
     own = folder / "results" / "diffuserlite_d4rl_kitchen" / "kitchen-mixed-v0"
     assert (own / "iql_ckpt_latest.pt").is_file() and (own / "diffusion1_ckpt_6.pt").is_file()
 
 
 def test_a_backup_is_restored(folder):
-    lite_app.mujoco([*RUN, "mode=training", "results_dir=restored", "restore_from=backup"])
+    diffuser_lite.mujoco([*RUN, "mode=training", "results_dir=restored", "restore_from=backup"])
     for path in ("loss_log.json", f"diffuserlite_d4rl_mujoco/{TASK}/diffusion1_ckpt_4.pt"):
         assert (folder / "restored" / path).read_bytes() == (folder / "backup" / path).read_bytes()
 
 
 def test_benchmark_says_how_often_it_decides(capsys):
-    lite_app.mujoco([*RUN, "mode=benchmark", "benchmark_decisions=3", "benchmark_warm_up=1", "runtime=graph"])
+    diffuser_lite.mujoco([*RUN, "mode=benchmark", "benchmark_decisions=3", "benchmark_warm_up=1", "runtime=graph"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert [(row["model"], row["batch"]) for row in rows] == [("R1", 1), ("R1", 2), ("R2", 1), ("R2", 2)]
     assert all(row["hz"] > 0 for row in rows)
@@ -226,7 +226,7 @@ def test_what_is_missing_is_named(tmp_path):
         ("reflow", "mode=training"),
     ):
         with pytest.raises(UserError, match=said):
-            lite_app.mujoco([*where, f"mode={mode}"])
+            diffuser_lite.mujoco([*where, f"mode={mode}"])
 
 
 def test_pictures_are_gathered_and_none_is_lost(tmp_path):

@@ -6,12 +6,12 @@ import h5py
 import numpy as np
 import pytest
 
-from diffusion_rl import planner_app
+from diffusion_rl.cli import diffuser
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.maze2d import LAYOUTS, OFFSET, Maze2D, goal_of
-from diffusion_rl.loops.maze2d import waypoint_data
-from diffusion_rl.loops.planning import normalized_score
+from diffusion_rl.methods.diffuser.maze2d import waypoint_data
+from diffusion_rl.tasks.scores import normalized_score
 
 
 def test_layouts():
@@ -56,8 +56,8 @@ def test_planning_end_to_end(tmp_path, monkeypatch):
             file[key] = value
     flags = ["--config", "config.maze2d", "--dataset", "maze2d-umaze-v1", "--horizon", "8", "--n_diffusion_steps", "2"]
     train = ["--dim_mults", "(1,)", "--n_train_steps", "1", "--n_saves", "1", "--sample_freq", "0", "--seed", "0"]
-    planner_app.train([*flags, *train, "--data_dir", "maze.hdf5"])
-    planner_app.plan_maze2d([*flags, "--conditional", "True", "--seed", "0", "--n_episodes", "2"])
+    diffuser.train([*flags, *train, "--data_dir", "maze.hdf5"])
+    diffuser.plan_maze2d([*flags, "--conditional", "True", "--seed", "0", "--n_episodes", "2"])
     folder = tmp_path / "logs" / "maze2d-umaze-v1" / "plans" / "release_H8_T2_LimitsNormalizer_b1_condTrue" / "0"
     facts = json.loads((folder / "rollout.json").read_text())
     assert sorted(facts) == ["epoch_diffusion", "return", "score", "step", "term"] and facts["step"] == 299

@@ -8,22 +8,22 @@ import pytest
 import tensorflow as tf
 from tests.small_runs import assert_same_checkpoint, make_base_policy, make_data, rows, states
 
-from diffusion_rl import app
-from diffusion_rl.algorithms.dql import DQL
-from diffusion_rl.algorithms.off_policy import Phase
-from diffusion_rl.configs import compose
-from diffusion_rl.core.config import find_class, instantiate
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import compose
+from diffusion_rl.config.instantiate import find_class, instantiate
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.interop.torch_names import state_dict
-from diffusion_rl.loops.learner import Learner
-from diffusion_rl.loops.off_policy import Buffers, Rows
-from diffusion_rl.loops.policy_files import policy_facts
-from diffusion_rl.loops.rollout import Rollout, RunningEpisodes
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.methods.off_policy.algorithm import Phase
+from diffusion_rl.methods.off_policy.dql import DQL
+from diffusion_rl.methods.off_policy.learner import Learner
+from diffusion_rl.methods.off_policy.training import Buffers, Rows
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.mlp import DiffusionMLP
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.policy_files import policy_facts
+from diffusion_rl.training.rollout import Rollout, RunningEpisodes
 
 FIELDS = ("obs", "actions", "next_obs", "rewards", "terminated")
 CHUNKS = [
@@ -234,7 +234,7 @@ def learned(fast: bool, n: int) -> tuple[dict, dict]:
 
 def test_updates_compiled_together_equal_plain_ones_one_by_one(monkeypatch):
     together = learned(fast=True, n=3)
-    monkeypatch.setattr("diffusion_rl.loops.learner.UPDATES_PER_CALL", 1)
+    monkeypatch.setattr("diffusion_rl.methods.off_policy.learner.UPDATES_PER_CALL", 1)
     single = learned(fast=False, n=3)
     for ours, theirs in zip(together, single, strict=True):
         assert ours.keys() == theirs.keys()

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("gymnasium", reason='needs pip install -e ".[gym]"')
 
 from diffusion_rl.core.errors import UserError  # noqa: E402
-from diffusion_rl.core.normalizers import MinMaxNormalizer  # noqa: E402
+from diffusion_rl.data.normalizers import MinMaxNormalizer  # noqa: E402
 from diffusion_rl.envs import processes, room  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
 from diffusion_rl.envs.vector import ProcessVectorEnv, SyncVectorEnv  # noqa: E402
 from diffusion_rl.envs.worker import EnvRecipe  # noqa: E402
-from diffusion_rl.loops.rollout import collect, episode_statistics, success_threshold  # noqa: E402
+from diffusion_rl.training.rollout import collect, episode_statistics, success_threshold  # noqa: E402
 
 TA = 2
 
@@ -226,7 +226,6 @@ def test_images_of_another_size_than_the_networks(
     num_img: int, steps_seen: int, shape: tuple[int, ...] | None, message: str | None
 ) -> None:
     from diffusion_rl.networks import vision
-
     from diffusion_rl.networks.vit import VitEncoder
 
     backbone = VitEncoder(cfg={"embed_dim": 8}, num_channel=3 * steps_seen, img_h=16, img_w=16)
@@ -242,10 +241,9 @@ def test_images_of_another_size_than_the_networks(
 
 
 def test_environments_that_show_other_images_are_refused_before_the_run() -> None:
-    from diffusion_rl.loops import evaluation
-
     from diffusion_rl.networks.vision import ImageFeatures
     from diffusion_rl.networks.vit import VitEncoder
+    from diffusion_rl.training import evaluation
 
     backbone = VitEncoder(cfg={"embed_dim": 8}, img_h=16, img_w=16)
     policy = type("Policy", (), {"network": type("N", (), {"vision": ImageFeatures(backbone, 4, spatial_emb=4)})()})()
@@ -311,7 +309,7 @@ def test_an_environment_that_speaks_of_success_only_when_it_happens_is_believed_
 
 
 def test_a_threshold_goes_before_what_environments_say_only_if_the_user_sets_it(monkeypatch: Any, caplog: Any) -> None:
-    from diffusion_rl.loops import rollout
+    from diffusion_rl.training import rollout
 
     key = "best_reward_threshold_for_success"
     assert success_threshold({key: 3}, environments_say=False) == 3
@@ -330,7 +328,7 @@ def test_what_the_user_sets(tmp_path: Path) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
 
-    from diffusion_rl.core.config import set_by_user
+    from diffusion_rl.config.instantiate import set_by_user
 
     (tmp_path / "base.yaml").write_text("env: {threshold: 3, name: a}\n")
     (tmp_path / "own.yaml").write_text("defaults: [base, _self_]\nenv: {name: b}\n")

@@ -4,12 +4,12 @@ import shlex
 
 import pytest
 
-from diffusion_rl import planner_launchers
+from diffusion_rl.cli import launchers
 from diffusion_rl.core.errors import UserError
 
 
 def printed(capsys, *arguments):
-    planner_launchers.main([*arguments, "--dry_run", "True"])
+    launchers.main([*arguments, "--dry_run", "True"])
     return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
 
 
@@ -52,9 +52,9 @@ def test_azure_has_a_job_for_every_combination(capsys, monkeypatch):
 def test_what_is_refused(monkeypatch):
     monkeypatch.delenv("DOCKER_USERNAME", raising=False)
     with pytest.raises(UserError, match="say where"):
-        planner_launchers.main(["moon"])
+        launchers.main(["moon"])
     with pytest.raises(UserError, match="DOCKER_USERNAME"):
-        planner_launchers.main(["azure", "--dataset", "hopper-medium-v2"])
+        launchers.main(["azure", "--dataset", "hopper-medium-v2"])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="is not installed"):
-        planner_launchers.main(["docker"])
+        launchers.main(["docker"])

@@ -3,7 +3,7 @@
 import pytest
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.planner_options import expand, experiment_name, parse
+from diffusion_rl.methods.diffuser.options import expand, experiment_name, parse
 
 
 def options(experiment, *arguments, config="config.locomotion"):

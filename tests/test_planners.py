@@ -10,14 +10,14 @@ import h5py
 import numpy as np
 import pytest
 
-from diffusion_rl import planner_app, planner_commands
+from diffusion_rl.cli import commands, diffuser
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.loops.diffuser_training import DiffuserTraining
-from diffusion_rl.loops.planner_files import load_experiment
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.methods.diffuser.files import load_experiment
+from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.reports.contact_sheet import frames
 from diffusion_rl.reports.plan_figure import bars_of, plan_scores
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
 NAME = "hopper-medium-v2"
 SIZE = ["--dataset", NAME, "--horizon", "4", "--n_diffusion_steps", "3", "--seed", "0"]
@@ -39,8 +39,8 @@ def folder(tmp_path_factory):
     before, environment = os.getcwd(), os.environ.get("D4RL_DATASET_DIR")
     os.environ["D4RL_DATASET_DIR"] = str(folder)
     os.chdir(folder)
-    planner_app.train([*TRAIN, "--n_train_steps", "6"])
-    planner_app.train_values([*TRAIN, "--n_train_steps", "3", "--discount", "0.997"])
+    diffuser.train([*TRAIN, "--n_train_steps", "6"])
+    diffuser.train_values([*TRAIN, "--n_train_steps", "3", "--discount", "0.997"])
     yield folder
     os.chdir(before)
     if environment is None:
@@ -63,18 +63,18 @@ def test_what_training_leaves(trained):
 
 
 def test_plans_and_results(folder, capsys):
-    planner_app.plan_guided(PLAN)
+    diffuser.plan_guided(PLAN)
     rollout = json.loads((folder / "logs" / NAME / "plans" / "H4_T3_d0.997" / "0" / "rollout.json").read_text())
     assert sorted(rollout) == ["epoch_diffusion", "epoch_value", "return", "score", "step", "term"]
     assert (rollout["epoch_diffusion"], rollout["epoch_value"]) == (6, 3) and isinstance(rollout["term"], bool)
-    planner_app.plan_unguided([*PLAN, "--n_envs", "2", "--n_exec", "2"])  # with the model of states and actions
+    diffuser.plan_unguided([*PLAN, "--n_envs", "2", "--n_exec", "2"])  # with the model of states and actions
     unguided = folder / "logs" / NAME / "plans" / "unguided_H4_T3"
     second = json.loads((unguided / "0-1" / "rollout.json").read_text())
     assert sorted(second) == ["epoch_diffusion", "return", "score", "step", "term"]
     assert len(json.loads((unguided / "0" / "action_stats.json").read_text())["std"]) == 3
     assert json.loads((unguided / "0" / "latency.json").read_text())["milliseconds_per_decision"] > 0
     capsys.readouterr()
-    planner_commands.read_results(["--logbase", "logs"])
+    commands.read_results(["--logbase", "logs"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[2].endswith("| 2 scores ")
 
@@ -82,7 +82,7 @@ def test_plans_and_results(folder, capsys):
 @pytest.mark.skipif(not any(map(find_library, ("EGL", "OSMesa"))), reason="no library that renders off-screen")
 def test_plans_are_filmed(folder):
     pytest.importorskip("imageio_ffmpeg")
-    planner_app.plan_guided([*PLAN, "--render", "True", "--vis_freq", "2", "--suffix", "film"])
+    diffuser.plan_guided([*PLAN, "--render", "True", "--vis_freq", "2", "--suffix", "film"])
     films = folder / "logs" / NAME / "plans" / "H4_T3_d0.997" / "film"
     assert all((films / name).stat().st_size for name in ("0_plan.mp4", "0.png", "2_plan.mp4", "2.png", "rollout.mp4"))
     first = frames(films / "0_plan.mp4")
@@ -90,24 +90,24 @@ def test_plans_are_filmed(folder):
 
 
 def test_actions_alone_are_never_guided(folder):
-    planner_app.train([*TRAIN, "--n_train_steps", "1", "--diffusion_type", "actions_only"])
+    diffuser.train([*TRAIN, "--n_train_steps", "1", "--diffusion_type", "actions_only"])
     assert (folder / "logs" / NAME / "diffusion" / "actions_H4_T3" / "state_1.safetensors").is_file()
-    planner_app.plan_unguided([*PLAN, "--aggregate", "medoid", "--suffix", "1"])
+    diffuser.plan_unguided([*PLAN, "--aggregate", "medoid", "--suffix", "1"])
     with pytest.raises(UserError, match="actions only"):
-        planner_app.plan_guided([*PLAN, "--diffusion_loadpath", "f:diffusion/actions_H{horizon}_T{n_diffusion_steps}"])
+        diffuser.plan_guided([*PLAN, "--diffusion_loadpath", "f:diffusion/actions_H{horizon}_T{n_diffusion_steps}"])
 
 
 def test_resumed_is_uninterrupted(folder, trained):
     parts = [*TRAIN, "--logbase", "parts"]
-    planner_app.train([*parts, "--n_train_steps", "4"])
-    planner_app.train([*parts, "--n_train_steps", "6", "--resume", "True"])
+    diffuser.train([*parts, "--n_train_steps", "4"])
+    diffuser.train([*parts, "--n_train_steps", "6", "--resume", "True"])
     with pytest.raises(UserError, match="--seed 9: the run in .* has --seed"):
         place = parts.index("--seed") + 1
-        planner_app.train([*parts[:place], "9", *parts[place + 1 :], "--n_train_steps", "6", "--resume", "True"])
+        diffuser.train([*parts[:place], "9", *parts[place + 1 :], "--n_train_steps", "6", "--resume", "True"])
     with pytest.raises(UserError, match="that run has diffusion.loss_type=l2 .now l1., which resuming cannot change"):
-        planner_app.train([*parts, "--n_train_steps", "6", "--resume", "True", "--loss_type", "l1"])
+        diffuser.train([*parts, "--n_train_steps", "6", "--resume", "True", "--loss_type", "l1"])
     with pytest.raises(UserError, match="--resume True"):
-        planner_app.train([*parts, "--n_train_steps", "6"])
+        diffuser.train([*parts, "--n_train_steps", "6"])
     one = load_checkpoint(trained / "state_6.safetensors").tensors
     other = load_checkpoint(folder / "parts" / trained.relative_to(folder / "logs") / "state_6.safetensors").tensors
     assert one.keys() == other.keys()
@@ -121,14 +121,14 @@ def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
     def stop(self, count):
         monkeypatch.setattr(DiffuserTraining, "_steps", steps)
         with pytest.raises(UserError, match="another process is writing to .*: wait for it, stop it, or give another"):
-            planner_app.train([*own, "--resume", "True"])
+            diffuser.train([*own, "--resume", "True"])
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         return steps(self, count)
 
     monkeypatch.setattr(DiffuserTraining, "_steps", stop)
     with pytest.raises(Interrupted, match="stopped by SIGTERM; state saved; go on with --resume True"):
-        planner_app.train(own)
+        diffuser.train(own)
     states = folder / "stopped" / NAME / "diffusion" / "defaults_H4_T3"
     assert load_checkpoint(states / "state_0.safetensors").metadata["step"] == 1
 
@@ -136,7 +136,7 @@ def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
 def test_what_is_not_finite_is_neither_saved_nor_loaded(folder, trained):
     with pytest.raises(UserError, match="no longer finite|the loss became"):
         ruined = ["--logbase", "ruined", "--n_train_steps", "9", "--learning_rate", "1e38"]
-        planner_app.train([*TRAIN, *ruined])
+        diffuser.train([*TRAIN, *ruined])
     for path in (folder / "ruined").rglob("state_*"):
         assert all(np.isfinite(each).all() for each in load_checkpoint(path).tensors.values())
     checkpoint, bad = load_checkpoint(trained / "state_6.safetensors"), folder / "bad"
@@ -178,7 +178,7 @@ def test_the_last_steps_have_a_tenth_of_the_rate(folder):
         "resumed": [["6", "--lr_decay_steps", "2"], ["6", "--lr_decay_steps", "2", "--resume", "3"]],
     }.items():
         for n_train_steps, *more in runs:
-            planner_app.train([*TRAIN, "--logbase", base, "--n_train_steps", n_train_steps, *more])
+            diffuser.train([*TRAIN, "--logbase", base, "--n_train_steps", n_train_steps, *more])
         state = load_checkpoint(folder / base / NAME / "diffusion" / "defaults_H4_T3" / "state_6.safetensors")
         final.append(state.select("model."))
     for other in final[1:]:
@@ -188,14 +188,14 @@ def test_the_last_steps_have_a_tenth_of_the_rate(folder):
 
 def test_what_is_missing_is_named(trained):
     with pytest.raises(UserError, match="train a model first"):
-        planner_app.plan_guided([*PLAN, "--logbase", "elsewhere"])
+        diffuser.plan_guided([*PLAN, "--logbase", "elsewhere"])
     with pytest.raises(UserError, match="no data for walker2d-expert-v2: download http"):
-        planner_app.train(["--dataset", "walker2d-expert-v2", *TRAIN[2:]])
+        diffuser.train(["--dataset", "walker2d-expert-v2", *TRAIN[2:]])
     assert not (trained.parents[2] / "walker2d-expert-v2").exists()
     with pytest.raises(UserError, match="no checkpoint 5 in .* there are 0, 3, 6"):
         load_experiment(trained, epoch="5")
     with pytest.raises(UserError, match=r"defaults_H4_T3_d0.99; there are .*--discount"):
-        planner_app.plan_guided([*PLAN, "--discount", "0.99"])
+        diffuser.plan_guided([*PLAN, "--discount", "0.99"])
 
 
 def test_scores_are_drawn_beside_each_other(tmp_path):

@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl.algorithms.pretrain import BATCHES_PER_CALL, PreTrainer
 from diffusion_rl.core.ema import AVERAGE
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.interop.description import infer_kind
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.policy_files import load_policy
-from diffusion_rl.loops.run_state import Checkpoint
+from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainer
 from diffusion_rl.networks.gaussian import GaussianMLP
 from diffusion_rl.networks.gmm import GMMMLP
 from diffusion_rl.networks.layers import variables_of
@@ -23,6 +21,8 @@ from diffusion_rl.networks.unet1d import Unet1D
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.policy_files import load_policy
 
 A, H, OBS, TO = 2, 4, 3, 2
 SMALL_TRANSFORMER = {"transformer_embed_dim": 8, "transformer_num_heads": 2, "transformer_num_layers": 2}

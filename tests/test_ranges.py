@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from diffusion_rl.config.checks import SEED, Relation, at_most, check_ranges, multiple, number, positive, whole
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.ranges import SEED, Relation, at_most, check_ranges, multiple, number, positive, whole
 
 
 @pytest.mark.parametrize(

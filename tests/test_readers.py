@@ -16,17 +16,17 @@ import pytest
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, read_bytes, read_json, require_file, require_writable
-from diffusion_rl.core.normalizers import MinMaxNormalizer
 from diffusion_rl.core.npz import read_npy, read_npz
 from diffusion_rl.core.pickles import Interpreter, Refused
 from diffusion_rl.data import flat, kuka, sources
 from diffusion_rl.data.episodes import Episodes, load_episodes, load_unscaled
 from diffusion_rl.data.hdf5 import open_hdf5, write_hdf5
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import agents, d3il
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.torch_checkpoint import read_pt
-from diffusion_rl.loops.run_state import checkpoint_metadata, load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import checkpoint_metadata, load_checkpoint, save_checkpoint
 
 READERS = {
     "npz": (read_npz, load_episodes, MinMaxNormalizer.from_npz, sources.load),

@@ -3,10 +3,10 @@
 import pytest
 from omegaconf import OmegaConf
 
-from diffusion_rl import app
-from diffusion_rl.config_keys import check_arguments
-from diffusion_rl.configs import compose
-from diffusion_rl.core.config import register_resolvers
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import compose
+from diffusion_rl.config.instantiate import register_resolvers
+from diffusion_rl.config.keys import check_arguments
 from diffusion_rl.core.errors import UserError
 
 EVALUATION = """
@@ -81,7 +81,7 @@ def compose_text(tmp_path, monkeypatch):
 
 def test_classes_arithmetic_and_environment(compose_text):
     config = app.prepare(compose_text(EVALUATION))
-    assert config._target_ == "diffusion_rl.loops.evaluation.Evaluation"
+    assert config._target_ == "diffusion_rl.training.evaluation.Evaluation"
     assert config.model._target_ == "diffusion_rl.policies.diffusion.DiffusionPolicy"
     assert config.model.network.cond_dim == 11 and type(config.model.network.cond_dim) is int
     assert config.normalization_path == "data/gym/hopper-medium-v2/normalization.npz"

@@ -23,8 +23,8 @@ from tests.small_runs import (
 
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
-from diffusion_rl.loops import run_folder
-from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.training import run_dir
+from diffusion_rl.training.checkpoint import load_checkpoint
 
 DDIM = [
     *("+train.fast=false", "cond_steps=2", "train.n_critic_warmup_itr=2", "env.reset_at_iteration=true"),
@@ -170,7 +170,7 @@ def test_what_was_saved_evaluates_to_what_the_training_evaluated(tmp_path, whole
 
 
 def test_passing_checkpoints_go_when_a_newer_one_is_there_also_those_of_an_earlier_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", -1.0)  # one after every step
+    monkeypatch.setattr(run_dir, "CHECKPOINT_SECONDS", -1.0)  # one after every step
     assert go_through(tmp_path, range(3), keep_every=4) == [[0], [0, 1], [0, 2]]
     written = go_through(tmp_path, range(3, 7), keep_every=4, resume="auto")
     assert written == [[0, 3], [0, 4], [0, 4, 5], [0, 4, 6]]
@@ -189,13 +189,13 @@ def test_stopping_after_a_kept_checkpoint_does_not_make_it_a_passing_one(tmp_pat
 
 
 def test_a_newer_checkpoint_is_whole_before_the_passing_one_goes(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(run_dir, "CHECKPOINT_SECONDS", -1.0)
     go_through(tmp_path, range(3), keep_every=4)
 
     def full_disk(path, tensors, metadata):
         raise UserError("No space left on device")
 
-    monkeypatch.setattr(run_folder, "save_checkpoint", full_disk)
+    monkeypatch.setattr(run_dir, "save_checkpoint", full_disk)
     with pytest.raises(UserError, match="No space"):
         go_through(tmp_path, [3], keep_every=4, resume="auto")
     assert states(tmp_path) == ["state_0.safetensors", "state_2.safetensors"]

@@ -17,7 +17,7 @@ from tests.small_runs import (
     run,
 )
 
-from diffusion_rl.loops.run_state import load_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint
 
 EXACT = "gym/finetune/hopper-v2/ft_ppo_exact_diffusion_mlp"
 DPOER = "gym/finetune/hopper-v2/ft_sac_ppo_diffusion_mlp"
@@ -27,7 +27,11 @@ EVALUATE_GAUSSIAN = "gym/eval/hopper-v2/eval_gaussian_mlp"
 
 ENVS = ["env.n_envs=4", "env.max_episode_steps=28", "train.n_steps=24"]  # some episodes end
 MIXTURE = [
-    *("model._target_=diffusion_rl.algorithms.gmm_ppo.GMMPPO", "+model.actor.num_modes=3", "~model.randn_clip_value"),
+    *(
+        "model._target_=diffusion_rl.methods.on_policy.gmm_ppo.GMMPPO",
+        "+model.actor.num_modes=3",
+        "~model.randn_clip_value",
+    ),
     "model.actor._target_=diffusion_rl.networks.gmm.GMMMLP",
 ]
 CORRECTED = ["+model.mode=corrected", "+model.entropy_states=2"]

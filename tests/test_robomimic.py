@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from env_goldens import LOW_DIM_KEYS, Recording, Scripted  # noqa: E402
 
-from diffusion_rl.configs import REPOSITORY  # noqa: E402
+from diffusion_rl.config.compose import REPOSITORY  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
-from diffusion_rl.core.normalizers import MinMaxNormalizer  # noqa: E402
+from diffusion_rl.data.normalizers import MinMaxNormalizer  # noqa: E402
 from diffusion_rl.envs import robomimic as tasks  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
 from diffusion_rl.envs.multi_step import LowdimWrapper  # noqa: E402

@@ -11,7 +11,7 @@ import pytest
 
 from diffusion_rl.data.episodes import load_episodes, read_npz
 from diffusion_rl.data.validate import validate
-from diffusion_rl.loops import robomimic_demos as demos
+from diffusion_rl.generate import robomimic as demos
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(path.parent for path in (REPOSITORY / "data" / "robomimic").glob(f"*/{demos.SIMULATOR_FILE}"))

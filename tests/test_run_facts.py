@@ -19,13 +19,14 @@ from tests.small_runs import (
     run,
 )
 
-from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
-from diffusion_rl.loops import planner_files, run_facts
-from diffusion_rl.loops.policy_files import normalization_facts, open_checkpoint
-from diffusion_rl.loops.rollout import Rollout, episode_statistics
-from diffusion_rl.loops.run_state import Checkpoint, load_checkpoint, save_checkpoint
+from diffusion_rl.methods.diffuser import files
+from diffusion_rl.training import run_facts
+from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from diffusion_rl.training.policy_files import normalization_facts, open_checkpoint
+from diffusion_rl.training.rollout import Rollout, episode_statistics
 
 BOUNDS = {"obs_min": [-1.0] * 11, "obs_max": [1.0] * 11, "action_min": [-1.0] * 3, "action_max": [1.0] * 3}
 
@@ -108,7 +109,7 @@ def test_the_task(evaluation, theirs, outcome, caplog):
 )
 def test_names_of_one_task(one, other, same, caplog):
     assert run_facts.same_task(one, other) is same
-    experiment = planner_files.Experiment(None, {}, "", 0, Path("folder"), one)
+    experiment = files.Experiment(None, {}, "", 0, Path("folder"), one)
     if same is False:
         with pytest.raises(UserError, match=f"folder was trained on {one}, which is another task than {other}"):
             experiment.require_task(other)

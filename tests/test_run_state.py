@@ -17,7 +17,7 @@ import diffusion_rl
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.loops.run_state import (
+from diffusion_rl.training.checkpoint import (
     Checkpoint,
     latest_checkpoint,
     load_checkpoint,
@@ -254,7 +254,7 @@ SAVE_UNDER_A_LIMIT = """
 import resource, sys
 import numpy as np
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.loops.run_state import save_checkpoint
+from diffusion_rl.training.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 try:
     save_checkpoint(sys.argv[1] + "/state_2.safetensors", {"x": np.ones(200_000)}, {"itr": 2})
@@ -280,7 +280,7 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path):
 SAVE_FOREVER = """
 import sys
 import numpy as np
-from diffusion_rl.loops.run_state import latest_checkpoint, load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 path = latest_checkpoint(sys.argv[1])
 itr = load_checkpoint(path).metadata["itr"] if path else 0
 print("saving", flush=True)
@@ -351,7 +351,7 @@ def test_the_umask_decides_on_permissions(tmp_path):
 
 def test_neither_tensorflow_nor_torch_is_imported():
     program = (
-        "import sys, diffusion_rl.loops.run_state, diffusion_rl.interop.torch_checkpoint, "
+        "import sys, diffusion_rl.training.checkpoint, diffusion_rl.interop.torch_checkpoint, "
         "diffusion_rl.interop.reference_checkpoint; print({'tensorflow', 'torch', 'tf_keras'} & set(sys.modules))"
     )
     assert run_python(program).stdout == "set()\n"

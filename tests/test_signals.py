@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from diffusion_rl.configs import REPOSITORY
-from diffusion_rl.core import signals
-from diffusion_rl.core.errors import UserError, exit_status
-from diffusion_rl.loops.locks import FolderLock, child_lock, locked
+from diffusion_rl.cli.status import exit_status
+from diffusion_rl.config.compose import REPOSITORY
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.training import signals
+from diffusion_rl.training.locks import FolderLock, child_lock, locked
 
 
 @pytest.fixture(autouse=True)
@@ -79,13 +80,13 @@ def test_a_signal_while_a_command_is_imported(tmp_path):
         "import os, signal, sys\n"
         f"sys.path.insert(0, {str(REPOSITORY / 'code')!r})\n"
         "import importlib\n"
-        "from diffusion_rl import planner_commands\n"
+        "from diffusion_rl.cli import commands\n"
         "original = importlib.import_module\n"
         "def slow(name, *more):\n"
         "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return original(name, *more)\n"
         "importlib.import_module = slow\n"
-        "sys.exit(planner_commands.run('planner_options:parse'))\n"
+        "sys.exit(commands.run('launchers:main'))\n"
     )
     ended = subprocess.run([sys.executable, "-c", sent], capture_output=True, text=True, cwd=tmp_path)
     assert (ended.returncode, ended.stderr) == (130, "stopped by SIGTERM\n")
@@ -95,7 +96,7 @@ def test_a_child_ends_with_its_parent(tmp_path):
     code = (
         "import subprocess, sys, os\n"
         f"sys.path.insert(0, {str(REPOSITORY / 'code')!r})\n"
-        "from diffusion_rl.core import signals\n"
+        "from diffusion_rl.training import signals\n"
         "child = subprocess.Popen(['sleep', '60'], preexec_fn=signals.end_with_parent())\n"
         "print(child.pid, flush=True); os.kill(os.getpid(), 9)\n"
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_rl import app
-from diffusion_rl.configs import REPOSITORY
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import Interrupted, UserError
 
 HOPPER = ["--config-dir=cfg/gym/finetune/hopper-v2", "--config-name=ft_ppo_diffusion_mlp"]

@@ -8,11 +8,11 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.diffusion.guidance import Guide
+from diffusion_rl.methods.diffuser.model import TrajectoryDiffusion, ValueDiffusion
 from diffusion_rl.networks.convolution import plain_convolutions
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
 from diffusion_rl.networks.unet1d import Downsample, Upsample
-from diffusion_rl.planners.diffuser import TrajectoryDiffusion, ValueDiffusion
 
 
 def parameters(network):

@@ -20,7 +20,7 @@ import diffusion_rl
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.reference_checkpoint import from_reference, to_reference
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
 torch = pytest.importorskip("torch", reason="the other side of these comparisons: pip install -e '.[parity]'")
 

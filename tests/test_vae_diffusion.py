@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from diffusion_rl import vae_app
-from diffusion_rl.algorithms.vae_diffusion_rl import Batch, Draws, LatentDiffusionRL, Sizes
+from diffusion_rl.cli import vae
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
@@ -22,13 +21,14 @@ from diffusion_rl.data.agent_windows import AgentEpisodes, AgentNormalizer, VAES
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.sources import agents
 from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv, controller
-from diffusion_rl.loops import mpe_data
-from diffusion_rl.loops.agent_history import AgentHistoryEnv
-from diffusion_rl.loops.run_state import load_checkpoint, save_checkpoint
-from diffusion_rl.loops.toy_agent_data import toy_data
-from diffusion_rl.loops.vae_training import METRICS, keep_returns
+from diffusion_rl.generate import mpe
+from diffusion_rl.generate.toy_agents import toy_data
+from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
+from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL, Sizes
+from diffusion_rl.methods.vae_latent.training import METRICS, keep_returns
 from diffusion_rl.networks.latent import ActionVAE, TrajectoryEncoder, kl_to_standard_normal
 from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
 SMALL = {
     "vae_latent_dim": 6,
@@ -67,7 +67,7 @@ RNG = NoiseSource(7)
 
 
 def settings(tmp_path="logs", **changes):
-    return vae_app.settings({**SMALL, "logbase": str(tmp_path), **changes})
+    return vae.settings({**SMALL, "logbase": str(tmp_path), **changes})
 
 
 def algorithm(sizes, **changes):
@@ -368,14 +368,14 @@ def test_mpe_files_are_read(tmp_path):
 def test_simple_spread_is_made_and_learned_from(tmp_path, capsys):
     pytest.importorskip("mpe2")
     for quality in ("medium", "expert"):
-        mpe_data.main(["--quality", quality, "--episodes", "4", "--data_dir", str(tmp_path)])
+        mpe.main(["--quality", quality, "--episodes", "4", "--data_dir", str(tmp_path)])
     medium, expert = (float(line.split("mean return ")[1].split()[0]) for line in capsys.readouterr().out.splitlines())
     assert expert > medium
     data = agents.load("mpe", "simple_spread-expert", str(tmp_path), 25)
     assert data.episodes.states.shape == (100, 54) and data.episodes.actions.shape == (100, 15)
     sizes, normalizer = Sizes(3, 18, 5, 2, 3), AgentNormalizer.fit(data, "CDFNormalizer")
     cfg = settings(env_type="mpe", dataset="simple_spread-expert", act_steps=2)
-    env = vae_app.environment(cfg, sizes, normalizer, 2, 0)
+    env = vae.environment(cfg, sizes, normalizer, 2, 0)
     seen = [env.reset()] + [env.step(RNG.uniform((2, 2, 15), -1, 1)) for _ in range(13)]
     assert seen[-1].truncated.all() and seen[-1].infos["executed_steps"].tolist() == [1, 1]
     assert seen[-1].infos["agent_rewards"].shape == (2, 3)
@@ -398,7 +398,7 @@ def test_settings_come_from_names_and_keys_that_are_known():
     cfg = settings(trainer="utils.OnlineRLTrainer", job_name="{dataset}/h_{horizon}", seed=3)
     assert cfg["online_training"] and cfg["logdir"] == "logs/vae_diffusion_rl/toy/h_2/3"
     with pytest.raises(UserError, match="did you mean batch_size"):
-        vae_app.settings({"batchsize": 3})
+        vae.settings({"batchsize": 3})
     for key, value in (
         ("batch_size", "many"),
         ("batch_size", 1.5),
@@ -407,8 +407,8 @@ def test_settings_come_from_names_and_keys_that_are_known():
         ("seed", None),
     ):
         with pytest.raises(UserError, match=f"{key}: {value!r} is no"):
-            vae_app.settings({key: value})
-    found = vae_app.settings({"returns_scale": 20, "latent_clip": None, "n_train_steps": 1e6})
+            vae.settings({key: value})
+    found = vae.settings({"returns_scale": 20, "latent_clip": None, "n_train_steps": 1e6})
     assert found["n_train_steps"] == 1_000_000 and isinstance(found["n_train_steps"], int)
     with pytest.raises(UserError, match="diffusion 'os.system' is unknown"):
         settings(diffusion="os.system")
@@ -419,14 +419,14 @@ def test_settings_come_from_names_and_keys_that_are_known():
 def test_online_training_needs_an_environment():
     sizes = Sizes(1, 2, 2, 2, 3)
     with pytest.raises(UserError, match="simulator is not supported"):
-        vae_app.environment(settings(env_type="smac", dataset="3m-Good"), sizes, None, 2, 0)
+        vae.environment(settings(env_type="smac", dataset="3m-Good"), sizes, None, 2, 0)
 
 
 # ---------- whole runs ----------
 
 
 def run(tmp_path, **changes):
-    training = vae_app.training_of(settings(tmp_path, **changes))
+    training = vae.training_of(settings(tmp_path, **changes))
     return training.run(), training
 
 
@@ -442,7 +442,7 @@ def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
     facts = json.loads(result.read_text())
     assert len(facts["average_ep_reward"]) == len(facts["std_ep_reward"]) == 2 and facts["episodes"] == 3
     result.unlink()
-    vae_app.evaluate_checkpoint(folder / "checkpoint" / "state_12.safetensors", {}, overwrite=False)
+    vae.evaluate_checkpoint(folder / "checkpoint" / "state_12.safetensors", {}, overwrite=False)
     assert json.loads(result.read_text()) == facts
 
     parts = Path(settings(tmp_path / "parts", **options)["logdir"])
@@ -480,7 +480,7 @@ def test_a_checkpoint_imports_nothing_and_is_as_large_as_it_says(tmp_path, monke
         tensors = {"model.vae.x": np.zeros((64, 2), np.float32)}
         save_checkpoint(path, tensors, {**facts, "config": config, "sizes": {**sizes._asdict(), **size}})
         with pytest.raises(UserError, match=said):
-            vae_app.evaluate_checkpoint(path, {}, overwrite=False)
+            vae.evaluate_checkpoint(path, {}, overwrite=False)
 
 
 def test_a_run_with_everything_that_is_optional(tmp_path):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("mujoco", reason='needs pip install -e ".[gym]"')
 
 from diffusion_rl.core.errors import UserError  # noqa: E402
-from diffusion_rl.core.normalizers import MinMaxNormalizer  # noqa: E402
+from diffusion_rl.data.normalizers import MinMaxNormalizer  # noqa: E402
 from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes  # noqa: E402
 from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv  # noqa: E402
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv  # noqa: E402

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from diffusion_rl.config.yaml_files import MOST_VALUES, parse_yaml, read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.yaml_files import MOST_VALUES, parse_yaml, read_yaml
 
 NINES = "a0: &a0 {x: 1}\n" + "".join(
     f"a{i}: &a{i} {{" + ", ".join(f"k{j}: *a{i - 1}" for j in range(9)) + "}\n" for i in range(1, 12)

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.config.targets import REFERENCE_TARGETS
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.interop import torch_names
-from diffusion_rl.interop.reference_targets import REFERENCE_TARGETS
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import GOLDENS, Golden
 from parity_tests.replay.roots import Roots
@@ -28,7 +28,7 @@ OURS: dict[str, str] = REFERENCE_TARGETS | {
     "model.diffusion.sampling.cosine_beta_schedule": "diffusion_rl.diffusion.schedules.cosine_betas",
     "agent.dataset.sequence.StitchedSequenceQLearningDataset": "diffusion_rl.data.sequences.QLearningDataset",
     "agent.finetune.train_awr_diffusion_agent.td_values": "diffusion_rl.core.returns.td_lambda",
-    "model.diffusion.diffusion_idql.expectile_loss": "diffusion_rl.algorithms.idql.expectile_loss",
+    "model.diffusion.diffusion_idql.expectile_loss": "diffusion_rl.methods.off_policy.idql.expectile_loss",
     "agent.pretrain.train_agent.EMA": "diffusion_rl.core.ema.ema_update",
     "util.scheduler.CosineAnnealingWarmupRestarts": "diffusion_rl.core.lr_schedules.CosineWarmupRestarts",
 }

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.algorithms.dipo import DIPO
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
@@ -19,6 +18,7 @@ from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.interop import torch_names
+from diffusion_rl.methods.off_policy.dipo import DIPO
 from diffusion_rl.networks.layers import variables_of
 from parity_tests.replay.build import build_case, locate
 from parity_tests.replay.calls import caster

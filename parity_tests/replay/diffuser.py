@@ -14,10 +14,10 @@ from diffusion_rl.core.keras import floatx, precision
 from diffusion_rl.diffusion.inpainting import apply_conditions
 from diffusion_rl.diffusion.schedules import cosine_betas
 from diffusion_rl.interop.diffuser_checkpoint import SCHEDULE_BUFFERS
+from diffusion_rl.methods.diffuser.model import TrajectoryDiffusion, ValueDiffusion
 from diffusion_rl.networks import temporal_unet, unet1d
 from diffusion_rl.networks.convolution import plain_convolutions
 from diffusion_rl.networks.layers import sinusoidal_embedding
-from diffusion_rl.planners.diffuser import TrajectoryDiffusion, ValueDiffusion
 from parity_tests.replay import build as builder
 from parity_tests.replay import case
 from parity_tests.replay.calls import caster

@@ -12,12 +12,12 @@ import tensorflow as tf
 from diffusion_rl.core.noise import NoiseTape
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.loops.lite_acting import run_lite_episodes
-from diffusion_rl.loops.lite_training import Generation, LiteLoop, Pairs, PlanTraining, QLearning, Reflow
-from diffusion_rl.networks.dit import ConditionalDiT
-from diffusion_rl.networks.inverse_dynamics import InverseDynamics
-from diffusion_rl.planners.diffuser_lite import Acting, DiffuserLite, PlanLevel, level_shapes
-from diffusion_rl.planners.diffuser_lite_trainer import (
+from diffusion_rl.methods.diffuser_lite.acting import run_lite_episodes
+from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
+from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
+from diffusion_rl.methods.diffuser_lite.tasks import HORIZONS, return_scale
+from diffusion_rl.methods.diffuser_lite.trainer import (
     InverseTrainer,
     LevelTrainer,
     LiteTrainer,
@@ -25,9 +25,9 @@ from diffusion_rl.planners.diffuser_lite_trainer import (
     ReflowTrainer,
     cosine_rate,
 )
-from diffusion_rl.planners.iql import IQL, IQLTrainer
-from diffusion_rl.planners.lite_targets import antmaze_targets, kitchen_targets
-from diffusion_rl.planners.lite_tasks import HORIZONS, return_scale
+from diffusion_rl.methods.diffuser_lite.training import Generation, LiteLoop, Pairs, PlanTraining, QLearning, Reflow
+from diffusion_rl.networks.dit import ConditionalDiT
+from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from parity_tests.replay import build as builder
 from parity_tests.replay.compare import Comparison, Mismatch
 from parity_tests.replay.diffuser_lite_runs import RATE, both, check, dataset_of, load_level

@@ -13,10 +13,10 @@ from diffusion_rl.data.field_normalizers import GaussianNormalizer
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.diffusion.rectified_flow import time_grid
 from diffusion_rl.interop.torch_names import named_parameters, state_dict
+from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
+from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.trainer import InverseTrainer, LevelTrainer, cosine_rate
 from diffusion_rl.networks.dit import ConditionalDiT
-from diffusion_rl.planners.diffuser_lite import PlanLevel
-from diffusion_rl.planners.diffuser_lite_trainer import InverseTrainer, LevelTrainer, cosine_rate
-from diffusion_rl.planners.iql import IQL, IQLTrainer
 from parity_tests.replay import build as builder
 from parity_tests.replay import diffuser_lite  # noqa: F401  (adds its classes to those that `build` knows)
 from parity_tests.replay.calls import caster

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl import planner_commands, planner_options
+from diffusion_rl.cli import commands
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
@@ -26,9 +26,10 @@ from diffusion_rl.data.trajectories import TrajectoryDataset, fit, leaving_goal,
 from diffusion_rl.diffusion.guidance import Guide, value_and_gradient
 from diffusion_rl.diffusion.inpainting import Known
 from diffusion_rl.interop.torch_names import state_dict
-from diffusion_rl.loops.diffuser_training import DiffuserTraining
-from diffusion_rl.planners.diffuser import Diffuser
-from diffusion_rl.planners.diffuser_trainer import DiffuserTrainer
+from diffusion_rl.methods.diffuser import options
+from diffusion_rl.methods.diffuser.model import Diffuser
+from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
+from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.reports import plan_results
 from parity_tests.replay.calls import caster
 from parity_tests.replay.case import NotCovered
@@ -339,14 +340,14 @@ def command_line(name: str, recorded: dict[str, Any]) -> None:
     works_here = any(set(pair) <= set(argv) for pair in WORKS_HERE)
     if "error" in result:
         try:
-            planner_options.parse(*arguments)
+            options.parse(*arguments)
         except UserError:
             return
         if not works_here:
             raise Mismatch(f"{name}: {argv} fails in the reference ({result['error']}), here it passes")
         return
     try:
-        options = planner_options.parse(*arguments).as_dict()
+        parsed = options.parse(*arguments).as_dict()
     except UserError as error:
         if _text_for_a_switch(recorded):
             return  # "yes" for True or False is true in the reference, like every text
@@ -356,15 +357,15 @@ def command_line(name: str, recorded: dict[str, Any]) -> None:
         if isinstance(value, dict) and value["type"] in ("tuple", "list") and f"--{key}" in argv:
             literal = ast.literal_eval(argv[argv.index(f"--{key}") + 1])  # the reference takes it letter by letter
             expected = repr({"tuple": tuple, "list": list}[value["type"]](literal))
-        if repr(options.get(key, "nothing")) != expected:
-            raise Mismatch(f"{name}: {argv}: {key} is {options.get(key)!r}, in the reference {expected}")
+        if repr(parsed.get(key, "nothing")) != expected:
+            raise Mismatch(f"{name}: {argv}: {key} is {parsed.get(key)!r}, in the reference {expected}")
     written = sorted(str(path) for path in Path("logs").rglob("*") if path.is_file())
     if written != [path for path in result["files"] if path.startswith("logs/")]:
         raise Mismatch(f"{name}: {argv} writes {written}, the reference {result['files']}")
 
 
 def _text_for_a_switch(recorded: dict[str, Any]) -> bool:
-    settings = planner_options.read_config(recorded["config"])[recorded["experiment"]]["options"]
+    settings = options.read_config(recorded["config"])[recorded["experiment"]]["options"]
     switches = [k for k, v in settings.items() if isinstance(v, bool)]
     return any(isinstance(recorded["result"]["args"].get(key), str) for key in switches)
 
@@ -377,7 +378,7 @@ def results(golden: Golden) -> None:
             (path if content is None else path.parent).mkdir(parents=True, exist_ok=True)
             if content is not None:
                 path.write_text(content)
-        same_text(golden, lambda: planner_commands.read_results(golden.meta["params"]["argv"]))
+        same_text(golden, lambda: commands.read_results(golden.meta["params"]["argv"]))
 
 
 def table(golden: Golden) -> None:

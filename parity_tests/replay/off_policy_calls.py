@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_rl.algorithms.calql import CriticDraws
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.methods.off_policy.calql import CriticDraws
 from parity_tests.replay.files import Cast, Golden, Outputs
 
 _RWR = "model.diffusion.diffusion_rwr.RWRDiffusion"

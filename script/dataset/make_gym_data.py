@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 import tensorflow as tf  # noqa: E402
 
-from diffusion_rl.core.arguments import Arguments  # noqa: E402
-from diffusion_rl.core.errors import exit_status  # noqa: E402
+from diffusion_rl.cli.status import exit_status  # noqa: E402
+from diffusion_rl.config.arguments import Arguments  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
-from diffusion_rl.loops import home_made_data as home_made  # noqa: E402
+from diffusion_rl.generate import gym as home_made  # noqa: E402
 
 
 def main() -> None:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))
 
-from diffusion_rl.core.arguments import Arguments  # noqa: E402
-from diffusion_rl.core.errors import exit_status  # noqa: E402
+from diffusion_rl.cli.status import exit_status  # noqa: E402
+from diffusion_rl.config.arguments import Arguments  # noqa: E402
+from diffusion_rl.config.checks import require_range, require_seed  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
-from diffusion_rl.core.ranges import require_range, require_seed  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.hdf5 import write_hdf5  # noqa: E402
 from diffusion_rl.envs.maze2d import Maze2D  # noqa: E402
-from diffusion_rl.loops.maze2d import waypoint_data  # noqa: E402
+from diffusion_rl.methods.diffuser.maze2d import waypoint_data  # noqa: E402
 
 
 def main() -> None:

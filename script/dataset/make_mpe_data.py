@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))  # a checkout that is not installed
 
-from diffusion_rl import planner_commands  # noqa: E402
-from diffusion_rl.loops import mpe_data  # noqa: E402
+from diffusion_rl.cli import commands  # noqa: E402
+from diffusion_rl.generate import mpe  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(planner_commands.run(mpe_data.main))
+    sys.exit(commands.run(mpe.main))

@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 
-from diffusion_rl.core.arguments import Arguments
-from diffusion_rl.core.errors import exit_status
-from diffusion_rl.loops.policy_files import policy_weights
-from diffusion_rl.loops.run_state import load_checkpoint, require_kind, save_checkpoint
+from diffusion_rl.cli.status import exit_status
+from diffusion_rl.config.arguments import Arguments
+from diffusion_rl.training.checkpoint import load_checkpoint, require_kind, save_checkpoint
+from diffusion_rl.training.policy_files import policy_weights
 
 
 def main() -> None:

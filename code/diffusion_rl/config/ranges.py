@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_rl.core.config import flatten
-from diffusion_rl.core.ranges import ENVS, SEED, SHARE, STEPS, Range, at_most, check_ranges, number, positive, whole
+from diffusion_rl.config.checks import ENVS, SEED, SHARE, STEPS, Range, at_most, check_ranges, number, positive, whole
+from diffusion_rl.config.instantiate import flatten
 
 COUNT = whole(1, 10**6)  # of what lies in memory: dimensions, entries
 SPAN = whole(1, 10**4)  # steps of a plan or of a history

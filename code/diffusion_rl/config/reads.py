@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from diffusion_rl.core.config import PACKAGE, flatten
+from diffusion_rl.config.instantiate import PACKAGE, flatten
 
 RUN = "suite stage project name seed device data_dir log_dir logdir resume tensorboard wandb"
 ITERATIONS = "n_train_itr n_steps val_freq save_model_freq force_train render fast gamma batch_size"
@@ -40,8 +40,8 @@ ALGORITHMS = {
     "DQL": f"{CRITIC} eta target_ema_rate replay_ratio",
     "IDQL": f"{CRITIC} critic_tau eval_deterministic eval_sample_num use_expectile_exploration replay_ratio",
     "QSM": f"{CRITIC} critic_tau q_grad_coeff replay_ratio",
-    "DACER": f"{CRITIC} replay_ratio init_temperature target_entropy target_ema_rate temperature_lr temperature_interval "
-    "entropy_states entropy_samples",
+    "DACER": f"{CRITIC} replay_ratio init_temperature target_entropy target_ema_rate temperature_lr "
+    "temperature_interval entropy_states entropy_samples",
     "SAC": f"{SOFT} critic_replay_ratio actor_replay_ratio",
     "RLPD": f"{SOFT} critic_num_update",
     "IBRL": "actor critic critic_num_update n_explore_steps n_eval_episode target_ema_rate update_freq",

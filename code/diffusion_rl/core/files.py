@@ -166,3 +166,9 @@ def _explain(target: Path, error: OSError) -> str:
     except OSError:
         room = ""
     return f"cannot write {target}: {reason}{room}; make room or choose another folder; nothing was overwritten"
+
+
+def write_json(path: Path, facts: Any) -> None:
+    """Sorted and indented, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())

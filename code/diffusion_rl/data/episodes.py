@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_rl.core.errors import UserError, listed
-from diffusion_rl.core.normalizers import read_bounds
 from diffusion_rl.core.npz import names_in, read_npz, write_npz
+from diffusion_rl.data.normalizers import read_bounds
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.npz import read_npy
-from diffusion_rl.core.stacking import STATE_DIM, stacked
 from diffusion_rl.data.field_normalizers import DebugNormalizer, WideLimitsNormalizer
 from diffusion_rl.data.trajectories import TrajectoryDataset, tell_left_out
+from diffusion_rl.tasks.kuka_stacking import STATE_DIM, stacked
 
 EVERY, LONGEST = 2, 300  # frames: one out of so many, and at most so many of these
 

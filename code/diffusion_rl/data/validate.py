@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import read_bounds
 from diffusion_rl.data.episodes import SCALED, Episodes, check_scaled, inner_terminals, load_episodes
+from diffusion_rl.data.normalizers import read_bounds
 
 _CONSTANT = 1e-5  # a range below this, in raw units, is blown up by the scaling
 

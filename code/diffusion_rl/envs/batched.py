@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.chunks import ChunkHistory, ChunkOutcome
 from diffusion_rl.envs.vector import Observations, StepResult
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core import avoiding
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import panda
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
+from diffusion_rl.tasks import avoiding
 
 REWARDED = {f"avoiding-m{mode}": mode for mode in (5, 6, 7, 8)}
 OBS_DIM, ACTION_DIM = 4, 2

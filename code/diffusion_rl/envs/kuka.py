@@ -1,8 +1,8 @@
 """The Kuka stacking task in PyBullet, an optional engine: an arm and four blocks on a floor.
 
-What is commanded is a state [39] of `core.stacking`: targets of the joints, and which blocks hang on the arm. Blocks
-cannot be gripped otherwise. The models of arm, block and floor have licences of their own and do not ship with this
-repository: they are the files below `MODELS` in the folder `utils/models` of the PyTorch code's branch `kuka`.
+What is commanded is a state [39] of `tasks.kuka_stacking`: targets of the joints, and which blocks hang on the arm.
+Blocks cannot be gripped otherwise. The models of arm, block and floor have licences of their own and do not ship with
+this repository: they are the files below `MODELS` in the folder `utils/models` of the PyTorch code's branch `kuka`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.stacking import BLOCKS, JOINTS, blocks_of
+from diffusion_rl.tasks.kuka_stacking import BLOCKS, JOINTS, blocks_of
 
 MODELS = {
     "arm": "drake/iiwa_description/urdf/iiwa14_polytope_collision.urdf",

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
 from diffusion_rl.envs.d4rl import D4RL_EPISODE_STEPS

@@ -12,7 +12,7 @@ import gymnasium
 from omegaconf import OmegaConf
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, room, worker
 from diffusion_rl.envs.vector import WORKER_TIMEOUT, ProcessVectorEnv, VectorEnv
 

@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import finite
 
 Observations = dict[str, np.ndarray]

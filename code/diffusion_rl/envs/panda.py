@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.avoiding import FINISH_Y, OBSTACLES, ROD_RADIUS
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.tasks.avoiding import FINISH_Y, OBSTACLES, ROD_RADIUS
 
 try:
     import mujoco

@@ -27,7 +27,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import room
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import gymnasium
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.normalizers import MinMaxNormalizer
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import kitchen, own
 from diffusion_rl.envs.d4rl import OriginalEnv
 from diffusion_rl.envs.multi_step import CHUNK_KEYS, ImageWrapper, LowdimWrapper, MultiStep

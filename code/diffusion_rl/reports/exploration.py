@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_rl.core import avoiding
 from diffusion_rl.reports.metrics import replace_file
+from diffusion_rl.tasks import avoiding
 
 X_LIMITS, Y_LIMITS = (0.2, 0.8), (-0.3, 0.5)
 DATA_COLOUR, PATH_COLOUR, COLLISION_COLOUR = "#000000", "#0072B2", "#D55E00"

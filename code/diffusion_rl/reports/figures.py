@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.yaml_files import read_yaml
 from diffusion_rl.reports.metrics import Row, read_rows, replace_file, step_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow (pale on white); then three of Tol's.

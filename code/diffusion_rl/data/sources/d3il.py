@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.avoiding import modes_of
 from diffusion_rl.core.errors import UserError, one_line
 from diffusion_rl.core.files import read_bytes
 from diffusion_rl.core.pickles import Interpreter, Refused
 from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.tasks.avoiding import modes_of
 
 #: What DPPO pre-trains on: the gap of the third row is one of these two, those of the first rows are 1 and 2.
 MODE_SETS = {"m1": (5, 6), "m2": (5, 7), "m3": (5, 8)}

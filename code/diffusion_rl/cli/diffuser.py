@@ -1,0 +1,423 @@
+"""The planners' commands: from options to data, models, training and plans."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import secrets
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.config.instantiate import flatten
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import write_json
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.threads import configure_threads
+from diffusion_rl.data.trajectories import TrajectoryDataset
+from diffusion_rl.diffusion.guidance import Guide
+from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.envs.make import make_vector_env
+from diffusion_rl.envs.maze2d import Maze2D
+from diffusion_rl.envs.plan_video import film_plan
+from diffusion_rl.methods.diffuser.files import (
+    Description,
+    Experiment,
+    dataset_of,
+    find_episodes,
+    find_state,
+    load_experiment,
+    normalizer_tensors,
+    require_compatible,
+)
+from diffusion_rl.methods.diffuser.maze2d import follow_plan
+from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
+from diffusion_rl.methods.diffuser.options import Options, parse
+from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
+from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
+from diffusion_rl.methods.diffuser.training import DiffuserTraining
+from diffusion_rl.networks.temporal_unet import require_horizon
+from diffusion_rl.reports import maze_pictures
+from diffusion_rl.reports.contact_sheet import contact_sheet
+from diffusion_rl.reports.metrics import MetricsWriter
+from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.training.checkpoint import checkpoint_metadata, load_checkpoint, require_finite, save_checkpoint
+from diffusion_rl.training.locks import locked
+from diffusion_rl.training.policy_files import fitting
+from diffusion_rl.training.run_facts import refuse_changes
+
+TRAINED = "hopper-medium-expert-v2"
+PLANNED = "walker2d-medium-replay-v2"
+NOT_RESUMED = ("False", "None", None)  # values of --resume
+PICTURES = 6  # frames of a plan in its picture
+ANOTHER_SUFFIX = "give another --logbase or --suffix"
+
+
+# ---------- training ----------
+
+
+def train(arguments: Sequence[str]) -> None:
+    """`scripts/train.py`: a diffusion model of states and actions, or of actions alone."""
+    options = parse("diffusion", arguments, TRAINED, save=False)
+    _train(options)
+
+
+def train_values(arguments: Sequence[str]) -> None:
+    """`scripts/train_values.py`: the value that guides plans."""
+    _train(parse("values", arguments, TRAINED, save=False))
+
+
+def resume_training(arguments: Sequence[str]) -> None:
+    """`scripts/resume_training.py`: go on with the latest checkpoint of the same experiment."""
+    options = parse("diffusion", arguments, TRAINED, save=False)
+    if options.resume == "False":
+        options.resume = "latest"
+    _train(options)
+
+
+def _train(options: Options) -> None:
+    configure_threads()
+    episodes = find_episodes(options.dataset, options.data_dir)
+    dataset = dataset_of(episodes, _dataset_description(options))
+    train_model(options, dataset, describe(options, dataset))
+
+
+def train_model(
+    options: Options,
+    dataset: TrajectoryDataset,
+    description: Description,
+    trainer_type: type[DiffuserTrainer] = DiffuserTrainer,
+    training: type[DiffuserTraining] = DiffuserTraining,
+) -> None:
+    """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
+    folder = Path(options.savepath)
+    _keep_seed(options, folder)
+    noise = NoiseSource(seed_of(options))
+    try:
+        with initial_weights(noise):
+            model = description.build()
+    except TypeError as error:
+        raise UserError(f"--model {options.model} is no model for --diffusion {options.diffusion} ({error})") from error
+    trainer = trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay)
+    fitted = normalizer_tensors(dataset)
+
+    def save(label: int, tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+        facts = {"kind": model.KIND, "description": description._asdict(), "config": options.as_dict(), **metadata}
+        save_checkpoint(folder / f"state_{label}.safetensors", tensors | fitted, facts)
+        print(f"saved {folder / f'state_{label}.safetensors'}", flush=True)
+        _synchronise(folder, options)
+
+    run = training(
+        trainer,
+        dataset,
+        noise,
+        batch_size=options.batch_size,
+        gradient_accumulate_every=options.gradient_accumulate_every,
+        n_train_steps=int(options.n_train_steps),
+        save_freq=options.save_freq,
+        label_freq=max(int(options.n_train_steps // options.n_saves), 1),
+        sample_freq=options.sample_freq,
+        n_reference=options.n_reference,
+        lr_decay_steps=options.lr_decay_steps,
+        save=save,
+        say=lambda line: print(line, flush=True),
+    )
+    for line in run.report():
+        print(line)
+    run.check()
+    with locked(folder, "give another --logbase or --prefix"), run.stop:
+        _train_in_folder(run, folder, options, description)
+        run.stop_if_requested()
+
+
+def _train_in_folder(run: DiffuserTraining, folder: Path, options: Options, description: Description) -> None:
+    """Resume if that is asked for, then train to the end, epoch by epoch."""
+    start = _resume(run, folder, options.resume, description)
+    options.save()  # not before it is known that the run can begin
+    description.save(folder, {k: v for k, v in options.as_dict().items() if k in _TRAINER_KEYS})
+    metrics = MetricsWriter(folder, config=options.as_dict())
+    metrics.truncate(start - 1)
+    run.record = metrics.write
+    epochs = -(-run.n_train_steps // options.n_steps_per_epoch)
+    try:
+        while run.step < run.n_train_steps:
+            run.stop_if_requested()
+            epoch = run.step // options.n_steps_per_epoch
+            print(f"Epoch {epoch} / {epochs} | {folder}", flush=True)
+            run.run(until=(epoch + 1) * options.n_steps_per_epoch)
+    finally:
+        metrics.close()
+
+
+_TRAINER_KEYS = (
+    *("batch_size", "learning_rate", "gradient_accumulate_every", "ema_decay", "sample_freq", "save_freq"),
+    *("n_train_steps", "n_saves", "n_reference", "save_parallel", "bucket", "lr_decay_steps"),
+)
+
+
+def seed_of(options: Options) -> int:
+    """The seed of the options, or one of the operating system's, which is printed."""
+    if options.seed is None:
+        options.seed = secrets.randbits(31)
+        print(f"seed: {options.seed}")
+    return int(options.seed)
+
+
+def _keep_seed(options: Options, folder: Path) -> None:
+    """Resuming goes on with the seed of the run. Raises UserError if another one is asked for."""
+    if options.resume in NOT_RESUMED or not any(folder.glob("state_*")):
+        return
+    _, path = find_state(folder, "latest" if options.resume in ("True", "latest") else options.resume)
+    recorded = (checkpoint_metadata(path).get("config") or {}).get("seed")
+    if options.seed is None and isinstance(recorded, int):
+        options.seed = recorded
+    elif recorded not in (None, options.seed):
+        raise UserError(
+            f"--seed {options.seed}: the run in {folder} has --seed {recorded}, which resuming cannot change"
+        )
+
+
+def _resume(run: DiffuserTraining, folder: Path, resume: str, description: Description) -> int:
+    """Go on with a checkpoint of the folder, if that is asked for; returns the first step."""
+    if resume in NOT_RESUMED:
+        if any(folder.glob("state_*")):
+            raise UserError(
+                f"{folder} holds a trained model already: go on with it (--resume True), or give another --prefix"
+            )
+        return 0
+    _, path = find_state(folder, "latest" if resume in ("True", "latest") else resume)
+    if path.suffix == ".pt":
+        raise UserError(f"{path} has no optimizer state and cannot be resumed: train anew under another --prefix")
+    checkpoint = load_checkpoint(path)
+    require_finite(checkpoint.tensors, path)
+    recorded, asked = checkpoint.metadata.get("description") or {}, description._asdict()
+    before, now = (flatten(json.loads(json.dumps(facts))) for facts in (recorded, asked))
+    refuse_changes({key: value for key, value in before.items() if key in now}, now, path)
+    with fitting(path):
+        run.restore(checkpoint)
+    print(f"resuming {path} at step {run.step}", flush=True)
+    return run.step
+
+
+def _synchronise(folder: Path, options: Options) -> None:
+    """Copy the folder to `bucket` with gsutil, if both are there."""
+    if not options.bucket:
+        return
+    if shutil.which("gsutil") is None:
+        print(f"warning: gsutil is not installed, so {options.bucket} gets no copy", flush=True)
+        return
+    command = ["gsutil", "-m", "rsync", "-r", str(folder), f"{options.bucket.rstrip('/')}/{folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    if not options.save_parallel:
+        process.wait()
+
+
+def _dataset_description(options: Options) -> dict[str, Any]:
+    """What `dataset_of` needs to know."""
+    facts: dict[str, Any] = {"loader": options.loader, "env": options.dataset}
+    for key in ("horizon", "normalizer", "preprocess_fns", "use_padding", "max_path_length"):
+        facts[key] = getattr(options, key)
+    for key in ("termination_penalty", "discount", "normed"):
+        if hasattr(options, key):
+            facts[key] = getattr(options, key)
+    return facts
+
+
+def describe(options: Options, dataset: TrajectoryDataset) -> Description:
+    """The model that the options of an experiment ask for, for this data."""
+    sizes = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
+    model: dict[str, Any] = {"class": options.model, "horizon": options.horizon, "dim_mults": list(options.dim_mults)}
+    diffusion: dict[str, Any] = {"class": options.diffusion, "horizon": options.horizon, **sizes}
+    diffusion |= {"n_timesteps": options.n_diffusion_steps, "loss_type": options.loss_type}
+    kind = getattr(options, "diffusion_type", "states_actions")
+    if kind not in ("states_actions", "actions_only"):
+        raise UserError(f"--diffusion_type {kind}: choose states_actions or actions_only")
+    if kind == "actions_only":
+        if options.obs_type != "state_features":
+            raise UserError(f"--obs_type {options.obs_type}: there is no encoder of images here; use state_features")
+        model |= {"class": "models.ActionTemporalUnet", "obs_embed": options.obs_embed}
+        model |= {"transition_dim": dataset.action_dim, "observation_dim": dataset.observation_dim}
+        diffusion["class"] = "models.ActionDiffusion"
+    else:
+        model["transition_dim"] = dataset.observation_dim + dataset.action_dim
+    if options.model == "models.TemporalUnet":
+        for index in getattr(options, "loss_weights", None) or {}:
+            if int(index) >= dataset.observation_dim:
+                raise UserError(f"--loss_weights: there is no observation {index}, they have {dataset.observation_dim}")
+        model["attention"] = options.attention
+        for key in ("clip_denoised", "predict_epsilon", "action_weight", "loss_weights", "loss_discount"):
+            diffusion[key] = getattr(options, key)
+    return Description(_dataset_description(options), model, diffusion)
+
+
+# ---------- planning ----------
+
+
+def plan_guided(arguments: Sequence[str]) -> None:
+    """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
+    options = parse("plan", arguments, PLANNED, save=False)
+    experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
+    values = _load(options, options.value_loadpath, options.value_epoch)
+    if not isinstance(values.model, ValueDiffusion):
+        raise UserError(f"{values.folder} holds no value: train one with scripts/train_values.py")
+    Diffuser(experiment.model, experiment.normalizers, Guide(values.model.value))  # says what cannot be guided
+    require_compatible(experiment, values)
+    guide = Guide(
+        values.model.value,
+        scale=options.scale,
+        n_guide_steps=options.n_guide_steps,
+        t_stopgrad=options.t_stopgrad,
+        scale_grad_by_std=options.scale_grad_by_std,
+    )
+    planner = Diffuser(experiment.model, experiment.normalizers, guide, options.batch_size)
+    _plan(options, planner, {"epoch_diffusion": experiment.epoch, "epoch_value": values.epoch})
+
+
+def plan_unguided(arguments: Sequence[str]) -> None:
+    """`scripts/plan_unguided.py`: many samples without a value, of which one plan is made."""
+    options = parse("plan_unguided", arguments, PLANNED, save=False)
+    where = Path(options.loadbase, options.dataset)
+    if not any((where / options.diffusion_loadpath).glob("state_*")):
+        fallback = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
+        if any((where / fallback).glob("state_*")):
+            print(f"no {options.diffusion_loadpath}; planning with {fallback}")
+            options.diffusion_loadpath = fallback
+    experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
+    planner = _unguided(experiment, options)
+    _plan(options, planner, {"epoch_diffusion": experiment.epoch})
+
+
+def plan_maze2d(arguments: Sequence[str]) -> None:
+    """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
+    configure_threads()
+    options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
+    where = options.logbase, options.dataset, options.diffusion_loadpath
+    experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
+    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
+    planner = _unguided(experiment, options)
+    env = Maze2D(options.dataset)
+    score = functools.partial(normalized_score, options.dataset)
+
+    def say(t: int, reward: float, total: float, observation: np.ndarray) -> None:
+        if t % options.vis_freq == 0:
+            where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
+            print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
+
+    with locked(folder, ANOTHER_SUFFIX):
+        options.save()
+        scores, plans, ways, goals = [], [], [], []
+        for i in range(options.n_episodes):
+            start, own = env.reset(noise), beside(folder, i)
+            if options.conditional:
+                env.draw_target(noise)
+            episode = follow_plan(planner, env, noise, start, options.replan_every, say)
+            scores.append(float(score(episode.episode_return)))
+            found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
+            plans.append(episode.plans.observations[0])
+            ways.append(episode.observations)
+            goals.append(env.target)
+            maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
+            maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+            write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+        if options.n_episodes > 1:
+            first = np.stack([each[0] for each in plans])
+            maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
+            maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
+        print(score_line(np.array(scores), folder))
+
+
+def _trajectory_model(experiment: Experiment) -> Experiment:
+    """The experiment. Raises UserError where it holds something that makes no plans."""
+    if not isinstance(experiment.model, TrajectoryDiffusion):
+        raise UserError(f"{experiment.folder} holds no model of trajectories: train one with scripts/train.py")
+    return experiment
+
+
+def _unguided(experiment: Experiment, options: Options) -> Diffuser:
+    """A planner without a value, whose horizon may be another than that of the training."""
+    require_horizon(options.horizon, experiment.model.model.levels)
+    horizon = None if experiment.model.horizon == options.horizon else options.horizon
+    return Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, horizon)
+
+
+def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
+    configure_threads()
+    found = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
+    return found.require_task(options.dataset)
+
+
+def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
+    folder, seed = Path(options.savepath), seed_of(options)
+    model = planner.diffusion
+    env = {"name": options.dataset, "n_envs": options.n_envs, "max_episode_steps": options.max_episode_length}
+    venv = make_vector_env(env, obs_dim=model.observation_dim, action_dim=model.action_dim, act_steps=1, seed=seed)
+
+    def say(t: int, rewards: np.ndarray, returns: np.ndarray, decision: Decision) -> None:
+        if not options.verbose:
+            return
+        score = float(np.mean(normalized_score(options.dataset, returns)))
+        line = f"t: {t} | r: {rewards.mean():.2f} | R: {returns.mean():.2f} | score: {score:.4f}"
+        if planner.guide is not None:
+            line += f" | values: {np.array2string(decision.values[0][:4], precision=2)} | scale: {options.scale}"
+        print(line, flush=True)
+
+    def show(t: int, decision: Decision) -> None:
+        if options.render and t % options.vis_freq == 0 and decision.observations.shape[-1]:
+            _film(venv, decision, folder / f"{t}_plan.mp4")
+
+    with contextlib.closing(venv), locked(folder, ANOTHER_SUFFIX):
+        options.save()
+        found = run_episodes(
+            planner,
+            venv,
+            NoiseSource(seed),
+            options.dataset,
+            seed=seed,
+            max_episode_length=options.max_episode_length,
+            how=options.aggregate,
+            n_exec=options.n_exec,
+            clip_actions=options.clip_actions,
+            video=str(folder / "rollout.mp4") if options.render else None,
+            say=say,
+            show=show,
+        )
+        _write(options, folder, found, epochs)
+
+
+def _film(venv: Any, decision: Decision, path: Path) -> None:
+    """The first environment's plan as a film, and a picture of it with frames in a row."""
+    if not isinstance(venv, LocomotionVectorEnv):
+        raise UserError("--render True: plans can be filmed in the locomotion tasks only")
+    film_plan(venv, 0, decision.observations[0, 0], decision.actions[0, 0], path)
+    contact_sheet([path], path.with_name(path.name.replace("_plan.mp4", ".png")), PICTURES, "planned, simulated")
+
+
+def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:
+    """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
+    for i in range(len(found.returns)):
+        own = beside(folder, i)
+        facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i])}
+        write_json(own / "rollout.json", {**facts, "term": bool(found.terminated[i]), **epochs})
+    write_json(folder / "action_stats.json", found.action_statistics())
+    write_json(folder / "latency.json", {"batch_size": options.batch_size, "n_envs": options.n_envs, **found.latency()})
+    if getattr(options, "text_statistics", False):
+        lines = "".join(f"{k}: {v}\n" for k, v in found.action_statistics().items())
+        (folder / "std_mean_actions.txt").write_text(lines)
+    print(score_line(found.scores, folder))
+    for name, value in found.latency().items():
+        print(f"{name.replace('_', ' ')}: {value:.2f}")
+
+
+def beside(folder: Path, i: int) -> Path:
+    """Where episode i goes: the first one to the folder, the others beside it."""
+    return folder if i == 0 else folder.with_name(f"{folder.name}-{i}")
+
+
+def score_line(scores: np.ndarray, folder: Path) -> str:
+    error = scores.std() / np.sqrt(len(scores))
+    return f"score {100 * scores.mean():.1f} +/- {100 * error:.2f} over {len(scores)} episodes | {folder}"

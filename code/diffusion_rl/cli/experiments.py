@@ -1,0 +1,451 @@
+"""Experiments: a YAML file describes a grid of runs, which are started a few at a time and watched.
+
+    meta_data: {exp_name, script_path, num_workers, [job_name]}
+    variables: names -> lists of values (nested as the constants are; may be empty)
+    constants: everything else that a run is given
+
+Each combination of values is a variant, a YAML file of its own that `script_path` is started with. Whatever the script,
+its output goes into a file beside the variant.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from diffusion_rl.cli import run_folders
+from diffusion_rl.config.arguments import Arguments
+from diffusion_rl.config.checks import check_ranges, shown, whole
+from diffusion_rl.config.names import require_inside
+from diffusion_rl.config.yaml_files import read_yaml
+from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.files import atomic_file, read_json
+from diffusion_rl.reports.progress import duration
+from diffusion_rl.training import signals
+from diffusion_rl.training.locks import child_lock, locked
+
+META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "arguments")
+LINE_SECONDS = 10.0  # between lines about what is running, where there is no terminal
+STOP_SECONDS = 15.0  # that a child has to save its state before it is killed
+HYDRA_OPTIONS = ("config_name", "config_dir")
+MOST_RUNS = 10_000  # of a grid
+
+
+def read_spec(path: Path) -> dict[str, Any]:
+    """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
+    found = read_yaml(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a mapping of keys to values is needed")
+    _check_keys(found, str(path))
+    return found
+
+
+def gpu_number(text: str) -> str:
+    """What `-g` gives, for CUDA_VISIBLE_DEVICES: numbers with commas between, or nothing for no GPU."""
+    if not re.fullmatch(r"-1|(\d{1,4}(,\d{1,4})*)?|((GPU|MIG)-[\w/-]+,?)+", text):
+        raise UserError(f"-g {shown(text)}: give the number of a GPU")
+    return text
+
+
+def _check_keys(node: Any, where: str) -> None:
+    if not isinstance(node, Mapping):
+        return
+    for key, value in node.items():
+        if not isinstance(key, str) or "." in key:
+            raise UserError(f"{where}: the key {key!r} must be a text without a dot; nest mappings instead")
+        _check_keys(value, f"{where}: {key}")
+
+
+# ---------- the grid ----------
+
+
+def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Constants, values of one combination of the variables, meta_data and `exp_id`, for each combination.
+
+    The variable that was named last changes fastest; a variable overrides the constant of its name.
+    """
+    if unknown := [key for key in spec if key not in ("meta_data", "variables", "constants")]:
+        raise UserError(f"{unknown[0]}: an experiment has meta_data, variables and constants only")
+    meta, variables, constants = (spec.get(key) or {} for key in ("meta_data", "variables", "constants"))
+    for name, group in (("meta_data", meta), ("variables", variables), ("constants", constants)):
+        if not isinstance(group, Mapping):
+            raise UserError(f"{name} must be a mapping of keys to values")
+    for key in ("exp_name", "script_path"):
+        if meta.get(key) in (None, ""):
+            raise UserError(f"meta_data needs {key}")
+    require_inside(str(meta["exp_name"]), f"exp_name: {meta['exp_name']}")
+    check_ranges({"num_workers": meta.get("num_workers") or 1}, {"num_workers": whole(1, 1000)}, "{}: {}".format)
+    variables = dict(_flat(variables))
+    for key, values in variables.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"variables: {key} must be a list of at least one value")
+    if (count := math.prod(map(len, variables.values()))) > MOST_RUNS:
+        raise UserError(f"these variables make {count} runs: {MOST_RUNS} are allowed, so give fewer values")
+    found = []
+    for i, combination in enumerate(itertools.product(*variables.values())):
+        variant = copy.deepcopy(dict(constants))
+        for key, value in zip(variables, combination, strict=True):
+            _put(variant, key, copy.deepcopy(value))
+        found.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
+    return found
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _put(variant: dict[str, Any], key: str, value: Any) -> None:
+    *groups, last = key.split(".")
+    for group in groups:
+        variant = variant.setdefault(group, {})
+        if not isinstance(variant, dict):
+            raise UserError(f"variables: {key}: {group} is a value among the constants, not a group")
+    variant[last] = value
+
+
+def flat_variant(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A variant's file as it is, or a specification of a single run."""
+    if "constants" not in spec and "meta_data" not in spec:
+        return dict(spec)
+    found = variants(spec)
+    if len(found) > 1:
+        raise UserError(f"{name} describes {len(found)} runs: start it with run_experiment.py -e {name}")
+    return found[0]
+
+
+# ---------- one run ----------
+
+
+@dataclass
+class Job:
+    """A variant and what became of it: `status` is the exit status, None while there is none."""
+
+    variant: Path
+    command: list[str]
+    status: int | None = None
+    seconds: float = 0.0
+    process: subprocess.Popen | None = None
+    began: float = field(default=0.0)
+
+    @property
+    def log(self) -> Path:
+        return self.variant.with_suffix(".log")
+
+    def start(self, environment: Mapping[str, str]) -> bool:
+        """Start it as a process that ends with this one; False while the process of an earlier launch still runs."""
+        lock = child_lock(self.variant.with_suffix(".lock"))
+        if lock is None:
+            return False
+        self.began = time.monotonic()
+        with self.log.open("ab") as output, lock:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=dict(environment),
+                pass_fds=[lock.fileno()],  # the lock is the child's from here on
+                preexec_fn=signals.end_with_parent(),
+            )
+        return True
+
+    def poll(self) -> bool:
+        """Whether it has ended by now."""
+        assert self.process is not None
+        self.status, self.seconds = self.process.poll(), time.monotonic() - self.began
+        return self.status is not None
+
+    def last_line(self) -> str:
+        """The newest line of its output."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, self.log.stat().st_size - 4000))
+            lines = [line for line in re.split(rb"[\r\n]+", file.read()) if line.strip()]
+        return lines[-1].decode(errors="replace").strip() if lines else ""
+
+    def share(self) -> float:
+        """How far it says it is: the last "n/N" of its output."""
+        if self.status is not None:
+            return 1.0
+        found = re.findall(r"(\d+)/(\d+)", self.last_line())
+        return min(int(found[-1][0]) / max(int(found[-1][1]), 1), 1.0) if found else 0.0
+
+
+def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
+    """How `script_path` is started: with the variant's file, or in the manner of this repository's other scripts.
+
+    `meta_data: arguments` says it: "file" (`-e FILE -g GPU`), "hydra" (`key=value`, with config_dir and config_name;
+    the default for script/run.py), "flags" (`--key value`, the default for scripts/).
+    """
+    script, style = str(variant["script_path"]), style_of(variant)
+    if not Path(script).is_file():
+        raise UserError(f"script_path {script}: no such file (paths are relative to the folder you start in)")
+    start = [sys.executable, script]
+    if style == "file":
+        return [*start, "-e", str(path), "-g", gpu]
+    if style == "flags":
+        return [*start, *flags(variant)]
+    if style == "hydra":
+        named = {key: variant[key] for key in HYDRA_OPTIONS if key in variant}
+        return [*start, *(f"--{key.replace('_', '-')}={value}" for key, value in named.items()), *overrides(variant)]
+    raise UserError(f"meta_data: arguments {style!r} is unknown: choose file, hydra or flags")
+
+
+def flags(variant: Mapping[str, Any]) -> list[str]:
+    """Its values as `--key value`."""
+    given = {k: v for k, v in variant.items() if k not in META_KEYS}
+    return [part for key, value in _flat(given) for part in (f"--{key}", str(value))]
+
+
+def overrides(variant: Mapping[str, Any]) -> list[str]:
+    """Its values as Hydra's `key=value`, but for the configuration itself."""
+    given = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
+    return [f"{key}={_hydra(value)}" for key, value in _flat(given)]
+
+
+def style_of(variant: Mapping[str, Any]) -> str:
+    """How the script of a variant takes its values: "file", "hydra" or "flags"."""
+    script = Path(str(variant["script_path"]))
+    usual = {("script", "run.py"): "hydra"}.get((script.parent.name, script.name))
+    return variant.get("arguments") or usual or ("flags" if script.parent.name == "scripts" else "file")
+
+
+def tell_apart(found: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
+    """Variants of which no two write to one folder, where that can be known: of this repository's own scripts.
+
+    Where some would, what varies is appended to the name of each run.
+
+    Raises:
+        UserError: they still would, since their values are the same.
+    """
+    if len(found) == 1:
+        return found
+    folders = [run_folders.folder_of(variant, style_of(variant)) for variant in found]
+    if _twice(folders) is not None:
+        for variant in found:
+            parts = [f"{key}_{_at(variant, key)}" for key in varied if key != "seed"]
+            run_folders.append_to_name(variant, style_of(variant), "".join(f"-{_plain(part)}" for part in parts))
+        folders = [run_folders.folder_of(variant, style_of(variant)) for variant in found]
+    if (folder := _twice(folders)) is not None:
+        same = ", ".join(str(i) for i, each in enumerate(folders) if each == folder)
+        raise UserError(
+            f"runs {same} would all write to {folder}: they do not differ in {', '.join(varied) or 'anything'}"
+        )
+    return found
+
+
+def _twice(folders: Sequence[str | None]) -> str | None:
+    known = [folder for folder in folders if folder is not None]
+    return next((folder for folder, count in collections.Counter(known).items() if count > 1), None)
+
+
+def _at(variant: Mapping[str, Any], key: str) -> Any:
+    return functools.reduce(lambda node, part: node[part], key.split("."), variant)
+
+
+def _plain(text: str) -> str:
+    """What can stand in every name of a folder."""
+    return re.sub(r"[^\w.+-]+", "-", text)[:80].replace("..", "-")
+
+
+def _hydra(value: Any) -> str:
+    """A value in Hydra's grammar, for which JSON's lists and numbers will do."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---------- all of them ----------
+
+
+class Pool:
+    """Runs jobs, at most `workers` at a time; `status.json` in their folder says what is done.
+
+    Args:
+        stream: where lines about the progress go.
+    """
+
+    def __init__(self, folder: Path, jobs: Sequence[Job], workers: int, gpu: str, stream: TextIO | None = None):
+        self.folder, self.jobs, self.workers = folder, list(jobs), max(1, min(workers, len(jobs)))
+        self.stream = sys.stderr if stream is None else stream
+        self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
+        self.began = self.told = time.monotonic()
+        self.awaited: list[Job] = []
+        self.skipped = sum(job.status == 0 for job in self.jobs)  # done in an earlier launch
+
+    def run(self, poll_seconds: float = 1.0) -> int:
+        """Run all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
+        waiting = [job for job in self.jobs if job.status != 0]
+        running: list[Job] = []
+        try:
+            with signals.interrupting():
+                while waiting or running:
+                    self._start(waiting, running)
+                    time.sleep(poll_seconds)
+                    for job in [job for job in running if job.poll()]:
+                        running.remove(job)
+                        self._save()
+                        self._ended(job)
+                    self._tell(running)
+        except KeyboardInterrupt:
+            self._stop(running)
+            raise Interrupted(f"interrupted; --resume goes on with what is not done in {self.folder}") from None
+        return self._summary()
+
+    def _start(self, waiting: list[Job], running: list[Job]) -> None:
+        """Start as many as there are workers for; those of an earlier launch are waited for."""
+        for job in waiting[: self.workers - len(running)]:
+            if job.start(self.environment):
+                waiting.remove(job)
+                running.append(job)
+            elif job not in self.awaited:
+                self.awaited.append(job)
+                self._say(f"run {job.variant.stem}: its process of an earlier launch still runs; waiting for its end")
+
+    def _stop(self, running: Sequence[Job]) -> None:
+        """Ask all to stop; whoever has not after a while, or at another signal, is killed."""
+        processes = [job.process for job in running if job.process is not None]
+        with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            for process in processes:
+                process.terminate()
+            until = time.monotonic() + STOP_SECONDS
+            for process in processes:
+                process.wait(max(until - time.monotonic(), 0.1))
+        for process in processes:
+            process.kill()  # nothing where it has ended
+            process.wait()
+        for job in running:
+            job.poll()
+        self._save()
+
+    def _save(self) -> None:
+        facts = {job.variant.stem: {"exit": job.status, "seconds": round(job.seconds, 1)} for job in self.jobs}
+        with atomic_file(self.folder / "status.json") as file:
+            file.write((json.dumps(facts, indent=2) + "\n").encode())
+
+    def _ended(self, job: Job) -> None:
+        what = "done" if job.status == 0 else f"FAILED (exit status {job.status}): {job.last_line()}; see {job.log}"
+        self._say(f"run {job.variant.stem}: {what}, {duration(job.seconds)}")
+
+    def _tell(self, running: Sequence[Job]) -> None:
+        live = self.stream.isatty()
+        if not running or time.monotonic() - self.told < (1 if live else LINE_SECONDS):
+            return
+        self.told = time.monotonic()
+        text = self.progress(running)
+        if live:
+            print(f"\r\033[K{text[: os.get_terminal_size(self.stream.fileno()).columns - 1]}", end="", file=self.stream)
+            self.stream.flush()
+        else:
+            self._say(text)
+
+    def progress(self, running: Sequence[Job]) -> str:
+        """One line: how many are done, how long it will take, what the running ones say."""
+        ended, elapsed = sum(job.status is not None for job in self.jobs), time.monotonic() - self.began
+        here = len(self.jobs) - self.skipped
+        share = (ended - self.skipped + sum(job.share() for job in running)) / max(here, 1)
+        left = f", about {duration(elapsed * (1 - share) / share)} left" if share > 0 else ""
+        lines = "; ".join(f"{job.variant.stem}: {job.last_line()[:60]}" for job in running)
+        return f"{ended}/{len(self.jobs)} done, {duration(elapsed)} elapsed{left} | {lines}"
+
+    def _say(self, text: str) -> None:
+        print(("\r\033[K" if self.stream.isatty() else "") + text, file=self.stream, flush=True)
+
+    def _summary(self) -> int:
+        failed = [job for job in self.jobs if job.status != 0]
+        self._save()
+        self._say(f"{len(self.jobs) - len(failed)} of {len(self.jobs)} runs done; {self.folder}")
+        for job in failed:
+            self._say(f"  failed: run {job.variant.stem}, exit status {job.status}, {job.log}")
+        return 1 if failed else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
+    parser = Arguments(description="Run every combination of an experiment's variables.")
+    parser.add_argument("-e", "--experiment", required=True, help="YAML file: meta_data, variables, constants")
+    parser.add_argument("-g", "--gpu", default="0", help="number of the GPU that all runs use (default 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
+    given = parser.parse_args(list(arguments))
+    gpu, spec = gpu_number(given.gpu), read_spec(Path(given.experiment))
+    found = tell_apart(variants(spec), [key for key, _ in _flat(spec.get("variables") or {})])
+    root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
+    for variant in found:  # what cannot be started is said before anything is written
+        command = command_of(variant, root / f"{variant['exp_id']}.yaml", gpu)
+        if given.dry_run:
+            print(" ".join(command))
+    if given.dry_run:
+        return 0
+    folder = _last_launch(root, spec) if given.resume else None
+    if folder is None:
+        folder = _new_folder(root)
+        _write_yaml(folder / "exp_spec_definition.yaml", spec)
+        for variant in found:
+            _write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
+    with locked(folder, "start it anew without --resume"):
+        return Pool(folder, _jobs(folder, found, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
+
+
+def _jobs(folder: Path, found: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
+    """The runs of a launch; done are those that ended well as the very variants that they are now."""
+    done, jobs = _statuses(folder), []
+    for variant in found:
+        path = folder / f"{variant['exp_id']}.yaml"
+        if not path.is_file() or read_spec(path) != variant:
+            _write_yaml(path, variant)
+            done.pop(path.stem, None)
+        jobs.append(Job(path, command_of(variant, path, gpu), done.get(path.stem)))
+    return jobs
+
+
+def _new_folder(root: Path) -> Path:
+    """Named after the time; two launches in the same second get different ones."""
+    stamp = time.strftime("variants-%Y_%m_%d_%H_%M_%S")
+    for suffix in itertools.count():
+        folder = root / (stamp if suffix == 0 else f"{stamp}-{suffix}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
+    """The newest folder of this very specification."""
+    folders = sorted((p for p in root.glob("variants-*") if p.is_dir()), reverse=True)
+    same = (p for p in folders if (p / "exp_spec_definition.yaml").is_file())
+    return next((p for p in same if read_spec(p / "exp_spec_definition.yaml") == spec), None)
+
+
+def _statuses(folder: Path) -> dict[str, int]:
+    try:
+        facts = read_json(folder / "status.json")
+        return {name: 0 for name, each in facts.items() if each["exit"] == 0}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_yaml(path: Path, node: Mapping[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())

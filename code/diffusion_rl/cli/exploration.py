@@ -1,0 +1,87 @@
+"""How pre-trained policies explore the avoiding task in the first iteration of fine-tuning (DPPO, Figure 7)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import numpy as np
+from omegaconf import DictConfig
+
+from diffusion_rl.cli import app
+from diffusion_rl.config.compose import compose
+from diffusion_rl.data.episodes import load_episodes
+from diffusion_rl.data.normalizers import MinMaxNormalizer
+from diffusion_rl.data.sources.d3il import MODE_SETS
+from diffusion_rl.reports.exploration import Panel, draw
+
+POLICIES = ("diffusion", "gaussian", "gmm")
+
+
+def add_command(commands: argparse._SubParsersAction) -> None:
+    """The command `exploration` of script/make_figures.py."""
+    command = commands.add_parser("exploration", help="avoiding: paths of pre-trained policies at the first iteration")
+    command.add_argument("--mode", action="append", choices=sorted(MODE_SETS), help="a row each; default: all")
+    command.add_argument("--policy", action="append", choices=POLICIES, help="a column each; default: all")
+    command.add_argument("--paths", type=int, default=50, help="environments, one path each")
+    command.add_argument("--output", default="figure/d3il/exploration.png", help="the PNG; a CSV goes beside it")
+    command.add_argument("override", nargs="*", help="of the fine-tuning configurations, seed=1 for instance")
+    command.set_defaults(draw=_draw)
+
+
+def _draw(args: argparse.Namespace, command: str) -> None:
+    panels = []
+    for modes in args.mode or sorted(MODE_SETS):
+        for policy in args.policy or POLICIES:
+            name = f"d3il/finetune/avoid_{modes}/ft_ppo_{policy}_mlp"
+            config = compose(name, [f"env.n_envs={args.paths}", *args.override])
+            del config.hydra
+            config = app.prepare(config)
+            if not panels or panels[-1].modes != modes:
+                panels.append(demonstrations(modes, config))
+            paths, collided = sample(config)
+            panels.append(Panel(modes, policy, paths, collided))
+    path, numbers = draw(panels, args.output, command)
+    print(f"{numbers}\n{path}\n{path.with_suffix('.csv')}")
+
+
+def demonstrations(modes: str, config: DictConfig) -> Panel:
+    """The data that the policies of this configuration were pre-trained on."""
+    bounds = MinMaxNormalizer.from_npz(config.normalization_path)
+    episodes = load_episodes(f"{config.data_dir}/{config.suite}/avoid_{modes}/train.npz")
+    ends = np.cumsum(episodes.traj_lengths)[:-1]
+    paths = np.split(positions(episodes.states, bounds), ends)
+    return Panel(modes, "data", paths, np.zeros(len(paths), bool))
+
+
+def positions(states: np.ndarray, bounds: MinMaxNormalizer) -> np.ndarray:
+    """[..., 2] positions in metres of normalised observations [..., 4]."""
+    low, high = bounds.obs_min[2:], bounds.obs_max[2:]
+    return (states[..., 2:] + 1) / 2 * (high - low + 1e-6) + low
+
+
+def sample(config: DictConfig) -> tuple[Sequence[np.ndarray], np.ndarray]:
+    """Paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an obstacle."""
+    from diffusion_rl.methods.on_policy.training import OnPolicyTraining  # TensorFlow, which other figures do not need
+    from diffusion_rl.training.rollout import collect
+
+    loop = OnPolicyTraining(config)
+    frames: list[np.ndarray] = []
+
+    def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        draws = loop.trainer.actor.draw(loop.noise, loop.n_envs)
+        return loop.trainer.act(obs["state"], draws, deterministic=False).actions, {}
+
+    collect(
+        loop.venv,
+        decide,
+        loop.n_steps,
+        loop.venv.reset(),
+        np.ones(loop.n_envs),
+        loop.act_steps,
+        store=lambda observations, actions, result: frames.append(result.infos["full_observations"]["state"]),
+    )
+    paths = positions(np.concatenate(frames, axis=1), loop.venv.normalizer)
+    collided = loop.venv.collided.copy()
+    loop.venv.close()
+    return list(paths), collided

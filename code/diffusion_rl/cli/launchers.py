@@ -1,0 +1,119 @@
+"""Trainings and plans elsewhere: in a container, on a Slurm cluster, on Azure. `--dry_run True` prints what would run.
+
+The image is built from the Dockerfile (or Singularity.def) of this repository; the repository is bound to /home/code in
+it and D4RL's data to /root/.d4rl.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from diffusion_rl.config.checks import check_ranges, whole
+from diffusion_rl.config.compose import REPOSITORY
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.methods.diffuser.options import coerce, pairs, spelling
+from diffusion_rl.reports.plan_results import DATASETS
+
+Command = list[str]
+CODE = "/home/code"  # in containers
+TRIALS, TOGETHER = 50, 2  # of a job of plans: how many, and how many at a time
+FLAGS = {"job": "train", "dry_run": False, "image": "diffuser", "sif": "diffuser.sif", "trials": 150}
+AZURE_CORES, AZURE_GIGABYTES = 4, 16
+MOST_INSTANCES = 1000
+SCRIPTS = {"train": "scripts/train.py", "values": "scripts/train_values.py", "plan": "scripts/plan_guided.py"}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """`docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the job> VALUE …]`."""
+    if not arguments or arguments[0] not in PLACES:
+        raise UserError(f"say where: one of {', '.join(PLACES)}")
+    given = pairs(arguments[1:])
+    flags = FLAGS | {key: coerce(key, given.pop(key), FLAGS[key]) for key in FLAGS if key in given}
+    check_ranges(flags, {"trials": whole(1, 100_000)}, spelling)
+    if flags["job"] not in SCRIPTS:
+        raise UserError(f"--job {flags['job']}: choose one of {', '.join(SCRIPTS)}")
+    run_all(PLACES[arguments[0]](flags, given), bool(flags["dry_run"]))
+
+
+def run_all(commands: Iterator[Command], dry_run: bool) -> None:
+    """Print each command, and run it unless this is a dry run; the first that fails ends it."""
+    for command in commands:
+        print(shlex.join(command), flush=True)
+        if dry_run:
+            continue
+        if shutil.which(command[0]) is None:
+            raise UserError(f"{command[0]} is not installed (--dry_run True only prints the commands)")
+        if status := subprocess.run(command).returncode:
+            raise UserError(f"{command[0]} ended with status {status}")
+
+
+def job(flags: Mapping, options: Mapping[str, str]) -> Command:
+    """The command of one job, from the repository's root."""
+    return ["python", SCRIPTS[flags["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
+
+
+def docker(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+    """One job in the image."""
+    mounts = {str(REPOSITORY): CODE, str(Path.home() / ".d4rl"): "/root/.d4rl"}
+    bound = [f"--mount=type=bind,source={source},target={target}" for source, target in mounts.items()]
+    inside = f"cd {CODE} && {shlex.join(job(flags, options))}"
+    yield ["docker", "run", "--rm", "--gpus", "all", *bound, flags["image"], "bash", "-c", inside]
+
+
+def singularity(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+    """The same with Singularity."""
+    yield ["singularity", "exec", "--nv", "--writable-tmpfs", flags["sif"], *job(flags, options)]
+
+
+def slurm(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+    """A job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
+    datasets = [options["dataset"]] if "dataset" in options else DATASETS
+    for dataset in datasets:
+        task, _, buffer = dataset.removesuffix("-v2").partition("-")
+        given, name = {**options, "dataset": dataset}, f"{flags['job']}-{task[:2]}-{buffer}"
+        if flags["job"] != "plan":
+            yield _sbatch(name, flags, shlex.join(job(flags, given)))
+            continue
+        for first in range(0, flags["trials"], TRIALS):
+            last = min(first + TRIALS, flags["trials"]) - 1
+            one = shlex.join(job(flags, {"vis_freq": "500", "verbose": "False", **given}))
+            each = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {one} --suffix TRIAL"
+            yield _sbatch(f"{name}-{first}-{last}", flags, each)
+
+
+def _sbatch(name: str, flags: Mapping, command: str) -> Command:
+    wrapped = shlex.join(["singularity", "exec", "--nv", "--writable-tmpfs", flags["sif"], "bash", "-c", command])
+    needed = ["--nodes=1", "--ntasks=1", "--cpus-per-task=4", "--mem=24G", "--gres=gpu:1", "--time=72:00:00"]
+    return ["sbatch", f"--job-name={name}", *needed, f"--wrap={wrapped}"]
+
+
+def azure(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+    """A container instance for each combination of comma-separated values, by a client that is logged in (`az login`).
+
+    DOCKER_USERNAME says whose image it is, AZURE_RESOURCE_GROUP (diffuser) which resource group the instances are in.
+    """
+    user, group = os.environ.get("DOCKER_USERNAME"), os.environ.get("AZURE_RESOURCE_GROUP", "diffuser")
+    if not user and not flags["dry_run"]:
+        raise UserError("set DOCKER_USERNAME to the account that the image was pushed to (docker push)")
+    image = f"docker.io/{user or '$DOCKER_USERNAME'}/{flags['image']}:latest"
+    size = ["--cpu", str(AZURE_CORES), "--memory", str(AZURE_GIGABYTES)]
+    split = [value.split(",") for value in options.values()]
+    if (count := math.prod(map(len, split))) > MOST_INSTANCES:
+        raise UserError(
+            f"these are {count} combinations, of which {MOST_INSTANCES} are started at most: give fewer values"
+        )
+    combinations = itertools.product(*split)
+    for number, values in enumerate(combinations):
+        command = shlex.join(job(flags, dict(zip(options, values, strict=True))))
+        where = ["--resource-group", group, "--name", f"diffuser-{flags['job']}-{number}", "--image", image]
+        yield ["az", "container", "create", *where, *size, "--restart-policy", "Never", "--command-line", command]
+
+
+PLACES = {"docker": docker, "singularity": singularity, "slurm": slurm, "azure": azure}

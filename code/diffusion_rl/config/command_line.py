@@ -1,0 +1,222 @@
+"""What people write on the command line and what they read: options, help, and one line for each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffusion_rl.config.compose import CONFIG_ROOT, check_hydra, check_own_files, compose, shipped_configs
+from diffusion_rl.config.instantiate import first_line, flatten
+from diffusion_rl.config.keys import KEYS, OPEN, unknown_key
+from diffusion_rl.core.errors import UserError, is_out_of_memory
+
+EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
+USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=value ...]   e.g. {EXAMPLE}"
+
+
+def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
+    """`wandb` is null until asked for: `wandb.entity=me` alone asks for it, without Hydra's `+`."""
+    return [f"++{argument}" if re.match(r"wandb\.\w+=", argument) else argument for argument in arguments]
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """Hydra's own options. Raises UserError for an unknown one."""
+    parser = get_args_parser()
+
+    def error(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+    parser.error = error  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(list(arguments))
+
+
+def overrides_last(arguments: Sequence[str], options: Namespace, defaults: Mapping[str, Any]) -> list[str]:
+    """The command line for Hydra, whose parser refuses `a=1 -m b=2`: options first, then what they change.
+
+    options: name the configuration. defaults: its flat values; an optional key that it does not name is added.
+    """
+    flags = [argument for argument in arguments if argument not in options.overrides]
+    for flag, value in (("--config-dir", options.config_dir), ("--config-name", options.config_name)):
+        flags += [f"{flag}={value}"] if value else []  # of an option given twice, the last counts
+    return flags + [_added(_quoted(one, options.multirun), defaults) for one in options.overrides]
+
+
+def _added(override: str, defaults: Mapping[str, Any]) -> str:
+    """An optional key, or argument of an object, with Hydra's `++` where the configuration does not name it."""
+    key, equals, _ = override.partition("=")
+    key = key.removeprefix("+")
+    if not equals or not re.fullmatch(r"[\w.]+", key):
+        return override
+    parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
+    is_argument = any(f"{parent}._target_" in defaults for parent in parents)
+    named = key in defaults or any(known.startswith(f"{key}.") for known in defaults)
+    if override.startswith("+") or (not named and (key in KEYS or is_argument or key.startswith(OPEN))):
+        return f"++{override.lstrip('+')}"
+    return override
+
+
+def _quoted(override: str, multirun: bool) -> str:
+    """A path, or a value with an equals sign, in the quotes that Hydra's grammar wants around it."""
+    key, equals, value = override.partition("=")
+    is_path = key.endswith("_path") or key.lstrip("+") in ("logdir", "log_dir", "data_dir", "resume")
+    if not equals or value[:1] in ("'", '"', "[", "{") or not (is_path or "=" in value):
+        return override
+    parts = value.split(",") if multirun else [value]
+    return f"{key}={','.join(map(_in_quotes, parts))}"
+
+
+def _in_quotes(value: str) -> str:
+    if re.fullmatch(r"[\w\-/.%*@?|+:$~{}]*", value):  # may stand there as it is; braces: ${…}
+        return value
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
+
+
+#: What every configuration of ours says (cfg/_base/run.yaml): a run's folder is made by its loop, not by Hydra.
+_NO_HYDRA_FILES = {
+    "hydra.run.dir": ".",
+    "hydra.output_subdir": "null",
+    "hydra.job_logging.handlers.file.delay": "true",
+    "hydra.job_logging.root.handlers": "[console]",
+}
+
+
+def without_hydra_files(arguments: Sequence[str]) -> list[str]:
+    """Add to a command line what keeps Hydra from making folders and files, unless the command line says otherwise."""
+    given = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
+    return [*arguments, *(f"++{key}={value}" for key, value in _NO_HYDRA_FILES.items() if key not in given)]
+
+
+def check_names(options: Namespace) -> dict[str, Any]:
+    """The flat values of the configuration that the options name, without overrides.
+
+    Raises UserError for a folder or name that does not exist, with the closest that do. Empty where Hydra is asked for
+    something that needs no configuration.
+    """
+    if options.hydra_help or options.shell_completion or options.config_path or options.experimental_rerun:
+        return {}
+    folder, name = options.config_dir, options.config_name
+    if not name:
+        raise UserError(f"no --config-name given; {USAGE}")
+    if folder is not None and not Path(folder).is_dir():
+        known = {f"{CONFIG_ROOT.name}/{Path(config).parent}" for config in shipped_configs()}
+        raise UserError(f"--config-dir={folder}: no such folder{_did_you_mean(folder.rstrip('/'), known)}")
+    places = [Path(folder)] if folder else []
+    file_name = f"{name.removesuffix('.yaml')}.yaml"
+    if not any((place / file_name).is_file() for place in [*places, CONFIG_ROOT]):
+        raise UserError(f"--config-name={name}: no such configuration{_others(folder, name)}")
+    return _defaults(options)
+
+
+def _others(folder: str | None, name: str) -> str:
+    if folder is None:
+        places = sorted((not c.startswith("gym/"), Path(c)) for c in shipped_configs() if Path(c).name == name)
+        folders = [f"{CONFIG_ROOT.name}/{place.parent}" for _, place in places]
+        return f"; add --config-dir={folders[0]} (or {', '.join(folders[1:])})" if folders else "; add --config-dir=DIR"
+    here = sorted(path.stem for path in Path(folder).glob("*.yaml"))
+    close = _did_you_mean(name, here)
+    return f" in {folder}" + (close or f" (there are: {', '.join(here) or 'none'})")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    matches = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def _defaults(options: Namespace) -> dict[str, Any]:
+    folder = options.config_dir
+    if folder and not (Path(folder) / f"{options.config_name.removesuffix('.yaml')}.yaml").is_file():
+        folder = None
+    if folder:
+        check_own_files(options.config_name, Path(folder))
+    config = compose(options.config_name, folder=folder)
+    check_hydra(config.hydra)
+    del config.hydra
+    OmegaConf.resolve(config)
+    return flatten(config)
+
+
+def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
+    """One line for an error that the user can mend; None for a defect of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        some = "env.n_envs, train.n_steps, train.batch_size, train.buffer_size"
+        return f"not enough memory ({first_line(error)[:150]}): choose smaller numbers, such as {some}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _config_line(error, arguments)
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return None
+
+
+def _config_line(error: Exception, arguments: Sequence[str]) -> str:
+    text = first_line(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument {error.override}: {text}; put the value in quotes: \"key='value'\""
+    unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
+    if unknown:
+        known = set(KEYS)
+        with contextlib.suppress(Exception):
+            known |= set(_defaults(parse(arguments)))
+        return unknown_key(unknown[1], known)
+    return text
+
+
+def help_text(options: Namespace) -> str:
+    """General help, or with a configuration's name its keys, values and meanings."""
+    return _help_on_config(options) if options.config_name else _help()
+
+
+def _help_on_config(options: Namespace) -> str:
+    config = check_names(options)
+    width = max(map(len, config))
+    rows = [f"  {key:<{width}}  {_short(value):<30}  {_meaning(key)}".rstrip() for key, value in sorted(config.items())]
+    others = [f"  {key:<{width}}  {text}" for key, text in sorted(KEYS.items()) if key not in config]
+    title = f"Keys of {options.config_name} and their values (key=value changes one):"
+    return "\n".join([USAGE, "", title, *rows, "", "Optional keys (key=value adds one):", *others])
+
+
+def _meaning(key: str) -> str:
+    return KEYS.get(key, "")
+
+
+def _help() -> str:
+    folders: dict[str, list[str]] = {}
+    for config in shipped_configs():
+        folders.setdefault(f"{CONFIG_ROOT.name}/{Path(config).parent}", []).append(Path(config).name)
+    lines = f"""{USAGE}
+
+Trains, fine-tunes or evaluates the policy that a configuration describes.
+
+  --config-dir=DIR --config-name=NAME   one of the configurations below, or your own
+  --help with these two                 its keys, values and meanings
+  key=value                             any of its keys, e.g. seed=1 train.n_train_itr=3 resume=auto
+  key=value, +key=value                 an optional key it does not name, e.g. train.max_grad_norm=1 model.use_ddim=true
+  wandb.mode=online                     log to Weights & Biases too (also wandb.entity=…, wandb.project=…)
+  -m key=v1,v2                          one run per combination
+  --cfg job --resolve                   print the configuration and stop
+  --hydra-help                          Hydra's own options
+
+Environment: DPPO_DATA_DIR and DPPO_LOG_DIR (default data and log), DPPO_WANDB_ENTITY, HYDRA_FULL_ERROR=1 (tracebacks).
+Exit status: 0 done, 2 something to mend (one line says what), 130 interrupted.
+
+Configurations (DIR: NAMEs):"""
+    return "\n".join([lines, *(f"  {folder}: {', '.join(names)}" for folder, names in folders.items())])
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Makers of the home-made data that ship with the repository."""

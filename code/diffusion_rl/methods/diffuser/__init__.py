@@ -1,0 +1,1 @@
+"""Diffuser, action-only Diffuser and Kuka stacking: diffusion models of trajectories, and plans made with them."""

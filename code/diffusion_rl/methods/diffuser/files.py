@@ -1,0 +1,279 @@
+"""What the planners find and leave on disk: data sets by name, models from their descriptions, checkpoints.
+
+A folder of an experiment holds `args.json`, `diff.txt`, `{dataset,model,diffusion,trainer}_config.json` (and the same
+as `.pkl`, plain dictionaries) and `state_<label>.safetensors`. Folders of the PyTorch Diffuser, `state_<label>.pt` with
+their pickled configurations, are read as well; nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffusion_rl.config.checks import DIFFUSION_STEPS, HORIZON, check_ranges, whole
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
+from diffusion_rl.data import assets, sources
+from diffusion_rl.data.episodes import Episodes, load_unscaled, split_episodes
+from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
+from diffusion_rl.interop import diffuser_checkpoint
+from diffusion_rl.interop.torch_names import load_state_dict
+from diffusion_rl.methods.diffuser.action_only import ActionDiffusion
+from diffusion_rl.methods.diffuser.kuka import MaskedDiffusion, StackClassification
+from diffusion_rl.methods.diffuser.model import NoisyTrajectories, TrajectoryDiffusion, ValueDiffusion
+from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
+from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
+from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, require_finite
+from diffusion_rl.training.run_facts import same_task
+
+log = logging.getLogger(__name__)
+
+DOWNLOADS = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+NETWORKS: dict[str, Callable[..., Any]] = {
+    "models.TemporalUnet": TemporalUnet,
+    "models.ActionTemporalUnet": ActionTemporalUnet,
+    "models.ValueFunction": ValueFunction,
+    "models.MaskedTemporalUnet": MaskedTemporalUnet,
+    "models.StackClassifier": StackClassifier,
+}
+DIFFUSIONS: dict[str, Callable[..., NoisyTrajectories]] = {
+    "models.GaussianDiffusion": TrajectoryDiffusion,
+    "models.ActionDiffusion": ActionDiffusion,
+    "models.ValueDiffusion": ValueDiffusion,
+    "models.MaskedDiffusion": MaskedDiffusion,
+    "models.StackClassification": StackClassification,
+}
+LOADERS = ("datasets.SequenceDataset", "datasets.GoalDataset", "datasets.ValueDataset")
+Say = Callable[[str], None]
+
+
+# ---------- data ----------
+
+
+def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> Episodes:
+    """The complete episodes of a data set, in the environment's units.
+
+    Looked for in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then under D4RL's file name in
+    D4RL_DATASET_DIR (~/.d4rl/datasets), then among the data that ship with this repository.
+    """
+    if data_dir:
+        return load_unscaled(Path(data_dir)) if _is_npz(Path(data_dir)) else sources.load(data_dir)[0]
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+    remote = d4rl_file(name)
+    original, own = folder / (Path(remote).name if remote else f"{name}.hdf5"), assets.data_dir() / "gym" / name
+    if original.is_file():
+        say(f"data: {original}")
+        return sources.load(original)[0]
+    if (maze := assets.data_dir() / "maze2d" / f"{name}.hdf5").is_file():
+        say(f"data: {maze} (made for this repository; not D4RL's)")
+        return sources.load(maze)[0]
+    if _is_npz(own):
+        say(f"data: {own} (made for this repository; not D4RL's)")
+        return load_unscaled(own)
+    cure = f"download {DOWNLOADS}/{remote} to {folder}" if remote else f"put it into {folder}"
+    raise UserError(f"no data for {name}: {cure}, or name a file or folder with --data_dir (looked in {own}, too)")
+
+
+def d4rl_file(name: str) -> str | None:
+    """Where D4RL keeps a data set, relative to the address of its files; None for names it does not have."""
+    if match := re.fullmatch(r"(hopper|walker2d|halfcheetah|ant)-([a-z-]+)-v2", name):
+        return f"gym_mujoco_v2/{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
+    if match := re.fullmatch(r"maze2d-(umaze|medium|large)-v1", name):
+        return f"maze2d/maze2d-{match[1]}-sparse-v1.hdf5"
+    return None
+
+
+def _is_npz(folder: Path) -> bool:
+    return (folder / "train.npz").is_file()
+
+
+def dataset_of(episodes: Episodes, description: Mapping[str, Any]) -> TrajectoryDataset:
+    """The data set that a description asks for: `loader`, `env` and the arguments of `TrajectoryDataset`."""
+    options = {k: v for k, v in description.items() if k not in ("loader", "env", "preprocess_fns", "data_dir")}
+    loader, steps = description["loader"], list(description.get("preprocess_fns") or [])
+    if loader not in LOADERS:
+        raise UserError(f"--loader {loader}: choose one of {', '.join(LOADERS)}")
+    if unknown := [step for step in steps if step != "maze2d_set_terminals"]:
+        raise UserError(f"--preprocess_fns: {unknown[0]} is unknown here; there is maze2d_set_terminals")
+    if str(description["env"]).startswith("maze2d"):
+        episodes = _between_goals(episodes, description["env"]) if steps else episodes
+        episodes = without_last_steps(episodes)
+    return TrajectoryDataset(episodes, goal=loader == "datasets.GoalDataset", **options)
+
+
+def _between_goals(episodes: Episodes, name: str) -> Episodes:
+    """The same steps, cut where the fixed goal of the maze is left."""
+    from diffusion_rl.envs.maze2d import goal_of  # needs the simulator
+
+    flat = {k: v for k, v in episodes.arrays().items() if k != "traj_lengths"}
+    flat["terminals"] = np.zeros(len(episodes.states), bool)
+    return split_episodes(flat, leaving_goal(episodes.states, goal_of(name)), name)
+
+
+# ---------- models ----------
+
+
+class Description(NamedTuple):
+    """Plain dictionaries that say how to build what an experiment is made of."""
+
+    dataset: dict[str, Any]  # "loader", "env" and further arguments
+    model: dict[str, Any]  # "class" (of NETWORKS) and its arguments
+    diffusion: dict[str, Any]  # "class" (of DIFFUSIONS) and its arguments
+
+    def build(self) -> NoisyTrajectories:
+        """The model with new weights."""
+        arguments = {k: v for k, v in self.model.items() if k != "class"}
+        network = _named(NETWORKS, self.model["class"], "model")(**arguments)
+        arguments = {k: v for k, v in self.diffusion.items() if k != "class"}
+        if arguments.get("loss_weights"):
+            arguments["loss_weights"] = {int(k): v for k, v in arguments["loss_weights"].items()}
+        return _named(DIFFUSIONS, self.diffusion["class"], "diffusion")(network, **arguments)
+
+    def save(self, folder: Path, trainer: Mapping[str, Any]) -> None:
+        """`<part>_config.json` and `<part>_config.pkl`."""
+        for name, facts in {**self._asdict(), "trainer": dict(trainer)}.items():
+            text = json.dumps(facts, indent=2, sort_keys=True)
+            for suffix, content in (("json", text.encode()), ("pkl", pickle.dumps(json.loads(text)))):
+                with atomic_file(folder / f"{name}_config.{suffix}") as file:
+                    file.write(content)
+
+
+def _named(known: Mapping[str, Callable[..., Any]], name: str, what: str) -> Callable[..., Any]:
+    if name not in known:
+        raise UserError(f"--{what} {name} is unknown: choose one of {', '.join(known)}")
+    return known[name]
+
+
+class Experiment(NamedTuple):
+    """A trained model, ready to plan with."""
+
+    model: NoisyTrajectories  # with the averaged weights
+    normalizers: dict[str, DebugNormalizer]
+    normalizer: str  # name of their class
+    epoch: int
+    folder: Path
+    task: str  # environment or data set that it was trained on
+
+    def require_task(self, name: str) -> Experiment:
+        """Itself. Raises UserError if it was trained on another task than that of `name`; warns where that is open."""
+        same = same_task(self.task, name)
+        if same is False:
+            raise UserError(f"{self.folder} was trained on {self.task}, which is another task than {name}")
+        if same is None:
+            log.warning("%s was trained on %s, this plans in %s", self.folder, self.task, name)
+        return self
+
+
+def normalizer_tensors(dataset: TrajectoryDataset) -> dict[str, np.ndarray]:
+    """What the normalizers know, for a checkpoint."""
+    fitted = dataset.normalizers.items()
+    return {f"normalizer.{field}.{k}": v for field, each in fitted for k, v in each.arrays.items()}
+
+
+def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: str | None = None) -> Experiment:
+    """The averaged model in an experiment's folder.
+
+    Args:
+        epoch: label of the checkpoint, or "latest".
+        data_dir: of the data set, which checkpoints of the PyTorch Diffuser need for their normalizers.
+
+    Raises:
+        UserError: there is no such folder or checkpoint; what there is is listed.
+    """
+    folder = Path(*where)
+    label, path = find_state(folder, epoch)
+    if path.suffix == ".pt":
+        return _original(folder, label, path, data_dir)
+    checkpoint = load_checkpoint(path)
+    facts = checkpoint.metadata.get("description")
+    if facts is None:
+        raise UserError(f"{path} is no checkpoint of a planner (its kind is {checkpoint.metadata.get('kind')})")
+    try:
+        model, kind = _described_model(facts, checkpoint), normalizer(facts["dataset"]["normalizer"])
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: its description is damaged ({error}): use another checkpoint") from error
+    weights = checkpoint.select("ema.")
+    require_finite(weights, path)
+    load_state_dict(model, weights)
+    fitted = {field: kind(checkpoint.select(f"normalizer.{field}.")) for field in FIELDS}
+    return Experiment(model, fitted, kind.__name__, label, folder, str(facts["dataset"]["env"]))
+
+
+def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyTrajectories:
+    """The model with new weights. Raises UserError where it would be larger than the checkpoint's tensors."""
+    description = Description(**facts)
+    largest = checkpoint.largest_dimension
+    size, sizes = whole(0, largest), whole(0, largest, many=True)
+    ranges = dict.fromkeys(("observation_dim", "action_dim", "transition_dim", "dim", "out_dim", "time_dim"), size)
+    ranges |= {"dim_mults": sizes, "hidden_dims": sizes, "horizon": HORIZON, "n_timesteps": DIFFUSION_STEPS}
+    for part in (description.model, description.diffusion):
+        check_ranges(part, ranges, "{} {}".format)
+    mults, width = description.model.get("dim_mults"), description.model.get("dim", 32)
+    if mults and (width * max(mults) > largest or len(mults) > len(checkpoint.tensors)):
+        raise ValueError("its network is larger than its weights")
+    is_value = description.model["class"] == "models.ValueFunction"
+    if is_value and description.model["horizon"] > largest * 2 ** len(mults or ()):
+        raise ValueError("its horizon is larger than its weights")
+    return description.build()
+
+
+def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
+    """Label and path of a checkpoint in an experiment's folder."""
+    states = {}
+    for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt: ours is preferred
+        if match := re.fullmatch(r"state_(\d+)\.(pt|safetensors)", path.name):
+            states.setdefault(int(match[1]), path)
+    if not states:
+        raise UserError(f"no checkpoint in {folder}{_others(folder)}")
+    if epoch == "latest":
+        return max(states.items())
+    if not str(epoch).isdigit() or int(epoch) not in states:
+        raise UserError(
+            f"no checkpoint {epoch} in {folder}: there are {', '.join(map(str, sorted(states)))}, or latest"
+        )
+    return int(epoch), states[int(epoch)]
+
+
+def _others(folder: Path) -> str:
+    """Experiments beside one that is missing, and the usual cause."""
+    near = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in folder.parent.glob("*/state_*"))
+    if not near:
+        return ": train a model first, or point --logbase (--loadbase) to where it is"
+    discount = " (--discount chooses among values)" if "_d" in folder.name else ""
+    return f"; there are {', '.join(dict.fromkeys(near))}: choose one with --horizon and the like{discount}"
+
+
+def _original(folder: Path, label: int, path: Path, data_dir: str | None) -> Experiment:
+    """A checkpoint of the PyTorch Diffuser."""
+    facts = {
+        part: diffuser_checkpoint.read_config(folder / f"{part}_config.pkl")
+        for part in ("dataset", "model", "diffusion")
+    }
+    description = Description(**{part: diffuser_checkpoint.described(part, *fact) for part, fact in facts.items()})
+    model = description.build()
+    weights = diffuser_checkpoint.averaged_weights(path, model.n_timesteps)
+    require_finite(weights, path)
+    load_state_dict(model, weights)
+    dataset = dict(description.dataset)
+    data = dataset_of(find_episodes(dataset["env"], data_dir), dataset)
+    return Experiment(model, data.normalizers, dataset["normalizer"], label, folder, str(dataset["env"]))
+
+
+def require_compatible(one: Experiment, other: Experiment) -> None:
+    """Raises UserError unless two models denoise alike and see the same numbers."""
+    for what, a, b in (
+        ("normalizers", one.normalizer, other.normalizer),
+        ("denoising steps", one.model.n_timesteps, other.model.n_timesteps),
+        ("widths", one.model.transition_dim, other.model.transition_dim),
+    ):
+        if a != b:
+            raise UserError(f"{one.folder} and {other.folder} have different {what} ({a} and {b}): train them alike")

@@ -1,0 +1,139 @@
+"""Training of Diffuser's models: Adam on windows of the data, in micro-batches, and an average of the weights.
+
+Many steps run in one compiled call. Shapes: n steps, B windows of a step, others as in `methods.diffuser.model`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.ema import AVERAGE, COPY, KEEP, follow
+from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.data.trajectories import TrajectoryDataset
+from diffusion_rl.methods.diffuser.model import Losses, NoisyTrajectories
+from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.policies.diffusion import clone
+
+MicroBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # windows [B], t [B], noise [B,H,D]
+
+
+class DiffuserTrainer:
+    """Steps of training on a data set held in memory.
+
+    Args:
+        model: trained in place; `ema_model` is its average.
+        learning_rate, ema_decay: constants.
+        step_start_ema: the average is a plain copy before this step.
+        update_ema_every: steps from one change of the average to the next.
+    """
+
+    def __init__(
+        self,
+        model: NoisyTrajectories,
+        dataset: TrajectoryDataset,
+        learning_rate: float,
+        ema_decay: float,
+        step_start_ema: int = 2000,
+        update_ema_every: int = 10,
+    ):
+        self.model, self.ema_decay = model, float(ema_decay)
+        self.step_start_ema, self.update_ema_every = step_start_ema, update_ema_every
+        self.ema_model = copy.copy(model)
+        self.ema_model.model = clone(model.model)
+        self.variables, self.averaged = variables_of(model.model), variables_of(self.ema_model.model)
+        self.optimizer = AdamW(self.variables, learning_rate)
+        self.condition_times, self.horizon = dataset.condition_times, dataset.horizon
+        self._transitions = tf.constant(dataset.transitions, model.dtype)
+        self._rows = tf.constant(np.stack([dataset.first_rows, dataset.end_rows], axis=1), tf.int32)
+        self._values = None if dataset.values is None else tf.constant(dataset.values, model.dtype)
+        self.names: list[str] = []  # of what a step reports besides its loss; known once it was compiled
+        self._many: dict[int, Callable[..., Array]] = {}  # by size of the batches
+        self._one: dict[int, Callable[..., Array]] = {}  # by number of micro-batches
+
+    # ---------- one batch ----------
+
+    def loss(self, items: Array, t: Array, noise: Array) -> Losses:
+        """The model's loss on windows `items` [B]."""
+        x = tf.gather(self._transitions, self.rows(items))
+        conditions = {time: x[:, time, self.model.action_dim :] for time in self.condition_times}
+        x = x[..., : self.model.transition_dim]  # actions come first; some models have them alone
+        if self._values is None:
+            return self.model.loss(x, conditions, t, noise)
+        return self.model.loss(x, conditions, t, noise, tf.gather(self._values, items))
+
+    def rows(self, items: Array) -> Array:
+        """Rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last row, padding."""
+        ends = tf.gather(self._rows, items)
+        window = ends[:, :1] + tf.range(self.horizon)[None]
+        return tf.where(window < ends[:, 1:], window, self._transitions.shape[0] - 1)
+
+    def averaging(self, step: int) -> int:
+        """What happens to the average after step number `step`."""
+        if step % self.update_ema_every:
+            return KEEP
+        return COPY if step < self.step_start_ema else AVERAGE
+
+    # ---------- training ----------
+
+    def steps(self, batches: Sequence[MicroBatch], first: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """One step on each of the batches, which are of equal size.
+
+        Args:
+            first: number of the first step.
+
+        Returns:
+            losses [n], and what else the model reports [n] by name.
+        """
+        items, t, noise = (np.stack(column) for column in zip(*batches, strict=True))
+        average = tf.constant([self.averaging(first + i) for i in range(len(batches))], tf.int32)
+        size = items.shape[1]
+        if size not in self._many:
+            signature = [*self._specs(None, size), tf.TensorSpec([None], tf.int32)]
+            self._many[size] = tf.function(self._train_steps, input_signature=signature)
+        return self._named(self._many[size](*self._tensors((items, t, noise)), average).numpy())
+
+    def step(self, micro_batches: Sequence[MicroBatch], number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """One step on micro-batches of any sizes, each of which counts alike; returns the same of each of them."""
+        count = len(micro_batches)
+        if count not in self._one:
+            signature = [[self._specs(None)] * count, tf.TensorSpec([], tf.int32)]  # a smaller one is no other program
+            self._one[count] = tf.function(self._micro_batches, input_signature=signature)
+        tensors = [self._tensors(batch) for batch in micro_batches]
+        return self._named(self._one[count](tensors, tf.constant(self.averaging(number))).numpy())
+
+    def _specs(self, *size: int | None) -> tuple[tf.TensorSpec, ...]:
+        """Of windows, t and noise."""
+        noise = tf.TensorSpec([*size, self.horizon, self.model.transition_dim], self.model.dtype)
+        return tf.TensorSpec(size, tf.int32), tf.TensorSpec(size, tf.int32), noise
+
+    def _tensors(self, batch: MicroBatch) -> tuple[Array, Array, Array]:
+        items, t, noise = batch
+        return tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, self.model.dtype)
+
+    def _named(self, found: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return found[:, 0], {name: found[:, i + 1] for i, name in enumerate(self.names)}
+
+    def _train_steps(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
+        n = tf.shape(items)[0]
+        found = tf.TensorArray(self.model.dtype, size=n)
+        for i in tf.range(n):
+            found = found.write(i, self._micro_batches([(items[i], t[i], noise[i])], average[i])[0])
+        return found.stack()
+
+    def _micro_batches(self, batches: Sequence[tuple[Array, Array, Array]], average: Array) -> Array:
+        gradients, found = [], []
+        for batch in batches:
+            with tf.GradientTape() as tape:
+                loss, infos = self.loss(*batch)
+            gradients.append(tape.gradient(loss, self.variables))
+            self.names = list(infos)
+            found.append(tf.stack([loss, *infos.values()]))
+        if len(batches) > 1:
+            gradients = [[sum(each) / len(batches) for each in zip(*gradients, strict=True)]]
+        self.optimizer.apply(gradients[0])
+        follow(self.averaged, self.variables, average, self.ema_decay)
+        return tf.stack(found)

@@ -1,0 +1,1 @@
+"""DiffuserLite: plans refined level by level with rectified flow."""

@@ -1,0 +1,303 @@
+"""What DiffuserLite leaves on disk: weights in PyTorch's format, states of training, logs, pairs of the reflow, copies.
+
+results/<pipeline>/<task>/ holds `diffusion<l>_ckpt_<step>.pt`, `reflow<l>_ckpt_<step>.pt`, `invdyn_ckpt_<step>.pt` and
+`iql_ckpt_<step>.pt`, each also as `_latest`, under the names and in the layout of the authors' code, whose files can be
+read in their place; `train_state_<mode>.safetensors` to go on from; `normalizer.npz`; `loss_log.json`; and
+`traj_cond_dataset.h5`, `traj_uncond_dataset.h5`. results/loss_log.json is that of the last run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from diffusion_rl.config.instantiate import flatten
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file, read_json
+from diffusion_rl.data.episodes import read_npz
+from diffusion_rl.data.hdf5 import open_hdf5
+from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.methods.diffuser_lite.iql import IQL
+from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.training import LiteLoop, Pairs, State
+from diffusion_rl.networks.inverse_dynamics import InverseDynamics
+from diffusion_rl.training.checkpoint import load_checkpoint, not_finite, require_finite, require_kind, save_checkpoint
+from diffusion_rl.training.policy_files import fitting
+from diffusion_rl.training.run_facts import refuse_changes
+
+KIND = "diffuser_lite"  # of states of training
+LATEST = "latest"
+
+
+# ---------- weights ----------
+
+
+def save_levels(folder: Path, name: str, levels: Sequence[PlanLevel], labels: Sequence[int | str]) -> None:
+    """`<name><l>_ckpt_<label>.pt` of each level."""
+    for i, level in enumerate(levels):
+        data = {"model": state_dict(level.network), "model_ema": state_dict(level.ema)}
+        _write_all(folder, f"{name}{i}", data, labels)
+
+
+def load_levels(folder: Path, name: str, levels: Sequence[PlanLevel], label: int | str) -> None:
+    """Raises UserError for a missing file, or one of other networks."""
+    for i, level in enumerate(levels):
+        path = checkpoint_path(folder, f"{name}{i}", label)
+        data = _weights(path)
+        if not {"model", "model_ema"} <= set(data) or not all(isinstance(data[key], dict) for key in data):
+            raise UserError(f"{path} is no checkpoint of a level: it needs model and model_ema")
+        for part, network in (("model", level.network), ("model_ema", level.ema)):
+            require_finite(data[part], path)
+            load_state_dict(network, data[part])
+
+
+def save_inverse(folder: Path, inverse: InverseDynamics, labels: Sequence[int | str]) -> None:
+    data = {name.removeprefix("model."): value for name, value in state_dict(inverse).items()}
+    _write_all(folder, "invdyn", data, labels)
+
+
+def load_inverse(folder: Path, inverse: InverseDynamics, label: int | str) -> None:
+    path = checkpoint_path(folder, "invdyn", label)
+    data = _weights(path)
+    require_finite(data, path)
+    load_state_dict(inverse, {f"model.{name}": value for name, value in data.items()})
+
+
+def save_iql(folder: Path, iql: IQL, labels: Sequence[int | str]) -> None:
+    _write_all(folder, "iql", state_dict(iql), labels)
+
+
+def load_iql(folder: Path, iql: IQL, label: int | str = LATEST) -> None:
+    path = checkpoint_path(folder, "iql", label)
+    data = _weights(path)
+    require_finite(data, path)
+    load_state_dict(iql, data)
+
+
+def _weights(path: Path) -> dict[str, Any]:
+    data = read_pt(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no weights by name")
+    return data
+
+
+def _write_all(folder: Path, name: str, data: Any, labels: Sequence[int | str]) -> None:
+    for label in labels:
+        write_pt(folder / f"{name}_ckpt_{label}.pt", data)
+
+
+def checkpoint_path(folder: Path, name: str, label: int | str) -> Path:
+    """Raises UserError where there is none, naming what there is and the mode that makes one."""
+    path = folder / f"{name}_ckpt_{label}.pt"
+    if not path.is_file():
+        there = ", ".join(map(str, saved_steps(folder, name))) or "none"
+        mode = {"reflow": "reflow", "iql": "iql_training"}.get(name.rstrip("0123456789"), "training")
+        raise UserError(f"no {path}: run mode={mode} first, or choose another step (there are: {there})")
+    return path
+
+
+def saved_steps(folder: Path, name: str) -> list[int]:
+    """Steps of the numbered checkpoints of a name ("diffusion0"), ascending."""
+    labels = (path.stem.removeprefix(f"{name}_ckpt_") for path in folder.glob(f"{name}_ckpt_*.pt"))
+    return sorted(int(label) for label in labels if label.isdigit())
+
+
+def labels_of(step: int, save_interval: int, keep_every: int | None) -> list[int | str]:
+    """What a checkpoint is called: "latest", and its step where that stays (the first of every `keep_every`)."""
+    stays = keep_every is None or (step - save_interval) % keep_every == 0
+    return [step, LATEST] if stays else [LATEST]
+
+
+# ---------- states of training ----------
+
+
+def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
+    """`train_state_<mode>.safetensors`, the latest; `train_state_<mode>_<step>.safetensors`, where states are kept."""
+    return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
+
+
+def finite_state(loop: LiteLoop) -> State:
+    """The state of a training. Raises UserError where a weight is no longer finite, before anything is written."""
+    tensors, facts = loop.state()
+    if bad := not_finite(tensors):
+        raise UserError(f"{bad} is no longer finite after step {loop.step}: lower the learning rate")
+    return tensors, facts
+
+
+#: Options of a training that a resumed one goes on with as they were.
+SETTLED = (
+    *("task", "seed", "noreaching_penalty", "terminal_penalty", "discount", "emb_dim", "d_model", "n_heads", "depth"),
+    *("standard_residual", "backbone", "next_obs_loss_weight", "ema_rate", "learning_rate", "invdyn_learning_rate"),
+    *("invdyn_gradient_steps", "iql_hidden_dim", "iql_batch_size", "iql_target_updates", "mask_padding", "batch_size"),
+    *("reflow_backbone_ckpt", "reflow_lr"),
+)
+
+
+def settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a training's options those that it is resumed with unchanged, flat."""
+    return flatten({key: options[key] for key in SETTLED if key in options})
+
+
+def save_state(
+    folder: Path, mode: str, loop: LiteLoop, state: State, options: Mapping[str, Any], keep: bool = False
+) -> None:
+    """The latest state, with the options of the training; `keep`: under its step, too."""
+    tensors, facts = state
+    facts = {**facts, "options": settled(options)}
+    for step in [loop.step, None] if keep else [None]:
+        save_checkpoint(state_path(folder, mode, step), tensors, {"kind": KIND, "mode": mode, **facts})
+
+
+def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int, options: Mapping[str, Any]) -> bool:
+    """Go on with the state of an interrupted run: the latest one if there is one ("auto"), that of a step, or none
+    ("never").
+
+    Raises:
+        UserError: there is none of the step; it is of a training of another length, whose schedule would be another, or
+            with other options.
+    """
+    path = state_path(folder, mode)
+    if isinstance(how, int):
+        path = state_path(folder, mode, int(how))
+        if not path.is_file():
+            raise UserError(f"resume={how}: no {path}; states of single steps are kept with keep_states=true")
+    if how == "never" or not path.is_file():
+        return False
+    checkpoint = load_checkpoint(path)
+    require_kind(checkpoint, KIND, path)
+    require_finite(checkpoint.tensors, path)
+    if (steps := checkpoint.metadata.get("steps")) != loop.steps:
+        raise UserError(
+            f"{path} is of a run of {steps} steps, this one has {loop.steps}: give the same number, which the learning "
+            "rate depends on, or start anew with resume=never"
+        )
+    refuse_changes(checkpoint.metadata.get("options") or {}, settled(options), path)
+    with fitting(path):
+        loop.restore(checkpoint)
+    return True
+
+
+# ---------- logs and copies ----------
+
+
+class LossLog:
+    """`loss_log.json`: rows by gradient step; a row that comes again, after a resume, replaces the earlier one."""
+
+    def __init__(self, folder: Path, results: Path, name: str = "loss_log.json"):
+        self.path, self.shown = folder / name, results / name
+        self.rows: dict[int, dict[str, Any]] = {}
+        if self.path.is_file():
+            rows = read_json(self.path)
+            try:
+                self.rows = {int(row["gradient_steps"]): dict(row) for row in rows}
+            except (ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{self.path} is damaged ({error}): delete it, or start anew elsewhere") from error
+
+    def truncate(self, step: int) -> None:
+        """Drop rows after a step."""
+        self.rows = {k: v for k, v in self.rows.items() if k <= step}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Print a row and keep it."""
+        print(dict(row), flush=True)
+        self.rows[row["gradient_steps"]] = dict(row)
+        self.write()
+
+    def write(self) -> None:
+        text = json.dumps([self.rows[k] for k in sorted(self.rows)], indent=1) + "\n"
+        for path in (self.path, self.shown):
+            with atomic_file(path) as file:
+                file.write(text.encode())
+
+
+def mirror(source: Path, target: Path) -> int:
+    """Copy files that are new or have changed, each under its final name only when it is whole; how many."""
+    copied = 0
+    for path in sorted(source.rglob("*")):
+        there = target / path.relative_to(source)
+        if not path.is_file() or path.name.startswith("."):
+            continue
+        facts = path.stat()
+        if there.is_file() and (there.stat().st_size, there.stat().st_mtime_ns) == (facts.st_size, facts.st_mtime_ns):
+            continue
+        with open(path, "rb") as original, atomic_file(there) as copy:
+            shutil.copyfileobj(original, copy)
+        os.utime(there, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+        copied += 1
+    return copied
+
+
+# ---------- normalizer ----------
+
+
+def save_normalizer(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with atomic_file(folder / "normalizer.npz") as file:
+        np.savez(file, **arrays)
+
+
+def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Means and deviations of the observations; the authors' checkpoints have none, so `otherwise` fits them."""
+    path = folder / "normalizer.npz"
+    return read_npz(path) if path.is_file() else otherwise()
+
+
+# ---------- pairs for the reflow ----------
+
+
+@contextmanager
+def pairs_to_write(
+    folder: Path, levels: Sequence[PlanLevel], conditional: int, unconditional: int, dtype: str
+) -> Iterator[Callable[[int, int, np.ndarray, np.ndarray | None], None]]:
+    """Files that take their names when the block has ended well; gives the function that `Generation.run` calls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {True: folder / "traj_cond_dataset.h5", False: folder / "traj_uncond_dataset.h5"}
+    temporary = {kind: path.with_name(f".{path.name}.writing") for kind, path in names.items()}
+    try:
+        with h5py.File(temporary[True], "w") as told, h5py.File(temporary[False], "w") as untold:
+            for i, level in enumerate(levels):
+                told.create_dataset(f"traj_cond_dataset_{i}", (conditional, 2, *level.shape), dtype)
+                told.create_dataset(f"condition_dataset_{i}", (conditional, 1), "float32")
+                untold.create_dataset(f"traj_uncond_dataset_{i}", (unconditional, 2, *level.shape), dtype)
+
+            def write(level: int, first: int, pairs: np.ndarray, returns: np.ndarray | None) -> None:
+                rows = slice(first, first + len(pairs))
+                if returns is None:
+                    untold[f"traj_uncond_dataset_{level}"][rows] = pairs
+                else:
+                    told[f"traj_cond_dataset_{level}"][rows] = pairs
+                    told[f"condition_dataset_{level}"][rows] = returns
+
+            yield write
+        for kind, path in names.items():
+            os.replace(temporary[kind], path)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; choose smaller data sets or pairs_dtype=float16") from error
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def pairs_to_read(folder: Path, levels: Sequence[PlanLevel]) -> Iterator[Pairs]:
+    """The pairs, on disk."""
+    paths = [folder / name for name in ("traj_cond_dataset.h5", "traj_uncond_dataset.h5")]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"no {missing[0]}: run mode=prepare_dataset first")
+    with open_hdf5(paths[0]) as told, open_hdf5(paths[1]) as untold:
+        counted = range(len(levels))
+        conditional = [told.array(f"traj_cond_dataset_{i}") for i in counted]
+        returns = [told.array(f"condition_dataset_{i}") for i in counted]
+        unconditional = [untold.array(f"traj_uncond_dataset_{i}") for i in counted]
+        for i, level in enumerate(levels):
+            if any(pairs[i].shape[1:] != (2, *level.shape) for pairs in (conditional, unconditional)):
+                raise UserError(f"{folder}: the pairs are of other levels: run mode=prepare_dataset")
+        yield Pairs(*([array.stored for array in arrays] for arrays in (conditional, returns, unconditional)))

@@ -1,0 +1,329 @@
+"""DiffuserLite's loops: training, data for the reflow, the reflow itself, and Q-learning. They can be resumed."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.data.plan_windows import PlanDataset
+from diffusion_rl.data.window_order import WindowOrder
+from diffusion_rl.diffusion.rectified_flow import time_grid
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.methods.diffuser_lite.iql import IQLTrainer
+from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.trainer import (
+    LevelDraws,
+    LevelTrainer,
+    LiteTrainer,
+    ReflowTrainer,
+    cosine_rate,
+)
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.signals import StopRequest
+
+STEPS_PER_CALL = 10  # of the compiled training function
+UNCONDITIONAL_EVERY = 5  # reflow: every so many updates one of the unconditional model
+State = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors and JSON values
+
+
+class LiteLoop(ABC):
+    """Counts updates, averages losses between log lines, saves now and then.
+
+    Args:
+        names: of the losses.
+        noise: the source of all draws.
+        steps: of the whole training, however often it is interrupted.
+        log_interval, save_interval: in steps.
+        save: called with the loop after every `save_interval` steps and at the end, and with `interrupted` at a signal.
+        record: called with every log line.
+    """
+
+    windows: WindowOrder | None = None  # in which the data are gone through
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        noise: Any,
+        *,
+        steps: int,
+        log_interval: int,
+        save_interval: int,
+        save: Callable[..., None],
+        record: Callable[[dict[str, Any]], None] = print,
+    ):
+        self.names, self.noise, self.steps = list(names), noise, steps
+        self.log_interval, self.save_interval, self.save, self.record = log_interval, save_interval, save, record
+        self.step = 0  # updates made
+        self.sums = np.zeros(len(self.names))  # of the losses since the last log line
+        self.observed: list[np.ndarray] | None = None  # keeps every update's losses where it is a list
+
+    def run(self, until: int | None = None) -> None:
+        """Train to the end (or up to a step), or to SIGINT or SIGTERM, which saves and raises `Interrupted`."""
+        end = self.steps if until is None else until
+        with StopRequest() as stop:
+            while self.step < end:
+                losses = self.advance(self._until_due(end))
+                if not np.isfinite(losses).all():
+                    raise UserError(f"a loss became {losses[-1]} at step {self.step}: lower the learning rate")
+                if self.observed is not None:
+                    self.observed.extend(losses)
+                self.sums[: losses.shape[1]] += losses.sum(axis=0, dtype=np.float64)
+                self.step += len(losses)
+                if self.step % self.log_interval == 0:
+                    means = dict(zip(self.names, (self.sums / self.log_interval).tolist(), strict=True))
+                    self.record({**means, "gradient_steps": self.step})
+                    self.sums[:] = 0
+                if self.step % self.save_interval == 0 or self.step == self.steps:
+                    self.save(self)
+                if stop.name:
+                    self.save(self, interrupted=True)
+                    raise Interrupted(
+                        f"stopped by {stop.name}; state saved after step {self.step}; go on with resume=auto"
+                    )
+
+    def _until_due(self, end: int) -> int:
+        """Updates of the next call: up to where something is due."""
+        stops = [every - self.step % every for every in (self.log_interval, self.save_interval)]
+        return min(*stops, end - self.step, STEPS_PER_CALL)
+
+    @abstractmethod
+    def advance(self, count: int) -> np.ndarray:
+        """Make `count` updates; their losses [count, names], the last names may be missing."""
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        """Modules and optimizers whose state decides on the next update, by name."""
+
+    def state(self) -> State:
+        """Everything that decides on the next update."""
+        tensors: dict[str, np.ndarray] = {"train.sums": self.sums}
+        for name, part in self.parts():
+            found = part.state() if isinstance(part, AdamW) else state_dict(part)
+            tensors |= {f"{name}.{k}": v for k, v in found.items()}
+        facts = {"step": self.step, "steps": self.steps, "noise": self.noise.state()}
+        if self.windows is not None:
+            tensors["train.order"], facts["position"] = self.windows.order, self.windows.position
+        return tensors, facts
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `state` was taken."""
+        for name, part in self.parts():
+            found = checkpoint.select(name + ".")
+            part.restore(found) if isinstance(part, AdamW) else load_state_dict(part, found)
+        self.sums = checkpoint.tensors["train.sums"].copy()
+        self.noise.restore(checkpoint.metadata["noise"])
+        if self.windows is not None:
+            self.windows.order = checkpoint.tensors["train.order"]
+            self.windows.position = int(checkpoint.metadata["position"])
+        self.step = int(checkpoint.metadata["step"])
+
+
+def level_parts(levels: Sequence[LevelTrainer]) -> Iterator[tuple[str, Any]]:
+    for i, trainer in enumerate(levels):
+        yield f"level{i}.model", trainer.level.network
+        yield f"level{i}.model_ema", trainer.level.ema
+        for name, optimizer in trainer.optimizers.items():
+            yield f"level{i}.optimizer.{name}", optimizer
+
+
+def draw_level(noise: Any, level: PlanLevel, batch: int, with_noise: bool = True, with_drop: bool = True) -> LevelDraws:
+    """The draws of an update, in the reference's order."""
+    states = noise.normal((batch, *level.shape)) if with_noise else np.zeros((batch, 0))
+    return LevelDraws(states, noise.uniform((batch,)), noise.uniform((batch,)) if with_drop else np.zeros(batch))
+
+
+class PlanTraining(LiteLoop):
+    """Levels and inverse dynamics on a data set; the learning rate falls to 0 along a cosine over all steps.
+
+    Args:
+        trainer, inverse: updates; `trainer.inverse` is trained for the first `invdyn_steps` steps.
+        data: whose windows are drawn.
+        rate: of the levels, at first.
+    """
+
+    def __init__(
+        self,
+        trainer: LiteTrainer,
+        data: PlanDataset,
+        noise: Any,
+        *,
+        batch_size: int,
+        rate: float,
+        invdyn_steps: int,
+        **options: Any,
+    ):
+        names = [f"loss{i}" for i in range(len(trainer.levels))]
+        super().__init__([*names, "invdyn_loss"], noise, **options)
+        self.trainer, self.data, self.rate, self.invdyn_steps = trainer, data, rate, invdyn_steps
+        self.windows = WindowOrder(len(data), batch_size, noise)
+
+    def advance(self, count: int) -> np.ndarray:
+        """Batches of a call are of one size and train the same: it ends early where the next one differs."""
+        with_inverse = self.step < self.invdyn_steps
+        if with_inverse:
+            count = min(count, self.invdyn_steps - self.step)
+        items, draws, kept, rates = [], [], [], []
+        for number in range(self.step, self.step + count):
+            found = next(self.windows)
+            items.append(self.data.at(found))
+            draws.append([draw_level(self.noise, each.level, len(found)) for each in self.trainer.levels])
+            if with_inverse:
+                kept.append(self._dropout(len(found)))
+            rates.append(cosine_rate(self.rate, number, self.steps))
+            if self._next_size() != len(found):
+                break
+        stacked = [LevelDraws(*map(np.stack, zip(*level, strict=True))) for level in zip(*draws, strict=True)]
+        return self.trainer.steps(np.stack(items), stacked, np.stack(kept) if kept else None, rates)
+
+    def _dropout(self, batch: int) -> np.ndarray:
+        inverse = self.trainer.inverse.inverse
+        pairs = self.trainer.levels[-1].level.shape[0] - 1
+        return self.noise.uniform((batch, pairs, inverse.hidden_dim)) >= inverse.dropout
+
+    def _next_size(self) -> int:
+        left = len(self.windows.order) - self.windows.position
+        return min(left if left > 0 else self.windows.count, self.windows.size)
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        yield from level_parts(self.trainer.levels)
+        yield "invdyn.model", self.trainer.inverse.inverse
+        yield "invdyn.optimizer", self.trainer.inverse.optimizer
+
+
+class Pairs:
+    """What the reflow learns from: plans that were generated, and the noise each came from.
+
+    `conditional` and `unconditional` of each level [N,2,H,O] (plan, noise), `returns` of each level [N,1]: arrays, or
+    data sets of an HDF5 file.
+    """
+
+    def __init__(self, conditional: Sequence[Any], returns: Sequence[Any], unconditional: Sequence[Any]):
+        self.conditional, self.returns, self.unconditional = conditional, returns, unconditional
+
+
+class Reflow(LiteLoop):
+    """Straightens the flow: the levels are trained on pairs, every fifth update without returns, at a constant rate."""
+
+    def __init__(
+        self, trainer: ReflowTrainer, pairs: Pairs, noise: Any, *, batch_size: int, rate: float, **options: Any
+    ):
+        super().__init__([f"loss{i}" for i in range(len(trainer.levels))], noise, **options)
+        self.trainer, self.pairs, self.batch_size, self.rate = trainer, pairs, batch_size, rate
+
+    def advance(self, count: int) -> np.ndarray:
+        return np.array([self._one(number) for number in range(self.step, self.step + count)])
+
+    def _one(self, number: int) -> list[float]:
+        conditional = number % UNCONDITIONAL_EVERY != 0
+        drawn, draws = list[tuple[np.ndarray, np.ndarray | None]](), []
+        for i, each in enumerate(self.trainer.levels):
+            source = self.pairs.conditional[i] if conditional else self.pairs.unconditional[i]
+            rows = self.noise.integers(0, len(source), (self.batch_size,))
+            drawn.append((_take(source, rows), _take(self.pairs.returns[i], rows) if conditional else None))
+            draws.append(draw_level(self.noise, each.level, self.batch_size, False, conditional))
+        return self.trainer.step(drawn, draws, self.rate)
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        return level_parts(self.trainer.levels)
+
+
+def _take(source: Any, rows: np.ndarray) -> np.ndarray:
+    """Rows of an array or of a data set on disk, which gives them in ascending order and each once only."""
+    if isinstance(source, np.ndarray):
+        return source[rows].astype(np.float32)
+    unique, back = np.unique(rows, return_inverse=True)
+    return source[unique][back].astype(np.float32)
+
+
+class Generation:
+    """Generates the reflow's pairs in the order of the data, again and again until there are enough.
+
+    Args:
+        levels: whose averaged weights generate.
+        plans: gives states [B,H,O] and returns [B,1] of windows [B] of a level.
+        steps: denoising steps.
+    """
+
+    def __init__(self, levels: Sequence[PlanLevel], data: PlanDataset, plans: Callable, batch_size: int, steps: int):
+        self.levels, self.data, self.plans, self.batch_size = levels, data, plans, min(batch_size, len(data))
+        self.grid = time_grid(steps)
+        self._compiled = functools.cache(self._compile)
+
+    def _compile(self, number: int, guidance: float) -> Callable[..., Any]:
+        level = self.levels[number]
+
+        def sample(noise: Any, known: Any, returns: Any) -> Any:
+            return level.sample(noise, known, self.grid, returns, guidance)
+
+        plans = tf.TensorSpec([self.batch_size, *level.shape], level.dtype)
+        returns = tf.TensorSpec([self.batch_size, 1], level.dtype)
+        return tf.function(sample, autograph=False).get_concrete_function(plans, plans, returns)
+
+    def run(
+        self,
+        noise: Any,
+        conditional: int,
+        unconditional: int,
+        write: Callable[[int, int, np.ndarray, np.ndarray | None], None],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Call `write` with a level, the first row, pairs [B,2,H,O] and returns [B,1] (None: unconditional).
+
+        Args:
+            conditional, unconditional: how many pairs there shall be.
+        """
+        made, start = [0, 0], 0
+        while made[0] < conditional or made[1] < unconditional:
+            items = np.arange(start, start + self.batch_size)
+            windows = self.data.at(items)
+            sizes = [
+                min(self.batch_size, most - done) for most, done in zip((conditional, unconditional), made, strict=True)
+            ]
+            for i, level in enumerate(self.levels):
+                states, returns = self.plans(i, windows[i])
+                for kind in (0, 1):
+                    if sizes[kind] <= 0:
+                        continue
+                    drawn = tf.constant(noise.normal((self.batch_size, *level.shape)), level.dtype)
+                    plans = self._compiled(i, 1.0 - kind)(drawn, states, returns)
+                    pairs = np.stack([plans.numpy(), drawn.numpy()], axis=1)[: sizes[kind]]
+                    write(i, made[kind], pairs, returns.numpy()[: sizes[kind]] if kind == 0 else None)
+            made = [done + max(size, 0) for done, size in zip(made, sizes, strict=True)]
+            start = start + self.batch_size if start + 2 * self.batch_size <= len(self.data) else 0
+            shares = [100 * done / max(most, 1) for done, most in zip(made, (conditional, unconditional), strict=True)]
+            say(f"cond: {shares[0]:.1f}%, uncon: {shares[1]:.1f}%")
+
+
+class QLearning(LiteLoop):
+    """Implicit Q-learning on transitions.
+
+    Args:
+        transitions: observations, actions, rewards, following observations, ends: [N,O], [N,A], [N,1], [N,O], [N,1].
+    """
+
+    def __init__(
+        self, trainer: IQLTrainer, transitions: Sequence[np.ndarray], noise: Any, *, batch_size: int, **options: Any
+    ):
+        super().__init__(["loss_v", "loss_q"], noise, **options)
+        self.trainer, self.transitions = trainer, list(transitions)
+        self.windows = WindowOrder(len(self.transitions[0]), batch_size, noise)
+
+    def advance(self, count: int) -> np.ndarray:
+        return np.array([self._one() for _ in range(count)])
+
+    def _one(self) -> list[float]:
+        items = next(self.windows)
+        batch = [tf.constant(each[items]) for each in self.transitions]
+        return [float(loss) for loss in self.trainer.compiled(*batch)]
+
+    def parts(self) -> Iterator[tuple[str, Any]]:
+        yield "iql", self.trainer.iql
+        for name, optimizer in self.trainer.optimizers.items():
+            yield f"optimizer.{name}", optimizer

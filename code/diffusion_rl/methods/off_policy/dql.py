@@ -1,0 +1,97 @@
+"""DQL: Diffusion Q-learning (Wang et al. 2023, arXiv:2208.06193).
+
+    eq. 3   the actor minimises    L_d(theta) - eta E[Q_1(o, a)] / E|Q_2(o, a)|,   a ~ pi_theta(. | o) differentiably
+    eq. 4   the critics regress on r + gamma min_i Q_i'(o', a'),                    a' ~ pi_theta(. | o')
+
+As in the PyTorch reference L_d is the denoising loss on the policy's own samples, not on the data's actions, and a coin
+decides which critic is maximised and which normalises. Shapes: B batch, K denoising steps, H chunk, A action.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part, Settings, bellman_error, follow
+from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.policies.diffusion import clone
+from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
+
+
+class DQL(OffPolicy, ExploringDiffusionPolicy):
+    """A diffusion policy, two critics in one, and their target.
+
+    Args:
+        actor: (x [B,H,A], t [B], cond) -> noise [B,H,A].
+        critic: (cond, actions) -> (q1 [B], q2 [B]).
+        further arguments: see `ExploringDiffusionPolicy`.
+    """
+
+    KIND = "dql"
+
+    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
+        super().__init__(actor=actor, **kwargs)
+        self.critic, self.critic_target = critic, clone(critic)
+
+    def parts(self, settings: Settings) -> dict[str, Part]:
+        return {"actor": Part(variables_of(self.actor), "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
+
+    # ---------- losses ----------
+
+    def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
+        """Bellman error of both critics. noise [K+1,B,H,A]."""
+        following = {"state": batch.next_obs}
+        next_q = tf.minimum(*self.critic_target(following, self.sample(following, noise)))
+        return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
+
+    def loss_actor(
+        self, obs: Array, eta: float, act_steps: int, noise: Array, t: Array, denoising_noise: Array, coin: Array
+    ) -> Array:
+        """Denoising loss plus eta times the normalised value, of the policy's own actions.
+
+        Args:
+            noise: [K+1,B,H,A] for the actions;  t [B], denoising_noise [B,act_steps,A] for their denoising loss.
+            coin: uniform in [0,1): above a half the first critic is maximised and the second normalises.
+        """
+        cond = {"state": obs}
+        bound = 1.0 if self.final_action_clip_value else None  # the reference's bound here, whatever the value
+        actions = self.sample(cond, noise, final_clip=bound)[:, :act_steps]
+        q1, q2 = self.critic(cond, actions)
+        heads = tf.cast(coin, q1.dtype) > 0.5
+        value = tf.reduce_mean(tf.where(heads, q1, q2))
+        scale = tf.stop_gradient(tf.reduce_mean(tf.abs(tf.where(heads, q2, q1))))
+        return self.loss(actions, cond, t, denoising_noise) - eta * value / scale
+
+    def update_target_critic(self, tau: float) -> None:
+        follow(self.critic_target, self.critic, tau)
+
+    # ---------- one update ----------
+
+    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+        b, horizon = int(settings["batch_size"]), self.horizon_steps
+        return {
+            "rows": rows.online(b),
+            "next_noise": noise.normal(self.noise_shape(b), floatx()),
+            "noise": noise.normal(self.noise_shape(b), floatx()),
+            "t": noise.integers(0, self.denoising_steps, (b,)),
+            "denoising_noise": noise.normal((b, horizon, self.action_dim), floatx()),
+            "coin": noise.uniform((), dtype=floatx()),
+        }
+
+    def update(
+        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
+    ) -> dict[str, Array]:
+        batch = data.online.at(draws["rows"])
+        critic = step("critic", lambda: self.loss_critic(batch, settings["gamma"], draws["next_noise"]))
+        own = [draws[name] for name in ("noise", "t", "denoising_noise", "coin")]
+        actor = step(
+            "actor",
+            lambda: self.loss_actor(batch.obs, settings["eta"], self.horizon_steps, *own),
+            settings.get("max_grad_norm"),
+            apply=train_actor,
+        )
+        self.update_target_critic(settings["target_ema_rate"])
+        return {"loss_critic": critic, "loss_actor": actor}

@@ -1,0 +1,331 @@
+"""The off-policy training loop: collect into a buffer, then many updates on rows drawn from it.
+
+It serves DRWR, DAWR, DIPO, IDQL, DQL, QSM and DACER (diffusion policies), SAC, RLPD, IBRL and Cal-QL (Gaussian
+policies). What they differ in they say themselves, with `methods.off_policy.algorithm.Experience` and `Phase`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx
+from diffusion_rl.core.returns import rewards_to_go
+from diffusion_rl.data.replay import ReplayBuffer, fields
+from diffusion_rl.methods.off_policy.algorithm import Experience, Progress
+from diffusion_rl.methods.off_policy.learner import Learner, Losses
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
+from diffusion_rl.training.rollout import (
+    Decide,
+    EpisodeStatistics,
+    Observations,
+    Rollout,
+    RunningEpisodes,
+    collect,
+    no_episode_ended,
+    success_threshold,
+)
+from diffusion_rl.training.run_dir import RunFolder
+
+MOST_STEPS = 100_000  # of a collection or evaluation that is counted in episodes
+REMEMBER_SECONDS = 5.0  # between two states held for a signal, where iterations are as short as one step
+
+
+@dataclass
+class Buffers:
+    """The replay buffer, and the offline data where they are kept apart."""
+
+    online: ReplayBuffer
+    offline: ReplayBuffer | None = None
+
+
+class Rows:
+    """Random draws of rows of the buffers, as places, during one iteration.
+
+    `last` keeps the latest draw of each kind: an actor may be trained on the critics' last batch.
+    """
+
+    def __init__(self, buffers: Buffers, noise: Any, n_envs: int):
+        self.buffers, self.noise, self.n_envs = buffers, noise, n_envs
+        self.last: dict[str, np.ndarray] = {}
+        self._order, self._used = np.arange(0), 0
+
+    def online(self, n: int, steps_only: bool = False) -> np.ndarray:
+        """n rows of the replay buffer, with replacement; `steps_only`: of as many oldest ones as there are steps."""
+        buffer = self.buffers.online
+        ages = self.noise.integers(0, buffer.size // (self.n_envs if steps_only else 1), (n,))
+        self.last["online"] = buffer.places(ages)
+        return self.last["online"]
+
+    def distinct(self, n: int) -> np.ndarray:
+        """n different rows of the replay buffer."""
+        return self.buffers.online.places(self.noise.distinct(self.buffers.online.size, n))
+
+    def shuffled(self, n: int) -> np.ndarray:
+        """The next n rows of a shuffle of all of them (at most all), shuffled again when fewer than n are left."""
+        size = self.buffers.online.size
+        n = min(n, size)
+        if self._used + n > len(self._order):
+            order = self._order if len(self._order) else np.arange(size)
+            self._order, self._used = order[self.noise.permutation(size)], 0
+        self._used += n
+        return self.buffers.online.places(self._order[self._used - n : self._used])
+
+    def offline(self, n: int) -> np.ndarray:
+        """n rows of the offline data, with replacement."""
+        assert self.buffers.offline is not None
+        self.last["offline"] = self.buffers.offline.places(self.noise.integers(0, self.buffers.offline.size, (n,)))
+        return self.last["offline"]
+
+
+class OffPolicyTraining(FineTuning):
+    """`ft_{rwr,awr,dipo,idql,dql,qsm,dacer}_*`, `sac_*`, `rlpd_*`, `ibrl_*` and `calql_*` configurations.
+
+    Args:
+        dataset: a `QLearningDataset` instead of the one the configuration's `offline_dataset` describes.
+        further arguments: as in `FineTuning`.
+    """
+
+    SHARED_OPERATIONS = True  # an update is one compiled program: threads share its products
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: Any = None,
+        venv: Any = None,
+        noise: Any = None,
+        observer: Observer | None = None,
+        dataset: Any = None,
+    ):
+        super().__init__(cfg, model, venv, noise, observer)
+        self.KIND = self.model.KIND
+        self.experience: Experience = self.model.experience(self.train)
+        self.buffers = Buffers(self._new_buffer())
+        self._take_dataset(dataset)
+        self.trainer = Learner(self.model, self.train, self.buffers)
+        self._remembered_at = -np.inf
+        self.iterations_trained, self.updates = 0, 0  # in this process
+        self.episodes = RunningEpisodes(self.n_envs)
+
+    def _counts_rollouts(self) -> bool:
+        return not self.experience.counts_episodes
+
+    def _finish(self) -> None:
+        if self.experience.whole_episodes and self.iterations_trained and not self.updates:
+            raise UserError(
+                "nothing was trained: this algorithm learns from whole episodes, and "
+                + no_episode_ended(self.n_steps, self.act_steps, "train.n_steps")
+            )
+
+    # ---------- buffers ----------
+
+    def _shapes(self, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+        cfg = self.cfg
+        chunk = cfg["horizon_steps"] if self.experience.whole_episodes else self.act_steps
+        return fields(names, (cfg["cond_steps"], cfg["obs_dim"]), (chunk, cfg["action_dim"]))
+
+    def _new_buffer(self) -> ReplayBuffer:
+        if self.experience.whole_episodes:
+            capacity = self.n_steps * self.n_envs
+        elif self.experience.n_episodes == 0:  # nothing will be collected
+            capacity = 1
+        else:
+            capacity = int(self.train["buffer_size"]) * (self.n_envs if self.experience.counts_steps else 1)
+        return ReplayBuffer(capacity, self._shapes(self.experience.fields))
+
+    def _take_dataset(self, dataset: Any) -> None:
+        """The offline data: into a buffer of its own, or at the beginning of the replay buffer."""
+        names = self.experience.offline_fields
+        if not names and not self.experience.starts_with_dataset:
+            return
+        dataset = instantiate(self.cfg["offline_dataset"]) if dataset is None else dataset
+        items = dataset.gather(np.arange(len(dataset)))
+        rows = {
+            "obs": items.conditions["state"],
+            "next_obs": items.conditions["next_state"],
+            "actions": items.actions,
+            "rewards": items.rewards[:, 0],
+            "terminated": items.dones[:, 0],
+        }
+        if items.reward_to_gos is not None:
+            rows["returns"] = items.reward_to_gos[:, 0]
+        if names:
+            self.buffers.offline = ReplayBuffer(len(dataset), self._shapes(names))
+        buffer = self.buffers.offline or self.buffers.online
+        buffer.add(**rows)
+        buffer.flush()
+
+    # ---------- collecting ----------
+
+    def _evaluating(self) -> bool:
+        if self.experience.counts_episodes:
+            explored = self.itr - int(self.train["n_explore_steps"])
+            if explored < 0 or (explored == 0 and not self.experience.evaluates_at_once):
+                return False
+        return super()._evaluating()
+
+    def _collect(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+        kept, n_steps = self.experience, self.n_steps
+        if kept.n_episodes is not None:
+            n_steps = MOST_STEPS if kept.n_episodes else 0
+        observations, firsts = self._start(self._options(folder))
+        at_random = kept.explores and self.itr < int(self.train["n_explore_steps"])
+        decide = self._at_random if at_random else self._decisions(self.noise, deterministic=False)
+        rollout = collect(
+            self.venv, decide, n_steps, observations, firsts, self.act_steps, on_step, self._store, kept.n_episodes
+        )
+        if kept.whole_episodes:
+            self._keep_episodes(rollout)
+        elif kept.n_episodes and "returns" in kept.fields:
+            self._keep_returns(rollout)
+        self.env_steps += rollout.rewards.size * self.act_steps
+        return rollout
+
+    def _evaluate(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+        noise, options = self._evaluation_setting(folder)
+        observations, decide = self.venv.reset(options), self._decisions(noise, deterministic=True)
+        n_steps, n_episodes = self.n_steps, None
+        if self.experience.counts_episodes:
+            n_steps, n_episodes = MOST_STEPS, int(self.train["n_eval_episode"])
+        return collect(
+            self.venv,
+            decide,
+            n_steps,
+            observations,
+            np.ones(self.n_envs),
+            self.act_steps,
+            on_step,
+            n_episodes=n_episodes,
+        )
+
+    def _decisions(self, noise: Any, deterministic: bool) -> Decide:
+        def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            actions = self.trainer.act(obs["state"], noise, deterministic)
+            return actions, {"actions": actions} if self.experience.whole_episodes else {}
+
+        return decide
+
+    def _at_random(self, obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        shape = (self.n_envs, self.act_steps, self.cfg["action_dim"])
+        return self.noise.uniform(shape, -1.0, 1.0, floatx()), {}
+
+    def _store(self, observations: Observations, actions: np.ndarray, result: Any) -> None:
+        """Keep transitions. A truncation is followed by the old episode's last observation, not the new one's first."""
+        if self.experience.whole_episodes:
+            return
+        following, truncated = np.array(result.observations["state"]), np.asarray(result.truncated, bool)
+        if truncated.any():
+            following[truncated] = result.infos["final_observations"]["state"][truncated]
+            if self.experience.acts_on_last:
+                result.observations["state"] = following
+        self.buffers.online.add(
+            obs=observations["state"],
+            actions=actions,
+            next_obs=following,
+            rewards=result.rewards * self.train["scale_reward_factor"],
+            terminated=result.terminated,
+        )
+
+    def _keep_episodes(self, rollout: Rollout) -> None:
+        """Nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
+        self.buffers.online.clear()
+        for env, start, end in rollout.episodes():
+            self.buffers.online.add(
+                obs=rollout.observations["state"][start:end, env],
+                actions=rollout.decisions["actions"][start:end, env],
+                returns=rewards_to_go(rollout.rewards[start:end, env], self.train["gamma"]),
+            )
+
+    def _keep_returns(self, rollout: Rollout) -> None:
+        """Discounted rewards-to-go of the episodes that were just added whole."""
+        ends = np.flatnonzero(rollout.firsts[1:, 0]) + 1
+        episodes = np.split(rollout.rewards[:, 0], ends[:-1])
+        returns = np.concatenate([rewards_to_go(rewards, self.train["gamma"]) for rewards in episodes])
+        self.buffers.online.write("returns", returns)
+
+    # ---------- updating ----------
+
+    def _update(self, rollout: Rollout, folder: RunFolder) -> dict[str, Any]:
+        self.buffers.online.flush()
+        losses: Losses = {}
+        summary: dict[str, Any] = {"updates": 0}
+        lengths = [end - start for _, start, end in rollout.episodes()]
+        progress = Progress(self.itr, rollout.rewards.size, self.buffers.online.size, lengths[0] if lengths else 0)
+        rows = Rows(self.buffers, self.noise, self.n_envs)
+        for phase in self.model.phases(self.train, progress):
+            if phase.n <= 0:
+                continue
+            if phase.before is not None:
+                summary |= getattr(self.model, phase.before)(self.buffers, self.train, self.n_envs)
+            found = self.trainer.run(phase, self.noise, rows, lambda n, some: self._after(some, folder))
+            losses |= found
+            summary["updates"] += phase.n
+        summary |= {name: float(values[-1]) for name, values in losses.items()}
+        self.iterations_trained += 1
+        self.updates += summary["updates"]
+        return summary | self.model.watched() | {"losses": losses}
+
+    def _after(self, losses: Losses, folder: RunFolder) -> None:
+        """Between compiled calls."""
+        self._check_finite({name: float(values[-1]) for name, values in losses.items()}, folder)
+        folder.stop_if_requested()
+
+    def _end_iteration(self) -> dict[str, Any]:
+        self.trainer.end_iteration()
+        return {f"{n}_lr": lr for n, lr in self.trainer.learning_rates.items()}
+
+    # ---------- state ----------
+
+    def _remember(self, folder: RunFolder, keep: bool) -> None:
+        """Where an iteration is a single step, not after each of them."""
+        waited = time.monotonic() - self._remembered_at > REMEMBER_SECONDS
+        if keep or waited or folder.stopping or not self.experience.counts_episodes:
+            super()._remember(folder, keep)
+            self._remembered_at = time.monotonic()
+
+    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, metadata = super()._snapshot()
+        if not self.experience.whole_episodes:
+            tensors |= {f"train.buffer.{name}": rows for name, rows in self.buffers.online.tensors().items()}
+        tensors |= {f"train.episodes.{name}": value for name, value in self.episodes.state().items()}
+        return tensors, metadata
+
+    def _restore_training(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        super()._restore_training(checkpoint, state)
+        if not self.experience.whole_episodes:
+            self.buffers.online.restore(checkpoint.select("train.buffer."))
+        self.episodes.restore(checkpoint.select("train.episodes."))
+
+    # ---------- watching ----------
+
+    def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
+        """Where iterations are single steps, the training's episodes that have ended since its last row."""
+        if not self.experience.counts_episodes or self.experience.n_episodes is not None:
+            return stats
+        if evaluating:
+            self.episodes.interrupt()
+            return stats
+        self.episodes.add(rollout)
+        threshold = success_threshold(self.cfg["env"], self.episodes.reached is not None)
+        told = self.episodes.statistics(self.act_steps, threshold)
+        if self._tells({"kind": "train"}):
+            self.episodes.clear()
+        return told
+
+    def _tells(self, row: dict[str, Any]) -> bool:
+        return row["kind"] == "eval" or self.itr % int(self.train.get("log_freq", 1)) == 0
+
+    def _live(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name.startswith("loss_")}
+
+    def _seen(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
+        rates = {f"{n}_optimizer": lr for n, lr in self.trainer.learning_rates.items()}
+        return {"lr": rates | self.model.watched()} | {k: v for k, v in update.items() if not np.isscalar(v)}

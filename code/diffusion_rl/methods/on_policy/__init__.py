@@ -1,0 +1,1 @@
+"""DPPO and its kin: PPO on denoising chains, Gaussians and mixtures."""

@@ -1,0 +1,228 @@
+"""The offline training loop: epochs over a data set."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainable, PreTrainer
+from diffusion_rl.networks.mlp import draw_masks
+from diffusion_rl.networks.vision import check_images
+from diffusion_rl.policies.diffusion import DiffusionPolicy
+from diffusion_rl.reports.progress import Progress
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_facts import PRE_TRAINING_MAY_CHANGE, compare_policy
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+class PreTraining:
+    """`pre_*` configurations: diffusion, Gaussian and mixture policies.
+
+    Args:
+        cfg: the configuration (keys as in the reference).
+        model, dataset, noise: given objects instead of those the configuration describes.
+        observer: called at the end of every epoch with what was computed in it.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: PreTrainable | None = None,
+        dataset: Any = None,
+        noise: Any = None,
+        observer: Observer | None = None,
+    ):
+        self.cfg, self.train, self.observer = cfg, cfg["train"], observer
+        self.seed = int(cfg.get("seed", 42))
+        self.noise = NoiseSource(self.seed) if noise is None else noise
+        self.model = model if model is not None else self._build_model()
+        self.dataset = dataset if dataset is not None else instantiate(cfg["train_dataset"])
+        self.bounds = normalization_facts(self._bounds_path())
+        if "obs_dim" in cfg:
+            self.dataset.require_dims(int(cfg["obs_dim"]), int(cfg["action_dim"]))
+        images = self.dataset.images
+        where = str(cfg.get("train_dataset_path", "the data set"))
+        check_images(self.model.network, None if images is None else images.shape[1:], where)
+        self.items, self.validation = np.arange(len(self.dataset)), np.empty(0, np.int64)
+        if float(self.train.get("train_split", 1)) < 1:
+            self.items, self.validation = self.dataset.split(float(self.train["train_split"]), NoiseSource(self.seed))
+        self.trainer = PreTrainer(
+            self.model,
+            self.dataset.states,
+            self.dataset.actions,
+            self.dataset.indices,
+            self.dataset.cond_steps,
+            self.train,
+            cfg["ema"]["decay"],
+            self.dataset.images,
+            self.dataset.img_cond_steps,
+        )
+        self.epoch, self.n_batches = 1, 0
+
+    def _build_model(self) -> PreTrainable:
+        with initial_weights(NoiseSource(self.seed)):
+            model = instantiate(self.cfg["model"])
+        path = self.cfg["model"].get("network_path")
+        if path:
+            checkpoint = open_checkpoint(path, "model.network_path")
+            compare_policy(checkpoint, self.cfg, path, evaluating=False)
+            load_policy(model, checkpoint, path)
+        return model
+
+    @property
+    def ema_model(self) -> PreTrainable:
+        """The policy with averaged weights."""
+        return _Averaged(self.trainer.ema_network)  # type: ignore[return-value]
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end (or to a signal); returns the rows of the metrics."""
+        train, n_epochs = self.train, int(self.train["n_epochs"])
+        per_epoch = math.ceil(len(self.items) / int(train["batch_size"]))
+        folder = RunFolder(self.cfg, "epoch", self.model.KIND, may_change=PRE_TRAINING_MAY_CHANGE)
+        if folder.resumed is not None:
+            self._restore(folder.resumed, folder.resumed_from)
+        start = (self.epoch - 1) * per_epoch
+        with folder, Progress(n_epochs * per_epoch, "pre-training", start=start) as progress:
+
+            def on_batches(n: int, loss: float) -> None:
+                progress.update(n, epoch=self.epoch, loss=loss)
+                folder.stop_if_requested()
+
+            while self.epoch <= n_epochs:
+                began = time.monotonic()
+                losses = self._epoch(on_batches)
+                row = {"epoch": self.epoch, "kind": "train", "loss": float(np.mean(losses))}
+                if not math.isfinite(row["loss"]):
+                    raise UserError(
+                        f"the loss became {row['loss']} in epoch {self.epoch}: lower train.learning_rate; "
+                        f"{folder.last_good()}"
+                    )
+                row |= {"validation_loss": self._validate(), "learning_rate": self._learning_rate()}
+                self.trainer.end_epoch()
+                folder.metrics.write(row | {"seconds": time.monotonic() - began})
+                keep = self.epoch % int(train["save_model_freq"]) == 0 or self.epoch == n_epochs
+                folder.remember(self.epoch, *self._snapshot(), keep=keep)
+                if self.observer is not None:
+                    self.observer(self._observed(losses))
+                folder.stop_if_requested()
+                self.epoch += 1
+        return folder.metrics.rows
+
+    # ---------- one epoch ----------
+
+    def _epoch(self, on_batches: Callable[[int, float], None]) -> np.ndarray:
+        size = int(self.train["batch_size"])
+        order = self.items[self.noise.permutation(len(self.items))]
+        n_full = len(order) // size
+        full = order[: n_full * size].reshape(n_full, size)
+        batches = [full[i : i + BATCHES_PER_CALL] for i in range(0, n_full, BATCHES_PER_CALL)]
+        if len(order) % size:
+            batches.append(order[n_full * size :][None])
+        losses = []
+        for items in batches:
+            t, noise = self._draw(items.shape, self.noise)
+            shifts = self._draw_shifts(items.shape)
+            losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items)), shifts))
+            on_batches(len(items), float(losses[-1][-1]))
+        return np.concatenate(losses)
+
+    def _draw(self, shape: tuple[int, ...], noise: Any, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Denoising steps and noise for windows of that shape; for likelihoods zeros, and dropout's masks if any."""
+        m = self.model
+        if not isinstance(m, DiffusionPolicy):
+            masks = draw_masks(m.network, noise, shape) if training else np.zeros((*shape, 0), floatx())
+            return np.zeros(shape, np.int64), masks
+        t = noise.integers(0, m.denoising_steps, shape)
+        return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
+
+    def _draw_shifts(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        """Shifts of the images of windows of that shape, for networks that augment them."""
+        network = self.model.network
+        size = network.shifts_shape(1) if hasattr(network, "shifts_shape") else None
+        return None if size is None else self.noise.integers(0, 2 * network.vision.aug.pad + 1, (*shape, *size[1:]))
+
+    def _averaging(self, n: int) -> np.ndarray:
+        """The average follows every so many batches; in the first epochs it is a plain copy."""
+        every = int(self.train.get("update_ema_freq", 10))
+        kind = COPY if self.epoch < int(self.train.get("epoch_start_ema", 20)) else AVERAGE
+        numbers = self.n_batches + np.arange(n)
+        self.n_batches += n
+        return np.where(numbers % every == 0, kind, KEEP)
+
+    def _validate(self) -> float | None:
+        """Mean loss over the held-out windows, always with the same noise; None when it is not due."""
+        if not len(self.validation) or self.epoch % int(self.train.get("val_freq", 100)):
+            return None
+        size, noise = int(self.train["batch_size"]), NoiseSource(self.seed)
+        total = 0.0
+        for i in range(0, len(self.validation), size):
+            items = self.validation[i : i + size]
+            total += self.trainer.evaluate(items, *self._draw(items.shape, noise, training=False)) * len(items)
+        return total / len(self.validation)
+
+    def _learning_rate(self) -> float:
+        return float(self.trainer.optimizer.learning_rate.numpy())
+
+    # ---------- state ----------
+
+    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
+        tensors |= {f"ema.{k}": v for k, v in state_dict(self.ema_model).items()}
+        tensors |= {f"optimizer.network.{k}": v for k, v in self.trainer.optimizer.state().items()}
+        metadata = {
+            "kind": self.model.KIND,
+            **policy_facts(self.model),
+            "normalization": self.bounds,
+            "train": {
+                "schedule": self.trainer.schedule.state(),
+                "noise": self.noise.state() if hasattr(self.noise, "state") else None,
+                "n_batches": self.n_batches,
+            },
+        }
+        return tensors, metadata
+
+    def _bounds_path(self) -> Path | None:
+        """Where the bounds of the training data stand: beside them."""
+        data = self.cfg.get("train_dataset_path")
+        return Path(data).with_name("normalization.npz") if data else None
+
+    def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
+        with fitting(path):
+            state = checkpoint.metadata["train"]
+            load_state_dict(self.model, checkpoint.select("model."))
+            load_state_dict(self.ema_model, checkpoint.select("ema."))
+            self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
+            self.trainer.schedule.restore(state["schedule"])
+            self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
+            self.noise.restore(state["noise"])
+            self.n_batches, self.epoch = int(state["n_batches"]), int(checkpoint.metadata["epoch"]) + 1
+
+    def _observed(self, losses: np.ndarray) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "loss_train": float(np.mean(losses)),
+            "losses": {"loss": losses},
+            "lr": {"optimizer": self._learning_rate()},
+        }
+
+
+class _Averaged:
+    """The averaged network under the name it has in a policy."""
+
+    def __init__(self, network: Any):
+        self.network = network

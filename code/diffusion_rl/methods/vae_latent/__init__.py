@@ -1,0 +1,1 @@
+"""VAE + Diffusion RL: a diffusion policy over latent chunks of one or several agents."""

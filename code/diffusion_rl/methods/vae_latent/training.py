@@ -1,0 +1,354 @@
+"""The training loop of VAE + Diffusion RL: VAE, offline steps, collections, online steps, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.returns import gae
+from diffusion_rl.core.reward_scaling import RunningRewardScaler
+from diffusion_rl.data.agent_windows import VAESequenceDataset
+from diffusion_rl.data.window_order import WindowOrder
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.methods.vae_latent.evaluation import decoder, evaluate_policy, evaluating_actor, write_result
+from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
+from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL
+from diffusion_rl.methods.vae_latent.trainer import COPY, KEEP, LatentTrainer
+from diffusion_rl.policies.acting import DiffusionActor
+from diffusion_rl.reports.progress import Progress
+from diffusion_rl.training.checkpoint import Checkpoint, require_finite
+from diffusion_rl.training.policy_files import fitting
+from diffusion_rl.training.rollout import Rollout, RunningEpisodes, collect
+from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_facts import LATENT_MAY_CHANGE
+
+STEPS_PER_CALL = 25  # of the compiled offline function
+
+
+class VAEDiffusionTraining:
+    """Trains, in the run folder `cfg.logdir`.
+
+    Args:
+        cfg: the settings (cfg/planning/vae_diffusion_rl.yaml) with `logdir` and `resume`.
+        algorithm, dataset: what is trained, and on what.
+        venv: to collect in (None: offline only);  eval_venv: to evaluate in (None: no evaluation).
+        facts: of the run, for its checkpoints (JSON values).
+    """
+
+    def __init__(
+        self,
+        cfg: Mapping[str, Any],
+        algorithm: LatentDiffusionRL,
+        dataset: VAESequenceDataset,
+        venv: AgentHistoryEnv | None,
+        eval_venv: AgentHistoryEnv | None,
+        facts: Mapping[str, Any],
+    ):
+        self.cfg, self.algorithm, self.dataset, self.facts = cfg, algorithm, dataset, dict(facts)
+        self.venv, self.eval_venv = venv, eval_venv
+        self.trainer, self.noise = LatentTrainer(algorithm), NoiseSource(int(cfg["seed"]))
+        size = int(cfg["batch_size"]) * int(cfg["gradient_accumulate_every"])
+        self.windows = WindowOrder(len(dataset), min(size, len(dataset)), self.noise)
+        self.windows.count -= len(dataset) % self.windows.size  # whole batches: one compiled program
+        due = [int(cfg[key]) for key in ("n_train_steps", "log_freq", "save_freq")]
+        due += [int(cfg["rl_warmup_steps"])] if cfg["online_training"] else []
+        self.per_call = _even(math.gcd(*due))  # offline steps; always as many, since every number is compiled anew
+        self.step, self.env_steps = 0, 0
+        self.actor: DiffusionActor | None = None  # while online
+        self.evaluating: DiffusionActor | None = None
+        self.decode = decoder(algorithm)
+        self.scaler = RunningRewardScaler(int(cfg["rl_num_envs"])) if cfg["reward_scale_running"] else None
+        self.observations: dict[str, np.ndarray] | None = None
+        self.firsts = np.ones(int(cfg["rl_num_envs"]))
+        self.episodes = RunningEpisodes(int(cfg["rl_num_envs"]))
+        self.order = np.arange(0)  # of the samples in the minibatches of stage 3
+        self.stopped = False  # target_kl was passed in this collection
+        self.sums: dict[str, list[float]] = {}  # losses since the last log line
+
+    # ---------- the loop ----------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end (or to a signal); returns the rows of the metrics."""
+        cfg, total = self.cfg, int(self.cfg["n_train_steps"])
+        cures = {"another_folder": "give another logbase, exp_name or job_name", "go_on": "continue_training: true"}
+        folder = RunFolder(cfg, "itr", self.algorithm.KIND, may_change=LATENT_MAY_CHANGE, **cures)  # type: ignore[arg-type]
+        if folder.resumed is not None:
+            require_finite(folder.resumed.tensors, folder.resumed_from)
+            with fitting(folder.resumed_from):
+                self.restore(folder.resumed)
+        with folder, Progress(total, "training", start=self.step) as progress:
+            if self.step == 0:
+                self._pretrain_vae(folder)
+            began = time.monotonic()
+            while self.step < total:
+                if self._online_begins():
+                    self.algorithm.begin_online()
+                    self.trainer.compile()
+                    self.evaluating = None
+                if self.algorithm.online and self._due("rl_collect_freq"):
+                    self._collect(folder)
+                done = self._advance(total)
+                self.step += done
+                progress.update(done, **{k: v[-1] for k, v in self.sums.items() if k in ("loss", "policy_loss")})
+                if self._due("log_freq") or self.step == total:
+                    self._log(folder, time.monotonic() - began)
+                    began = time.monotonic()
+                    if not self.algorithm.online or self._due("rl_collect_freq"):  # a rollout is not part of the state
+                        folder.remember(self.step, *self.state(), keep=False)
+                if self._due("save_freq") or self.step == total:
+                    folder.remember(self.step, *self.state(), keep=True)
+                    if cfg["eval_freq"] and (self._due("eval_freq") or self.step == total):
+                        self._evaluate(folder, progress)
+                folder.stop_if_requested()
+        return folder.metrics.rows
+
+    def _due(self, key: str) -> bool:
+        return self.step % int(self.cfg[key]) == 0
+
+    def _online_begins(self) -> bool:
+        cfg = self.cfg
+        return bool(cfg["online_training"]) and not self.algorithm.online and self.step >= int(cfg["rl_warmup_steps"])
+
+    def _advance(self, total: int) -> int:
+        """The next step or, offline, steps up to where something is due."""
+        cfg = self.cfg
+        if self.algorithm.online and self._due("rl_update_freq") and not self.stopped:
+            self._note({k: [v] for k, v in self._online_step().items()})
+            return 1
+        stops = [total] + ([int(cfg["rl_warmup_steps"])] if cfg["online_training"] else [])
+        every = ["log_freq", "save_freq"] + (["rl_collect_freq", "rl_update_freq"] if self.algorithm.online else [])
+        stops += [(self.step // int(cfg[key]) + 1) * int(cfg[key]) for key in every]
+        count = min(self.per_call, *(stop - self.step for stop in stops if stop > self.step))
+        if not (self.algorithm.online and not cfg["offline_rl_weight"]):
+            batches, draws = self._draw(count)
+            decays = np.array([self._decay(self.step + i) for i in range(count)])
+            self._note(self.trainer.offline(batches, draws, decays))
+        return count
+
+    def _decay(self, step: int) -> float:
+        """Of the averaged weights after that step: while stage 1 is young they are a copy."""
+        if step % int(self.cfg["update_ema_every"]):
+            return KEEP
+        young = step < int(self.cfg["step_start_ema"]) and not self.algorithm.online
+        return COPY if young else float(self.cfg["ema_decay"])
+
+    def _note(self, losses: Mapping[str, Any]) -> None:
+        for name, values in losses.items():
+            if not np.isfinite(values).all():
+                raise UserError(f"{name} became {values[-1]} at step {self.step}: lower the learning rates")
+            self.sums.setdefault(name, []).extend(np.asarray(values).tolist())
+
+    # ---------- stages 0 to 2 ----------
+
+    def _pretrain_vae(self, folder: RunFolder) -> None:
+        steps = int(self.cfg["vae_pretrain_steps"])
+        count = _even(steps)
+        for _ in range(steps // count):
+            self._note(self.trainer.pretrain_vae(*self._draw(count)))
+            folder.stop_if_requested()
+        if self.sums:
+            last = {name: float(np.mean(values[-100:])) for name, values in self.sums.items()}
+            folder.metrics.write({"itr": 0, "kind": "vae", **last})
+        self.sums = {}
+
+    def _draw(self, count: int) -> tuple[Batch, Draws]:
+        """Batches and noise of `count` steps, drawn step by step so that a resumed run has the same."""
+        found = [self._draw_one() for _ in range(count)]
+        return _joined([batch for batch, _ in found]), _joined([draws for _, draws in found])
+
+    def _draw_one(self) -> tuple[Batch, Draws]:
+        cfg, p, noise = self.cfg, self.algorithm.policy, self.noise
+        batch = Batch(**self.dataset.batch(next(self.windows), transitions=bool(cfg["offline_rl"])))
+        size = len(batch.state)
+        shape = (size, p.horizon_steps, p.action_dim)
+        chain = (int(cfg["n_ddim_steps"]) + 1, *shape)
+        return batch, Draws(
+            t=noise.integers(0, p.denoising_steps, (size,)),
+            noise=noise.normal(shape),
+            vae_noise=noise.normal(shape),
+            keep=keep_returns(noise, size, cfg["condition_dropout"]) if cfg["returns_condition"] else None,
+            sample_noise=noise.normal(chain) if cfg["use_behavior_cloning"] or cfg["offline_rl"] else None,
+            next_noise=noise.normal(chain) if cfg["offline_rl"] else None,
+        )
+
+    # ---------- stage 3 ----------
+
+    def _collect(self, folder: RunFolder) -> None:
+        """Act with the policy under training, whose log-probabilities the ratio of the updates begins from."""
+        assert self.venv is not None
+        cfg = self.cfg
+        if self.actor is None:
+            self.actor = DiffusionActor(self.algorithm.acting(self.algorithm.policy.actor_ft), bool(cfg["fast"]))
+        self.actor.weights_changed()
+        if self.observations is None:
+            self.observations = self.venv.reset()
+        actor, finals = self.actor, list[tuple[np.ndarray, np.ndarray]]()
+
+        def decide(seen: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+            decision = actor.act(seen["state"], actor.draw(self.noise, len(seen["state"])), deterministic=False)
+            return self.decode(decision.actions), {"chains": decision.chains, "log_probs": decision.log_probs}
+
+        def store(seen: dict[str, np.ndarray], actions: np.ndarray, result: Any) -> None:
+            finals.append((result.truncated & ~result.terminated, result.infos["final_observations"]["state"]))
+
+        rollout = collect(
+            self.venv,
+            decide,
+            int(cfg["rl_collect_steps"]),
+            self.observations,
+            self.firsts,
+            int(cfg["act_steps"]),
+            lambda step, rewards: folder.stop_if_requested(),
+            store,
+        )
+        self.observations, self.firsts = rollout.last_observations, rollout.firsts[-1]
+        self.env_steps += rollout.rewards.size * int(cfg["act_steps"])
+        self.episodes.add(rollout)
+        self._load(rollout, np.stack([cut for cut, _ in finals]), np.stack([state for _, state in finals]))
+        self.order, self.stopped = np.arange(0), False
+
+    def _load(self, rollout: Rollout, cut: np.ndarray, finals: np.ndarray) -> None:
+        """Advantages by GAE, with the value of the last state where an episode was cut [S,E] rather than ended."""
+        cfg, trainer = self.cfg, self.trainer
+        state = rollout.observations["state"]
+        steps, envs = rollout.rewards.shape
+
+        def values(states: np.ndarray) -> np.ndarray:
+            if not cfg["use_value_function"]:
+                return np.zeros(states.shape[:-2], np.float32)
+            return trainer.values(states.reshape(-1, *states.shape[-2:])).reshape(states.shape[:-2])
+
+        rewards = rollout.rewards * float(cfg["reward_scale"])
+        if self.scaler is not None:
+            rewards = self.scaler(rewards.T, rollout.firsts[:-1].T).T
+        discount = float(cfg["discount"]) ** int(cfg["act_steps"])
+        rewards = rewards + discount * cut * values(finals)
+        ends = np.maximum(rollout.terminated, cut)
+        lam = float(cfg["gae_lambda"]) if cfg["use_value_function"] else 1.0
+        now = values(state)
+        advantages, returns = gae(rewards, now, values(rollout.last_observations["state"]), ends, discount, lam)
+        flat = {"returns": returns, "values": now, "advantages": advantages}
+        arrays = {"state": state, **rollout.decisions}
+        trainer.load(
+            {k: v.reshape(steps * envs, *v.shape[2:]) for k, v in arrays.items()}
+            | {k: v.reshape(-1) for k, v in flat.items()}
+        )
+
+    def _online_step(self) -> dict[str, float]:
+        """A minibatch of the collection, and with it a batch of the data where L_off has a weight."""
+        cfg, size = self.cfg, int(self.cfg["rl_batch_size"])
+        samples = int(cfg["rl_collect_steps"]) * int(cfg["rl_num_envs"])
+        if len(self.order) < size:
+            self.order = self.noise.permutation(samples)
+        items, self.order = self.order[:size], self.order[size:]
+        batch, draws = self._draw_one() if cfg["offline_rl_weight"] else (None, None)
+        found = self.trainer.online(items, batch, draws, self._decay(self.step))
+        if cfg["target_kl"] is not None and found["approx_kl"] > float(cfg["target_kl"]):
+            self.stopped = True
+        return found
+
+    # ---------- watching ----------
+
+    def _log(self, folder: RunFolder, seconds: float) -> None:
+        row: dict[str, Any] = {"itr": self.step, "kind": "train", "env_steps": self.env_steps}
+        row |= {name: None for name in METRICS} | {name: float(np.mean(v)) for name, v in self.sums.items() if v}
+        stats = self.episodes.statistics(1, math.inf)
+        if stats.n_episodes:
+            row["episode_return"] = stats.mean_return
+        self.episodes.clear()
+        folder.metrics.write({**row, "seconds": seconds})
+        self.sums = {}
+
+    def _evaluate(self, folder: RunFolder, progress: Progress) -> None:
+        if self.eval_venv is None:
+            return
+        cfg = self.cfg
+        if self.evaluating is None:
+            self.evaluating = evaluating_actor(self.algorithm, cfg)
+        self.evaluating.weights_changed()
+        found = evaluate_policy(self.decode, self.eval_venv, cfg, self.evaluating)
+        path = write_result(folder.path, self.step, found, cfg)
+        mean = float(np.mean(found.returns))
+        row = {"itr": self.step, "kind": "eval", "env_steps": self.env_steps, "episode_return": mean}
+        folder.metrics.write({**row, "std_return": float(np.std(found.returns)), "episodes": len(found.returns)})
+        progress.note(f"step {self.step}: mean return {mean:.3f} of {len(found.returns)} episodes, {path}")
+
+    # ---------- state ----------
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything that decides on the next step, as tensors and JSON values."""
+        tensors = weights(self.algorithm)
+        for name, optimizer in self.trainer.optimizers.items():
+            tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
+        tensors |= {f"normalizer.{k}": v for k, v in self.dataset.normalizer.tensors().items()}
+        tensors |= {"train.order": self.windows.order, "train.firsts": self.firsts}
+        tensors |= {f"train.episodes.{k}": v for k, v in self.episodes.state().items()}
+        restorable = self.venv is not None and self.venv.restorable and self.observations is not None
+        if restorable:
+            tensors |= {f"train.env.{k}": v for k, v in self.venv.get_state().items()}  # type: ignore[union-attr]
+        state = {
+            "position": self.windows.position,
+            "noise": self.noise.state(),
+            "env_steps": self.env_steps,
+            "online": self.algorithm.online,
+            "restorable": restorable,
+            "scaler": self.scaler.state() if self.scaler else None,
+        }
+        return tensors, {**self.facts, "train": state, "online": self.algorithm.online}
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `state` was taken. Environments that cannot be restored begin new episodes."""
+        state = checkpoint.metadata["train"]
+        load_weights(self.algorithm, checkpoint)
+        for name, optimizer in self.trainer.optimizers.items():
+            rate = optimizer.learning_rate.numpy()  # the experiment's, which may have been changed
+            optimizer.restore(checkpoint.select(f"optimizer.{name}."))
+            optimizer.learning_rate.assign(rate)
+        self.trainer.compile()
+        self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
+        self.noise.restore(state["noise"])
+        self.step, self.env_steps = int(checkpoint.metadata["itr"]), int(state["env_steps"])
+        self.episodes.restore(checkpoint.select("train.episodes."))
+        if self.scaler and state["scaler"]:
+            self.scaler.restore(state["scaler"])
+        if state["restorable"] and self.venv is not None:
+            self.venv.set_state(checkpoint.select("train.env."))
+            self.observations, self.firsts = {"state": self.venv.state.copy()}, checkpoint.tensors["train.firsts"]
+        else:
+            self.episodes.interrupt()
+
+
+METRICS = ("loss", "diffusion_loss", "vae_loss", "vae_recon_loss", "vae_kl_loss", "policy_loss", "value_loss")
+
+
+def keep_returns(noise: Any, size: int, dropout: float) -> np.ndarray:
+    """[B,1]: 0 with probability `dropout` (the return is not told), else 1."""
+    return (noise.uniform((size, 1)) >= dropout).astype(np.float32)
+
+
+def weights(algorithm: LatentDiffusionRL) -> dict[str, np.ndarray]:
+    """Of all its networks, under `model.<network>.`."""
+    return {f"model.{n}.{k}": v for n, module in algorithm.modules().items() for k, v in state_dict(module).items()}
+
+
+def load_weights(algorithm: LatentDiffusionRL, checkpoint: Checkpoint) -> None:
+    """Inverse of `weights`; also says whether stage 3 had begun."""
+    for name, module in algorithm.modules().items():
+        load_state_dict(module, checkpoint.select(f"model.{name}."))
+    algorithm.online = bool(checkpoint.metadata["online"])
+
+
+def _even(steps: int) -> int:
+    """The largest number of steps of a call that divides them."""
+    return max(n for n in range(1, STEPS_PER_CALL + 1) if steps % n == 0)
+
+
+def _joined(rows: list[Any]) -> Any:
+    columns = zip(*rows, strict=True)
+    return type(rows[0])(*(None if column[0] is None else np.stack(column) for column in columns))

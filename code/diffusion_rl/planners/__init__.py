@@ -1,1 +1,0 @@
-"""Planners: diffusion models of trajectories, and how to act by them."""

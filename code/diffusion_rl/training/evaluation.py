@@ -1,0 +1,200 @@
+"""Evaluation: the one way a policy's return is measured, within training and alone."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.envs.make import make_vector_env
+from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.networks.vision import check_images
+from diffusion_rl.policies.acting import actor_for
+from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
+from diffusion_rl.reports.metrics import MetricsWriter
+from diffusion_rl.reports.progress import Progress
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.policy_files import (
+    GAUSSIAN_SAMPLING,
+    SAMPLING,
+    Policy,
+    is_fine_tuned,
+    load_policy,
+    open_checkpoint,
+    policy_weights,
+)
+from diffusion_rl.training.rollout import (
+    EpisodeStatistics,
+    Observations,
+    Rollout,
+    collect,
+    episode_statistics,
+    no_episode_ended,
+    success_threshold,
+)
+from diffusion_rl.training.run_dir import write_config
+from diffusion_rl.training.run_facts import compare_policy
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    actor: Any,
+    venv: Any,
+    noise: NoiseSource,
+    n_steps: int,
+    options: list[dict[str, Any]],
+    on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
+) -> Rollout:
+    """Reset all environments and act deterministically for `n_steps` chunks.
+
+    Args:
+        options: per environment; a `seed` in each makes the result a function of the weights and the seeds alone.
+    """
+    observations = venv.reset(options)
+
+    def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        draws = actor.draw(noise, venv.n_envs)
+        decision = actor.act(obs["state"], draws, deterministic=True, rgb=obs.get("rgb"))
+        return decision.actions, decision.arrays()
+
+    return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)
+
+
+def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
+    """Environment i starts from seed + i."""
+    return [{"seed": seed + i} for i in range(n_envs)]
+
+
+def make_venv(cfg: DictConfig, policy: Any, seed: int) -> VectorEnv:
+    """Make the environments of a run. Raises UserError also where they show other images than `policy` sees."""
+    dims = {name: cfg[name] for name in ("obs_dim", "action_dim", "act_steps")}
+    venv = make_vector_env(cfg["env"], **dims, seed=seed)
+    try:
+        check_images(getattr(policy, "network", None), venv.obs_spec.get("rgb"), f"environment {cfg['env']['name']}")
+    except UserError:
+        venv.close()
+        raise
+    return venv
+
+
+class Evaluation:
+    """`eval_*` configurations: load a checkpoint, run it, report.
+
+    The checkpoint says what it is: a pre-trained policy, or a fine-tuned one with its number of fine-tuned steps.
+    `ft_denoising_steps` is needed for the reference's own fine-tuned `.pt` files only, which do not record it.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg = cfg
+        path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
+        checkpoint = open_checkpoint(path)
+        compare_policy(checkpoint, cfg, path, evaluating=True)
+        self.policy: Policy = instantiate(model_of(checkpoint, cfg["model"]))
+        if isinstance(self.policy, FineTunedDiffusionPolicy):
+            asked = int(cfg.get("ft_denoising_steps", 0) or 0)
+            self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, asked, path)
+        load_policy(self.policy, checkpoint, path)
+        # Decide by the same program as the training did: the other one rounds differently.
+        self.fast = bool(((checkpoint.metadata.get("config") or {}).get("train") or {}).get("fast", True))
+        self.seed = int(cfg.get("seed", 42))
+        self.venv = make_venv(cfg, self.policy, self.seed)
+
+    def run(self) -> EpisodeStatistics:
+        """Evaluate, print, and write `result.npz` and metrics into the log folder."""
+        cfg, began = self.cfg, time.monotonic()
+        n_envs, n_steps = self.venv.n_envs, int(cfg["n_steps"])
+        options = seeded_options(self.seed, n_envs)
+        logdir = Path(cfg["logdir"])
+        if cfg["env"].get("save_video", False):
+            for i in range(min(int(cfg.get("render_num", 0)), n_envs)):
+                options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
+        with Progress(n_steps, "evaluating") as progress:
+            rollout = evaluate(
+                actor_for(self.policy, self.fast),
+                self.venv,
+                NoiseSource(self.seed),
+                n_steps,
+                options,
+                lambda step, rewards: progress.update(1),
+            )
+        self.venv.close()
+        threshold = success_threshold(cfg["env"], rollout.successes is not None)
+        stats = episode_statistics(rollout, cfg["act_steps"], threshold)
+        if stats.n_episodes:
+            print(
+                f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "
+                f"avg episode reward {stats.mean_return:.4f} | avg best reward {stats.mean_best_reward:.4f}"
+            )
+        else:
+            print(f"eval: {no_episode_ended(n_steps, cfg['act_steps'], 'n_steps')}")
+        self._write(logdir, stats, time.monotonic() - began)
+        return stats
+
+    def _write(self, logdir: Path, stats: EpisodeStatistics, seconds: float) -> None:
+        write_config(logdir, OmegaConf.to_container(OmegaConf.create(self.cfg), resolve=True))  # type: ignore[arg-type]
+        with atomic_file(logdir / "result.npz") as file:
+            np.savez(
+                file,
+                num_episode=stats.n_episodes,
+                eval_success_rate=_or_nan(stats, stats.success_rate),
+                eval_episode_reward=_or_nan(stats, stats.mean_return),
+                eval_best_reward=_or_nan(stats, stats.mean_best_reward),
+                returns=stats.returns,
+                time=seconds,
+            )
+        with MetricsWriter(logdir, tensorboard=False) as metrics:
+            metrics.write(
+                {
+                    "itr": 0,
+                    "kind": "eval",
+                    "episodes": stats.n_episodes,
+                    **stats.measured(),
+                    "seconds": seconds,
+                }
+            )
+
+
+def _or_nan(stats: EpisodeStatistics, value: float) -> float:
+    return value if stats.n_episodes else float("nan")
+
+
+def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:
+    """The `model` node with the sampling settings that a fine-tuned checkpoint of ours was trained with.
+
+    They belong to the policy as its weights do: with others, the evaluation would not be that of the training.
+    """
+    sampling = checkpoint.metadata.get("sampling") if is_fine_tuned(policy_weights(checkpoint)) else None
+    if not sampling:
+        return model
+    model = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(model), resolve=True))
+    sampling = {k: v for k, v in sampling.items() if k in (*SAMPLING, *GAUSSIAN_SAMPLING)}
+    different = {k: v for k, v in sampling.items() if k in model and model[k] != v}
+    if different:
+        log.info("from the checkpoint: %s", ", ".join(f"model.{k}={v}" for k, v in different.items()))
+    return OmegaConf.merge(model, sampling)  # type: ignore[return-value]
+
+
+def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:
+    """How many denoising steps of this checkpoint are fine-tuned; `asked`: the configuration's number (0: not said)."""
+    if not is_fine_tuned(policy_weights(checkpoint)):
+        if asked:
+            log.warning("%s is a pre-trained policy: ft_denoising_steps=%d changes nothing", path, asked)
+        return asked
+    known = checkpoint.metadata.get("ft_denoising_steps")
+    if known is not None:
+        if asked and asked != known:
+            raise UserError(f"{path} was fine-tuned with ft_denoising_steps={known}, not {asked}: leave it out")
+        return int(known)
+    if not asked:
+        raise UserError(f"{path} is fine-tuned but does not say how many steps: add ft_denoising_steps=<its number>")
+    return asked

@@ -1,0 +1,293 @@
+"""What the fine-tuning loops share: iterations, evaluations among them, the run folder, and the state to resume from.
+
+A quirk of the reference is kept because its results rest on it: a training iteration after an evaluation goes on from
+the evaluation's last observations.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.reports.progress import Progress
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.evaluation import make_venv, seeded_options
+from diffusion_rl.training.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.training.rollout import (
+    EpisodeStatistics,
+    Rollout,
+    episode_statistics,
+    no_episode_ended,
+    success_threshold,
+)
+from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_facts import FINE_TUNING_MAY_CHANGE, bounds_path, compare_policy
+
+log = logging.getLogger(__name__)
+
+Observer = Callable[[dict[str, Any]], None]
+OnStep = Callable[[int, np.ndarray], None]
+
+
+class FineTuning(abc.ABC):
+    """A loop of iterations, each of which collects and updates, or evaluates.
+
+    Args:
+        cfg: the configuration (keys as in the reference).
+        model, venv, noise: given objects instead of those the configuration describes.
+        observer: called once per iteration with everything computed in it; slower, for tests.
+    """
+
+    KIND: str  # of its checkpoints
+    trainer: Any  # has tensors(), state(), restore(tensors, state)
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        model: Any = None,
+        venv: Any = None,
+        noise: Any = None,
+        observer: Observer | None = None,
+    ):
+        self.cfg, self.train, self.observer = cfg, cfg["train"], observer
+        self.seed = int(cfg.get("seed", 42))
+        self.model = model if model is not None else self._build_model()
+        self.n_envs = int(cfg["env"]["n_envs"])
+        self.venv = venv if venv is not None else make_venv(cfg, self.model, self.seed)
+        self.own_noise = noise is None
+        self.noise = NoiseSource(self.seed) if noise is None else noise
+        self.act_steps, self.n_steps = int(cfg["act_steps"]), int(self.train["n_steps"])
+        self.itr, self.env_steps = 0, 0
+        self.observations: dict[str, np.ndarray] | None = None
+        self.done = np.zeros(self.n_envs)
+        self.began_anew = False  # resumed, but without the simulators' state
+        self.episodes_ended, self._said = 0, False
+
+    def _build_model(self) -> Any:
+        with initial_weights(NoiseSource(self.seed)):
+            model = instantiate(self.cfg["model"])
+        path = self.cfg["model"].get("network_path")
+        if path:
+            checkpoint = open_checkpoint(path)
+            compare_policy(checkpoint, self.cfg, path, evaluating=False)
+            load_policy(model, checkpoint, path)
+        return model
+
+    # ---------- what the loops differ in ----------
+
+    @abc.abstractmethod
+    def _collect(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+        """Act in the environments for one iteration."""
+
+    @abc.abstractmethod
+    def _evaluate(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+        """Act deterministically."""
+
+    @abc.abstractmethod
+    def _update(self, rollout: Rollout, folder: RunFolder) -> dict[str, Any]:
+        """Train on what there is; scalars go into the metrics, everything to the observer."""
+
+    @abc.abstractmethod
+    def _end_iteration(self) -> dict[str, Any]:
+        """Advance the schedules; what to add to the metrics."""
+
+    @abc.abstractmethod
+    def _seen(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
+        """What the observer is told beside the statistics of the episodes."""
+
+    def _live(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Values shown beside the progress after a training iteration."""
+        return {}
+
+    def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
+        """What the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
+        return stats
+
+    def _finish(self) -> None:  # noqa: B027
+        """Look back at the end of the run; raises UserError if it was in vain."""
+
+    def _evaluating(self) -> bool:
+        return self.itr % int(self.train["val_freq"]) == 0 and not self.train.get("force_train", False)
+
+    # ---------- the loop ----------
+
+    def run(self) -> list[dict[str, Any]]:
+        """Train to the end (or to a signal); returns the rows of the metrics."""
+        train, n_itr = self.train, int(self.train["n_train_itr"])
+        folder = RunFolder(self.cfg, "itr", self.KIND, may_change=FINE_TUNING_MAY_CHANGE)
+        with contextlib.closing(self.venv):
+            if folder.resumed is not None:
+                self._restore(folder.resumed, folder.resumed_from)
+            with folder, Progress(n_itr * self.n_steps, "fine-tuning", start=self.itr * self.n_steps) as progress:
+                began = time.monotonic()
+                while self.itr < n_itr:
+                    row = self._iteration(folder, progress)
+                    row["seconds"], began = time.monotonic() - began, time.monotonic()
+                    progress.update(max(0, (self.itr + 1) * self.n_steps - progress.done))
+                    if self._tells(row):
+                        folder.metrics.write(row)
+                        self._report(progress, row)
+                    keep = self.itr % int(train["save_model_freq"]) == 0 or self.itr == n_itr - 1
+                    self._remember(folder, keep)
+                    self.itr += 1
+                    folder.stop_if_requested()
+            self._finish()
+            return folder.metrics.rows
+
+    def _iteration(self, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+        evaluating = self._evaluating()
+
+        def on_step(step: int, rewards: np.ndarray) -> None:
+            progress.update(1 if step < self.n_steps else 0)
+            folder.stop_if_requested()
+
+        rollout = self._evaluate(folder, on_step) if evaluating else self._collect(folder, on_step)
+        self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
+        threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
+        stats = episode_statistics(rollout, self.act_steps, threshold)
+        told = self._told(rollout, evaluating, stats)
+        row = {
+            "itr": self.itr,
+            "kind": "eval" if evaluating else "train",
+            "env_steps": self.env_steps,
+            "episodes": told.n_episodes,
+            **told.measured(),
+        }
+        self._note_episodes(stats.n_episodes, told.n_episodes)
+        if self.began_anew:
+            row["resumed_without_simulator_state"] = True
+            self.began_anew = False
+        update = {} if evaluating else self._update(rollout, folder)
+        row |= {k: v for k, v in update.items() if np.isscalar(v)}
+        row |= self._end_iteration()
+        if self.observer is not None:
+            self.observer(self._episodes_seen(rollout, stats, evaluating) | self._seen(rollout, update))
+        return row
+
+    def _note_episodes(self, in_rollout: int, told: int) -> None:
+        """Say once when a rollout holds no whole episode."""
+        self.episodes_ended += max(in_rollout, told)
+        if not self.episodes_ended and not self._said and self._counts_rollouts():
+            log.warning(no_episode_ended(self.n_steps, self.act_steps, "train.n_steps"))
+            self._said = True
+
+    def _counts_rollouts(self) -> bool:
+        """Whether episodes are expected to end within each rollout."""
+        return True
+
+    def _start(self, options: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Observations and marks of beginning episodes to go on from."""
+        if self.observations is None or self.cfg["env"].get("reset_at_iteration", True):
+            return self.venv.reset(options), np.ones(self.n_envs)
+        return self.observations, self.done
+
+    def _options(self, folder: RunFolder, seeded: bool = False) -> list[dict[str, Any]]:
+        """What the environments are told when they begin."""
+        options: list[dict[str, Any]] = seeded_options(self.seed, self.n_envs) if seeded else []
+        options = options or [{} for _ in range(self.n_envs)]
+        render = self.train.get("render", {})
+        if self.cfg["env"].get("save_video", False) and self.itr % int(render.get("freq", 1)) == 0:
+            for i in range(min(int(render.get("num", 0)), self.n_envs)):
+                options[i]["video_path"] = str(folder.path / "render" / f"itr-{self.itr}_trial-{i}.mp4")
+        return options
+
+    def _evaluation_setting(self, folder: RunFolder) -> tuple[Any, list[dict[str, Any]]]:
+        """Noise and options of an evaluation.
+
+        Always the same episodes, drawn apart from the training's: what is saved can be evaluated again exactly.
+        """
+        return NoiseSource(self.seed) if self.own_noise else self.noise, self._options(folder, seeded=self.own_noise)
+
+    def _check_finite(self, losses: Mapping[str, float], folder: RunFolder) -> None:
+        bad = [n for n, v in losses.items() if not math.isfinite(v)]
+        if bad:
+            raise UserError(
+                f"{bad[0]} is {losses[bad[0]]} in iteration {self.itr}: lower train.actor_lr or train.critic_lr, or "
+                f"set train.max_grad_norm; {folder.last_good()}"
+            )
+
+    # ---------- state ----------
+
+    def _remember(self, folder: RunFolder, keep: bool) -> None:
+        folder.remember(self.itr, *self._snapshot(), keep=keep)
+
+    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Everything a run needs to go on bit for bit, as tensors and JSON metadata."""
+        tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
+        tensors |= self.trainer.tensors()
+        tensors["train.done"] = np.asarray(self.done)
+        for key, value in (self.observations or {}).items():
+            tensors[f"train.observations.{key}"] = np.asarray(value)
+        restorable = bool(getattr(self.venv, "restorable", False))
+        if restorable:
+            tensors |= {f"train.env.{k}": np.asarray(v) for k, v in self.venv.get_state().items()}
+        metadata = {
+            "kind": self.KIND,
+            **policy_facts(self.model),
+            "normalization": normalization_facts(bounds_path(self.cfg)),
+            "train": {
+                "env_steps": self.env_steps,
+                "env_restorable": restorable,
+                "noise": self.noise.state() if hasattr(self.noise, "state") else None,
+                "trainer": self.trainer.state(),
+            },
+        }
+        return tensors, metadata
+
+    def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
+        with fitting(path):
+            state = checkpoint.metadata["train"]
+            self._restore_training(checkpoint, state)
+            self.noise.restore(state["noise"])
+            self.itr, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
+            if state["env_restorable"] and getattr(self.venv, "restorable", False):
+                self.venv.set_state(checkpoint.select("train.env."))
+                self.observations = checkpoint.select("train.observations.")
+                self.done = checkpoint.tensors["train.done"]
+            else:
+                self.began_anew = True
+                log.warning("these environments cannot be restored: the resumed run begins with new episodes")
+
+    def _restore_training(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+        """Weights, optimizers and what else the loop itself has put into `_snapshot`."""
+        load_state_dict(self.model, checkpoint.select("model."))
+        self.trainer.restore(checkpoint.tensors, state["trainer"])
+
+    # ---------- watching ----------
+
+    def _tells(self, row: dict[str, Any]) -> bool:
+        """Whether this row goes into the metrics."""
+        return True
+
+    def _report(self, progress: Progress, row: dict[str, Any]) -> None:
+        live = {"itr": row["itr"], f"{row['kind']}_return": row["episode_return"]}
+        if row["kind"] == "train":
+            live |= self._live(row)
+        progress.update(0, **{k: v for k, v in live.items() if v is not None})
+
+    def _episodes_seen(self, rollout: Rollout, stats: EpisodeStatistics, evaluating: bool) -> dict[str, Any]:
+        return {
+            "itr": self.itr,
+            "eval_mode": evaluating,
+            "reward_trajs": rollout.rewards,
+            "terminated_trajs": rollout.terminated,
+            "firsts_trajs": rollout.firsts,
+            "obs_trajs": rollout.observations["state"],
+            "avg_episode_reward": stats.mean_return,
+            "avg_best_reward": stats.mean_best_reward,
+            "success_rate": stats.success_rate,
+            "num_episode_finished": stats.n_episodes,
+            "lr": {f"{n}_optimizer": lr for n, lr in self.trainer.learning_rates.items()},
+        }

@@ -1,0 +1,162 @@
+"""Weights of policies from checkpoint files, ours or the reference's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.assets import resolve
+from diffusion_rl.data.normalizers import read_bounds
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
+from diffusion_rl.networks.layers import copy_weights
+from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
+from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
+from diffusion_rl.policies.gmm import GMMPolicy
+from diffusion_rl.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
+
+log = logging.getLogger(__name__)
+
+# Constructor arguments that decide, beside the weights, which action a policy takes.
+SAMPLING = (
+    "denoised_clip_value",
+    "randn_clip_value",
+    "final_action_clip_value",
+    "eps_clip_value",
+    "predict_epsilon",
+    "use_ddim",
+    "ddim_discretize",
+    "ddim_steps",
+)
+GAUSSIAN_SAMPLING = ("randn_clip_value", "tanh_output")
+
+Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
+
+
+def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> Checkpoint:
+    """Load the checkpoint that the configuration names, of a run folder its newest one.
+
+    Raises UserError naming the cure: there is none.
+    """
+    if not path:
+        raise UserError(f"{what} is not set: give the path of a checkpoint (.safetensors, or the reference's .pt)")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return load_checkpoint(resolve(str(path)))
+    newest = latest_checkpoint(folder / "checkpoint") or latest_checkpoint(folder)
+    if newest is None:
+        raise UserError(f"{what}={path}: no checkpoint in this folder; give a run folder or a checkpoint")
+    log.info("%s: %s", what, newest)
+    return load_checkpoint(newest)
+
+
+@contextlib.contextmanager
+def fitting(path: Any) -> Iterator[None]:
+    """While a run's state is restored from `path`: what does not fit this configuration becomes one line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"cannot resume from {path}: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot resume from {path}: its training state does not fit this configuration ({reason}); use the "
+            f"settings it was saved with, or resume=never"
+        ) from error
+
+
+def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """The weights to act with: the averaged ones of a pre-trained diffusion policy, else the model's.
+
+    (Of pre-trained Gaussian and mixture policies the reference takes the last weights, not the average.)
+    """
+    last = checkpoint.metadata.get("kind") in (GaussianPolicy.KIND, GMMPolicy.KIND)
+    first, second = ("model.", "ema.") if last else ("ema.", "model.")
+    return checkpoint.select(first) or checkpoint.select(second)
+
+
+def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:
+    """Whether these are weights of a fine-tuned policy."""
+    return any(name.startswith("actor_ft.") for name in weights)
+
+
+def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
+    """Fill a policy from a pre-trained or fine-tuned checkpoint.
+
+    A pre-trained one fills the base network and its fine-tuned copy; critic and eta stay as they are. A fine-tuned
+    diffusion policy fills everything it holds; of other policies the network is taken, and training starts from it.
+
+    Raises:
+        UserError: names the file, what differs, and what to set.
+    """
+    for key in ("obs_dim", "action_dim", "horizon_steps", "denoising_steps"):
+        known, ours = checkpoint.metadata.get(key), getattr(policy, key, None)
+        if known is not None and ours is not None and int(known) != int(ours):
+            raise UserError(f"{path} was trained with {key}={known}, this run has {ours}: set {key}={known}")
+    require_finite(policy_weights(checkpoint), path)
+    try:
+        _fill(policy, checkpoint, path)
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
+    weights = policy_weights(checkpoint)
+    if getattr(policy, "CONTINUES", False):  # the same algorithm's earlier training: critics and all
+        load_state_dict(policy, weights)
+        return
+    network = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
+    if not isinstance(policy, FineTunedDiffusionPolicy):
+        own = state_dict(policy.network)
+        if "logvar" in own:  # a spread that was fixed in pre-training and is learned from here on
+            network = {"logvar": own["logvar"], **network}
+        for module in (policy.network, *getattr(policy, "copies", ())):
+            load_state_dict(module, network)
+        if isinstance(policy, FineTunedGaussianPolicy):
+            copy_weights(policy.network, policy.actor)
+        return
+    network = network or {k.removeprefix("actor."): v for k, v in weights.items() if k.startswith("actor.")}
+    if not network:
+        raise UserError(f"{path} holds no diffusion policy (no network.* or actor.* weights)")
+    load_state_dict(policy.network, network)
+    base = {k.removeprefix("actor."): v for k, v in weights.items() if k.startswith("actor.")}
+    load_state_dict(policy.actor, base or network)
+    tuned = {k.removeprefix("actor_ft."): v for k, v in weights.items() if k.startswith("actor_ft.")}
+    load_state_dict(policy.actor_ft, tuned or base or network)
+    for part in ("critic", "eta"):
+        module = getattr(policy, part, None)
+        values = {k.removeprefix(part + "."): v for k, v in weights.items() if k.startswith(part + ".")}
+        if module is not None and values:
+            load_state_dict(module, values)
+
+
+def policy_facts(policy: Policy) -> dict[str, Any]:
+    """What a checkpoint says of its policy, beside the configuration."""
+    if not isinstance(policy, DiffusionPolicy):
+        network = policy.network
+        sampling = {name: getattr(policy, name) for name in GAUSSIAN_SAMPLING if hasattr(policy, name)}
+        return {"action_dim": network.action_dim, "horizon_steps": policy.horizon_steps, "sampling": sampling}
+    return {
+        "denoising_steps": policy.denoising_steps,
+        "ft_denoising_steps": getattr(policy, "ft_denoising_steps", 0),
+        "obs_dim": policy.obs_dim,
+        "action_dim": policy.action_dim,
+        "horizon_steps": policy.horizon_steps,
+        "sampling": {name: getattr(policy, name) for name in SAMPLING},
+    }
+
+
+def normalization_facts(path: str | Path | None) -> dict[str, list[float]] | None:
+    """Read the bounds of a normalization file as lists; None where there is no such file.
+
+    Raises UserError for a file without proper bounds.
+    """
+    if not path or not Path(path).is_file():
+        return None
+    return {key: np.asarray(value, np.float64).tolist() for key, value in read_bounds(path).items()}
