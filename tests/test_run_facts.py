@@ -153,7 +153,7 @@ def test_what_the_network_predicts(evaluation):
 def test_shipped_policies_fit_their_own_bounds():
     for path in sorted((REPOSITORY / "data").rglob("pre_*.safetensors")):
         checkpoint, beside = load_checkpoint(path), path.with_name("normalization.npz")
-        assert not list(run_facts._bounds_difference(checkpoint, str(beside))), path
+        assert not list(run_facts.bounds_difference(checkpoint, str(beside))), path
 
 
 # Resuming
