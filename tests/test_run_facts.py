@@ -234,7 +234,7 @@ def test_the_bounds_of_a_data_file_of_any_name_stand_beside_it(tmp_path):
     data = make_data(tmp_path / "data/demos.npz")
     bounds_file(tmp_path / "data/normalization.npz")
     built = loop(PRE_TRAIN, tmp_path / "log", f"train_dataset_path={data}")
-    assert built._snapshot()[1]["normalization"] == BOUNDS
+    assert built.state()[1]["normalization"] == BOUNDS
     assert normalization_facts(tmp_path / "nowhere.npz") is None
 
 

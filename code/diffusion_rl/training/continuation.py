@@ -138,6 +138,11 @@ def fitting(path: Any) -> Iterator[None]:
         ) from error
 
 
+def announce(path: Any, unit: str, number: int) -> None:
+    """Say which state a run goes on from."""
+    print(f"resuming {path} after {unit} {number}", flush=True)
+
+
 # ---------- settings that changed ----------
 
 

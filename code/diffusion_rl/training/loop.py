@@ -13,7 +13,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.progress import Progress
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.continuation import fitting
+from diffusion_rl.training.continuation import announce, fitting
 from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 State = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors and JSON values
@@ -108,6 +108,7 @@ class TrainingLoop(ABC):
             if run_dir.checkpoint is not None:
                 with fitting(run_dir.source):
                     self.restore(run_dir.checkpoint)
+                announce(run_dir.source, self.UNIT, self.number)
             run_dir.begin(self.number if run_dir.checkpoint is not None else -1)
             self._turns(self._phase_end if until is None else until)
             if self.step < self.total and until is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +25,6 @@ from diffusion_rl.training.continuation import AUTO, NEVER, Spelling, asked_stat
 from diffusion_rl.training.locks import FolderLock
 from diffusion_rl.training.signals import StopRequest
 from diffusion_rl.training.state_files import StateFiles
-
-log = logging.getLogger(__name__)
 
 CHECKPOINT_SECONDS = 60.0  # a passing checkpoint at least this far apart, beside those that are kept
 Held = tuple[int, Mapping[str, np.ndarray], Mapping[str, Any]]  # number, tensors, metadata
@@ -115,7 +112,6 @@ class RunDir:
             checkpoint = load_checkpoint(source)
             self.files.check(checkpoint, source)
             self.checkpoint, self.source, self._last_saved = checkpoint, source, source
-            log.info("going on with %s", source)
 
     def _holds(self, source: Path | None) -> bool:
         return source is None or source.parent == self.files.folder(self.path)
@@ -131,7 +127,7 @@ class RunDir:
     def begin(self, last: int = -1) -> None:
         """Write the configuration and open the metrics, without their rows after `last`; catch signals from now on."""
         write_config(self.path, self.settings)
-        self.files.begin(self.path)
+        self.files.begin(self.path, last)
         self.metrics = MetricsWriter(
             self.path,
             tensorboard=bool(self.settings.get("tensorboard", True)),
@@ -248,6 +244,7 @@ class RunDir:
 class Nowhere:
     """Stands for a run folder where a loop only computes: it keeps nothing and never stops a run."""
 
+    path = Path()
     checkpoint: Checkpoint | None = None
     source: Path | None = None
     stop_at: int | None = None

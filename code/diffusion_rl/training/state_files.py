@@ -75,8 +75,8 @@ class StateFiles:
         require_finite(checkpoint.tensors, path)
         compare_settings(checkpoint, self.settings, path, self.may_change)
 
-    def begin(self, run: Path) -> None:
-        """Write what stands in the folder from the beginning."""
+    def begin(self, run: Path, last: int) -> None:
+        """Write what stands in the folder from the beginning; rows after `last` will come again."""
         self.folder(run).mkdir(exist_ok=True)
 
     def write_beside(self, run: Path, number: int) -> None:

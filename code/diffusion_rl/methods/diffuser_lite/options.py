@@ -65,6 +65,7 @@ RANGES = {
     "batch_size": BATCH,
     "log_interval": FREQUENCY,
     "save_interval": FREQUENCY,
+    "stop_at": whole(1, STEPS.most, null=True),
     "keep_every": whole(1, FREQUENCY.most, null=True),
     "reflow_lr": positive(1e38),
     "cond_dataset_size": PAIRS,
@@ -151,7 +152,8 @@ def _check(kind: str, values: dict[str, Any]) -> None:
             raise UserError(f"{spelling(key, shown(values[key]))}: choose one of {', '.join(allowed)}")
     words = dict.fromkeys(LABELS, ("latest",)) | LABEL_WORDS | {"resume": ("auto", "never")}
     for key, allowed in words.items():
-        if values[key] not in allowed and not whole(0).holds(values[key]):
+        is_path = key == "resume" and Path(str(values[key])).exists()
+        if values[key] not in allowed and not whole(0).holds(values[key]) and not is_path:
             raise UserError(f"{spelling(key, shown(values[key]))}: choose {', '.join(allowed)} or a step")
     require_device(values["device"], spelling("device", shown(values["device"])))
     for key, name in (("pipeline_name", values["pipeline_name"]), ("task.env_name", values["task"]["env_name"])):
