@@ -94,7 +94,7 @@ class LiteLoop(TrainingLoop):
         """Modules and optimizers whose state decides on the next update, by name."""
 
     def state(self) -> State:
-        tensors: dict[str, np.ndarray] = {"train.sums": self.sums}
+        tensors: dict[str, np.ndarray] = {"train.sums": self.sums.copy()}
         for name, part in self.parts():
             found = part.state() if isinstance(part, AdamW) else state_dict(part)
             tensors |= {f"{name}.{k}": v for k, v in found.items()}
