@@ -134,12 +134,6 @@ def signal_at_step(monkeypatch, n, *numbers):
     monkeypatch.setattr(LocomotionVectorEnv, "step", step)
 
 
-def test_a_signal_sent_twice_is_one(tmp_path, base, monkeypatch):
-    signal_at_step(monkeypatch, 2, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped by SIGINT"):
-        run(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", PLAIN)
-
-
 def test_the_second_signal_stops_at_once_and_the_handlers_are_put_back(tmp_path, base, monkeypatch):
     monkeypatch.setattr(signals, "ONE_REQUEST_SECONDS", 0)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)

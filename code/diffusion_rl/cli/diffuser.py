@@ -33,7 +33,7 @@ from diffusion_rl.methods.diffuser.files import (
 )
 from diffusion_rl.methods.diffuser.maze2d import follow_plan
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
-from diffusion_rl.methods.diffuser.options import Options, going_on, parse
+from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, parse
 from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserTraining
@@ -47,7 +47,7 @@ from diffusion_rl.training.run_dir import RunDir
 
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
-SPELLING = Spelling("--resume True", "give another --logbase or --prefix", "--resume True")
+SPELLING = Spelling(GO_ON, "give another --logbase or --prefix", GO_ON)
 PICTURES = 6  # frames of a plan in its picture
 ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
@@ -67,7 +67,7 @@ def train_values(arguments: Sequence[str]) -> None:
 
 
 def continue_training(arguments: Sequence[str]) -> None:
-    """`scripts/resume_training.py`: go on with the latest checkpoint of the same experiment."""
+    """Go on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
     options = parse("diffusion", arguments, TRAINED, save=False)
     _train(going_on(options))
 

@@ -23,7 +23,7 @@ from diffusion_rl.methods.diffuser.files import find_episodes
 from diffusion_rl.methods.diffuser_lite import files
 from diffusion_rl.methods.diffuser_lite.acting import Targets, decision_times, run_lite_episodes
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
-from diffusion_rl.methods.diffuser_lite.options import LiteOptions, parse
+from diffusion_rl.methods.diffuser_lite.options import GO_ON, LiteOptions, parse
 from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
 from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
 from diffusion_rl.methods.diffuser_lite.tasks import DIMS, HORIZONS, LIMITS, STEPS, return_scale
@@ -44,7 +44,7 @@ from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir
 
-SPELLING = Spelling("resume=auto", "name another results_dir", "resume=auto")
+SPELLING = Spelling(GO_ON, "name another results_dir", GO_ON)
 
 
 def mujoco(arguments: Sequence[str]) -> None:

@@ -49,6 +49,7 @@ REAL = ("loss_discount", "action_weight", "termination_penalty")  # may be a fra
 TEXTS = ("data_dir", "bucket", "loadbase", "urdf_dir")  # whose default may be none
 NONE_IS_ALLOWED = ("termination_penalty", "preprocess_fns", "resume")
 DEFERRED = "f:"
+GO_ON = "--resume True"  # how a user goes on with a training
 RANGES = {
     # models
     "horizon": HORIZON,
@@ -139,7 +140,8 @@ class Options(SimpleNamespace):
 
 
 def going_on(options: Options) -> Options:
-    """The options of a training that goes on with its latest checkpoint, unless they name another one."""
+    """The options of `scripts/resume_training.py`: those of a training that goes on with its latest checkpoint, unless
+    they name another one."""
     if options.resume == "False":
         options.resume = "latest"
     return options

@@ -28,6 +28,7 @@ from diffusion_rl.config.names import require_device, require_inside
 from diffusion_rl.config.yaml_files import parse_yaml, read_yaml
 from diffusion_rl.core.errors import UserError
 
+GO_ON = "resume=auto"  # how a user goes on with a training
 FOLDER = CONFIG_ROOT / "planning" / "diffuserlite"
 MODES = ("training", "prepare_dataset", "reflow", "inference", "benchmark")
 CHOICES = {
