@@ -36,6 +36,10 @@ LITE = [
 ]
 PLAIN = "+train.fast=false"  # compiles faster
 RLPD = "gym/scratch/halfcheetah-v2/rlpd_mlp"
+VAE_QUICK = {
+    **{"n_train_steps": 6, "rl_warmup_steps": 2, "rl_collect_freq": 2, "rl_collect_steps": 3, "log_freq": 2},
+    **{"save_freq": 2, "step_start_ema": 2, "vae_pretrain_steps": 1},
+}
 PIPELINE = Path("diffuserlite_d4rl_mujoco") / TASK
 
 
@@ -86,7 +90,7 @@ def _lite(mode: str) -> Callable[[Path, Path, list[str]], None]:
 
 
 def _vae(data: Path, folder: Path, options: list[str]) -> None:
-    changes = {**VAE, "online_training": True, "backbone": "mlp", "fast": False, "eval_freq": 0, "seed": 0}
+    changes = {**VAE, **VAE_QUICK, "online_training": True, "backbone": "mlp", "fast": False, "eval_freq": 0, "seed": 0}
     given = dict(option.split("=") for option in options)
     changes |= {"stop_at": int(given["stop_at"])} if "stop_at" in given else {}
     changes |= {"continue_training": True} if "continue_training" in given else {}
@@ -109,7 +113,7 @@ PROGRAMS = {
         lambda data, folder: shutil.copytree(data / "results", folder, dirs_exist_ok=True) and None,
     ),
     "VAE": Program(
-        *(_vae, "e/j/0", "checkpoint/state_12.safetensors", "stop_at=", "continue_training=True"),
+        *(_vae, "e/j/0", "checkpoint/state_6.safetensors", "stop_at=", "continue_training=True"),
         "continue_training: true",
     ),
 }
