@@ -19,7 +19,7 @@ from diffusion_rl.cli import diffuser_lite, figures
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.training.checkpoint import load_checkpoint
+from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from diffusion_rl.training.loop import TrainingLoop
 from diffusion_rl.training.run_dir import RunDir
 
@@ -171,6 +171,23 @@ def test_a_loss_that_is_not_a_number(data, whole, name, tmp_path, monkeypatch):
     monkeypatch.undo()
     program.train(data, folder, go_on=True)
     assert_same_run(name, folder, whole(name))
+
+
+def test_a_folder_of_an_earlier_version_goes_on(data, whole, tmp_path):
+    """There a signal wrote the state under the label of its step, and nothing said whether it was to stay."""
+    program = PROGRAMS["Diffuser"]
+    program.train(data, tmp_path, stop_at=4)
+    folder = tmp_path / program.run_dir
+    for path in folder.glob("state_*"):
+        checkpoint = load_checkpoint(path)
+        path.unlink()
+        del checkpoint.metadata["keep"]
+    checkpoint.metadata["config"].pop("stop_at")
+    assert checkpoint.metadata["step"] in (3, 4)
+    save_checkpoint(folder / "state_0.safetensors", checkpoint.tensors, checkpoint.metadata)
+    (folder / "config.yaml").unlink()
+    program.train(data, tmp_path, go_on=True)
+    assert_same_run("Diffuser", tmp_path, whole("Diffuser"))
 
 
 @pytest.mark.parametrize("name", ["DPPO", "Diffuser", "DiffuserLite"])

@@ -242,7 +242,7 @@ class RunDir:
 
 
 class Nowhere:
-    """Stands for a run folder where a loop only computes: it keeps nothing and never stops a run."""
+    """Stands for a run folder where a loop only computes: rows stay in memory, nothing is saved, nothing stops it."""
 
     path = Path()
     checkpoint: Checkpoint | None = None
@@ -259,25 +259,21 @@ class Nowhere:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def begin(self, last: int = -1) -> None:
-        """Do nothing."""
-
     def log(self, row: Mapping[str, Any]) -> None:
         """Keep a row in memory."""
         self.rows.append(dict(row))
 
     def remember(self, number: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], keep: bool) -> None:
-        """Do nothing."""
+        """Forget a state."""
 
     def last_good(self) -> str:
         """Say that nothing was saved."""
         return "nothing is saved"
 
-    def stop_if_requested(self) -> None:
-        """Do nothing."""
+    def _nothing(self, *args: Any) -> None:
+        pass
 
-    def pause(self, unit: str, step: int, total: int) -> None:
-        """Do nothing."""
+    begin = stop_if_requested = pause = _nothing
 
 
 def plain_settings(cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:

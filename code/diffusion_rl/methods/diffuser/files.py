@@ -180,6 +180,12 @@ class ExperimentFiles(StateFiles):
     def existing(self, run: Path) -> list[tuple[int, Path]]:
         return list(labelled_states(run).items())
 
+    def newest(self, run: Path) -> Path | None:
+        states = labelled_states(run)
+        if states and (newest := states[max(states)]).suffix == ".pt":
+            raise UserError(f"{newest} has no optimizer state: train anew under another --prefix")
+        return super().newest(run)
+
     def earlier_runs(self, run: Path) -> list[Path]:
         return []
 
