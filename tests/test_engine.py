@@ -126,7 +126,7 @@ def test_a_run_in_two_phases_is_one_run(data, whole, name, tmp_path, capsys):
     program, folder = PROGRAMS[name], begun(name, data, tmp_path / "run")
     stop = 4 if name == "VAE" else 3
     program.train(data, folder, stop_at=stop)
-    assert re.search(rf"stopped after \w+ {stop} of \d+, as stop_at says; state saved in", capsys.readouterr().out)
+    assert re.search(rf"stopped after {stop} of \d+ \w+s, as stop_at says; state saved in", capsys.readouterr().out)
     program.train(data, folder, go_on=True, stop_at=stop)  # nothing is left of this phase
     program.train(data, folder, go_on=True)
     assert_same_run(name, folder, whole(name))

@@ -138,9 +138,9 @@ def fitting(path: Any) -> Iterator[None]:
         ) from error
 
 
-def announce(path: Any, unit: str, number: int) -> None:
+def announce(path: Any, unit: str, count: int) -> None:
     """Say which state a run goes on from."""
-    print(f"resuming {path} after {unit} {number}", flush=True)
+    print(f"resuming {path} after {count} {unit}s", flush=True)
 
 
 # ---------- settings that changed ----------

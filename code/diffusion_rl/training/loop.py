@@ -108,7 +108,7 @@ class TrainingLoop(ABC):
             if run_dir.checkpoint is not None:
                 with fitting(run_dir.source):
                     self.restore(run_dir.checkpoint)
-                announce(run_dir.source, self.UNIT, self.number)
+                announce(run_dir.source, self.UNIT, self.step)
             run_dir.begin(self.number if run_dir.checkpoint is not None else -1)
             self._turns(self._phase_end if until is None else until)
             if self.step < self.total and until is None:

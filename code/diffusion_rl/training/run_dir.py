@@ -235,7 +235,7 @@ class RunDir:
         """Say that this part of the run has ended where `stop_at` asks for it, and how to go on."""
         go_on = self.spelling.go_on(self.path)
         print(
-            f"stopped after {unit} {step} of {total}, as stop_at says; state saved in {self._last_saved}; go on with "
+            f"stopped after {step} of {total} {unit}s, as stop_at says; state saved in {self._last_saved}; go on with "
             f"{go_on} and a later stop_at, or none",
             flush=True,
         )
