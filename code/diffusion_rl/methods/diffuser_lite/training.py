@@ -138,6 +138,8 @@ class PlanTraining(LiteLoop):
         rate: of the levels, at first.
     """
 
+    windows: WindowOrder
+
     def __init__(
         self,
         trainer: LiteTrainer,
@@ -151,7 +153,9 @@ class PlanTraining(LiteLoop):
     ):
         names = [f"loss{i}" for i in range(len(trainer.levels))]
         super().__init__([*names, "invdyn_loss"], noise, **options)
+        assert trainer.inverse is not None
         self.trainer, self.data, self.rate, self.invdyn_steps = trainer, data, rate, invdyn_steps
+        self.inverse = trainer.inverse
         self.windows = WindowOrder(len(data), batch_size, noise)
 
     def updates(self, count: int) -> np.ndarray:
@@ -173,7 +177,7 @@ class PlanTraining(LiteLoop):
         return self.trainer.steps(np.stack(items), stacked, np.stack(kept) if kept else None, rates)
 
     def _dropout(self, batch: int) -> np.ndarray:
-        inverse = self.trainer.inverse.inverse
+        inverse = self.inverse.inverse
         pairs = self.trainer.levels[-1].level.shape[0] - 1
         return self.noise.uniform((batch, pairs, inverse.hidden_dim)) >= inverse.dropout
 
@@ -183,8 +187,8 @@ class PlanTraining(LiteLoop):
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         yield from level_parts(self.trainer.levels)
-        yield "invdyn.model", self.trainer.inverse.inverse
-        yield "invdyn.optimizer", self.trainer.inverse.optimizer
+        yield "invdyn.model", self.inverse.inverse
+        yield "invdyn.optimizer", self.inverse.optimizer
 
 
 class Pairs:
@@ -297,6 +301,8 @@ class QLearning(LiteLoop):
     Args:
         transitions: observations, actions, rewards, following observations, ends: [N,O], [N,A], [N,1], [N,O], [N,1].
     """
+
+    windows: WindowOrder
 
     def __init__(
         self, trainer: IQLTrainer, transitions: Sequence[np.ndarray], noise: Any, *, batch_size: int, **options: Any
