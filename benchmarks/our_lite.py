@@ -78,9 +78,8 @@ def update() -> Workload:
         steps=10**6,
         log_interval=10**6,
         save_interval=10**6,
-        save=print,
     )
-    return lambda: loop.advance(lite.AT_ONCE)
+    return lambda: loop.updates(lite.AT_ONCE)
 
 
 def makers() -> dict[str, Any]:

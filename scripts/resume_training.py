@@ -7,4 +7,4 @@ import _checkout  # noqa: F401
 from diffusion_rl.cli import commands
 
 if __name__ == "__main__":
-    sys.exit(commands.run("diffuser:resume_training"))
+    sys.exit(commands.run("diffuser:continue_training"))

@@ -19,9 +19,10 @@ from diffusion_rl.config.instantiate import find_class, instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.continuation import FINE_TUNING_MAY_CHANGE
 from diffusion_rl.training.policy_files import policy_facts
-from diffusion_rl.training.run_dir import RunFolder
-from diffusion_rl.training.run_facts import FINE_TUNING_MAY_CHANGE
+from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.state_files import StateFiles
 
 FINE_TUNE = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
 PRE_TRAIN = "gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"
@@ -117,7 +118,7 @@ def go_through(
     steps: Iterable[int],
     keep_every: int,
     resume: str = "never",
-    then: Callable[[RunFolder], None] = lambda opened: None,
+    then: Callable[[RunDir], None] = lambda opened: None,
     *overrides: str,
 ) -> list[list[int]]:
     """A loop that computes nothing over these steps: all of a run that the run folder sees.
@@ -126,7 +127,10 @@ def go_through(
     """
     seen = []
     cfg = config(FINE_TUNE, folder, "base_policy_path=x.pt", f"resume={resume}", *overrides)
-    with RunFolder(cfg, "itr", "dppo", may_change=FINE_TUNING_MAY_CHANGE) as opened:
+    settings = plain_settings(cfg)
+    files = StateFiles("dppo", settings, may_change=FINE_TUNING_MAY_CHANGE)
+    with RunDir(cfg.logdir, settings, files) as opened:
+        opened.begin(-1 if opened.checkpoint is None else opened.checkpoint.metadata["itr"])
         for step in steps:
             opened.metrics.write({"itr": step, "kind": "train"})
             opened.remember(step, {"model.x": np.full(3000, step)}, {"train": {}}, keep=step % keep_every == 0)

@@ -231,7 +231,7 @@ def test_saved_and_restored_bit_for_bit(through_gap_5: np.ndarray) -> None:
         found = other.step(actions[:, t : t + 4])
         np.testing.assert_array_equal(found.observations["state"], expected.observations["state"])
         np.testing.assert_array_equal(found.rewards, expected.rewards)
-    with pytest.raises(UserError, match="resume with the env settings"):
+    with pytest.raises(UserError, match="go on with the env settings"):
         AvoidingVectorEnv("avoiding-m5", 3).set_state(saved)
 
 

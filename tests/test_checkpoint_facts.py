@@ -11,9 +11,10 @@ from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.export.saved import open_policy
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.continuation import FINE_TUNING_MAY_CHANGE, compare_settings
 from diffusion_rl.training.evaluation import fine_tuned_steps, model_of
 from diffusion_rl.training.policy_files import load_policy
-from diffusion_rl.training.run_facts import FINE_TUNING_MAY_CHANGE, compare_policy, compare_settings
+from diffusion_rl.training.run_facts import compare_policy
 
 WRONG = (None, -1, 1e300, float("nan"), "x", [1], {"a": 1}, [[[]]])
 PLACES = (

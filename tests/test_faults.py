@@ -38,7 +38,7 @@ from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
 from diffusion_rl.methods.pretraining.losses import PreTrainer
 from diffusion_rl.training import signals
 from diffusion_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_dir import RunDir
 
 PLAIN = "+train.fast=false"  # compiles faster
 
@@ -134,12 +134,6 @@ def signal_at_step(monkeypatch, n, *numbers):
     monkeypatch.setattr(LocomotionVectorEnv, "step", step)
 
 
-def test_a_signal_sent_twice_is_one(tmp_path, base, monkeypatch):
-    signal_at_step(monkeypatch, 2, signal.SIGINT, signal.SIGINT)
-    with pytest.raises(Interrupted, match="stopped by SIGINT"):
-        run(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", PLAIN)
-
-
 def test_the_second_signal_stops_at_once_and_the_handlers_are_put_back(tmp_path, base, monkeypatch):
     monkeypatch.setattr(signals, "ONE_REQUEST_SECONDS", 0)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -231,14 +225,14 @@ def fill(disk, leave):
 
 def test_a_disk_that_fills_up(disk, base, monkeypatch):
     """No room for the third checkpoint."""
-    original = RunFolder.remember
+    original = RunDir.remember
 
     def remember(self, step, *args, **kwargs):
         original(self, step, *args, **kwargs)
         if step == 1:
             fill(disk, 8192)
 
-    monkeypatch.setattr(RunFolder, "remember", remember)
+    monkeypatch.setattr(RunDir, "remember", remember)
     overrides = [f"base_policy_path={base}", PLAIN, "train.save_model_freq=1", "train.n_train_itr=3"]
     with pytest.raises(UserError, match="cannot write .*state_2.safetensors: No space left on device.*; make room"):
         run(FINE_TUNE, disk / "run", *overrides)
@@ -332,7 +326,7 @@ def test_a_policy_of_nan_is_not_run(tmp_path, base):
 
 def test_any_other_failure_saves_the_last_iteration_too(tmp_path):
     def die(opened):
-        if opened._unsaved and opened._unsaved[0] == 2:
+        if opened._held and opened._held[0] == 2:
             raise UserError("environment 1 died")
 
     with pytest.raises(UserError, match="environment 1 died"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 
 import h5py
@@ -13,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from diffusion_rl.cli import diffuser_lite, figures
-from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.methods.diffuser_lite import files
@@ -116,29 +115,9 @@ def test_a_run_in_three_parts_is_one_run(folder, monkeypatch):
         diffuser_lite.mujoco([*longer, "mode=training", "results_dir=parts"])
 
 
-def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
-    add, own = files.LossLog.add, [*RUN, "mode=training", "results_dir=stopped"]
-
-    def stop(log, row):
-        monkeypatch.setattr(files.LossLog, "add", add)
-        with pytest.raises(UserError, match="another process is writing to .*or name another results_dir"):
-            diffuser_lite.mujoco(own)
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        add(log, row)
-
-    monkeypatch.setattr(files.LossLog, "add", stop)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; state saved after step 1; go on with resume=auto"):
-        diffuser_lite.mujoco(own)
-    diffuser_lite.mujoco(own)
-    for i in range(2):
-        once, parts = (weights(where, f"diffusion{i}_ckpt_latest.pt") for where in ("results", "stopped"))
-        assert all(np.array_equal(once[name], parts[name]) for name in once)
-
-
 def test_what_is_not_finite_is_neither_saved_nor_loaded(folder):
     faster = [option for option in RUN if not option.startswith("save_interval")]
-    with pytest.raises(UserError, match="no longer finite|a loss became"):
+    with pytest.raises(UserError, match="no longer finite|a loss is nan|a loss is inf"):
         ruined = ["results_dir=ruined", "learning_rate=1e38", "save_interval=1"]
         diffuser_lite.mujoco([*faster, "mode=training", *ruined])
     for path in (folder / "ruined").rglob("diffusion*.pt"):

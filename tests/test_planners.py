@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import signal
 from ctypes.util import find_library
 
 import h5py
@@ -11,10 +10,9 @@ import numpy as np
 import pytest
 
 from diffusion_rl.cli import commands, diffuser
-from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.methods.diffuser.files import load_experiment
-from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.reports.contact_sheet import frames
 from diffusion_rl.reports.plan_figure import bars_of, plan_scores
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
@@ -101,7 +99,7 @@ def test_resumed_is_uninterrupted(folder, trained):
     parts = [*TRAIN, "--logbase", "parts"]
     diffuser.train([*parts, "--n_train_steps", "4"])
     diffuser.train([*parts, "--n_train_steps", "6", "--resume", "True"])
-    with pytest.raises(UserError, match="--seed 9: the run in .* has --seed"):
+    with pytest.raises(UserError, match="that run has seed=0 .now 9., which resuming cannot change"):
         place = parts.index("--seed") + 1
         diffuser.train([*parts[:place], "9", *parts[place + 1 :], "--n_train_steps", "6", "--resume", "True"])
     with pytest.raises(UserError, match="that run has diffusion.loss_type=l2 .now l1., which resuming cannot change"):
@@ -115,26 +113,8 @@ def test_resumed_is_uninterrupted(folder, trained):
         np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
-def test_two_signals_are_one_and_two_trainings_do_not_mix(folder, monkeypatch):
-    own, steps = [*TRAIN, "--logbase", "stopped", "--n_train_steps", "60"], DiffuserTraining._steps
-
-    def stop(self, count):
-        monkeypatch.setattr(DiffuserTraining, "_steps", steps)
-        with pytest.raises(UserError, match="another process is writing to .*: wait for it, stop it, or give another"):
-            diffuser.train([*own, "--resume", "True"])
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        return steps(self, count)
-
-    monkeypatch.setattr(DiffuserTraining, "_steps", stop)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; state saved; go on with --resume True"):
-        diffuser.train(own)
-    states = folder / "stopped" / NAME / "diffusion" / "defaults_H4_T3"
-    assert load_checkpoint(states / "state_0.safetensors").metadata["step"] == 1
-
-
 def test_what_is_not_finite_is_neither_saved_nor_loaded(folder, trained):
-    with pytest.raises(UserError, match="no longer finite|the loss became"):
+    with pytest.raises(UserError, match="no longer finite|the loss is nan|the loss is inf"):
         ruined = ["--logbase", "ruined", "--n_train_steps", "9", "--learning_rate", "1e38"]
         diffuser.train([*TRAIN, *ruined])
     for path in (folder / "ruined").rglob("state_*"):

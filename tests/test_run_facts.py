@@ -153,7 +153,7 @@ def test_what_the_network_predicts(evaluation):
 def test_shipped_policies_fit_their_own_bounds():
     for path in sorted((REPOSITORY / "data").rglob("pre_*.safetensors")):
         checkpoint, beside = load_checkpoint(path), path.with_name("normalization.npz")
-        assert not list(run_facts._bounds_difference(checkpoint, str(beside))), path
+        assert not list(run_facts.bounds_difference(checkpoint, str(beside))), path
 
 
 # Resuming
@@ -234,7 +234,7 @@ def test_the_bounds_of_a_data_file_of_any_name_stand_beside_it(tmp_path):
     data = make_data(tmp_path / "data/demos.npz")
     bounds_file(tmp_path / "data/normalization.npz")
     built = loop(PRE_TRAIN, tmp_path / "log", f"train_dataset_path={data}")
-    assert built._snapshot()[1]["normalization"] == BOUNDS
+    assert built.state()[1]["normalization"] == BOUNDS
     assert normalization_facts(tmp_path / "nowhere.npz") is None
 
 

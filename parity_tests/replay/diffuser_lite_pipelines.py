@@ -28,6 +28,7 @@ from diffusion_rl.methods.diffuser_lite.trainer import (
 from diffusion_rl.methods.diffuser_lite.training import Generation, LiteLoop, Pairs, PlanTraining, QLearning, Reflow
 from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
+from diffusion_rl.training.run_dir import Nowhere
 from parity_tests.replay import build as builder
 from parity_tests.replay.compare import Comparison, Mismatch
 from parity_tests.replay.diffuser_lite_runs import RATE, both, check, dataset_of, load_level
@@ -54,6 +55,18 @@ class Answers:
         self.step_number += 1
         state, done = {"state": given["obs"][t + 1][:, None]}, given["done"][t]
         return Step(state, given["rew"][t], done, np.zeros_like(done), {})
+
+
+class Saving(Nowhere):
+    """Calls a function with the step where a checkpoint that stays would be written."""
+
+    def __init__(self, save: Callable[[int], None]):
+        super().__init__()
+        self.save = save
+
+    def remember(self, number: int, tensors: Any, metadata: Any, keep: bool) -> None:
+        if keep:
+            self.save(number)
 
 
 class Pipeline:
@@ -144,7 +157,7 @@ class Pipeline:
         weights = self.golden.weights
         builder.load(self.golden.name, self.iql, {k[4:]: v for k, v in weights.items() if k.startswith("iql.")})
         steps = self.params["iql_steps"]
-        options = self.options(stage, 1000000) | {"save": self.save_iql}
+        options = self.options(stage, 1000000) | {"run_dir": Saving(self.save_iql)}
         loop = QLearning(IQLTrainer(self.iql), [c.astype(np.float32) for c in columns], tape, batch_size=256, **options)
         loop.run(until=steps)
         self.ours |= {f"{stage}.iql.{k}": v for k, v in state_dict(self.iql).items()}
@@ -153,7 +166,7 @@ class Pipeline:
     def data_normalizer(self, observations: np.ndarray) -> Any:
         return type(self.data.normalizer).fit(observations)
 
-    def save_iql(self, loop: LiteLoop) -> None:
+    def save_iql(self, step: int) -> None:
         self.saved["iql"] = {k: v.copy() for k, v in state_dict(self.iql).items()}
 
     def training(self, stage: str, over: dict[str, Any]) -> None:
@@ -162,13 +175,17 @@ class Pipeline:
         builder.load(self.golden.name, self.inverse, weights)
         trainer, steps = LiteTrainer(trainers, inverse, self.source()), self.args["diffusion_gradient_steps"]
 
-        def save(loop: LiteLoop) -> None:
+        def save(step: int) -> None:
             for i, level in enumerate(self.levels):
-                self.saved[f"diffusion{i}_latest"] = self.saved[f"diffusion{i}_{loop.step}"] = both(level)
-            if loop.step <= self.args["invdyn_gradient_steps"]:
+                self.saved[f"diffusion{i}_latest"] = self.saved[f"diffusion{i}_{step}"] = both(level)
+            if step <= self.args["invdyn_gradient_steps"]:
                 self.saved["invdyn"] = state_dict(self.inverse)
 
-        options = self.options(stage, steps) | {"save": save, "rate": RATE, "batch_size": self.args["batch_size"]}
+        options = self.options(stage, steps) | {
+            "run_dir": Saving(save),
+            "rate": RATE,
+            "batch_size": self.args["batch_size"],
+        }
         invdyn_steps = self.args["invdyn_gradient_steps"]
         loop = PlanTraining(trainer, self.data, self.tape(stage), invdyn_steps=invdyn_steps, **options)
         loop.observed = []
@@ -225,10 +242,14 @@ class Pipeline:
         pairs = Pairs(*([out[f"prepare.{name}_{i}"] for i in levels] for name in names))
         steps = self.args["reflow_gradient_steps"]
 
-        def save(loop: LiteLoop) -> None:
+        def save(step: int) -> None:
             self.saved |= {f"reflow{i}_latest": both(level) for i, level in enumerate(self.levels)}
 
-        options = self.options(stage, steps) | {"save": save, "rate": RATE, "batch_size": self.args["batch_size"]}
+        options = self.options(stage, steps) | {
+            "run_dir": Saving(save),
+            "rate": RATE,
+            "batch_size": self.args["batch_size"],
+        }
         loop = Reflow(ReflowTrainer(trainers), pairs, self.tape(stage), **options)
         loop.observed = []
         loop.run()

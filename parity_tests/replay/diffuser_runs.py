@@ -31,6 +31,7 @@ from diffusion_rl.methods.diffuser.model import Diffuser
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.reports import plan_results
+from diffusion_rl.training.run_dir import Nowhere
 from parity_tests.replay.calls import caster
 from parity_tests.replay.case import NotCovered
 from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
@@ -267,7 +268,7 @@ def training_run(golden: Golden) -> Outputs:
         data,
         tape,
         n_train_steps=params["steps"] + 1,  # so that the last save, which the reference has not, is not made
-        save=lambda label, tensors, metadata: labels.append(label),
+        run_dir=Labels(labels),
         say=lambda line: None,
         renderer=pictures,
         merge=False,
@@ -282,6 +283,18 @@ def training_run(golden: Golden) -> Outputs:
         raise Mismatch(f"{golden.name}: ours saves {labels}, the reference {golden.meta['text']['files']}")
     average = {f"ema_model.{k}": v for k, v in state_dict(trainer.ema_model).items()}
     return {k: np.array(v) for k, v in rows.items()} | {"step": run.step} | average | pictures.given
+
+
+class Labels(Nowhere):
+    """Keeps what checkpoints would be called."""
+
+    def __init__(self, labels: list[int]):
+        super().__init__()
+        self.labels = labels
+
+    def remember(self, number: int, tensors: Any, metadata: Any, keep: bool) -> None:
+        if keep:
+            self.labels.append(number)
 
 
 class Pictures:

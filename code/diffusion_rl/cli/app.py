@@ -149,7 +149,7 @@ def _reported(arguments: Sequence[str], label: str = "") -> Iterator[list[int]]:
         if wants_traceback:
             raise
         told = str(stopped) if isinstance(stopped, Interrupted) else ""
-        print(told or "interrupted; resume=auto goes on from the last checkpoint", file=sys.stderr)
+        print(told or command_line.INTERRUPTED, file=sys.stderr)
         status[0] = INTERRUPTED
     except Exception as error:
         line = None if wants_traceback else command_line.line_for_user(error, arguments)

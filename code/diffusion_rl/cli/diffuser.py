@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import secrets
-import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
@@ -28,32 +24,30 @@ from diffusion_rl.envs.plan_video import film_plan
 from diffusion_rl.methods.diffuser.files import (
     Description,
     Experiment,
+    ExperimentFiles,
     dataset_of,
     find_episodes,
-    find_state,
     load_experiment,
-    normalizer_tensors,
+    recorded_seed,
     require_compatible,
 )
 from diffusion_rl.methods.diffuser.maze2d import follow_plan
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
-from diffusion_rl.methods.diffuser.options import Options, parse
+from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, parse
 from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.reports import maze_pictures
 from diffusion_rl.reports.contact_sheet import contact_sheet
-from diffusion_rl.reports.metrics import MetricsWriter
 from diffusion_rl.tasks.scores import normalized_score
-from diffusion_rl.training.checkpoint import checkpoint_metadata, load_checkpoint, require_finite, save_checkpoint
+from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
-from diffusion_rl.training.policy_files import fitting
-from diffusion_rl.training.run_facts import refuse_changes
+from diffusion_rl.training.run_dir import RunDir
 
 TRAINED = "hopper-medium-expert-v2"
 PLANNED = "walker2d-medium-replay-v2"
-NOT_RESUMED = ("False", "None", None)  # values of --resume
+SPELLING = Spelling(GO_ON, "give another --logbase or --prefix", GO_ON)
 PICTURES = 6  # frames of a plan in its picture
 ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
@@ -72,12 +66,10 @@ def train_values(arguments: Sequence[str]) -> None:
     _train(parse("values", arguments, TRAINED, save=False))
 
 
-def resume_training(arguments: Sequence[str]) -> None:
-    """`scripts/resume_training.py`: go on with the latest checkpoint of the same experiment."""
+def continue_training(arguments: Sequence[str]) -> None:
+    """Go on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
     options = parse("diffusion", arguments, TRAINED, save=False)
-    if options.resume == "False":
-        options.resume = "latest"
-    _train(options)
+    _train(going_on(options))
 
 
 def _train(options: Options) -> None:
@@ -95,25 +87,15 @@ def train_model(
     training: type[DiffuserTraining] = DiffuserTraining,
 ) -> None:
     """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
-    folder = Path(options.savepath)
-    _keep_seed(options, folder)
-    noise = NoiseSource(seed_of(options))
+    options.seed = recorded_seed(options) if options.seed is None else options.seed
+    noise, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
     try:
         with initial_weights(noise):
             model = description.build()
     except TypeError as error:
         raise UserError(f"--model {options.model} is no model for --diffusion {options.diffusion} ({error})") from error
-    trainer = trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay)
-    fitted = normalizer_tensors(dataset)
-
-    def save(label: int, tensors: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-        facts = {"kind": model.KIND, "description": description._asdict(), "config": options.as_dict(), **metadata}
-        save_checkpoint(folder / f"state_{label}.safetensors", tensors | fitted, facts)
-        print(f"saved {folder / f'state_{label}.safetensors'}", flush=True)
-        _synchronise(folder, options)
-
     run = training(
-        trainer,
+        trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay),
         dataset,
         noise,
         batch_size=options.batch_size,
@@ -124,40 +106,14 @@ def train_model(
         sample_freq=options.sample_freq,
         n_reference=options.n_reference,
         lr_decay_steps=options.lr_decay_steps,
-        save=save,
+        epoch_steps=options.n_steps_per_epoch,
+        run_dir=RunDir(options.savepath, files.settings, files, SPELLING),
         say=lambda line: print(line, flush=True),
     )
     for line in run.report():
         print(line)
     run.check()
-    with locked(folder, "give another --logbase or --prefix"), run.stop:
-        _train_in_folder(run, folder, options, description)
-        run.stop_if_requested()
-
-
-def _train_in_folder(run: DiffuserTraining, folder: Path, options: Options, description: Description) -> None:
-    """Resume if that is asked for, then train to the end, epoch by epoch."""
-    start = _resume(run, folder, options.resume, description)
-    options.save()  # not before it is known that the run can begin
-    description.save(folder, {k: v for k, v in options.as_dict().items() if k in _TRAINER_KEYS})
-    metrics = MetricsWriter(folder, config=options.as_dict())
-    metrics.truncate(start - 1)
-    run.record = metrics.write
-    epochs = -(-run.n_train_steps // options.n_steps_per_epoch)
-    try:
-        while run.step < run.n_train_steps:
-            run.stop_if_requested()
-            epoch = run.step // options.n_steps_per_epoch
-            print(f"Epoch {epoch} / {epochs} | {folder}", flush=True)
-            run.run(until=(epoch + 1) * options.n_steps_per_epoch)
-    finally:
-        metrics.close()
-
-
-_TRAINER_KEYS = (
-    *("batch_size", "learning_rate", "gradient_accumulate_every", "ema_decay", "sample_freq", "save_freq"),
-    *("n_train_steps", "n_saves", "n_reference", "save_parallel", "bucket", "lr_decay_steps"),
-)
+    run.run()
 
 
 def seed_of(options: Options) -> int:
@@ -166,55 +122,6 @@ def seed_of(options: Options) -> int:
         options.seed = secrets.randbits(31)
         print(f"seed: {options.seed}")
     return int(options.seed)
-
-
-def _keep_seed(options: Options, folder: Path) -> None:
-    """Resuming goes on with the seed of the run. Raises UserError if another one is asked for."""
-    if options.resume in NOT_RESUMED or not any(folder.glob("state_*")):
-        return
-    _, path = find_state(folder, "latest" if options.resume in ("True", "latest") else options.resume)
-    recorded = (checkpoint_metadata(path).get("config") or {}).get("seed")
-    if options.seed is None and isinstance(recorded, int):
-        options.seed = recorded
-    elif recorded not in (None, options.seed):
-        raise UserError(
-            f"--seed {options.seed}: the run in {folder} has --seed {recorded}, which resuming cannot change"
-        )
-
-
-def _resume(run: DiffuserTraining, folder: Path, resume: str, description: Description) -> int:
-    """Go on with a checkpoint of the folder, if that is asked for; returns the first step."""
-    if resume in NOT_RESUMED:
-        if any(folder.glob("state_*")):
-            raise UserError(
-                f"{folder} holds a trained model already: go on with it (--resume True), or give another --prefix"
-            )
-        return 0
-    _, path = find_state(folder, "latest" if resume in ("True", "latest") else resume)
-    if path.suffix == ".pt":
-        raise UserError(f"{path} has no optimizer state and cannot be resumed: train anew under another --prefix")
-    checkpoint = load_checkpoint(path)
-    require_finite(checkpoint.tensors, path)
-    recorded, asked = checkpoint.metadata.get("description") or {}, description._asdict()
-    before, now = (flatten(json.loads(json.dumps(facts))) for facts in (recorded, asked))
-    refuse_changes({key: value for key, value in before.items() if key in now}, now, path)
-    with fitting(path):
-        run.restore(checkpoint)
-    print(f"resuming {path} at step {run.step}", flush=True)
-    return run.step
-
-
-def _synchronise(folder: Path, options: Options) -> None:
-    """Copy the folder to `bucket` with gsutil, if both are there."""
-    if not options.bucket:
-        return
-    if shutil.which("gsutil") is None:
-        print(f"warning: gsutil is not installed, so {options.bucket} gets no copy", flush=True)
-        return
-    command = ["gsutil", "-m", "rsync", "-r", str(folder), f"{options.bucket.rstrip('/')}/{folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    if not options.save_parallel:
-        process.wait()
 
 
 def _dataset_description(options: Options) -> dict[str, Any]:

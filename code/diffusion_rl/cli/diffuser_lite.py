@@ -23,7 +23,7 @@ from diffusion_rl.methods.diffuser.files import find_episodes
 from diffusion_rl.methods.diffuser_lite import files
 from diffusion_rl.methods.diffuser_lite.acting import Targets, decision_times, run_lite_episodes
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
-from diffusion_rl.methods.diffuser_lite.options import LiteOptions, parse
+from diffusion_rl.methods.diffuser_lite.options import GO_ON, LiteOptions, parse
 from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
 from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
 from diffusion_rl.methods.diffuser_lite.tasks import DIMS, HORIZONS, LIMITS, STEPS, return_scale
@@ -40,7 +40,11 @@ from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
+from diffusion_rl.training.run_dir import RunDir
+
+SPELLING = Spelling(GO_ON, "name another results_dir", GO_ON)
 
 
 def mujoco(arguments: Sequence[str]) -> None:
@@ -72,12 +76,21 @@ class Pipeline:
 
     def run(self) -> None:
         """Do what `mode` says; one process at a time trains in a task's folder."""
-        alone = self.options.mode not in ("inference", "benchmark")
-        with locked(self.folder, "name another results_dir") if alone else contextlib.nullcontext():
-            if self.options.restore_from:
-                count = files.mirror(self._existing(self.options.restore_from), self.results)
-                print(f"{count} files from {self.options.restore_from}")
-            getattr(self, self.options.mode)()
+        mode = self.options.mode
+        if mode == "training":  # its run folder is the task's, and has the lock itself
+            with locked(self.folder, SPELLING.anew):
+                self.take_back()
+            self.training()
+            return
+        with contextlib.nullcontext() if mode in ("inference", "benchmark") else locked(self.folder, SPELLING.anew):
+            self.take_back()
+            getattr(self, mode)()
+
+    def take_back(self) -> None:
+        """Copy a backup into the results."""
+        if self.options.restore_from:
+            count = files.mirror(self._existing(self.options.restore_from), self.results)
+            print(f"{count} files from {self.options.restore_from}")
 
     @staticmethod
     def _existing(path: str) -> Path:
@@ -187,6 +200,7 @@ class Pipeline:
         trainer = LiteTrainer(self.trainers(), InverseTrainer(self.inverse, o.invdyn_learning_rate), self.source)
 
         def save(step: int, labels: Sequence[int | str]) -> None:
+            files.save_normalizer(self.folder, self.data.normalizer.arrays)
             files.save_levels(self.folder, "diffusion", self.levels, labels)
             if step - o.save_interval < o.invdyn_gradient_steps:  # trained since the last save
                 files.save_inverse(self.folder, self.inverse, labels)
@@ -195,7 +209,6 @@ class Pipeline:
             sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
             return PlanTraining(trainer, self.data, self.noise, rate=o.learning_rate, **sizes, **given)
 
-        files.save_normalizer(self.folder, self.data.normalizer.arrays)
         self._train(build, o.diffusion_gradient_steps, save, "loss_log.json")
 
     def prepare_dataset(self) -> None:
@@ -226,23 +239,15 @@ class Pipeline:
             )
 
     def _train(self, build: Any, steps: int, save: Any, log_name: str) -> None:
-        """Run a loop with its log, checkpoints, backups, resuming and figures."""
+        """Run a loop in its folder (of the training the task's, of others one in it), and draw its losses."""
         o, mode = self.options, self.options.mode
         log = files.LossLog(self.folder, self.results, log_name)
-
-        def save_all(loop: LiteLoop, interrupted: bool = False) -> None:
-            state = files.finite_state(loop)
-            if not interrupted:
-                save(loop.step, files.labels_of(loop.step, o.save_interval, o.keep_every))
-            files.save_state(self.folder, mode, loop, state, vars(o), o.keep_states and not interrupted)
-            self.backup()
-
+        settings = {"name": o.pipeline_name, "env_name": self.name, **vars(o)}
+        state_files = files.PipelineFiles(self.folder, settings, steps, save, log, self.backup)
+        folder = self.folder if mode == "training" else self.folder / mode
+        run_dir = RunDir(folder, settings, state_files, SPELLING)
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}
-        loop = build(steps=steps, save=save_all, record=log.add, **intervals)
-        if files.resume(self.folder, mode, loop, o.resume, vars(o)):
-            print(f"going on after step {loop.step}", flush=True)
-        log.truncate(loop.step)
-        loop.run()
+        build(steps=steps, run_dir=run_dir, record=log.add, **intervals).run()
         lite_figures.plot_loss_curves(
             lite_figures.by_name(list(log.rows.values())), self.results / lite_figures.FIGURES
         )

@@ -48,11 +48,11 @@ def _add_common(command: argparse.ArgumentParser, output: str) -> None:
 
 
 def _add_learning_curve(commands: argparse._SubParsersAction) -> None:
-    command = commands.add_parser("learning_curve", help="return against environment steps, seeds as intervals")
+    command = commands.add_parser("learning_curve", help="returns (or losses) against steps, seeds as intervals")
     _add_common(command, "figure/learning_curve.png")
-    command.add_argument("--y", default="episode_return", help="any column of the metrics")
+    command.add_argument("--y", help="any column of the metrics; default: episode_return, or loss where there is none")
     command.add_argument("--title")
-    command.set_defaults(draw=_draw_learning_curve)
+    command.set_defaults(draw=_draw_learning_curve, x=None)
 
 
 def _draw_learning_curve(args: argparse.Namespace, command: str) -> None:

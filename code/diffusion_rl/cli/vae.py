@@ -100,6 +100,7 @@ RANGES = {
     # writing
     "log_freq": checks.FREQUENCY,
     "save_freq": checks.FREQUENCY,
+    "stop_at": whole(1, checks.STEPS.most, null=True),
     "eval_freq": checks.FREQUENCY_OR_OFF,
     "num_eval": whole(1, 10**6),
     "num_envs": checks.ENVS,
@@ -123,6 +124,11 @@ RELATIONS = (
 DDIM = (at_most("n_ddim_steps", "n_diffusion_steps"),)  # where it is used
 ONLINE = (
     multiple("save_freq", "rl_collect_freq"),
+    Relation(
+        ("stop_at", "rl_collect_freq"),
+        lambda stop, every: stop is None or stop % every == 0,
+        "stop_at must be a multiple of rl_collect_freq",
+    ),
     multiple("rl_warmup_steps", "rl_collect_freq"),
     Relation(
         ("rl_collect_steps", "rl_num_envs", "rl_batch_size", "replay_buffer_size"),
@@ -173,7 +179,6 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     for key, name in (("exp_name", cfg["exp_name"]), ("job_name", job)):
         require_inside(name, spelling(key, name))
     cfg["logdir"] = str(Path(cfg["logbase"]) / cfg["exp_name"] / job / str(cfg["seed"]))
-    cfg["resume"] = "auto" if cfg["continue_training"] else "never"
     cfg["name"], cfg["env_name"] = job.replace("/", "_"), cfg["dataset"]
     return cfg
 

@@ -146,6 +146,9 @@ def _defaults(options: Namespace) -> dict[str, Any]:
     return flatten(config)
 
 
+INTERRUPTED = "interrupted; resume=auto goes on from the last checkpoint"  # where a run cannot say more
+
+
 def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
     """One line for an error that the user can mend; None for a defect of ours."""
     if isinstance(error, UserError):

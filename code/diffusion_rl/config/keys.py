@@ -112,6 +112,7 @@ KEYS: dict[str, str] = {
     "train.fast": "the compiled fast path; default true; false: the plain one, same numbers, slower [ours]",
     "train.force_train": "train in every iteration, evaluations included",
     "train.save_model_freq": "iterations (epochs) between checkpoints",
+    "train.stop_at": "end after this iteration (epoch) and go on another day; schedules stay; default null [ours]",
     "train.val_freq": "iterations between evaluations (epochs between validations)",
     "train.render.freq": "iterations between videos",
     "train.render.num": "environments of which videos are made",

@@ -33,6 +33,7 @@ _TOP = {
 }
 _TRAIN = {
     **dict.fromkeys(("n_epochs", "n_train_itr", "save_model_freq", "val_freq", "log_freq"), STEPS),
+    "stop_at": whole(1, 10**12, null=True),
     "n_steps": whole(1, 10**7),
     **dict.fromkeys(("update_ema_freq", "render.freq", "update_epochs", "grad_accumulate", "buffer_size"), STEPS),
     **dict.fromkeys(("eta_update_interval", "temperature_interval", "update_freq", "critic_update_ratio"), STEPS),

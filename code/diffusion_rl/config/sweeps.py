@@ -65,7 +65,7 @@ def job_label(swept: Sequence[str]) -> str:
 def name_job(config: DictConfig, swept: Sequence[str]) -> None:
     """Append what tells this job apart, except its seed, to `name`: "…,train.gamma=0.9".
 
-    The run folder, resuming and figures go by the name, and all jobs of a multirun share one date; so jobs that differ
+    The run folder, going on and figures go by the name, and all jobs of a multirun share one date; so jobs that differ
     in anything but the seed get folders of their own and are never averaged with each other.
     """
     parts = [

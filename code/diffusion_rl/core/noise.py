@@ -1,7 +1,7 @@
 """The only source of randomness.
 
 Everything that draws takes the draw as an argument; the loops obtain it here. A `NoiseSource` is a counter-based
-generator whose whole state is a small JSON value, so a run that resumes continues the very same stream, and a
+generator whose whole state is a small JSON value, so a run that goes on continues the very same stream, and a
 `NoiseTape` replays draws recorded elsewhere (in the PyTorch reference, say), so that both frameworks see one noise.
 """
 

@@ -139,7 +139,7 @@ class BatchedVectorEnv(abc.ABC):
                 found = f"shape {np.shape(state[key])}" if key in state else "nothing"
                 raise UserError(
                     f"saved state of {self.name}: {key} should have shape {array.shape}, found {found}; "
-                    "resume with the env settings the state was saved with"
+                    "go on with the env settings the state was saved with"
                 )
         self._stop_videos()
         self._restore(state)

@@ -99,7 +99,7 @@ class FurnitureVectorEnv:
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         if state:
-            raise UserError("Furniture-Bench cannot be restored: resume restarts its episodes")
+            raise UserError("Furniture-Bench cannot be restored: a run goes on with new episodes")
 
     def close(self) -> None:
         self._connection.close()

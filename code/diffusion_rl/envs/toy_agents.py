@@ -130,7 +130,7 @@ class ToyAgentsVectorEnv:
         for name, array in self._state().items():
             if name not in state or np.shape(state[name]) != array.shape:
                 raise UserError(
-                    f"saved state of the toy task: {name} does not fit; resume with the same n_envs, n_agents"
+                    f"saved state of the toy task: {name} does not fit; go on with the same n_envs, n_agents"
                 )
             array[...] = state[name]
 

@@ -139,7 +139,7 @@ class MultiStepVectorEnv(abc.ABC):
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         if state:
-            raise UserError("these environments cannot be restored: resume restarts them (env.engine says which kind)")
+            raise UserError("these environments cannot be restored: a run goes on with new episodes (see env.engine)")
 
     def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         for i, lane in enumerate(self._lanes):

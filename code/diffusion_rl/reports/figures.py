@@ -13,7 +13,7 @@ import numpy as np
 
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.reports.metrics import Row, read_rows, replace_file, step_of
+from diffusion_rl.reports.metrics import STEP_KEYS, Row, read_rows, replace_file, step_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow (pale on white); then three of Tol's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255", "#999933", "#999999")
@@ -183,13 +183,15 @@ def learning_curve(
     run_folders: Sequence[str | Path],
     output: str | Path = "figure/learning_curve.png",
     *,
-    x: str = "env_steps",
-    y: str = "episode_return",
+    x: str | None = None,
+    y: str | None = None,
     labels: Sequence[str] | None = None,
     title: str | None = None,
     command: str = "",
 ) -> Path:
     """Draw `y` against `x` for the given runs; write `output` (PNG) and the numbers beside it (CSV).
+
+    By default returns against environment steps, or losses against steps for runs that train on data alone.
 
     Runs of one name are one line: the mean over its seeds with the 95% interval of that mean, or with fewer than
     three seeds the mean and each seed. Evaluations are drawn as points, training episodes as a paler line. Each task
@@ -197,7 +199,9 @@ def learning_curve(
     numbers. Returns the path of the PNG.
     """
     output = Path(output).with_suffix(".png")
-    groups = group_runs([read_run(folder) for folder in run_folders], labels)
+    found = [read_run(folder) for folder in run_folders]
+    groups = group_runs(found, labels)
+    x, y = default_columns(found, x, y)
     curves = [
         curve for (label, _), runs in groups.items() for kind in KINDS if (curve := curve_of(label, runs, kind, x, y))
     ]
@@ -210,6 +214,19 @@ def learning_curve(
     replace_file(output.with_suffix(".csv"), curves_csv(curves, x, heading, command).encode())
     replace_file(output, _draw(curves, x, y, title, command))
     return output
+
+
+def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[str, str]:
+    """The columns to draw: those given, else what the metrics of the runs hold."""
+    rows = [row for run in runs for row in run.rows]
+
+    def is_there(key: str) -> bool:
+        return any(row.get(key) is not None for row in rows)
+
+    y = y or ("loss" if is_there("loss") and not is_there("episode_return") else "episode_return")
+    steps = next((key for key in STEP_KEYS if is_there(key)), STEP_KEYS[0])
+    acted = not rows or any(row.get("env_steps") for row in rows)
+    return x or ("env_steps" if acted else steps), y
 
 
 def curves_csv(curves: Sequence[Curve], x: str, heading: str, command: str, centre: str = "mean") -> str:
@@ -292,7 +309,7 @@ def draw_curve(panel: Any, curve: Curve, colour: str, name: str | None) -> None:
 
 def _kind_names(curves: Sequence[Curve]) -> list[str]:
     kinds = {curve.kind for curve in curves}
-    names = {"eval": "evaluation", "train": "training episodes"}
+    names = {"eval": "evaluation", "train": "training"}
     note = ["band: 95% interval of the mean"] if any(len(c.seeds) >= MIN_SEEDS_FOR_INTERVAL for c in curves) else []
     return [names[kind] for kind in KINDS if kind in kinds] + note
 
@@ -303,7 +320,7 @@ def _kind_handles(curves: Sequence[Curve]) -> list[Any]:
 
     handles = {
         "evaluation": Line2D([], [], color="0.4", marker="o", markersize=4.5, linewidth=1.8),
-        "training episodes": Line2D([], [], color="0.4", linewidth=1.1, alpha=0.6),
+        "training": Line2D([], [], color="0.4", linewidth=1.1, alpha=0.6),
         "band: 95% interval of the mean": Patch(color="0.4", alpha=0.18, linewidth=0),
     }
     return [handles[name] for name in _kind_names(curves)]

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,14 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
     Damaged ones are skipped, with one warning that names them all.
     """
+    return newest_loadable(path for _, path in reversed(numbered_checkpoints(directory)))
+
+
+def newest_loadable(paths: Iterable[Path]) -> Path | None:
+    """The first checkpoint that loads; those before it are skipped, with one warning that names them all."""
     skipped: list[str] = []
     found = None
-    for _, path in reversed(numbered_checkpoints(directory)):
+    for path in paths:
         try:
             load_checkpoint(path)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""What the fine-tuning loops share: iterations, evaluations among them, the run folder, and the state to resume from.
+"""What the fine-tuning loops share: iterations, evaluations among them, and their state.
 
 A quirk of the reference is kept because its results rest on it: a training iteration after an evaluation goes on from
 the evaluation's last observations.
@@ -9,8 +9,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import logging
-import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,13 +16,13 @@ import numpy as np
 from omegaconf import DictConfig
 
 from diffusion_rl.config.instantiate import instantiate
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.reports.progress import Progress
 from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.continuation import BEGAN_ANEW, FINE_TUNING_MAY_CHANGE
 from diffusion_rl.training.evaluation import make_venv, seeded_options
-from diffusion_rl.training.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.training.loop import Losses, TrainingLoop, rng_state
+from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.training.rollout import (
     EpisodeStatistics,
     Rollout,
@@ -32,8 +30,9 @@ from diffusion_rl.training.rollout import (
     no_episode_ended,
     success_threshold,
 )
-from diffusion_rl.training.run_dir import RunFolder
-from diffusion_rl.training.run_facts import FINE_TUNING_MAY_CHANGE, bounds_path, compare_policy
+from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.run_facts import bounds_path, compare_policy
+from diffusion_rl.training.state_files import StateFiles
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ Observer = Callable[[dict[str, Any]], None]
 OnStep = Callable[[int, np.ndarray], None]
 
 
-class FineTuning(abc.ABC):
+class FineTuning(TrainingLoop):
     """A loop of iterations, each of which collects and updates, or evaluates.
 
     Args:
@@ -50,6 +49,9 @@ class FineTuning(abc.ABC):
         observer: called once per iteration with everything computed in it; slower, for tests.
     """
 
+    UNIT, LABEL = "iteration", "fine-tuning"
+    CURE = "lower train.actor_lr or train.critic_lr, or set train.max_grad_norm"
+    HELD_SECONDS = 0.0
     KIND: str  # of its checkpoints
     trainer: Any  # has tensors(), state(), restore(tensors, state)
 
@@ -69,11 +71,22 @@ class FineTuning(abc.ABC):
         self.own_noise = noise is None
         self.noise = NoiseSource(self.seed) if noise is None else noise
         self.act_steps, self.n_steps = int(cfg["act_steps"]), int(self.train["n_steps"])
-        self.itr, self.env_steps = 0, 0
+        self.total, self.units, self.env_steps = int(self.train["n_train_itr"]), self.n_steps, 0
         self.observations: dict[str, np.ndarray] | None = None
         self.done = np.zeros(self.n_envs)
-        self.began_anew = False  # resumed, but without the simulators' state
+        self.began_anew = False  # goes on, but without the simulators' state
         self.episodes_ended, self._said = 0, False
+        self._row: dict[str, Any] = {}
+        self._tell = True
+
+    @property
+    def itr(self) -> int:
+        """The iteration that comes next, or runs."""
+        return self.step
+
+    @property
+    def number(self) -> int:
+        return self.step - 1
 
     def _build_model(self) -> Any:
         with initial_weights(NoiseSource(self.seed)):
@@ -88,15 +101,15 @@ class FineTuning(abc.ABC):
     # ---------- what the loops differ in ----------
 
     @abc.abstractmethod
-    def _collect(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+    def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
         """Act in the environments for one iteration."""
 
     @abc.abstractmethod
-    def _evaluate(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+    def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
         """Act deterministically."""
 
     @abc.abstractmethod
-    def _update(self, rollout: Rollout, folder: RunFolder) -> dict[str, Any]:
+    def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
         """Train on what there is; scalars go into the metrics, everything to the observer."""
 
     @abc.abstractmethod
@@ -115,42 +128,45 @@ class FineTuning(abc.ABC):
         """What the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
         return stats
 
-    def _finish(self) -> None:  # noqa: B027
-        """Look back at the end of the run; raises UserError if it was in vain."""
-
     def _evaluating(self) -> bool:
         return self.itr % int(self.train["val_freq"]) == 0 and not self.train.get("force_train", False)
 
     # ---------- the loop ----------
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train to the end (or to a signal); returns the rows of the metrics."""
-        train, n_itr = self.train, int(self.train["n_train_itr"])
-        folder = RunFolder(self.cfg, "itr", self.KIND, may_change=FINE_TUNING_MAY_CHANGE)
+    def run(self, until: int | None = None) -> list[dict[str, Any]]:
+        """Train as `TrainingLoop.run` does, and close the environments."""
+        settings = plain_settings(self.cfg)
+        files = StateFiles(self.KIND, settings, may_change=FINE_TUNING_MAY_CHANGE)
+        self.run_dir = RunDir(self.cfg["logdir"], settings, files)
         with contextlib.closing(self.venv):
-            if folder.resumed is not None:
-                self._restore(folder.resumed, folder.resumed_from)
-            with folder, Progress(n_itr * self.n_steps, "fine-tuning", start=self.itr * self.n_steps) as progress:
-                began = time.monotonic()
-                while self.itr < n_itr:
-                    row = self._iteration(folder, progress)
-                    row["seconds"], began = time.monotonic() - began, time.monotonic()
-                    progress.update(max(0, (self.itr + 1) * self.n_steps - progress.done))
-                    if self._tells(row):
-                        folder.metrics.write(row)
-                        self._report(progress, row)
-                    keep = self.itr % int(train["save_model_freq"]) == 0 or self.itr == n_itr - 1
-                    self._remember(folder, keep)
-                    self.itr += 1
-                    folder.stop_if_requested()
-            self._finish()
-            return folder.metrics.rows
+            return super().run(until)
 
-    def _iteration(self, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    def advance(self, end: int) -> tuple[int, Losses]:
+        """One iteration; losses were looked at within it."""
+        self._row = self._iteration(self.run_dir)  # type: ignore[arg-type]
+        self._tell = self._tells(self._row)
+        return 1, {}
+
+    def due(self, what: str) -> bool:
+        return self._tell if what == "log" else self.number % int(self.train["save_model_freq"]) == 0
+
+    def row(self) -> dict[str, Any]:
+        return self._row
+
+    def live(self) -> dict[str, Any]:
+        if not self._tell:
+            return {}
+        row = self._row
+        live = {"itr": row["itr"], f"{row['kind']}_return": row["episode_return"]}
+        if row["kind"] == "train":
+            live |= self._live(row)
+        return {k: v for k, v in live.items() if v is not None}
+
+    def _iteration(self, folder: RunDir) -> dict[str, Any]:
         evaluating = self._evaluating()
 
         def on_step(step: int, rewards: np.ndarray) -> None:
-            progress.update(1 if step < self.n_steps else 0)
+            self.progress.update(1 if step < self.n_steps else 0)
             folder.stop_if_requested()
 
         rollout = self._evaluate(folder, on_step) if evaluating else self._collect(folder, on_step)
@@ -158,7 +174,7 @@ class FineTuning(abc.ABC):
         threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, self.act_steps, threshold)
         told = self._told(rollout, evaluating, stats)
-        row = {
+        row: dict[str, Any] = {
             "itr": self.itr,
             "kind": "eval" if evaluating else "train",
             "env_steps": self.env_steps,
@@ -167,7 +183,7 @@ class FineTuning(abc.ABC):
         }
         self._note_episodes(stats.n_episodes, told.n_episodes)
         if self.began_anew:
-            row["resumed_without_simulator_state"] = True
+            row[BEGAN_ANEW] = True
             self.began_anew = False
         update = {} if evaluating else self._update(rollout, folder)
         row |= {k: v for k, v in update.items() if np.isscalar(v)}
@@ -193,7 +209,7 @@ class FineTuning(abc.ABC):
             return self.venv.reset(options), np.ones(self.n_envs)
         return self.observations, self.done
 
-    def _options(self, folder: RunFolder, seeded: bool = False) -> list[dict[str, Any]]:
+    def _options(self, folder: RunDir, seeded: bool = False) -> list[dict[str, Any]]:
         """What the environments are told when they begin."""
         options: list[dict[str, Any]] = seeded_options(self.seed, self.n_envs) if seeded else []
         options = options or [{} for _ in range(self.n_envs)]
@@ -203,27 +219,16 @@ class FineTuning(abc.ABC):
                 options[i]["video_path"] = str(folder.path / "render" / f"itr-{self.itr}_trial-{i}.mp4")
         return options
 
-    def _evaluation_setting(self, folder: RunFolder) -> tuple[Any, list[dict[str, Any]]]:
+    def _evaluation_setting(self, folder: RunDir) -> tuple[Any, list[dict[str, Any]]]:
         """Noise and options of an evaluation.
 
         Always the same episodes, drawn apart from the training's: what is saved can be evaluated again exactly.
         """
         return NoiseSource(self.seed) if self.own_noise else self.noise, self._options(folder, seeded=self.own_noise)
 
-    def _check_finite(self, losses: Mapping[str, float], folder: RunFolder) -> None:
-        bad = [n for n, v in losses.items() if not math.isfinite(v)]
-        if bad:
-            raise UserError(
-                f"{bad[0]} is {losses[bad[0]]} in iteration {self.itr}: lower train.actor_lr or train.critic_lr, or "
-                f"set train.max_grad_norm; {folder.last_good()}"
-            )
-
     # ---------- state ----------
 
-    def _remember(self, folder: RunFolder, keep: bool) -> None:
-        folder.remember(self.itr, *self._snapshot(), keep=keep)
-
-    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Everything a run needs to go on bit for bit, as tensors and JSON metadata."""
         tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
         tensors |= self.trainer.tensors()
@@ -240,28 +245,27 @@ class FineTuning(abc.ABC):
             "train": {
                 "env_steps": self.env_steps,
                 "env_restorable": restorable,
-                "noise": self.noise.state() if hasattr(self.noise, "state") else None,
+                "noise": rng_state(self.noise),
                 "trainer": self.trainer.state(),
             },
         }
         return tensors, metadata
 
-    def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
-        with fitting(path):
-            state = checkpoint.metadata["train"]
-            self._restore_training(checkpoint, state)
-            self.noise.restore(state["noise"])
-            self.itr, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
-            if state["env_restorable"] and getattr(self.venv, "restorable", False):
-                self.venv.set_state(checkpoint.select("train.env."))
-                self.observations = checkpoint.select("train.observations.")
-                self.done = checkpoint.tensors["train.done"]
-            else:
-                self.began_anew = True
-                log.warning("these environments cannot be restored: the resumed run begins with new episodes")
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.metadata["train"]
+        self._restore_training(checkpoint, state)
+        self.noise.restore(state["noise"])
+        self.step, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
+        if state["env_restorable"] and getattr(self.venv, "restorable", False):
+            self.venv.set_state(checkpoint.select("train.env."))
+            self.observations = checkpoint.select("train.observations.")
+            self.done = checkpoint.tensors["train.done"]
+        else:
+            self.began_anew = True
+            log.warning("these environments cannot be restored: the run goes on with new episodes")
 
     def _restore_training(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Weights, optimizers and what else the loop itself has put into `_snapshot`."""
+        """Weights, optimizers and what else the loop itself has put into `state`."""
         load_state_dict(self.model, checkpoint.select("model."))
         self.trainer.restore(checkpoint.tensors, state["trainer"])
 
@@ -270,12 +274,6 @@ class FineTuning(abc.ABC):
     def _tells(self, row: dict[str, Any]) -> bool:
         """Whether this row goes into the metrics."""
         return True
-
-    def _report(self, progress: Progress, row: dict[str, Any]) -> None:
-        live = {"itr": row["itr"], f"{row['kind']}_return": row["episode_return"]}
-        if row["kind"] == "train":
-            live |= self._live(row)
-        progress.update(0, **{k: v for k, v in live.items() if v is not None})
 
     def _episodes_seen(self, rollout: Rollout, stats: EpisodeStatistics, evaluating: bool) -> dict[str, Any]:
         return {

@@ -28,6 +28,7 @@ class FolderLock:
         try:
             self._made = [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
+            self._is_new = not (folder / _NAME).exists()
             file = _acquire(folder / _NAME)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}; {cure}") from error
@@ -40,9 +41,9 @@ class FolderLock:
         self._file.close()
 
     def undo(self) -> None:
-        """Remove folders that this lock made and that hold nothing else, and let others write."""
+        """Remove what this lock made, folders only where they hold nothing else, and let others write."""
         with contextlib.suppress(OSError):
-            if os.listdir(self.folder) == [_NAME]:
+            if self._is_new or os.listdir(self.folder) == [_NAME]:
                 (self.folder / _NAME).unlink()
             for place in self._made:
                 place.rmdir()

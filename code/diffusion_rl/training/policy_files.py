@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +51,6 @@ def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> 
         raise UserError(f"{what}={path}: no checkpoint in this folder; give a run folder or a checkpoint")
     log.info("%s: %s", what, newest)
     return load_checkpoint(newest)
-
-
-@contextlib.contextmanager
-def fitting(path: Any) -> Iterator[None]:
-    """While a run's state is restored from `path`: what does not fit this configuration becomes one line."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"cannot resume from {path}: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"cannot resume from {path}: its training state does not fit this configuration ({reason}); use the "
-            f"settings it was saved with, or resume=never"
-        ) from error
 
 
 def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -1,12 +1,10 @@
-"""A run's folder: configuration, metrics, checkpoints, resuming, and stopping on request without losing anything."""
+"""A run's folder: configuration, metrics, states, and stopping on request without losing anything."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,190 +17,199 @@ from diffusion_rl.reports.metrics import MetricsWriter
 from diffusion_rl.training.checkpoint import (
     Checkpoint,
     checkpoint_metadata,
-    latest_checkpoint,
     load_checkpoint,
     not_finite,
-    numbered_checkpoints,
-    require_kind,
     save_checkpoint,
 )
+from diffusion_rl.training.continuation import AUTO, NEVER, Spelling, asked_state, find_state
 from diffusion_rl.training.locks import FolderLock
-from diffusion_rl.training.run_facts import compare_settings
 from diffusion_rl.training.signals import StopRequest
-
-log = logging.getLogger(__name__)
+from diffusion_rl.training.state_files import StateFiles
 
 CHECKPOINT_SECONDS = 60.0  # a passing checkpoint at least this far apart, beside those that are kept
-State = tuple[int, Mapping[str, np.ndarray], Mapping[str, Any]]  # step, tensors, metadata
+Held = tuple[int, Mapping[str, np.ndarray], Mapping[str, Any]]  # number, tensors, metadata
+Row = dict[str, Any]
 
 
-class RunFolder:
-    """Everything that a training run leaves behind, in `cfg.logdir`.
+class RunDir:
+    """Everything that a training run leaves behind: `config.yaml`, `metrics.jsonl` and what is derived from it, states.
 
-    `cfg.resume` is "never" (default), "auto" (continue the newest run of the same name and seed that has a loadable
-    checkpoint, in its own folder; start afresh if there is none), or the path of a run folder or checkpoint.
+    Entering it locks the folder and finds the state to go on from; nothing else is written before `begin`:
 
-    Building one reads only; the caller restores `resumed`, which may fail, and then enters the folder, which is when
-    files are written and signals are caught:
-
-        folder = RunFolder(cfg, "itr", "dppo")
-        if folder.resumed is not None: ...restore...
-        with folder:
+        with RunDir(path, settings, StateFiles("dppo", settings)) as run_dir:
+            if run_dir.checkpoint is not None: ...restore...
+            run_dir.begin(last_row)
             for itr in ...:
-                folder.metrics.write(row)
-                folder.remember(itr, *snapshot, keep=itr % 100 == 0)
-                folder.stop_if_requested()
+                run_dir.log(row)
+                run_dir.remember(itr, *state, keep=itr % 100 == 0)
+                run_dir.stop_if_requested()
 
     Args:
-        cfg: the configuration; `logdir`, `seed`, `resume` and `wandb` are read here.
-        step_key: what is counted, "itr" or "epoch".
-        kind: of the checkpoints.
-        another_folder, go_on: how the program spells these two cures; the default of `go_on` is resume=<folder>.
-        may_change: patterns of keys with whose new values a run may be resumed; others must be what they were.
+        path: of the folder; another one where the settings ask to go on with a run that lies elsewhere.
+        settings: of the run, resolved. Read here: what to go on from (`continuation.asked_state`), `stop_at`,
+            `tensorboard`, `wandb`.
+        files: where the states lie.
+        spelling: how the program writes what its user can do.
+
+    Attributes:
+        checkpoint, source: the state to go on from and its path; None: the run begins.
+        stop_at: the step at which this part of the run ends; None: at the end.
     """
 
     metrics: MetricsWriter
 
     def __init__(
-        self,
-        cfg: DictConfig,
-        step_key: str,
-        kind: str,
-        another_folder: str = "name another logdir",
-        go_on: str | None = None,
-        may_change: Sequence[str] = ("*",),
+        self, path: str | Path, settings: Mapping[str, Any], files: StateFiles, spelling: Spelling | None = None
     ):
-        self.cfg, self.step_key, self.kind = cfg, step_key, kind
-        self.another_folder, self.go_on = another_folder, go_on
-        self.path = Path(cfg["logdir"])
-        self.resumed: Checkpoint | None = None
-        self.resumed_from: Path | None = None
-        self._resume = str(cfg.get("resume", "never") or "never")
-        self.resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(_plain(cfg)), resolve=True)  # type: ignore[assignment]
-        self._find_resumed(self._resume)
-        if self.resumed is not None and self.resumed_from is not None:
-            compare_settings(self.resumed, self.resolved, self.resumed_from, may_change)
-        self.checkpoints = self.path / "checkpoint"
-        if self._resume != "auto" and (self.resumed_from is None or self.checkpoints != self.resumed_from.parent):
-            self._refuse_used_folder()
-        self._last_saved = self.resumed_from
-        self._unsaved: State | None = None
+        self.path, self.settings, self.files, self.spelling = Path(path), settings, files, spelling or Spelling()
+        asked_state(settings)
+        train = settings.get("train")
+        stop_at = settings.get("stop_at") or (train.get("stop_at") if isinstance(train, Mapping) else None)
+        self.stop_at = None if stop_at is None else int(stop_at)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.checkpoint: Checkpoint | None = None
+        self.source: Path | None = None
+        self._last_saved: Path | None = None
+        self._held: Held | None = None
         self._saved_at = time.monotonic()
         self._passing: set[Path] = set()
+        self._begun = False
         self._stop = StopRequest()
 
-    # ---------- resuming ----------
+    @property
+    def rows(self) -> list[Row]:
+        """All rows of the metrics."""
+        return self.metrics.rows
 
-    def _find_resumed(self, resume: str) -> None:
-        if resume == "never":
-            return
-        found = self._newest_of_this_run() if resume == "auto" else _given(Path(resume))
-        if found is None:
-            log.info("resume=auto: no earlier run with a checkpoint beside %s; starting afresh", self.path)
-            return
-        checkpoint = load_checkpoint(found)
-        require_kind(checkpoint, self.kind, found)
-        if "train" not in checkpoint.metadata or self.step_key not in checkpoint.metadata:
-            raise UserError(f"{found} holds weights only and cannot be resumed: pass it as base_policy_path instead")
-        if found.parent.name == "checkpoint":  # else it is a lone file: the run goes on in a folder of its own
-            empty, self.path = self.path, found.parent.parent
-            if empty != self.path and empty.is_dir() and not any(empty.iterdir()):
-                empty.rmdir()
-        self.resumed, self.resumed_from = checkpoint, found
-        log.info("resuming %s after %s %s", self.path, self.step_key, checkpoint.metadata.get(self.step_key))
+    # ---------- beginning ----------
 
-    def _newest_of_this_run(self) -> Path | None:
-        return next((c for c in map(_newest, [self.path, *_siblings(self.path)]) if c is not None), None)
+    def __enter__(self) -> RunDir:
+        self._clear()
+        self._lock = FolderLock(self.path, self.spelling.anew)
+        try:
+            self._find()
+        except BaseException:
+            self._lock.undo()
+            raise
+        return self
+
+    def _find(self) -> None:
+        """Choose the state to go on from, and move to its folder."""
+        asked = asked_state(self.settings)
+        source = find_state(asked, self.path, self.files)
+        home = None if source is None else self.files.home(source)
+        if home is not None and home != self.path:
+            self._lock.undo()
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # if it is there and empty
+            self.path = home
+            self._lock = FolderLock(self.path, self.spelling.anew)
+        elif asked != AUTO and (asked in NEVER or not self._holds(source)):
+            self._refuse_used_folder()
+        if source is not None:
+            checkpoint = load_checkpoint(source)
+            self.files.check(checkpoint, source)
+            self.checkpoint, self.source, self._last_saved = checkpoint, source, source
+
+    def _holds(self, source: Path | None) -> bool:
+        return source is None or source.parent == self.files.folder(self.path)
 
     def _refuse_used_folder(self) -> None:
         metrics = self.path / "metrics.jsonl"
-        if numbered_checkpoints(self.checkpoints) or (metrics.is_file() and metrics.stat().st_size):
+        used = self.files.existing(self.path) or (metrics.is_file() and metrics.stat().st_size)
+        if used and not self.files.starts_over:
             raise UserError(
-                f"logdir={self.path} holds a run already: go on with it ({self.go_on or 'resume=auto'}) or "
-                f"{self.another_folder}"
+                f"{self.path} holds a run already: go on with it ({self.spelling.again}) or {self.spelling.anew}"
             )
 
-    def _drop_what_follows(self) -> None:
-        """Metrics and checkpoints of steps after the resumed one will come again; what was passing goes in time.
+    def begin(self, last: int = -1) -> None:
+        """Write the configuration and open the metrics, without their rows after `last`; catch signals from now on."""
+        write_config(self.path, self.settings)
+        self.files.begin(self.path, last)
+        self.metrics = MetricsWriter(
+            self.path,
+            tensorboard=bool(self.settings.get("tensorboard", True)),
+            wandb=self.settings.get("wandb"),
+            config=self.settings,
+        )
+        self._set_later_ones_aside()
+        self.metrics.truncate(last)
+        self._begun = True
+        self._stop.__enter__()
 
-        Later checkpoints (damaged, or of a branch that is being left) are renamed, so that they are neither lost nor
-        ever taken for this run's newest.
+    def _set_later_ones_aside(self) -> None:
+        """Rename states after the one that the run goes on from: they are neither lost nor taken for its newest.
+
+        They are damaged, or of a branch that is being left. Those that were to pass go in time.
         """
-        last = -1 if self.resumed is None else int(self.resumed.metadata[self.step_key])
-        for number, path in numbered_checkpoints(self.checkpoints):
+        states = self.files.existing(self.path)
+        last = next((number for number, path in states if path == self.source), -1)
+        for number, path in states:
             if number > last:
                 path.replace(path.with_name(f"set_aside_{path.name}"))
             elif checkpoint_metadata(path).get("keep") is False:
                 self._passing.add(path)
-        self.metrics.truncate(last)
 
-    # ---------- checkpoints ----------
+    # ---------- rows and states ----------
 
-    def remember(self, step: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], keep: bool) -> None:
-        """Take the state after `step`: written now if it is to be kept or the last writing is a minute ago, else held
-        for a signal or a failure.
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Write a row of the metrics."""
+        self.metrics.write(row)
+
+    def remember(self, number: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], keep: bool) -> None:
+        """Take the state `number`: written now if it is to be kept or the last writing is a minute ago, else held for a
+        signal or a failure.
 
         Raises:
             UserError: there is NaN in it, or the file cannot be written. What was saved before stays.
         """
         if bad := not_finite(tensors):
             raise UserError(
-                f"{bad} is no longer finite after {self.step_key} {step}: the training has diverged, lower the "
+                f"{bad} is no longer finite after {self.files.step_key} {number}: the training has diverged, lower the "
                 f"learning rates; {self.last_good()}"
             )
-        self._unsaved = (step, tensors, metadata)
+        self._held = (number, tensors, metadata)
         if keep or time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
             self._save(keep)
 
     def _save(self, keep: bool) -> None:
-        """Write `checkpoint/state_<step>.safetensors`; then those go that were not to be kept."""
-        assert self._unsaved is not None
-        step, tensors, metadata = self._unsaved
-        path = self.checkpoints / f"state_{step}.safetensors"
-        facts = {"kind": self.kind, **metadata, "config": self.resolved, self.step_key: step, "keep": keep}
-        save_checkpoint(path, tensors, facts)
+        """Write the held state; then those go that were not to be kept."""
+        assert self._held is not None
+        number, tensors, metadata = self._held
+        if keep:
+            self.files.write_beside(self.path, number)
+        path = self.files.path(self.path, number, keep)
+        save_checkpoint(path, tensors, {**self.files.facts(number), **metadata, "keep": keep})
         for old in self._passing - {path}:
             old.unlink(missing_ok=True)
         self._passing = set() if keep else {path}
-        self._last_saved, self._unsaved, self._saved_at = path, None, time.monotonic()
+        self._last_saved, self._held, self._saved_at = path, None, time.monotonic()
+        if keep:
+            self.files.copy(self.path)
 
     def last_good(self) -> str:
-        """Make sure that the last remembered state is on disk, and say where."""
-        if self._unsaved is not None:
+        """Make sure that the last state is on disk, and say where."""
+        if self._held is not None:
             self._save(keep=False)
         if self._last_saved is None:
             return "nothing had been saved yet"
         return f"the last good state is {self._last_saved}"
 
-    # ---------- beginning and end ----------
-
-    def __enter__(self) -> RunFolder:
-        self._lock = FolderLock(self.path, self.another_folder)
-        try:
-            self._begin()
-        except BaseException:
-            self._lock.undo()
-            raise
-        self._stop.__enter__()
-        return self
-
-    def _begin(self) -> None:
-        self.checkpoints.mkdir(exist_ok=True)
-        write_config(self.path, self.resolved)
-        self.metrics = MetricsWriter(
-            self.path,
-            tensorboard=bool(self.cfg.get("tensorboard", True)),
-            wandb=self.resolved.get("wandb"),
-            config=self.resolved,
-        )
-        self._drop_what_follows()
+    # ---------- the end ----------
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        if not self._begun:
+            self._lock.undo()
+            return
         try:
-            if isinstance(error, Exception) and self._unsaved is not None:
+            if isinstance(error, Exception) and self._held is not None:
                 with contextlib.suppress(UserError):  # the disk may be what failed
                     self._save(keep=False)
             self.metrics.close()
+            if error is None or isinstance(error, Interrupted):
+                self.files.copy(self.path)
         finally:
             self._lock.close()
             self._stop.__exit__()
@@ -213,44 +220,69 @@ class RunFolder:
         return self._stop.name is not None
 
     def stop_if_requested(self) -> None:
-        """If SIGINT or SIGTERM has arrived: save what is remembered and end the run with `Interrupted`."""
+        """If SIGINT or SIGTERM has arrived: save what is held and end the run with `Interrupted`."""
         name = self._stop.name
         if name is None:
             return
-        if self._unsaved is not None:
+        if self._held is not None:
             self._save(keep=False)
         if self._last_saved is None:
             raise Interrupted(f"stopped by {name} before there was anything to save; start again")
-        go_on = self.go_on or f"resume={self.path}"
+        go_on = self.spelling.go_on(self.path)
         raise Interrupted(f"stopped by {name}; state saved in {self._last_saved}; go on with {go_on}")
+
+    def pause(self, unit: str, step: int, total: int) -> None:
+        """Say that this part of the run has ended where `stop_at` asks for it, and how to go on."""
+        go_on = self.spelling.go_on(self.path)
+        print(
+            f"stopped after {step} of {total} {unit}s, as stop_at says; state saved in {self._last_saved}; go on with "
+            f"{go_on} and a later stop_at, or none",
+            flush=True,
+        )
+
+
+class Nowhere:
+    """Stands for a run folder where a loop only computes: rows stay in memory, nothing is saved, nothing stops it."""
+
+    path = Path()
+    checkpoint: Checkpoint | None = None
+    source: Path | None = None
+    stop_at: int | None = None
+    stopping = False
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __enter__(self) -> Nowhere:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Keep a row in memory."""
+        self.rows.append(dict(row))
+
+    def remember(self, number: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], keep: bool) -> None:
+        """Forget a state."""
+
+    def last_good(self) -> str:
+        """Say that nothing was saved."""
+        return "nothing is saved"
+
+    def _nothing(self, *args: Any) -> None:
+        pass
+
+    begin = stop_if_requested = pause = _nothing
+
+
+def plain_settings(cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
+    """A configuration as plain values, resolved."""
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    return OmegaConf.to_container(OmegaConf.create(plain), resolve=True)  # type: ignore[return-value, arg-type]
 
 
 def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:
     """`config.yaml` of a run folder, whole or not at all."""
     with atomic_file(folder / "config.yaml") as file:
         file.write(OmegaConf.to_yaml(OmegaConf.create(dict(resolved))).encode())
-
-
-def _given(path: Path) -> Path:
-    if path.is_file():
-        return path
-    newest = _newest(path)
-    if newest is None:
-        raise UserError(f"resume={path}: no checkpoint there; give a run folder, a checkpoint, auto or never")
-    return newest
-
-
-def _newest(folder: Path) -> Path | None:
-    return latest_checkpoint(folder / "checkpoint")
-
-
-def _siblings(path: Path) -> list[Path]:
-    """Folders of the same run name and seed, newest first: log/<suite>/<name>/<date>_<seed>."""
-    seed = re.search(r"_(\d+)$", path.name)
-    if seed is None or not path.parent.is_dir():
-        return []
-    return sorted((p for p in path.parent.glob(f"*_{seed[1]}") if p.is_dir() and p != path), reverse=True)
-
-
-def _plain(cfg: Any) -> Any:
-    return OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)

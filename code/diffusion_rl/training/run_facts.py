@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, targets
+from diffusion_rl.config.instantiate import default_arguments, flatten
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.policy_files import normalization_facts
@@ -31,61 +30,6 @@ FAMILIES = (
 FREE_ARGUMENTS = ("fixed_std", "learn_fixed_std", "std_min", "std_max", "dropout", "p_drop_*", "augment", "device")
 BOUNDS_TOLERANCE = 1e-4  # of a range: files hold float32 or float64
 
-#: Settings with which a run may be resumed: they are read anew, or change no number.
-NEUTRAL = (
-    "logdir",
-    "log_dir",
-    "data_dir",
-    "name",
-    "resume",
-    "device",
-    "tensorboard",
-    "wandb*",
-    "project",
-    "suite",
-    "stage",
-)
-FINE_TUNING_MAY_CHANGE = (
-    *NEUTRAL,
-    *(
-        "train.*lr",
-        "train.*lr_scheduler.*",
-        "train.*weight_decay",
-        "train.*_freq",
-        "train.render.*",
-        "train.n_train_itr",
-    ),
-    *("train.gamma", "train.gae_lambda", "train.target_kl", "train.*_coef", "train.bc_loss_coeff", "train.batch_size"),
-    *("train.update_epochs", "train.max_grad_norm", "train.fast", "train.force_train", "train.replay_ratio"),
-    *(
-        "train.n_eval_episode",
-        "train.eval_*",
-        "train.logprob_batch_size",
-        "train.n_critic_warmup_itr",
-    ),
-    *("env.threads", "env.save_video", "env.render", "env.worker_timeout", "env.best_reward_threshold_for_success"),
-    *("model.clip_*", "model.gamma_denoising", "model.randn_clip_value", "*.device"),
-)
-PRE_TRAINING_MAY_CHANGE = (
-    *NEUTRAL,
-    *(
-        "train.n_epochs",
-        "train.learning_rate",
-        "train.lr_scheduler.*",
-        "train.weight_decay",
-        "train.*_freq",
-        "train.fast",
-    ),
-    *("train.epoch_start_ema", "train.batch_size", "ema.decay", "*.device"),
-)
-LATENT_MAY_CHANGE = (
-    *NEUTRAL,
-    *("continue_training", "logbase", "exp_name", "exp_id", "job_name", "script_path", "num_workers", "arguments"),
-    *("n_train_steps", "n_steps_per_epoch", "log_freq", "save_freq", "eval_freq", "num_eval", "num_envs", "fast"),
-    *("evaluator", "test_ret", "condition_guidance_w", "use_ddim_sample", "n_ddim_steps", "sample_noise_scale"),
-    *("*_weight", "clip_*", "ema_decay", "update_ema_every", "gae_lambda", "target_kl", "data_dir", "rl_*_freq"),
-)
-
 
 # ---------- a policy's checkpoint ----------
 
@@ -98,7 +42,7 @@ def compare_policy(checkpoint: Checkpoint, cfg: Mapping[str, Any], path: Any, ev
     """
     for difference in (*_network_differences(checkpoint, cfg), *_prediction_differences(checkpoint, cfg)):
         raise UserError(f"{path} was trained with {difference}")
-    softer = [*_task_difference(checkpoint, cfg), *_bounds_difference(checkpoint, bounds_path(cfg))]
+    softer = [*_task_difference(checkpoint, cfg), *bounds_difference(checkpoint, bounds_path(cfg))]
     for meant, difference in softer:
         if evaluating and not meant:
             raise UserError(f"{path} was trained with {difference}")
@@ -129,12 +73,13 @@ def same_task(one: str, other: str) -> bool | None:
 
 
 def _task_difference(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
-    theirs, ours = task_name(_config(checkpoint)), task_name(cfg)
+    theirs, ours = task_name(recorded_config(checkpoint)), task_name(cfg)
     if theirs and not (same := same_task(theirs, ours)):
         yield same is None, f"the task {theirs}, this run's is {ours}"
 
 
-def _bounds_difference(checkpoint: Checkpoint, path: str | None) -> Iterator[tuple[bool, str]]:
+def bounds_difference(checkpoint: Checkpoint, path: str | None) -> Iterator[tuple[bool, str]]:
+    """Yield (False, how they differ) where a checkpoint's normalization is not that of the file."""
     theirs, ours = checkpoint.metadata.get("normalization"), normalization_facts(path)
     if not isinstance(theirs, Mapping) or not ours:
         return
@@ -155,7 +100,7 @@ def _bounds_difference(checkpoint: Checkpoint, path: str | None) -> Iterator[tup
 
 
 def _network_differences(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iterator[str]:
-    theirs, ours = (_network(config) for config in (_config(checkpoint), cfg))
+    theirs, ours = (_network(config) for config in (recorded_config(checkpoint), cfg))
     if not theirs or not ours:
         return
     if theirs["_target_"] != ours["_target_"]:
@@ -183,61 +128,7 @@ def _prediction_differences(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> I
         yield f"model.predict_epsilon={theirs}, this run has {ours}"
 
 
-def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def recorded_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The configuration that a checkpoint records; {} where it has none."""
     config = checkpoint.metadata.get("config")
     return config if isinstance(config, Mapping) else {}
-
-
-# ---------- resuming ----------
-
-
-def compare_settings(checkpoint: Checkpoint, now: Mapping[str, Any], path: Path, may_change: Sequence[str]) -> None:
-    """Compare the settings of the run that a checkpoint is of with those of the run that goes on with it.
-
-    may_change: patterns of keys whose new values take effect; what changed of them is said.
-
-    Raises:
-        UserError: another setting differs, so that the run would go on otherwise than it says.
-    """
-    if not _config(checkpoint):
-        return
-    refuse_changes(_filled(_config(checkpoint)), _filled(now), path, may_change)
-    for _, difference in _bounds_difference(checkpoint, bounds_path(now)):
-        raise UserError(f"resume={path}: that run was trained with {difference}")
-
-
-def refuse_changes(
-    before: Mapping[str, Any], after: Mapping[str, Any], path: Path, may_change: Sequence[str] = ()
-) -> None:
-    """Compare flat settings of a run with those it is resumed with. Raises UserError, or says what changed."""
-    changed = [key for key in before if key not in after or not _same(key, before[key], after[key])]
-    refused = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)]
-    if refused:
-        shown = ", ".join(f"{key}={before[key]} (now {after.get(key, 'left out')})" for key in refused[:4])
-        raise UserError(
-            f"resume={path}: that run has {shown}, which resuming cannot change: leave it, or start another run"
-        )
-    changed += [key for key in after if key not in before]
-    told = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in NEUTRAL)]
-    if told:
-        facts = (f"{key}={after.get(key, 'its default')} (was {before.get(key, 'not set')})" for key in told)
-        log.warning("resumed with %s", ", ".join(facts))
-
-
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat configuration, with the defaults of its objects' arguments."""
-    flat = flatten(config)
-    for where, mapping in targets(config):
-        if where and str(mapping["_target_"]).startswith(PACKAGE):
-            defaults = {f"{where}.{key}": value for key, value in default_arguments(mapping["_target_"]).items()}
-            flat = {key: value for key, value in defaults.items() if key not in flat} | flat
-    return {key: value for key, value in flat.items() if not isinstance(value, Mapping)}
-
-
-def _same(key: str, one: Any, other: Any) -> bool:
-    """Whether two values are equal; a file that lies elsewhere today is the same file by its name."""
-    if one == other:
-        return True
-    if isinstance(one, str) and isinstance(other, str) and key.rpartition(".")[2].endswith("_path"):
-        return Path(one).name == Path(other).name and Path(one).parent.name == Path(other).parent.name
-    return False

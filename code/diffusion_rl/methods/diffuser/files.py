@@ -12,6 +12,8 @@ import logging
 import os
 import pickle
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.config.checks import DIFFUSION_STEPS, HORIZON, check_ranges, whole
+from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.data import assets, sources
@@ -30,10 +33,13 @@ from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.methods.diffuser.action_only import ActionDiffusion
 from diffusion_rl.methods.diffuser.kuka import MaskedDiffusion, StackClassification
 from diffusion_rl.methods.diffuser.model import NoisyTrajectories, TrajectoryDiffusion, ValueDiffusion
+from diffusion_rl.methods.diffuser.options import Options
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
-from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, require_finite
+from diffusion_rl.training.checkpoint import Checkpoint, checkpoint_metadata, load_checkpoint, require_finite
+from diffusion_rl.training.continuation import NEVER, asked_state, refuse_changes, require_state
 from diffusion_rl.training.run_facts import same_task
+from diffusion_rl.training.state_files import StateFiles
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +159,94 @@ def _named(known: Mapping[str, Callable[..., Any]], name: str, what: str) -> Cal
     return known[name]
 
 
+class ExperimentFiles(StateFiles):
+    """States as `state_<label>.safetensors` in an experiment's folder, beside its options and the description.
+
+    Args:
+        options: of the experiment; its `savepath` is the folder.
+    """
+
+    def __init__(self, options: Options, description: Description):
+        kind = _named(DIFFUSIONS, description.diffusion["class"], "diffusion").KIND  # type: ignore[attr-defined]
+        super().__init__(kind, experiment_settings(options), "step")
+        self.options, self.description = options, description
+
+    def folder(self, run: Path) -> Path:
+        return run
+
+    def home(self, path: Path) -> Path | None:
+        return None
+
+    def existing(self, run: Path) -> list[tuple[int, Path]]:
+        return list(labelled_states(run).items())
+
+    def newest(self, run: Path) -> Path | None:
+        states = labelled_states(run)
+        if states and (newest := states[max(states)]).suffix == ".pt":
+            raise UserError(f"{newest} has no optimizer state: train anew under another --prefix")
+        return super().newest(run)
+
+    def earlier_runs(self, run: Path) -> list[Path]:
+        return []
+
+    def facts(self, number: int) -> dict[str, Any]:
+        return {"kind": self.kind, "description": self.description._asdict(), "config": self.options.as_dict()}
+
+    def check(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Raise UserError for a checkpoint of another model, other data or another seed."""
+        require_state(checkpoint, self.step_key, path)
+        require_finite(checkpoint.tensors, path)
+        before, now = (_comparable(facts) for facts in (checkpoint.metadata, self.facts(0)))
+        refuse_changes({key: value for key, value in before.items() if key in now}, now, path)
+
+    def begin(self, run: Path, last: int) -> None:
+        """`args.json`, `diff.txt` and the descriptions."""
+        self.options.save()
+        trainer = {k: v for k, v in self.options.as_dict().items() if k in _TRAINER_KEYS}
+        self.description.save(run, trainer)
+
+    def copy(self, run: Path) -> None:
+        """Copy the folder to `bucket` with gsutil, if both are there."""
+        options = self.options
+        if not options.bucket:
+            return
+        if shutil.which("gsutil") is None:
+            print(f"warning: gsutil is not installed, so {options.bucket} gets no copy", flush=True)
+            return
+        command = ["gsutil", "-m", "rsync", "-r", str(run), f"{options.bucket.rstrip('/')}/{run}"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        if not options.save_parallel:
+            process.wait()
+
+
+_TRAINER_KEYS = (
+    *("batch_size", "learning_rate", "gradient_accumulate_every", "ema_decay", "sample_freq", "save_freq"),
+    *("n_train_steps", "n_saves", "n_reference", "save_parallel", "bucket", "lr_decay_steps"),
+)
+
+
+def experiment_settings(options: Options) -> dict[str, Any]:
+    """The options of an experiment as the settings of a run, with the names that figures go by."""
+    return {"name": options.exp_name, "env_name": options.dataset, **options.as_dict()}
+
+
+def recorded_seed(options: Options) -> int | None:
+    """The seed of the run in the experiment's folder, where the options ask to go on with it."""
+    asked, states = asked_state(options.as_dict()), labelled_states(Path(options.savepath))
+    if asked in NEVER or not states:
+        return None
+    path = states.get(int(asked)) if asked.isdigit() else max(states.items())[1]
+    config = None if path is None else checkpoint_metadata(path).get("config")
+    return (config or {}).get("seed")
+
+
+def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint's facts a run goes on with unchanged, flat: seed, data, model and diffusion."""
+    seed = (facts.get("config") or {}).get("seed")
+    described = flatten(json.loads(json.dumps(facts.get("description") or {})))
+    return described if seed is None else {"seed": seed, **described}
+
+
 class Experiment(NamedTuple):
     """A trained model, ready to plan with."""
 
@@ -226,12 +320,18 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
     return description.build()
 
 
-def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
-    """Label and path of a checkpoint in an experiment's folder."""
-    states = {}
-    for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt: ours is preferred
+def labelled_states(folder: Path) -> dict[int, Path]:
+    """Checkpoints of an experiment's folder by their labels, ascending; ours are preferred to those of PyTorch."""
+    states: dict[int, Path] = {}
+    for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt
         if match := re.fullmatch(r"state_(\d+)\.(pt|safetensors)", path.name):
             states.setdefault(int(match[1]), path)
+    return dict(sorted(states.items()))
+
+
+def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
+    """Label and path of a checkpoint in an experiment's folder."""
+    states = labelled_states(folder)
     if not states:
         raise UserError(f"no checkpoint in {folder}{_others(folder)}")
     if epoch == "latest":

@@ -49,6 +49,7 @@ REAL = ("loss_discount", "action_weight", "termination_penalty")  # may be a fra
 TEXTS = ("data_dir", "bucket", "loadbase", "urdf_dir")  # whose default may be none
 NONE_IS_ALLOWED = ("termination_penalty", "preprocess_fns", "resume")
 DEFERRED = "f:"
+GO_ON = "--resume True"  # how a user goes on with a training
 RANGES = {
     # models
     "horizon": HORIZON,
@@ -66,6 +67,7 @@ RANGES = {
     # training
     "n_train_steps": STEPS,
     "n_steps_per_epoch": STEPS,
+    "stop_at": dataclasses.replace(STEPS, null=True),
     "batch_size": BATCH,
     "gradient_accumulate_every": whole(1, 65_536),
     "learning_rate": positive(1e38),
@@ -135,6 +137,14 @@ class Options(SimpleNamespace):
         facts = {**self.as_dict(), "commit": _git("rev-parse", "HEAD").strip()}
         _write(folder / "args.json", json.dumps(facts, indent=4, sort_keys=True))
         _write(folder / "diff.txt", _git("diff"))
+
+
+def going_on(options: Options) -> Options:
+    """The options of `scripts/resume_training.py`: those of a training that goes on with its latest checkpoint, unless
+    they name another one."""
+    if options.resume == "False":
+        options.resume = "latest"
+    return options
 
 
 def _write(path: Path, text: str) -> None:

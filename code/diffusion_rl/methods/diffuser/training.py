@@ -1,29 +1,30 @@
-"""The training loop of Diffuser's models: batches, averages, log lines, checkpoints, pictures of samples, resuming."""
+"""The training loop of Diffuser's models: batches, averages, log lines, pictures of samples, labels of checkpoints."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.data.window_order import WindowOrder
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
+from diffusion_rl.methods.diffuser.files import normalizer_tensors
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer, MicroBatch
-from diffusion_rl.training.checkpoint import Checkpoint, not_finite
-from diffusion_rl.training.signals import StopRequest
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.loop import Losses, State, TrainingLoop, rng_state
+from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
 DECAYED = 0.1  # of the learning rate
 SAMPLES_DRAWN, PICTURES = 2, 2  # samples of a picture of samples, and how many such pictures
 
 
-class DiffuserTraining:
+class DiffuserTraining(TrainingLoop):
     """Trains a model on a data set.
 
     Args:
@@ -32,14 +33,17 @@ class DiffuserTraining:
         batch_size, gradient_accumulate_every: windows of a micro-batch, micro-batches of a step.
         n_train_steps, save_freq, label_freq, log_freq, sample_freq: all in steps; a checkpoint saved at step s is
             called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
+        epoch_steps: steps between two lines that say which epoch begins; 0: no such lines.
         n_reference: windows of the picture of the data.
         lr_decay_steps: so many last steps have a tenth of the trainer's learning rate.
-        save: writes a checkpoint, given (label, tensors, metadata).
+        run_dir: where everything goes.
         say: prints a line.
         renderer: draws pictures, `composite(name, observations [n,H,O])`; None: no pictures.
         merge: the micro-batches of a step as one batch, which gives the same gradient in less time.
         observer: called after every compiled call with the last step's number, the losses and the other results.
     """
+
+    CURE = "lower --learning_rate"
 
     def __init__(
         self,
@@ -56,9 +60,9 @@ class DiffuserTraining:
         sample_freq: int = 0,
         n_reference: int = 8,
         lr_decay_steps: int = 0,
-        save: Callable[[int, dict[str, np.ndarray], dict[str, Any]], None],
+        epoch_steps: int = 0,
+        run_dir: RunDir | Nowhere | None = None,
         say: Callable[[str], None] = print,
-        record: Callable[[Mapping[str, Any]], None] = lambda row: None,
         renderer: Any = None,
         merge: bool = True,
         observer: Callable[[int, np.ndarray, dict[str, np.ndarray]], None] | None = None,
@@ -66,52 +70,56 @@ class DiffuserTraining:
         self.trainer, self.dataset, self.noise = trainer, dataset, noise
         self.windows = WindowOrder(len(dataset), batch_size, noise)
         self.shown = WindowOrder(len(dataset), 1, noise)
-        self.accumulate, self.n_train_steps, self.n_reference = gradient_accumulate_every, n_train_steps, n_reference
+        self.accumulate, self.total, self.n_reference = gradient_accumulate_every, n_train_steps, n_reference
         self.save_freq, self.label_freq, self.log_freq, self.sample_freq = save_freq, label_freq, log_freq, sample_freq
-        self.save_to, self.say, self.record = save, say, record
+        self.epoch_steps, self.run_dir, self.print = epoch_steps, run_dir or Nowhere(), say
         self.renderer, self.merge, self.observer = renderer, merge, observer
         self.learning_rate, self.decays_at = trainer.optimizer.learning_rate.numpy(), n_train_steps - lr_decay_steps
-        self.step = 0  # the next one
-        self.stop = StopRequest()
         self._sample = tf.function(trainer.ema_model.sample, autograph=False) if sample_freq else None
-        self._began = time.monotonic()
+        self._row: dict[str, Any] = {}
 
     # ---------- the loop ----------
 
-    def run(self, until: int | None = None) -> None:
-        """Train to the end (or up to a step), or to SIGINT or SIGTERM, which saves and raises `Interrupted`."""
-        end = self.n_train_steps if until is None else min(until, self.n_train_steps)
-        with self.stop:
-            while self.step < end:
-                count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
-                factor = DECAYED if self.step >= self.decays_at else 1.0
-                self.trainer.optimizer.learning_rate.assign(self.learning_rate * factor)
-                losses, infos = self._steps(count)
-                last = self.step + count - 1
-                if not np.isfinite(losses).all():
-                    raise UserError(f"the loss became {losses[-1]} at step {last}: lower --learning_rate")
-                if self.observer is not None:
-                    self.observer(last, losses, infos)
-                self.step = last + 1
-                self._after(last, losses, infos)
-                if self.step == self.n_train_steps:
-                    self._save(self.n_train_steps)
-                self.stop_if_requested()
+    def advance(self, end: int) -> tuple[int, Losses]:
+        """Train up to where something is due after a step, or enough steps are together."""
+        if self.epoch_steps and self.step % self.epoch_steps == 0:
+            epoch, epochs = self.step // self.epoch_steps, -(-self.total // self.epoch_steps)
+            self.print(f"Epoch {epoch} / {epochs} | {self.run_dir.path}")
+        count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
+        factor = DECAYED if self.step >= self.decays_at else 1.0
+        self.trainer.optimizer.learning_rate.assign(self.learning_rate * factor)
+        losses, infos = self._steps(count)
+        self.check_finite({"the loss": losses}, self.step + count - 1)
+        self._after(self.step + count - 1, losses, infos)
+        return count, {}
 
-    def stop_if_requested(self) -> None:
-        """If SIGINT or SIGTERM has arrived: save and end with `Interrupted`."""
-        if self.stop.name is None:
-            return
-        if self.step == 0:
-            raise Interrupted(f"stopped by {self.stop.name} before there was anything to save; start again")
-        if self.step < self.n_train_steps:  # the end has been saved
-            self._save(self._label(self.step - 1))
-        raise Interrupted(f"stopped by {self.stop.name}; state saved; go on with --resume True")
+    @property
+    def number(self) -> int:
+        return self.step - 1
+
+    def label(self, keep: bool) -> int:
+        """Of a checkpoint that stays: see `label_freq`; at the end of the training or of a phase of it the step."""
+        at_end = self.step in (self.total, self.run_dir.stop_at)
+        return self.number // self.label_freq * self.label_freq if keep and not at_end else self.step
+
+    def due(self, what: str) -> bool:
+        return self.number % (self.log_freq if what == "log" else self.save_freq) == 0
+
+    def row(self) -> dict[str, Any]:
+        return {"itr": self.number, "kind": "train", **self._row}
+
+    def live(self) -> dict[str, Any]:
+        return {"loss": self._row["loss"]}
+
+    def say(self, row: Mapping[str, Any]) -> None:
+        shown = " | ".join(f"{name}: {row[name]:8.4f}" for name in self._row if name != "loss")
+        self.print(f"{self.number}: {row['loss']:8.4f} | {shown} | t: {row['seconds']:8.4f}")
 
     def _ends(self, n: int, end: int) -> bool:
         """Whether n steps from here are a call: something is due after the last, or enough are together."""
         last = self.step + n - 1
         due = any(every and last % every == 0 for every in (self.save_freq, self.log_freq, self.sample_freq))
+        due |= bool(self.epoch_steps) and (last + 1) % self.epoch_steps == 0
         return due or n == STEPS_PER_CALL or last + 1 in (end, self.decays_at)
 
     def _steps(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -132,7 +140,7 @@ class DiffuserTraining:
         return losses, {name: np.concatenate([infos[name] for _, infos in found]) for name in self.trainer.names}
 
     def _draw(self) -> list[MicroBatch]:
-        """The micro-batches of one step. Draws are made step by step, so a run that is resumed has the same."""
+        """The micro-batches of one step. Draws are made step by step, so a run in pieces has the same."""
         model, batches = self.trainer.model, []
         for _ in range(self.accumulate):
             items = next(self.windows)
@@ -141,29 +149,16 @@ class DiffuserTraining:
         return batches
 
     def _after(self, step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
-        """What is due after a step, in the reference's order."""
-        if step % self.save_freq == 0:
-            self._save(self._label(step))
-        if step % self.log_freq == 0:
-            self._log(step, losses, infos)
+        """Keep the last step's mean over its micro-batches (the reference prints half of the last one's); pictures."""
+        n = 1 if self.merge else self.accumulate
+        self._row = {"loss": float(np.mean(losses[-n:]))} | {k: float(np.mean(v[-n:])) for k, v in infos.items()}
+        if self.observer is not None:
+            self.observer(step, losses, infos)
         if self.renderer is not None and self.sample_freq:
             if step == 0:
                 self._render_reference()
             if step % self.sample_freq == 0:
                 self._render_samples(step)
-
-    def _label(self, step: int) -> int:
-        return step // self.label_freq * self.label_freq
-
-    def _log(self, step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
-        """Of the last step: the mean over its micro-batches (the reference prints half of the last one's)."""
-        n = 1 if self.merge else self.accumulate
-        row = {"loss": float(np.mean(losses[-n:]))} | {k: float(np.mean(v[-n:])) for k, v in infos.items()}
-        now = time.monotonic()
-        shown = " | ".join(f"{name}: {value:8.4f}" for name, value in row.items() if name != "loss")
-        self.say(f"{step}: {row['loss']:8.4f} | {shown} | t: {now - self._began:8.4f}")
-        self.record({"itr": step, "kind": "train", **row, "seconds": now - self._began})
-        self._began = now
 
     # ---------- pictures ----------
 
@@ -191,29 +186,23 @@ class DiffuserTraining:
 
     # ---------- state ----------
 
-    def _save(self, label: int) -> None:
-        tensors, metadata = self.state()
-        if bad := not_finite(tensors):
-            raise UserError(f"{bad} is no longer finite before step {self.step}: lower --learning_rate")
-        self.save_to(label, tensors, metadata)
-
-    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def state(self) -> State:
         """Weights, their average, the optimizer, and everything that decides on the next step."""
         trainer = self.trainer
         tensors = {f"model.{k}": v for k, v in state_dict(trainer.model).items()}
         tensors |= {f"ema.{k}": v for k, v in state_dict(trainer.ema_model).items()}
         tensors |= {f"optimizer.network.{k}": v for k, v in trainer.optimizer.state().items()}
         tensors |= {"train.order": self.windows.order, "train.shown": self.shown.order}
+        tensors |= normalizer_tensors(self.dataset)
         state = {"position": self.windows.position, "shown": self.shown.position}
-        noise = self.noise.state() if hasattr(self.noise, "state") else None
-        return tensors, {"step": self.step, "train": {**state, "noise": noise}}
+        return tensors, {"step": self.step, "train": {**state, "noise": rng_state(self.noise)}}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `state` was taken."""
         state = checkpoint.metadata["train"]
         load_state_dict(self.trainer.model, checkpoint.select("model."))
         load_state_dict(self.trainer.ema_model, checkpoint.select("ema."))
-        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))  # but not its rate: `run` sets that
+        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))  # but not its rate: `advance` sets that
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.shown.order, self.shown.position = checkpoint.tensors["train.shown"], int(state["shown"])
         self.noise.restore(state["noise"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,11 @@ from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.diffuser_lite.iql import IQL
 from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
-from diffusion_rl.methods.diffuser_lite.training import LiteLoop, Pairs, State
+from diffusion_rl.methods.diffuser_lite.training import Pairs
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
-from diffusion_rl.training.checkpoint import load_checkpoint, not_finite, require_finite, require_kind, save_checkpoint
-from diffusion_rl.training.policy_files import fitting
-from diffusion_rl.training.run_facts import refuse_changes
+from diffusion_rl.training.checkpoint import Checkpoint, checkpoint_metadata, require_finite, require_kind
+from diffusion_rl.training.continuation import refuse_changes
+from diffusion_rl.training.state_files import StateFiles
 
 KIND = "diffuser_lite"  # of states of training
 LATEST = "latest"
@@ -125,15 +126,7 @@ def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
     return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
 
 
-def finite_state(loop: LiteLoop) -> State:
-    """The state of a training. Raises UserError where a weight is no longer finite, before anything is written."""
-    tensors, facts = loop.state()
-    if bad := not_finite(tensors):
-        raise UserError(f"{bad} is no longer finite after step {loop.step}: lower the learning rate")
-    return tensors, facts
-
-
-#: Options of a training that a resumed one goes on with as they were.
+#: Options of a training that it goes on with as they were.
 SETTLED = (
     *("task", "seed", "noreaching_penalty", "terminal_penalty", "discount", "emb_dim", "d_model", "n_heads", "depth"),
     *("standard_residual", "backbone", "next_obs_loss_weight", "ema_rate", "learning_rate", "invdyn_learning_rate"),
@@ -143,54 +136,90 @@ SETTLED = (
 
 
 def settled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a training's options those that it is resumed with unchanged, flat."""
+    """Of a training's options those that it goes on with unchanged, flat."""
     return flatten({key: options[key] for key in SETTLED if key in options})
 
 
-def save_state(
-    folder: Path, mode: str, loop: LiteLoop, state: State, options: Mapping[str, Any], keep: bool = False
-) -> None:
-    """The latest state, with the options of the training; `keep`: under its step, too."""
-    tensors, facts = state
-    facts = {**facts, "options": settled(options)}
-    for step in [loop.step, None] if keep else [None]:
-        save_checkpoint(state_path(folder, mode, step), tensors, {"kind": KIND, "mode": mode, **facts})
+class PipelineFiles(StateFiles):
+    """States as `train_state_<mode>.safetensors` in the task's folder, beside weights in PyTorch's format.
 
-
-def resume(folder: Path, mode: str, loop: LiteLoop, how: str | int, options: Mapping[str, Any]) -> bool:
-    """Go on with the state of an interrupted run: the latest one if there is one ("auto"), that of a step, or none
-    ("never").
-
-    Raises:
-        UserError: there is none of the step; it is of a training of another length, whose schedule would be another, or
-            with other options.
+    Args:
+        folder: of the task.
+        options: of the training, `mode` among them.
+        steps: of the whole training.
+        write_weights: writes the weights of a step under labels.
+        log: of the losses.
+        backup: copies the results elsewhere.
     """
-    path = state_path(folder, mode)
-    if isinstance(how, int):
-        path = state_path(folder, mode, int(how))
-        if not path.is_file():
-            raise UserError(f"resume={how}: no {path}; states of single steps are kept with keep_states=true")
-    if how == "never" or not path.is_file():
-        return False
-    checkpoint = load_checkpoint(path)
-    require_kind(checkpoint, KIND, path)
-    require_finite(checkpoint.tensors, path)
-    if (steps := checkpoint.metadata.get("steps")) != loop.steps:
-        raise UserError(
-            f"{path} is of a run of {steps} steps, this one has {loop.steps}: give the same number, which the learning "
-            "rate depends on, or start anew with resume=never"
-        )
-    refuse_changes(checkpoint.metadata.get("options") or {}, settled(options), path)
-    with fitting(path):
-        loop.restore(checkpoint)
-    return True
+
+    starts_over = True
+    HINT = "; states of single steps are kept with keep_states=true"
+
+    def __init__(
+        self,
+        folder: Path,
+        options: Mapping[str, Any],
+        steps: int,
+        write_weights: Callable[[int, Sequence[int | str]], None],
+        log: LossLog,
+        backup: Callable[[], None],
+    ):
+        super().__init__(KIND, options, "step")
+        self.task_folder, self.mode, self.steps, self.write_weights = folder, options["mode"], steps, write_weights
+        self.log, self.backup = log, backup
+
+    def folder(self, run: Path) -> Path:
+        return self.task_folder
+
+    def home(self, path: Path) -> Path | None:
+        return None
+
+    def path(self, run: Path, number: int, keep: bool) -> Path:
+        return state_path(self.task_folder, self.mode, number if keep and self.settings["keep_states"] else None)
+
+    def existing(self, run: Path) -> list[tuple[int, Path]]:
+        latest, kept = state_path(self.task_folder, self.mode), f"train_state_{self.mode}_"
+        states = [(int(p.stem.removeprefix(kept)), p) for p in self.task_folder.glob(f"{kept}[0-9]*.safetensors")]
+        if latest.is_file():
+            states.append((checkpoint_metadata(latest).get("step", sys.maxsize), latest))
+        return sorted(states, key=lambda state: state[0])
+
+    def earlier_runs(self, run: Path) -> list[Path]:
+        return []
+
+    def facts(self, number: int) -> dict[str, Any]:
+        return {"kind": KIND, "mode": self.mode, "options": settled(self.settings)}
+
+    def check(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Raise UserError for a state of another mode, length (the schedule would be another) or other options."""
+        require_kind(checkpoint, KIND, path)
+        require_finite(checkpoint.tensors, path)
+        facts = checkpoint.metadata
+        if facts.get("mode") != self.mode:
+            raise UserError(f"{path} is of mode={facts.get('mode')}: give a state of mode={self.mode}")
+        if (steps := facts.get("steps")) != self.steps:
+            raise UserError(
+                f"{path} is of a run of {steps} steps, this one has {self.steps}: give the same number, which the "
+                "learning rate depends on (stop_at ends earlier), or start anew in another results_dir"
+            )
+        refuse_changes(facts.get("options") or {}, settled(self.settings), path)
+
+    def begin(self, run: Path, last: int) -> None:
+        self.log.truncate(last)
+
+    def write_beside(self, run: Path, number: int) -> None:
+        """The weights, called after their step where that stays."""
+        self.write_weights(number, labels_of(number, self.settings["save_interval"], self.settings["keep_every"]))
+
+    def copy(self, run: Path) -> None:
+        self.backup()
 
 
 # ---------- logs and copies ----------
 
 
 class LossLog:
-    """`loss_log.json`: rows by gradient step; a row that comes again, after a resume, replaces the earlier one."""
+    """`loss_log.json`: rows by gradient step; a row that comes again replaces the earlier one."""
 
     def __init__(self, folder: Path, results: Path, name: str = "loss_log.json"):
         self.path, self.shown = folder / name, results / name

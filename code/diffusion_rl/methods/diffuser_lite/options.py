@@ -28,6 +28,7 @@ from diffusion_rl.config.names import require_device, require_inside
 from diffusion_rl.config.yaml_files import parse_yaml, read_yaml
 from diffusion_rl.core.errors import UserError
 
+GO_ON = "resume=auto"  # how a user goes on with a training
 FOLDER = CONFIG_ROOT / "planning" / "diffuserlite"
 MODES = ("training", "prepare_dataset", "reflow", "inference", "benchmark")
 CHOICES = {
@@ -65,6 +66,7 @@ RANGES = {
     "batch_size": BATCH,
     "log_interval": FREQUENCY,
     "save_interval": FREQUENCY,
+    "stop_at": whole(1, STEPS.most, null=True),
     "keep_every": whole(1, FREQUENCY.most, null=True),
     "reflow_lr": positive(1e38),
     "cond_dataset_size": PAIRS,
@@ -151,7 +153,8 @@ def _check(kind: str, values: dict[str, Any]) -> None:
             raise UserError(f"{spelling(key, shown(values[key]))}: choose one of {', '.join(allowed)}")
     words = dict.fromkeys(LABELS, ("latest",)) | LABEL_WORDS | {"resume": ("auto", "never")}
     for key, allowed in words.items():
-        if values[key] not in allowed and not whole(0).holds(values[key]):
+        is_path = key == "resume" and Path(str(values[key])).exists()
+        if values[key] not in allowed and not whole(0).holds(values[key]) and not is_path:
             raise UserError(f"{spelling(key, shown(values[key]))}: choose {', '.join(allowed)} or a step")
     require_device(values["device"], spelling("device", shown(values["device"])))
     for key, name in (("pipeline_name", values["pipeline_name"]), ("task.env_name", values["task"]["env_name"])):

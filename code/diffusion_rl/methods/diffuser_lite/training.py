@@ -1,16 +1,15 @@
-"""DiffuserLite's loops: training, data for the reflow, the reflow itself, and Q-learning. They can be resumed."""
+"""DiffuserLite's loops: training, data for the reflow, the reflow itself, and Q-learning."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.data.window_order import WindowOrder
@@ -26,23 +25,23 @@ from diffusion_rl.methods.diffuser_lite.trainer import (
     cosine_rate,
 )
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.signals import StopRequest
+from diffusion_rl.training.loop import Losses, State, TrainingLoop, rng_state
+from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
 UNCONDITIONAL_EVERY = 5  # reflow: every so many updates one of the unconditional model
-State = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors and JSON values
 
 
-class LiteLoop(ABC):
-    """Counts updates, averages losses between log lines, saves now and then.
+class LiteLoop(TrainingLoop):
+    """Averages losses between log lines.
 
     Args:
         names: of the losses.
         noise: the source of all draws.
         steps: of the whole training, however often it is interrupted.
         log_interval, save_interval: in steps.
-        save: called with the loop after every `save_interval` steps and at the end, and with `interrupted` at a signal.
-        record: called with every log line.
+        run_dir: where everything goes.
+        record: called with every log line, {name: mean, "gradient_steps": step}.
     """
 
     windows: WindowOrder | None = None  # in which the data are gone through
@@ -55,46 +54,39 @@ class LiteLoop(ABC):
         steps: int,
         log_interval: int,
         save_interval: int,
-        save: Callable[..., None],
+        run_dir: RunDir | Nowhere | None = None,
         record: Callable[[dict[str, Any]], None] = print,
     ):
-        self.names, self.noise, self.steps = list(names), noise, steps
-        self.log_interval, self.save_interval, self.save, self.record = log_interval, save_interval, save, record
-        self.step = 0  # updates made
+        self.names, self.noise, self.total = list(names), noise, steps
+        self.log_interval, self.save_interval, self.record = log_interval, save_interval, record
+        self.run_dir = run_dir or Nowhere()
         self.sums = np.zeros(len(self.names))  # of the losses since the last log line
         self.observed: list[np.ndarray] | None = None  # keeps every update's losses where it is a list
 
-    def run(self, until: int | None = None) -> None:
-        """Train to the end (or up to a step), or to SIGINT or SIGTERM, which saves and raises `Interrupted`."""
-        end = self.steps if until is None else until
-        with StopRequest() as stop:
-            while self.step < end:
-                losses = self.advance(self._until_due(end))
-                if not np.isfinite(losses).all():
-                    raise UserError(f"a loss became {losses[-1]} at step {self.step}: lower the learning rate")
-                if self.observed is not None:
-                    self.observed.extend(losses)
-                self.sums[: losses.shape[1]] += losses.sum(axis=0, dtype=np.float64)
-                self.step += len(losses)
-                if self.step % self.log_interval == 0:
-                    means = dict(zip(self.names, (self.sums / self.log_interval).tolist(), strict=True))
-                    self.record({**means, "gradient_steps": self.step})
-                    self.sums[:] = 0
-                if self.step % self.save_interval == 0 or self.step == self.steps:
-                    self.save(self)
-                if stop.name:
-                    self.save(self, interrupted=True)
-                    raise Interrupted(
-                        f"stopped by {stop.name}; state saved after step {self.step}; go on with resume=auto"
-                    )
-
-    def _until_due(self, end: int) -> int:
-        """Updates of the next call: up to where something is due."""
+    def advance(self, end: int) -> tuple[int, Losses]:
+        """Updates up to where something is due."""
         stops = [every - self.step % every for every in (self.log_interval, self.save_interval)]
-        return min(*stops, end - self.step, STEPS_PER_CALL)
+        losses = self.updates(min(*stops, end - self.step, STEPS_PER_CALL))
+        if self.observed is not None:
+            self.observed.extend(losses)
+        self.sums[: losses.shape[1]] += losses.sum(axis=0, dtype=np.float64)
+        return len(losses), {"a loss": losses}
+
+    def due(self, what: str) -> bool:
+        return self.step % (self.log_interval if what == "log" else self.save_interval) == 0
+
+    def row(self) -> dict[str, Any]:
+        """Means since the last row; "loss" is that of all but the inverse dynamics."""
+        means = dict(zip(self.names, (self.sums / self.log_interval).tolist(), strict=True))
+        self.sums[:] = 0
+        main = [value for name, value in means.items() if name.startswith("loss")]
+        return {"itr": self.step, "kind": "train", "loss": float(np.mean(main)), **means}
+
+    def say(self, row: Mapping[str, Any]) -> None:
+        self.record({name: row[name] for name in self.names} | {"gradient_steps": self.step})
 
     @abstractmethod
-    def advance(self, count: int) -> np.ndarray:
+    def updates(self, count: int) -> np.ndarray:
         """Make `count` updates; their losses [count, names], the last names may be missing."""
 
     @abstractmethod
@@ -102,18 +94,16 @@ class LiteLoop(ABC):
         """Modules and optimizers whose state decides on the next update, by name."""
 
     def state(self) -> State:
-        """Everything that decides on the next update."""
-        tensors: dict[str, np.ndarray] = {"train.sums": self.sums}
+        tensors: dict[str, np.ndarray] = {"train.sums": self.sums.copy()}
         for name, part in self.parts():
             found = part.state() if isinstance(part, AdamW) else state_dict(part)
             tensors |= {f"{name}.{k}": v for k, v in found.items()}
-        facts = {"step": self.step, "steps": self.steps, "noise": self.noise.state()}
+        facts = {"step": self.step, "steps": self.total, "noise": rng_state(self.noise)}
         if self.windows is not None:
             tensors["train.order"], facts["position"] = self.windows.order, self.windows.position
         return tensors, facts
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `state` was taken."""
         for name, part in self.parts():
             found = checkpoint.select(name + ".")
             part.restore(found) if isinstance(part, AdamW) else load_state_dict(part, found)
@@ -148,6 +138,8 @@ class PlanTraining(LiteLoop):
         rate: of the levels, at first.
     """
 
+    windows: WindowOrder
+
     def __init__(
         self,
         trainer: LiteTrainer,
@@ -161,10 +153,12 @@ class PlanTraining(LiteLoop):
     ):
         names = [f"loss{i}" for i in range(len(trainer.levels))]
         super().__init__([*names, "invdyn_loss"], noise, **options)
+        assert trainer.inverse is not None
         self.trainer, self.data, self.rate, self.invdyn_steps = trainer, data, rate, invdyn_steps
+        self.inverse = trainer.inverse
         self.windows = WindowOrder(len(data), batch_size, noise)
 
-    def advance(self, count: int) -> np.ndarray:
+    def updates(self, count: int) -> np.ndarray:
         """Batches of a call are of one size and train the same: it ends early where the next one differs."""
         with_inverse = self.step < self.invdyn_steps
         if with_inverse:
@@ -176,14 +170,14 @@ class PlanTraining(LiteLoop):
             draws.append([draw_level(self.noise, each.level, len(found)) for each in self.trainer.levels])
             if with_inverse:
                 kept.append(self._dropout(len(found)))
-            rates.append(cosine_rate(self.rate, number, self.steps))
+            rates.append(cosine_rate(self.rate, number, self.total))
             if self._next_size() != len(found):
                 break
         stacked = [LevelDraws(*map(np.stack, zip(*level, strict=True))) for level in zip(*draws, strict=True)]
         return self.trainer.steps(np.stack(items), stacked, np.stack(kept) if kept else None, rates)
 
     def _dropout(self, batch: int) -> np.ndarray:
-        inverse = self.trainer.inverse.inverse
+        inverse = self.inverse.inverse
         pairs = self.trainer.levels[-1].level.shape[0] - 1
         return self.noise.uniform((batch, pairs, inverse.hidden_dim)) >= inverse.dropout
 
@@ -193,8 +187,8 @@ class PlanTraining(LiteLoop):
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         yield from level_parts(self.trainer.levels)
-        yield "invdyn.model", self.trainer.inverse.inverse
-        yield "invdyn.optimizer", self.trainer.inverse.optimizer
+        yield "invdyn.model", self.inverse.inverse
+        yield "invdyn.optimizer", self.inverse.optimizer
 
 
 class Pairs:
@@ -217,7 +211,7 @@ class Reflow(LiteLoop):
         super().__init__([f"loss{i}" for i in range(len(trainer.levels))], noise, **options)
         self.trainer, self.pairs, self.batch_size, self.rate = trainer, pairs, batch_size, rate
 
-    def advance(self, count: int) -> np.ndarray:
+    def updates(self, count: int) -> np.ndarray:
         return np.array([self._one(number) for number in range(self.step, self.step + count)])
 
     def _one(self, number: int) -> list[float]:
@@ -308,6 +302,8 @@ class QLearning(LiteLoop):
         transitions: observations, actions, rewards, following observations, ends: [N,O], [N,A], [N,1], [N,O], [N,1].
     """
 
+    windows: WindowOrder
+
     def __init__(
         self, trainer: IQLTrainer, transitions: Sequence[np.ndarray], noise: Any, *, batch_size: int, **options: Any
     ):
@@ -315,7 +311,7 @@ class QLearning(LiteLoop):
         self.trainer, self.transitions = trainer, list(transitions)
         self.windows = WindowOrder(len(self.transitions[0]), batch_size, noise)
 
-    def advance(self, count: int) -> np.ndarray:
+    def updates(self, count: int) -> np.ndarray:
         return np.array([self._one() for _ in range(count)])
 
     def _one(self) -> list[float]:

@@ -6,7 +6,6 @@ policies). What they differ in they say themselves, with `methods.off_policy.alg
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +32,10 @@ from diffusion_rl.training.rollout import (
     no_episode_ended,
     success_threshold,
 )
-from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_dir import RunDir
 
 MOST_STEPS = 100_000  # of a collection or evaluation that is counted in episodes
-REMEMBER_SECONDS = 5.0  # between two states held for a signal, where iterations are as short as one step
+HELD_SECONDS = 5.0  # between two states held for a signal, where iterations are as short as one step
 
 
 @dataclass
@@ -111,14 +110,15 @@ class OffPolicyTraining(FineTuning):
         self.buffers = Buffers(self._new_buffer())
         self._take_dataset(dataset)
         self.trainer = Learner(self.model, self.train, self.buffers)
-        self._remembered_at = -np.inf
+        if self.experience.counts_episodes:  # an iteration may be as short as one step
+            self.HELD_SECONDS = HELD_SECONDS
         self.iterations_trained, self.updates = 0, 0  # in this process
         self.episodes = RunningEpisodes(self.n_envs)
 
     def _counts_rollouts(self) -> bool:
         return not self.experience.counts_episodes
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         if self.experience.whole_episodes and self.iterations_trained and not self.updates:
             raise UserError(
                 "nothing was trained: this algorithm learns from whole episodes, and "
@@ -172,7 +172,7 @@ class OffPolicyTraining(FineTuning):
                 return False
         return super()._evaluating()
 
-    def _collect(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+    def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
         kept, n_steps = self.experience, self.n_steps
         if kept.n_episodes is not None:
             n_steps = MOST_STEPS if kept.n_episodes else 0
@@ -189,7 +189,7 @@ class OffPolicyTraining(FineTuning):
         self.env_steps += rollout.rewards.size * self.act_steps
         return rollout
 
-    def _evaluate(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+    def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
         noise, options = self._evaluation_setting(folder)
         observations, decide = self.venv.reset(options), self._decisions(noise, deterministic=True)
         n_steps, n_episodes = self.n_steps, None
@@ -253,7 +253,7 @@ class OffPolicyTraining(FineTuning):
 
     # ---------- updating ----------
 
-    def _update(self, rollout: Rollout, folder: RunFolder) -> dict[str, Any]:
+    def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
         self.buffers.online.flush()
         losses: Losses = {}
         summary: dict[str, Any] = {"updates": 0}
@@ -273,9 +273,9 @@ class OffPolicyTraining(FineTuning):
         self.updates += summary["updates"]
         return summary | self.model.watched() | {"losses": losses}
 
-    def _after(self, losses: Losses, folder: RunFolder) -> None:
+    def _after(self, losses: Losses, folder: RunDir) -> None:
         """Between compiled calls."""
-        self._check_finite({name: float(values[-1]) for name, values in losses.items()}, folder)
+        self.check_finite({name: values[-1] for name, values in losses.items()}, self.itr)
         folder.stop_if_requested()
 
     def _end_iteration(self) -> dict[str, Any]:
@@ -284,15 +284,8 @@ class OffPolicyTraining(FineTuning):
 
     # ---------- state ----------
 
-    def _remember(self, folder: RunFolder, keep: bool) -> None:
-        """Where an iteration is a single step, not after each of them."""
-        waited = time.monotonic() - self._remembered_at > REMEMBER_SECONDS
-        if keep or waited or folder.stopping or not self.experience.counts_episodes:
-            super()._remember(folder, keep)
-            self._remembered_at = time.monotonic()
-
-    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        tensors, metadata = super()._snapshot()
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, metadata = super().state()
         if not self.experience.whole_episodes:
             tensors |= {f"train.buffer.{name}": rows for name, rows in self.buffers.online.tensors().items()}
         tensors |= {f"train.episodes.{name}": value for name, value in self.episodes.state().items()}

@@ -22,7 +22,7 @@ from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.evaluation import evaluate
 from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
 from diffusion_rl.training.rollout import Observations, Rollout, collect
-from diffusion_rl.training.run_dir import RunFolder
+from diffusion_rl.training.run_dir import RunDir
 
 
 class OnPolicyTraining(FineTuning):
@@ -63,7 +63,7 @@ class OnPolicyTraining(FineTuning):
 
     # ---------- collecting ----------
 
-    def _collect(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+    def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
         observations, firsts = self._start(self._options(folder))
 
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -74,13 +74,13 @@ class OnPolicyTraining(FineTuning):
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
         return collect(self.venv, decide, self.n_steps, observations, firsts, self.act_steps, on_step)
 
-    def _evaluate(self, folder: RunFolder, on_step: OnStep) -> Rollout:
+    def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
         noise, options = self._evaluation_setting(folder)
         return evaluate(self.trainer.actor, self.venv, noise, self.n_steps, options, on_step)
 
     # ---------- updating ----------
 
-    def _update(self, rollout: Rollout, folder: RunFolder) -> dict[str, Any]:
+    def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
         train, trainer = self.train, self.trainer
         s, e = rollout.rewards.shape
         obs = {k: v.reshape(s * e, *v.shape[2:]) for k, v in rollout.observations.items()}
@@ -114,7 +114,7 @@ class OnPolicyTraining(FineTuning):
         details = {"losses": losses, "values": values, "advantages": advantages, "returns": returns}
         return summary | details | {"log_probs": log_probs}
 
-    def _minibatches(self, n_rows: int, train_actor: bool, folder: RunFolder) -> dict[str, list[float]]:
+    def _minibatches(self, n_rows: int, train_actor: bool, folder: RunDir) -> dict[str, list[float]]:
         train = self.train
         batch_size, target_kl = int(train["batch_size"]), train.get("target_kl", None)
         losses: dict[str, list[float]] = defaultdict(list)
@@ -125,7 +125,7 @@ class OnPolicyTraining(FineTuning):
                 folder.stop_if_requested()
                 draws = self.trainer.draw(self.noise, len(rows))
                 values = self.trainer.minibatch(rows, train_actor, number, draws)
-                self._check_finite(values, folder)
+                self.check_finite(values, self.itr)
                 for name, value in values.items():
                     losses[name].append(value)
                 if target_kl is not None and values["approx_kl"] > target_kl and self._may_stop(number, train_actor):
@@ -138,8 +138,8 @@ class OnPolicyTraining(FineTuning):
 
     # ---------- state ----------
 
-    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        tensors, metadata = super()._snapshot()
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        tensors, metadata = super().state()
         metadata["train"]["reward_scaler"] = self.scaler.state() if self.scaler else None
         return tensors, metadata
 

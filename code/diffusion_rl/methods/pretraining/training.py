@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from omegaconf import DictConfig
 
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
@@ -21,16 +19,18 @@ from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainab
 from diffusion_rl.networks.mlp import draw_masks
 from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies.diffusion import DiffusionPolicy
-from diffusion_rl.reports.progress import Progress
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.policy_files import fitting, load_policy, normalization_facts, open_checkpoint, policy_facts
-from diffusion_rl.training.run_dir import RunFolder
-from diffusion_rl.training.run_facts import PRE_TRAINING_MAY_CHANGE, compare_policy
+from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
+from diffusion_rl.training.loop import Losses, TrainingLoop, rng_state
+from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.run_facts import compare_policy
+from diffusion_rl.training.state_files import StateFiles
 
 Observer = Callable[[dict[str, Any]], None]
 
 
-class PreTraining:
+class PreTraining(TrainingLoop):
     """`pre_*` configurations: diffusion, Gaussian and mixture policies.
 
     Args:
@@ -38,6 +38,9 @@ class PreTraining:
         model, dataset, noise: given objects instead of those the configuration describes.
         observer: called at the end of every epoch with what was computed in it.
     """
+
+    UNIT, LABEL, CURE = "epoch", "pre-training", "lower train.learning_rate"
+    HELD_SECONDS = 0.0
 
     def __init__(
         self,
@@ -72,7 +75,9 @@ class PreTraining:
             self.dataset.images,
             self.dataset.img_cond_steps,
         )
-        self.epoch, self.n_batches = 1, 0
+        self.total, self.n_batches = int(self.train["n_epochs"]), 0
+        self.units = math.ceil(len(self.items) / int(self.train["batch_size"]))
+        self._losses, self._row = np.zeros(0), dict[str, Any]()
 
     def _build_model(self) -> PreTrainable:
         with initial_weights(NoiseSource(self.seed)):
@@ -89,43 +94,41 @@ class PreTraining:
         """The policy with averaged weights."""
         return _Averaged(self.trainer.ema_network)  # type: ignore[return-value]
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train to the end (or to a signal); returns the rows of the metrics."""
-        train, n_epochs = self.train, int(self.train["n_epochs"])
-        per_epoch = math.ceil(len(self.items) / int(train["batch_size"]))
-        folder = RunFolder(self.cfg, "epoch", self.model.KIND, may_change=PRE_TRAINING_MAY_CHANGE)
-        if folder.resumed is not None:
-            self._restore(folder.resumed, folder.resumed_from)
-        start = (self.epoch - 1) * per_epoch
-        with folder, Progress(n_epochs * per_epoch, "pre-training", start=start) as progress:
+    @property
+    def epoch(self) -> int:
+        """The epoch that comes next, or runs; the first one is 1."""
+        return self.step + 1
 
-            def on_batches(n: int, loss: float) -> None:
-                progress.update(n, epoch=self.epoch, loss=loss)
-                folder.stop_if_requested()
+    def run(self, until: int | None = None) -> list[dict[str, Any]]:
+        """Train as `TrainingLoop.run` does."""
+        settings = plain_settings(self.cfg)
+        files = StateFiles(self.model.KIND, settings, "epoch", PRE_TRAINING_MAY_CHANGE)
+        self.run_dir = RunDir(self.cfg["logdir"], settings, files)
+        return super().run(until)
 
-            while self.epoch <= n_epochs:
-                began = time.monotonic()
-                losses = self._epoch(on_batches)
-                row = {"epoch": self.epoch, "kind": "train", "loss": float(np.mean(losses))}
-                if not math.isfinite(row["loss"]):
-                    raise UserError(
-                        f"the loss became {row['loss']} in epoch {self.epoch}: lower train.learning_rate; "
-                        f"{folder.last_good()}"
-                    )
-                row |= {"validation_loss": self._validate(), "learning_rate": self._learning_rate()}
-                self.trainer.end_epoch()
-                folder.metrics.write(row | {"seconds": time.monotonic() - began})
-                keep = self.epoch % int(train["save_model_freq"]) == 0 or self.epoch == n_epochs
-                folder.remember(self.epoch, *self._snapshot(), keep=keep)
-                if self.observer is not None:
-                    self.observer(self._observed(losses))
-                folder.stop_if_requested()
-                self.epoch += 1
-        return folder.metrics.rows
+    def advance(self, end: int) -> tuple[int, Losses]:
+        """One epoch."""
+        self._losses = self._epoch()
+        loss = float(np.mean(self._losses))
+        self.check_finite({"the loss": loss}, self.epoch)
+        self._row = {"epoch": self.epoch, "kind": "train", "loss": loss}
+        self._row |= {"validation_loss": self._validate(), "learning_rate": self._learning_rate()}
+        self.trainer.end_epoch()
+        return 1, {}
+
+    def due(self, what: str) -> bool:
+        return what == "log" or self.number % int(self.train["save_model_freq"]) == 0
+
+    def row(self) -> dict[str, Any]:
+        return self._row
+
+    def saved(self, keep: bool) -> None:
+        if self.observer is not None:
+            self.observer(self._observed(self._losses))
 
     # ---------- one epoch ----------
 
-    def _epoch(self, on_batches: Callable[[int, float], None]) -> np.ndarray:
+    def _epoch(self) -> np.ndarray:
         size = int(self.train["batch_size"])
         order = self.items[self.noise.permutation(len(self.items))]
         n_full = len(order) // size
@@ -138,7 +141,8 @@ class PreTraining:
             t, noise = self._draw(items.shape, self.noise)
             shifts = self._draw_shifts(items.shape)
             losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items)), shifts))
-            on_batches(len(items), float(losses[-1][-1]))
+            self.progress.update(len(items), epoch=self.epoch, loss=float(losses[-1][-1]))
+            self.run_dir.stop_if_requested()
         return np.concatenate(losses)
 
     def _draw(self, shape: tuple[int, ...], noise: Any, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -180,7 +184,7 @@ class PreTraining:
 
     # ---------- state ----------
 
-    def _snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
         tensors |= {f"ema.{k}": v for k, v in state_dict(self.ema_model).items()}
         tensors |= {f"optimizer.network.{k}": v for k, v in self.trainer.optimizer.state().items()}
@@ -190,7 +194,7 @@ class PreTraining:
             "normalization": self.bounds,
             "train": {
                 "schedule": self.trainer.schedule.state(),
-                "noise": self.noise.state() if hasattr(self.noise, "state") else None,
+                "noise": rng_state(self.noise),
                 "n_batches": self.n_batches,
             },
         }
@@ -201,20 +205,19 @@ class PreTraining:
         data = self.cfg.get("train_dataset_path")
         return Path(data).with_name("normalization.npz") if data else None
 
-    def _restore(self, checkpoint: Checkpoint, path: Any) -> None:
-        with fitting(path):
-            state = checkpoint.metadata["train"]
-            load_state_dict(self.model, checkpoint.select("model."))
-            load_state_dict(self.ema_model, checkpoint.select("ema."))
-            self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
-            self.trainer.schedule.restore(state["schedule"])
-            self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
-            self.noise.restore(state["noise"])
-            self.n_batches, self.epoch = int(state["n_batches"]), int(checkpoint.metadata["epoch"]) + 1
+    def restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.metadata["train"]
+        load_state_dict(self.model, checkpoint.select("model."))
+        load_state_dict(self.ema_model, checkpoint.select("ema."))
+        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
+        self.trainer.schedule.restore(state["schedule"])
+        self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
+        self.noise.restore(state["noise"])
+        self.n_batches, self.step = int(state["n_batches"]), int(checkpoint.metadata["epoch"])
 
     def _observed(self, losses: np.ndarray) -> dict[str, Any]:
         return {
-            "epoch": self.epoch,
+            "epoch": self.number,
             "loss_train": float(np.mean(losses)),
             "losses": {"loss": losses},
             "lr": {"optimizer": self._learning_rate()},

@@ -101,7 +101,7 @@ class AgentHistoryEnv:
         return agent_rows(unknown, normalised, self.n_agents)
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """What a resumed run needs; only where the environment is `restorable`."""
+        """What a run needs to go on; only where the environment is `restorable`."""
         return {"history": self.state.copy(), **{f"env.{k}": v for k, v in self.venv.get_state().items()}}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
@@ -21,25 +19,29 @@ from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
 from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL
 from diffusion_rl.methods.vae_latent.trainer import COPY, KEEP, LatentTrainer
 from diffusion_rl.policies.acting import DiffusionActor
-from diffusion_rl.reports.progress import Progress
-from diffusion_rl.training.checkpoint import Checkpoint, require_finite
-from diffusion_rl.training.policy_files import fitting
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.continuation import LATENT_MAY_CHANGE, Spelling
+from diffusion_rl.training.loop import Losses, TrainingLoop
 from diffusion_rl.training.rollout import Rollout, RunningEpisodes, collect
-from diffusion_rl.training.run_dir import RunFolder
-from diffusion_rl.training.run_facts import LATENT_MAY_CHANGE
+from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.state_files import StateFiles
 
 STEPS_PER_CALL = 25  # of the compiled offline function
+GO_ON = "continue_training: true"
+SPELLING = Spelling(GO_ON, "give another logbase, exp_name or job_name", GO_ON)
 
 
-class VAEDiffusionTraining:
+class VAEDiffusionTraining(TrainingLoop):
     """Trains, in the run folder `cfg.logdir`.
 
     Args:
-        cfg: the settings (cfg/planning/vae_diffusion_rl.yaml) with `logdir` and `resume`.
+        cfg: the settings (cfg/planning/vae_diffusion_rl.yaml) with `logdir`.
         algorithm, dataset: what is trained, and on what.
         venv: to collect in (None: offline only);  eval_venv: to evaluate in (None: no evaluation).
         facts: of the run, for its checkpoints (JSON values).
     """
+
+    CURE = "lower the learning rates"
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class VAEDiffusionTraining:
         due = [int(cfg[key]) for key in ("n_train_steps", "log_freq", "save_freq")]
         due += [int(cfg["rl_warmup_steps"])] if cfg["online_training"] else []
         self.per_call = _even(math.gcd(*due))  # offline steps; always as many, since every number is compiled anew
-        self.step, self.env_steps = 0, 0
+        self.total, self.env_steps = int(cfg["n_train_steps"]), 0
         self.actor: DiffusionActor | None = None  # while online
         self.evaluating: DiffusionActor | None = None
         self.decode = decoder(algorithm)
@@ -70,58 +72,54 @@ class VAEDiffusionTraining:
         self.order = np.arange(0)  # of the samples in the minibatches of stage 3
         self.stopped = False  # target_kl was passed in this collection
         self.sums: dict[str, list[float]] = {}  # losses since the last log line
+        settings = plain_settings(cfg)
+        files = StateFiles(algorithm.KIND, settings, may_change=LATENT_MAY_CHANGE)
+        self.run_dir: RunDir = RunDir(cfg["logdir"], settings, files, SPELLING)
 
     # ---------- the loop ----------
 
-    def run(self) -> list[dict[str, Any]]:
-        """Train to the end (or to a signal); returns the rows of the metrics."""
-        cfg, total = self.cfg, int(self.cfg["n_train_steps"])
-        cures = {"another_folder": "give another logbase, exp_name or job_name", "go_on": "continue_training: true"}
-        folder = RunFolder(cfg, "itr", self.algorithm.KIND, may_change=LATENT_MAY_CHANGE, **cures)  # type: ignore[arg-type]
-        if folder.resumed is not None:
-            require_finite(folder.resumed.tensors, folder.resumed_from)
-            with fitting(folder.resumed_from):
-                self.restore(folder.resumed)
-        with folder, Progress(total, "training", start=self.step) as progress:
-            if self.step == 0:
-                self._pretrain_vae(folder)
-            began = time.monotonic()
-            while self.step < total:
-                if self._online_begins():
-                    self.algorithm.begin_online()
-                    self.trainer.compile()
-                    self.evaluating = None
-                if self.algorithm.online and self._due("rl_collect_freq"):
-                    self._collect(folder)
-                done = self._advance(total)
-                self.step += done
-                progress.update(done, **{k: v[-1] for k, v in self.sums.items() if k in ("loss", "policy_loss")})
-                if self._due("log_freq") or self.step == total:
-                    self._log(folder, time.monotonic() - began)
-                    began = time.monotonic()
-                    if not self.algorithm.online or self._due("rl_collect_freq"):  # a rollout is not part of the state
-                        folder.remember(self.step, *self.state(), keep=False)
-                if self._due("save_freq") or self.step == total:
-                    folder.remember(self.step, *self.state(), keep=True)
-                    if cfg["eval_freq"] and (self._due("eval_freq") or self.step == total):
-                        self._evaluate(folder, progress)
-                folder.stop_if_requested()
-        return folder.metrics.rows
+    def begin(self) -> None:
+        if self.step == 0:
+            self._pretrain_vae()
 
-    def _due(self, key: str) -> bool:
+    def advance(self, end: int) -> tuple[int, Losses]:
+        """The next step or, offline, steps up to where something is due; before them a collection where it is."""
+        if self._online_begins():
+            self.algorithm.begin_online()
+            self.trainer.compile()
+            self.evaluating = None
+        if self.algorithm.online and self._every("rl_collect_freq"):
+            self._collect()
+        return self._steps(end), {}
+
+    def due(self, what: str) -> bool:
+        return self._every(f"{what}_freq") or self.step == self.total
+
+    def is_whole(self) -> bool:
+        """A rollout is not part of the state."""
+        return not self.algorithm.online or self._every("rl_collect_freq")
+
+    def live(self) -> dict[str, Any]:
+        return {k: v[-1] for k, v in self.sums.items() if k in ("loss", "policy_loss")}
+
+    def saved(self, keep: bool) -> None:
+        if self.cfg["eval_freq"] and self.due("save") and self.due("eval"):
+            self._evaluate()
+
+    def _every(self, key: str) -> bool:
         return self.step % int(self.cfg[key]) == 0
 
     def _online_begins(self) -> bool:
         cfg = self.cfg
         return bool(cfg["online_training"]) and not self.algorithm.online and self.step >= int(cfg["rl_warmup_steps"])
 
-    def _advance(self, total: int) -> int:
-        """The next step or, offline, steps up to where something is due."""
+    def _steps(self, end: int) -> int:
+        """Make the next steps; how many."""
         cfg = self.cfg
-        if self.algorithm.online and self._due("rl_update_freq") and not self.stopped:
+        if self.algorithm.online and self._every("rl_update_freq") and not self.stopped:
             self._note({k: [v] for k, v in self._online_step().items()})
             return 1
-        stops = [total] + ([int(cfg["rl_warmup_steps"])] if cfg["online_training"] else [])
+        stops = [end] + ([int(cfg["rl_warmup_steps"])] if cfg["online_training"] else [])
         every = ["log_freq", "save_freq"] + (["rl_collect_freq", "rl_update_freq"] if self.algorithm.online else [])
         stops += [(self.step // int(cfg[key]) + 1) * int(cfg[key]) for key in every]
         count = min(self.per_call, *(stop - self.step for stop in stops if stop > self.step))
@@ -139,26 +137,25 @@ class VAEDiffusionTraining:
         return COPY if young else float(self.cfg["ema_decay"])
 
     def _note(self, losses: Mapping[str, Any]) -> None:
+        self.check_finite(losses, self.step)
         for name, values in losses.items():
-            if not np.isfinite(values).all():
-                raise UserError(f"{name} became {values[-1]} at step {self.step}: lower the learning rates")
             self.sums.setdefault(name, []).extend(np.asarray(values).tolist())
 
     # ---------- stages 0 to 2 ----------
 
-    def _pretrain_vae(self, folder: RunFolder) -> None:
+    def _pretrain_vae(self) -> None:
         steps = int(self.cfg["vae_pretrain_steps"])
         count = _even(steps)
         for _ in range(steps // count):
             self._note(self.trainer.pretrain_vae(*self._draw(count)))
-            folder.stop_if_requested()
+            self.run_dir.stop_if_requested()
         if self.sums:
             last = {name: float(np.mean(values[-100:])) for name, values in self.sums.items()}
-            folder.metrics.write({"itr": 0, "kind": "vae", **last})
+            self.run_dir.log({"itr": 0, "kind": "vae", **last})
         self.sums = {}
 
     def _draw(self, count: int) -> tuple[Batch, Draws]:
-        """Batches and noise of `count` steps, drawn step by step so that a resumed run has the same."""
+        """Batches and noise of `count` steps, drawn step by step so that a run in pieces has the same."""
         found = [self._draw_one() for _ in range(count)]
         return _joined([batch for batch, _ in found]), _joined([draws for _, draws in found])
 
@@ -179,7 +176,7 @@ class VAEDiffusionTraining:
 
     # ---------- stage 3 ----------
 
-    def _collect(self, folder: RunFolder) -> None:
+    def _collect(self) -> None:
         """Act with the policy under training, whose log-probabilities the ratio of the updates begins from."""
         assert self.venv is not None
         cfg = self.cfg
@@ -204,7 +201,7 @@ class VAEDiffusionTraining:
             self.observations,
             self.firsts,
             int(cfg["act_steps"]),
-            lambda step, rewards: folder.stop_if_requested(),
+            lambda step, rewards: self.run_dir.stop_if_requested(),
             store,
         )
         self.observations, self.firsts = rollout.last_observations, rollout.firsts[-1]
@@ -255,17 +252,17 @@ class VAEDiffusionTraining:
 
     # ---------- watching ----------
 
-    def _log(self, folder: RunFolder, seconds: float) -> None:
+    def row(self) -> dict[str, Any]:
         row: dict[str, Any] = {"itr": self.step, "kind": "train", "env_steps": self.env_steps}
         row |= {name: None for name in METRICS} | {name: float(np.mean(v)) for name, v in self.sums.items() if v}
         stats = self.episodes.statistics(1, math.inf)
         if stats.n_episodes:
             row["episode_return"] = stats.mean_return
         self.episodes.clear()
-        folder.metrics.write({**row, "seconds": seconds})
         self.sums = {}
+        return row
 
-    def _evaluate(self, folder: RunFolder, progress: Progress) -> None:
+    def _evaluate(self) -> None:
         if self.eval_venv is None:
             return
         cfg = self.cfg
@@ -273,11 +270,11 @@ class VAEDiffusionTraining:
             self.evaluating = evaluating_actor(self.algorithm, cfg)
         self.evaluating.weights_changed()
         found = evaluate_policy(self.decode, self.eval_venv, cfg, self.evaluating)
-        path = write_result(folder.path, self.step, found, cfg)
+        path = write_result(self.run_dir.path, self.step, found, cfg)
         mean = float(np.mean(found.returns))
         row = {"itr": self.step, "kind": "eval", "env_steps": self.env_steps, "episode_return": mean}
-        folder.metrics.write({**row, "std_return": float(np.std(found.returns)), "episodes": len(found.returns)})
-        progress.note(f"step {self.step}: mean return {mean:.3f} of {len(found.returns)} episodes, {path}")
+        self.run_dir.log({**row, "std_return": float(np.std(found.returns)), "episodes": len(found.returns)})
+        self.progress.note(f"step {self.step}: mean return {mean:.3f} of {len(found.returns)} episodes, {path}")
 
     # ---------- state ----------
 

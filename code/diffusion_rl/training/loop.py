@@ -1,0 +1,168 @@
+"""The loop of every training: advance, check, log, save, stop when asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.reports.progress import Progress
+from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.continuation import announce, fitting
+from diffusion_rl.training.run_dir import Nowhere, RunDir
+
+State = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors and JSON values
+Losses = Mapping[str, Any]  # numbers or arrays [n] by name
+
+
+class TrainingLoop(ABC):
+    """Counts steps and does what is due after them: `run` stands here once, for all methods.
+
+    Attributes:
+        step: steps made (of some methods iterations or epochs).
+        total: steps of the whole training, however often it is interrupted; schedules depend on it.
+        run_dir: where everything goes.
+        progress: shown to people while the loop runs.
+    """
+
+    UNIT = "step"  # what is counted, in messages
+    LABEL = "training"  # beside the progress
+    CURE = "lower the learning rate"  # for a loss that is not finite
+    HELD_SECONDS = 5.0  # between two states that are held for a signal or a failure
+
+    total: int
+    step: int = 0
+    run_dir: RunDir | Nowhere
+    progress: Progress
+    units = 1  # of the progress in a step
+
+    # ---------- what methods say ----------
+
+    @abstractmethod
+    def advance(self, end: int) -> tuple[int, Losses]:
+        """Make the next steps, up to step `end` at most: how many, and what has to be finite of them."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything that decides on the next step, as tensors and JSON values."""
+
+    @abstractmethod
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `state` was taken, `step` included."""
+
+    @abstractmethod
+    def due(self, what: str) -> bool:
+        """Whether after the steps just made a row ("log") or a checkpoint that stays ("save") is due."""
+
+    @abstractmethod
+    def row(self) -> dict[str, Any]:
+        """The row of the metrics for the time since the last one."""
+
+    @property
+    def number(self) -> int:
+        """How rows call the last step that was made: counted from 1 unless a method counts from 0."""
+        return self.step
+
+    def label(self, keep: bool) -> int:
+        """What a state taken now is called in the folder."""
+        return self.number
+
+    def is_whole(self) -> bool:
+        """Whether `state` holds everything now."""
+        return True
+
+    def live(self) -> dict[str, Any]:
+        """Values shown beside the progress."""
+        return {}
+
+    def begin(self) -> None:  # noqa: B027
+        """Do what comes before the first step, once the folder is there."""
+
+    def say(self, row: Mapping[str, Any]) -> None:  # noqa: B027
+        """Show a row to people beyond the progress."""
+
+    def saved(self, keep: bool) -> None:  # noqa: B027
+        """Do what comes after steps and their state: evaluations, observers."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Look back at the end of the training; raises UserError if it was in vain."""
+
+    # ---------- the loop ----------
+
+    def run(self, until: int | None = None) -> list[dict[str, Any]]:
+        """Train to the end, to `stop_at` of the run's settings or to a signal; returns the rows of the metrics.
+
+        Args:
+            until: stop before this step instead; nothing is saved because of it.
+
+        Raises:
+            UserError: a loss or a weight is no longer finite, or a file cannot be written. What was saved stays.
+            Interrupted: SIGINT or SIGTERM came; the state is saved.
+        """
+        with self.run_dir as run_dir:
+            if run_dir.checkpoint is not None:
+                with fitting(run_dir.source):
+                    self.restore(run_dir.checkpoint)
+                announce(run_dir.source, self.UNIT, self.step)
+            run_dir.begin(self.number if run_dir.checkpoint is not None else -1)
+            self._turns(self._phase_end if until is None else until)
+            if self.step < self.total and until is None:
+                run_dir.pause(self.UNIT, self.step, self.total)
+        return run_dir.rows
+
+    @property
+    def _phase_end(self) -> int:
+        return min(self.total, self.run_dir.stop_at or self.total)
+
+    def _turns(self, end: int) -> None:
+        start = self.step * self.units
+        self._row_began, self._held_at = time.monotonic(), -math.inf
+        with Progress(self.total * self.units, self.LABEL, start=start) as self.progress:
+            self.begin()
+            while self.step < end:
+                count, losses = self.advance(end)
+                self.step += count
+                self.check_finite(losses, self.number)
+                self.progress.update(max(0, self.step * self.units - self.progress.done), **self.live())
+                self._log()
+                self._save()
+                self.run_dir.stop_if_requested()
+        if self.step >= self.total:
+            self.finish()
+
+    def _log(self) -> None:
+        if not self.due("log"):
+            return
+        now = time.monotonic()
+        row = {**self.row(), "seconds": now - self._row_began}
+        self.say(row)
+        self.run_dir.log(row)
+        self._row_began = now
+
+    def _save(self) -> None:
+        """Hand the state to the folder: at the end, where it is due, now and then, and when the run is to stop."""
+        keep = self.step in (self.total, self.run_dir.stop_at) or self.due("save")
+        waited = self.run_dir.stopping or time.monotonic() - self._held_at > self.HELD_SECONDS
+        if keep or (waited and self.is_whole()):
+            self.run_dir.remember(self.label(keep), *self.state(), keep=keep)
+            self._held_at = time.monotonic()
+        self.saved(keep)
+
+    def check_finite(self, losses: Losses, number: int) -> None:
+        """Raise UserError if a loss is NaN or infinite, once the last good state is on disk."""
+        for name, value in losses.items():
+            values = np.atleast_1d(np.asarray(value, np.float64))
+            if not np.isfinite(values).all():
+                worst = values[~np.isfinite(values)][0]
+                last_good = self.run_dir.last_good()
+                raise UserError(f"{name} is {worst} in {self.UNIT} {number}: {self.CURE}; {last_good}")
+
+
+def rng_state(rng: Any) -> Any:
+    """The state of a source of randomness; None for a recorded tape, which has none."""
+    return rng.state() if hasattr(rng, "state") else None
