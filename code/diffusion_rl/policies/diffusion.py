@@ -9,7 +9,6 @@ not depend on the denoising step: samples and log-probabilities of chains encode
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from diffusion_rl.core.keras import keras
 from diffusion_rl.diffusion import ddim, ddpm
 from diffusion_rl.diffusion.gaussian import clip, normal_log_prob
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
-from diffusion_rl.networks.layers import Array, copy_weights, variables_of
+from diffusion_rl.networks.layers import Array, clone, copy_weights, variables_of
 
 Cond = dict[str, Array]
 
@@ -451,8 +450,3 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         log_prob = tf.reshape(log_prob, [-1, self.denoising_steps, self.horizon_steps])
         log_prob = tf.reduce_mean(tf.reduce_mean(log_prob, axis=-2), axis=-1)
         return tf.reduce_mean(-log_prob * advantages), tf.reduce_mean(tf.square(values - reward)), eta
-
-
-def clone(network: keras.layers.Layer) -> keras.layers.Layer:
-    """An independent copy with the same architecture and weights."""
-    return copy.deepcopy(network)

@@ -21,8 +21,7 @@ from diffusion_rl.methods.diffuser_lite.program import Program
 from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
 
 BACKBONES = {"flow": rectified_flow, "diffusion": vp_flow}
 
