@@ -14,7 +14,8 @@ from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.diffuser_lite.acting import run_lite_episodes
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
-from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
 from diffusion_rl.methods.diffuser_lite.tasks import HORIZONS, return_scale
 from diffusion_rl.methods.diffuser_lite.trainer import (

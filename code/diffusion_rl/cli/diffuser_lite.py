@@ -23,8 +23,9 @@ from diffusion_rl.methods.diffuser.files import find_episodes
 from diffusion_rl.methods.diffuser_lite import files
 from diffusion_rl.methods.diffuser_lite.acting import Targets, decision_times, run_lite_episodes
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes
 from diffusion_rl.methods.diffuser_lite.options import LiteOptions, parse
-from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
 from diffusion_rl.methods.diffuser_lite.tasks import DIMS, HORIZONS, LIMITS, STEPS, return_scale
 from diffusion_rl.methods.diffuser_lite.trainer import (

@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.chunks import ChunkHistory, ChunkOutcome
-from diffusion_rl.envs.vector import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult
 
 
 class BatchedVectorEnv(abc.ABC):

@@ -20,9 +20,8 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.finite import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
-from diffusion_rl.envs.multi_step import Observations
+from diffusion_rl.envs.interface import Observations, StepResult
 from diffusion_rl.envs.processes import in_one_line
-from diffusion_rl.envs.vector import StepResult
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
 PAGE = "installation/furniture.md"

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, room, worker
-from diffusion_rl.envs.vector import WORKER_TIMEOUT, ProcessVectorEnv, VectorEnv
+from diffusion_rl.envs.interface import VectorEnv
+from diffusion_rl.envs.vector import WORKER_TIMEOUT, ProcessVectorEnv
 
 LONGEST_TIMEOUT = 10**6  # seconds
 ENGINES = ("mujoco", "gymnasium", "d4rl")

@@ -20,7 +20,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes
-from diffusion_rl.envs.vector import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult
 
 EPISODE_STEPS, STEP, TOUCHING, PENALTY = 25, 0.1, 0.15, 0.5
 MOVES = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], np.float64)

@@ -1,4 +1,7 @@
-"""What the loops ask of a vector environment. Shape letters: E environments, Ta actions of a chunk, To history."""
+"""Environments of one simulator each, stepped together here or in processes of their own.
+
+Shape letters: E environments, Ta actions of a chunk, To history.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +10,19 @@ import logging
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.multi_step import MultiStep, Observations
+from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
 
 WORKER_TIMEOUT = 600.0  # seconds that a process may take to answer
 CLOSING_SECONDS = 5.0  # that all processes together may take to end
-
-
-@dataclass
-class StepResult:
-    """What one chunk of actions gave.
-
-    observations: {key: [E, To, ...]}, already those of the new episode where `reset_within_step` began one.
-    rewards: [E] float64, summed over the executed part of the chunk.
-    terminated, truncated: [E] bool. Both are set where D4RL's time limit ended the episode.
-    infos: `executed_steps` [E] int64; `final_observations` {key: [E, To, ...]}, the last ones of the old episode,
-        valid where truncated and reset; `full_observations` {key: [E, Ta, ...]} when asked for: the observation after
-        each action, repeating the last executed one; `success` [E] bool where environments say whether the chunk
-        reached the goal.
-    """
-
-    observations: Observations
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    infos: dict[str, Any] = field(default_factory=dict)
-
-
-@runtime_checkable
-class VectorEnv(Protocol):
-    """E environments stepped together, a chunk of Ta normalised actions at a time."""
-
-    n_envs: int
-    act_steps: int
-    obs_spec: dict[str, tuple[int, ...]]
-    action_dim: int
-    restorable: bool
-
-    def seed(self, seeds: Sequence[int]) -> None:
-        """Seed environment i with seeds[i]; it takes effect with the next reset."""
-
-    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere; options[i] goes to environment i (`seed`, `video_path`)."""
-
-    def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E, Ta, A] of normalised actions."""
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        """Everything needed to go on bit for bit, if `restorable`."""
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken."""
-
-    def close(self) -> None:
-        """Release processes, threads and files."""
 
 
 class MultiStepVectorEnv(abc.ABC):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.envs.interface import VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
 from diffusion_rl.tasks.scores import normalized_score

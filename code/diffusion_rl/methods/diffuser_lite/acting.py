@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.envs.interface import VectorEnv
 from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 
 Targets = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observations [E,O], returns so far [E]) -> [E]
