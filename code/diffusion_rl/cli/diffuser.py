@@ -19,6 +19,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
+from diffusion_rl.data.locate import find_episodes
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -29,7 +30,6 @@ from diffusion_rl.methods.diffuser.files import (
     Description,
     Experiment,
     dataset_of,
-    find_episodes,
     find_state,
     load_experiment,
     normalizer_tensors,
@@ -45,7 +45,7 @@ from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.reports import maze_pictures
 from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.metrics import MetricsWriter
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import normalized_score
 from diffusion_rl.training.checkpoint import checkpoint_metadata, load_checkpoint, require_finite, save_checkpoint
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.policy_files import fitting

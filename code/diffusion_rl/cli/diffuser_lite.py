@@ -16,10 +16,10 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
-from diffusion_rl.data.flat import find_flat, transitions
+from diffusion_rl.data.flat import transitions
+from diffusion_rl.data.locate import find_flat
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.envs.make import make_vector_env
-from diffusion_rl.methods.diffuser.files import find_episodes
 from diffusion_rl.methods.diffuser_lite import files
 from diffusion_rl.methods.diffuser_lite.acting import Targets, decision_times, run_lite_episodes
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
@@ -40,7 +40,7 @@ from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.reports import lite_figures
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import normalized_score
 from diffusion_rl.training.locks import locked
 
 
@@ -95,7 +95,7 @@ class Pipeline:
     @cached_property
     def flat(self) -> dict[str, np.ndarray]:
         """All rows of the data."""
-        return find_flat(self.name, self.options.data_dir, find_episodes)
+        return find_flat(self.name, self.options.data_dir)
 
     @cached_property
     def data(self) -> PlanDataset:

@@ -12,7 +12,7 @@ import numpy as np
 from diffusion_rl.envs.interface import VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import normalized_score
 
 
 @dataclass
