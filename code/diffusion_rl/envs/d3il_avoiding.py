@@ -26,6 +26,7 @@ from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import panda
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
+from diffusion_rl.envs.interface import EnvRequest
 from diffusion_rl.tasks import avoiding
 
 REWARDED = {f"avoiding-m{mode}": mode for mode in (5, 6, 7, 8)}
@@ -33,6 +34,18 @@ OBS_DIM, ACTION_DIM = 4, 2
 PENALTY = -0.1
 FPS = round(1 / (panda.DT * panda.MILLISECONDS))
 CAMERA = {"lookat": (0.45, 0.05, 0.1), "distance": 1.6, "elevation": -55.0, "azimuth": 180.0}
+
+
+def vector(request: EnvRequest) -> AvoidingVectorEnv:
+    """Build the environments of a request."""
+    return AvoidingVectorEnv(
+        request.name,
+        len(request.seeds),
+        act_steps=request.act_steps,
+        normalizer=request.normalizer,
+        render=bool(request.config.get("render", False)),
+        **request.chunks,
+    )
 
 
 class AvoidingVectorEnv(BatchedVectorEnv):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.normalizers import MinMaxNormalizer
+from diffusion_rl.tasks.registry import task_named
+
 Observations = dict[str, np.ndarray]
+WORKER_TIMEOUT = 600.0  # seconds that a process may take to answer
+LONGEST_TIMEOUT = 10**6
 
 
 @dataclass
@@ -58,3 +65,47 @@ class VectorEnv(Protocol):
 
     def close(self) -> None:
         """Release processes, threads and files."""
+
+
+@dataclass(frozen=True)
+class EnvRequest:
+    """What a simulator is asked to build.
+
+    Attributes:
+        name: of the environments.
+        config: the whole `env` node as plain dictionaries.
+        seeds: of each environment, and so how many there are.
+        act_steps: Ta.
+        chunks: `n_obs_steps`, `max_episode_steps`, `reset_within_step`, `full_observations` of the chunk wrapper.
+        normalizer: bounds of the data set; None: raw observations and actions.
+        obs_dim: O of the configuration.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    seeds: Sequence[int]
+    act_steps: int
+    chunks: dict[str, Any]
+    normalizer: MinMaxNormalizer | None
+    obs_dim: int
+
+    @property
+    def time_limit(self) -> int | None:
+        """D4RL's limit of steps, if the configuration names no other."""
+        task = task_named(self.name)
+        return self.config.get("d4rl_time_limit", task.episode_steps if task else None)
+
+    @property
+    def worker_timeout(self) -> float:
+        """Seconds that a process may take to answer. Raises UserError where that is no such number."""
+        seconds = self.config.get("worker_timeout", WORKER_TIMEOUT)
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < LONGEST_TIMEOUT:
+            raise UserError(f"env.worker_timeout={seconds}: give seconds, more than 0 and less than {LONGEST_TIMEOUT}")
+        return float(seconds)
+
+
+def unknown(name: str, known: Sequence[str]) -> UserError:
+    """The error about an environment that is none of the known ones; it names those that are spelled alike."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
+    return UserError(f"environment {name!r} is unknown: {hint}")

@@ -29,7 +29,9 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
-from diffusion_rl.envs.d4rl import D4RL_EPISODE_STEPS
+from diffusion_rl.envs.interface import EnvRequest, unknown
+from diffusion_rl.envs.worker import EnvRecipe
+from diffusion_rl.tasks.registry import D4RL_STEPS, LOCOMOTION_DATA
 
 try:
     import gymnasium
@@ -39,7 +41,6 @@ try:
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise UserError(f'locomotion needs {error.name or error}: pip install -e ".[gym]"') from error
 
-FLAVOURS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
 _BODIES = Path(__file__).parent / "assets" / "mujoco210_bodies.json"
 _PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 
@@ -75,8 +76,37 @@ TASKS = {
 
 def task_of(name: str) -> str | None:
     """The task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
-    match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(FLAVOURS)})-v[02]", name)
+    match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(LOCOMOTION_DATA)})-v[02]", name)
     return match.group(1) if match else None
+
+
+def require(name: str) -> str:
+    """The task behind a D4RL name. Raises UserError for other names."""
+    task = task_of(name)
+    if task is None:
+        raise unknown(name, known_names())
+    return task
+
+
+def vector(request: EnvRequest) -> LocomotionVectorEnv:
+    """Build the environments of a request, stepped together."""
+    return LocomotionVectorEnv(
+        request.name,
+        len(request.seeds),
+        seeds=request.seeds,
+        threads=request.config.get("threads", 2),
+        d4rl_time_limit=request.time_limit,
+        act_steps=request.act_steps,
+        normalizer=request.normalizer,
+        **request.chunks,
+    )
+
+
+def single(recipe: EnvRecipe) -> gymnasium.Env:
+    """Build the environment of a recipe."""
+    return single_locomotion(
+        recipe.name, time_limit=recipe.d4rl_time_limit, render_mode=recipe.render_mode, **recipe.kwargs
+    )
 
 
 def load_model(task: str) -> mujoco.MjModel:
@@ -102,7 +132,7 @@ def restore_bodies(model: mujoco.MjModel, task: str) -> None:
 class D4RLTerms(gymnasium.Wrapper):
     """What D4RL adds to a single environment: clipped actions, and a time limit that says so in gym's old way."""
 
-    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_EPISODE_STEPS):
+    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_STEPS):
         super().__init__(env)
         self.time_limit = time_limit
         self._elapsed = 0
@@ -120,14 +150,12 @@ class D4RLTerms(gymnasium.Wrapper):
         return observation, reward, terminated, False, info
 
 
-def single_locomotion(name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **kwargs: Any) -> gymnasium.Env:
+def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any) -> gymnasium.Env:
     """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
 
     time_limit: D4RL's; kwargs go to gymnasium's class.
     """
-    task = task_of(name)
-    if task is None:
-        raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+    task = require(name)
     # not gymnasium.make: it warns that -v4 is old and adds wrappers
     env: Any = load_env_creator(str(gymnasium.spec(TASKS[task].gymnasium_id).entry_point))(**kwargs)
     restore_bodies(env.model, task)
@@ -319,12 +347,10 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         normalizer: MinMaxNormalizer | None = None,
         seeds: Sequence[int] | None = None,
         threads: int = 2,
-        d4rl_time_limit: int | None = D4RL_EPISODE_STEPS,
+        d4rl_time_limit: int | None = D4RL_STEPS,
         clip_actions: bool = True,
     ):
-        task = task_of(name)
-        if task is None:
-            raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+        task = require(name)
         self.physics = LocomotionPhysics(task, threads)
         super().__init__(
             name,
@@ -440,7 +466,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
 
 def known_names() -> list[str]:
     """The D4RL names of locomotion environments."""
-    return [f"{task}-{flavour}-v2" for task in TASKS for flavour in FLAVOURS]
+    return [f"{task}-{flavour}-v2" for task in TASKS for flavour in LOCOMOTION_DATA]
 
 
 def _generator(seed: int) -> np.random.Generator:

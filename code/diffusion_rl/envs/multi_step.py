@@ -19,6 +19,8 @@ from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import finite
 from diffusion_rl.envs.interface import Observations
 
+STATE, PICTURE = "state", "rgb"  # entries of observations
+
 #: What `MultiStep.step` says of a chunk in its info beside the environment's own keys.
 CHUNK_KEYS = ("executed_steps", "final_obs", "full_obs")
 

@@ -16,12 +16,11 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult
 from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
 
-WORKER_TIMEOUT = 600.0  # seconds that a process may take to answer
 CLOSING_SECONDS = 5.0  # that all processes together may take to end
 
 

@@ -22,8 +22,9 @@ from diffusion_rl.data.normalizers import read_bounds
 from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import robomimic
 from diffusion_rl.envs.robomimic_experts import plans
+from diffusion_rl.tasks.registry import tasks_of
 
-STEPS = {"lift": 300, "can": 300, "square": 400, "transport": 800}  # of an episode, as in the configurations
+STEPS = {task.name: task.episode_steps or 0 for task in tasks_of(simulator="robomimic")}  # of an episode
 HOLD = 10  # steps that are recorded after success
 MEMORY = 0.8  # share of the action noise that stays from one step to the next
 SIMULATOR_FILE = "simulator_states.npz"

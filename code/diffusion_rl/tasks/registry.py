@@ -23,7 +23,7 @@ class TaskSpec:
     Attributes:
         name: with which they begin: "hopper" of "hopper-medium-v2".
         simulator: module of `envs` that builds it; None: there is none for `make_vector_env`.
-        dims: sizes O and A of observation and action; None: they are in the configuration alone.
+        dims: sizes O and A of observation and action, for plans made without a simulator.
         episode_steps: after which an episode is over; None: the configuration says it.
         title: how figures and tables call it.
         by_success: measured by the share of successes, not by the return.
@@ -137,7 +137,7 @@ TASKS = (
     _maze2d("umaze", 300, (23.85, 161.86)),
     _maze2d("medium", 600, (13.13, 277.39)),
     _maze2d("large", 800, (6.7, 273.99)),
-    TaskSpec("avoiding", "d3il_avoiding", dims=(4, 2)),
+    TaskSpec("avoiding", "d3il_avoiding"),
     TaskSpec("lift", "robomimic", episode_steps=300, by_success=True),
     TaskSpec("can", "robomimic", episode_steps=300, by_success=True),
     TaskSpec("square", "robomimic", episode_steps=400, by_success=True),

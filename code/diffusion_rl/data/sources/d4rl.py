@@ -9,8 +9,8 @@ import numpy as np
 from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.data.episodes import Episodes, Normalization, check, split_episodes
 from diffusion_rl.data.hdf5 import Group
+from diffusion_rl.tasks.registry import D4RL_STEPS
 
-EPISODE_STEPS = 1000  # the limit of its locomotion tasks, whose older files have no `timeouts`
 _NAMES = {"states": "observations", "actions": "actions", "rewards": "rewards", "terminals": "terminals"}
 
 
@@ -35,7 +35,7 @@ def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read(file: Group) -> tuple[Episodes, Normalization]:
-    """Episodes cut at terminals and time-outs (without these after 1000 steps), and the ranges of all rows.
+    """Episodes cut at terminals and time-outs (without these, as in older files, after the limit of the locomotion tasks), and the ranges of all rows.
 
     An unfinished episode at the end is dropped but counts for the ranges, as in the reference.
     """
@@ -46,4 +46,4 @@ def read(file: Group) -> tuple[Episodes, Normalization]:
     raw["terminals"] = raw["terminals"].astype(bool)
     everything = Episodes(raw["states"], raw["actions"], np.array([len(raw["states"])]), raw["rewards"])
     check(everything, file.where)
-    return split_episodes(raw, timeouts, file.where, EPISODE_STEPS), Normalization.of(everything)
+    return split_episodes(raw, timeouts, file.where, D4RL_STEPS), Normalization.of(everything)
