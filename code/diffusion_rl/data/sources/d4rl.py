@@ -35,9 +35,10 @@ def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read(file: Group) -> tuple[Episodes, Normalization]:
-    """Episodes cut at terminals and time-outs (without these, as in older files, after the limit of the locomotion tasks), and the ranges of all rows.
+    """Read episodes cut at terminals and time-outs, and the ranges of all rows.
 
-    An unfinished episode at the end is dropped but counts for the ranges, as in the reference.
+    Older files have no time-outs: there the limit of the locomotion tasks stands for them. An unfinished episode at the
+    end is dropped but counts for the ranges, as in the reference.
     """
     names = [*_NAMES.values(), *(["timeouts"] if "timeouts" in file else [])]
     columns = read_columns(file, names)

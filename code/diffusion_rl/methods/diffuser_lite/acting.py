@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.envs.interface import VectorEnv
+from diffusion_rl.methods.diffuser_lite.domains import Targets
 from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 
-Targets = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observations [E,O], returns so far [E]) -> [E]
 LATENCIES_SKIPPED = 1  # the first decision compiles the program
 
 
