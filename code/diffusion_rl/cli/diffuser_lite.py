@@ -262,11 +262,8 @@ class Pipeline:
     def planner(self, label: int | str | None, means: np.ndarray, stds: np.ndarray) -> DiffuserLite:
         """The planner of `test_model`; with weights of a step, or new ones for None."""
         o, model = self.options, self.options.test_model
-        options: dict[str, Any] = {
-            "steps": o.sampling_steps or self.domain.steps_of(model),
-            "temperature": o.temperature,
-        }
-        options |= {"use_ema": o.use_ema}
+        steps = o.sampling_steps or self.domain.steps_of(model)
+        options: dict[str, Any] = {"steps": steps, "temperature": o.temperature, "use_ema": o.use_ema}
         options["guidance"] = self.domain.guidance or (float(o.of_task("w_cfg")),) * len(self.shapes)
         if self.domain.has_values:
             options |= {"candidates": o.num_candidates, "judged": self.domain.judged}
