@@ -13,6 +13,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.field_normalizers import DebugNormalizer, GaussianNormalizer
+from diffusion_rl.data.windows import discounted_returns, window_rows, windows_of
 
 Flat = Mapping[str, np.ndarray]  # observations [N,O], actions [N,A], rewards, terminals and timeouts [N]
 
@@ -126,11 +127,7 @@ class PlanDataset:
 
     def _windows(self, span: int) -> np.ndarray:
         """[M,2]: episode and first step; windows may run into the padding."""
-        counts = np.minimum(self.segments.lengths, self.longest - span + 1)
-        counts = np.maximum(counts, 0)
-        episodes = np.repeat(np.arange(len(counts)), counts)
-        first = np.arange(len(episodes)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.stack([episodes, first], axis=1)
+        return np.stack(windows_of(np.minimum(self.segments.lengths, self.longest - span + 1)), axis=1)
 
     def at(self, items: np.ndarray) -> np.ndarray:
         """Windows of each level at items [B]: [L,B].
@@ -144,10 +141,10 @@ class PlanDataset:
     def rows(self, level: int, windows: np.ndarray | None = None, stride: int = 1) -> np.ndarray:
         """Rows of `states`, `actions` and `rewards` in windows of a level (all of them by default): [B,H]."""
         chosen = self.windows[level] if windows is None else self.windows[level][windows]
-        steps = chosen[:, 1:] + np.arange(0, self.spans[level], stride)
-        inside = steps < self.segments.lengths[chosen[:, 0]][:, None]
+        starts, lengths = self.segments.starts[chosen[:, 0]], self.segments.lengths[chosen[:, 0]]
+        rows, inside = window_rows(starts + chosen[:, 1], starts + lengths, self.spans[level], stride)
         padding = len(self.states) - len(self.segments.starts) + chosen[:, :1]
-        return np.where(inside, self.segments.starts[chosen[:, 0]][:, None] + steps, padding)
+        return np.where(inside, rows, padding)
 
     def returns(self, level: int) -> np.ndarray:
         """Discounted rewards from each window's first step to the end of its padded episode, [M]."""
@@ -156,14 +153,12 @@ class PlanDataset:
 
     @cached_property
     def row_returns(self) -> np.ndarray:
-        """The same from each row of the data, [N]."""
-        segments, totals = self.segments, np.zeros(len(self.segments.rewards))
-        for episode, (start, length) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
-            discounts = self.discount ** np.arange(self.longest - length)
-            later = float(segments.padded_rewards[episode]) * discounts.sum()
-            for row in range(start + length - 1, start - 1, -1):
-                totals[row] = later = float(segments.rewards[row]) + self.discount * later
-        return totals.astype(np.float32)
+        """Discounted rewards from each row of the data to the end of its padded episode, [N]."""
+        segments = self.segments
+        padded = [(self.discount ** np.arange(self.longest - length)).sum() for length in segments.lengths]
+        after = segments.padded_rewards.astype(np.float64) * np.array(padded)
+        rewards = segments.rewards.astype(np.float64)
+        return discounted_returns(rewards, segments.lengths, self.discount, after).astype(np.float32)
 
 
 def conditions(
