@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import precision
-from diffusion_rl.data.field_normalizers import GaussianNormalizer
+from diffusion_rl.data.normalizers import GaussianNormalizer
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.diffusion.rectified_flow import time_grid
 from diffusion_rl.interop.torch_names import named_parameters, state_dict

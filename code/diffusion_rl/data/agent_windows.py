@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion_rl.data.episodes import Episodes
-from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
 from diffusion_rl.data.windows import discounted_returns, require_lengths, require_windows, window_rows, windows_of
 
 
@@ -48,19 +48,21 @@ class AgentNormalizer:
     """
 
     def __init__(
-        self, observations: DebugNormalizer, actions: DebugNormalizer, obs_dim: int, action_dim: int, shared: bool
+        self, observations: IdentityNormalizer, actions: IdentityNormalizer, obs_dim: int, action_dim: int, shared: bool
     ):
         self.observations, self.actions = observations, actions
         self.obs_dim, self.action_dim, self.shared = obs_dim, action_dim, shared
 
     @classmethod
     def fit(cls, data: AgentEpisodes, name: str, shared: bool = True) -> AgentNormalizer:
-        """Fit normalizers of that name (`data.field_normalizers`) on all rows."""
-        dims = data.obs_dim, data.action_dim
-        fields = data.episodes.states, data.episodes.actions
-        rows = [x.reshape(-1, dim) if shared else x for x, dim in zip(fields, dims, strict=True)]
-        kinds = normalizer(name), normalizer("DebugNormalizer" if data.discrete else name)
-        return cls(*(kind.fit(x.astype(np.float32)) for kind, x in zip(kinds, rows, strict=True)), *dims, shared)
+        """Fit normalizers of that name (`data.normalizers`) on all rows."""
+
+        def fitted(kind: str, x: np.ndarray, dim: int) -> IdentityNormalizer:
+            return normalizer(kind).fit((x.reshape(-1, dim) if shared else x).astype(np.float32))
+
+        observations = fitted(name, data.episodes.states, data.obs_dim)
+        actions = fitted("IdentityNormalizer" if data.discrete else name, data.episodes.actions, data.action_dim)
+        return cls(observations, actions, data.obs_dim, data.action_dim, shared)
 
     def normalize_obs(self, x: np.ndarray) -> np.ndarray:
         """[...,N*O]"""
@@ -90,10 +92,10 @@ class AgentNormalizer:
     ) -> AgentNormalizer:
         """Inverse of `tensors`."""
 
-        def part(prefix: str, kind: str) -> DebugNormalizer:
+        def part(prefix: str, kind: str) -> IdentityNormalizer:
             return normalizer(kind)({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
 
-        actions = part("actions.", "DebugNormalizer" if discrete else name)
+        actions = part("actions.", "IdentityNormalizer" if discrete else name)
         return cls(part("observations.", name), actions, obs_dim, action_dim, shared)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.field_normalizers import DebugNormalizer, GaussianNormalizer
+from diffusion_rl.data.normalizers import GaussianNormalizer, IdentityNormalizer
 from diffusion_rl.data.windows import discounted_returns, window_rows, windows_of
 
 Flat = Mapping[str, np.ndarray]  # observations [N,O], actions [N,A], rewards, terminals and timeouts [N]
@@ -101,7 +101,7 @@ class PlanDataset:
         cut, usual = SEGMENTS[kind]
         self.kind, self.spans, self.discount, self.longest = kind, list(spans), discount, longest or usual
         observations, actions = (np.asarray(flat[k]).astype(np.float32) for k in ("observations", "actions"))
-        self.normalizer: DebugNormalizer = GaussianNormalizer.fit(observations)
+        self.normalizer: IdentityNormalizer = GaussianNormalizer.fit(observations)
         states = self.normalizer.normalize(observations)
         self.segments = cut(flat, states, self.longest, penalty)
         if (most := int(self.segments.lengths.max())) > self.longest:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from diffusion_rl.data.episodes import Episodes
-from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
 from diffusion_rl.data.windows import discounted_returns, require_lengths, require_windows, window_rows, windows_of
 
 FIELDS = ("observations", "actions")
@@ -59,7 +59,7 @@ class TrajectoryDataset:
         self.transitions = np.concatenate(normed_fields, axis=1)  # [N+1,D]; the last row is what padding becomes
         self.windows = self._windows(use_padding)
         require_windows(self.path_lengths, self.windows[:, 0], horizon)
-        self.condition_times = (0, horizon - 1) if goal else (0,)
+        self.condition_times: tuple[int, ...] = (0, horizon - 1) if goal else (0,)
         self.values = None if discount is None else self._values(discount, normed)  # [M,1]
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ class TrajectoryDataset:
         return self.transitions[self.rows(items)]
 
 
-def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, DebugNormalizer]:
+def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, IdentityNormalizer]:
     """A normalizer of that name for each field."""
     return {key: normalizer(name).fit(rows) for key, rows in fields.items()}
 

@@ -26,10 +26,11 @@ from diffusion_rl.core.npz import read_npz, write_npz
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import (
     Episodes,
-    Normalization,
+    bounds_of,
     load_episodes,
     load_unscaled,
     save_episodes,
+    scale_episodes,
 )
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -124,7 +125,7 @@ def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int,
     and kept, so that short ones are not over-represented.
     """
     obs = envs.reset()["state"]
-    running, open_steps = np.ones(envs.n_envs, bool), [[] for _ in range(envs.n_envs)]
+    running, open_steps = np.ones(envs.n_envs, bool), [list[tuple]() for _ in range(envs.n_envs)]
     finished: list[list[tuple]] = []
     transitions = 0
     while running.any():
@@ -376,8 +377,8 @@ def make(
 
 def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:
     """Write train.npz and normalization.npz; what is in them."""
-    normalization = Normalization.of(raw)
-    scaled = normalization.apply(raw)
+    normalization = bounds_of(raw)
+    scaled = scale_episodes(raw, normalization)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))
     train_file, *_ = save_episodes(out_dir, {"train": compact}, normalization)
     size = train_file.stat().st_size

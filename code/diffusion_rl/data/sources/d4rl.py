@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion_rl.core.errors import UserError, listed
-from diffusion_rl.data.episodes import Episodes, Normalization, check, split_episodes
+from diffusion_rl.data.episodes import Episodes, bounds_of, check, split_episodes
 from diffusion_rl.data.hdf5 import Group
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.tasks.registry import D4RL_STEPS
 
 _NAMES = {"states": "observations", "actions": "actions", "rewards": "rewards", "terminals": "terminals"}
@@ -34,7 +35,7 @@ def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
     return {k: v if k in ("observations", "actions") else v.reshape(-1) for k, v in arrays.items()}
 
 
-def read(file: Group) -> tuple[Episodes, Normalization]:
+def read(file: Group) -> tuple[Episodes, MinMaxNormalizer]:
     """Read episodes cut at terminals and time-outs, and the ranges of all rows.
 
     Older files have no time-outs: there the limit of the locomotion tasks stands for them. An unfinished episode at the
@@ -47,4 +48,4 @@ def read(file: Group) -> tuple[Episodes, Normalization]:
     raw["terminals"] = raw["terminals"].astype(bool)
     everything = Episodes(raw["states"], raw["actions"], np.array([len(raw["states"])]), raw["rewards"])
     check(everything, file.where)
-    return split_episodes(raw, timeouts, file.where, D4RL_STEPS), Normalization.of(everything)
+    return split_episodes(raw, timeouts, file.where, D4RL_STEPS), bounds_of(everything)

@@ -21,8 +21,8 @@ from diffusion_rl.config.checks import DIFFUSION_STEPS, HORIZON, check_ranges, w
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.data.episodes import Episodes, split_episodes
-from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
 from diffusion_rl.data.locate import find_episodes
+from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
 from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.torch_names import load_state_dict
@@ -117,7 +117,7 @@ class Experiment(NamedTuple):
     """A trained model, ready to plan with."""
 
     model: NoisyTrajectories  # with the averaged weights
-    normalizers: dict[str, DebugNormalizer]
+    normalizers: dict[str, IdentityNormalizer]
     normalizer: str  # name of their class
     epoch: int
     folder: Path
@@ -188,7 +188,7 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
 
 def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
     """Label and path of a checkpoint in an experiment's folder."""
-    states = {}
+    states: dict[int, Path] = {}
     for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt: ours is preferred
         if match := re.fullmatch(r"state_(\d+)\.(pt|safetensors)", path.name):
             states.setdefault(int(match[1]), path)
@@ -225,7 +225,9 @@ def _original(folder: Path, label: int, path: Path, data_dir: str | None) -> Exp
     load_state_dict(model, weights)
     dataset = dict(description.dataset)
     data = dataset_of(find_episodes(dataset["env"], data_dir), dataset)
-    return Experiment(model, data.normalizers, dataset["normalizer"], label, folder, str(dataset["env"]))
+    return Experiment(
+        model, data.normalizers, normalizer(dataset["normalizer"]).__name__, label, folder, str(dataset["env"])
+    )
 
 
 def require_compatible(one: Experiment, other: Experiment) -> None:
