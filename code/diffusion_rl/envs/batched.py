@@ -74,9 +74,10 @@ class BatchedVectorEnv(abc.ABC):
     def _restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over a state that has the names and shapes of `get_state`."""
 
-    @abc.abstractmethod
     def recorder(self, path: str) -> Any:
-        """Something that writes the states given to its `add` as a video, until its `close`."""
+        """Something that writes the states given to its `add` as a video, until its `close`. Raises UserError where
+        there is nothing to see."""
+        raise UserError(f"{self.name}: its episodes cannot be filmed, leave {path} out")
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         """Begin new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),

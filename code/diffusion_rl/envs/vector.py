@@ -10,7 +10,7 @@ import logging
 import select
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class MultiStepVectorEnv(abc.ABC):
         self._names = [str(getattr(build, "name", "")) for build in builders]
         self._seeds: list[int | None] = [None] * self.n_envs
         self._says_success = False
-        self._lanes: list[Lane] = []
+        self._lanes: list[Any] = []  # like `_ProcessLane`
         try:
             self._open(builders)
             answers = [self._receive(i) for i in range(self.n_envs)]
@@ -135,70 +135,8 @@ class MultiStepVectorEnv(abc.ABC):
             lane.wait(max(0.0, deadline - time.monotonic()))
 
 
-class Lane(Protocol):
-    """The way to one environment."""
-
-    def send(self, method: str, arguments: tuple) -> None:
-        """Ask it to do something."""
-
-    def receive(self) -> tuple[str, Any]:
-        """("ok", result), ("refused", line) or ("error", traceback)."""
-
-    def exit_code(self) -> int | None:
-        """How its process ended."""
-
-    def hang_up(self) -> None:
-        """Tell it to end."""
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it has ended; after so many seconds end it."""
-
-
-class _LocalLane:
-    """An environment in this process; it works while being asked for the answer."""
-
-    def __init__(self, build: Callable[[], MultiStep]):
-        self._build = build
-        self._env: MultiStep | None = None
-        self._next: Callable[[], Any] = lambda: worker.spaces(self._made())
-
-    def _made(self) -> MultiStep:
-        if self._env is None:
-            self._env = self._build()
-        return self._env
-
-    def send(self, method: str, arguments: tuple) -> None:
-        self._next = lambda: worker.call(self._made(), method, arguments)
-
-    def receive(self) -> tuple[str, Any]:
-        try:
-            return "ok", self._next()
-        except UserError as error:
-            return "refused", str(error)
-
-    def exit_code(self) -> int | None:
-        return None
-
-    def hang_up(self) -> None:
-        if self._env is not None:
-            self._env.close()
-
-    def wait(self, seconds: float) -> None:
-        pass
-
-
-class SyncVectorEnv(MultiStepVectorEnv):
-    """All environments in this process, one after the other: for tests and debugging; errors come unchanged but
-    for a UserError, which names the environment."""
-
-    def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        self._lanes = []
-        for build in builders:
-            self._lanes.append(_LocalLane(build))
-
-
 class _ProcessLane:
-    """An environment in a process of its own, which may take `timeout` seconds to answer."""
+    """The way to an environment in a process of its own, which may take `timeout` seconds to answer."""
 
     def __init__(self, build: Callable[[], MultiStep], timeout: float):
         self._process, self._connection = processes.start(worker.serve, build)
@@ -207,11 +145,12 @@ class _ProcessLane:
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
     def send(self, method: str, arguments: tuple) -> None:
+        """Ask it to do something."""
         self._asked = method
         self._connection.send((method, arguments))
 
     def receive(self) -> tuple[str, Any]:
-        """Raises TimeoutError if it does not answer in time."""
+        """("ok", result), ("refused", line) or ("error", traceback). Raises TimeoutError if it takes too long."""
         if not self._poll.poll(self._timeout * 1000):
             raise TimeoutError(
                 f"no answer to {self._asked} for {self._timeout:g} s (process {self._process.pid}); mend it, or raise "
@@ -220,13 +159,16 @@ class _ProcessLane:
         return self._connection.recv()
 
     def exit_code(self) -> int | None:
+        """How its process ended."""
         self._process.join(timeout=5)
         return self._process.exitcode
 
     def hang_up(self) -> None:
+        """Tell it to end."""
         self._connection.close()
 
     def wait(self, seconds: float) -> None:
+        """Wait until it has ended; after so many seconds end it."""
         self._process.join(timeout=seconds)
         if self._process.is_alive():
             self._process.kill()
