@@ -56,13 +56,11 @@ class AgentNormalizer:
     @classmethod
     def fit(cls, data: AgentEpisodes, name: str, shared: bool = True) -> AgentNormalizer:
         """Fit normalizers of that name (`data.normalizers`) on all rows."""
-
-        def fitted(kind: str, x: np.ndarray, dim: int) -> IdentityNormalizer:
-            return normalizer(kind).fit((x.reshape(-1, dim) if shared else x).astype(np.float32))
-
-        observations = fitted(name, data.episodes.states, data.obs_dim)
-        actions = fitted("IdentityNormalizer" if data.discrete else name, data.episodes.actions, data.action_dim)
-        return cls(observations, actions, data.obs_dim, data.action_dim, shared)
+        dims = data.obs_dim, data.action_dim
+        fields = data.episodes.states, data.episodes.actions
+        rows = [x.reshape(-1, dim) if shared else x for x, dim in zip(fields, dims, strict=True)]
+        kinds = normalizer(name), normalizer("IdentityNormalizer" if data.discrete else name)
+        return cls(*(kind.fit(x.astype(np.float32)) for kind, x in zip(kinds, rows, strict=True)), *dims, shared)
 
     def normalize_obs(self, x: np.ndarray) -> np.ndarray:
         """[...,N*O]"""

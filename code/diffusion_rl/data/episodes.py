@@ -46,7 +46,7 @@ class Episodes:
     @property
     def returns(self) -> np.ndarray:
         """Undiscounted return of each episode [T], float64. Needs rewards."""
-        so_far = np.concatenate([[0.0], np.cumsum(np.asarray(self.rewards), dtype=np.float64)])
+        so_far = np.concatenate([[0.0], np.cumsum(self.rewards, dtype=np.float64)])
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
     def require_rewards(self, name: str) -> np.ndarray:
@@ -62,12 +62,16 @@ class Episodes:
         lengths = np.asarray(self.traj_lengths)[episodes]
         starts = self.starts[episodes]
         rows = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        chosen = {name: array[rows] for name, array in self.arrays().items() if name != "traj_lengths"}
+        chosen = {f.name: _take(getattr(self, f.name), rows) for f in fields(self) if f.name != "traj_lengths"}
         return Episodes(traj_lengths=lengths, **chosen)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays that are there, by their names in the file."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def _take(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
+    return None if array is None else array[rows]
 
 
 def bounds_of(episodes: Episodes) -> MinMaxNormalizer:

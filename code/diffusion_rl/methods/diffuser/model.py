@@ -241,7 +241,7 @@ class ValueDiffusion(NoisyTrajectories):
 
     def regression(self, prediction: Array, target: Array) -> Losses:
         """Mean error; means, extremes and Pearson's correlation (not a number for a single row) for the log."""
-        infos: dict[str, Array] = {}
+        infos = {}
         for name, reduce in (("mean", tf.reduce_mean), ("min", tf.reduce_min), ("max", tf.reduce_max)):
             infos |= {f"{name}_pred": reduce(prediction), f"{name}_targ": reduce(target)}
         p, y = prediction - infos["mean_pred"], target - infos["mean_targ"]
