@@ -75,12 +75,12 @@ def _take(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
 
 
 def bounds_of(episodes: Episodes) -> MinMaxNormalizer:
-    """Take the bounds of all observations and actions, in the source's dtype."""
+    """Takes the bounds of all observations and actions, in the source's dtype."""
     return MinMaxNormalizer.fit(episodes.states, episodes.actions)
 
 
 def scale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
-    """Map states and actions to [-1, 1]."""
+    """Maps states and actions to [-1, 1]."""
 
     def scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
@@ -93,7 +93,7 @@ def scale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
 
 
 def unscale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
-    """Map states and actions back to the source's units."""
+    """Maps states and actions back to the source's units."""
 
     def unscale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return (x + 1) / 2 * (high - low + _RANGE_EPSILON) + low

@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> Episodes:
-    """Find the complete episodes of a data set, in the environment's units.
+    """Finds the complete episodes of a data set, in the environment's units.
 
     Looks in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then for D4RL's file in
     D4RL_DATASET_DIR, then among the data that ship with this repository.
@@ -46,7 +46,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
 
 
 def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[str, np.ndarray]:
-    """Find the rows of a data set as flat arrays (see `data.flat`).
+    """Finds the rows of a data set as flat arrays (see `data.flat`).
 
     Of a file in D4RL's layout these are all rows; of anything else that `find_episodes` finds, complete episodes.
     """

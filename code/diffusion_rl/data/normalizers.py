@@ -59,7 +59,7 @@ class MinMaxNormalizer:
 
     @classmethod
     def fit(cls, observations: np.ndarray, actions: np.ndarray) -> MinMaxNormalizer:
-        """Take the bounds of observations [N,O] and actions [N,A], in their dtypes."""
+        """Takes the bounds of observations [N,O] and actions [N,A], in their dtypes."""
         return cls(observations.min(axis=0), observations.max(axis=0), actions.min(axis=0), actions.max(axis=0))
 
     @classmethod
@@ -243,7 +243,7 @@ NORMALIZERS: dict[str, type[IdentityNormalizer]] = {
 
 
 def normalizer(name: str) -> type[IdentityNormalizer]:
-    """Find the class of that name."""
+    """Finds the class of that name."""
     if name not in NORMALIZERS:
         raise UserError(f"normalizer={name!r} is unknown: choose one of {', '.join(NORMALIZERS)}")
     return NORMALIZERS[name]

@@ -36,7 +36,7 @@ def window_rows(first: np.ndarray, end: np.ndarray, length: int, stride: int = 1
 def discounted_returns(
     rewards: np.ndarray, lengths: np.ndarray, discount: float, after: np.ndarray | float = 0.0
 ) -> np.ndarray:
-    """Sum discounted rewards from every row to the end of its episode, [N] -> [N], in their precision.
+    """Sums discounted rewards from every row to the end of its episode, [N] -> [N], in their precision.
 
     All episodes advance together, so the Python loop runs over the longest episode's steps, not over N.
 
@@ -54,13 +54,13 @@ def discounted_returns(
 
 
 def require_lengths(lengths: np.ndarray, max_path_length: int) -> None:
-    """Raise UserError where an episode [T] is longer than is allowed."""
+    """Raises UserError where an episode [T] is longer than is allowed."""
     if lengths.max() > max_path_length:
         raise UserError(f"an episode has {lengths.max()} steps: set max_path_length to that (now {max_path_length})")
 
 
 def require_windows(lengths: np.ndarray, episodes: np.ndarray, horizon: int) -> None:
-    """Raise UserError where there is no window of `horizon` steps; say in a line how many episodes have none.
+    """Raises UserError where there is no window of `horizon` steps; says in a line how many episodes have none.
 
     Args:
         lengths: of the episodes [T].

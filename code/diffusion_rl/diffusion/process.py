@@ -17,7 +17,7 @@ Array: TypeAlias = tf.Tensor
 
 
 def entries(table: np.ndarray, index: Array, dtype: tf.DType) -> Array:
-    """Look up entries of a table [K] for a batch of indices [B], as [B,1,1]."""
+    """Looks up entries of a table [K] for a batch of indices [B], as [B,1,1]."""
     return tf.gather(tf.constant(table, dtype), index)[:, None, None]
 
 

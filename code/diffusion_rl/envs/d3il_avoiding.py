@@ -37,7 +37,7 @@ CAMERA = {"lookat": (0.45, 0.05, 0.1), "distance": 1.6, "elevation": -55.0, "azi
 
 
 def vector(request: EnvRequest) -> AvoidingVectorEnv:
-    """Build the environments of a request."""
+    """Builds the environments of a request."""
     return AvoidingVectorEnv(
         request.name,
         len(request.seeds),

@@ -39,7 +39,7 @@ def missing() -> str | None:
 
 
 def require(name: str) -> None:
-    """Raise UserError with the cure if the original simulators cannot run here, or if `name` is none of theirs."""
+    """Raises UserError with the cure if the original simulators cannot run here, or if `name` is none of theirs."""
     lacking = missing()
     if lacking is not None:
         raise UserError(
@@ -52,7 +52,7 @@ def require(name: str) -> None:
 
 
 def single(recipe: EnvRecipe) -> OriginalEnv:
-    """Build the environment of a recipe."""
+    """Builds the environment of a recipe."""
     return OriginalEnv(recipe.name, time_limit=recipe.d4rl_time_limit, **recipe.kwargs)
 
 

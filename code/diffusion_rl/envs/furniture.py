@@ -29,7 +29,7 @@ _SERVER = Path(__file__).with_name("furniture_server.py")
 
 
 def vector(request: EnvRequest) -> FurnitureVectorEnv:
-    """Build the environments of a request."""
+    """Builds the environments of a request."""
     config = request.config
     count = len(request.seeds)
     return FurnitureVectorEnv(config.get("specific") or {}, count, request.act_steps, config["max_episode_steps"])

@@ -49,22 +49,22 @@ class VectorEnv(Protocol):
     restorable: bool
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """Seed environment i with seeds[i]; it takes effect with the next reset."""
+        """Seeds environment i with seeds[i]; it takes effect with the next reset."""
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere; options[i] goes to environment i (`seed`, `video_path`)."""
+        """Begins new episodes everywhere; options[i] goes to environment i (`seed`, `video_path`)."""
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E, Ta, A] of normalised actions."""
+        """Executes chunks [E, Ta, A] of normalised actions."""
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything needed to go on bit for bit, if `restorable`."""
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken."""
+        """Goes on where `get_state` was taken."""
 
     def close(self) -> None:
-        """Release processes, threads and files."""
+        """Releases processes, threads and files."""
 
 
 @dataclass(frozen=True)

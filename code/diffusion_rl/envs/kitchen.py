@@ -65,7 +65,7 @@ def require(name: str) -> None:
 
 
 def single(recipe: EnvRecipe) -> Kitchen:
-    """Build the environment of a recipe."""
+    """Builds the environment of a recipe."""
     return Kitchen(recipe.name, time_limit=recipe.d4rl_time_limit, render_mode=recipe.render_mode, **recipe.kwargs)
 
 

@@ -89,7 +89,7 @@ def require(name: str) -> str:
 
 
 def vector(request: EnvRequest) -> LocomotionVectorEnv:
-    """Build the environments of a request, stepped together."""
+    """Builds the environments of a request, stepped together."""
     return LocomotionVectorEnv(
         request.name,
         len(request.seeds),
@@ -103,7 +103,7 @@ def vector(request: EnvRequest) -> LocomotionVectorEnv:
 
 
 def single(recipe: EnvRecipe) -> gymnasium.Env:
-    """Build the environment of a recipe."""
+    """Builds the environment of a recipe."""
     return single_locomotion(
         recipe.name, time_limit=recipe.d4rl_time_limit, render_mode=recipe.render_mode, **recipe.kwargs
     )

@@ -24,7 +24,7 @@ from diffusion_rl.tasks.registry import tasks_of
 
 
 def require(name: str) -> None:
-    """Raise UserError now, rather than from a worker, if gymnasium does not know the id."""
+    """Raises UserError now, rather than from a worker, if gymnasium does not know the id."""
     module, _, registered = name.rpartition(":")
     if module:
         try:
@@ -42,7 +42,7 @@ def require(name: str) -> None:
 
 
 def single(recipe: EnvRecipe) -> OwnEnv:
-    """Build the environment of a recipe."""
+    """Builds the environment of a recipe."""
     return make_own(recipe.name, recipe.kwargs, recipe.render, recipe.obs_dim)
 
 

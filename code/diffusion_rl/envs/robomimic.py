@@ -241,7 +241,7 @@ class RobomimicRecipe:
 
 
 def vector(request: EnvRequest) -> ProcessVectorEnv:
-    """Build the environments of a request, each in a process."""
+    """Builds the environments of a request, each in a process."""
     builders = recipes(request.config, request.seeds, request.normalizer, request.chunks)
     processes.preload("diffusion_rl.envs.quiet_robosuite")
     return ProcessVectorEnv(builders, request.act_steps, request.seeds, request.worker_timeout)

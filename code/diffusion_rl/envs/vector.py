@@ -145,7 +145,7 @@ class _ProcessLane:
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
     def send(self, method: str, arguments: tuple) -> None:
-        """Ask it to do something."""
+        """Asks it to do something."""
         self._asked = method
         self._connection.send((method, arguments))
 
@@ -164,11 +164,11 @@ class _ProcessLane:
         return self._process.exitcode
 
     def hang_up(self) -> None:
-        """Tell it to end."""
+        """Tells it to end."""
         self._connection.close()
 
     def wait(self, seconds: float) -> None:
-        """Wait until it has ended; after so many seconds end it."""
+        """Waits until it has ended; after so many seconds end it."""
         self._process.join(timeout=seconds)
         if self._process.is_alive():
             self._process.kill()

@@ -24,7 +24,7 @@ class Steps(Protocol):
     n_envs: int
 
     def step(self, actions: np.ndarray) -> Any:
-        """Execute chunks [E,Ta,A]; gives a `StepResult`."""
+        """Executes chunks [E,Ta,A]; gives a `StepResult`."""
 
 
 class Step(NamedTuple):
@@ -70,7 +70,7 @@ def run(
     limit: int,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> FirstEpisodes:
-    """Step until the first episode of every environment has ended, at most `limit` times.
+    """Steps until the first episode of every environment has ended, at most `limit` times.
 
     Args:
         act: decides.
@@ -110,7 +110,7 @@ class Alone:
         return {"state": observation[None, None]}
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute an action [1,1,A]."""
+        """Executes an action [1,1,A]."""
         observation, reward = self._step(actions[0, 0])
         return StepResult(self.observed(observation), np.array([reward]), self._goes_on, self._goes_on)
 
@@ -123,7 +123,7 @@ class Stopwatch:
     started: bool = False
 
     def time(self, decide: Callable[[], T]) -> T:
-        """Make a decision."""
+        """Makes a decision."""
         began = time.perf_counter()
         decision = decide()
         if self.started:

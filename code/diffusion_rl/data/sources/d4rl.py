@@ -36,7 +36,7 @@ def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read(file: Group) -> tuple[Episodes, MinMaxNormalizer]:
-    """Read episodes cut at terminals and time-outs, and the ranges of all rows.
+    """Reads episodes cut at terminals and time-outs, and the ranges of all rows.
 
     Older files have no time-outs: there the limit of the locomotion tasks stands for them. An unfinished episode at the
     end is dropped but counts for the ranges, as in the reference.
