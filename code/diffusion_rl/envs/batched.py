@@ -34,12 +34,12 @@ class BatchedVectorEnv(abc.ABC):
         obs_dim: int,
         action_dim: int,
         *,
-        act_steps: int,
-        n_obs_steps: int,
-        max_episode_steps: int | None,
-        reset_within_step: bool,
-        full_observations: bool,
-        normalizer: MinMaxNormalizer | None,
+        act_steps: int = 1,
+        n_obs_steps: int = 1,
+        max_episode_steps: int | None = None,
+        reset_within_step: bool = False,
+        full_observations: bool = False,
+        normalizer: MinMaxNormalizer | None = None,
     ):
         self.name = name
         self.n_envs = n_envs
@@ -54,9 +54,12 @@ class BatchedVectorEnv(abc.ABC):
         self._started = np.zeros(n_envs, dtype=bool)
         self._recorders: dict[int, Any] = {}
 
-    @abc.abstractmethod
     def seed(self, seeds: Sequence[int]) -> None:
-        """Seed environment i with seeds[i]; it takes effect with the next reset."""
+        """Seeds environment i with seeds[i]; it takes effect with the next reset."""
+        if len(seeds) != self.n_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        for row, seed in enumerate(seeds):
+            self._reseed(row, seed)
 
     @abc.abstractmethod
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
 from diffusion_rl.envs.interface import EnvRequest, unknown
@@ -328,7 +327,7 @@ class LocomotionPhysics:
 class LocomotionVectorEnv(BatchedVectorEnv):
     """E locomotion environments.
 
-    name: a D4RL name, "hopper-medium-v2" say. max_episode_steps: the chunk wrapper's own limit. d4rl_time_limit: the
+    name: a D4RL name, "hopper-medium-v2" say. chunks: as `BatchedVectorEnv`'s. d4rl_time_limit: the
     limit of 1000 steps under which D4RL registers its environments, whose expiry counts as terminated *and* truncated
     (the reference never bootstraps there); None leaves only max_episode_steps, whose expiry is truncation alone.
     clip_actions: D4RL's clipping of the unnormalised action to [-1, 1].
@@ -339,46 +338,26 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         name: str,
         n_envs: int,
         *,
-        act_steps: int = 1,
-        n_obs_steps: int = 1,
-        max_episode_steps: int | None = 1000,
-        reset_within_step: bool = True,
-        full_observations: bool = False,
-        normalizer: MinMaxNormalizer | None = None,
         seeds: Sequence[int] | None = None,
         threads: int = 2,
         d4rl_time_limit: int | None = D4RL_STEPS,
         clip_actions: bool = True,
+        **chunks: Any,
     ):
         task = require(name)
         self.physics = LocomotionPhysics(task, threads)
-        super().__init__(
-            name,
-            n_envs,
-            self.physics.obs_dim,
-            self.physics.action_dim,
-            act_steps=act_steps,
-            n_obs_steps=n_obs_steps,
-            max_episode_steps=max_episode_steps,
-            reset_within_step=reset_within_step,
-            full_observations=full_observations,
-            normalizer=normalizer,
-        )
+        sizes = self.physics.obs_dim, self.physics.action_dim
+        super().__init__(name, n_envs, *sizes, **{"max_episode_steps": 1000, "reset_within_step": True} | chunks)
         self.d4rl_time_limit = d4rl_time_limit
         self.clip_actions = clip_actions
         self._elapsed = np.zeros(n_envs, dtype=np.int64)
         self._states = np.zeros((n_envs, self.physics.state_size))
         self._warmstarts = np.zeros((n_envs, self.physics.model.nv))
-        self._rngs: list[np.random.Generator] = []
+        self._rngs: dict[int, np.random.Generator] = {}  # by environment
         self.seed(range(n_envs) if seeds is None else seeds)
 
-    def seed(self, seeds: Sequence[int]) -> None:
-        """Environment i draws its next resets as a gymnasium environment after `reset(seed=seeds[i])` does."""
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
-        self._rngs = [_generator(seed) for seed in seeds]
-
     def _reseed(self, row: int, seed: int) -> None:
+        """Lets it draw its next resets as a gymnasium environment does after `reset(seed=seed)`."""
         self._rngs[row] = _generator(seed)
 
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
@@ -432,7 +411,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
             "chunk_steps": self._history.count.copy(),
             "history": self._history.frames.copy(),
             "started": self._started.copy(),
-            "random": np.stack([_pack_generator(rng) for rng in self._rngs]),
+            "random": np.stack([_pack_generator(self._rngs[row]) for row in range(self.n_envs)]),
         }
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
@@ -442,7 +421,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._history.count[:] = state["chunk_steps"]
         self._history.frames[:] = state["history"]
         self._started[:] = state["started"]
-        self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
+        self._rngs = dict(enumerate(map(_unpack_generator, np.asarray(state["random"]))))
 
     def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for

@@ -53,17 +53,11 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
             max_episode_steps=max_episode_steps,
             reset_within_step=True,
             full_observations=True,
-            normalizer=None,
         )
         self._positions = np.zeros((n_envs, n_agents, 2))
         self._goals = np.zeros((n_envs, n_agents, 2))
         self._seeds, self._episodes = np.zeros(n_envs, np.int64), np.zeros(n_envs, np.int64)
         self.seed(range(n_envs) if seeds is None else seeds)
-
-    def seed(self, seeds: Sequence[int]) -> None:
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
-        self._seeds[:], self._episodes[:] = seeds, 0
 
     def _reseed(self, row: int, seed: int) -> None:
         self._seeds[row], self._episodes[row] = seed, 0
