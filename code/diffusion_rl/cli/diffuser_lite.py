@@ -39,7 +39,7 @@ from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.reports import lite_figures
-from diffusion_rl.tasks.registry import TaskSpec, normalized_score, tasks_of
+from diffusion_rl.tasks.registry import dims_of, normalized_score, steps_of
 from diffusion_rl.training.locks import locked
 
 
@@ -107,19 +107,14 @@ class Pipeline:
         return data
 
     @property
-    def task(self) -> TaskSpec:
-        """The task; the options allow only known ones."""
-        return next(task for task in tasks_of(domain=self.kind) if task.covers(self.name))
-
-    @property
     def dims(self) -> tuple[int, int]:
         """O and A."""
-        return self.task.dims  # type: ignore[return-value]
+        return dims_of(self.name)
 
     @property
     def limit(self) -> int:
         """Steps of an episode."""
-        return self.task.episode_steps  # type: ignore[return-value]
+        return steps_of(self.name)
 
     @cached_property
     def levels(self) -> list[PlanLevel]:

@@ -14,6 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import GaussianNormalizer, IdentityNormalizer
 from diffusion_rl.data.windows import discounted_returns, window_rows, windows_of
+from diffusion_rl.tasks.registry import D4RL_STEPS, steps_of
 
 Flat = Mapping[str, np.ndarray]  # observations [N,O], actions [N,A], rewards, terminals and timeouts [N]
 
@@ -72,9 +73,9 @@ def antmaze(flat: Flat, states: np.ndarray, longest: int, penalty: float | None 
 
 
 SEGMENTS: dict[str, tuple[Callable[..., Segments], int]] = {
-    "mujoco": (locomotion, 1000),
-    "kitchen": (kitchen, 280),
-    "antmaze": (antmaze, 1001),
+    "mujoco": (locomotion, D4RL_STEPS),
+    "kitchen": (kitchen, steps_of("kitchen")),
+    "antmaze": (antmaze, steps_of("antmaze") + 1),
 }
 
 

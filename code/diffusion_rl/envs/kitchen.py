@@ -32,9 +32,9 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.worker import EnvRecipe
-from diffusion_rl.tasks.registry import tasks_of
+from diffusion_rl.tasks.registry import steps_of
 
-EPISODE_STEPS: int = tasks_of(name="kitchen")[0].episode_steps  # type: ignore[assignment]
+EPISODE_STEPS = steps_of("kitchen")
 N_ROBOT, N_OBJECTS = 9, 21
 
 _LIGHT_SLIDER = ("microwave", "kettle", "light switch", "slide cabinet")

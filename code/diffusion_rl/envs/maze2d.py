@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.tasks.registry import tasks_of
+from diffusion_rl.tasks.registry import steps_of
 
 try:
     import mujoco
@@ -62,8 +62,7 @@ class Maze2D:
         self.size = size_of(name)
         self.cells = _cells(self.size)
         self.free = np.argwhere(self.cells != "#")
-        self.target = goal_of(name)
-        self.max_episode_steps: int = tasks_of(name=f"maze2d-{self.size}")[0].episode_steps  # type: ignore[assignment]
+        self.target, self.max_episode_steps = goal_of(name), steps_of(name)
         self._model = mujoco.MjModel.from_xml_string(_xml(self.cells))
         self._data = mujoco.MjData(self._model)
 

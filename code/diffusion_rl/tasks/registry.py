@@ -158,6 +158,22 @@ def tasks_of(**facts: Any) -> list[TaskSpec]:
     return [task for task in TASKS if all(getattr(task, key) == value for key, value in facts.items())]
 
 
+def steps_of(name: str) -> int:
+    """Finds the steps after which an episode is over. Raises KeyError where the registry does not say."""
+    task = task_named(name)
+    if task is None or task.episode_steps is None:
+        raise KeyError(name)
+    return task.episode_steps
+
+
+def dims_of(name: str) -> tuple[int, int]:
+    """Finds the sizes O and A of a task. Raises KeyError where the registry does not say."""
+    task = task_named(name)
+    if task is None or task.dims is None:
+        raise KeyError(name)
+    return task.dims
+
+
 def same_task(one: str, other: str) -> bool | None:
     """Whether two names of environments or data sets are of one task; None where that cannot be known."""
     if one == other:
