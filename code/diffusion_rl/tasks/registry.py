@@ -188,7 +188,7 @@ def d4rl_file(dataset: str) -> str | None:
 
 
 def normalized_score(dataset: str, episode_return: float | np.ndarray) -> Any:
-    """D4RL's score of a return, 0 to 1; not a number where D4RL has no reference for the data set."""
+    """Scores a return (or returns [N]) as D4RL does, 0 to 1; not a number without a reference for the data set."""
     task = task_named(dataset)
     low, high = (task and task.reference_returns) or (np.nan, np.nan)
     return (episode_return - low) / (high - low)

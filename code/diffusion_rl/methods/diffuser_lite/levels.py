@@ -115,8 +115,8 @@ class PlanLevel:
             if guidance == 1:
                 return network.diffusion(x, t, embedded)
             both = tf.concat([embedded, tf.zeros_like(embedded)], axis=0)
-            out = network.diffusion(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both)
-            return rectified_flow.guided(*tf.split(out, 2), guidance)
+            wanted, free = tf.split(network.diffusion(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both), 2)
+            return rectified_flow.guided(wanted, free, guidance)
 
         return rectified_flow.sample(output, noise, self.backbone.steps(grid), known, self.mask, repeat_last)
 
