@@ -9,7 +9,7 @@ float64 observations with float32 bounds give float64, float32 actions with floa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
