@@ -18,7 +18,8 @@ from worker import Workload, serve  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource, initial_weights  # noqa: E402
 from diffusion_rl.core.threads import configure_threads  # noqa: E402
 from diffusion_rl.data.plan_windows import PlanDataset, conditions  # noqa: E402
-from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes  # noqa: E402
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes  # noqa: E402
+from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite  # noqa: E402
 from diffusion_rl.methods.diffuser_lite.trainer import (  # noqa: E402
     InverseTrainer,
     LevelTrainer,

@@ -17,40 +17,9 @@ import numpy as np
 import torch
 import workloads as w
 from worker import Unavailable, Workload, serve
+from workloads import ACTOR, CRITIC, PPO, SHAPES
 
 LOG_PROB_BATCH = 10_000
-ACTOR = {
-    "action_dim": w.ACTION,
-    "horizon_steps": w.HORIZON,
-    "cond_dim": w.OBSERVATION,
-    "time_dim": w.TIME,
-    "mlp_dims": [w.ACTOR_WIDTH] * 3,
-    "activation_type": "ReLU",
-    "residual_style": True,
-}
-CRITIC = {
-    "cond_dim": w.OBSERVATION,
-    "mlp_dims": [w.CRITIC_WIDTH] * 3,
-    "activation_type": "Mish",
-    "residual_style": True,
-}
-SHAPES = {
-    "horizon_steps": w.HORIZON,
-    "obs_dim": w.OBSERVATION,
-    "action_dim": w.ACTION,
-    "denoising_steps": w.DENOISING,
-    "device": "cpu",
-}
-PPO = {
-    "gamma_denoising": 0.99,
-    "clip_ploss_coef": 0.01,
-    "clip_ploss_coef_base": 0.01,
-    "clip_ploss_coef_rate": 3,
-    "randn_clip_value": 3,
-    "min_sampling_denoising_std": 0.1,
-    "min_logprob_denoising_std": 0.1,
-    "ft_denoising_steps": w.FINE_TUNED,
-}
 VALUE_COEFFICIENT = 0.5
 
 

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 import workloads as w  # noqa: E402
 from parity_tests.reference.diffusion import Policy  # noqa: E402
 from worker import Workload  # noqa: E402
+from workloads import ACTOR, CRITIC, PPO, SHAPES  # noqa: E402
 
 
 def _linear(weights: dict[str, torch.Tensor], name: str, inputs: int, outputs: int) -> None:
@@ -36,8 +37,6 @@ class Twins:
 
     @functools.cached_property
     def policy(self) -> Any:
-        from reference import ACTOR, CRITIC, PPO, SHAPES
-
         weights: dict[str, torch.Tensor] = {}
         for actor in ("network", "actor_ft"):
             _linear(weights, f"{actor}.time_embedding.1", w.TIME, 2 * w.TIME)

@@ -20,6 +20,40 @@ PRETRAIN_BATCH, PRETRAIN_STEPS = 128, 10
 GEMM_SHAPES = ((1000, 512, 512), (5000, 512, 512), (2048, 2048, 2048))
 GEMM_REPEAT = 20
 
+# Arguments of the PyTorch classes.
+ACTOR = {
+    "action_dim": ACTION,
+    "horizon_steps": HORIZON,
+    "cond_dim": OBSERVATION,
+    "time_dim": TIME,
+    "mlp_dims": [ACTOR_WIDTH] * 3,
+    "activation_type": "ReLU",
+    "residual_style": True,
+}
+CRITIC = {
+    "cond_dim": OBSERVATION,
+    "mlp_dims": [CRITIC_WIDTH] * 3,
+    "activation_type": "Mish",
+    "residual_style": True,
+}
+SHAPES = {
+    "horizon_steps": HORIZON,
+    "obs_dim": OBSERVATION,
+    "action_dim": ACTION,
+    "denoising_steps": DENOISING,
+    "device": "cpu",
+}
+PPO = {
+    "gamma_denoising": 0.99,
+    "clip_ploss_coef": 0.01,
+    "clip_ploss_coef_base": 0.01,
+    "clip_ploss_coef_rate": 3,
+    "randn_clip_value": 3,
+    "min_sampling_denoising_std": 0.1,
+    "min_logprob_denoising_std": 0.1,
+    "ft_denoising_steps": FINE_TUNED,
+}
+
 Workload = Callable[[], Any]  # one call is one measurement
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.diffusion.rectified_flow import time_grid
-from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.methods.diffuser_lite.trainer import LevelTrainer
 from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.layers import copy_weights, variables_of

@@ -23,8 +23,8 @@ from diffusion_rl.data.sources import d3il  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.envs import panda  # noqa: E402
 from diffusion_rl.envs.d3il_avoiding import PENALTY, AvoidingVectorEnv  # noqa: E402
+from diffusion_rl.envs.interface import VectorEnv  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
-from diffusion_rl.envs.vector import VectorEnv  # noqa: E402
 from diffusion_rl.generate import avoiding as demos  # noqa: E402
 from diffusion_rl.tasks import avoiding  # noqa: E402
 

@@ -14,8 +14,9 @@ from test_physics import BOUNDS  # noqa: E402
 
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.envs import d4rl  # noqa: E402
+from diffusion_rl.envs.interface import VectorEnv  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
-from diffusion_rl.envs.vector import ProcessVectorEnv, VectorEnv  # noqa: E402
+from diffusion_rl.envs.vector import ProcessVectorEnv  # noqa: E402
 
 LACKING = d4rl.missing()
 needs_the_original = pytest.mark.skipif(LACKING is not None, reason=f"{LACKING} (installation/d4rl.md)")

@@ -15,9 +15,9 @@ from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.diffusion import rectified_flow, vp_flow
 from diffusion_rl.methods.diffuser_lite.acting import run_lite_episodes
-from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
-from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
-from diffusion_rl.methods.diffuser_lite.tasks import return_scale
+from diffusion_rl.methods.diffuser_lite.domains import antmaze_targets, kitchen_targets, return_scale
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 from diffusion_rl.methods.diffuser_lite.trainer import InverseTrainer, LevelTrainer, cosine_rate
 from diffusion_rl.networks.dit import ConditionalDiT, DiT1d
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics

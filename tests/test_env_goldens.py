@@ -20,11 +20,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from env_goldens import Raised, Recording, Scripted, build  # noqa: E402
+from tests.sync_env import SyncVectorEnv  # noqa: E402
 
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes  # noqa: E402
 from diffusion_rl.envs.multi_step import REWARD_AGGREGATES, MultiStep  # noqa: E402
-from diffusion_rl.envs.vector import ProcessVectorEnv, SyncVectorEnv  # noqa: E402
+from diffusion_rl.envs.vector import ProcessVectorEnv  # noqa: E402
 
 SHIPPED = Path(__file__).parent.parent / "parity_tests" / "goldens_env"
 

@@ -84,6 +84,43 @@ def test_imports_point_down(path):
             assert level[package] > level[parts[0]], f"{parts[0]} must not import {package}"
 
 
+def modules_imported(path, named):
+    """Those of the modules `named` that a file imports, wherever the import stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            while name and name not in named:
+                name = name.rpartition(".")[0]
+            if name and named[name] != path:
+                yield name
+
+
+@pytest.mark.parametrize(("folder", "prefix"), [("code", ""), ("benchmarks", ""), ("parity_tests", "parity_tests.")])
+def test_no_circles(folder, prefix):
+    """No module needs itself, by whatever way; imports within functions count."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    named = {
+        prefix + ".".join(path.relative_to(ROOT / folder).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in files
+    }
+    needs = {name: set(modules_imported(path, named)) for name, path in named.items()}
+    while needs:  # take away what needs nothing that is left
+        free = {name for name, others in needs.items() if not others & needs.keys()}
+        if not free:
+            break
+        needs = {name: others for name, others in needs.items() if name not in free}
+    while needs:  # and what nothing that is left needs
+        wanted = set().union(*needs.values())
+        if needs.keys() <= wanted:
+            break
+        needs = {name: others for name, others in needs.items() if name in wanted}
+    assert not needs, f"these import each other in circles: {', '.join(sorted(needs))}"
+
+
 def test_only_core_keras_names_the_keras_package():
     named = [
         path for path in modules() if re.search(r"^\s*(import|from) (tf_)?keras\b", path.read_text(), re.MULTILINE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -16,6 +17,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.methods.diffuser_lite import files
+from diffusion_rl.methods.diffuser_lite.domains import DOMAINS
 from diffusion_rl.methods.diffuser_lite.options import FOLDER, parse
 from diffusion_rl.reports import lite_figures
 
@@ -44,7 +46,7 @@ def folder(tmp_path_factory):
     tf.config.run_functions_eagerly(True)
     patch = pytest.MonkeyPatch()
     for kind in ("mujoco", "kitchen"):
-        patch.setitem(diffuser_lite.HORIZONS, kind, [3, 3])
+        patch.setitem(DOMAINS, kind, replace(DOMAINS[kind], horizons=(3, 3)))
     folder = tmp_path_factory.mktemp("lite")
     write(folder / "hopper_medium-v2.hdf5", 11, 3, lambda draw, n: draw.normal((n,)))
     write(
@@ -134,7 +136,7 @@ def test_what_is_not_finite_is_neither_saved_nor_loaded(folder):
 
 def test_reflow_and_acting(folder, capsys, monkeypatch):
     pytest.importorskip("mujoco")
-    monkeypatch.setitem(diffuser_lite.LIMITS, "mujoco", 3)
+    monkeypatch.setattr(diffuser_lite.Pipeline, "limit", 3)
     diffuser_lite.mujoco([*RUN, "mode=prepare_dataset"])
     own = folder / "results" / "diffuserlite_d4rl_mujoco" / TASK
     with h5py.File(own / "traj_cond_dataset.h5") as file:

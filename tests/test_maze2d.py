@@ -11,7 +11,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.maze2d import LAYOUTS, OFFSET, Maze2D, goal_of
 from diffusion_rl.methods.diffuser.maze2d import waypoint_data
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import normalized_score
 
 
 def test_layouts():

@@ -16,11 +16,13 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("gymnasium", reason='needs pip install -e ".[gym]"')
 
+from tests.sync_env import SyncVectorEnv  # noqa: E402
+
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.data.normalizers import MinMaxNormalizer  # noqa: E402
 from diffusion_rl.envs import processes, room  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
-from diffusion_rl.envs.vector import ProcessVectorEnv, SyncVectorEnv  # noqa: E402
+from diffusion_rl.envs.vector import ProcessVectorEnv  # noqa: E402
 from diffusion_rl.envs.worker import EnvRecipe  # noqa: E402
 from diffusion_rl.training.rollout import collect, episode_statistics, success_threshold  # noqa: E402
 

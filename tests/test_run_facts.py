@@ -23,6 +23,7 @@ from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.methods.diffuser import files
+from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training import run_facts
 from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from diffusion_rl.training.policy_files import normalization_facts, open_checkpoint
@@ -108,7 +109,7 @@ def test_the_task(evaluation, theirs, outcome, caplog):
     ],
 )
 def test_names_of_one_task(one, other, same, caplog):
-    assert run_facts.same_task(one, other) is same
+    assert same_task(one, other) is same
     experiment = files.Experiment(None, {}, "", 0, Path("folder"), one)
     if same is False:
         with pytest.raises(UserError, match=f"folder was trained on {one}, which is another task than {other}"):

@@ -9,7 +9,8 @@ import pytest
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, NoiseTape
-from diffusion_rl.data.sequences import QLearningDataset, SequenceDataset, discounted_returns
+from diffusion_rl.data.sequences import QLearningDataset, SequenceDataset
+from diffusion_rl.data.windows import discounted_returns
 
 GOLDENS = Path(os.environ.get("DPPO_GOLDEN_DIR", Path(__file__).resolve().parents[1] / "parity_tests" / "goldens"))
 

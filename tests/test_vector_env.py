@@ -19,15 +19,18 @@ from omegaconf import OmegaConf
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("mujoco", reason='needs pip install -e ".[gym]"')
 
+from tests.sync_env import SyncVectorEnv  # noqa: E402
+
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.data.normalizers import MinMaxNormalizer  # noqa: E402
 from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes  # noqa: E402
 from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv  # noqa: E402
+from diffusion_rl.envs.interface import VectorEnv  # noqa: E402
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
 from diffusion_rl.envs.mpe import SpreadVectorEnv  # noqa: E402
 from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv  # noqa: E402
-from diffusion_rl.envs.vector import ProcessVectorEnv, SyncVectorEnv, VectorEnv  # noqa: E402
+from diffusion_rl.envs.vector import ProcessVectorEnv  # noqa: E402
 from diffusion_rl.envs.worker import EnvRecipe  # noqa: E402
 
 COUNTER = "toy_envs:Counter-v0"

@@ -13,10 +13,10 @@ from diffusion_rl.core.noise import NoiseTape
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.diffuser_lite.acting import run_lite_episodes
+from diffusion_rl.methods.diffuser_lite.domains import DOMAINS, antmaze_targets, kitchen_targets, return_scale
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
-from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
-from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
-from diffusion_rl.methods.diffuser_lite.tasks import HORIZONS, return_scale
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes
+from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 from diffusion_rl.methods.diffuser_lite.trainer import (
     InverseTrainer,
     LevelTrainer,
@@ -75,7 +75,7 @@ class Pipeline:
     def __init__(self, golden: Golden):
         self.golden, params = golden, golden.meta["params"]
         self.kind, self.args, self.params = params["kind"], params["args"], params
-        shapes = level_shapes(HORIZONS[self.kind])
+        shapes = level_shapes(DOMAINS[self.kind].horizons)
         self.strides = [shape.stride for shape in shapes]
         discount = {"discount": self.args["discount"], "horizons": [shape.span for shape in shapes]}
         penalties = {"mujoco": "terminal_penalty", "antmaze": "noreaching_penalty"}
@@ -292,8 +292,7 @@ class Pipeline:
         answers = Answers(self.golden, 1 if model == "R2" else 0)
         found = run_lite_episodes(planner, answers, self.tape(stage), targets, limit=5, published=self.kind)
         self.ours[f"{stage}.actions"] = np.stack(answers.actions)
-        most = {"mujoco": np.inf, "kitchen": 4.0, "antmaze": 1.0}[self.kind]
-        scores = np.minimum(found.published, most)[None] / 100
+        scores = np.minimum(found.published, DOMAINS[self.kind].best_return)[None] / 100
         said = f"{np.mean(scores, -1)} {np.std(scores, -1)}"
         if said != self.golden.meta["text"]["printed"][stage][-1]:
             raise Mismatch(

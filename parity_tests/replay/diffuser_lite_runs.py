@@ -9,12 +9,12 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import precision
-from diffusion_rl.data.field_normalizers import GaussianNormalizer
+from diffusion_rl.data.normalizers import GaussianNormalizer
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.diffusion.rectified_flow import time_grid
 from diffusion_rl.interop.torch_names import named_parameters, state_dict
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
-from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.methods.diffuser_lite.trainer import InverseTrainer, LevelTrainer, cosine_rate
 from diffusion_rl.networks.dit import ConditionalDiT
 from parity_tests.replay import build as builder

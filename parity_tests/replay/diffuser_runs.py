@@ -21,7 +21,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseTape
 from diffusion_rl.data.episodes import Episodes, split_episodes
-from diffusion_rl.data.field_normalizers import normalizer
+from diffusion_rl.data.normalizers import normalizer
 from diffusion_rl.data.trajectories import TrajectoryDataset, fit, leaving_goal, without_last_steps
 from diffusion_rl.diffusion.guidance import Guide, value_and_gradient
 from diffusion_rl.diffusion.inpainting import Known

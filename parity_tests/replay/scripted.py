@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Step(NamedTuple):
-    """Same fields as `envs.vector.StepResult`."""
+    """Same fields as `envs.interface.StepResult`."""
 
     observations: dict[str, np.ndarray]
     rewards: np.ndarray

@@ -15,6 +15,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
+from diffusion_rl.data.locate import find_episodes
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -26,7 +27,6 @@ from diffusion_rl.methods.diffuser.files import (
     Experiment,
     ExperimentFiles,
     dataset_of,
-    find_episodes,
     load_experiment,
     recorded_seed,
     require_compatible,
@@ -40,7 +40,7 @@ from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.reports import maze_pictures
 from diffusion_rl.reports.contact_sheet import contact_sheet
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import normalized_score
 from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir

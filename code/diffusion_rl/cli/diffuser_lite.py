@@ -16,17 +16,17 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
-from diffusion_rl.data.flat import find_flat, transitions
+from diffusion_rl.data.flat import transitions
+from diffusion_rl.data.locate import find_flat
 from diffusion_rl.data.plan_windows import PlanDataset, conditions
 from diffusion_rl.envs.make import make_vector_env
-from diffusion_rl.methods.diffuser.files import find_episodes
 from diffusion_rl.methods.diffuser_lite import files
-from diffusion_rl.methods.diffuser_lite.acting import Targets, decision_times, run_lite_episodes
+from diffusion_rl.methods.diffuser_lite.acting import decision_times, run_lite_episodes
+from diffusion_rl.methods.diffuser_lite.domains import DOMAINS, Targets, antmaze_targets, kitchen_targets, return_scale
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes
 from diffusion_rl.methods.diffuser_lite.options import GO_ON, LiteOptions, parse
-from diffusion_rl.methods.diffuser_lite.planner import Acting, DiffuserLite, PlanLevel, level_shapes
-from diffusion_rl.methods.diffuser_lite.targets import antmaze_targets, kitchen_targets
-from diffusion_rl.methods.diffuser_lite.tasks import DIMS, HORIZONS, LIMITS, STEPS, return_scale
+from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 from diffusion_rl.methods.diffuser_lite.trainer import (
     InverseTrainer,
     LevelTrainer,
@@ -39,7 +39,7 @@ from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.reports import lite_figures
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import dims_of, normalized_score, steps_of
 from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir
@@ -67,9 +67,9 @@ class Pipeline:
 
     def __init__(self, options: LiteOptions):
         self.options, self.folder, self.results = options, options.folder, Path(options.results_dir)
-        self.kind, self.name = options.kind, options.env_name
+        self.kind, self.name, self.domain = options.kind, options.env_name, DOMAINS[options.kind]
         self.noise = NoiseSource(options.seed)
-        self.shapes = level_shapes(HORIZONS[self.kind])
+        self.shapes = level_shapes(self.domain.horizons)
         if str(options.device).startswith("cpu"):
             tf.config.set_visible_devices([], "GPU")
         configure_threads(shared=options.mode not in ("training", "reflow"))  # these train the levels side by side
@@ -107,7 +107,7 @@ class Pipeline:
     @cached_property
     def flat(self) -> dict[str, np.ndarray]:
         """All rows of the data."""
-        return find_flat(self.name, self.options.data_dir, find_episodes)
+        return find_flat(self.name, self.options.data_dir)
 
     @cached_property
     def data(self) -> PlanDataset:
@@ -119,10 +119,15 @@ class Pipeline:
             raise UserError(f"the data have (observation, action) widths {found}, {self.name} has {self.dims}")
         return data
 
-    @cached_property
+    @property
     def dims(self) -> tuple[int, int]:
         """O and A."""
-        return next(v for k, v in DIMS.items() if self.name.startswith(k))
+        return dims_of(self.name)
+
+    @property
+    def limit(self) -> int:
+        """Steps of an episode."""
+        return steps_of(self.name)
 
     @cached_property
     def levels(self) -> list[PlanLevel]:
@@ -152,7 +157,7 @@ class Pipeline:
 
     def value(self) -> StateValue | None:
         """Trained values, for tasks that need them."""
-        if self.kind == "mujoco":
+        if not self.domain.has_values:
             return None
         files.load_iql(self.folder, self.iql)
         return self.iql.V
@@ -178,8 +183,7 @@ class Pipeline:
     def iql_training(self) -> None:
         o, normal = self.options, self.data.normalizer.normalize
         rows = transitions(self.flat)
-        rewards = rows["rewards"].astype(np.float32)
-        rewards = rewards / np.float32(4) if self.kind == "kitchen" else rewards - np.float32(1)
+        rewards = self.domain.learned_reward(rows["rewards"].astype(np.float32))
         states = (normal(rows[name].astype(np.float32)) for name in ("observations", "following"))
         before, after = states
         columns = [before, rows["actions"], rewards[:, None], after, rows["terminals"][:, None]]
@@ -258,19 +262,17 @@ class Pipeline:
     def planner(self, label: int | str | None, means: np.ndarray, stds: np.ndarray) -> DiffuserLite:
         """The planner of `test_model`; with weights of a step, or new ones for None."""
         o, model = self.options, self.options.test_model
-        options: dict[str, Any] = {"steps": o.sampling_steps or STEPS[model][self.kind], "temperature": o.temperature}
-        options |= {"use_ema": o.use_ema}
-        if self.kind == "mujoco":
-            options["guidance"] = (float(o.of_task("w_cfg")),) * len(self.shapes)
-        else:
-            options |= {"candidates": o.num_candidates, "judged": -1 if self.kind == "kitchen" else 1}
-            options["guidance"] = (1.0, 1.0, 1.0) if self.kind == "kitchen" else (1.0, 0.0, 0.0)
+        steps = o.sampling_steps or self.domain.steps_of(model)
+        options: dict[str, Any] = {"steps": steps, "temperature": o.temperature, "use_ema": o.use_ema}
+        options["guidance"] = self.domain.guidance or (float(o.of_task("w_cfg")),) * len(self.shapes)
+        if self.domain.has_values:
+            options |= {"candidates": o.num_candidates, "judged": self.domain.judged}
         value = None
         if label is not None:
             files.load_levels(self.folder, "reflow" if model == "R2" else "diffusion", self.levels, label)
             files.load_inverse(self.folder, self.inverse, o.invdyn_ckpt)
             value = self.value()
-        elif self.kind != "mujoco":
+        elif self.domain.has_values:
             value = self.iql.V
         return DiffuserLite(self.levels, self.inverse, means, stds, Acting(**options), value, self.runtime)
 
@@ -308,7 +310,7 @@ class Pipeline:
         o = self.options
         fitted = files.load_normalizer(self.folder, lambda: self.data.normalizer.arrays)
         planner = self.planner(label, fitted["means"], fitted["stds"])
-        env = {"name": self.name, "n_envs": o.num_envs, "max_episode_steps": LIMITS[self.kind]}
+        env = {"name": self.name, "n_envs": o.num_envs, "max_episode_steps": self.limit}
         venv = make_vector_env(env, obs_dim=self.dims[0], action_dim=self.dims[1], act_steps=1, seed=o.seed)
         noise, returns, seconds = NoiseSource(o.seed), [], []
         published = self.kind if o.published_accounting else ""
@@ -321,7 +323,7 @@ class Pipeline:
                     venv,
                     noise,
                     self.targets(),
-                    limit=LIMITS[self.kind],
+                    limit=self.limit,
                     published=published,
                     reset_options=resets,
                 )
@@ -329,8 +331,7 @@ class Pipeline:
                 seconds += found.seconds
         finally:
             venv.close()
-        most = {"mujoco": np.inf, "kitchen": 4.0, "antmaze": 1.0}[self.kind]
-        scores = 100 * normalized_score(self.name, np.minimum(np.concatenate(returns), most))
+        scores = 100 * normalized_score(self.name, np.minimum(np.concatenate(returns), self.domain.best_return))
         error = float(scores.std() / np.sqrt(len(scores)))
         row = {"checkpoint": label, "test_model": o.test_model, "score": float(scores.mean()), "standard_error": error}
         row |= {"episodes": len(scores), "milliseconds_per_decision": 1000 * float(np.mean(seconds))}

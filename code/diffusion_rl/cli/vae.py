@@ -251,7 +251,7 @@ def load_data(cfg: Mapping[str, Any]) -> Any:
 
         return toy_data(int(cfg["n_agents"]), name.startswith("toy-discrete"))
     if kind == "d4rl":
-        from diffusion_rl.methods.diffuser.files import find_episodes
+        from diffusion_rl.data.locate import find_episodes
 
         return AgentEpisodes(find_episodes(name, cfg["data_dir"]), 1)
     from diffusion_rl.data.sources import agents

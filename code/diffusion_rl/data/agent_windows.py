@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes
-from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
-from diffusion_rl.data.trajectories import tell_left_out
+from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
+from diffusion_rl.data.windows import discounted_returns, require_lengths, require_windows, window_rows, windows_of
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,18 @@ class AgentNormalizer:
     """
 
     def __init__(
-        self, observations: DebugNormalizer, actions: DebugNormalizer, obs_dim: int, action_dim: int, shared: bool
+        self, observations: IdentityNormalizer, actions: IdentityNormalizer, obs_dim: int, action_dim: int, shared: bool
     ):
         self.observations, self.actions = observations, actions
         self.obs_dim, self.action_dim, self.shared = obs_dim, action_dim, shared
 
     @classmethod
     def fit(cls, data: AgentEpisodes, name: str, shared: bool = True) -> AgentNormalizer:
-        """Fit normalizers of that name (`data.field_normalizers`) on all rows."""
+        """Fit normalizers of that name (`data.normalizers`) on all rows."""
         dims = data.obs_dim, data.action_dim
         fields = data.episodes.states, data.episodes.actions
         rows = [x.reshape(-1, dim) if shared else x for x, dim in zip(fields, dims, strict=True)]
-        kinds = normalizer(name), normalizer("DebugNormalizer" if data.discrete else name)
+        kinds = normalizer(name), normalizer("IdentityNormalizer" if data.discrete else name)
         return cls(*(kind.fit(x.astype(np.float32)) for kind, x in zip(kinds, rows, strict=True)), *dims, shared)
 
     def normalize_obs(self, x: np.ndarray) -> np.ndarray:
@@ -91,10 +90,10 @@ class AgentNormalizer:
     ) -> AgentNormalizer:
         """Inverse of `tensors`."""
 
-        def part(prefix: str, kind: str) -> DebugNormalizer:
+        def part(prefix: str, kind: str) -> IdentityNormalizer:
             return normalizer(kind)({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
 
-        actions = part("actions.", "DebugNormalizer" if discrete else name)
+        actions = part("actions.", "IdentityNormalizer" if discrete else name)
         return cls(part("observations.", name), actions, obs_dim, action_dim, shared)
 
 
@@ -137,10 +136,7 @@ class VAESequenceDataset:
         self.horizon, self.history_horizon, self.use_zero_padding = horizon, history_horizon, use_zero_padding
         self.max_path_length, self.discount, self.act_steps = max_path_length, discount, act_steps
         lengths = np.asarray(episodes.traj_lengths, np.int64)
-        if lengths.max() > max_path_length:
-            raise UserError(
-                f"an episode has {lengths.max()} steps: set max_path_length to that (now {max_path_length})"
-            )
+        require_lengths(lengths, max_path_length)
         self.observations = normalizer.normalize_obs(episodes.states)
         self.actions = normalizer.normalize_actions(episodes.actions)
         self.rows = agent_rows(self.actions, self.observations, data.n_agents)  # [T,N*(A+O)]
@@ -151,23 +147,14 @@ class VAESequenceDataset:
             self.terminals = np.asarray(episodes.terminals, bool)
             self.rewards[self.terminals] += np.float32(termination_penalty)
         self.begins, self.ends = episodes.starts, episodes.starts + lengths
-        self.returns = self._returns() / returns_scale
-        starts = [np.arange(max(length - 1 if use_padding else length - horizon, 0)) for length in lengths]
-        self.episode = np.repeat(np.arange(len(lengths)), [len(found) for found in starts])  # [M]
-        self.start = np.concatenate(starts) + self.begins[self.episode]  # [M], rows
-        if not len(self.start):
-            raise UserError(f"no episode has a window of {horizon} steps: choose a smaller horizon")
-        tell_left_out(lengths, self.episode, horizon)
+        returns = discounted_returns(self.rewards.astype(np.float64), lengths, discount)
+        self.returns = returns.astype(np.float32) / returns_scale  # from each step to the end of its episode, [T]
+        self.episode, first = windows_of(lengths - 1 if use_padding else lengths - horizon)  # [M]
+        self.start = first + self.begins[self.episode]  # [M], rows
+        require_windows(lengths, self.episode, horizon)
 
     def __len__(self) -> int:
         return len(self.start)
-
-    def _returns(self) -> np.ndarray:
-        """Discounted sum of the rewards from each step to the end of its episode, [T]."""
-        from diffusion_rl.core.returns import rewards_to_go
-
-        pairs = zip(self.begins, self.ends, strict=True)
-        return np.concatenate([rewards_to_go(self.rewards[a:b], self.discount) for a, b in pairs]).astype(np.float32)
 
     # ---------- batches ----------
 
@@ -185,8 +172,8 @@ class VAESequenceDataset:
         With `transitions` also those of Q-learning: rewards, alive [...,1], next_state.
         """
         row, begin, end = self.start[items], self.begins[self.episode[items]], self.ends[self.episode[items]]
-        future = row[..., None] + np.arange(self.horizon)
-        inside = (future < end[..., None])[..., None]
+        future, within = window_rows(row, end, self.horizon)
+        inside = within[..., None]
         beyond = 0 if self.use_zero_padding else self.actions[end - 1][..., None, :]
         actions = np.where(inside, self.actions[np.minimum(future, end[..., None] - 1)], beyond)
         found = {
@@ -196,8 +183,7 @@ class VAESequenceDataset:
             "returns": self.returns[row][..., None],
         }
         if transitions:
-            steps = row[..., None] + np.arange(self.act_steps)
-            within = steps < end[..., None]
+            steps, within = window_rows(row, end, self.act_steps)
             earned = (
                 self.rewards[np.minimum(steps, end[..., None] - 1)]
                 * within

@@ -14,7 +14,8 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, NoiseTape
-from diffusion_rl.data.episodes import Episodes, Normalization, save_episodes
+from diffusion_rl.data.episodes import Episodes, bounds_of, save_episodes, scale_episodes
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import load
 
 
@@ -23,13 +24,13 @@ class Converted:
     """What `convert` made: the splits, the statistics and how many episodes had no reward."""
 
     splits: dict[str, Episodes]
-    normalization: Normalization
+    normalization: MinMaxNormalizer
     skipped: int
 
 
 def convert(
     episodes: Episodes,
-    normalization: Normalization,
+    normalization: MinMaxNormalizer,
     *,
     max_episodes: int | None = None,
     val_split: float = 0.0,
@@ -61,7 +62,7 @@ def convert(
                 f"no episode left for {split} of {len(chosen)} ({int((~keep).sum())} have no reward: "
                 f"--keep-unrewarded keeps them)"
             )
-    scaled = normalization.apply(episodes)
+    scaled = scale_episodes(episodes, normalization)
     return Converted({k: scaled.select(v) for k, v in splits.items()}, normalization, int((~keep).sum()))
 
 
@@ -82,7 +83,7 @@ def convert_file(
     episodes, normalization = load(source, obs_keys, cameras, options.get("max_episodes"))
     if kitchen_goal is not None:
         episodes = replace(episodes, states=kitchen_states(episodes.states, kitchen_goal))
-        normalization = Normalization.of(episodes)
+        normalization = bounds_of(episodes)
     converted = convert(episodes, normalization, **options)
     save_episodes(out_dir, converted.splits, converted.normalization)
     return converted

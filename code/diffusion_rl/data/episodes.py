@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.core.npz import names_in, read_npz, write_npz
-from diffusion_rl.data.normalizers import read_bounds
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 
 log = logging.getLogger(__name__)
 
@@ -74,43 +74,35 @@ def _take(array: np.ndarray | None, rows: np.ndarray) -> np.ndarray | None:
     return None if array is None else array[rows]
 
 
-@dataclass(frozen=True)
-class Normalization:
-    """Minimum and maximum of every observation [O] and action [A] dimension, in the source's dtype."""
-
-    obs_min: np.ndarray
-    obs_max: np.ndarray
-    action_min: np.ndarray
-    action_max: np.ndarray
-
-    @classmethod
-    def of(cls, episodes: Episodes) -> Normalization:
-        return cls(
-            obs_min=episodes.states.min(axis=0),
-            obs_max=episodes.states.max(axis=0),
-            action_min=episodes.actions.min(axis=0),
-            action_max=episodes.actions.max(axis=0),
-        )
-
-    def apply(self, episodes: Episodes) -> Episodes:
-        """Scale states and actions to [-1, 1]."""
-        return replace(
-            episodes,
-            states=_scale(episodes.states, self.obs_min, self.obs_max),
-            actions=_scale(episodes.actions, self.action_min, self.action_max),
-        )
-
-    def undo(self, scaled: Episodes) -> Episodes:
-        """Back to the source's units."""
-        return replace(
-            scaled,
-            states=(scaled.states + 1) / 2 * (self.obs_max - self.obs_min + _RANGE_EPSILON) + self.obs_min,
-            actions=(scaled.actions + 1) / 2 * (self.action_max - self.action_min + _RANGE_EPSILON) + self.action_min,
-        )
+def bounds_of(episodes: Episodes) -> MinMaxNormalizer:
+    """Takes the bounds of all observations and actions, in the source's dtype."""
+    return MinMaxNormalizer.fit(episodes.states, episodes.actions)
 
 
-def _scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
+def scale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
+    """Maps states and actions to [-1, 1]."""
+
+    def scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
+
+    return replace(
+        episodes,
+        states=scale(episodes.states, bounds.obs_min, bounds.obs_max),
+        actions=scale(episodes.actions, bounds.action_min, bounds.action_max),
+    )
+
+
+def unscale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
+    """Maps states and actions back to the source's units."""
+
+    def unscale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return (x + 1) / 2 * (high - low + _RANGE_EPSILON) + low
+
+    return replace(
+        episodes,
+        states=unscale(episodes.states, bounds.obs_min, bounds.obs_max),
+        actions=unscale(episodes.actions, bounds.action_min, bounds.action_max),
+    )
 
 
 def split_episodes(
@@ -171,7 +163,7 @@ def load_unscaled(directory: str | os.PathLike) -> Episodes:
     directory = Path(directory)
     episodes = load_episodes(directory / "train.npz", scaled=True)
     dims = episodes.states.shape[1], episodes.actions.shape[1]
-    return Normalization(**read_bounds(directory / "normalization.npz", *dims)).undo(episodes)
+    return unscale_episodes(episodes, MinMaxNormalizer.from_npz(directory / "normalization.npz", *dims))
 
 
 _DIMENSIONS = {"states": 2, "actions": 2, "images": 4}  # of the arrays; the others have one
@@ -246,7 +238,7 @@ def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
 
 
 def save_episodes(
-    directory: str | os.PathLike, episodes: Mapping[str, Episodes], normalization: Normalization
+    directory: str | os.PathLike, episodes: Mapping[str, Episodes], normalization: MinMaxNormalizer
 ) -> list[Path]:
     """Write `<split>.npz` for each split and `normalization.npz`; each file appears whole or not at all."""
     directory = Path(directory)

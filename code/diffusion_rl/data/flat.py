@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,44 +11,6 @@ from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.data.sources import d4rl
 
 FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
-_KITCHEN = {
-    "kitchen-partial-v0": "kitchen_microwave_kettle_light_slider-v0.hdf5",
-    "kitchen-mixed-v0": "kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
-}
-
-
-def remote_file(name: str) -> str | None:
-    """Where D4RL keeps a data set that this algorithm knows, relative to the address of its files."""
-    words = name.split("-")
-    if name in _KITCHEN:
-        return f"kitchen/{_KITCHEN[name]}"
-    if words[0] == "antmaze" and len(words) == 4:
-        maze = {"medium": "big-maze", "large": "hardest-maze"}.get(words[1])
-        goals = {"play": "False", "diverse": "True"}.get(words[2])
-        if maze and goals:
-            return f"ant_maze_v2/Ant_maze_{maze}_noisy_multistart_True_multigoal_{goals}_sparse_fixed.hdf5"
-    if words[0] in ("hopper", "halfcheetah", "walker2d") and words[-1] == "v2":
-        return f"gym_mujoco_v2/{words[0]}_{'_'.join(words[1:-1])}-v2.hdf5"
-    return None
-
-
-def find_flat(
-    name: str, data_dir: str | None, episodes: Callable[[str, str | None], Episodes], say: Callable[[str], None] = print
-) -> dict[str, np.ndarray]:
-    """The rows of a data set.
-
-    Looked for in `data_dir` and under D4RL's file name in D4RL_DATASET_DIR (~/.d4rl/datasets); whatever else there is,
-    `episodes` finds, of whose rows those in complete episodes are known.
-    """
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    remote = remote_file(name)
-    path = Path(data_dir) if data_dir else folder / (Path(remote).name if remote else f"{name}.hdf5")
-    if os.path.isfile(path) and path.suffix in (".hdf5", ".h5"):
-        found = read_flat(path)
-        if found is not None:
-            say(f"data: {path}")
-            return found
-    return flat_of(episodes(name, data_dir))
 
 
 def read_flat(path: Path) -> dict[str, np.ndarray] | None:

@@ -11,8 +11,9 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.npz import read_npy
-from diffusion_rl.data.field_normalizers import DebugNormalizer, WideLimitsNormalizer
-from diffusion_rl.data.trajectories import TrajectoryDataset, tell_left_out
+from diffusion_rl.data.normalizers import IdentityNormalizer, WideLimitsNormalizer
+from diffusion_rl.data.trajectories import TrajectoryDataset
+from diffusion_rl.data.windows import require_windows, windows_of
 from diffusion_rl.tasks.kuka_stacking import STATE_DIM, stacked
 
 EVERY, LONGEST = 2, 300  # frames: one out of so many, and at most so many of these
@@ -61,18 +62,16 @@ class StackingDataset(TrajectoryDataset):
         if self.path_lengths.min() < LONGEST:
             ends.append(padding[0])
         fitted = WideLimitsNormalizer.fit(np.stack(ends))
-        self.normalizers = {"observations": fitted, "actions": DebugNormalizer({})}
+        self.normalizers = {"observations": fitted, "actions": IdentityNormalizer({})}
         rows = [*trajectories, padding]  # the last row is padding, which these windows never reach
         self.transitions = np.concatenate([fitted.normalize(each).astype(np.float32) for each in rows])
         self.labels = np.concatenate([stacked(each) for each in rows])  # [N+1,12]
         self.condition_times, self.values, self.rewards = (), None, np.zeros(len(self.transitions) - 1, np.float32)
-        counts = np.maximum(self.path_lengths - horizon + 1, 0)
-        if not counts.sum():
+        episodes, firsts = windows_of(self.path_lengths - horizon + 1)
+        if not len(episodes):
             raise UserError(
                 f"no trajectory has {horizon} states (the longest has {self.path_lengths.max()}, every second one "
                 "counted): choose a smaller --horizon"
             )
-        episodes = np.repeat(np.arange(len(counts)), counts)
-        tell_left_out(self.path_lengths, episodes, horizon)
-        firsts = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        require_windows(self.path_lengths, episodes, horizon)
         self.windows = np.stack([episodes, firsts], axis=1)

@@ -1,12 +1,15 @@
-"""Normalisation of observations and actions with the bounds of a data set.
+"""Normalisation of observations and actions: how networks see them, and back.
 
-The formulas, their order of operations included, are those of the reference's environment wrappers, so that a policy
-trained on one side sees the same numbers on the other. dtypes follow numpy's promotion: float64 observations with
-float32 bounds give float64, float32 actions with float32 bounds stay float32.
+`MinMaxNormalizer` has the bounds of a data set, for policies; planners fit a normalizer on each field of their data.
+
+The formulas of `MinMaxNormalizer`, their order of operations included, are those of the reference's environment
+wrappers, so that a policy trained on one side sees the same numbers on the other. dtypes follow numpy's promotion:
+float64 observations with float32 bounds give float64, float32 actions with float32 bounds stay float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.npz import read_npz
+
+Arrays = dict[str, np.ndarray]
 
 KEYS = ("obs_min", "obs_max", "action_min", "action_max")
 
@@ -51,6 +56,11 @@ class MinMaxNormalizer:
     def as_lists(self) -> dict[str, list[float]]:
         """The bounds as JSON values, for the metadata of a checkpoint."""
         return {key: np.asarray(getattr(self, key), dtype=np.float64).tolist() for key in KEYS}
+
+    @classmethod
+    def fit(cls, observations: np.ndarray, actions: np.ndarray) -> MinMaxNormalizer:
+        """Takes the bounds of observations [N,O] and actions [N,A], in their dtypes."""
+        return cls(observations.min(axis=0), observations.max(axis=0), actions.min(axis=0), actions.max(axis=0))
 
     @classmethod
     def from_npz(cls, path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> MinMaxNormalizer:
@@ -93,3 +103,159 @@ def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray
     if (low > high).any():
         worst = int(np.argmax(low > high))
         raise UserError(f"normalization file {path}: {kind}_min exceeds {kind}_max in dimension {worst}; make it anew")
+
+
+# ---------- of one field, fitted on rows [N,D]; the numpy dtype of what is given is kept ----------
+
+
+class IdentityNormalizer:
+    """Leaves everything as it is; base of the others.
+
+    Args:
+        arrays: all that it knows.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        self.arrays: Arrays = dict(arrays)
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> IdentityNormalizer:
+        """x [N,D]"""
+        return cls({})
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] as in the data -> [...,D] as the networks see it."""
+        return x
+
+    def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """Inverts `normalize`, [...,D]."""
+        return x
+
+
+class GaussianNormalizer(IdentityNormalizer):
+    """Mean 0 and deviation 1; an entry that is constant in the data is only shifted."""
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> GaussianNormalizer:
+        """x [N,D]"""
+        x = x.astype(np.float32)
+        stds = x.std(axis=0)
+        return cls({"means": x.mean(axis=0), "stds": np.where(stds == 0, np.ones_like(stds), stds)})
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return (x - self.arrays["means"]) / self.arrays["stds"]
+
+    def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return x * self.arrays["stds"] + self.arrays["means"]
+
+
+class LimitsNormalizer(IdentityNormalizer):
+    """The data's range to [-1, 1]."""
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> LimitsNormalizer:
+        """x [N,D]. Raises UserError for an entry that is constant."""
+        constant = np.flatnonzero(x.min(axis=0) == x.max(axis=0))
+        if len(constant):
+            raise UserError(
+                f"LimitsNormalizer: entry {constant[0]} of the data is constant, so it has no range: "
+                "take SafeLimitsNormalizer"
+            )
+        return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"])) - 1
+
+    def unnormalize(self, x: np.ndarray, tolerance: float = 1e-4) -> np.ndarray:
+        """[...,D] -> [...,D]; all of it is clipped to +-1 if some of it is further outside than the tolerance."""
+        if x.size and np.abs(x).max() > 1 + tolerance:
+            x = np.clip(x, -1, 1)
+        return (x + 1) / 2.0 * (self.arrays["maxs"] - self.arrays["mins"]) + self.arrays["mins"]
+
+
+class SafeLimitsNormalizer(LimitsNormalizer):
+    """The data's range to [-1, 1]; that of an entry that is constant in the data is widened by 1 on both sides."""
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> SafeLimitsNormalizer:
+        """x [N,D]"""
+        mins, maxs = x.min(axis=0), x.max(axis=0)
+        wider = (mins == maxs).astype(mins.dtype)
+        return cls({"mins": mins - wider, "maxs": maxs + wider})
+
+
+class WideLimitsNormalizer(LimitsNormalizer):
+    """The data's range and 1e-5 more to [-1, 1], so that constant entries need no other treatment: Kuka's.
+
+    The way back is without the 1e-5, as in the reference, and clips everything to [-1, 1].
+    """
+
+    WIDER = 1e-5
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> WideLimitsNormalizer:
+        """x [N,D]"""
+        return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"] + self.WIDER)) - 1
+
+    def unnormalize(self, x: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return super().unnormalize(x, tolerance)
+
+
+class CDFNormalizer(IdentityNormalizer):
+    """Every entry uniform in [-1, 1] by its empirical distribution; what lies outside of the data is clipped."""
+
+    @classmethod
+    def fit(cls, x: np.ndarray) -> CDFNormalizer:
+        """x [N,D]"""
+        arrays: Arrays = {}
+        for i, column in enumerate(x.astype(np.float32).T):
+            values, counts = np.unique(column, return_counts=True)
+            arrays |= {f"values.{i}": values, f"probabilities.{i}": np.cumsum(counts) / column.size}
+        return cls(arrays)
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return self._by_column(
+            x, lambda i, y: 2 * np.interp(y, self._at("values", i), self._at("probabilities", i)) - 1
+        )
+
+    def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
+        return self._by_column(
+            x, lambda i, y: np.interp((y + 1) / 2.0, self._at("probabilities", i), self._at("values", i))
+        )
+
+    def _at(self, name: str, i: int) -> np.ndarray:
+        return self.arrays[f"{name}.{i}"]
+
+    @staticmethod
+    def _by_column(x: np.ndarray, function: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+        columns = [function(i, x[..., i]) for i in range(x.shape[-1])]
+        return np.stack(columns, axis=-1).astype(x.dtype)
+
+
+#: Under the names of Diffuser's configurations, which checkpoints hold as well.
+NORMALIZERS: dict[str, type[IdentityNormalizer]] = {
+    "GaussianNormalizer": GaussianNormalizer,
+    "LimitsNormalizer": LimitsNormalizer,
+    "SafeLimitsNormalizer": SafeLimitsNormalizer,
+    "WideLimitsNormalizer": WideLimitsNormalizer,
+    "CDFNormalizer": CDFNormalizer,
+    "IdentityNormalizer": IdentityNormalizer,
+    "DebugNormalizer": IdentityNormalizer,
+}
+
+
+def normalizer(name: str) -> type[IdentityNormalizer]:
+    """Finds the class of that name."""
+    if name not in NORMALIZERS:
+        raise UserError(f"normalizer={name!r} is unknown: choose one of {', '.join(NORMALIZERS)}")
+    return NORMALIZERS[name]

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.field_normalizers import DebugNormalizer, GaussianNormalizer
+from diffusion_rl.data.normalizers import GaussianNormalizer, IdentityNormalizer
+from diffusion_rl.data.windows import discounted_returns, window_rows, windows_of
+from diffusion_rl.tasks.registry import D4RL_STEPS, steps_of
 
 Flat = Mapping[str, np.ndarray]  # observations [N,O], actions [N,A], rewards, terminals and timeouts [N]
 
@@ -71,9 +73,9 @@ def antmaze(flat: Flat, states: np.ndarray, longest: int, penalty: float | None 
 
 
 SEGMENTS: dict[str, tuple[Callable[..., Segments], int]] = {
-    "mujoco": (locomotion, 1000),
-    "kitchen": (kitchen, 280),
-    "antmaze": (antmaze, 1001),
+    "mujoco": (locomotion, D4RL_STEPS),
+    "kitchen": (kitchen, steps_of("kitchen")),
+    "antmaze": (antmaze, steps_of("antmaze") + 1),
 }
 
 
@@ -100,7 +102,7 @@ class PlanDataset:
         cut, usual = SEGMENTS[kind]
         self.kind, self.spans, self.discount, self.longest = kind, list(spans), discount, longest or usual
         observations, actions = (np.asarray(flat[k]).astype(np.float32) for k in ("observations", "actions"))
-        self.normalizer: DebugNormalizer = GaussianNormalizer.fit(observations)
+        self.normalizer: IdentityNormalizer = GaussianNormalizer.fit(observations)
         states = self.normalizer.normalize(observations)
         self.segments = cut(flat, states, self.longest, penalty)
         if (most := int(self.segments.lengths.max())) > self.longest:
@@ -126,11 +128,7 @@ class PlanDataset:
 
     def _windows(self, span: int) -> np.ndarray:
         """[M,2]: episode and first step; windows may run into the padding."""
-        counts = np.minimum(self.segments.lengths, self.longest - span + 1)
-        counts = np.maximum(counts, 0)
-        episodes = np.repeat(np.arange(len(counts)), counts)
-        first = np.arange(len(episodes)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.stack([episodes, first], axis=1)
+        return np.stack(windows_of(np.minimum(self.segments.lengths, self.longest - span + 1)), axis=1)
 
     def at(self, items: np.ndarray) -> np.ndarray:
         """Windows of each level at items [B]: [L,B].
@@ -144,10 +142,10 @@ class PlanDataset:
     def rows(self, level: int, windows: np.ndarray | None = None, stride: int = 1) -> np.ndarray:
         """Rows of `states`, `actions` and `rewards` in windows of a level (all of them by default): [B,H]."""
         chosen = self.windows[level] if windows is None else self.windows[level][windows]
-        steps = chosen[:, 1:] + np.arange(0, self.spans[level], stride)
-        inside = steps < self.segments.lengths[chosen[:, 0]][:, None]
+        starts, lengths = self.segments.starts[chosen[:, 0]], self.segments.lengths[chosen[:, 0]]
+        rows, inside = window_rows(starts + chosen[:, 1], starts + lengths, self.spans[level], stride)
         padding = len(self.states) - len(self.segments.starts) + chosen[:, :1]
-        return np.where(inside, self.segments.starts[chosen[:, 0]][:, None] + steps, padding)
+        return np.where(inside, rows, padding)
 
     def returns(self, level: int) -> np.ndarray:
         """Discounted rewards from each window's first step to the end of its padded episode, [M]."""
@@ -156,14 +154,12 @@ class PlanDataset:
 
     @cached_property
     def row_returns(self) -> np.ndarray:
-        """The same from each row of the data, [N]."""
-        segments, totals = self.segments, np.zeros(len(self.segments.rewards))
-        for episode, (start, length) in enumerate(zip(segments.starts, segments.lengths, strict=True)):
-            discounts = self.discount ** np.arange(self.longest - length)
-            later = float(segments.padded_rewards[episode]) * discounts.sum()
-            for row in range(start + length - 1, start - 1, -1):
-                totals[row] = later = float(segments.rewards[row]) + self.discount * later
-        return totals.astype(np.float32)
+        """Discounted rewards from each row of the data to the end of its padded episode, [N]."""
+        segments = self.segments
+        padded = [(self.discount ** np.arange(self.longest - length)).sum() for length in segments.lengths]
+        after = segments.padded_rewards.astype(np.float64) * np.array(padded)
+        rewards = segments.rewards.astype(np.float64)
+        return discounted_returns(rewards, segments.lengths, self.discount, after).astype(np.float32)
 
 
 def conditions(

@@ -17,6 +17,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, NoiseTape
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.data.episodes import Episodes, load_episodes
+from diffusion_rl.data.windows import discounted_returns, windows_of
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +96,12 @@ class SequenceDataset:
         self.images = episodes.images if self.use_img else None
 
     def _windows_per_episode(self) -> np.ndarray:
-        return np.maximum(self.traj_lengths - self.horizon_steps + 1, 0)
+        return self.traj_lengths - self.horizon_steps + 1
 
     def _make_indices(self) -> np.ndarray:
-        counts = self._windows_per_episode()
+        episodes, since_start = windows_of(self._windows_per_episode())
         starts = np.cumsum(self.traj_lengths) - self.traj_lengths
-        since_start = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.stack([np.repeat(starts, counts) + since_start, since_start], axis=1).astype(np.int64)
+        return np.stack([starts[episodes] + since_start, since_start], axis=1).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -186,7 +186,7 @@ class QLearningDataset(SequenceDataset):
     def _windows_per_episode(self) -> np.ndarray:
         ends = np.maximum(np.cumsum(self.traj_lengths) - 1, 0)
         cut = self.dones[ends] == 0
-        return np.maximum(self.traj_lengths - self.horizon_steps + 1 - cut, 0)
+        return self.traj_lengths - self.horizon_steps + 1 - cut
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:
         """Windows number `indices` [B]."""
@@ -199,21 +199,6 @@ class QLearningDataset(SequenceDataset):
         conditions["next_state"] = np.where(known[:, None, None], next_states, np.float32(0))
         to_go = self.reward_to_go[start, None] if self.get_mc_return else None
         return Transition(actions, conditions, self.rewards[start, None], self.dones[start, None], to_go)
-
-
-def discounted_returns(rewards: np.ndarray, traj_lengths: np.ndarray, discount: float) -> np.ndarray:
-    """Reward-to-go of every step within its episode, [N] -> [N], accumulated from the end in their precision.
-
-    All episodes advance together, so the Python loop runs over the longest episode's steps, not over N.
-    """
-    to_go = np.zeros_like(rewards)
-    last = np.cumsum(traj_lengths) - 1
-    following = np.zeros(len(traj_lengths), rewards.dtype)
-    for back in range(int(traj_lengths.max(initial=0))):
-        alive = back < traj_lengths
-        rows = last[alive] - back
-        following[alive] = to_go[rows] = rewards[rows] + rewards.dtype.type(discount) * following[alive]
-    return to_go
 
 
 def _first(value: Any) -> Any:

@@ -5,16 +5,13 @@ Shape letters: N transitions, M windows, B batch, H horizon, A action, O observa
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import numpy as np
 
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes
-from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
-
-log = logging.getLogger(__name__)
+from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
+from diffusion_rl.data.windows import discounted_returns, require_lengths, require_windows, window_rows, windows_of
 
 FIELDS = ("observations", "actions")
 
@@ -50,9 +47,7 @@ class TrajectoryDataset:
         self.horizon, self.normalizer = horizon, normalizer
         self.path_lengths = np.asarray(episodes.traj_lengths, np.int64)
         self.starts, self.max_path_length = episodes.starts, max_path_length
-        longest = int(self.path_lengths.max())
-        if longest > max_path_length:
-            raise UserError(f"an episode has {longest} steps: set max_path_length to that (now {max_path_length})")
+        require_lengths(self.path_lengths, max_path_length)
         raw = {"observations": _float32(episodes.states), "actions": _float32(episodes.actions)}
         self.normalizers = fit(raw, normalizer)
         self.observation_dim, self.action_dim = raw["observations"].shape[1], raw["actions"].shape[1]
@@ -63,9 +58,7 @@ class TrajectoryDataset:
         normed_fields = [_float32(self.normalizers[k].normalize(padded[k])) for k in ("actions", "observations")]
         self.transitions = np.concatenate(normed_fields, axis=1)  # [N+1,D]; the last row is what padding becomes
         self.windows = self._windows(use_padding)
-        if not len(self.windows):
-            raise UserError(f"no episode has a window of {horizon} steps: choose a smaller horizon")
-        tell_left_out(self.path_lengths, self.windows[:, 0], horizon)
+        require_windows(self.path_lengths, self.windows[:, 0], horizon)
         self.condition_times = (0, horizon - 1) if goal else (0,)
         self.values = None if discount is None else self._values(discount, normed)  # [M,1]
 
@@ -82,22 +75,13 @@ class TrajectoryDataset:
 
     def _windows(self, use_padding: bool) -> np.ndarray:
         """[M,2]: episode and first step. The last possible start of every episode is left out, as in the reference."""
-        found = []
-        for episode, length in enumerate(self.path_lengths):
-            end = min(length - 1, self.max_path_length - self.horizon)
-            end = end if use_padding else min(end, length - self.horizon)
-            first = np.arange(max(end, 0))
-            found.append(np.stack([np.full_like(first, episode), first], axis=1))
-        return np.concatenate(found)
+        counts = np.minimum(self.path_lengths - 1, self.max_path_length - self.horizon)
+        counts = counts if use_padding else np.minimum(counts, self.path_lengths - self.horizon)
+        return np.stack(windows_of(counts), axis=1)
 
     def _values(self, discount: float, normed: bool) -> np.ndarray:
         """Discounted sum of the rewards from a window's first step to the end of its episode."""
-        returns = np.zeros(len(self.rewards))
-        for start, length in zip(self.starts, self.path_lengths, strict=True):
-            later = 0.0
-            for t in range(start + length - 1, start - 1, -1):
-                returns[t] = later = float(self.rewards[t]) + discount * later
-        values = returns[self.first_rows]
+        values = discounted_returns(self.rewards.astype(np.float64), self.path_lengths, discount)[self.first_rows]
         if normed:
             low, high = (float(np.float32(bound)) for bound in (values.min(), values.max()))
             self.value_bounds = low, high
@@ -116,22 +100,15 @@ class TrajectoryDataset:
 
     def rows(self, items: np.ndarray) -> np.ndarray:
         """Rows of `transitions` in windows `items` [B]: [B,H]."""
-        rows = self.first_rows[items][:, None] + np.arange(self.horizon)
-        return np.where(rows < self.end_rows[items][:, None], rows, len(self.transitions) - 1)
+        rows, inside = window_rows(self.first_rows[items], self.end_rows[items], self.horizon)
+        return np.where(inside, rows, len(self.transitions) - 1)
 
     def trajectories(self, items: np.ndarray) -> np.ndarray:
         """Windows `items` [B]: [B,H,D]."""
         return self.transitions[self.rows(items)]
 
 
-def tell_left_out(lengths: np.ndarray, used: np.ndarray, horizon: int) -> None:
-    """Say in a line how many of the episodes of these lengths [P] are not among the numbers `used` [M]: they have no
-    window."""
-    if left_out := len(lengths) - len(np.unique(used)):
-        log.warning("%d of %d episodes have no window of %d steps and are left out", left_out, len(lengths), horizon)
-
-
-def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, DebugNormalizer]:
+def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, IdentityNormalizer]:
     """A normalizer of that name for each field."""
     return {key: normalizer(name).fit(rows) for key, rows in fields.items()}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.interface import VectorEnv
 from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv
-from diffusion_rl.envs.vector import VectorEnv
 
 ENV_TYPES = ("toy", "d4rl", "mpe", "smac", "smacv2", "mamujoco", "mahalfcheetah")
 

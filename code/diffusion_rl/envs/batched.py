@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.chunks import ChunkHistory, ChunkOutcome
-from diffusion_rl.envs.vector import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult
 
 
 class BatchedVectorEnv(abc.ABC):
@@ -34,12 +34,12 @@ class BatchedVectorEnv(abc.ABC):
         obs_dim: int,
         action_dim: int,
         *,
-        act_steps: int,
-        n_obs_steps: int,
-        max_episode_steps: int | None,
-        reset_within_step: bool,
-        full_observations: bool,
-        normalizer: MinMaxNormalizer | None,
+        act_steps: int = 1,
+        n_obs_steps: int = 1,
+        max_episode_steps: int | None = None,
+        reset_within_step: bool = False,
+        full_observations: bool = False,
+        normalizer: MinMaxNormalizer | None = None,
     ):
         self.name = name
         self.n_envs = n_envs
@@ -54,9 +54,12 @@ class BatchedVectorEnv(abc.ABC):
         self._started = np.zeros(n_envs, dtype=bool)
         self._recorders: dict[int, Any] = {}
 
-    @abc.abstractmethod
     def seed(self, seeds: Sequence[int]) -> None:
-        """Seed environment i with seeds[i]; it takes effect with the next reset."""
+        """Seeds environment i with seeds[i]; it takes effect with the next reset."""
+        if len(seeds) != self.n_envs:
+            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        for row, seed in enumerate(seeds):
+            self._reseed(row, seed)
 
     @abc.abstractmethod
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
@@ -74,9 +77,10 @@ class BatchedVectorEnv(abc.ABC):
     def _restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over a state that has the names and shapes of `get_state`."""
 
-    @abc.abstractmethod
     def recorder(self, path: str) -> Any:
-        """Something that writes the states given to its `add` as a video, until its `close`."""
+        """Something that writes the states given to its `add` as a video, until its `close`. Raises UserError where
+        there is nothing to see."""
+        raise UserError(f"{self.name}: its episodes cannot be filmed, leave {path} out")
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         """Begin new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),

@@ -16,16 +16,15 @@ Shape letters: E environments, N of them, Ta actions of a chunk, To history.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import panda
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
+from diffusion_rl.envs.interface import EnvRequest
 from diffusion_rl.tasks import avoiding
 
 REWARDED = {f"avoiding-m{mode}": mode for mode in (5, 6, 7, 8)}
@@ -35,55 +34,39 @@ FPS = round(1 / (panda.DT * panda.MILLISECONDS))
 CAMERA = {"lookat": (0.45, 0.05, 0.1), "distance": 1.6, "elevation": -55.0, "azimuth": 180.0}
 
 
+def vector(request: EnvRequest) -> AvoidingVectorEnv:
+    """Builds the environments of a request."""
+    return AvoidingVectorEnv(
+        request.name,
+        len(request.seeds),
+        act_steps=request.act_steps,
+        normalizer=request.normalizer,
+        render=bool(request.config.get("render", False)),
+        **request.chunks,
+    )
+
+
 class AvoidingVectorEnv(BatchedVectorEnv):
-    """E avoiding tasks. name: avoiding-m5 to avoiding-m8. render: show environment 0 in a window.
+    """E avoiding tasks. name: avoiding-m5 to avoiding-m8. render: show environment 0 in a window. chunks: as
+    `BatchedVectorEnv`'s.
 
     Raises UserError for an unknown name, or if there is no display.
     """
 
-    def __init__(
-        self,
-        name: str,
-        n_envs: int,
-        *,
-        act_steps: int = 1,
-        n_obs_steps: int = 1,
-        max_episode_steps: int | None = 100,
-        reset_within_step: bool = False,
-        full_observations: bool = False,
-        normalizer: MinMaxNormalizer | None = None,
-        render: bool = False,
-    ):
+    def __init__(self, name: str, n_envs: int, *, render: bool = False, **chunks: Any):
         if name not in REWARDED:
             raise UserError(f"environment {name!r} is unknown: choose one of {', '.join(REWARDED)}")
         self.physics = panda.PandaPhysics()
-        super().__init__(
-            name,
-            n_envs,
-            OBS_DIM,
-            ACTION_DIM,
-            act_steps=act_steps,
-            n_obs_steps=n_obs_steps,
-            max_episode_steps=max_episode_steps,
-            reset_within_step=reset_within_step,
-            full_observations=full_observations,
-            normalizer=normalizer,
-        )
+        super().__init__(name, n_envs, OBS_DIM, ACTION_DIM, **{"max_episode_steps": 100} | chunks)
         self._arms = panda.ArmStates.empty(n_envs)
         self._setpoints = np.zeros((n_envs, 2))
         self._modes = avoiding.new_modes(n_envs)
         self.collided = np.zeros(n_envs, dtype=bool)
+        self._viewer: Any = None
         if render:
             from diffusion_rl.envs.video import StateViewer  # rendering libraries load only when asked for
 
             self._viewer = StateViewer(functools.partial(panda.load_model, visible=True), CAMERA)
-        else:
-            self._viewer = None
-
-    def seed(self, seeds: Sequence[int]) -> None:
-        """Changes nothing: nothing is random."""
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
 
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
         arms = self._arms[rows]

@@ -18,8 +18,9 @@ import gymnasium
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.worker import EnvRecipe
+from diffusion_rl.tasks.registry import D4RL_STEPS
 
-D4RL_EPISODE_STEPS = 1000  # under which D4RL registers its environments
 PACKAGES = ("gym", "mujoco_py", "d4rl")
 
 
@@ -37,14 +38,22 @@ def missing() -> str | None:
     return None
 
 
-def require() -> None:
-    """Raise UserError with the cure if the original simulators cannot run here."""
+def require(name: str) -> None:
+    """Raises UserError with the cure if the original simulators cannot run here, or if `name` is none of theirs."""
     lacking = missing()
     if lacking is not None:
         raise UserError(
             f"env.engine=d4rl: {lacking}; installation/d4rl.md says what to install and to set "
             "(env.engine=mujoco has the same physics and needs none of it)"
         )
+    from diffusion_rl.envs import locomotion  # needs a simulator of today
+
+    locomotion.require(name)
+
+
+def single(recipe: EnvRecipe) -> OriginalEnv:
+    """Builds the environment of a recipe."""
+    return OriginalEnv(recipe.name, time_limit=recipe.d4rl_time_limit, **recipe.kwargs)
 
 
 class OriginalEnv(gymnasium.Env):
@@ -54,14 +63,14 @@ class OriginalEnv(gymnasium.Env):
     `TimeLimit.truncated` in the info, as gym's old interface has it; None for no limit. kwargs: for D4RL's class.
     """
 
-    def __init__(self, name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **kwargs: Any):
+    def __init__(self, name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any):
         sys.modules.setdefault("pybullet", None)  # d4rl goes without it, which greets on stdout
         with contextlib.redirect_stderr(io.StringIO()):  # every process would say what is old or not installed
             import d4rl.gym_mujoco  # noqa: F401 - registers the names
             import gym
 
             env = gym.make(name, **kwargs)
-        if time_limit != D4RL_EPISODE_STEPS:
+        if time_limit != D4RL_STEPS:
             env = env.env  # without the limit that gym.make put around it
             env = env if time_limit is None else gym.wrappers.TimeLimit(env, time_limit)
         self._env = env

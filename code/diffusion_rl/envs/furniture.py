@@ -20,13 +20,19 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.finite import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
-from diffusion_rl.envs.multi_step import Observations
+from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult
 from diffusion_rl.envs.processes import in_one_line
-from diffusion_rl.envs.vector import StepResult
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
 PAGE = "installation/furniture.md"
 _SERVER = Path(__file__).with_name("furniture_server.py")
+
+
+def vector(request: EnvRequest) -> FurnitureVectorEnv:
+    """Builds the environments of a request."""
+    config = request.config
+    count = len(request.seeds)
+    return FurnitureVectorEnv(config.get("specific") or {}, count, request.act_steps, config["max_episode_steps"])
 
 
 class FurnitureVectorEnv:

@@ -21,7 +21,7 @@ CLAMP = 5.0  # of normalised observations
 def pack(**arrays):
     """Arrays, numbers and text as bytes that any numpy reads."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{key: np.asarray(value) for key, value in arrays.items()})
+    np.savez(buffer, **{key: np.asarray(value) for key, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

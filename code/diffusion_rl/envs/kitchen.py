@@ -31,9 +31,10 @@ import gymnasium
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.worker import EnvRecipe
+from diffusion_rl.tasks.registry import steps_of
 
-PREFIX = "kitchen-"
-EPISODE_STEPS = 280
+EPISODE_STEPS = steps_of("kitchen")
 N_ROBOT, N_OBJECTS = 9, 21
 
 _LIGHT_SLIDER = ("microwave", "kettle", "light switch", "slide cabinet")
@@ -56,11 +57,16 @@ NOISE_RATIO = 0.1
 _OBJECT_NOISE = np.repeat([0.005, 0.0005, 0.005, 0.1, 0.005, 0.1, 0.005], [2, 6, 3, 3, 3, 3, 1])
 
 
-def check_available(name: str) -> None:
+def require(name: str) -> None:
     """Raise UserError if `name` is no kitchen task or its simulator is not installed."""
     _elements_of(name)
     if importlib.util.find_spec("gymnasium_robotics") is None:
         raise UserError(f"{name} needs gymnasium-robotics: pip install -e '.[kitchen]' (see installation/kitchen.md)")
+
+
+def single(recipe: EnvRecipe) -> Kitchen:
+    """Builds the environment of a recipe."""
+    return Kitchen(recipe.name, time_limit=recipe.d4rl_time_limit, render_mode=recipe.render_mode, **recipe.kwargs)
 
 
 def _elements_of(name: str) -> tuple[str, ...]:
@@ -82,7 +88,7 @@ class Kitchen(gymnasium.Env):
     """One kitchen under its D4RL name. `kwargs` go to gymnasium-robotics' FrankaKitchen."""
 
     def __init__(self, name: str, time_limit: int | None = EPISODE_STEPS, **kwargs: Any):
-        check_available(name)
+        require(name)
         with contextlib.redirect_stderr(io.StringIO()):  # it announces changes to the rewards of other environments
             from gymnasium_robotics.envs.franka_kitchen import KitchenEnv
         self._env: Any = KitchenEnv(list(TASKS[name]), robot_noise_ratio=NOISE_RATIO, object_noise_ratio=0.0, **kwargs)

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
-from diffusion_rl.envs.d4rl import D4RL_EPISODE_STEPS
+from diffusion_rl.envs.interface import EnvRequest, unknown
+from diffusion_rl.envs.worker import EnvRecipe
+from diffusion_rl.tasks.registry import D4RL_STEPS, LOCOMOTION_DATA
 
 try:
     import gymnasium
@@ -39,7 +40,6 @@ try:
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise UserError(f'locomotion needs {error.name or error}: pip install -e ".[gym]"') from error
 
-FLAVOURS = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
 _BODIES = Path(__file__).parent / "assets" / "mujoco210_bodies.json"
 _PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 
@@ -75,8 +75,37 @@ TASKS = {
 
 def task_of(name: str) -> str | None:
     """The task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
-    match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(FLAVOURS)})-v[02]", name)
+    match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(LOCOMOTION_DATA)})-v[02]", name)
     return match.group(1) if match else None
+
+
+def require(name: str) -> str:
+    """The task behind a D4RL name. Raises UserError for other names."""
+    task = task_of(name)
+    if task is None:
+        raise unknown(name, known_names())
+    return task
+
+
+def vector(request: EnvRequest) -> LocomotionVectorEnv:
+    """Builds the environments of a request, stepped together."""
+    return LocomotionVectorEnv(
+        request.name,
+        len(request.seeds),
+        seeds=request.seeds,
+        threads=request.config.get("threads", 2),
+        d4rl_time_limit=request.time_limit,
+        act_steps=request.act_steps,
+        normalizer=request.normalizer,
+        **request.chunks,
+    )
+
+
+def single(recipe: EnvRecipe) -> gymnasium.Env:
+    """Builds the environment of a recipe."""
+    return single_locomotion(
+        recipe.name, time_limit=recipe.d4rl_time_limit, render_mode=recipe.render_mode, **recipe.kwargs
+    )
 
 
 def load_model(task: str) -> mujoco.MjModel:
@@ -102,7 +131,7 @@ def restore_bodies(model: mujoco.MjModel, task: str) -> None:
 class D4RLTerms(gymnasium.Wrapper):
     """What D4RL adds to a single environment: clipped actions, and a time limit that says so in gym's old way."""
 
-    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_EPISODE_STEPS):
+    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_STEPS):
         super().__init__(env)
         self.time_limit = time_limit
         self._elapsed = 0
@@ -120,14 +149,12 @@ class D4RLTerms(gymnasium.Wrapper):
         return observation, reward, terminated, False, info
 
 
-def single_locomotion(name: str, time_limit: int | None = D4RL_EPISODE_STEPS, **kwargs: Any) -> gymnasium.Env:
+def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any) -> gymnasium.Env:
     """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
 
     time_limit: D4RL's; kwargs go to gymnasium's class.
     """
-    task = task_of(name)
-    if task is None:
-        raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+    task = require(name)
     # not gymnasium.make: it warns that -v4 is old and adds wrappers
     env: Any = load_env_creator(str(gymnasium.spec(TASKS[task].gymnasium_id).entry_point))(**kwargs)
     restore_bodies(env.model, task)
@@ -300,7 +327,7 @@ class LocomotionPhysics:
 class LocomotionVectorEnv(BatchedVectorEnv):
     """E locomotion environments.
 
-    name: a D4RL name, "hopper-medium-v2" say. max_episode_steps: the chunk wrapper's own limit. d4rl_time_limit: the
+    name: a D4RL name, "hopper-medium-v2" say. chunks: as `BatchedVectorEnv`'s. d4rl_time_limit: the
     limit of 1000 steps under which D4RL registers its environments, whose expiry counts as terminated *and* truncated
     (the reference never bootstraps there); None leaves only max_episode_steps, whose expiry is truncation alone.
     clip_actions: D4RL's clipping of the unnormalised action to [-1, 1].
@@ -311,48 +338,26 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         name: str,
         n_envs: int,
         *,
-        act_steps: int = 1,
-        n_obs_steps: int = 1,
-        max_episode_steps: int | None = 1000,
-        reset_within_step: bool = True,
-        full_observations: bool = False,
-        normalizer: MinMaxNormalizer | None = None,
         seeds: Sequence[int] | None = None,
         threads: int = 2,
-        d4rl_time_limit: int | None = D4RL_EPISODE_STEPS,
+        d4rl_time_limit: int | None = D4RL_STEPS,
         clip_actions: bool = True,
+        **chunks: Any,
     ):
-        task = task_of(name)
-        if task is None:
-            raise UserError(f"{name!r} is no locomotion environment; known are {', '.join(known_names())}")
+        task = require(name)
         self.physics = LocomotionPhysics(task, threads)
-        super().__init__(
-            name,
-            n_envs,
-            self.physics.obs_dim,
-            self.physics.action_dim,
-            act_steps=act_steps,
-            n_obs_steps=n_obs_steps,
-            max_episode_steps=max_episode_steps,
-            reset_within_step=reset_within_step,
-            full_observations=full_observations,
-            normalizer=normalizer,
-        )
+        sizes = self.physics.obs_dim, self.physics.action_dim
+        super().__init__(name, n_envs, *sizes, **{"max_episode_steps": 1000, "reset_within_step": True} | chunks)
         self.d4rl_time_limit = d4rl_time_limit
         self.clip_actions = clip_actions
         self._elapsed = np.zeros(n_envs, dtype=np.int64)
         self._states = np.zeros((n_envs, self.physics.state_size))
         self._warmstarts = np.zeros((n_envs, self.physics.model.nv))
-        self._rngs: list[np.random.Generator] = []
+        self._rngs: dict[int, np.random.Generator] = {}  # by environment
         self.seed(range(n_envs) if seeds is None else seeds)
 
-    def seed(self, seeds: Sequence[int]) -> None:
-        """Environment i draws its next resets as a gymnasium environment after `reset(seed=seeds[i])` does."""
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
-        self._rngs = [_generator(seed) for seed in seeds]
-
     def _reseed(self, row: int, seed: int) -> None:
+        """Lets it draw its next resets as a gymnasium environment does after `reset(seed=seed)`."""
         self._rngs[row] = _generator(seed)
 
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
@@ -406,7 +411,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
             "chunk_steps": self._history.count.copy(),
             "history": self._history.frames.copy(),
             "started": self._started.copy(),
-            "random": np.stack([_pack_generator(rng) for rng in self._rngs]),
+            "random": np.stack([_pack_generator(self._rngs[row]) for row in range(self.n_envs)]),
         }
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
@@ -416,7 +421,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._history.count[:] = state["chunk_steps"]
         self._history.frames[:] = state["history"]
         self._started[:] = state["started"]
-        self._rngs = [_unpack_generator(row) for row in np.asarray(state["random"])]
+        self._rngs = dict(enumerate(map(_unpack_generator, np.asarray(state["random"]))))
 
     def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
@@ -440,7 +445,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
 
 def known_names() -> list[str]:
     """The D4RL names of locomotion environments."""
-    return [f"{task}-{flavour}-v2" for task in TASKS for flavour in FLAVOURS]
+    return [f"{task}-{flavour}-v2" for task in TASKS for flavour in LOCOMOTION_DATA]
 
 
 def _generator(seed: int) -> np.random.Generator:

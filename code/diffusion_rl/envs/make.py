@@ -1,22 +1,27 @@
-"""From the `env` node of a configuration to a vector environment."""
+"""From the `env` node of a configuration to a vector environment.
+
+Every simulator is a module of this folder, named in `tasks.registry`, with one of these functions or both:
+
+    vector(request: EnvRequest) -> VectorEnv           all environments together
+    single(recipe: EnvRecipe) -> gymnasium.Env         one of them, in a process of its own; then also
+    require(name: str) -> None                         raises UserError where it cannot be made here
+"""
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
-import gymnasium
 from omegaconf import OmegaConf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, room, worker
-from diffusion_rl.envs.vector import WORKER_TIMEOUT, ProcessVectorEnv, VectorEnv
+from diffusion_rl.envs import robomimic, room
+from diffusion_rl.envs.interface import EnvRequest, VectorEnv
+from diffusion_rl.envs.vector import ProcessVectorEnv
+from diffusion_rl.envs.worker import EnvRecipe, simulator_named
 
-LONGEST_TIMEOUT = 10**6  # seconds
 ENGINES = ("mujoco", "gymnasium", "d4rl")
 
 
@@ -42,53 +47,38 @@ def make_vector_env(
     n_envs, threads: override the configured ones. Raises UserError for unknown names, wrong dimensions, or more
     environments than this machine has room for.
     """
-    env_cfg = _plain(env_cfg)
-    name = str(env_cfg["name"])
-    count = env_cfg["n_envs"] if n_envs is None else n_envs
-    if env_cfg.get("env_type") == "furniture":
-        return _checked(_furniture(env_cfg, count, act_steps), name, obs_dim, action_dim)
-    wrappers = env_cfg.get("wrappers") or {}
-    chunks = wrappers.get("multi_step") or {}
+    config = _plain(env_cfg)
+    config |= {} if threads is None else {"threads": threads}
+    name, count = str(config["name"]), config["n_envs"] if n_envs is None else n_envs
+    engine = config.get("engine", "mujoco")
+    if engine not in ENGINES:
+        raise UserError(f"env.engine={engine!r} is unknown: choose one of {', '.join(ENGINES)}")
+    chunks = (config.get("wrappers") or {}).get("multi_step") or {}
     configured = chunks.get("n_action_steps", act_steps)
     if configured != act_steps:
         raise UserError(f"env.wrappers.multi_step.n_action_steps={configured}, act_steps={act_steps}: make them equal")
-    engine = env_cfg.get("engine", "mujoco")
-    if engine not in ENGINES:
-        raise UserError(f"env.engine={engine!r} is unknown: choose one of {', '.join(ENGINES)}")
-    chunk_options = {
-        "act_steps": act_steps,
-        "n_obs_steps": chunks.get("n_obs_steps", 1),
-        "max_episode_steps": chunks.get("max_episode_steps", env_cfg.get("max_episode_steps")),
-        "reset_within_step": chunks.get("reset_within_step", False),
-        "full_observations": env_cfg.get("save_full_observations", chunks.get("pass_full_observations", False)),
-        "normalizer": _normalizer(wrappers, obs_dim, action_dim),
-    }
     room.require_memory(count, room.ROW_GB)
-    seeds = [seed + i for i in range(count)]
-    if name.startswith("avoiding"):
-        venv: VectorEnv = _avoiding(env_cfg, count, chunk_options)
-    elif any(one in wrappers for one in robomimic.WRAPPERS):
-        venv = _robomimic(env_cfg, seeds, chunk_options)
-    elif engine == "mujoco" and _is_locomotion(name):
-        venv = _locomotion(env_cfg, count, seeds, threads, chunk_options)
-    else:
-        venv = _processes(env_cfg, seeds, chunk_options, obs_dim)
-    return _checked(venv, name, obs_dim, action_dim)
-
-
-def _checked(venv: VectorEnv, name: str, obs_dim: int, action_dim: int) -> VectorEnv:
+    request = EnvRequest(
+        name=name,
+        config=config,
+        seeds=[seed + i for i in range(count)],
+        act_steps=act_steps,
+        chunks={
+            "n_obs_steps": chunks.get("n_obs_steps", 1),
+            "max_episode_steps": chunks.get("max_episode_steps", config.get("max_episode_steps")),
+            "reset_within_step": chunks.get("reset_within_step", False),
+            "full_observations": config.get("save_full_observations", chunks.get("pass_full_observations", False)),
+        },
+        normalizer=_normalizer(config.get("wrappers") or {}, obs_dim, action_dim),
+        obs_dim=obs_dim,
+    )
+    venv = _made(request, _simulator(request), engine)
     try:
         _check_dims(name, venv, obs_dim, action_dim)
     except UserError:
         venv.close()
         raise
     return venv
-
-
-def _furniture(env_cfg: Mapping[str, Any], n_envs: int, act_steps: int) -> VectorEnv:
-    from diffusion_rl.envs.furniture import FurnitureVectorEnv
-
-    return FurnitureVectorEnv(env_cfg.get("specific") or {}, n_envs, act_steps, env_cfg["max_episode_steps"])
 
 
 def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,102 +95,25 @@ def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> M
     return None
 
 
-def _robomimic(env_cfg: Mapping[str, Any], seeds: list[int], options: dict[str, Any]) -> VectorEnv:
-    chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
-    builders = robomimic.recipes(env_cfg, seeds, options["normalizer"], chunks)
-    processes.preload("diffusion_rl.envs.quiet_robosuite")
-    return ProcessVectorEnv(builders, options["act_steps"], seeds, _worker_timeout(env_cfg))
+def _simulator(request: EnvRequest) -> str:
+    """The module that builds what is asked for: by the configuration, or else by the name."""
+    if request.config.get("env_type") == "furniture":
+        return "furniture"
+    if any(wrapper in (request.config.get("wrappers") or {}) for wrapper in robomimic.WRAPPERS):
+        return "robomimic"
+    return simulator_named(request.name)
 
 
-def _worker_timeout(env_cfg: Mapping[str, Any]) -> float:
-    seconds = env_cfg.get("worker_timeout", WORKER_TIMEOUT)
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < LONGEST_TIMEOUT:
-        raise UserError(f"env.worker_timeout={seconds}: give seconds, more than 0 and less than {LONGEST_TIMEOUT}")
-    return float(seconds)
-
-
-def _is_locomotion(name: str) -> bool:
-    return name.startswith(worker.LOCOMOTION_PREFIXES)
-
-
-def _locomotion(
-    env_cfg: Mapping[str, Any], n_envs: int, seeds: list[int], threads: int | None, options: dict[str, Any]
-) -> VectorEnv:
-    from diffusion_rl.envs import locomotion  # needs the simulator, which other environments do not
-
-    name = str(env_cfg["name"])
-    _check_locomotion(name)
-    return locomotion.LocomotionVectorEnv(
-        name,
-        n_envs,
-        seeds=seeds,
-        threads=env_cfg.get("threads", 2) if threads is None else threads,
-        d4rl_time_limit=env_cfg.get("d4rl_time_limit", d4rl.D4RL_EPISODE_STEPS),
-        **options,
-    )
-
-
-def _avoiding(env_cfg: Mapping[str, Any], n_envs: int, options: dict[str, Any]) -> VectorEnv:
-    from diffusion_rl.envs.d3il_avoiding import AvoidingVectorEnv
-
-    return AvoidingVectorEnv(str(env_cfg["name"]), n_envs, render=bool(env_cfg.get("render", False)), **options)
-
-
-def _processes(env_cfg: Mapping[str, Any], seeds: list[int], options: dict[str, Any], obs_dim: int) -> VectorEnv:
-    name = str(env_cfg["name"])
-    original, is_kitchen = env_cfg.get("engine") == "d4rl", name.startswith(kitchen.PREFIX)
-    if original:
-        d4rl.require()
-    if is_kitchen and not original:
-        kitchen.check_available(name)
-    elif original or _is_locomotion(name):
-        _check_locomotion(name)
-    else:
-        _check_registered(name)
-    limit = kitchen.EPISODE_STEPS if is_kitchen else d4rl.D4RL_EPISODE_STEPS
-    chunks = {key: value for key, value in options.items() if key not in ("act_steps", "normalizer")}
-    recipe = worker.EnvRecipe(
-        name=name,
-        kwargs=dict(env_cfg.get("specific") or {}),
-        chunks=chunks,
-        normalizer=options["normalizer"],
-        render=bool(env_cfg.get("save_video", False)),
-        d4rl_time_limit=env_cfg.get("d4rl_time_limit", limit),
-        original=original,
-        obs_dim=obs_dim,
-    )
-    return ProcessVectorEnv([recipe] * len(seeds), options["act_steps"], seeds, _worker_timeout(env_cfg))
-
-
-def _check_locomotion(name: str) -> None:
-    from diffusion_rl.envs import locomotion
-
-    if locomotion.task_of(name) is None:
-        raise _unknown(name, locomotion.known_names())
-
-
-def _check_registered(name: str) -> None:
-    """Raise UserError now, rather than from a worker, if gymnasium does not know the id."""
-    module, _, registered = name.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"environment {name!r}: cannot import {module} ({error}); is it on PYTHONPATH?") from error
-        except Exception as error:
-            cause = processes.in_one_line("".join(traceback.format_exception(error)))
-            raise UserError(f"environment {name!r}: importing {module} failed: {cause}") from error
-    try:
-        gymnasium.spec(registered)
-    except gymnasium.error.Error as error:
-        examples = [f"{task}medium-v2" for task in worker.LOCOMOTION_PREFIXES]
-        raise _unknown(registered, [*examples, *gymnasium.registry]) from error
-
-
-def _unknown(name: str, known: list[str]) -> UserError:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
-    return UserError(f"environment {name!r} is unknown: {hint}")
+def _made(request: EnvRequest, simulator: str, engine: str) -> VectorEnv:
+    """All environments together where that can be and is asked for, or else in processes."""
+    module = importlib.import_module(f"{__package__}.{simulator}")
+    if hasattr(module, "vector") and (engine == "mujoco" or not hasattr(module, "single")):
+        return module.vector(request)
+    if engine == "d4rl":
+        simulator, module = engine, importlib.import_module(f"{__package__}.{engine}")
+    module.require(request.name)
+    builders = [EnvRecipe.of(request, simulator)] * len(request.seeds)
+    return ProcessVectorEnv(builders, request.act_steps, request.seeds, request.worker_timeout)
 
 
 def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.tasks.registry import steps_of
 
 try:
     import mujoco
@@ -27,7 +28,6 @@ LAYOUTS = {
         "############"
     ),
 }
-EPISODE_STEPS = {"umaze": 300, "medium": 600, "large": 800}
 REACHED, NOISE, FASTEST = 0.5, 0.1, 5.0  # distance of the goal; spread of a start; bound on each velocity
 OFFSET = -0.2  # of the walls
 
@@ -62,7 +62,7 @@ class Maze2D:
         self.size = size_of(name)
         self.cells = _cells(self.size)
         self.free = np.argwhere(self.cells != "#")
-        self.target, self.max_episode_steps = goal_of(name), EPISODE_STEPS[self.size]
+        self.target, self.max_episode_steps = goal_of(name), steps_of(name)
         self._model = mujoco.MjModel.from_xml_string(_xml(self.cells))
         self._data = mujoco.MjData(self._model)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.finite import require_finite
-from diffusion_rl.envs.vector import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult
 
 N_AGENTS = 3
 

@@ -17,8 +17,9 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import finite
+from diffusion_rl.envs.interface import Observations
 
-Observations = dict[str, np.ndarray]
+STATE, PICTURE = "state", "rgb"  # entries of observations
 
 #: What `MultiStep.step` says of a chunk in its info beside the environment's own keys.
 CHUNK_KEYS = ("executed_steps", "final_obs", "full_obs")

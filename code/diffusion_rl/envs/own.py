@@ -5,7 +5,9 @@ Runs in worker processes; imports neither TensorFlow nor a simulator.
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +16,34 @@ import numpy as np
 from gymnasium.spaces import Box, Dict
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs import processes
+from diffusion_rl.envs.interface import unknown
+from diffusion_rl.envs.multi_step import PICTURE, STATE
+from diffusion_rl.envs.worker import EnvRecipe
+from diffusion_rl.tasks.registry import tasks_of
 
-STATE, PICTURE = "state", "rgb"
+
+def require(name: str) -> None:
+    """Raises UserError now, rather than from a worker, if gymnasium does not know the id."""
+    module, _, registered = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"environment {name!r}: cannot import {module} ({error}); is it on PYTHONPATH?") from error
+        except Exception as error:
+            cause = processes.in_one_line("".join(traceback.format_exception(error)))
+            raise UserError(f"environment {name!r}: importing {module} failed: {cause}") from error
+    try:
+        gymnasium.spec(registered)
+    except gymnasium.error.Error as error:
+        examples = [f"{task.name}-medium-v2" for task in tasks_of(simulator="locomotion")]
+        raise unknown(registered, [*examples, *gymnasium.registry]) from error
+
+
+def single(recipe: EnvRecipe) -> OwnEnv:
+    """Builds the environment of a recipe."""
+    return make_own(recipe.name, recipe.kwargs, recipe.render, recipe.obs_dim)
 
 
 def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | None = None) -> OwnEnv:

@@ -28,8 +28,10 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import room
+from diffusion_rl.envs import processes, room
+from diffusion_rl.envs.interface import EnvRequest
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
+from diffusion_rl.envs.vector import ProcessVectorEnv
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SUBSET = REPOSITORY / "changed_robomimic"
@@ -236,6 +238,13 @@ class RobomimicRecipe:
         if self.image_keys:
             return MultiStep(ImageWrapper(env, self.normalizer, image_keys=self.image_keys, **common), **self.chunks)
         return MultiStep(LowdimWrapper(env, self.normalizer, **common), **self.chunks)
+
+
+def vector(request: EnvRequest) -> ProcessVectorEnv:
+    """Builds the environments of a request, each in a process."""
+    builders = recipes(request.config, request.seeds, request.normalizer, request.chunks)
+    processes.preload("diffusion_rl.envs.quiet_robosuite")
+    return ProcessVectorEnv(builders, request.act_steps, request.seeds, request.worker_timeout)
 
 
 def recipes(

@@ -13,24 +13,21 @@ letters: E environments, Ta actions of a chunk, To history, N agents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.envs.chunks import ChunkHistory, StepOutcomes
-from diffusion_rl.envs.vector import Observations, StepResult
+from diffusion_rl.envs.batched import BatchedVectorEnv
+from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
 
 EPISODE_STEPS, STEP, TOUCHING, PENALTY = 25, 0.1, 0.15, 0.5
 MOVES = np.array([[0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]], np.float64)
 EPISODES_OF_A_SEED = 1_000_003  # seeds further apart than this many episodes share none
 
 
-class ToyAgentsVectorEnv:
-    """E environments behind the `VectorEnv` interface, of N agents side by side; they can be saved and restored."""
-
-    restorable = True
+class ToyAgentsVectorEnv(BatchedVectorEnv):
+    """E environments of N agents side by side; episodes that end are followed by the next ones."""
 
     def __init__(
         self,
@@ -45,101 +42,73 @@ class ToyAgentsVectorEnv:
     ):
         if n_agents < 1:
             raise UserError(f"n_agents {n_agents}: at least one agent is needed")
-        self.n_envs, self.n_agents, self.discrete, self.act_steps = n_envs, n_agents, discrete, act_steps
-        self.obs_dim = 4 + 2 * (n_agents - 1)
-        self.obs_spec: dict[str, tuple[int, ...]] = {"state": (n_agents * self.obs_dim,)}
-        self.action_dim = n_agents * (len(MOVES) if discrete else 2)
-        self._history = ChunkHistory(n_envs, n_obs_steps, n_agents * self.obs_dim, max_episode_steps, "toy")
+        self.n_agents, self.discrete, self.obs_dim = n_agents, discrete, 4 + 2 * (n_agents - 1)
+        super().__init__(
+            "toy",
+            n_envs,
+            n_agents * self.obs_dim,
+            n_agents * (len(MOVES) if discrete else 2),
+            act_steps=act_steps,
+            n_obs_steps=n_obs_steps,
+            max_episode_steps=max_episode_steps,
+            reset_within_step=True,
+            full_observations=True,
+        )
         self._positions = np.zeros((n_envs, n_agents, 2))
         self._goals = np.zeros((n_envs, n_agents, 2))
         self._seeds, self._episodes = np.zeros(n_envs, np.int64), np.zeros(n_envs, np.int64)
         self.seed(range(n_envs) if seeds is None else seeds)
 
-    def seed(self, seeds: Sequence[int]) -> None:
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
-        self._seeds[:], self._episodes[:] = seeds, 0
+    def _reseed(self, row: int, seed: int) -> None:
+        self._seeds[row], self._episodes[row] = seed, 0
 
-    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere. options[i]: `seed` (this environment anew)."""
-        for row, option in enumerate(options or []):
-            if option.get("seed") is not None:
-                self._seeds[row], self._episodes[row] = option["seed"], 0
-        self._begin(np.arange(self.n_envs))
-        return {"state": self._history.frames.copy()}
-
-    def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
-        actions = np.asarray(actions, np.float64)
-        if actions.ndim != 3 or actions.shape[::2] != (self.n_envs, self.action_dim):
-            raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")
-        chunk = actions.shape[1]
-        velocities = np.clip(self._velocities(actions.reshape(self.n_envs, chunk, self.n_agents, -1)), -1, 1)
-        positions = np.empty_like(velocities)
-        now = self._positions
-        for t in range(chunk):
+    def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
+        by_agent = np.asarray(actions, np.float64).reshape(*actions.shape[:2], self.n_agents, -1)
+        velocities = np.clip(self._velocities(by_agent), -1, 1)
+        positions, now = np.empty_like(velocities), self._positions[rows]
+        for t in range(actions.shape[1]):
             positions[:, t] = now = np.clip(now + STEP * velocities[:, t], -1, 1)
-        nothing = np.zeros((self.n_envs, chunk), bool)
-        outcome = self._history.advance(
-            np.arange(self.n_envs),
-            StepOutcomes(self._observe(positions), self._rewards(positions), nothing, nothing, nothing),
-        )
-        self._positions = positions[np.arange(self.n_envs), outcome.executed - 1]
-        ended = np.flatnonzero(outcome.terminated | outcome.truncated)
-        observations = outcome.observations
-        if len(ended):
-            self._begin(ended)
-            observations = self._history.frames.copy()
-        infos = {
-            "executed_steps": outcome.executed,
-            "full_observations": {"state": outcome.frames},
-            "final_observations": {"state": outcome.observations},
-        }
-        return StepResult({"state": observations}, outcome.rewards, outcome.terminated, outcome.truncated, infos)
+        nothing, goals = np.zeros(actions.shape[:2], bool), self._goals[rows]
+        gave = self._observe(positions, goals), self._rewards(positions, goals)
+        outcome = self._history.advance(rows, StepOutcomes(*gave, nothing, nothing, nothing))
+        self._positions[rows] = positions[np.arange(len(rows)), outcome.executed - 1]
+        return outcome
 
     def _velocities(self, actions: np.ndarray) -> np.ndarray:
         return MOVES[actions.argmax(axis=-1)] if self.discrete else actions
 
-    def _rewards(self, positions: np.ndarray) -> np.ndarray:
-        """[E,Ta] from positions [E,Ta,N,2]."""
-        distance = np.linalg.norm(self._goals[:, None] - positions, axis=-1).mean(axis=-1)
+    def _rewards(self, positions: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        """[E,Ta] from positions [E,Ta,N,2] and goals [E,N,2]."""
+        distance = np.linalg.norm(goals[:, None] - positions, axis=-1).mean(axis=-1)
         apart = np.linalg.norm(positions[..., :, None, :] - positions[..., None, :, :], axis=-1)
         pairs = np.triu(np.ones((self.n_agents, self.n_agents), bool), 1)
         return -distance - PENALTY * (apart[..., pairs] < TOUCHING).sum(axis=-1)
 
-    def _observe(self, positions: np.ndarray) -> np.ndarray:
-        """[E,Ta,N*O] from positions [E,Ta,N,2] (or [E,N,2] with the goals of those rows)."""
+    def _observe(self, positions: np.ndarray, goals: np.ndarray) -> np.ndarray:
+        """[E,Ta,N*O] from positions [E,Ta,N,2] and goals [E,N,2]."""
         others = [np.delete(positions, i, axis=-2) - positions[..., i : i + 1, :] for i in range(self.n_agents)]
         ways = np.stack([x.reshape(*x.shape[:-2], -1) for x in others], axis=-2)
-        rows = np.concatenate([positions, self._goals[:, None] - positions, ways], axis=-1)
+        rows = np.concatenate([positions, goals[:, None] - positions, ways], axis=-1)
         return rows.reshape(*rows.shape[:-2], -1)
 
-    def _begin(self, rows: np.ndarray) -> None:
+    def _first_observations(self, rows: np.ndarray) -> np.ndarray:
         for row in rows:
             draws = NoiseSource(int(self._seeds[row]) * EPISODES_OF_A_SEED + int(self._episodes[row]))
             self._positions[row], self._goals[row] = draws.uniform((2, self.n_agents, 2), -1, 1, np.float64)
         self._episodes[rows] += 1
-        self._history.start(rows, self._observe(self._positions[:, None])[rows, 0])
+        return self._observe(self._positions[rows, None], self._goals[rows])[:, 0]
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
         return {name: array.copy() for name, array in self._state().items()}
 
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken. Raises UserError if it does not fit."""
+    def _restore(self, state: dict[str, np.ndarray]) -> None:
         for name, array in self._state().items():
-            if name not in state or np.shape(state[name]) != array.shape:
-                raise UserError(
-                    f"saved state of the toy task: {name} does not fit; go on with the same n_envs, n_agents"
-                )
             array[...] = state[name]
+        self._started[:] = True
 
     def _state(self) -> dict[str, np.ndarray]:
         own = {"positions": self._positions, "goals": self._goals, "seeds": self._seeds, "episodes": self._episodes}
         return own | {"chunk_steps": self._history.count, "history": self._history.frames}
-
-    def close(self) -> None:
-        pass
 
 
 def controller(observations: np.ndarray, noise: np.ndarray, speed: float, turn: float, discrete: bool) -> np.ndarray:

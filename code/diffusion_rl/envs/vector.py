@@ -1,4 +1,7 @@
-"""What the loops ask of a vector environment. Shape letters: E environments, Ta actions of a chunk, To history."""
+"""Environments of one simulator each, stepped together here or in processes of their own.
+
+Shape letters: E environments, Ta actions of a chunk, To history.
+"""
 
 from __future__ import annotations
 
@@ -7,68 +10,18 @@ import logging
 import select
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.multi_step import MultiStep, Observations
+from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult
+from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
 
-WORKER_TIMEOUT = 600.0  # seconds that a process may take to answer
 CLOSING_SECONDS = 5.0  # that all processes together may take to end
-
-
-@dataclass
-class StepResult:
-    """What one chunk of actions gave.
-
-    observations: {key: [E, To, ...]}, already those of the new episode where `reset_within_step` began one.
-    rewards: [E] float64, summed over the executed part of the chunk.
-    terminated, truncated: [E] bool. Both are set where D4RL's time limit ended the episode.
-    infos: `executed_steps` [E] int64; `final_observations` {key: [E, To, ...]}, the last ones of the old episode,
-        valid where truncated and reset; `full_observations` {key: [E, Ta, ...]} when asked for: the observation after
-        each action, repeating the last executed one; `success` [E] bool where environments say whether the chunk
-        reached the goal.
-    """
-
-    observations: Observations
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    infos: dict[str, Any] = field(default_factory=dict)
-
-
-@runtime_checkable
-class VectorEnv(Protocol):
-    """E environments stepped together, a chunk of Ta normalised actions at a time."""
-
-    n_envs: int
-    act_steps: int
-    obs_spec: dict[str, tuple[int, ...]]
-    action_dim: int
-    restorable: bool
-
-    def seed(self, seeds: Sequence[int]) -> None:
-        """Seed environment i with seeds[i]; it takes effect with the next reset."""
-
-    def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere; options[i] goes to environment i (`seed`, `video_path`)."""
-
-    def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E, Ta, A] of normalised actions."""
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        """Everything needed to go on bit for bit, if `restorable`."""
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken."""
-
-    def close(self) -> None:
-        """Release processes, threads and files."""
 
 
 class MultiStepVectorEnv(abc.ABC):
@@ -86,7 +39,7 @@ class MultiStepVectorEnv(abc.ABC):
         self._names = [str(getattr(build, "name", "")) for build in builders]
         self._seeds: list[int | None] = [None] * self.n_envs
         self._says_success = False
-        self._lanes: list[Lane] = []
+        self._lanes: list[Any] = []  # like `_ProcessLane`
         try:
             self._open(builders)
             answers = [self._receive(i) for i in range(self.n_envs)]
@@ -182,70 +135,8 @@ class MultiStepVectorEnv(abc.ABC):
             lane.wait(max(0.0, deadline - time.monotonic()))
 
 
-class Lane(Protocol):
-    """The way to one environment."""
-
-    def send(self, method: str, arguments: tuple) -> None:
-        """Ask it to do something."""
-
-    def receive(self) -> tuple[str, Any]:
-        """("ok", result), ("refused", line) or ("error", traceback)."""
-
-    def exit_code(self) -> int | None:
-        """How its process ended."""
-
-    def hang_up(self) -> None:
-        """Tell it to end."""
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it has ended; after so many seconds end it."""
-
-
-class _LocalLane:
-    """An environment in this process; it works while being asked for the answer."""
-
-    def __init__(self, build: Callable[[], MultiStep]):
-        self._build = build
-        self._env: MultiStep | None = None
-        self._next: Callable[[], Any] = lambda: worker.spaces(self._made())
-
-    def _made(self) -> MultiStep:
-        if self._env is None:
-            self._env = self._build()
-        return self._env
-
-    def send(self, method: str, arguments: tuple) -> None:
-        self._next = lambda: worker.call(self._made(), method, arguments)
-
-    def receive(self) -> tuple[str, Any]:
-        try:
-            return "ok", self._next()
-        except UserError as error:
-            return "refused", str(error)
-
-    def exit_code(self) -> int | None:
-        return None
-
-    def hang_up(self) -> None:
-        if self._env is not None:
-            self._env.close()
-
-    def wait(self, seconds: float) -> None:
-        pass
-
-
-class SyncVectorEnv(MultiStepVectorEnv):
-    """All environments in this process, one after the other: for tests and debugging; errors come unchanged but
-    for a UserError, which names the environment."""
-
-    def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        self._lanes = []
-        for build in builders:
-            self._lanes.append(_LocalLane(build))
-
-
 class _ProcessLane:
-    """An environment in a process of its own, which may take `timeout` seconds to answer."""
+    """The way to an environment in a process of its own, which may take `timeout` seconds to answer."""
 
     def __init__(self, build: Callable[[], MultiStep], timeout: float):
         self._process, self._connection = processes.start(worker.serve, build)
@@ -254,11 +145,12 @@ class _ProcessLane:
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
     def send(self, method: str, arguments: tuple) -> None:
+        """Asks it to do something."""
         self._asked = method
         self._connection.send((method, arguments))
 
     def receive(self) -> tuple[str, Any]:
-        """Raises TimeoutError if it does not answer in time."""
+        """("ok", result), ("refused", line) or ("error", traceback). Raises TimeoutError if it takes too long."""
         if not self._poll.poll(self._timeout * 1000):
             raise TimeoutError(
                 f"no answer to {self._asked} for {self._timeout:g} s (process {self._process.pid}); mend it, or raise "
@@ -267,13 +159,16 @@ class _ProcessLane:
         return self._connection.recv()
 
     def exit_code(self) -> int | None:
+        """How its process ended."""
         self._process.join(timeout=5)
         return self._process.exitcode
 
     def hang_up(self) -> None:
+        """Tells it to end."""
         self._connection.close()
 
     def wait(self, seconds: float) -> None:
+        """Waits until it has ended; after so many seconds end it."""
         self._process.join(timeout=seconds)
         if self._process.is_alive():
             self._process.kill()

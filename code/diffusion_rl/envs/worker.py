@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import signal
 import traceback
 from collections.abc import Callable
@@ -14,20 +15,27 @@ import gymnasium
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import kitchen, own
-from diffusion_rl.envs.d4rl import OriginalEnv
-from diffusion_rl.envs.multi_step import CHUNK_KEYS, ImageWrapper, LowdimWrapper, MultiStep
+from diffusion_rl.envs.interface import EnvRequest
+from diffusion_rl.envs.multi_step import CHUNK_KEYS, PICTURE, STATE, ImageWrapper, LowdimWrapper, MultiStep
+from diffusion_rl.tasks.registry import task_named
 
-LOCOMOTION_PREFIXES = ("hopper-", "walker2d-", "halfcheetah-")
+BY_CONFIGURATION = ("furniture", "robomimic")  # simulators of which a name alone says nothing
+
+
+def simulator_named(name: str) -> str:
+    """The module of `envs` that builds the environments of this name: those that nobody knows are the user's own."""
+    task = task_named(name)
+    return task.simulator if task and task.simulator and task.simulator not in BY_CONFIGURATION else "own"
 
 
 @dataclass(frozen=True)
 class EnvRecipe:
     """Everything a worker needs to build its environment.
 
-    name: a gymnasium id, with the module that registers it if it is the user's own ("my_pkg:MyEnv-v0"), or a D4RL
-    locomotion or kitchen name. kwargs: for its constructor. chunks: keyword arguments of MultiStep. original: step
-    D4RL's own simulator instead of gymnasium's. obs_dim: what the user's own should show (None: whatever it shows).
+    name: a gymnasium id, with the module that registers it if it is the user's own ("my_pkg:MyEnv-v0"), or a name of
+    the registry's tasks. kwargs: for its constructor. chunks: keyword arguments of MultiStep.
+    simulator: the module of `envs` whose `single` builds it; None: as the name says. obs_dim: what the user's own
+    should show (None: whatever it shows).
     """
 
     name: str
@@ -36,28 +44,35 @@ class EnvRecipe:
     normalizer: MinMaxNormalizer | None = None
     render: bool = False
     d4rl_time_limit: int | None = None
-    original: bool = False
+    simulator: str | None = None
     obs_dim: int | None = None
 
+    @classmethod
+    def of(cls, request: EnvRequest, simulator: str) -> EnvRecipe:
+        """What builds one of the environments that are asked for."""
+        return cls(
+            name=request.name,
+            kwargs=dict(request.config.get("specific") or {}),
+            chunks=request.chunks,
+            normalizer=request.normalizer,
+            render=bool(request.config.get("save_video", False)),
+            d4rl_time_limit=request.time_limit,
+            simulator=simulator,
+            obs_dim=request.obs_dim,
+        )
+
+    @property
+    def render_mode(self) -> str | None:
+        """For gymnasium's constructors."""
+        return "rgb_array" if self.render else None
+
     def __call__(self) -> MultiStep:
-        env = self._base()
+        env = importlib.import_module(f"{__package__}.{self.simulator or simulator_named(self.name)}").single(self)
         if isinstance(env.observation_space, gymnasium.spaces.Dict):
-            env = ImageWrapper(env, self.normalizer, keys=[own.STATE], image_keys=[own.PICTURE])
+            env = ImageWrapper(env, self.normalizer, keys=[STATE], image_keys=[PICTURE])
         elif self.normalizer is not None:
             env = LowdimWrapper(env, self.normalizer)
         return MultiStep(env, **self.chunks)
-
-    def _base(self) -> gymnasium.Env:
-        render_mode = "rgb_array" if self.render else None
-        if self.original:
-            return OriginalEnv(self.name, time_limit=self.d4rl_time_limit, **self.kwargs)
-        if self.name.startswith(LOCOMOTION_PREFIXES):
-            from diffusion_rl.envs.locomotion import single_locomotion  # needs the simulator
-
-            return single_locomotion(self.name, time_limit=self.d4rl_time_limit, render_mode=render_mode, **self.kwargs)
-        if self.name.startswith(kitchen.PREFIX):
-            return kitchen.Kitchen(self.name, time_limit=self.d4rl_time_limit, render_mode=render_mode, **self.kwargs)
-        return own.make_own(self.name, self.kwargs, self.render, self.obs_dim)
 
 
 class Spaces(NamedTuple):

@@ -26,10 +26,11 @@ from diffusion_rl.core.npz import read_npz, write_npz
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import (
     Episodes,
-    Normalization,
+    bounds_of,
     load_episodes,
     load_unscaled,
     save_episodes,
+    scale_episodes,
 )
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -40,11 +41,13 @@ from diffusion_rl.methods.off_policy.sac import SAC
 from diffusion_rl.methods.off_policy.training import Buffers, Rows
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
+from diffusion_rl.tasks.registry import D4RL_STEPS, TASKS
 
-MEDIUM_RETURN = {"hopper": 1400.0, "walker2d": 2800.0, "halfcheetah": 4700.0}  # about D4RL's medium policies
-EXPERT_RETURN = {"hopper": 3300.0, "walker2d": 4500.0, "halfcheetah": 10000.0}  # a little below D4RL's experts
+#: Of the policies: about D4RL's medium ones, and a little below its experts.
+MEDIUM_RETURN, EXPERT_RETURN = (
+    {task.name: task.made_returns[i] for task in TASKS if task.made_returns} for i in (0, 1)
+)
 FLAVOURS = ("medium", "expert", "medium-replay", "medium-expert")
-EPISODE_STEPS = 1000
 MAX_FILE_BYTES = 8_000_000
 MANTISSA_BITS = 15  # kept of the normalised states and actions: an error below 2e-5, and a quarter less to ship
 
@@ -89,7 +92,7 @@ def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
     """Unnormalised environments in which the time limit is a truncation, never a termination."""
     seeds = range(seed, seed + n_envs)
     return LocomotionVectorEnv(
-        f"{task}-medium-v2", n_envs, max_episode_steps=EPISODE_STEPS, d4rl_time_limit=None, seeds=seeds, threads=1
+        f"{task}-medium-v2", n_envs, max_episode_steps=D4RL_STEPS, d4rl_time_limit=None, seeds=seeds, threads=1
     )
 
 
@@ -374,8 +377,8 @@ def make(
 
 def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:
     """Write train.npz and normalization.npz; what is in them."""
-    normalization = Normalization.of(raw)
-    scaled = normalization.apply(raw)
+    normalization = bounds_of(raw)
+    scaled = scale_episodes(raw, normalization)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))
     train_file, *_ = save_episodes(out_dir, {"train": compact}, normalization)
     size = train_file.stat().st_size

@@ -17,13 +17,14 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import require_writable
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.npz import read_npz, write_npz
-from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes, save_episodes
-from diffusion_rl.data.normalizers import read_bounds
+from diffusion_rl.data.episodes import Episodes, bounds_of, load_episodes, save_episodes, scale_episodes
+from diffusion_rl.data.normalizers import MinMaxNormalizer, read_bounds
 from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import robomimic
 from diffusion_rl.envs.robomimic_experts import plans
+from diffusion_rl.tasks.registry import tasks_of
 
-STEPS = {"lift": 300, "can": 300, "square": 400, "transport": 800}  # of an episode, as in the configurations
+STEPS = {task.name: task.episode_steps or 0 for task in tasks_of(simulator="robomimic")}  # of an episode
 HOLD = 10  # steps that are recorded after success
 MEMORY = 0.8  # share of the action noise that stays from one step to the next
 SIMULATOR_FILE = "simulator_states.npz"
@@ -123,8 +124,8 @@ def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings)
         traj_lengths=np.array([len(one.actions) for one in demonstrations]),
         terminals=np.zeros(sum(len(one.actions) for one in demonstrations), bool),  # success ends no episode
     )
-    normalization = Normalization.of(raw)
-    save_episodes(out_dir, {"train": normalization.apply(raw)}, normalization)
+    normalization = bounds_of(raw)
+    save_episodes(out_dir, {"train": scale_episodes(raw, normalization)}, normalization)
     flat = np.concatenate([one.simulator for one in demonstrations]).astype(np.float32)
     write_npz(out_dir / SIMULATOR_FILE, {"states": flat, "seed": np.array(settings.seed)})
     return raw
@@ -159,6 +160,6 @@ def render(task: str, source: Path, out_dir: Path, report: Report) -> None:
     env.close()
     proprio = np.array(states, np.float32)
     own = slice(proprio.shape[1])  # in the state data set these entries come first
-    normalization = Normalization(**bounds | {key: bounds[key][own] for key in ("obs_min", "obs_max")})
+    normalization = MinMaxNormalizer(**bounds | {key: bounds[key][own] for key in ("obs_min", "obs_max")})
     pictures = replace(episodes, states=episodes.states[:, own], images=np.array(images))
     save_episodes(out_dir, {"train": pictures}, normalization)

@@ -258,6 +258,11 @@ def copy_weights(source: object, target: object) -> None:
         b.assign(a)
 
 
+def clone(network: T) -> T:
+    """Copy a network: the same architecture and weights, in variables of its own."""
+    return copy.deepcopy(network)
+
+
 def flatten_state(cond: dict[str, Array]) -> Array:
     """Observation history to one row: {"state": [B,To,O]} -> [B, To*O]."""
     state = cond["state"]

@@ -9,7 +9,6 @@ not depend on the denoising step: samples and log-probabilities of chains encode
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +16,10 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
-from diffusion_rl.diffusion import ddim, ddpm
+from diffusion_rl.diffusion import ddim, process
 from diffusion_rl.diffusion.gaussian import clip, normal_log_prob
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
-from diffusion_rl.networks.layers import Array, copy_weights, variables_of
+from diffusion_rl.networks.layers import Array, clone, copy_weights, variables_of
 
 Cond = dict[str, Array]
 
@@ -103,7 +102,7 @@ class DiffusionPolicy:
 
     def table(self, values: np.ndarray, index: Array) -> Array:
         """Entries of a schedule's table for a batch of indices, as [B,1,1]."""
-        return tf.gather(tf.constant(values, self.dtype), index)[:, None, None]
+        return process.entries(values, index, self.dtype)
 
     # ---------- sampling ----------
 
@@ -119,13 +118,9 @@ class DiffusionPolicy:
         """
         s, d = self.schedule, self.ddim_schedule
         if d is None:
-            x0 = output
-            if self.predict_epsilon:
-                x0 = ddpm.predict_x0(
-                    x, output, self.table(s.sqrt_recip_alphas_cumprod, t), self.table(s.sqrt_recipm1_alphas_cumprod, t)
-                )
+            x0 = process.predict_x0(s, x, t, output) if self.predict_epsilon else output
             x0 = clip(x0, self.denoised_clip_value)
-            return ddpm.posterior_mean(x, x0, self.table(s.ddpm_mu_coef1, t), self.table(s.ddpm_mu_coef2, t))
+            return process.posterior_mean(s, x, t, x0)
         alpha, alpha_prev = self.table(d.ddim_alphas, index), self.table(d.ddim_alphas_prev, index)
         sqrt_one_minus_alpha = self.table(d.ddim_sqrt_one_minus_alphas, index)
         x0, eps = ddim.predict_x0(x, output, alpha, sqrt_one_minus_alpha), output
@@ -147,7 +142,7 @@ class DiffusionPolicy:
         mean = self.denoised_mean(x, t, index, self.network(x, t, cond), None)
         if self.ddim_schedule is not None:
             return mean, tf.math.log(tf.square(self.table(self.ddim_schedule.ddim_sigmas, index)))
-        return mean, self.table(self.schedule.ddpm_logvar_clipped, t)
+        return mean, process.posterior_log_variance(self.schedule, t, self.dtype)
 
     def sample(self, cond: Cond, noise: Array, deterministic: bool = True) -> Sample:
         """Denoise from noise[0].
@@ -183,10 +178,7 @@ class DiffusionPolicy:
 
     def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
         """x_t given x_0 = x_start [B,H,A], t [B] and noise [B,H,A]."""
-        s = self.schedule
-        return ddpm.q_sample(
-            x_start, noise, self.table(s.sqrt_alphas_cumprod, t), self.table(s.sqrt_one_minus_alphas_cumprod, t)
-        )
+        return process.q_sample(self.schedule, x_start, t, noise)
 
     def loss(self, x: Array, cond: Cond, t: Array, noise: Array) -> Array:
         """Mean squared error of the predicted noise (or of x_0), over all elements (Ho et al. 2020, eq. 14).
@@ -325,7 +317,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         """Like `p_mean_var`, from the network's output."""
         if self.ddim_schedule is None:
             mean = self.denoised_mean(x, t, index, output, None)
-            return mean, self.table(self.schedule.ddpm_logvar_clipped, t), tf.ones_like(mean)
+            return mean, process.posterior_log_variance(self.schedule, t, self.dtype), tf.ones_like(mean)
         d = self.ddim_schedule
         if deterministic:
             eta = tf.zeros([tf.shape(x)[0], 1, 1], self.dtype)
@@ -451,8 +443,3 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         log_prob = tf.reshape(log_prob, [-1, self.denoising_steps, self.horizon_steps])
         log_prob = tf.reduce_mean(tf.reduce_mean(log_prob, axis=-2), axis=-1)
         return tf.reduce_mean(-log_prob * advantages), tf.reduce_mean(tf.square(values - reward)), eta
-
-
-def clone(network: keras.layers.Layer) -> keras.layers.Layer:
-    """An independent copy with the same architecture and weights."""
-    return copy.deepcopy(network)

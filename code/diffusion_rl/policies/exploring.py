@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
+from diffusion_rl.diffusion import process
 from diffusion_rl.diffusion.gaussian import clip
 from diffusion_rl.networks.folded import FoldedActor, can_fold
 from diffusion_rl.networks.layers import Array, variables_of
@@ -80,7 +81,7 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         for i, t in enumerate(self.sampling_timesteps()):
             t_batch = tf.fill([batch], int(t))
             mean = self.denoised_mean(x, t_batch, None, predict(x, t_batch, cond), None)
-            logvar = self.table(self.schedule.ddpm_logvar_clipped, t_batch)
+            logvar = process.posterior_log_variance(self.schedule, t_batch, self.dtype)
             x = self.noisy(int(t), mean, logvar, noise[i + 1], floor, zero_at_end=deterministic)
         return clip(x, self.final_action_clip_value if final_clip is None else final_clip)
 

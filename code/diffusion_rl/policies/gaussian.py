@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import keras
 from diffusion_rl.diffusion.gaussian import normal_log_prob
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import Cond, clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.policies.diffusion import Cond
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 DETERMINISTIC_STD = 1e-4  # "deterministic" samples still have a little noise

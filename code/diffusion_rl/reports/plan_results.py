@@ -12,9 +12,11 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
+from diffusion_rl.tasks.registry import tasks_of
 
 BUFFERS = ("medium-replay", "medium", "medium-expert")
-DATASETS = [f"{task}-{buffer}-v2" for task in ("hopper", "walker2d", "halfcheetah") for buffer in BUFFERS]
+LOCOMOTION = {task.name: task.title for task in tasks_of(simulator="locomotion")}
+DATASETS = [f"{task}-{buffer}-v2" for task in LOCOMOTION for buffer in BUFFERS]
 ALGORITHMS = ("BC", "CQL", "IQL", "DT", "TT", "MOPO", "MOReL", "MBOP", "Diffuser")
 HIGHLIGHTED = 0.95  # of the row's best score
 LABELS = {
@@ -24,9 +26,7 @@ LABELS = {
     "medium-expert": "Medium-Expert",
     "medium": "Medium",
     "medium-replay": "Medium-Replay",
-    "halfcheetah": "HalfCheetah",
-    "hopper": "Hopper",
-    "walker2d": "Walker2d",
+    **LOCOMOTION,
 }
 _COLOURS = {"tblue": "1F77B4", "tred": "FF6961", "tgreen": "429E9D", "thighlight": "000000"}
 Scores = Mapping[str, Mapping[str, float]]  # by algorithm, then data set
@@ -112,7 +112,7 @@ def latex_table(
     ]
     for buffer in reversed(BUFFERS):
         lines.append(r"\midrule")
-        for task in ("halfcheetah", "hopper", "walker2d"):
+        for task in sorted(LOCOMOTION):
             cells = _cells(f"{task}-{buffer}-v2", means, errors, algorithms)
             lines.append(" & ".join([words[buffer], words[task], *cells]) + r" \\ ")
     averages = [float(np.round(np.mean(list(means[name].values())), 1)) for name in algorithms]

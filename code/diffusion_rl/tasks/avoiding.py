@@ -27,7 +27,6 @@ X_RANGE = (0.2, 0.8)  # outside is a penalty
 
 #: y of each row, x of the borders between its gaps, number of its first mode.
 ROWS = ((-0.1, (0.5,), 0), (0.08, (0.425, 0.575), 2), (0.26, (0.35, 0.5, 0.65), 5))
-N_MODES = 9
 TOLERANCE = 0.03
 NOT_PASSED = -1
 

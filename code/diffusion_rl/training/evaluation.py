@@ -15,8 +15,8 @@ from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.envs.make import make_vector_env
-from diffusion_rl.envs.vector import VectorEnv
 from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
@@ -34,7 +34,6 @@ from diffusion_rl.training.policy_files import (
 )
 from diffusion_rl.training.rollout import (
     EpisodeStatistics,
-    Observations,
     Rollout,
     collect,
     episode_statistics,

@@ -12,10 +12,10 @@ import numpy as np
 
 from diffusion_rl.config.instantiate import set_by_user
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.interface import Observations
 
 log = logging.getLogger(__name__)
 
-Observations = dict[str, np.ndarray]
 Floats = Sequence[float] | np.ndarray
 
 THRESHOLD = "best_reward_threshold_for_success"

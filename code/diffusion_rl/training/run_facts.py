@@ -16,16 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.config.instantiate import default_arguments, flatten
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.policy_files import normalization_facts
 
 log = logging.getLogger(__name__)
 
-#: Names of tasks begin with these; what follows tells data sets of one task apart.
-FAMILIES = (
-    *("hopper", "walker2d", "halfcheetah", "ant", "kitchen", "lift", "can", "square", "transport", "avoiding"),
-    *("one_leg", "lamp", "round_table", "maze2d-umaze", "maze2d-medium", "maze2d-large"),
-)
 #: Arguments of networks that may change between pre-training and what follows: the weights act without them.
 FREE_ARGUMENTS = ("fixed_std", "learn_fixed_std", "std_min", "std_max", "dropout", "p_drop_*", "augment", "device")
 BOUNDS_TOLERANCE = 1e-4  # of a range: files hold float32 or float64
@@ -62,14 +58,6 @@ def task_name(config: Mapping[str, Any]) -> str:
     env = config.get("env")
     name = env.get("name") if isinstance(env, Mapping | DictConfig) else env
     return str(name or config.get("env_name") or "")
-
-
-def same_task(one: str, other: str) -> bool | None:
-    """Whether two names of environments or data sets are of one task; None where that cannot be known."""
-    if one == other:
-        return True
-    families = [next((family for family in FAMILIES if name.startswith(family)), None) for name in (one, other)]
-    return None if None in families else families[0] == families[1]
 
 
 def _task_difference(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:

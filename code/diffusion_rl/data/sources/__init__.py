@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError, listed
-from diffusion_rl.data.episodes import Episodes, Normalization, load_episodes
+from diffusion_rl.data.episodes import Episodes, bounds_of, load_episodes
 from diffusion_rl.data.hdf5 import open_hdf5
+from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import d4rl, minari, robomimic
 
 
@@ -17,7 +18,7 @@ def load(
     obs_keys: Sequence[str] = (),
     cameras: Sequence[str] = (),
     max_episodes: int | None = None,
-) -> tuple[Episodes, Normalization]:
+) -> tuple[Episodes, MinMaxNormalizer]:
     """Complete episodes and the ranges of everything in a D4RL, Minari or robomimic HDF5 file (or Minari's folder), or
     in an npz of unscaled arrays; the layout is recognised.
 
@@ -29,16 +30,16 @@ def load(
         path = minari.file_in(path)
     if path.suffix == ".npz":
         episodes = load_episodes(path)
-        return episodes, Normalization.of(episodes)
+        return episodes, bounds_of(episodes)
     with open_hdf5(path, "an HDF5 or npz file") as file:
         if d4rl.recognises(file):
             return d4rl.read(file)
         if minari.recognises(file):
             episodes = minari.read(file, obs_keys)
-            return episodes, Normalization.of(episodes)
+            return episodes, bounds_of(episodes)
         if robomimic.recognises(file):
             episodes = robomimic.read(file, obs_keys, cameras, max_episodes)
-            return episodes, Normalization.of(episodes)
+            return episodes, bounds_of(episodes)
         found = listed(file.names())
     raise UserError(
         f"{path}: neither D4RL's layout (observations, actions, rewards, terminals), Minari's (episode_0, …) nor "

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion_rl.core.errors import UserError, listed
-from diffusion_rl.data.episodes import Episodes, Normalization, check, split_episodes
+from diffusion_rl.data.episodes import Episodes, bounds_of, check, split_episodes
 from diffusion_rl.data.hdf5 import Group
+from diffusion_rl.data.normalizers import MinMaxNormalizer
+from diffusion_rl.tasks.registry import D4RL_STEPS
 
-EPISODE_STEPS = 1000  # the limit of its locomotion tasks, whose older files have no `timeouts`
 _NAMES = {"states": "observations", "actions": "actions", "rewards": "rewards", "terminals": "terminals"}
 
 
@@ -34,10 +35,11 @@ def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
     return {k: v if k in ("observations", "actions") else v.reshape(-1) for k, v in arrays.items()}
 
 
-def read(file: Group) -> tuple[Episodes, Normalization]:
-    """Episodes cut at terminals and time-outs (without these after 1000 steps), and the ranges of all rows.
+def read(file: Group) -> tuple[Episodes, MinMaxNormalizer]:
+    """Reads episodes cut at terminals and time-outs, and the ranges of all rows.
 
-    An unfinished episode at the end is dropped but counts for the ranges, as in the reference.
+    Older files have no time-outs: there the limit of the locomotion tasks stands for them. An unfinished episode at the
+    end is dropped but counts for the ranges, as in the reference.
     """
     names = [*_NAMES.values(), *(["timeouts"] if "timeouts" in file else [])]
     columns = read_columns(file, names)
@@ -46,4 +48,4 @@ def read(file: Group) -> tuple[Episodes, Normalization]:
     raw["terminals"] = raw["terminals"].astype(bool)
     everything = Episodes(raw["states"], raw["actions"], np.array([len(raw["states"])]), raw["rewards"])
     check(everything, file.where)
-    return split_episodes(raw, timeouts, file.where, EPISODE_STEPS), Normalization.of(everything)
+    return split_episodes(raw, timeouts, file.where, D4RL_STEPS), bounds_of(everything)

@@ -1,4 +1,4 @@
-"""What the planners find and leave on disk: data sets by name, models from their descriptions, checkpoints.
+"""What the planners find and leave on disk: models from their descriptions, checkpoints.
 
 A folder of an experiment holds `args.json`, `diff.txt`, `{dataset,model,diffusion,trainer}_config.json` (and the same
 as `.pkl`, plain dictionaries) and `state_<label>.safetensors`. Folders of the PyTorch Diffuser, `state_<label>.pt` with
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import re
 import shutil
@@ -24,9 +23,9 @@ from diffusion_rl.config.checks import DIFFUSION_STEPS, HORIZON, check_ranges, w
 from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
-from diffusion_rl.data import assets, sources
-from diffusion_rl.data.episodes import Episodes, load_unscaled, split_episodes
-from diffusion_rl.data.field_normalizers import DebugNormalizer, normalizer
+from diffusion_rl.data.episodes import Episodes, split_episodes
+from diffusion_rl.data.locate import find_episodes
+from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
 from diffusion_rl.data.trajectories import FIELDS, TrajectoryDataset, leaving_goal, without_last_steps
 from diffusion_rl.interop import diffuser_checkpoint
 from diffusion_rl.interop.torch_names import load_state_dict
@@ -36,14 +35,13 @@ from diffusion_rl.methods.diffuser.model import NoisyTrajectories, TrajectoryDif
 from diffusion_rl.methods.diffuser.options import Options
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
+from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training.checkpoint import Checkpoint, checkpoint_metadata, load_checkpoint, require_finite
 from diffusion_rl.training.continuation import NEVER, asked_state, refuse_changes, require_state
-from diffusion_rl.training.run_facts import same_task
 from diffusion_rl.training.state_files import StateFiles
 
 log = logging.getLogger(__name__)
 
-DOWNLOADS = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 NETWORKS: dict[str, Callable[..., Any]] = {
     "models.TemporalUnet": TemporalUnet,
     "models.ActionTemporalUnet": ActionTemporalUnet,
@@ -59,47 +57,9 @@ DIFFUSIONS: dict[str, Callable[..., NoisyTrajectories]] = {
     "models.StackClassification": StackClassification,
 }
 LOADERS = ("datasets.SequenceDataset", "datasets.GoalDataset", "datasets.ValueDataset")
-Say = Callable[[str], None]
 
 
 # ---------- data ----------
-
-
-def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> Episodes:
-    """The complete episodes of a data set, in the environment's units.
-
-    Looked for in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then under D4RL's file name in
-    D4RL_DATASET_DIR (~/.d4rl/datasets), then among the data that ship with this repository.
-    """
-    if data_dir:
-        return load_unscaled(Path(data_dir)) if _is_npz(Path(data_dir)) else sources.load(data_dir)[0]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
-    remote = d4rl_file(name)
-    original, own = folder / (Path(remote).name if remote else f"{name}.hdf5"), assets.data_dir() / "gym" / name
-    if original.is_file():
-        say(f"data: {original}")
-        return sources.load(original)[0]
-    if (maze := assets.data_dir() / "maze2d" / f"{name}.hdf5").is_file():
-        say(f"data: {maze} (made for this repository; not D4RL's)")
-        return sources.load(maze)[0]
-    if _is_npz(own):
-        say(f"data: {own} (made for this repository; not D4RL's)")
-        return load_unscaled(own)
-    cure = f"download {DOWNLOADS}/{remote} to {folder}" if remote else f"put it into {folder}"
-    raise UserError(f"no data for {name}: {cure}, or name a file or folder with --data_dir (looked in {own}, too)")
-
-
-def d4rl_file(name: str) -> str | None:
-    """Where D4RL keeps a data set, relative to the address of its files; None for names it does not have."""
-    if match := re.fullmatch(r"(hopper|walker2d|halfcheetah|ant)-([a-z-]+)-v2", name):
-        return f"gym_mujoco_v2/{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
-    if match := re.fullmatch(r"maze2d-(umaze|medium|large)-v1", name):
-        return f"maze2d/maze2d-{match[1]}-sparse-v1.hdf5"
-    return None
-
-
-def _is_npz(folder: Path) -> bool:
-    return (folder / "train.npz").is_file()
 
 
 def dataset_of(episodes: Episodes, description: Mapping[str, Any]) -> TrajectoryDataset:
@@ -251,7 +211,7 @@ class Experiment(NamedTuple):
     """A trained model, ready to plan with."""
 
     model: NoisyTrajectories  # with the averaged weights
-    normalizers: dict[str, DebugNormalizer]
+    normalizers: dict[str, IdentityNormalizer]
     normalizer: str  # name of their class
     epoch: int
     folder: Path
@@ -365,7 +325,9 @@ def _original(folder: Path, label: int, path: Path, data_dir: str | None) -> Exp
     load_state_dict(model, weights)
     dataset = dict(description.dataset)
     data = dataset_of(find_episodes(dataset["env"], data_dir), dataset)
-    return Experiment(model, data.normalizers, dataset["normalizer"], label, folder, str(dataset["env"]))
+    return Experiment(
+        model, data.normalizers, normalizer(dataset["normalizer"]).__name__, label, folder, str(dataset["env"])
+    )
 
 
 def require_compatible(one: Experiment, other: Experiment) -> None:

@@ -16,8 +16,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.batching import side_by_side
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.data.field_normalizers import DebugNormalizer
 from diffusion_rl.data.kuka import StackingDataset
+from diffusion_rl.data.normalizers import IdentityNormalizer
 from diffusion_rl.diffusion.inpainting import Conditions
 from diffusion_rl.methods.diffuser.model import MIN_PART, Losses, NoisyTrajectories, TrajectoryDiffusion
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
@@ -173,7 +173,7 @@ class StackingPlanner:
         classifier: the network of `StackClassification`; None: there are no pairs to ask for.
     """
 
-    def __init__(self, diffusion: MaskedDiffusion, normalizer: DebugNormalizer, classifier: Any = None):
+    def __init__(self, diffusion: MaskedDiffusion, normalizer: IdentityNormalizer, classifier: Any = None):
         self.diffusion, self.normalizer, self.classifier = diffusion, normalizer, classifier
         self._sample = tf.function(self._plan, autograph=False)
 

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_rl.envs.interface import Observations
 from diffusion_rl.envs.maze2d import Maze2D
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
+from diffusion_rl.training.episodes import Alone, Step, run
 
 PULL, BRAKE = 10.0, 1.0  # gains of the controller: towards the waypoint, against the velocity
 PASSED = 0.25  # distance at which a waypoint has been reached; of the last one a tenth of a cell
@@ -65,21 +67,26 @@ def follow_plan(
         replan_every: steps after which it plans again, for what is left of the horizon; 0: never.
         say: called after every step with its number, the reward, the return so far and the observation.
     """
-    observation, observations, total = start, [start], 0.0
-    horizon, begun = planner.horizon, 0
-    decision = plans = _plan(planner, env, noise, observation, horizon)
-    for t in range(env.max_episode_steps):
+    observed, horizon, begun = [start], planner.horizon, 0
+    decision = plans = _plan(planner, env, noise, start, horizon)
+
+    def act(t: int, observations: Observations) -> np.ndarray:
+        nonlocal decision, begun
+        observation = observations["state"][0, -1]
         if replan_every and t and t % replan_every == 0 and t < horizon:
             planner.horizon, begun = _shorter(planner, horizon - t), t
             decision = _plan(planner, env, noise, observation, planner.horizon)
         sequence = decision.observations[0, 0]
         following = sequence[t - begun + 1] if t - begun < len(sequence) - 1 else sequence[-1] * [1, 1, 0, 0]
-        observation, reward = env.step(following[:2] - observation[:2] + following[2:] - observation[2:])
-        total += reward
-        observations.append(observation)
-        say(t, reward, total, observation)
+        return (following[:2] - observation[:2] + following[2:] - observation[2:])[None, None]
+
+    def on_step(step: Step) -> None:
+        observed.append(step.result.observations["state"][0, -1])
+        say(step.number, float(step.result.rewards[0]), float(step.returns[0]), observed[-1])
+
+    episode = run(act, Alone(env.step), Alone.observed(start), env.max_episode_steps, on_step)
     planner.horizon = horizon
-    return MazeEpisode(np.stack(observations), total, env.max_episode_steps - 1, plans)
+    return MazeEpisode(np.stack(observed), float(episode.returns[0]), env.max_episode_steps - 1, plans)
 
 
 def _plan(planner: Diffuser, env: Maze2D, noise: Any, observation: np.ndarray, horizon: int) -> Decision:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from diffusion_rl.core.batching import parts, side_by_side
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
-from diffusion_rl.diffusion import ddpm
+from diffusion_rl.diffusion import process
 from diffusion_rl.diffusion.gaussian import clip
 from diffusion_rl.diffusion.guidance import Guide, best_first
 from diffusion_rl.diffusion.inpainting import Conditions, Known, apply_conditions
@@ -87,14 +87,9 @@ class NoisyTrajectories:
         found = variables_of(self.model)
         return found[0].dtype if found else tf.float32
 
-    def table(self, name: str, t: Array, dtype: tf.DType) -> Array:
-        """Entries of a schedule table at steps t [B], as [B,1,1]."""
-        return tf.gather(tf.constant(getattr(self.schedule, name), dtype), t)[:, None, None]
-
     def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
         """x_t of clean trajectories [B,H,D] at steps t [B]."""
-        tables = ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        return ddpm.q_sample(x_start, noise, *(self.table(name, t, x_start.dtype) for name in tables))
+        return process.q_sample(self.schedule, x_start, t, noise)
 
     def weights_of(
         self, action_weight: float, loss_discount: float, loss_weights: Mapping[int, float] | None
@@ -140,16 +135,13 @@ class TrajectoryDiffusion(NoisyTrajectories):
 
     def predict_x0(self, x: Array, t: Array, output: Array) -> Array:
         """The clean trajectory by the network's output [B,H,D]."""
-        if not self.predict_epsilon:
-            return output
-        tables = ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
-        return ddpm.predict_x0(x, output, *(self.table(name, t, x.dtype) for name in tables))
+        return process.predict_x0(self.schedule, x, t, output) if self.predict_epsilon else output
 
     def posterior(self, x0: Array, x: Array, t: Array) -> tuple[Array, Array, Array]:
         """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t and the clean trajectory."""
-        coefficients = (self.table(name, t, x.dtype) for name in ("ddpm_mu_coef1", "ddpm_mu_coef2"))
-        spread = (self.table(name, t, x.dtype) for name in ("ddpm_var", "ddpm_logvar_clipped"))
-        return ddpm.posterior_mean(x, x0, *coefficients), *spread
+        s = self.schedule
+        variance, log_variance = process.entries(s.ddpm_var, t, x.dtype), process.posterior_log_variance(s, t, x.dtype)
+        return process.posterior_mean(s, x, t, x0), variance, log_variance
 
     def given(self, conditions: Conditions) -> Any:
         """What the network sees of the conditions besides the trajectory itself; here nothing."""
@@ -164,7 +156,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         return Known.of(conditions, like.shape[1], self.action_dim, like)
 
     def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
-        """The same of x_{t-1} given x_t alone."""
+        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t alone."""
         x0 = self.predict_x0(x, t, self.output(x, t, given))
         return self.posterior(clip(x0, 1.0 if self.clip_denoised else None), x, t)
 
@@ -230,7 +222,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
 
     def variance(self, t: Array, dtype: tf.DType) -> Array:
         """Of the denoising step at t [B], as [B,1,1]; what a guide scales its gradient by."""
-        return tf.exp(self.table("ddpm_logvar_clipped", t, dtype))
+        return tf.exp(process.posterior_log_variance(self.schedule, t, dtype))
 
 
 class ValueDiffusion(NoisyTrajectories):

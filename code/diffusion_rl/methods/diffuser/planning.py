@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
-from diffusion_rl.tasks.scores import normalized_score
+from diffusion_rl.tasks.registry import normalized_score
+from diffusion_rl.training.episodes import Step, Stopwatch, run
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Episodes:
     scores: np.ndarray
     steps: np.ndarray
     terminated: np.ndarray
-    seconds: list[float] = field(default_factory=list)
-    spreads: list[np.ndarray] = field(default_factory=list)
-    sizes: list[np.ndarray] = field(default_factory=list)
+    seconds: list[float]
+    spreads: list[np.ndarray]
+    sizes: list[np.ndarray]
 
     def action_statistics(self) -> dict[str, list[float]]:
         """Means over the executed decisions (the original divides by the limit of steps)."""
@@ -74,36 +74,26 @@ def run_episodes(
     """
     options: list[dict[str, Any]] = [{"seed": seed + i} for i in range(venv.n_envs)]
     options[0] |= {"video_path": video} if video else {}
-    observations = venv.reset(options)["state"][:, -1]
-    alive = np.ones(venv.n_envs, bool)
-    steps = np.zeros(venv.n_envs, np.int64)
-    found = Episodes(np.zeros(venv.n_envs), np.zeros(venv.n_envs), steps, np.zeros(venv.n_envs, bool))
+    watch, spreads, sizes = Stopwatch(), list[np.ndarray](), list[np.ndarray]()
     plan: list[np.ndarray] = []
-    for t in range(max_episode_length):
+    decision: Decision
+
+    def act(t: int, observations: Observations) -> np.ndarray:
+        nonlocal decision
         if not plan:
-            decision = _decide(planner, observations, noise, found, first=t == 0)
+            state, draws = observations["state"][:, -1], planner.draw(noise, venv.n_envs)
+            decision = watch.time(lambda: planner.act({0: state}, draws))
             show(t, decision)
             chosen = aggregate(decision.actions, how)
             chosen = np.clip(chosen, -1, 1) if clip_actions else chosen
-            plan = [chosen[:, i] for i in range(min(n_exec, chosen.shape[1]))]
-            found.spreads.append(decision.actions[:, :, 0].std(axis=1).mean(axis=0))
-            found.sizes.append(np.abs(decision.actions[:, :, 0]).mean(axis=(0, 1)))
-        result = venv.step(plan.pop(0)[:, None])
-        found.returns += np.where(alive, result.rewards, 0)
-        found.steps[alive] = t
-        say(t, result.rewards, found.returns, decision)
-        found.terminated |= alive & result.terminated
-        alive &= ~(result.terminated | result.truncated)
-        observations = result.observations["state"][:, -1]
-        if not alive.any():
-            break
-    found.scores = np.asarray(normalized_score(dataset, found.returns))
-    return found
+            plan.extend(chosen[:, i] for i in range(min(n_exec, chosen.shape[1])))
+            spreads.append(decision.actions[:, :, 0].std(axis=1).mean(axis=0))
+            sizes.append(np.abs(decision.actions[:, :, 0]).mean(axis=(0, 1)))
+        return plan.pop(0)[:, None]
 
+    def on_step(step: Step) -> None:
+        say(step.number, step.result.rewards, step.returns, decision)
 
-def _decide(planner: Diffuser, observations: np.ndarray, noise: Any, found: Episodes, first: bool) -> Decision:
-    draws, began = planner.draw(noise, len(observations)), time.perf_counter()
-    decision = planner.act({0: observations}, draws)
-    if not first:  # the first compiles the program
-        found.seconds.append(time.perf_counter() - began)
-    return decision
+    episodes = run(act, venv, venv.reset(options), max_episode_length, on_step)
+    scores = np.asarray(normalized_score(dataset, episodes.returns))
+    return Episodes(episodes.returns, scores, episodes.steps - 1, episodes.terminated, watch.seconds, spreads, sizes)

@@ -15,8 +15,7 @@ from diffusion_rl.core.ema import AVERAGE, COPY, KEEP, follow
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.methods.diffuser.model import Losses, NoisyTrajectories
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
 
 MicroBatch = tuple[np.ndarray, np.ndarray, np.ndarray]  # windows [B], t [B], noise [B,H,D]
 

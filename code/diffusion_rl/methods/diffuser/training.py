@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.trajectories import TrajectoryDataset
-from diffusion_rl.data.window_order import WindowOrder
+from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
 from diffusion_rl.methods.diffuser.files import normalizer_tensors
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer, MicroBatch

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from diffusion_rl.envs.vector import VectorEnv
+from diffusion_rl.envs.interface import Observations, VectorEnv
+from diffusion_rl.methods.diffuser_lite.domains import Targets
 from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
+from diffusion_rl.training.episodes import FirstEpisodes, Step, Stopwatch, run
 
-Targets = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (observations [E,O], returns so far [E]) -> [E]
-LATENCIES_SKIPPED = 1  # the first decision compiles the program
+LAST_COUNTED = 1000  # step of a locomotion task from which on the original counts every reward
 
 
-class LiteEpisodes(NamedTuple):
+@dataclass
+class LiteEpisodes(FirstEpisodes):
     """One episode of each of E environments.
 
     Attributes:
-        returns: [E], rewards up to and including the step that ended the episode.
-        published: [E], as the original counts (see `run_lite_episodes`).
-        steps: [E].
+        published: returns [E] as the original counts them (see `run_lite_episodes`).
         seconds: of each decision, without the first.
     """
 
-    returns: np.ndarray
     published: np.ndarray
-    steps: np.ndarray
     seconds: list[float]
 
 
@@ -40,7 +38,6 @@ def run_lite_episodes(
     limit: int,
     published: str = "",
     reset_options: list[dict[str, Any]] | None = None,
-    say: Callable[[int, np.ndarray], None] = lambda step, returns: None,
 ) -> LiteEpisodes:
     """Act in E environments until every first episode has ended.
 
@@ -52,27 +49,21 @@ def run_lite_episodes(
         limit: steps of an episode.
         published: the kind of task, to let targets depend on returns as the original counts them; "" does not.
     """
-    observations = venv.reset(reset_options)["state"][:, -1]
-    alive, steps = np.ones(venv.n_envs, bool), np.zeros(venv.n_envs, np.int64)
-    returns, original = np.zeros(venv.n_envs), np.zeros(venv.n_envs)
-    seconds: list[float] = []
-    for step in range(1, limit + 1):
-        wanted = targets(observations, original if published else returns)
-        draws, began = planner.draw(noise, venv.n_envs), time.perf_counter()
-        actions = planner.act(observations, wanted, draws)
-        if step > LATENCIES_SKIPPED:
-            seconds.append(time.perf_counter() - began)
-        result = venv.step(actions[:, None])
-        returns += np.where(alive, result.rewards, 0)
-        steps[alive] = step
-        alive &= ~(result.terminated | result.truncated)
-        lost = published == "mujoco" and step < 1000
-        original += np.where(alive, result.rewards, 0) if lost else result.rewards
-        observations = result.observations["state"][:, -1]
-        say(step, returns)
-        if not alive.any():
-            break
-    return LiteEpisodes(returns, original, steps, seconds)
+    counted, watch = np.zeros(venv.n_envs), Stopwatch()
+    returns = np.zeros(venv.n_envs)
+
+    def act(number: int, observations: Observations) -> np.ndarray:
+        state = observations["state"][:, -1]
+        wanted, draws = targets(state, counted if published else returns), planner.draw(noise, venv.n_envs)
+        return watch.time(lambda: planner.act(state, wanted, draws))[:, None]
+
+    def on_step(step: Step) -> None:
+        returns[:] = step.returns
+        lost = published == "mujoco" and step.number + 1 < LAST_COUNTED
+        counted[:] += np.where(step.going_on, step.result.rewards, 0) if lost else step.result.rewards
+
+    episodes = run(act, venv, venv.reset(reset_options), limit, on_step)
+    return LiteEpisodes(**vars(episodes), published=counted, seconds=watch.seconds)
 
 
 def decision_times(

@@ -28,7 +28,7 @@ from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.diffuser_lite.iql import IQL
-from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.methods.diffuser_lite.training import Pairs
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.training.checkpoint import Checkpoint, checkpoint_metadata, require_finite, require_kind

@@ -27,6 +27,7 @@ from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.names import require_device, require_inside
 from diffusion_rl.config.yaml_files import parse_yaml, read_yaml
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.tasks.registry import tasks_of
 
 GO_ON = "resume=auto"  # how a user goes on with a training
 FOLDER = CONFIG_ROOT / "planning" / "diffuserlite"
@@ -41,7 +42,6 @@ TEXTS = ("device", "backup_dir", "restore_from", "data_dir")  # whose default ma
 LABELS = ("diffusion_ckpt", "reflow_ckpt", "invdyn_ckpt", "reflow_backbone_ckpt")  # a step or one of these words:
 LABEL_WORDS = {"diffusion_ckpt": ("latest", "all"), "reflow_ckpt": ("latest", "all")}
 NONE_IS_ALLOWED = ("terminal_penalty", "noreaching_penalty")
-TASKS = {"mujoco": ("hopper", "halfcheetah", "walker2d"), "kitchen": ("kitchen",), "antmaze": ("antmaze",)}
 SAMPLING_STEPS = whole(1, 10_000)
 PAIRS = whole(1, 10**9)
 RANGES = {
@@ -159,9 +159,9 @@ def _check(kind: str, values: dict[str, Any]) -> None:
     require_device(values["device"], spelling("device", shown(values["device"])))
     for key, name in (("pipeline_name", values["pipeline_name"]), ("task.env_name", values["task"]["env_name"])):
         require_inside(name, spelling(key, shown(name)))
-    prefixes = TASKS[kind]
-    if not values["task"]["env_name"].startswith(prefixes):
-        raise UserError(f"task.env_name={values['task']['env_name']}: names begin with {', '.join(prefixes)} here")
+    name, tasks = values["task"]["env_name"], tasks_of(domain=kind)
+    if not any(task.covers(name) for task in tasks):
+        raise UserError(f"task.env_name={name}: names begin with {', '.join(task.name for task in tasks)} here")
 
 
 def read_task(name: str) -> dict[str, Any]:

@@ -15,20 +15,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.threads import streams, without_stderr
 from diffusion_rl.diffusion.rectified_flow import Steps, guided, time_grid
+from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.networks.layers import Array
-
-if TYPE_CHECKING:
-    from diffusion_rl.methods.diffuser_lite.planner import Acting, PlanLevel
-
 
 ENVS_FOR_THREADS = 8  # below, sharing a product takes longer than it does
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
-from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.layers import Array, variables_of
 

@@ -12,11 +12,11 @@ import tensorflow as tf
 
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.plan_windows import PlanDataset
-from diffusion_rl.data.window_order import WindowOrder
+from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.diffusion.rectified_flow import time_grid
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.diffuser_lite.iql import IQLTrainer
-from diffusion_rl.methods.diffuser_lite.planner import PlanLevel
+from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.methods.diffuser_lite.trainer import (
     LevelDraws,
     LevelTrainer,

@@ -28,8 +28,8 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import Cond, clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.entropy import mixture_entropy
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
 

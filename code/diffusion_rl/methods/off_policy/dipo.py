@@ -17,8 +17,8 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.optimizers import clip_by_global_norm
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part, Settings, bellman_error, follow
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import Cond, clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
 
 BETAS, EPSILON = (0.9, 0.999), 1e-5  # of Adam over actions

@@ -20,9 +20,9 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
 from diffusion_rl.methods.off_policy.rlpd import EnsembleCritics
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.networks.mlp import draw_masks, split_masks
-from diffusion_rl.policies.diffusion import Cond, clone
+from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringGaussianPolicy
 
 LARGEST_EXPONENT = 80.0  # of which float32 holds the exponential

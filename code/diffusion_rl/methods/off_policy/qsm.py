@@ -16,8 +16,8 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error, follow
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import Cond, clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
 
 

@@ -27,8 +27,7 @@ from diffusion_rl.methods.off_policy.algorithm import (
     bellman_error,
     follow,
 )
-from diffusion_rl.networks.layers import Array, variables_of
-from diffusion_rl.policies.diffusion import clone
+from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.exploring import ExploringGaussianPolicy
 
 ACTOR_STEPS = 2  # of an update that trains the actor

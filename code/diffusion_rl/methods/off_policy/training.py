@@ -18,6 +18,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.returns import rewards_to_go
 from diffusion_rl.data.replay import ReplayBuffer, fields
+from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.off_policy.algorithm import Experience, Progress
 from diffusion_rl.methods.off_policy.learner import Learner, Losses
 from diffusion_rl.training.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
 from diffusion_rl.training.rollout import (
     Decide,
     EpisodeStatistics,
-    Observations,
     Rollout,
     RunningEpisodes,
     collect,

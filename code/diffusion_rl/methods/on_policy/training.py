@@ -17,11 +17,12 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
+from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.on_policy.trainers import on_policy_trainer
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.evaluation import evaluate
 from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
-from diffusion_rl.training.rollout import Observations, Rollout, collect
+from diffusion_rl.training.rollout import Rollout, collect
 from diffusion_rl.training.run_dir import RunDir
 
 

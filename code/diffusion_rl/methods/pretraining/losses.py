@@ -18,9 +18,9 @@ from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.networks import folded
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.networks.mlp import split_masks
-from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy, clone
+from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 

@@ -12,9 +12,11 @@ import tensorflow as tf
 
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
 from diffusion_rl.methods.vae_latent.model import LatentDiffusionRL
 from diffusion_rl.policies.acting import DiffusionActor
+from diffusion_rl.training.episodes import Act, Step, run
 
 EVALUATION_SEED = 10_000_019  # apart from those of training
 
@@ -51,28 +53,32 @@ def evaluate_policy(
     Seeds and noise depend on `seed` alone: the same weights give the same returns, within training and after it.
     """
     noise, scale = NoiseSource(int(cfg["seed"])), np.float32(cfg["sample_noise_scale"])
-    count, limit, found = int(cfg["num_eval"]), int(cfg["max_path_length"]), list[np.ndarray]()
-    won: list[np.ndarray] = []
-    while len(found) * venv.n_envs < count:
-        first = EVALUATION_SEED + int(cfg["seed"]) + len(found) * venv.n_envs
-        seen = venv.reset([{"seed": first + i} for i in range(venv.n_envs)])
-        alive, totals = np.ones(venv.n_envs, bool), np.zeros((venv.n_envs, venv.n_agents))
-        wins = np.zeros(venv.n_envs, bool)
-        for _ in range(limit):
-            draws = scale * actor.draw(noise, venv.n_envs)
-            decision = actor.act(seen["state"], draws, deterministic=True)
-            result = venv.step(decode(decision.actions)[:, : venv.act_steps])
-            earned = result.infos.get("agent_rewards", np.repeat(result.rewards[:, None], venv.n_agents, axis=1))
-            totals += np.where(alive[:, None], earned, 0)
-            wins |= alive & result.infos.get("won", False)
-            alive &= ~(result.terminated | result.truncated)
-            seen = result.observations
-            if not alive.any():
-                break
-        found.append(totals)
-        won.append(wins if "won" in result.infos else np.full(venv.n_envs, np.nan))
-    by_agent, wins = np.concatenate(found)[:count], np.concatenate(won)[:count]
-    return AgentReturns(by_agent.mean(axis=1), by_agent, None if np.isnan(wins).any() else wins)
+
+    def act(step: int, observations: Observations) -> np.ndarray:
+        decision = actor.act(observations["state"], scale * actor.draw(noise, venv.n_envs), deterministic=True)
+        return decode(decision.actions)[:, : venv.act_steps]
+
+    groups: list[tuple[np.ndarray, np.ndarray]] = []
+    while len(groups) * venv.n_envs < int(cfg["num_eval"]):
+        first = EVALUATION_SEED + int(cfg["seed"]) + len(groups) * venv.n_envs
+        groups.append(_episodes(act, venv, first, int(cfg["max_path_length"])))
+    by_agent, won = (np.concatenate(each)[: int(cfg["num_eval"])] for each in zip(*groups, strict=True))
+    return AgentReturns(by_agent.mean(axis=1), by_agent, None if np.isnan(won).any() else won)
+
+
+def _episodes(act: Act, venv: AgentHistoryEnv, seed: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of an episode of each environment the agents' returns [E,N], and whether it was won [E] (NaN: nobody says)."""
+    totals, won = np.zeros((venv.n_envs, venv.n_agents)), np.full(venv.n_envs, np.nan)
+
+    def on_step(step: Step) -> None:
+        infos, rewards = step.result.infos, step.result.rewards
+        earned = infos.get("agent_rewards", np.repeat(rewards[:, None], venv.n_agents, axis=1))
+        totals[:] += np.where(step.alive[:, None], earned, 0)
+        if "won" in infos:
+            won[:] = (won == 1) | (step.alive & infos["won"])
+
+    run(act, venv, venv.reset([{"seed": seed + i} for i in range(venv.n_envs)]), limit, on_step)
+    return totals, won
 
 
 def result_path(folder: Path, step: int, cfg: Mapping[str, Any]) -> Path:

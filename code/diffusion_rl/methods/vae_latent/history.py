@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.data.agent_windows import AgentNormalizer, agent_rows
-from diffusion_rl.envs.vector import StepResult, VectorEnv
+from diffusion_rl.envs.interface import StepResult, VectorEnv
 
 
 class AgentHistoryEnv:

@@ -34,8 +34,7 @@ from diffusion_rl.networks.latent import (
     TrajectoryEncoder,
     kl_to_standard_normal,
 )
-from diffusion_rl.networks.layers import Array, copy_weights, with_variables
-from diffusion_rl.policies.diffusion import clone
+from diffusion_rl.networks.layers import Array, clone, copy_weights, with_variables
 
 
 class Sizes(NamedTuple):

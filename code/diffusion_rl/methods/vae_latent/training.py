@@ -12,7 +12,7 @@ from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.data.agent_windows import VAESequenceDataset
-from diffusion_rl.data.window_order import WindowOrder
+from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.vae_latent.evaluation import decoder, evaluate_policy, evaluating_actor, write_result
 from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-SUCCESS_TASKS = ("lift", "can", "square", "transport")  # measured by the success rate, the others by the return
+from diffusion_rl.tasks.registry import tasks_of
+
 READING_ERROR = {"episode_return": 20.0, "success_rate": 0.01}
 
 
@@ -31,7 +32,7 @@ class FinalValue:
 
 def metric_of(task: str) -> str:
     """The column of the metrics that the published values of a task are comparable with."""
-    return "success_rate" if task in SUCCESS_TASKS else "episode_return"
+    return "success_rate" if tasks_of(name=task, by_success=True) else "episode_return"
 
 
 def curves() -> dict[tuple[str, str], PublishedCurve]:

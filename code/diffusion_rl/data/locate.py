@@ -1,0 +1,76 @@
+"""Where the data sets of D4RL's tasks and their home-made likes are on this machine, found by name.
+
+Environment: D4RL_DATASET_DIR   the folder of D4RL's own files (default: ~/.d4rl/datasets)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.data import assets, sources
+from diffusion_rl.data.episodes import Episodes, load_unscaled
+from diffusion_rl.data.flat import flat_of, read_flat
+from diffusion_rl.tasks.registry import D4RL_FILES, d4rl_file
+
+Say = Callable[[str], None]
+
+
+def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> Episodes:
+    """Finds the complete episodes of a data set, in the environment's units.
+
+    Looks in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then for D4RL's file in
+    D4RL_DATASET_DIR, then among the data that ship with this repository.
+
+    Raises:
+        UserError: there are none; where to get them is said.
+    """
+    if data_dir:
+        return _read(Path(data_dir))
+    folder, own = _d4rl_folder(), assets.data_dir() / "gym" / name
+    for path in _d4rl_paths(name):
+        if path.is_file():
+            say(f"data: {path}")
+            return _read(path)
+    for path in (assets.data_dir() / "maze2d" / f"{name}.hdf5", own):
+        if path.is_file() or _is_npz(path):
+            say(f"data: {path} (made for this repository; not D4RL's)")
+            return _read(path)
+    remote = d4rl_file(name)
+    cure = f"download {D4RL_FILES}/{remote} to {folder}" if remote else f"put it into {folder}"
+    raise UserError(f"no data for {name}: {cure}, or name a file or folder with --data_dir (looked in {own}, too)")
+
+
+def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[str, np.ndarray]:
+    """Finds the rows of a data set as flat arrays (see `data.flat`).
+
+    Of a file in D4RL's layout these are all rows; of anything else that `find_episodes` finds, complete episodes.
+    """
+    for path in [Path(data_dir)] if data_dir else _d4rl_paths(name):
+        if path.is_file() and path.suffix in (".hdf5", ".h5") and (flat := read_flat(path)) is not None:
+            say(f"data: {path}")
+            return flat
+    return flat_of(find_episodes(name, data_dir, say))
+
+
+def _d4rl_folder() -> Path:
+    return Path(os.environ.get("D4RL_DATASET_DIR", "~/.d4rl/datasets")).expanduser()
+
+
+def _d4rl_paths(name: str) -> Iterator[Path]:
+    """Where a file of D4RL may lie: under D4RL's name for it, or the data set's own."""
+    if remote := d4rl_file(name):
+        yield _d4rl_folder() / Path(remote).name
+    yield _d4rl_folder() / f"{name}.hdf5"
+
+
+def _is_npz(folder: Path) -> bool:
+    return (folder / "train.npz").is_file()
+
+
+def _read(path: Path) -> Episodes:
+    return load_unscaled(path) if _is_npz(path) else sources.load(path)[0]
