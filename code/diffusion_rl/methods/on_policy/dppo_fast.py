@@ -12,71 +12,74 @@ Shapes as in `policies.diffusion`; N samples of a rollout, B rows of a minibatch
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.on_policy.chunked import accumulate, chunks
-from diffusion_rl.methods.on_policy.dppo import DPPO, PPOLoss, chunk_log_prob
+from diffusion_rl.methods.on_policy.ppo import Losses, chunk_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
+
+if TYPE_CHECKING:
+    from diffusion_rl.methods.on_policy.dppo import DPPO
 
 CHUNK = 1000  # rows; between 250 and 2000 the time is the same within 3%
 
 
-def applicable(algorithm: DPPO) -> bool:
+def applicable(policy: DPPO) -> bool:
     """Whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
-    a = algorithm
-    return folded.can_fold(a.actor_ft) and folded.can_fold(a.critic) and not a.learn_eta and a.ft_denoising_steps > 0
+    p = policy
+    return folded.can_fold(p.actor_ft) and folded.can_fold(p.critic) and not p.learn_eta and p.ft_denoising_steps > 0
 
 
 # ---------- gradients of one minibatch ----------
 
 
 def gradients(
-    algorithm: DPPO, reward_horizon: int, coefficients: Mapping[str, float]
-) -> Callable[[Array, dict[str, Array]], tuple[PPOLoss, dict[str, Sequence[Array]]]]:
+    policy: DPPO, reward_horizon: int, coefficients: Mapping[str, float]
+) -> Callable[[Array, dict[str, Array]], tuple[Losses, dict[str, Sequence[Array]]]]:
     """A compiled (rows [B], rollout) -> (losses, gradients of actor and critic)."""
-    a = algorithm
-    actor_variables, critic_variables = variables_of(a.actor_ft), variables_of(a.critic)
-    timesteps, positions = a.fine_tuned_timesteps()
+    p = policy
+    actor_variables, critic_variables = variables_of(p.actor_ft), variables_of(p.critic)
+    timesteps, positions = p.fine_tuned_timesteps()
 
     @tf.function
     def compute(rows: Array, data: dict[str, Array]) -> tuple[tuple[Array, ...], list[Array], list[Array]]:
         actor_losses, actor_grads = policy_gradients(rows, data)
-        v_loss, critic_grads = value_gradients(rows // a.ft_denoising_steps, data)
+        v_loss, critic_grads = value_gradients(rows // p.ft_denoising_steps, data)
         return (*actor_losses, v_loss), actor_grads, critic_grads
 
     def policy_gradients(rows: Array, data: dict[str, Array]) -> tuple[list[Array], list[Array]]:
-        f, b = a.ft_denoising_steps, rows.shape[0]
+        f, b = p.ft_denoising_steps, rows.shape[0]
         sample, step = rows // f, rows % f
-        advantages = a.step_advantages(tf.gather(data["advantages"], sample), step)
+        advantages = p.step_advantages(tf.gather(data["advantages"], sample), step)
         old_log_prob = tf.gather(tf.reshape(data["old_log_prob"], [-1]), rows)
         n_chunks, size, padding = chunks(b, CHUNK)
-        per_row = [tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], a.dtype))]
+        per_row = [tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], p.dtype))]
         states = tf.reshape(data["state"], [data["state"].shape[0], -1])
-        x_dim = a.horizon_steps * a.action_dim
+        x_dim = p.horizon_steps * p.action_dim
         links = tf.reshape(data["chains"], [-1, x_dim])
         with tf.GradientTape() as outer:
-            weights = folded.fold_actor(a.actor_ft, timesteps)
+            weights = folded.fold_actor(p.actor_ft, timesteps)
         constants = [tf.stop_gradient(w) for w in weights]
 
         def one_chunk(start: Array) -> tuple[list[Array], Array]:
             sample_c, step_c, advantages_c, old_c, weight_c = (tf.slice(v, [start], [size]) for v in per_row)
             link = sample_c * (f + 1) + step_c
             previous, following = tf.gather(links, link), tf.gather(links, link + 1)
-            inputs = tf.concat([previous, tf.gather(states, sample_c), tf.one_hot(step_c, f, dtype=a.dtype)], axis=1)
-            shape = [size, a.horizon_steps, a.action_dim]
+            inputs = tf.concat([previous, tf.gather(states, sample_c), tf.one_hot(step_c, f, dtype=p.dtype)], axis=1)
+            shape = [size, p.horizon_steps, p.action_dim]
             previous, following = tf.reshape(previous, shape), tf.reshape(following, shape)
             cond = {"state": tf.gather(data["state"], sample_c)}
             with tf.GradientTape() as tape:
                 tape.watch(constants)
-                output = tf.reshape(folded.actor_output(a.actor_ft, constants, inputs), shape)
+                output = tf.reshape(folded.actor_output(p.actor_ft, constants, inputs), shape)
                 t, index = tf.gather(timesteps, step_c), tf.gather(positions, step_c)
-                mean, logvar, eta = a.mean_var_eta(previous, t, cond, index, output, deterministic=False)
-                log_prob = normal_log_prob(following, mean, a.log_prob_std(logvar))
-                loss, ratio, approx_kl, outside = a.step_policy_loss(
+                mean, logvar, eta = p.mean_var_eta(previous, t, cond, index, output, deterministic=False)
+                log_prob = normal_log_prob(following, mean, p.log_prob_std(logvar))
+                loss, ratio, approx_kl, outside = p.step_policy_loss(
                     chunk_log_prob(log_prob, reward_horizon), old_c, advantages_c, step_c
                 )
                 total = tf.reduce_sum(weight_c * loss)
@@ -84,7 +87,7 @@ def gradients(
             sums = tf.stack([tf.reduce_sum(weight_c * v) for v in watched])
             return tape.gradient(total, constants, unconnected_gradients=tf.UnconnectedGradients.ZERO), sums
 
-        sums, statistics = accumulate(one_chunk, n_chunks, size, constants, 5, a.dtype)
+        sums, statistics = accumulate(one_chunk, n_chunks, size, constants, 5, p.dtype)
         scaled = [s / b for s in sums]
         grads = outer.gradient(weights, actor_variables, output_gradients=scaled)
         return tf.unstack(statistics / b), grads
@@ -93,22 +96,22 @@ def gradients(
         n, b = data["state"].shape[0], sample.shape[0]
         states = tf.reshape(data["state"], [n, -1])
         if n <= b:  # each observation once, weighted by how often it was drawn
-            counts = tf.math.unsorted_segment_sum(tf.ones([b], a.dtype), sample, n)
+            counts = tf.math.unsorted_segment_sum(tf.ones([b], p.dtype), sample, n)
             per_row = [states, data["returns"], data["values"], counts]
         else:
             per_row = [tf.gather(v, sample) for v in (states, data["returns"], data["values"])]
-            per_row.append(tf.ones([b], a.dtype))
+            per_row.append(tf.ones([b], p.dtype))
         n_chunks, size, padding = chunks(min(n, b), CHUNK)
         per_row = [tf.pad(v, [[0, padding]] + [[0, 0]] * (len(v.shape) - 1)) for v in per_row]
         with tf.GradientTape() as outer:
-            weights = folded.fold_critic(a.critic)
+            weights = folded.fold_critic(p.critic)
         constants = [tf.stop_gradient(w) for w in weights]
 
         def one_chunk(start: Array) -> tuple[list[Array], Array]:
             states_c = tf.slice(per_row[0], [start, 0], [size, per_row[0].shape[1]])
             return value_chunk(states_c, *(tf.slice(v, [start], [size]) for v in per_row[1:]), constants)
 
-        sums, total = accumulate(one_chunk, n_chunks, size, constants, 1, a.dtype)
+        sums, total = accumulate(one_chunk, n_chunks, size, constants, 1, p.dtype)
         factor = coefficients["v_loss"] / b
         return total[0] / b, outer.gradient(weights, critic_variables, output_gradients=[s * factor for s in sums])
 
@@ -119,22 +122,22 @@ def gradients(
     ) -> tuple[list[Array], Array]:
         with tf.GradientTape() as tape:
             tape.watch(constants)
-            values = folded.critic_output(a.critic, constants, states)
-            total = tf.reduce_sum(weights * a.value_loss(values, returns, oldvalues))
+            values = folded.critic_output(p.critic, constants, states)
+            total = tf.reduce_sum(weights * p.value_loss(values, returns, oldvalues))
         return tape.gradient(total, constants), total[None]
 
-    def losses_and_gradients(rows: Array, data: dict[str, Array]) -> tuple[PPOLoss, dict[str, Any]]:
+    def losses_and_gradients(rows: Array, data: dict[str, Array]) -> tuple[Losses, dict[str, Any]]:
         (pg_loss, clipfrac, approx_kl, ratio, eta, v_loss), actor_grads, critic_grads = compute(rows, data)
-        losses = PPOLoss(
-            pg_loss=pg_loss,
-            entropy_loss=-eta,
-            v_loss=v_loss,
-            clipfrac=clipfrac,
-            approx_kl=approx_kl,
-            ratio=ratio,
-            bc_loss=tf.zeros([], a.dtype),
-            eta=eta,
-        )
+        losses = {
+            "pg_loss": pg_loss,
+            "v_loss": v_loss,
+            "clipfrac": clipfrac,
+            "approx_kl": approx_kl,
+            "ratio": ratio,
+            "entropy_loss": -eta,
+            "bc_loss": tf.zeros([], p.dtype),
+            "eta": eta,
+        }
         return losses, {"actor": actor_grads, "critic": critic_grads}
 
     return losses_and_gradients

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
-from diffusion_rl.methods.on_policy.dppo import chunk_log_prob
+from diffusion_rl.methods.on_policy.ppo import chunk_log_prob
 from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL
 from diffusion_rl.networks.layers import Array, variables_of
 
