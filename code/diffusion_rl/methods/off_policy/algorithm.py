@@ -1,14 +1,23 @@
 """What the off-policy loop asks of an algorithm, and the few formulas that several of them share.
 
-An algorithm is its policy (`draw_action`, `act`) together with
+An algorithm is a class: a policy (`draw_action`, `act`) with
 
-    parts      what is trained, and by which settings
-    experience how its data are kept
-    phases     which updates an iteration consists of
-    draw       everything random of one update, in the order of the PyTorch reference
-    update     one update: losses, gradient steps, target networks; compiled, many of them in one call
+    parts        what is trained, and by which settings
+    experience   how its data are kept
+    phases       which updates an iteration consists of
+    draw         everything random of one update, in the order of the PyTorch reference
+    update       one update: losses, gradient steps, target networks; compiled, many of them in one call
 
-`settings` is the `train` node of the configuration throughout.
+and what it says of itself (literals, which `config.declared` reads without importing the class):
+
+    KIND         kind of its checkpoints
+    LABEL        its name in papers and so in figures; left out: the run's name
+    TRAIN_KEYS   the keys of `train` that it reads beside those of the loop, with spaces between them; "actor" stands
+                 for actor_lr, actor_lr_scheduler and actor_weight_decay
+    EXPORTABLE   False: it acts by more than its policy, so that no export would act as it does
+    ACTS_WITH    the part of its checkpoints that acts; left out: the policy's network
+
+`settings` is the `train` node of the configuration throughout, `rng` the source of random numbers.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class AdvantageWeighted(OffPolicy):
     A policy that inherits it has `actor`, `weighted_loss` and `draw_loss`.
     """
 
+    TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_update_ratio beta max_adv_weight"
     actor: keras.layers.Layer
     critic: keras.layers.Layer
 
@@ -78,7 +79,7 @@ class AdvantageWeighted(OffPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         """Rows of the critic: as many as there are steps are drawn from, though rows are E times as many (quirk 64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
 
@@ -88,9 +89,9 @@ class AdvantageWeighted(OffPolicy):
         batch = data.online.at(draws["rows"])
         return {"loss_critic": step("critic", lambda: self.loss_critic({"state": batch.obs}, batch.returns))}
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        return {"rows": rows.online(b)} | self.draw_loss(noise, b)
+        return {"rows": rows.online(b)} | self.draw_loss(rng, b)
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
@@ -112,6 +113,7 @@ class AWR(AdvantageWeighted, WeightedDenoising):
     """
 
     KIND = "awr"
+    LABEL = "DAWR"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)

@@ -46,6 +46,11 @@ class CalQL(SoftActorCritic):
     """
 
     KIND = "calql"
+    LABEL = "Cal-QL"
+    TRAIN_KEYS = (
+        "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode "
+        "automatic_entropy_tuning n_episode_per_epoch n_random_actions num_update train_online"
+    )
     CONTINUES = True  # online training starts from offline training's critics too
 
     def __init__(
@@ -137,20 +142,20 @@ class CalQL(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, online = int(settings["batch_size"]), bool(settings["train_online"])
         draws = {"offline_rows": rows.offline(b // 2 if online else b)}
         if online:
             draws["rows"], b = rows.online(b // 2), b // 2 * 2
         shape = (b, int(settings["n_random_actions"]), self.horizon_steps, self.network.action_dim)
         draws |= {
-            "random_actions": noise.uniform(shape, -1.0, 1.0, floatx()),
-            "next_noise": noise.normal(self.noise_shape(b * self.cql_n_actions), floatx()),
-            "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
-            "actor_noise": noise.normal(self.noise_shape(b), floatx()),
+            "random_actions": rng.uniform(shape, -1.0, 1.0, floatx()),
+            "next_noise": rng.normal(self.noise_shape(b * self.cql_n_actions), floatx()),
+            "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
+            "actor_noise": rng.normal(self.noise_shape(b), floatx()),
         }
         if settings["automatic_entropy_tuning"]:
-            draws["temperature_noise"] = noise.normal(self.noise_shape(b), floatx())
+            draws["temperature_noise"] = rng.normal(self.noise_shape(b), floatx())
         return draws
 
     def update(

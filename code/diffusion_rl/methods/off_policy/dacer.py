@@ -59,6 +59,11 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dacer"
+    LABEL = "DACER"
+    TRAIN_KEYS = (
+        "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate init_temperature "
+        "target_entropy temperature_lr temperature_interval entropy_states entropy_samples"
+    )
     _log_alpha: tf.Variable
 
     def __init__(
@@ -108,13 +113,13 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         actions = self.sample(cond, noise, deterministic=True)
         return tf.clip_by_value(actions + size * tf.cast(exploration, self.dtype), -1.0, 1.0)
 
-    def _action_draws(self, noise: Any, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def _action_draws(self, rng: Any, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
         """The draws that `explored` takes, so many times."""
-        chain = noise.normal((*times, *self.noise_shape(batch)), floatx())
-        return chain, noise.normal((*times, batch, self.horizon_steps, self.action_dim), floatx())
+        chain = rng.normal((*times, *self.noise_shape(batch)), floatx())
+        return chain, rng.normal((*times, batch, self.horizon_steps, self.action_dim), floatx())
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        return dict(zip(("noise", "exploration"), self._action_draws(noise, batch), strict=True))
+    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+        return dict(zip(("noise", "exploration"), self._action_draws(rng, batch), strict=True))
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         if deterministic:
@@ -160,13 +165,13 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- updates ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": np.stack([rows.online(b) for _ in range(CRITIC_STEPS)])}
-        draws["next_noise"], draws["next_exploration"] = self._action_draws(noise, b, (CRITIC_STEPS,))
-        draws["z"] = noise.normal((CRITIC_STEPS, b), floatx())
+        draws["next_noise"], draws["next_exploration"] = self._action_draws(rng, b, (CRITIC_STEPS,))
+        draws["z"] = rng.normal((CRITIC_STEPS, b), floatx())
         if train_actor:
-            draws["noise"], draws["exploration"] = self._action_draws(noise, b)
+            draws["noise"], draws["exploration"] = self._action_draws(rng, b)
         return draws
 
     def update(
@@ -187,9 +192,9 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         self.n_updates.assign_add([1])
         return losses
 
-    def draw_temperature(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_temperature(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, n = int(settings["entropy_states"]), int(settings["entropy_samples"])
-        return {"rows": rows.online(b), **self.draw_action(noise, b * n, False, settings)}
+        return {"rows": rows.online(b), **self.draw_action(rng, b * n, False, settings)}
 
     def update_temperature(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool

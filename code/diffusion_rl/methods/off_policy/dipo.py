@@ -35,6 +35,11 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dipo"
+    LABEL = "DIPO"
+    TRAIN_KEYS = (
+        "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate action_lr action_gradient_steps"
+    )
+    ACTS_WITH = "actor_target"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
@@ -85,14 +90,14 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        draws = {"rows": rows.online(b), "next_noise": noise.normal(self.noise_shape(b), floatx())}
+        draws = {"rows": rows.online(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:
             draws |= {
                 "actor_rows": rows.online(b),
-                "t": noise.integers(0, self.denoising_steps, (b,)),
-                "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
+                "t": rng.integers(0, self.denoising_steps, (b,)),
+                "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
             }
         return draws
 

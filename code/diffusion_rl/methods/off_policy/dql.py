@@ -31,6 +31,8 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dql"
+    LABEL = "DQL"
+    TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate eta"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
@@ -70,15 +72,15 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, horizon = int(settings["batch_size"]), self.horizon_steps
         return {
             "rows": rows.online(b),
-            "next_noise": noise.normal(self.noise_shape(b), floatx()),
-            "noise": noise.normal(self.noise_shape(b), floatx()),
-            "t": noise.integers(0, self.denoising_steps, (b,)),
-            "denoising_noise": noise.normal((b, horizon, self.action_dim), floatx()),
-            "coin": noise.uniform((), dtype=floatx()),
+            "next_noise": rng.normal(self.noise_shape(b), floatx()),
+            "noise": rng.normal(self.noise_shape(b), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
+            "denoising_noise": rng.normal((b, horizon, self.action_dim), floatx()),
+            "coin": rng.uniform((), dtype=floatx()),
         }
 
     def update(

@@ -39,6 +39,9 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     """
 
     KIND = "ibrl"
+    LABEL = "IBRL"
+    TRAIN_KEYS = "actor critic target_ema_rate n_explore_steps n_eval_episode critic_num_update update_freq"
+    EXPORTABLE = False  # it chooses among proposals with its critics
 
     def __init__(
         self,
@@ -104,13 +107,13 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
-            "pair": self.draw_pair(noise),
-            "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
-            "keep": draw_masks(self.network, noise, (2, b)),
+            "pair": self.draw_pair(rng),
+            "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
+            "keep": draw_masks(self.network, rng, (2, b)),
         }
 
     def update_critic(
@@ -122,12 +125,12 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.last["online"],
-            "noise": noise.normal(self.noise_shape(b), floatx()),
-            "keep": draw_masks(self.network, noise, (b,)),
+            "noise": rng.normal(self.noise_shape(b), floatx()),
+            "keep": draw_masks(self.network, rng, (b,)),
         }
 
     def update(
@@ -140,9 +143,9 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        draws = {"pair": self.draw_pair(noise), "noise": noise.normal((2, *self.noise_shape(batch)), floatx())}
-        return draws if deterministic else draws | {"keep": draw_masks(self.network, noise, (2, batch))}
+    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+        draws = {"pair": self.draw_pair(rng), "noise": rng.normal((2, *self.noise_shape(batch)), floatx())}
+        return draws if deterministic else draws | {"keep": draw_masks(self.network, rng, (2, batch))}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         return self.choices(cond, draws["pair"], draws["noise"], deterministic, draws.get("keep"))

@@ -46,6 +46,12 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "idql"
+    LABEL = "IDQL"
+    TRAIN_KEYS = (
+        "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_tau eval_sample_num "
+        "eval_deterministic use_expectile_exploration"
+    )
+    EXPORTABLE = False  # it chooses among samples with its critics
 
     def __init__(
         self, actor: keras.layers.Layer, critic_q: keras.layers.Layer, critic_v: keras.layers.Layer, **kwargs: Any
@@ -85,12 +91,12 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
-            "t": noise.integers(0, self.denoising_steps, (b,)),
-            "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
+            "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
     def update(
@@ -110,8 +116,8 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        return {"noise": noise.normal(self.noise_shape(settings["eval_sample_num"] * batch), floatx())}
+    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+        return {"noise": rng.normal(self.noise_shape(settings["eval_sample_num"] * batch), floatx())}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         return self.choices(

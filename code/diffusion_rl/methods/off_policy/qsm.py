@@ -31,6 +31,8 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "qsm"
+    LABEL = "QSM"
+    TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_tau q_grad_coeff"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
@@ -72,13 +74,13 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
-            "next_noise": noise.normal(self.noise_shape(b), floatx()),
-            "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
-            "t": noise.integers(0, self.denoising_steps, (b,)),
+            "next_noise": rng.normal(self.noise_shape(b), floatx()),
+            "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
         }
 
     def update(

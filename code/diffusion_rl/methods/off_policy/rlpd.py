@@ -36,9 +36,9 @@ class EnsembleCritics:
         self.target_networks = CriticEnsemble([critic] * n_critics)
         self.ensemble_params = CriticEnsemble([critic] * n_critics)
 
-    def draw_pair(self, noise: Any) -> np.ndarray:
+    def draw_pair(self, rng: Any) -> np.ndarray:
         """Indices [2] of two different critics."""
-        return noise.permutation(self.n_critics)[:2]
+        return rng.permutation(self.n_critics)[:2]
 
     def smaller(self, critics: CriticEnsemble, cond: Any, actions: Array, pair: Array) -> Array:
         """The smaller value [B] of these two critics."""
@@ -64,6 +64,10 @@ class RLPD(EnsembleCritics, SoftPolicy):
     """
 
     KIND = "rlpd"
+    LABEL = "RLPD"
+    TRAIN_KEYS = (
+        "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode critic_num_update"
+    )
 
     def __init__(
         self,
@@ -115,13 +119,13 @@ class RLPD(EnsembleCritics, SoftPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "offline_rows": rows.offline(b // 2),
             "rows": rows.online(b // 2),
-            "pair": self.draw_pair(noise),
-            "noise": noise.normal(self.noise_shape(b // 2 * 2), floatx()),
+            "pair": self.draw_pair(rng),
+            "noise": rng.normal(self.noise_shape(b // 2 * 2), floatx()),
         }
 
     def update_critic(
@@ -132,12 +136,12 @@ class RLPD(EnsembleCritics, SoftPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"]) // 2 * 2
         return {
             "offline_rows": rows.last["offline"],
             "rows": rows.last["online"],
-            "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
+            "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
         }
 
     def update(

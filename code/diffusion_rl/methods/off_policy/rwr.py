@@ -28,6 +28,7 @@ class RewardWeighted(OffPolicy):
     A policy that inherits it has `network`, `weighted_loss` and `draw_loss`.
     """
 
+    TRAIN_KEYS = "lr weight_decay lr_scheduler max_grad_norm update_epochs beta max_reward_weight"
     network: keras.layers.Layer
 
     def experience(self, settings: Settings) -> Experience:
@@ -51,9 +52,9 @@ class RewardWeighted(OffPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         places = rows.shuffled(int(settings["batch_size"]))
-        return {"rows": places} | self.draw_loss(noise, len(places))
+        return {"rows": places} | self.draw_loss(rng, len(places))
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
@@ -66,11 +67,11 @@ class RewardWeighted(OffPolicy):
 class WeightedDenoising(ExploringDiffusionPolicy):
     """A diffusion policy with the weighted loss; arguments of `ExploringDiffusionPolicy`."""
 
-    def draw_loss(self, noise: Any, b: int) -> dict[str, Any]:
+    def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
         """Step and noise of the denoising loss for b rows."""
         return {
-            "t": noise.integers(0, self.denoising_steps, (b,)),
-            "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
+            "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
@@ -91,7 +92,7 @@ class WeightedLikelihood(ExploringGaussianPolicy):
         super().__init__(network=actor, **kwargs)
         self.actor = self.network
 
-    def draw_loss(self, noise: Any, b: int) -> dict[str, Any]:
+    def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
         """Nothing: the likelihood is exact."""
         return {}
 
@@ -106,6 +107,7 @@ class RWR(RewardWeighted, WeightedDenoising):
     """DRWR."""
 
     KIND = "rwr"
+    LABEL = "DRWR"
 
 
 class GaussianRWR(RewardWeighted, WeightedLikelihood):

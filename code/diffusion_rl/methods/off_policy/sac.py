@@ -91,6 +91,12 @@ class SAC(SoftActorCritic):
     """The losses are functions of weights, batch and noise; arguments of `SoftActorCritic`."""
 
     KIND = "sac"
+    LABEL = "SAC"
+    TRAIN_KEYS = (
+        "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode "
+        "critic_replay_ratio actor_replay_ratio"
+    )
+    EXPORT_SETTINGS = {"tanh_output": True}  # earlier checkpoints do not say so
 
     def experience(self, settings: Settings) -> Experience:
         return Experience(counts_episodes=True, explores=True)
@@ -122,12 +128,12 @@ class SAC(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        draws = {"rows": rows.distinct(b), "next_noise": noise.normal(self.noise_shape(b), floatx())}
+        draws = {"rows": rows.distinct(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:
             steps = settings.get("actor_steps", ACTOR_STEPS)
-            draws["actor_noise"] = noise.normal((steps, 2, *self.noise_shape(b)), floatx())
+            draws["actor_noise"] = rng.normal((steps, 2, *self.noise_shape(b)), floatx())
         return draws
 
     def update(

@@ -69,6 +69,7 @@ class DPOER(DPPO):
     """
 
     KIND = "dpoer"
+    LABEL = "DPOER"
 
     def __init__(
         self,

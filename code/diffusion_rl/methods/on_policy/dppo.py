@@ -66,6 +66,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
     """
 
     KIND = "dppo"
+    LABEL = "DPPO"
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
     """
 
     KIND = "dppo_exact"
+    LABEL = "DPPO (exact)"
 
     def __init__(
         self,

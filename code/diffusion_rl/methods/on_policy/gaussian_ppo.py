@@ -18,6 +18,7 @@ class GaussianPPO(ChunkPPO, FineTunedGaussianPolicy):
     """A Gaussian policy with PPO's loss."""
 
     KIND = "gaussian_ppo"
+    LABEL = "Gaussian PPO"
 
     def bc_noise_shape(self, rows: int) -> tuple[int, ...]:
         return rows, self.horizon_steps * self.network.action_dim

@@ -14,3 +14,4 @@ class GMMPPO(ChunkPPO, FineTunedGMMPolicy):
     """A mixture policy with PPO's loss."""
 
     KIND = "gmm_ppo"
+    LABEL = "GMM PPO"
