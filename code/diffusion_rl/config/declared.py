@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import pkgutil
 import sys
@@ -38,11 +39,13 @@ def is_declared(target: str) -> bool:
 
 
 def declaring(package: str, attribute: str) -> dict[str, Any]:
-    """The classes in the modules of a package whose own bodies give an attribute a value: full path -> value."""
-    spec = importlib.util.find_spec(package)
-    names = [f"{package}.{m.name}" for m in pkgutil.iter_modules(spec.submodule_search_locations if spec else [])]
+    """The classes in a package's modules whose own bodies give an attribute a value: full path -> value.
+
+    The package itself is imported, its modules are not.
+    """
     found = {}
-    for module in names:
+    for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        module = f"{package}.{entry.name}"
         source = _read(module)
         for name, node in source.classes.items() if source else ():
             if (value := _own(node, attribute)) is not _NOT_THERE:
