@@ -177,12 +177,10 @@ def build_policy(cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], p
             asked = int(node.get("ft_denoising_steps") or config.get("ft_denoising_steps") or 0)
             node["ft_denoising_steps"] = 0 if "ft_denoising_steps" in checkpoint.metadata else asked
             node["ft_denoising_steps"] = fine_tuned_steps(checkpoint, node["ft_denoising_steps"], path)
-        acts_as = FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy
         plain = {k: v for k, v in node.items() if not isinstance(v, Mapping)}  # neither critic nor eta
-        return acts_as(network=network, **plain)
-    given = getattr(cls, "EXPORT_SETTINGS", {}) | {
-        k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts
-    }
+        return (FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy)(network=network, **plain)
+    given = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
+    given = getattr(cls, "EXPORT_SETTINGS", {}) | given
     return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **given)
 
 

@@ -33,6 +33,8 @@ class AdvantageWeighted(OffPolicy):
     TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_update_ratio beta max_adv_weight"
     actor: keras.layers.Layer
     critic: keras.layers.Layer
+    weighted_loss: Any  # of the policy: batch, weights [B], draws -> a scalar
+    draw_loss: Any  # of the policy: rng, rows -> its draws
 
     def experience(self, settings: Settings) -> Experience:
         names = ("obs", "actions", "rewards", "terminated", "returns", "advantages")

@@ -76,7 +76,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(actions)
                 loss = -tf.reduce_sum(tf.minimum(*self.critic(cond, actions)))
-            (slope,), _ = clip_by_global_norm([tape.gradient(loss, actions)], max_norm)
+            slope: Any = clip_by_global_norm([tape.gradient(loss, actions)], max_norm)[0][0]
             m, v = b1 * m + (1 - b1) * slope, b2 * v + (1 - b2) * tf.square(slope)
             scale = tf.sqrt(v) / (1 - b2**k) ** 0.5 + EPSILON
             actions = tf.clip_by_value(actions - lr / (1 - b1**k) * m / scale, -1.0, 1.0)

@@ -30,6 +30,8 @@ class RewardWeighted(OffPolicy):
 
     TRAIN_KEYS = "lr weight_decay lr_scheduler max_grad_norm update_epochs beta max_reward_weight"
     network: keras.layers.Layer
+    weighted_loss: Any  # of the policy: batch, weights [B], draws -> a scalar
+    draw_loss: Any  # of the policy: rng, rows -> its draws
 
     def experience(self, settings: Settings) -> Experience:
         return Experience(fields=("obs", "actions", "returns", "weights"), whole_episodes=True)

@@ -44,7 +44,7 @@ from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.diffusion.gaussian import clip
 from diffusion_rl.methods.on_policy.dppo import DPPO, DPPOTrainer
-from diffusion_rl.methods.on_policy.ppo import Losses, PerRow
+from diffusion_rl.methods.on_policy.ppo import Gradients, Losses, PerRow
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.entropy import mixture_entropy, nearest_neighbour_entropy
@@ -217,7 +217,7 @@ class DPOERTrainer(DPPOTrainer):
     def _temperature_step(self) -> None:
         self.temperature_optimizer.apply([self.policy.temperature_gradient(self.entropy)])
 
-    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, dict[str, list[Array]]]:
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         losses, grads = super().gradients(rows, data, None)
         if self.published:
             return losses, grads

@@ -29,6 +29,7 @@ from diffusion_rl.core.keras import floatx
 from diffusion_rl.methods.on_policy import dppo_fast
 from diffusion_rl.methods.on_policy.ppo import (
     ClippedPPO,
+    Gradients,
     Losses,
     PerRow,
     PPOTrainer,
@@ -82,7 +83,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         self.clip_ploss_coef_base, self.clip_ploss_coef_rate = clip_ploss_coef_base, clip_ploss_coef_rate
         self.advantage_quantiles = (clip_advantage_lower_quantile, clip_advantage_upper_quantile)
 
-    def loss(
+    def loss(  # type: ignore[override]  # supervised in the policy, PPO's here, under the reference's name
         self,
         obs: Cond,
         chains_prev: Array,
@@ -200,28 +201,20 @@ class DPPOTrainer(PPOTrainer):
         self.fast = bool(self.settings.get("fast", True)) and not self.use_bc_loss and dppo_fast.applicable(p)
         if self.fast:
             self._fast_gradients = dppo_fast.gradients(p, self.reward_horizon, self.coefficients)
-        self._chunk_log_prob = tf.function(self._reduce_log_probs)
+        self._chunk_log_prob = tf.function(lambda log_probs: chunk_log_prob(log_probs, self.reward_horizon))
 
     # ---------- of a whole rollout ----------
 
     def seen_log_probs(self, state: Array, samples: Array, rgb: Array) -> np.ndarray:
         return self.actor.log_probs(state, samples, rgb)
 
-    def load(self, state: np.ndarray, samples: np.ndarray, *rest: np.ndarray, rgb: np.ndarray | None = None) -> int:
-        """Take a rollout of N samples; returns the number of rows N*F, the step running fastest.
-
-        Args:
-            samples: chains [N,F+1,H,A];  rest, rgb: as of `PPOTrainer.load`, with log_probs [N,F,H,A] per element.
-        """
-        return super().load(state, samples, *rest, rgb=rgb) * self.policy.ft_denoising_steps
+    @property
+    def rows_per_sample(self) -> int:
+        """F: a row is one step of a chain, the step running fastest."""
+        return self.policy.ft_denoising_steps
 
     def reduce(self, log_probs: np.ndarray) -> Any:
         return self._chunk_log_prob(tf.constant(log_probs, self.policy.dtype))
-
-    def _reduce_log_probs(self, log_probs: Array) -> Array:
-        """[N,F,H,A] -> [N,F]."""
-        flat = tf.reshape(log_probs, tf.concat([[-1], tf.shape(log_probs)[2:]], axis=0))
-        return tf.reshape(chunk_log_prob(flat, self.reward_horizon), tf.shape(log_probs)[:2])
 
     # ---------- minibatches ----------
 
@@ -235,7 +228,7 @@ class DPPOTrainer(PPOTrainer):
             return False
         return super().steps(name, train_actor, number) and not (name == "actor" and self.policy.actor_is_frozen)
 
-    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Any, dict[str, list[Array]]]:
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         return self._fast_gradients(rows, data) if self.fast else super().gradients(rows, data, draws)
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:

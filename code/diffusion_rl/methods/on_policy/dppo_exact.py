@@ -29,7 +29,7 @@ from diffusion_rl.diffusion.exact_likelihood import (
     time_grid,
 )
 from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, mapped
-from diffusion_rl.methods.on_policy.ppo import ClippedPPO, Losses, PPOTrainer
+from diffusion_rl.methods.on_policy.ppo import ClippedPPO, Gradients, Losses, PPOTrainer
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
 
@@ -114,7 +114,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         n_elements = self.horizon_steps * self.action_dim
         return (standard_normal_log_prob(end) + gained) / (math.log(2) * n_elements)
 
-    def loss(
+    def loss(  # type: ignore[override]  # supervised in the policy, PPO's here, under the reference's name
         self,
         obs: Cond,
         samples: Array,
@@ -204,7 +204,7 @@ class ExactDPPOTrainer(PPOTrainer):
         state, *rest = (tf.gather(data[name], rows) for name in names)
         return self.policy.loss({"state": state}, *rest, probes=draws)
 
-    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Any, dict[str, list[Array]]]:
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         if not self.fast:
             return super().gradients(rows, data, draws)
         p, b, names = self.policy, rows.shape[0], ("state", "actions", "old_log_prob", "advantages")

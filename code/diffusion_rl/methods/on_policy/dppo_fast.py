@@ -11,14 +11,14 @@ Shapes as in `policies.diffusion`; N samples of a rollout, B rows of a minibatch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.on_policy.chunked import accumulate, chunks
-from diffusion_rl.methods.on_policy.ppo import Losses, chunk_log_prob
+from diffusion_rl.methods.on_policy.ppo import Gradients, Losses, chunk_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
 
@@ -39,7 +39,7 @@ def applicable(policy: DPPO) -> bool:
 
 def gradients(
     policy: DPPO, reward_horizon: int, coefficients: Mapping[str, float]
-) -> Callable[[Array, dict[str, Array]], tuple[Losses, dict[str, Sequence[Array]]]]:
+) -> Callable[[Array, dict[str, Array]], tuple[Losses, Gradients]]:
     """A compiled (rows [B], rollout) -> (losses, gradients of actor and critic)."""
     p = policy
     actor_variables, critic_variables = variables_of(p.actor_ft), variables_of(p.critic)
@@ -126,7 +126,7 @@ def gradients(
             total = tf.reduce_sum(weights * p.value_loss(values, returns, oldvalues))
         return tape.gradient(total, constants), total[None]
 
-    def losses_and_gradients(rows: Array, data: dict[str, Array]) -> tuple[Losses, dict[str, Any]]:
+    def losses_and_gradients(rows: Array, data: dict[str, Array]) -> tuple[Losses, Gradients]:
         (pg_loss, clipfrac, approx_kl, ratio, eta, v_loss), actor_grads, critic_grads = compute(rows, data)
         losses = {
             "pg_loss": pg_loss,

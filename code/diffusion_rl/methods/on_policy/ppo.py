@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 LOG_PROB_RANGE = (-5.0, 2.0)  # old and new alike; what is outside gets no gradient
 
+Gradients = dict[str, Any]  # by the name of what is trained, a list of arrays or None
 Losses = dict[str, Array]  # the parts of the loss and what is watched beside them, all scalars
 PerRow = tuple[Array, Array, Array, Array]  # loss, ratio, approximate KL, outside of the clip range; [B] each
 Obs = dict[str, Array]
@@ -59,8 +60,8 @@ def clipped_policy_loss(log_prob: Array, old_log_prob: Array, advantages: Array,
 
 
 def chunk_log_prob(log_prob: Array, reward_horizon: int) -> Array:
-    """[B,H,A] -> [B], of denoising steps: clamp each element, keep the first `reward_horizon` actions, average."""
-    return tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[:, :reward_horizon], axis=[1, 2])
+    """[...,H,A] -> [...], of denoising steps: clamp each element, keep the first `reward_horizon` actions, average."""
+    return tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[..., :reward_horizon, :], axis=[-2, -1])
 
 
 class ClippedPPO:
@@ -254,11 +255,11 @@ class PPOTrainer:
             float(settings.get("gae_lambda", 0.95)),
             float(settings.get("reward_scale_const", 1)),
         )
-        flat = [x.reshape(-1).astype(floatx()) for x in (returns, values, advantages)]
-        n_rows = self.load(state, decisions[self.SAMPLES], *flat, log_probs, rgb=rgb)
+        targets, expected, gains = (x.reshape(-1).astype(floatx()) for x in (returns, values, advantages))
+        n_rows = self.load(state, decisions[self.SAMPLES], targets, expected, gains, log_probs, rgb)
         losses = self.minibatches(n_rows, rng, train_actor, stop, check)
         details = {"losses": losses, "values": values, "advantages": advantages, "returns": returns}
-        return _summary(losses, *flat[:2]) | details | {"log_probs": log_probs}
+        return _summary(losses, targets, expected) | details | {"log_probs": log_probs}
 
     # ---------- of a whole rollout ----------
 
@@ -310,8 +311,10 @@ class PPOTrainer:
         """Take a rollout of N samples; returns the number of rows that minibatches index.
 
         Args:
-            state, rgb: the observations;  samples: [N,H,A] chunks (of the decisions, the part named by `SAMPLES`);
-            returns, values, advantages: [N];  log_probs: of `old_log_probs`.
+            state, rgb: the observations.
+            samples: of the decisions the part named by `SAMPLES`: chunks [N,H,A], or chains [N,F+1,H,A].
+            returns, values, advantages: [N].
+            log_probs: of `old_log_probs`.
         """
         arrays = {
             "state": state,
@@ -324,10 +327,15 @@ class PPOTrainer:
         self.data = {name: tf.constant(array, self.policy.dtype) for name, array in arrays.items()}
         if rgb is not None:
             self.data["rgb"] = tf.constant(rgb)
-        return len(state)
+        return len(state) * self.rows_per_sample
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of minibatches that one sample makes, which stand one after the other."""
+        return 1
 
     def reduce(self, log_probs: np.ndarray) -> Any:
-        """Old log-probabilities as the loss takes them."""
+        """Return old log-probabilities as the loss takes them."""
         return log_probs
 
     # ---------- minibatches ----------
@@ -407,7 +415,7 @@ class PPOTrainer:
         self.loss_names = tuple(losses)
         return tf.stack([tf.cast(value, tf.float64) for value in losses.values()])
 
-    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, dict[str, list[Array]]]:
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         """The parts of the loss and the gradients by name; compiled as part of the step."""
         with tf.GradientTape() as tape:
             losses = self.losses(rows, data, draws)

@@ -17,7 +17,7 @@ import tensorflow as tf
 from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
-from diffusion_rl.networks import folded
+from diffusion_rl.networks.folded import can_fold
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.networks.mlp import split_masks
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy, clone
@@ -66,9 +66,11 @@ class PreTrainer:
             tf.constant(windows, tf.int32),
         )
         self.images = None if images is None else tf.constant(images)
-        self.folds = bool(train.get("fast", True)) and folded.can_fold(policy.network)
+        self.folds = bool(train.get("fast", True)) and can_fold(policy.network)
+        if isinstance(policy, DiffusionPolicy):
+            policy.fast = self.folds
         self._steps = tf.function(self._train_steps, reduce_retracing=True)
-        self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch), fold=self.folds), reduce_retracing=True)
+        self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch)), reduce_retracing=True)
 
     # ---------- one batch ----------
 
@@ -92,23 +94,15 @@ class PreTrainer:
             cond = self.policy.network.encode(cond, shifts if shifts.shape[-1] else None)
         return chunk, cond, t, noise
 
-    def loss(self, batch: tuple[Array, Cond, Array, Array], fold: bool = False) -> Array:
-        """The policy's loss; folded networks give the same number for less work."""
+    def loss(self, batch: tuple[Array, Cond, Array, Array]) -> Array:
+        """Return the policy's own loss of a batch, a scalar."""
         chunk, cond, t, noise = batch
         p = self.policy
-        if not isinstance(p, DiffusionPolicy):
-            masks = split_masks(p.network, noise)
-            dropout = {"keep_masks": masks} if masks else {}
-            return p.loss(chunk, cond, ent_coef=self.ent_coef, **dropout)[0]
-        if not fold:
+        if isinstance(p, DiffusionPolicy):
             return p.loss(chunk, cond, t, noise)
-        noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
-        step = tf.one_hot(t, p.denoising_steps, dtype=p.dtype)
-        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(cond["state"], [b, -1]), step]
-        weights = folded.fold_actor(p.network, np.arange(p.denoising_steps))
-        inputs = tf.ensure_shape(tf.concat(rows, axis=1), [None, weights[0].shape[0]])
-        output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))
-        return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
+        masks = split_masks(p.network, noise)
+        dropout = {"keep_masks": masks} if masks else {}
+        return p.loss(chunk, cond, ent_coef=self.ent_coef, **dropout)[0]
 
     # ---------- many steps ----------
 
@@ -151,7 +145,7 @@ class PreTrainer:
 
     def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
         with tf.GradientTape() as tape:
-            loss = self.loss(self.batch(*inputs), fold=self.folds)
+            loss = self.loss(self.batch(*inputs))
         self.optimizer.apply(tape.gradient(loss, self.variables))
         follow(self.averaged, self.variables, average, self.ema_decay)
         return loss
