@@ -45,7 +45,7 @@ class AdvantageWeighted(OffPolicy):
         return {"actor": Part(actor, "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """The critic first, then the actor with the advantages that the new critic gives."""
+        """Plan the critic's updates, then the actor's with the advantages that the new critic gives."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [
             Phase(n // settings["critic_update_ratio"], True, "update_critic", "draw_critic", "estimate"),
@@ -53,7 +53,7 @@ class AdvantageWeighted(OffPolicy):
         ]
 
     def estimate(self, data: Any, settings: Settings, n_envs: int) -> dict[str, np.ndarray]:
-        """TD(lambda) targets and advantages [S,E] of all rows, into the buffer.
+        """Write TD(lambda) targets and advantages [S,E] of all rows into the buffer.
 
         Their discount and lambda are the reference's defaults, whatever `gamma` the configuration has.
         """
@@ -68,12 +68,12 @@ class AdvantageWeighted(OffPolicy):
         return {"td_trajs": targets, "values_trajs": values, "advantages_trajs": advantages.reshape(-1)}
 
     def loss_critic(self, cond: Cond, targets: Array) -> Array:
-        """Mean squared distance of the values [B,1] from the targets; targets [B] meet every value (quirk 43)."""
+        """Average the squared distance of values [B,1] and targets [B], each of which meets every value (quirk 43)."""
         return tf.reduce_mean(tf.square(self.critic(cond) - targets))
 
     @staticmethod
     def advantage_weights(advantages: Array, beta: float, most: float) -> Array:
-        """[B] -> [B]: normalise over the batch (unbiased deviation), then exponentiate and bound."""
+        """Normalise advantages [B] over the batch (unbiased deviation), exponentiate and bound them."""
         centred = advantages - tf.reduce_mean(advantages)
         count = tf.cast(tf.size(advantages), advantages.dtype)
         deviation = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (count - 1))
@@ -82,7 +82,7 @@ class AdvantageWeighted(OffPolicy):
     # ---------- updates ----------
 
     def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
-        """Rows of the critic: as many as there are steps are drawn from, though rows are E times as many (quirk 64)."""
+        """Draw rows for the critic, from as many as there are steps, though rows are E times as many (quirk 64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
 
     def update_critic(
@@ -140,5 +140,5 @@ class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
 
 @tf.function(reduce_retracing=True)
 def value_of(critic: keras.layers.Layer, obs: Array) -> Array:
-    """State values [B] of observations [B,To,O], compiled."""
+    """Return state values [B] of observations [B,To,O], compiled."""
     return critic({"state": obs})[:, 0]

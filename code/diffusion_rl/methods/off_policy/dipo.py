@@ -48,7 +48,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     @property
     def copies(self) -> list[keras.layers.Layer]:
-        """Networks that start as the pre-trained one."""
+        """Return the networks that start as the pre-trained one."""
         return [self.actor_target]
 
     def parts(self, settings: Settings) -> dict[str, Part]:
@@ -57,17 +57,17 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def target_sample(self, cond: Cond, noise: Array, deterministic: bool = False) -> Array:
-        """Action chunks [B,H,A] of the target actor."""
+        """Sample action chunks [B,H,A] of the target actor."""
         return self.sample(cond, noise, deterministic, network=self.actor_target)
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.critic_target(following, self.target_sample(following, noise)))
         return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
 
     def improve(self, cond: Cond, actions: Array, lr: float, n_steps: int, max_norm: float) -> Array:
-        """actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
+        """Return actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
 
         The gradient's norm is bounded over the whole batch; actions stay in [-1, 1].
         """

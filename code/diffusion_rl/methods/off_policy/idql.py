@@ -26,12 +26,12 @@ EXPLORATION = 0.7  # of the choice among samples
 
 
 def expectile_weight(u: Array, expectile: float) -> Array:
-    """expectile where u > 0, else 1 - expectile."""
+    """Return the expectile where u > 0, else 1 - expectile."""
     return tf.where(u > 0, tf.constant(expectile, u.dtype), tf.constant(1 - expectile, u.dtype))
 
 
 def expectile_loss(u: Array, expectile: float = EXPECTILE) -> Array:
-    """Asymmetric squared error, elementwise."""
+    """Return the asymmetric squared error, elementwise."""
     return expectile_weight(u, expectile) * tf.square(u)
 
 
@@ -72,11 +72,11 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def value(self, cond: Cond) -> Array:
-        """V(o) [B]."""
+        """Return V(o) [B]."""
         return tf.reshape(self.critic_v(cond), [-1])
 
     def compute_advantages(self, cond: Cond, actions: Array) -> Array:
-        """min_i Q_i'(o, a) - V(o) [B]; a gradient flows through V only."""
+        """Return min_i Q_i'(o, a) - V(o) [B]; a gradient flows through V only."""
         return tf.stop_gradient(tf.minimum(*self.target_q(cond, actions))) - self.value(cond)
 
     def loss_critic_v(self, batch: Transitions) -> Array:
@@ -137,7 +137,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
         use_expectile_exploration: bool = True,
         critic_hyperparam: float = EXPLORATION,
     ) -> Any:
-        """The best sample [B,H,A]; or, exploring by expectiles, all [B,N,H,A] with their weights [B,N].
+        """Return the best sample [B,H,A]; or, exploring by expectiles, all [B,N,H,A] with their weights [B,N].
 
         noise [K+1,N*B,H,A], the samples of one number together.
         """

@@ -22,7 +22,7 @@ Losses = dict[str, np.ndarray]
 
 
 class Learner:
-    """Decides with a policy and runs its updates.
+    """Decides with a policy, and runs its updates.
 
     Args:
         policy: with its losses and updates, see `methods.off_policy.algorithm`; its weights are trained in place.
@@ -52,7 +52,7 @@ class Learner:
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """By part."""
+        """Return the present rates by part."""
         return self.optimizers.learning_rates
 
     def end_iteration(self) -> None:
@@ -62,7 +62,7 @@ class Learner:
     # ---------- acting ----------
 
     def act(self, state: np.ndarray, rng: Any, deterministic: bool) -> np.ndarray:
-        """Action chunks [E,H,A] for observations [E,To,O]; drawn from `rng`."""
+        """Decide on action chunks [E,H,A] for observations [E,To,O], with draws from `rng`."""
         draws = self.policy.draw_action(rng, len(state), deterministic, self.settings)
         decided = self._act(tf.constant(state, self.policy.dtype), _tensors(draws), deterministic)
         if not isinstance(decided, tuple):
@@ -76,7 +76,7 @@ class Learner:
     # ---------- updating ----------
 
     def run(self, phase: Phase, rng: Any, rows: Any, after: Callable[[int, Losses], None]) -> Losses:
-        """All updates of a phase; `after(number, losses)` is called after each compiled call.
+        """Run all updates of a phase; `after(number, losses)` is called after each compiled call.
 
         Args:
             rng: the source of all draws.
@@ -122,13 +122,13 @@ class Learner:
         return loop
 
     def _note(self, phase: Phase, losses: Mapping[str, tf.Tensor]) -> None:
-        """While a program is traced: which losses it will return."""
+        """Note, while a program is traced, which losses it will return."""
         self._names[phase.update, phase.train_actor] = tuple(losses)
 
     # ---------- state ----------
 
     def _apart(self) -> dict[str, tf.Variable]:
-        """What is trained but is not in the model's state_dict."""
+        """Return what is trained but is not in the policy's state_dict."""
         known = {id(each.variable) for each in named_parameters(self.policy)}
         return {
             f"train.{name}.{i}": variable
@@ -138,15 +138,15 @@ class Learner:
         }
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Optimizers, and what the model's state_dict leaves out."""
+        """Return the optimizers' moments, and what the policy's state_dict leaves out."""
         return {name: variable.numpy() for name, variable in self._apart().items()} | self.optimizers.tensors()
 
     def state(self) -> dict[str, Any]:
-        """Schedules."""
+        """Return where the schedules stand, as JSON values."""
         return self.optimizers.state()
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Inverse of `tensors` and `state`."""
+        """Take back what `tensors` and `state` returned."""
         for name, variable in self._apart().items():
             variable.assign(tensors[name])
         self.optimizers.restore(tensors, state)

@@ -40,12 +40,12 @@ class RewardWeighted(OffPolicy):
         return {"policy": Part([v for v in variables_of(self.network) if v.trainable], "")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Epochs over the iteration's complete episodes; what is left over of an epoch is dropped."""
+        """Plan epochs over the iteration's complete episodes; what is left over of an epoch is dropped."""
         batches = max(1, progress.rows // settings["batch_size"]) if progress.rows else 0
         return [Phase(settings["update_epochs"] * batches, before="weigh")]
 
     def weigh(self, data: Any, settings: Settings, n_envs: int) -> dict[str, np.ndarray]:
-        """Weights [N] from the rewards-to-go [N], into the buffer."""
+        """Write weights [N], made of the rewards-to-go [N], into the buffer."""
         returns = data.online.read("returns")
         normalised = (returns - returns.mean()) / (returns.std() + 1e-3)
         weights = np.minimum(np.exp(settings["beta"] * normalised.astype(floatx())), settings["max_reward_weight"])
@@ -70,14 +70,14 @@ class WeightedDenoising(ExploringDiffusionPolicy):
     """A diffusion policy with the weighted loss; arguments of `ExploringDiffusionPolicy`."""
 
     def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
-        """Step and noise of the denoising loss for b rows."""
+        """Draw step and noise of the denoising loss for b rows."""
         return {
             "t": rng.integers(0, self.denoising_steps, (b,)),
             "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
-        """Mean over the batch of weight [B] times the mean error of the chunk; draws t [B] and noise [B,H,A]."""
+        """Average weight [B] times the chunk's mean error over the batch; draws t [B] and noise [B,H,A]."""
         errors = self.errors(batch.actions, {"state": batch.obs}, draws["t"], draws["noise"])
         return tf.reduce_mean(weights * tf.reduce_mean(errors, axis=[1, 2]))
 
@@ -95,24 +95,24 @@ class WeightedLikelihood(ExploringGaussianPolicy):
         self.actor = self.network
 
     def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
-        """Nothing: the likelihood is exact."""
+        """Draw nothing: the likelihood is exact."""
         return {}
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
-        """Minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
+        """Return minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
         mean, std = self.mean_std({"state": batch.obs})
         log_prob = normal_log_prob(tf.reshape(batch.actions, tf.shape(mean)), mean, std)
         return -tf.reduce_mean(weights * tf.reduce_mean(log_prob, axis=-1))
 
 
 class RWR(RewardWeighted, WeightedDenoising):
-    """DRWR."""
+    """RWR of a diffusion policy; arguments of `ExploringDiffusionPolicy`."""
 
     KIND = "rwr"
     LABEL = "DRWR"
 
 
 class GaussianRWR(RewardWeighted, WeightedLikelihood):
-    """RWR of a Gaussian policy."""
+    """RWR of a Gaussian policy; arguments of `WeightedLikelihood`."""
 
     KIND = "gaussian_rwr"

@@ -95,7 +95,7 @@ class OffPolicyTraining(FineTuning):
         return ReplayBuffer(capacity, self._shapes(self.experience.fields))
 
     def _take_dataset(self, dataset: Any) -> None:
-        """The offline data: into a buffer of its own, or at the beginning of the replay buffer."""
+        """Put the offline data into a buffer of its own, or at the beginning of the replay buffer."""
         names = self.experience.offline_fields
         if not names and not self.experience.starts_with_dataset:
             return
@@ -188,7 +188,7 @@ class OffPolicyTraining(FineTuning):
         )
 
     def _keep_episodes(self, rollout: Rollout) -> None:
-        """Nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
+        """Keep nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
         self.buffers.online.clear()
         for env, start, end in rollout.episodes():
             self.buffers.online.add(
@@ -198,7 +198,7 @@ class OffPolicyTraining(FineTuning):
             )
 
     def _keep_returns(self, rollout: Rollout) -> None:
-        """Discounted rewards-to-go of the episodes that were just added whole."""
+        """Write the discounted rewards-to-go of the episodes that were just added whole."""
         ends = np.flatnonzero(rollout.firsts[1:, 0]) + 1
         episodes = np.split(rollout.rewards[:, 0], ends[:-1])
         returns = np.concatenate([rewards_to_go(rewards, self.train["gamma"]) for rewards in episodes])
@@ -227,7 +227,7 @@ class OffPolicyTraining(FineTuning):
         return summary | self.model.watched() | {"losses": losses}
 
     def _after(self, losses: Losses, folder: RunFolder) -> None:
-        """Between compiled calls."""
+        """Check the losses and stop if that was asked for, between compiled calls."""
         self._check_finite({name: float(values[-1]) for name, values in losses.items()}, folder)
         folder.stop_if_requested()
 
@@ -238,7 +238,7 @@ class OffPolicyTraining(FineTuning):
     # ---------- state ----------
 
     def _remember(self, folder: RunFolder, keep: bool) -> None:
-        """Where an iteration is a single step, not after each of them."""
+        """Hold the state for a signal; where an iteration is a single step, not after each of them."""
         waited = time.monotonic() - self._remembered_at > REMEMBER_SECONDS
         if keep or waited or folder.stopping or not self.experience.counts_episodes:
             super()._remember(folder, keep)
@@ -260,7 +260,7 @@ class OffPolicyTraining(FineTuning):
     # ---------- watching ----------
 
     def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
-        """Where iterations are single steps, the training's episodes that have ended since its last row."""
+        """Return, where iterations are single steps, the training's episodes that have ended since its last row."""
         if not self.experience.counts_episodes or self.experience.n_episodes is not None:
             return stats
         if evaluating:

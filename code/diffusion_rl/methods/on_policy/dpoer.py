@@ -110,11 +110,11 @@ class DPOER(DPPO):
 
     @property
     def temperature(self) -> Array:
-        """alpha, a scalar."""
+        """Return alpha, a scalar."""
         return self._temperature if self.mode == "published" else tf.exp(self._temperature)
 
     def temperature_gradient(self, entropy: Array) -> Array:
-        """Of the temperature's loss, by the variable that is trained."""
+        """Differentiate the temperature's loss by the variable that is trained."""
         excess = entropy - self.target_entropy
         return excess / self._temperature if self.mode == "published" else excess
 
@@ -132,7 +132,7 @@ class DPOER(DPPO):
         return loss, ratio, approx_kl, outside
 
     def published_entropy(self, obs: Cond, chains_prev: Array, denoising_inds: Array, noise: Array) -> Array:
-        """H, a scalar, from chunks drawn by one denoising step each.
+        """Estimate H, a scalar, from chunks drawn by one denoising step each.
 
         Args:
             obs: {"state": [B,To,O]};  chains_prev, noise: [B,H,A];  denoising_inds: [B].
@@ -151,7 +151,7 @@ class DPOER(DPPO):
     # ---------- corrected ----------
 
     def action_entropy(self, obs: Cond, noise: Array, std_floor: Array) -> Array:
-        """H, a scalar, the mean over states of the entropy of their executed actions; differentiable.
+        """Estimate H, a scalar, the mean over states of the entropy of their executed actions; differentiable.
 
         Args:
             obs: {"state": [B,To,O]};  noise: [sampling_steps + 1, B*N, H, A];
@@ -171,7 +171,7 @@ class DPOER(DPPO):
 
 
 class DPOERTrainer(DPPOTrainer):
-    """Samples, values and updates of a `DPOER` policy; arguments as of `PPOTrainer`."""
+    """Updates a `DPOER` policy and its temperature; arguments as of `PPOTrainer`."""
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
         if settings.get("use_bc_loss", False):

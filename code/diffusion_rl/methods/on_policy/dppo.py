@@ -97,7 +97,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         reward_horizon: int = 4,
         bc_noise: Array | None = None,
     ) -> Losses:
-        """The loss of one minibatch, straight from the definition.
+        """Return the loss of one minibatch, straight from the definition.
 
         Args:
             obs: {"state": [B,To,O]}
@@ -114,7 +114,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return self.minibatch_loss(batch, reward_horizon, bc_noise if use_bc_loss else None)
 
     def minibatch_loss(self, batch: Minibatch, reward_horizon: int, bc_noise: Array | None = None) -> Losses:
-        """The loss from old log-probabilities already averaged over the chunk."""
+        """Return the loss from old log-probabilities already averaged over the chunk."""
         new, eta = self.log_probs_subsample(batch.obs, batch.chains_prev, batch.chains_next, batch.denoising_inds)
         per_row = self.step_policy_loss(
             chunk_log_prob(new, reward_horizon),
@@ -134,7 +134,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
     def step_policy_loss(
         self, log_prob: Array, old_log_prob: Array, advantages: Array, denoising_inds: Array
     ) -> PerRow:
-        """`clipped_policy_loss` of denoising steps, all arguments [B]; advantages are those of `step_advantages`."""
+        """Return `clipped_policy_loss` of denoising steps, all arguments [B]; advantages: of `step_advantages`."""
         return clipped_policy_loss(log_prob, old_log_prob, advantages, self.clip_range(denoising_inds))
 
     def step_advantages(self, advantages: Array, denoising_inds: Array) -> Array:
@@ -149,7 +149,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return advantages * tf.gather(discounts, denoising_inds)
 
     def clip_range(self, denoising_inds: Array) -> Array:
-        """PPO's clip range [B]: base + (coef - base) (e^(rate i/(F-1)) - 1) / (e^rate - 1).
+        """Return PPO's clip range [B]: base + (coef - base) (e^(rate i/(F-1)) - 1) / (e^rate - 1).
 
         With a single fine-tuned step the range is `clip_ploss_coef` (the reference divides zero by zero there).
         """
@@ -161,7 +161,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return self.clip_ploss_coef_base + (self.clip_ploss_coef - self.clip_ploss_coef_base) * growth
 
     def bc_loss(self, obs: Cond, noise: Array) -> Array:
-        """Minus the mean log-probability, under the fine-tuned policy, of chains that the pre-trained one draws.
+        """Return minus the mean log-probability, under the fine-tuned policy, of chains that the pre-trained one draws.
 
         (Torne et al. 2024, eq. 2.) Not restricted to the reward horizon.
         """
@@ -175,7 +175,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
 
 
 def quantile(ordered: Array, q: float) -> Array:
-    """Quantile of sorted values [N] with linear interpolation, as torch.quantile."""
+    """Return the quantile of sorted values [N] with linear interpolation, as torch.quantile."""
     position = tf.constant(q, ordered.dtype) * tf.cast(tf.size(ordered) - 1, ordered.dtype)
     below = tf.cast(tf.floor(position), tf.int32)
     above = tf.minimum(below + 1, tf.size(ordered) - 1)
@@ -187,7 +187,7 @@ def quantile(ordered: Array, q: float) -> Array:
 
 
 class DPPOTrainer(PPOTrainer):
-    """Samples, values and updates of a `DPPO` policy; arguments as of `PPOTrainer`."""
+    """Updates a `DPPO` policy; arguments as of `PPOTrainer`."""
 
     SAMPLES = "chains"
 
@@ -210,7 +210,7 @@ class DPPOTrainer(PPOTrainer):
 
     @property
     def rows_per_sample(self) -> int:
-        """F: a row is one step of a chain, the step running fastest."""
+        """Return F: a row is one step of a chain, the step running fastest."""
         return self.policy.ft_denoising_steps
 
     def reduce(self, log_probs: np.ndarray) -> Any:
@@ -223,7 +223,7 @@ class DPPOTrainer(PPOTrainer):
         return rng.normal(self.actor.noise_shape(rows), floatx()) if self.use_bc_loss else None
 
     def steps(self, name: str, train_actor: bool, number: int) -> bool:
-        """Eta is trained every `eta_update_interval`-th minibatch; the actor unless annealing has frozen it."""
+        """Step eta every `eta_update_interval`-th minibatch, and the actor unless annealing has frozen it."""
         if name == "eta" and number % int(self.settings.get("eta_update_interval", 1)):
             return False
         return super().steps(name, train_actor, number) and not (name == "actor" and self.policy.actor_is_frozen)
@@ -258,7 +258,7 @@ class DPPOTrainer(PPOTrainer):
         return {"min_sampling_std": self.policy.min_sampling_denoising_std}
 
     def state(self) -> dict[str, Any]:
-        """Schedules and annealing as JSON values."""
+        """Return schedules and annealing as JSON values."""
         p = self.policy
         floor = p._min_sampling_denoising_std
         return super().state() | {

@@ -78,7 +78,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         self.time_grid = time_grid(sde_eps, sde_step_size)
 
     def exact_log_probs(self, cond: Cond, samples: Array, probes: Array) -> Array:
-        """Log-probability [B] of action chunks, in bits per element.
+        """Return the log-probability [B] of action chunks, in bits per element.
 
         The divergence is that of the pre-trained network throughout. (The reference does so; the gradient reaches
         the fine-tuned one through the path of the flow alone.)
@@ -124,7 +124,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         oldlogprobs: Array,
         probes: Array,
     ) -> Losses:
-        """The loss of one minibatch.
+        """Return the loss of one minibatch.
 
         Args:
             obs: {"state": [B,To,O]};  samples: [B,H,A];  returns, oldvalues, advantages: [B]
@@ -144,7 +144,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
 
 
 class ExactDPPOTrainer(PPOTrainer):
-    """Samples, values and updates of an `ExactDPPO` policy; arguments as of `PPOTrainer`."""
+    """Updates an `ExactDPPO` policy; arguments as of `PPOTrainer`."""
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
         if settings.get("use_bc_loss", False):
@@ -169,7 +169,7 @@ class ExactDPPOTrainer(PPOTrainer):
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
     ) -> np.ndarray:
-        """[N], integrated now, with the weights that collected."""
+        """Integrate the log-probabilities [N] now, with the weights that collected."""
         arrays = (state, decisions["actions"], self.draw(rng, len(state)))
         return self._exact(*(tf.constant(x, self.policy.dtype) for x in arrays)).numpy()
 

@@ -29,7 +29,7 @@ CHUNK = 1000  # rows; between 250 and 2000 the time is the same within 3%
 
 
 def applicable(policy: DPPO) -> bool:
-    """Whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
+    """Say whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
     p = policy
     return folded.can_fold(p.actor_ft) and folded.can_fold(p.critic) and not p.learn_eta and p.ft_denoising_steps > 0
 
@@ -40,7 +40,7 @@ def applicable(policy: DPPO) -> bool:
 def gradients(
     policy: DPPO, reward_horizon: int, coefficients: Mapping[str, float]
 ) -> Callable[[Array, dict[str, Array]], tuple[Losses, Gradients]]:
-    """A compiled (rows [B], rollout) -> (losses, gradients of actor and critic)."""
+    """Build a compiled function: (rows [B], rollout) -> (losses, gradients of actor and critic)."""
     p = policy
     actor_variables, critic_variables = variables_of(p.actor_ft), variables_of(p.critic)
     timesteps, positions = p.fine_tuned_timesteps()

@@ -45,7 +45,7 @@ Obs = dict[str, Array]
 
 
 def clipped_policy_loss(log_prob: Array, old_log_prob: Array, advantages: Array, clip_range: Array) -> PerRow:
-    """PPO's clipped loss per row (Schulman et al. 2017, eq. 7), all arguments [B]; the clip range may be a scalar.
+    """Clip PPO's loss per row (Schulman et al. 2017, eq. 7). All arguments are [B]; the clip range may be a scalar.
 
     Returns:
         loss, ratio, approximate KL ((r - 1) - log r), and whether the ratio left the clip range.
@@ -60,7 +60,10 @@ def clipped_policy_loss(log_prob: Array, old_log_prob: Array, advantages: Array,
 
 
 def chunk_log_prob(log_prob: Array, reward_horizon: int) -> Array:
-    """[...,H,A] -> [...], of denoising steps: clamp each element, keep the first `reward_horizon` actions, average."""
+    """Average log-probabilities of denoising steps, [...,H,A] -> [...].
+
+    Each element is clamped first; only the first `reward_horizon` actions count.
+    """
     return tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[..., :reward_horizon, :], axis=[-2, -1])
 
 
@@ -83,7 +86,7 @@ class ClippedPPO:
         self.clip_ploss_coef, self.clip_vloss_coef, self.norm_adv = clip_ploss_coef, clip_vloss_coef, norm_adv
 
     def normalised(self, advantages: Array) -> Array:
-        """Advantages with mean 0 and deviation 1, where that is asked for."""
+        """Return advantages with mean 0 and deviation 1, where that is asked for."""
         if not self.norm_adv:
             return advantages
         centred = advantages - tf.reduce_mean(advantages)
@@ -93,7 +96,7 @@ class ClippedPPO:
         return centred / (std + 1e-8)
 
     def policy_loss(self, log_prob: Array, old_log_prob: Array, advantages: Array) -> PerRow:
-        """`clipped_policy_loss` of chunks that are single decisions: log-probabilities [B] are clamped here."""
+        """Return `clipped_policy_loss` of chunks that are single decisions: log-probabilities [B] are clamped here."""
         return clipped_policy_loss(
             tf.clip_by_value(log_prob, *LOG_PROB_RANGE),
             tf.clip_by_value(old_log_prob, *LOG_PROB_RANGE),
@@ -102,7 +105,7 @@ class ClippedPPO:
         )
 
     def value_loss(self, values: Array, returns: Array, oldvalues: Array) -> Array:
-        """Half the squared error, optionally with the change of the value clipped."""
+        """Return half the squared error [B], optionally with the change of the value clipped."""
         loss = tf.square(values - returns)
         if self.clip_vloss_coef is not None:
             bound = self.clip_vloss_coef
@@ -135,7 +138,7 @@ class ChunkPPO(ClippedPPO):
         use_bc_loss: bool = False,
         bc_noise: Array | None = None,
     ) -> Losses:
-        """The loss of one minibatch.
+        """Return the loss of one minibatch.
 
         Args:
             obs: {"state": [B,To,O]};  actions: [B,H,A];  returns, oldvalues, advantages: [B]
@@ -152,11 +155,11 @@ class ChunkPPO(ClippedPPO):
         }
 
     def bc_noise_shape(self, rows: int) -> tuple[int, ...] | None:
-        """Of the noise of `bc_loss`; None: the algorithm has no such loss."""
+        """Return the shape of the noise of `bc_loss`; None: the algorithm has no such loss."""
         return None
 
     def bc_loss(self, obs: Obs, noise: Array | None) -> Array:
-        """What imitation of the pre-trained policy adds: nothing unless the algorithm has such a loss."""
+        """Return what imitation of the pre-trained policy adds: nothing unless the algorithm has such a loss."""
         return tf.zeros([], obs["state"].dtype)
 
     def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> PPOTrainer:
@@ -208,7 +211,7 @@ class PPOTrainer:
         self.compile()
 
     def modules(self) -> dict[str, Any]:
-        """What is trained, each with an optimizer and a schedule of its own."""
+        """Return what is trained, each with an optimizer and a schedule of its own."""
         return {"actor": self.policy.actor_ft, "critic": self.policy.critic}
 
     def compile(self) -> None:
@@ -264,14 +267,14 @@ class PPOTrainer:
     # ---------- of a whole rollout ----------
 
     def values(self, state: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-        """State values [N] of observations [N,To,O]."""
+        """Return state values [N] of observations [N,To,O]."""
         state = tf.constant(state, self.policy.dtype)
         if rgb is None:
             return self._values(state).numpy()
         return np.concatenate([self._values(state[cut], tf.constant(rgb[cut])).numpy() for cut in self._cuts(rgb)])
 
     def shifted(self, rgb: np.ndarray | None, rng: Any) -> np.ndarray | None:
-        """Images [N,To,C,Hi,Wi] shifted at random, each by its own number of pixels, if `train.augment` says so."""
+        """Shift images [N,To,C,Hi,Wi] at random, each by its own number of pixels, if `train.augment` says so."""
         if rgb is None or self.augment is None:
             return rgb
         images = rgb.reshape(-1, *rgb.shape[2:])
@@ -282,7 +285,7 @@ class PPOTrainer:
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
     ) -> np.ndarray:
-        """Log-probabilities [N,...] of a rollout under the policy that collected it.
+        """Return log-probabilities [N,...] of a rollout under the policy that collected it.
 
         They were captured while sampling; where images were shifted since, they are computed now.
         """
@@ -292,7 +295,7 @@ class PPOTrainer:
         return np.concatenate([self.seen_log_probs(state[c], samples[c], tf.constant(rgb[c])) for c in self._cuts(rgb)])
 
     def seen_log_probs(self, state: Array, samples: Array, rgb: Array) -> np.ndarray:
-        """Log-probabilities of samples, as those captured while sampling."""
+        """Compute log-probabilities of samples, as those captured while sampling."""
         return self._seen_log_probs(samples, state, rgb).numpy()
 
     def _cuts(self, rows: np.ndarray) -> list[slice]:
@@ -331,7 +334,7 @@ class PPOTrainer:
 
     @property
     def rows_per_sample(self) -> int:
-        """Rows of minibatches that one sample makes, which stand one after the other."""
+        """Return how many rows of minibatches one sample makes, which stand one after the other."""
         return 1
 
     def reduce(self, log_probs: np.ndarray) -> Any:
@@ -372,7 +375,7 @@ class PPOTrainer:
         return None if shape is None else rng.normal(shape, floatx())
 
     def minibatch(self, rows: np.ndarray, train_actor: bool, number: int, draws: Any = None) -> dict[str, float]:
-        """One update.
+        """Update once.
 
         Args:
             rows: [B] indices of rows.
@@ -390,12 +393,14 @@ class PPOTrainer:
         return dict(zip(self.loss_names, losses.numpy().tolist(), strict=True))
 
     def steps(self, name: str, train_actor: bool, number: int) -> bool:
-        """Whether that optimizer takes a step in this minibatch."""
+        """Say whether that optimizer takes a step in this minibatch."""
         return self.complete(number) and (name == "critic" or train_actor)
 
     def complete(self, number: int) -> bool:
-        """Whether `train.grad_accumulate` gradients have come together. What an epoch leaves over waits for the next
-        one's, as in the reference; they are added, not averaged."""
+        """Say whether `train.grad_accumulate` gradients have come together; they are added, not averaged.
+
+        What an epoch leaves over waits for the next one's, as in the reference.
+        """
         return (number + 1) % self.grad_accumulate == 0
 
     def _minibatch_step(
@@ -416,7 +421,7 @@ class PPOTrainer:
         return tf.stack([tf.cast(value, tf.float64) for value in losses.values()])
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
-        """The parts of the loss and the gradients by name; compiled as part of the step."""
+        """Return the parts of the loss and the gradients by name; compiled as part of the step."""
         with tf.GradientTape() as tape:
             losses = self.losses(rows, data, draws)
             weighted = [c * losses[name] for name, c in self.coefficients.items() if name in losses]
@@ -426,7 +431,7 @@ class PPOTrainer:
         return losses, dict(zip(names, grads, strict=True))
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
-        """The parts of the loss of these rows, straight from the policy's definition."""
+        """Return the parts of the loss of these rows, straight from the policy's definition."""
         names = (self.SAMPLES, "returns", "values", "advantages", "old_log_prob")
         given = (tf.gather(data[name], rows) for name in names)
         return self.policy.loss(observations(data, rows), *given, use_bc_loss=draws is not None, bc_noise=draws)
@@ -439,27 +444,27 @@ class PPOTrainer:
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """By name: actor, critic, and what else is trained."""
+        """Return the present rates by name: actor, critic, and what else is trained."""
         return self.optimizers.learning_rates
 
     def watched(self) -> dict[str, float]:
-        """What else belongs into the metrics of an iteration."""
+        """Return what else belongs into the metrics of an iteration."""
         return {}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Optimizer moments for a checkpoint, under the names of the variables they belong to."""
+        """Return optimizer moments for a checkpoint, under the names of the variables they belong to."""
         pending = {f"pending.{k}.{i}": v.numpy() for k, totals in self.pending.items() for i, v in enumerate(totals)}
         return self.optimizers.tensors() | pending
 
     def state(self) -> dict[str, Any]:
-        """What else a checkpoint needs, as JSON values."""
+        """Return what else a checkpoint needs, as JSON values."""
         return self.optimizers.state()
 
     def before_weights(self, state: Mapping[str, Any]) -> None:
-        """To be called with `state` before the weights of a checkpoint are loaded."""
+        """Make room, as `state` says, for the weights of a checkpoint that are to be loaded."""
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Inverse of `tensors` and `state` (weights are loaded apart)."""
+        """Take back what `tensors` and `state` returned; weights are loaded apart."""
         self.optimizers.restore(tensors, state)
         for name, totals in self.pending.items():
             for i, total in enumerate(totals):
@@ -468,22 +473,22 @@ class PPOTrainer:
 
 
 def observations(data: Mapping[str, Array], rows: Array) -> Obs:
-    """Those of `data` in these rows."""
+    """Gather the observations of these rows."""
     return {name: tf.gather(data[name], rows) for name in ("state", "rgb") if name in data}
 
 
 def _observation(state: Array, rgb: Array | None = None) -> Obs:
-    """What networks take."""
+    """Return what networks take."""
     return {"state": state} if rgb is None else {"state": state, "rgb": rgb}
 
 
 def _samples(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[S,E,...] -> [N,...]."""
+    """Reshape [S,E,...] to [N,...]."""
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
 
 
 def _summary(losses: Mapping[str, list[float]], returns: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """The last minibatch's losses, and how well the values [N] explained the returns [N]."""
+    """Return the last minibatch's losses, and how well the values [N] explained the returns [N]."""
     variance = np.var(returns)
     summary: dict[str, Any] = {name: losses[name][-1] for name in losses}
     summary["clipfrac"] = float(np.mean(losses["clipfrac"])) if losses else None

@@ -50,7 +50,7 @@ class OnPolicyTraining(FineTuning):
 
     @property
     def _train_actor(self) -> bool:
-        """False while the critic warms up."""
+        """Say whether the actor is trained: not while the critic warms up."""
         return self.itr >= int(self.train["n_critic_warmup_itr"])
 
     def _end_iteration(self) -> dict[str, Any]:
