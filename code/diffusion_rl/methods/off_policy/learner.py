@@ -9,8 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
-from diffusion_rl.core.optimizer_group import OptimizerGroup
-from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.core.optimizers import AdamW, OptimizerGroup
 from diffusion_rl.interop.torch_names import named_parameters
 from diffusion_rl.methods.off_policy.algorithm import Part, Phase, Settings
 

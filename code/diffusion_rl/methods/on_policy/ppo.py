@@ -23,8 +23,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
-from diffusion_rl.core.optimizer_group import OptimizerGroup
-from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
+from diffusion_rl.core.optimizers import AdamW, OptimizerGroup, clip_by_global_norm
 from diffusion_rl.core.returns import gae
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.networks.vision import RandomShiftsAug
