@@ -200,7 +200,7 @@ class DPPOTrainer(PPOTrainer):
         p = self.policy
         self.fast = bool(self.settings.get("fast", True)) and not self.use_bc_loss and dppo_fast.applicable(p)
         if self.fast:
-            self._fast_gradients = dppo_fast.gradients(p, self.reward_horizon, self.coefficients)
+            self._fast_gradients = dppo_fast.FastGradients(p, self.reward_horizon, self.coefficients["v_loss"])
         self._chunk_log_prob = tf.function(lambda log_probs: chunk_log_prob(log_probs, self.reward_horizon))
 
     # ---------- of a whole rollout ----------
