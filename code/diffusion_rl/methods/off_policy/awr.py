@@ -32,9 +32,12 @@ class AdvantageWeighted(OffPolicy):
 
     TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_update_ratio beta max_adv_weight"
     actor: keras.layers.Layer
-    critic: keras.layers.Layer
     weighted_loss: Any  # of the policy: batch, weights [B], draws -> a scalar
     draw_loss: Any  # of the policy: rng, rows -> its draws
+
+    def __init__(self, critic: keras.layers.Layer, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.critic = critic
 
     def experience(self, settings: Settings) -> Experience:
         names = ("obs", "actions", "rewards", "terminated", "returns", "advantages")
@@ -106,7 +109,7 @@ class AdvantageWeighted(OffPolicy):
 
 
 class AWR(AdvantageWeighted, WeightedDenoising):
-    """DAWR.
+    """DAWR: AWR of a diffusion policy.
 
     Args:
         actor: (x [B,H,A], t [B], cond) -> noise [B,H,A].
@@ -116,10 +119,6 @@ class AWR(AdvantageWeighted, WeightedDenoising):
 
     KIND = "awr"
     LABEL = "DAWR"
-
-    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
-        super().__init__(actor=actor, **kwargs)
-        self.critic = critic
 
 
 class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
@@ -132,10 +131,6 @@ class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
     """
 
     KIND = "gaussian_awr"
-
-    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
-        super().__init__(actor=actor, **kwargs)
-        self.critic = critic
 
 
 @tf.function(reduce_retracing=True)

@@ -31,7 +31,7 @@ PreTrainable = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
 class PreTrainer:
-    """Steps of supervised training on a data set held in memory.
+    """Trains a policy on a data set held in memory.
 
     Args:
         policy: trained in place; `ema_network` is its average.
@@ -75,7 +75,7 @@ class PreTrainer:
     # ---------- one batch ----------
 
     def batch(self, items: Array, t: Array, noise: Array, shifts: Array) -> tuple[Array, Cond, Array, Array]:
-        """Windows `items` [B] as (action chunks [B,H,A], observations, t, noise).
+        """Gather the windows `items` [B]: (action chunks [B,H,A], observations, t, noise).
 
         The observations are {"state": [B,To,O]}, or, where the network sees, what it makes of them and of the images,
         shifted by `shifts` [B,cameras,2] if there are any.
@@ -128,7 +128,7 @@ class PreTrainer:
         return self._steps(*self._inputs(items, t, noise, shifts), tf.constant(average, tf.int32)).numpy()
 
     def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
-        """The loss of one batch without training."""
+        """Return the loss of one batch, without training."""
         return float(self._loss(*self._inputs(items, t, noise, None)).numpy())
 
     def _inputs(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, shifts: np.ndarray | None) -> list[Array]:
