@@ -14,8 +14,8 @@ from diffusion_rl.config.targets import REFERENCE_TARGETS
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.methods.off_policy.algorithm import Progress
+from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.learner import Learner
-from diffusion_rl.methods.off_policy.training import Buffers, Rows
 
 WARMED_UP = 10**6  # an iteration in which nothing waits any more
 

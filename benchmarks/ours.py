@@ -36,7 +36,7 @@ def config(name: str, *overrides: str) -> Any:
 def fine_tuning() -> tuple[Any, Any]:
     """(configuration, trainer) of the default Hopper run, with random weights."""
     from diffusion_rl.config.instantiate import instantiate
-    from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
+    from diffusion_rl.methods.on_policy.dppo import DPPOTrainer
 
     cfg = config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}", "model.network_path=null")
     return cfg, DPPOTrainer(instantiate(cfg["model"]), cfg["train"], reward_horizon=w.HORIZON)
@@ -55,7 +55,7 @@ def sampling() -> Workload:
 
     def call() -> None:
         draws = noise().normal(trainer.actor.noise_shape(w.ENVS))
-        trainer.act(state, draws, deterministic=False)
+        trainer.actor.act(state, draws, deterministic=False)
 
     return call
 
@@ -72,7 +72,7 @@ def log_probs() -> Workload:
 
     def call() -> None:
         trainer.values(r.state)
-        trainer.log_probs(r.state, r.chains, batch_size=10_000)
+        trainer.actor.log_probs(r.state, r.chains)
 
     return call
 
@@ -80,7 +80,7 @@ def log_probs() -> Workload:
 def minibatch() -> Workload:
     _, trainer = fine_tuning()
     r = w.rollout()
-    old = trainer.log_probs(r.state, r.chains, batch_size=10_000)
+    old = trainer.actor.log_probs(r.state, r.chains)
     n_rows = trainer.load(r.state, r.chains, r.returns, r.values, r.advantages, old)
     epoch = {"number": 0, "rows": np.empty(0, np.int64)}
 

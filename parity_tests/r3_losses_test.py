@@ -59,7 +59,7 @@ def test_ppo_loss(policy, seed, batch, reward_horizon, use_bc):
         *map(as_torch, arguments.values()), reward_horizon, None if noise is None else as_torch(noise)
     )
     arguments = {"obs": {"state": arguments.pop("state")}} | arguments
-    ours = model.loss(**arguments, use_bc_loss=use_bc, reward_horizon=reward_horizon, bc_noise=noise)._asdict()
+    ours = model.loss(**arguments, use_bc_loss=use_bc, reward_horizon=reward_horizon, bc_noise=noise)
     comparison = Comparison("DPPO loss, drawn", 3, "float64")
     for name, value in theirs.items():
         comparison.check(name, ours[name], value.detach())

@@ -62,7 +62,7 @@ def test_ppo(policy, seed, batch, reward_horizon, use_bc):
     arguments = {"obs": {"state": arguments.pop("state")}} | arguments
     with tf.GradientTape() as tape:
         ours = model.loss(**arguments, use_bc_loss=use_bc, reward_horizon=reward_horizon, bc_noise=noise)
-        loss = ours.pg_loss + 0.1 * ours.entropy_loss + 0.5 * ours.v_loss + 0.2 * ours.bc_loss
+        loss = ours["pg_loss"] + 0.1 * ours["entropy_loss"] + 0.5 * ours["v_loss"] + 0.2 * ours["bc_loss"]
     gradients = torch_gradients(model, tape, loss)
     compare_gradients("DPPO, drawn", gradients, trained, total)
     for name in twin.weights.keys() - trained.keys():

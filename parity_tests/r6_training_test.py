@@ -93,7 +93,7 @@ def test_fine_tuning(options):
     def train(state, *rest):
         with tf.GradientTape(persistent=True) as tape:
             loss = model.loss({"state": state}, *rest)
-            total = loss.pg_loss + 0.01 * loss.entropy_loss + 0.5 * loss.v_loss
+            total = loss["pg_loss"] + 0.01 * loss["entropy_loss"] + 0.5 * loss["v_loss"]
         for part, optimizer in ours.items():
             grads = tape.gradient(total, optimizer.variables)
             optimizer.apply(clip_by_global_norm(grads, 0.5)[0] if part == "actor_ft" else grads)

@@ -81,8 +81,8 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
     "log-probabilities: mean before the clamp": (
         dppo,
         "chunk_log_prob",
-        "tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[:, :reward_horizon], axis=[1, 2])",
-        "tf.clip_by_value(tf.reduce_mean(log_prob[:, :reward_horizon], axis=[1, 2]), *LOG_PROB_RANGE)",
+        "tf.reduce_mean(tf.clip_by_value(log_prob, *LOG_PROB_RANGE)[..., :reward_horizon, :], axis=[-2, -1])",
+        "tf.clip_by_value(tf.reduce_mean(log_prob[..., :reward_horizon, :], axis=[-2, -1]), *LOG_PROB_RANGE)",
         ["ppo_diffusion_loss_base"],
     ),
     "PPO: clip range the wrong way round": (

@@ -94,7 +94,7 @@ def test_every_fine_tuning_run_has_the_label_of_its_algorithm(config):
     """Runs of the algorithms that have several names in one task keep them: they are different experiments."""
     cfg = compose(config)
     run = Run(Path(cfg.name), cfg.name, cfg.env_name, "0", [], cfg.model._target_.rpartition(".")[2])
-    assert comparison.algorithm_labels([run]) == [comparison.CLASSES[run.algorithm]]
+    assert comparison.algorithm_labels([run]) == [comparison.class_labels()[run.algorithm]]
 
 
 def test_the_class_of_the_model_is_read_from_the_configuration(tmp_path):

@@ -14,8 +14,8 @@ from diffusion_rl.core.optimizers import AdamW, GradientSteps
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.methods.off_policy.algorithm import Progress
+from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.dacer import DACER, distributional_loss
-from diffusion_rl.methods.off_policy.training import Buffers, Rows
 from diffusion_rl.networks.critics import DistributionalCritic
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP

@@ -9,8 +9,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
-from diffusion_rl.methods.on_policy.dpoer import DPOER
-from diffusion_rl.methods.on_policy.dpoer_trainer import DPOERTrainer
+from diffusion_rl.methods.on_policy.dpoer import DPOER, DPOERTrainer
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP
@@ -43,7 +42,7 @@ def make_trainer(fast=True, **options):
 def load(trainer, n=8):
     draw = NoiseSource(7)
     state, noise = draw.normal((n, 1, OBS), np.float64), draw.normal((K + 1, n, H, A), np.float64)
-    decision = trainer.act(state, noise, deterministic=False)
+    decision = trainer.actor.act(state, noise, deterministic=False)
     rest = [draw.normal((n,), np.float64) for _ in range(3)]
     return trainer.load(state, decision.chains, *rest, decision.log_probs), draw
 

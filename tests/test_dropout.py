@@ -9,7 +9,7 @@ from diffusion_rl.config.compose import compose
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.replay import ReplayBuffer, fields
-from diffusion_rl.methods.off_policy.training import Buffers, Rows
+from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.pretraining.training import PreTraining
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import draw_masks, split_masks

@@ -10,9 +10,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.diffusion.exact_likelihood import METHODS, VPSDE, integrate, time_grid
-from diffusion_rl.methods.on_policy import dppo_exact_trainer
-from diffusion_rl.methods.on_policy.dppo_exact import ExactDPPO
-from diffusion_rl.methods.on_policy.dppo_exact_trainer import ExactDPPOTrainer
+from diffusion_rl.methods.on_policy import dppo_exact
+from diffusion_rl.methods.on_policy.dppo_exact import ExactDPPO, ExactDPPOTrainer
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP
@@ -87,7 +86,7 @@ GAUSSIAN = {"sde_hutchinson_type": "Gaussian", "sde_num_epsilon": 1, "clip_vloss
 
 @pytest.mark.parametrize("options", [{}, pytest.param(GAUSSIAN, marks=pytest.mark.slow)])
 def test_the_update_in_chunks_is_the_plain_one(options, monkeypatch):
-    monkeypatch.setattr(dppo_exact_trainer, "CHUNK", 4)
+    monkeypatch.setattr(dppo_exact, "CHUNK", 4)
     n, results = 13, []
     train = {f"{k}_{s}": v for k in ("actor", "critic") for s, v in (("lr", 1e-2), ("weight_decay", 0.0))}
     train |= {f"{k}_lr_scheduler": SCHEDULE for k in ("actor", "critic")} | {"vf_coef": 0.5, "max_grad_norm": 1.0}
@@ -96,7 +95,7 @@ def test_the_update_in_chunks_is_the_plain_one(options, monkeypatch):
             draw, trainer = NoiseSource(5), ExactDPPOTrainer(make_policy(**options), train | {"fast": fast}, H)
             state, actions = draw.normal((n, 1, OBS), np.float64), draw.uniform((n, H, A), -1, 1, np.float64)
             if not fast:
-                monkeypatch.setattr(dppo_exact_trainer, "CHUNK", 1000)
+                monkeypatch.setattr(dppo_exact, "CHUNK", 1000)
             old = trainer.old_log_probs(state, {"actions": actions}, draw)
             rest = [draw.normal((n,), np.float64) for _ in range(3)]
             assert trainer.load(state, actions, *rest, old) == n
@@ -106,7 +105,7 @@ def test_the_update_in_chunks_is_the_plain_one(options, monkeypatch):
                 losses.append(list(trainer.minibatch(rows, True, number, trainer.draw(draw, 11)).values()))
             weights = [v.numpy() for name in trainer.trained for v in trainer.trained[name]]
             results.append([old, np.array(losses), *weights])
-            monkeypatch.setattr(dppo_exact_trainer, "CHUNK", 4)
+            monkeypatch.setattr(dppo_exact, "CHUNK", 4)
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
     assert np.abs(results[0][1]).max() > 0

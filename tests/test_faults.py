@@ -34,7 +34,7 @@ from diffusion_rl.cli import app
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
-from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
+from diffusion_rl.methods.on_policy.dppo import DPPOTrainer
 from diffusion_rl.methods.pretraining.losses import PreTrainer
 from diffusion_rl.training import signals
 from diffusion_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint

@@ -13,8 +13,7 @@ from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.methods.on_policy import dppo_fast
 from diffusion_rl.methods.on_policy.chunked import chunks
-from diffusion_rl.methods.on_policy.dppo import DPPO
-from diffusion_rl.methods.on_policy.dppo_trainer import DPPOTrainer
+from diffusion_rl.methods.on_policy.dppo import DPPO, DPPOTrainer
 from diffusion_rl.methods.pretraining.losses import PreTrainer
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.eta import EtaFixed
@@ -153,9 +152,11 @@ def test_sampler_fast_equals_plain(case):
         for trainer, fast in zip(trainers, (True, False), strict=True):
             assert trainer.actor.fast == fast
             with traced_only(fast):
-                exploring, evaluating = (trainer.act(state, noise, deterministic) for deterministic in (False, True))
+                exploring, evaluating = (
+                    trainer.actor.act(state, noise, deterministic) for deterministic in (False, True)
+                )
             with traced_only(False):  # captured while sampling = computed afterwards
-                again = trainer.log_probs(state, exploring.chains, 2)
+                again = trainer.actor.log_probs(state, exploring.chains)
             assert largest_difference([exploring.log_probs], [again]) < SAME
             results.append([*exploring, *evaluating])
         assert results[0][0].dtype == np.float64 and largest_difference(*results) < SAME
@@ -181,7 +182,7 @@ def test_updates_fast_equals_plain(case, rows, monkeypatch):
         for fast in (True, False):
             draw, trainer = NoiseSource(2), make_trainer(fast, **CASES[case])
             assert trainer.fast == fast
-            f = trainer.algorithm.ft_denoising_steps
+            f = trainer.policy.ft_denoising_steps
             normal = functools.partial(_normal, draw)
             chains = np.cumsum(0.1 * normal(n, f + 1, H, A), axis=1)
             n_rows = trainer.load(normal(n, 1, O), chains, normal(n), normal(n), normal(n), 0.3 * normal(n, f, H, A))

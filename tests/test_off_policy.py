@@ -16,9 +16,9 @@ from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.methods.off_policy.algorithm import Phase
+from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.dql import DQL
 from diffusion_rl.methods.off_policy.learner import Learner
-from diffusion_rl.methods.off_policy.training import Buffers, Rows
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.mlp import DiffusionMLP
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint

@@ -128,7 +128,7 @@ def reinforce_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 def ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     noise = {"bc_noise": noise_of(golden, cast)} if golden.draws else {}
-    return obj.loss(**cast(golden.arguments), **noise)._asdict()
+    return obj.loss(**cast(golden.arguments), **noise)
 
 
 def gaussian_sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -157,7 +157,7 @@ def action_log_probs(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 def gaussian_ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     noise = {"bc_noise": cast(golden.draws[0][1])} if golden.draws else {}
-    return obj.loss(**cast(golden.arguments), **noise)._asdict()
+    return obj.loss(**cast(golden.arguments), **noise)
 
 
 def probes_of(obj: Any, golden: Golden, cast: Cast) -> Any:
@@ -171,7 +171,7 @@ def exact_log_probs(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 
 def exact_ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
-    return obj.loss(**cast(golden.arguments), probes=probes_of(obj, golden, cast))._asdict()
+    return obj.loss(**cast(golden.arguments), probes=probes_of(obj, golden, cast))
 
 
 _DIFFUSION = "model.diffusion.diffusion.DiffusionModel"

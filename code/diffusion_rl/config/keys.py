@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_rl.config.instantiate import PACKAGE, find_class, flatten, parameters_of, targets
 from diffusion_rl.config.ranges import RANGES
-from diffusion_rl.config.reads import unread
+from diffusion_rl.config.reads import is_own, unread
 from diffusion_rl.core.errors import UserError
 
 KEYS: dict[str, str] = {
@@ -258,7 +258,8 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Col
         if groups and value is not None and value != {}:
             raise UserError(f"{key}={value}: '{key}' is a group of keys, not a value; it holds {_some(groups)}")
         _check_kind(key, value, defaults.get(key, _KINDS.get(key)))
-        if key in KEYS or key.startswith((*objects, OPEN)) or (own_env and key.startswith("env.")):
+        known_here = key in KEYS or is_own(key, config) or (own_env and key.startswith("env."))
+        if known_here or key.startswith((*objects, OPEN)):
             continue
         if not (value == {} and any(known.startswith(f"{key}.") for known in KEYS)):
             unknown.append(unknown_key(key, known))

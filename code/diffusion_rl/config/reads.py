@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from diffusion_rl.config.declared import declared
 from diffusion_rl.config.instantiate import PACKAGE, flatten
 
 RUN = "suite stage project name seed device data_dir log_dir logdir resume tensorboard wandb"
@@ -19,8 +20,6 @@ PPO = (
     "max_grad_norm use_bc_loss bc_loss_coeff grad_accumulate augment logprob_batch_size "
     "eta_lr eta_weight_decay eta_lr_scheduler eta_update_interval"
 )
-CRITIC = "actor critic n_critic_warmup_itr max_grad_norm"
-SOFT = "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode log_freq"
 
 #: What each loop reads of `train`. "actor" stands for the actor's learning rate, its schedule and its weight decay.
 LOOPS = {
@@ -29,23 +28,6 @@ LOOPS = {
     "OnPolicyTraining": f"{ITERATIONS} {PPO} actor critic",
     "OffPolicyTraining": f"{ITERATIONS} scale_reward_factor log_freq buffer_size",
     "Evaluation": "",
-}
-#: What each algorithm on a replay buffer reads beside what their loop does.
-ALGORITHMS = {
-    **dict.fromkeys(
-        ("RWR", "GaussianRWR"), "beta max_reward_weight update_epochs max_grad_norm lr weight_decay lr_scheduler"
-    ),
-    **dict.fromkeys(("AWR", "GaussianAWR"), f"{CRITIC} beta max_adv_weight critic_update_ratio replay_ratio"),
-    "DIPO": f"{CRITIC} action_lr action_gradient_steps target_ema_rate replay_ratio",
-    "DQL": f"{CRITIC} eta target_ema_rate replay_ratio",
-    "IDQL": f"{CRITIC} critic_tau eval_deterministic eval_sample_num use_expectile_exploration replay_ratio",
-    "QSM": f"{CRITIC} critic_tau q_grad_coeff replay_ratio",
-    "DACER": f"{CRITIC} replay_ratio init_temperature target_entropy target_ema_rate temperature_lr "
-    "temperature_interval entropy_states entropy_samples",
-    "SAC": f"{SOFT} critic_replay_ratio actor_replay_ratio",
-    "RLPD": f"{SOFT} critic_num_update",
-    "IBRL": "actor critic critic_num_update n_explore_steps n_eval_episode target_ema_rate update_freq",
-    "CalQL": f"{SOFT} automatic_entropy_tuning n_episode_per_epoch n_random_actions num_update train_online",
 }
 #: Keys of `env` that one kind of environment reads.
 ROBOMIMIC = ("env.reward_shaping", "env.reflections", "env.robomimic_env_cfg_path")
@@ -83,11 +65,28 @@ def is_read(key: str, config: Mapping[str, Any], used: Collection[str]) -> bool:
         return True
     head, _, rest = key.partition(".")
     if head == "train":
-        return _of(rest, f"{LOOPS[loop]} {ALGORITHMS.get(_class_name(config.get('model')), '')}")
+        words = algorithm_keys(config)
+        return words is None or _of(rest, f"{LOOPS[loop]} {words}")
     if head == "env":
         robomimic = any(str(name).startswith("robomimic") for name in _wrappers(config))
         return robomimic or key not in ROBOMIMIC
     return head in f"{RUN} {TOP_LEVEL[loop]}".split() or head == "env"
+
+
+def algorithm_keys(config: Mapping[str, Any]) -> str | None:
+    """What the class of `model` says that it reads of `train` (its `TRAIN_KEYS`); the loop reads more.
+
+    None: a class of the user's own package that does not say it; it may read any key.
+    """
+    model = config.get("model")
+    target = str(model.get("_target_", "")) if isinstance(model, Mapping) else ""
+    return declared(target, "TRAIN_KEYS", "" if not target or target.startswith(PACKAGE) else None)
+
+
+def is_own(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether the algorithm says itself that it reads this key, known to the package or not."""
+    head, _, rest = key.partition(".")
+    return head == "train" and _of(rest, algorithm_keys(config) or "")
 
 
 def _of(name: str, words: str) -> bool:

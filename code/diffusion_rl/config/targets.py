@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from diffusion_rl.config.declared import is_declared
 from diffusion_rl.config.instantiate import PACKAGE, targets
 from diffusion_rl.core.errors import UserError
 
@@ -88,8 +89,17 @@ REFERENCE_TARGETS = {
     "model.common.critic.CriticObsAct_DACER": "diffusion_rl.networks.critics.DistributionalCritic",
 }
 
+
+class _CheckpointClasses(frozenset[str]):
+    """The classes that are listed, and every network of this package."""
+
+    def __contains__(self, name: object) -> bool:
+        is_network = isinstance(name, str) and name.startswith(f"{PACKAGE}networks.") and is_declared(name)
+        return super().__contains__(name) or is_network
+
+
 #: What a checkpoint may name: networks and policies.
-CHECKPOINT_CLASSES = frozenset(
+CHECKPOINT_CLASSES = _CheckpointClasses(
     name
     for name in REFERENCE_TARGETS.values()
     if name.split(".")[1] in ("methods", "diffusion", "networks", "policies") and not name.endswith("Training")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.config.declared import declared, declaring
 from diffusion_rl.config.instantiate import find_class, flatten, instantiate_trusted
 from diffusion_rl.config.ranges import check_numbers
 from diffusion_rl.config.targets import CHECKPOINT_CLASSES
@@ -32,23 +33,9 @@ from diffusion_rl.export.deployed import (
     observation_shapes,
 )
 from diffusion_rl.interop.torch_names import load_state_dict
-from diffusion_rl.methods.off_policy.awr import AWR, GaussianAWR
-from diffusion_rl.methods.off_policy.calql import CalQL
-from diffusion_rl.methods.off_policy.dacer import DACER
-from diffusion_rl.methods.off_policy.dipo import DIPO
-from diffusion_rl.methods.off_policy.dql import DQL
-from diffusion_rl.methods.off_policy.qsm import QSM
-from diffusion_rl.methods.off_policy.rlpd import RLPD
-from diffusion_rl.methods.off_policy.rwr import RWR, GaussianRWR
-from diffusion_rl.methods.off_policy.sac import SAC
-from diffusion_rl.methods.on_policy.dpoer import DPOER
-from diffusion_rl.methods.on_policy.dppo import DPPO
-from diffusion_rl.methods.on_policy.dppo_exact import ExactDPPO
-from diffusion_rl.methods.on_policy.gaussian_ppo import GaussianPPO
-from diffusion_rl.methods.on_policy.gmm_ppo import GMMPPO
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
-from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
-from diffusion_rl.policies.gmm import FineTunedGMMPolicy, GMMPolicy
+from diffusion_rl.policies.gaussian import GaussianPolicy
+from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint
 from diffusion_rl.training.evaluation import fine_tuned_steps
 from diffusion_rl.training.policy_files import GAUSSIAN_SAMPLING, SAMPLING, is_fine_tuned, load_policy, policy_weights
@@ -60,23 +47,8 @@ LARGEST_SETTING = 1024  # of a network, that need not show in the shape of a wei
 CHECKED = 32  # random observations
 TIMED, WARM_UP = 300, 20  # decisions
 
-# What the class in a configuration acts as once its training is over. IDQL and IBRL choose among samples with their
-# critics: leaving them out here is what refuses them.
-ACTS_AS: dict[type, type] = {
-    DiffusionPolicy: DiffusionPolicy,
-    FineTunedDiffusionPolicy: FineTunedDiffusionPolicy,
-    **dict.fromkeys((DPPO, DPOER, ExactDPPO), FineTunedDiffusionPolicy),
-    GaussianPolicy: GaussianPolicy,
-    FineTunedGaussianPolicy: GaussianPolicy,
-    GaussianPPO: GaussianPolicy,
-    **dict.fromkeys((RWR, AWR, DIPO, DQL, QSM, DACER), DiffusionPolicy),
-    **dict.fromkeys((GaussianRWR, GaussianAWR, SAC, RLPD, CalQL), GaussianPolicy),
-    GMMPolicy: GMMPolicy,
-    FineTunedGMMPolicy: GMMPolicy,
-    GMMPPO: GMMPolicy,
-}
-
-ACTS_BY = {DIPO.KIND: "actor_target."}  # where that is not `network`
+FAMILIES = (DiffusionPolicy, GaussianPolicy, GMMPolicy)  # one of these is what every policy acts as
+POLICIES = ("diffusion_rl.policies", "diffusion_rl.methods.on_policy", "diffusion_rl.methods.off_policy")
 
 Run = Callable[[str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # (signature, inputs by name) -> outputs
 
@@ -164,24 +136,37 @@ def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
         raise UserError(f"{path} does not hold its configuration: add --config <name of the one it was trained with>")
     with reading(path, "use another checkpoint", "holds a configuration that describes no policy"):
         check_numbers(config)
-        policy = build_policy(checkpoint, config, path)
+        cls = exportable_class(str(config["model"].get("_target_")), path)
+        policy = build_policy(cls, checkpoint, config, path)
         load_policy(policy, checkpoint, path)
-        if acting := checkpoint.select("model." + ACTS_BY.get(checkpoint.metadata["kind"], " ")):
+        if acting := checkpoint.select(f"model.{getattr(cls, 'ACTS_WITH', ' ')}."):
             load_state_dict(policy.network, acting)
         act_steps = int(config.get("act_steps") or policy.horizon_steps)
         normalizer = normalizer_of(checkpoint, config, path)
         return Source(policy, normalizer, int(config.get("cond_steps") or 1), act_steps, checkpoint.metadata["kind"])
 
 
-def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Policy:
+def exportable_class(target: str, path: Path) -> type:
+    """The class of this package that a checkpoint says its policy is of.
+
+    Raises:
+        UserError: it is no policy of this package, or it says itself that it cannot be exported (`EXPORTABLE`).
+    """
+    if target.startswith(tuple(f"{package}." for package in POLICIES)) and declared(target, "KIND"):
+        cls = find_class(target)
+        if issubclass(cls, FAMILIES) and getattr(cls, "EXPORTABLE", True):
+            return cls
+    classes = [
+        name for package in POLICIES for name in declaring(package, "KIND") if declared(name, "EXPORTABLE", True)
+    ]
+    names = ", ".join(sorted(name.rpartition(".")[2] for name in classes))
+    raise UserError(f"{path} is of a {target.rpartition('.')[2]}, which cannot be exported; these can: {names}")
+
+
+def build_policy(cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Policy:
     """The acting part of what the configuration describes: networks of values are not built."""
-    node = dict(config["model"])
-    target = str(node.pop("_target_", None))
-    cls = find_class(target) if target in CHECKPOINT_CLASSES else None
-    if cls not in ACTS_AS:
-        names = ", ".join(sorted(exportable.__name__ for exportable in ACTS_AS))
-        raise UserError(f"{path} is of a {target.rpartition('.')[2]}, which cannot be exported; these can: {names}")
-    acts_as = ACTS_AS[cls]
+    node = {key: value for key, value in config["model"].items() if key != "_target_"}
+    acts_as = next(family for family in FAMILIES if issubclass(cls, family))
     network = node.pop("network", None) or node.pop("actor", None)
     refuse_larger(network, checkpoint, path)
     network = instantiate_trusted(network, CHECKPOINT_CLASSES)
@@ -192,11 +177,10 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
             asked = int(node.get("ft_denoising_steps") or config.get("ft_denoising_steps") or 0)
             node["ft_denoising_steps"] = 0 if "ft_denoising_steps" in checkpoint.metadata else asked
             node["ft_denoising_steps"] = fine_tuned_steps(checkpoint, node["ft_denoising_steps"], path)
-        acts_as = FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy
         plain = {k: v for k, v in node.items() if not isinstance(v, Mapping)}  # neither critic nor eta
-        return acts_as(network=network, **plain)
-    squashed = {"tanh_output": True} if cls is SAC else {}
-    given = squashed | {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
+        return (FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy)(network=network, **plain)
+    given = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
+    given = getattr(cls, "EXPORT_SETTINGS", {}) | given
     return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **given)
 
 

@@ -36,9 +36,9 @@ from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.off_policy.algorithm import Phase
+from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.learner import Learner
 from diffusion_rl.methods.off_policy.sac import SAC
-from diffusion_rl.methods.off_policy.training import Buffers, Rows
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
 from diffusion_rl.tasks.registry import D4RL_STEPS, TASKS

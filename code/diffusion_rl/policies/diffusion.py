@@ -19,6 +19,7 @@ from diffusion_rl.core.keras import keras
 from diffusion_rl.diffusion import ddim, process
 from diffusion_rl.diffusion.gaussian import clip, normal_log_prob
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
+from diffusion_rl.networks.folded import FoldedActor, can_fold
 from diffusion_rl.networks.layers import Array, clone, copy_weights, variables_of
 
 Cond = dict[str, Array]
@@ -50,9 +51,13 @@ class DiffusionPolicy:
         denoising_steps: K.
         use_ddim, ddim_steps, ddim_discretize: DDIM sampling with that many steps.
         network_path, device: accepted for the reference's configurations; weights are loaded by the loops.
+
+    Attributes:
+        fast: evaluate networks that can be folded in that form; the same numbers up to rounding.
     """
 
     KIND = "diffusion_policy"  # of checkpoints of pre-training
+    fast = False
 
     def __init__(
         self,
@@ -195,8 +200,8 @@ class DiffusionPolicy:
         return tf.square(output - (noise if self.predict_epsilon else x))
 
     def predictor(self, network: keras.layers.Layer) -> Any:
-        """What is called in a network's place; subclasses may give it a faster form."""
-        return network
+        """Return what is called in a network's place: where `fast` is set and it can be folded, its folded form."""
+        return FoldedActor(network, self.denoising_steps) if self.fast and can_fold(network) else network
 
 
 class FineTunedDiffusionPolicy(DiffusionPolicy):

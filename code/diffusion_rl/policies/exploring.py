@@ -14,7 +14,6 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
 from diffusion_rl.diffusion import process
 from diffusion_rl.diffusion.gaussian import clip
-from diffusion_rl.networks.folded import FoldedActor, can_fold
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
@@ -27,9 +26,6 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         actor: the network, then known as `network` and `actor`; or
         network: the same under one name.
         min_sampling_denoising_std: floor of the standard deviation when exploring.
-
-    Attributes:
-        fast: evaluate networks that can be folded in that form; the same numbers up to rounding.
     """
 
     def __init__(
@@ -46,10 +42,6 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         if actor is not None:
             self.actor = self.network
         self.min_sampling_denoising_std = float(min_sampling_denoising_std)
-        self.fast = False
-
-    def predictor(self, network: keras.layers.Layer) -> Any:
-        return FoldedActor(network, self.denoising_steps) if self.fast and can_fold(network) else network
 
     def noise_shape(self, batch: int) -> tuple[int, ...]:
         """Shape of the noise that a sample takes: [K+1,B,H,A]."""

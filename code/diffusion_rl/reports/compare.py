@@ -6,6 +6,7 @@ arXiv:2108.13264), computed by rliable.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import textwrap
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.config.declared import declaring
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports import published
 from diffusion_rl.reports.figures import (
@@ -36,25 +38,8 @@ from diffusion_rl.reports.figures import (
 from diffusion_rl.reports.metrics import replace_file
 
 RESAMPLES = 2000
-# What the papers call the algorithms: by the class of a run's model, and by the runs' names where that is not known.
-CLASSES = {
-    "DPPO": "DPPO",
-    "ExactDPPO": "DPPO (exact)",
-    "DPOER": "DPOER",
-    "RWR": "DRWR",
-    "AWR": "DAWR",
-    "DQL": "DQL",
-    "IDQL": "IDQL",
-    "DIPO": "DIPO",
-    "QSM": "QSM",
-    "DACER": "DACER",
-    "GaussianPPO": "Gaussian PPO",
-    "GMMPPO": "GMM PPO",
-    "SAC": "SAC",
-    "RLPD": "RLPD",
-    "CalQL": "Cal-QL",
-    "IBRL": "IBRL",
-}
+ALGORITHMS = ("diffusion_rl.methods.on_policy", "diffusion_rl.methods.off_policy")
+# What the papers call the algorithms, by the runs' names where the class of a run's model is not known.
 NAMES = {
     "sac_ppo_diffusion": "DPOER",
     "ppo_diffusion": "DPPO",
@@ -146,10 +131,17 @@ def _short_name(run: Run) -> str:
     return run.name.removeprefix(f"{run.task}_")
 
 
+@functools.cache
+def class_labels() -> dict[str, str]:
+    """Return what the papers call the algorithms, by the name of their class (its `LABEL`)."""
+    labels = [declaring(package, "LABEL") for package in ALGORITHMS]
+    return {path.rpartition(".")[2]: label for found in labels for path, label in found.items()}
+
+
 def _algorithm_of(run: Run) -> str:
     name, _, variant = _short_name(run).partition(",")
-    if run.algorithm in CLASSES:
-        return f"{CLASSES[run.algorithm]} {variant}".strip()
+    if run.algorithm in class_labels():
+        return f"{class_labels()[run.algorithm]} {variant}".strip()
     for word, algorithm in NAMES.items():
         if re.match(rf"{word}(_mlp|_unet|_img|_ta\d|$)", name):
             return f"{algorithm} {variant}".strip()

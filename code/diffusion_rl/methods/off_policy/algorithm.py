@@ -1,14 +1,23 @@
 """What the off-policy loop asks of an algorithm, and the few formulas that several of them share.
 
-An algorithm is its policy (`draw_action`, `act`) together with
+An algorithm is a class: a policy (`draw_action`, `act`) with
 
-    parts      what is trained, and by which settings
-    experience how its data are kept
-    phases     which updates an iteration consists of
-    draw       everything random of one update, in the order of the PyTorch reference
-    update     one update: losses, gradient steps, target networks; compiled, many of them in one call
+    parts        what is trained, and by which settings
+    experience   how its data are kept
+    phases       which updates an iteration consists of
+    draw         everything random of one update, in the order of the PyTorch reference
+    update       one update: losses, gradient steps, target networks; compiled, many of them in one call
 
-`settings` is the `train` node of the configuration throughout.
+and what it says of itself (literals, which `config.declared` reads without importing the class):
+
+    KIND         kind of its checkpoints
+    LABEL        its name in papers and so in figures; left out: the run's name
+    TRAIN_KEYS   the keys of `train` that it reads beside those of the loop, with spaces between them; "actor" stands
+                 for actor_lr, actor_lr_scheduler and actor_weight_decay
+    EXPORTABLE   False: it acts by more than its policy, so that no export would act as it does
+    ACTS_WITH    the part of its checkpoints that acts; left out: the policy's network
+
+`settings` is the `train` node of the configuration throughout, `rng` the source of random numbers.
 """
 
 from __future__ import annotations
@@ -102,21 +111,21 @@ class Experience:
 
 
 class OffPolicy:
-    """Mixed into a policy: what holds unless an algorithm says otherwise."""
+    """A mixin of policies: what holds unless an algorithm says otherwise."""
 
     KIND: str  # of checkpoints
 
     def experience(self, settings: Settings) -> Experience:
-        """How the data are kept."""
+        """Say how the data are kept."""
         return Experience()
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """As many updates as draw each new transition `replay_ratio` times; the actor's after the critic's warm-up."""
+        """Plan updates that draw each new transition `replay_ratio` times; the actor's after the critic's warm-up."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [Phase(n, progress.itr >= settings["n_critic_warmup_itr"])]
 
     def watched(self) -> dict[str, float]:
-        """Numbers for the metrics beside the losses."""
+        """Return numbers for the metrics beside the losses."""
         return {}
 
 
@@ -124,18 +133,18 @@ class OffPolicy:
 
 
 def bellman_error(q: tuple[Array, ...], batch: Transitions, next_value: Array, gamma: float) -> Array:
-    """Sum over critics [B] of the mean squared distance to r + gamma (1 - terminated) V(o'), which has no gradient."""
+    """Sum over critics [B] the mean squared distance to r + gamma (1 - terminated) V(o'), which has no gradient."""
     target = tf.stop_gradient(batch.rewards + gamma * next_value * (1.0 - batch.terminated))
     return tf.add_n([tf.reduce_mean(tf.square(each - target)) for each in q])
 
 
 def follow(target: Any, source: Any, tau: float) -> None:
-    """target <- (1 - tau) target + tau source, weight by weight."""
+    """Move a target towards its source, weight by weight: target <- (1 - tau) target + tau source."""
     for old, new in zip(variables_of(target), variables_of(source), strict=True):
         old.assign(ema_update(old, new, 1.0 - tau))
 
 
 def mixed(data: Any, draws: Mapping[str, Array]) -> Transitions:
-    """A batch of demonstrations (`offline_rows`) followed by replayed transitions (`rows`)."""
+    """Return a batch of demonstrations (`offline_rows`) followed by replayed transitions (`rows`)."""
     halves = zip(data.offline.at(draws["offline_rows"]), data.online.at(draws["rows"]), strict=True)
     return Transitions(*(None if a is None else tf.concat([a, b], axis=0) for a, b in halves))

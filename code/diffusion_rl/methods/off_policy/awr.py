@@ -30,8 +30,14 @@ class AdvantageWeighted(OffPolicy):
     A policy that inherits it has `actor`, `weighted_loss` and `draw_loss`.
     """
 
+    TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_update_ratio beta max_adv_weight"
     actor: keras.layers.Layer
-    critic: keras.layers.Layer
+    weighted_loss: Any  # of the policy: batch, weights [B], draws -> a scalar
+    draw_loss: Any  # of the policy: rng, rows -> its draws
+
+    def __init__(self, critic: keras.layers.Layer, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.critic = critic
 
     def experience(self, settings: Settings) -> Experience:
         names = ("obs", "actions", "rewards", "terminated", "returns", "advantages")
@@ -42,7 +48,7 @@ class AdvantageWeighted(OffPolicy):
         return {"actor": Part(actor, "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """The critic first, then the actor with the advantages that the new critic gives."""
+        """Plan the critic's updates, then the actor's with the advantages that the new critic gives."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [
             Phase(n // settings["critic_update_ratio"], True, "update_critic", "draw_critic", "estimate"),
@@ -50,7 +56,7 @@ class AdvantageWeighted(OffPolicy):
         ]
 
     def estimate(self, data: Any, settings: Settings, n_envs: int) -> dict[str, np.ndarray]:
-        """TD(lambda) targets and advantages [S,E] of all rows, into the buffer.
+        """Write TD(lambda) targets and advantages [S,E] of all rows into the buffer.
 
         Their discount and lambda are the reference's defaults, whatever `gamma` the configuration has.
         """
@@ -65,12 +71,12 @@ class AdvantageWeighted(OffPolicy):
         return {"td_trajs": targets, "values_trajs": values, "advantages_trajs": advantages.reshape(-1)}
 
     def loss_critic(self, cond: Cond, targets: Array) -> Array:
-        """Mean squared distance of the values [B,1] from the targets; targets [B] meet every value (quirk 43)."""
+        """Average the squared distance of values [B,1] and targets [B], each of which meets every value (quirk 43)."""
         return tf.reduce_mean(tf.square(self.critic(cond) - targets))
 
     @staticmethod
     def advantage_weights(advantages: Array, beta: float, most: float) -> Array:
-        """[B] -> [B]: normalise over the batch (unbiased deviation), then exponentiate and bound."""
+        """Normalise advantages [B] over the batch (unbiased deviation), exponentiate and bound them."""
         centred = advantages - tf.reduce_mean(advantages)
         count = tf.cast(tf.size(advantages), advantages.dtype)
         deviation = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (count - 1))
@@ -78,8 +84,8 @@ class AdvantageWeighted(OffPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
-        """Rows of the critic: as many as there are steps are drawn from, though rows are E times as many (quirk 64)."""
+    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+        """Draw rows for the critic, from as many as there are steps, though rows are E times as many (quirk 64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
 
     def update_critic(
@@ -88,9 +94,9 @@ class AdvantageWeighted(OffPolicy):
         batch = data.online.at(draws["rows"])
         return {"loss_critic": step("critic", lambda: self.loss_critic({"state": batch.obs}, batch.returns))}
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        return {"rows": rows.online(b)} | self.draw_loss(noise, b)
+        return {"rows": rows.online(b)} | self.draw_loss(rng, b)
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
@@ -103,7 +109,7 @@ class AdvantageWeighted(OffPolicy):
 
 
 class AWR(AdvantageWeighted, WeightedDenoising):
-    """DAWR.
+    """DAWR: AWR of a diffusion policy.
 
     Args:
         actor: (x [B,H,A], t [B], cond) -> noise [B,H,A].
@@ -112,10 +118,7 @@ class AWR(AdvantageWeighted, WeightedDenoising):
     """
 
     KIND = "awr"
-
-    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
-        super().__init__(actor=actor, **kwargs)
-        self.critic = critic
+    LABEL = "DAWR"
 
 
 class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
@@ -129,12 +132,8 @@ class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
 
     KIND = "gaussian_awr"
 
-    def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
-        super().__init__(actor=actor, **kwargs)
-        self.critic = critic
-
 
 @tf.function(reduce_retracing=True)
 def value_of(critic: keras.layers.Layer, obs: Array) -> Array:
-    """State values [B] of observations [B,To,O], compiled."""
+    """Return state values [B] of observations [B,To,O], compiled."""
     return critic({"state": obs})[:, 0]

@@ -46,6 +46,11 @@ class CalQL(SoftActorCritic):
     """
 
     KIND = "calql"
+    LABEL = "Cal-QL"
+    TRAIN_KEYS = (
+        "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode "
+        "automatic_entropy_tuning n_episode_per_epoch n_random_actions num_update train_online"
+    )
     CONTINUES = True  # online training starts from offline training's critics too
 
     def __init__(
@@ -82,7 +87,7 @@ class CalQL(SoftActorCritic):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Offline a given number of updates; online one for each step of the episode just collected."""
+        """Plan offline a given number of updates, online one for each step of the episode just collected."""
         if progress.itr < settings["n_explore_steps"]:
             return []
         return [Phase(progress.first_episode if settings["train_online"] else settings["num_update"])]
@@ -90,7 +95,7 @@ class CalQL(SoftActorCritic):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, draws: CriticDraws) -> Array:
-        """Bellman error and conservative term of both critics."""
+        """Add the Bellman error and the conservative term of both critics."""
         q_data = self.critic({"state": batch.obs}, batch.actions)
         target = tf.stop_gradient(
             batch.rewards + gamma * (1.0 - batch.terminated) * self.best_next(batch.next_obs, draws.next_noise)
@@ -102,14 +107,14 @@ class CalQL(SoftActorCritic):
         return tf.add_n(losses)
 
     def best_next(self, next_obs: Array, noise: Array) -> Array:
-        """[B]: the largest of `cql_n_actions` next actions' smaller target value."""
+        """Return [B] the largest of `cql_n_actions` next actions' smaller target value."""
         cond = {"state": tf.repeat(next_obs, self.cql_n_actions, axis=0)}
         actions, _ = self.sample(cond, noise)
         q = tf.minimum(*self.target_critic(cond, actions))
         return tf.reduce_max(tf.reshape(q, [-1, self.cql_n_actions]), axis=1)
 
     def out_of_data(self, batch: Transitions, draws: CriticDraws) -> list[Array]:
-        """For each critic log sum exp [B] over N random actions and, calibrated, over policy actions at o and at o'."""
+        """Return a critic's log sum exp [B] over N random actions and, calibrated, policy actions at o and at o'."""
         n, chunk = draws.random_actions.shape[1], draws.random_actions.shape[2:]
         repeated = {"state": tf.repeat(batch.obs, n, axis=0)}
         random = self.critic(repeated, tf.reshape(draws.random_actions, [-1, *chunk]))
@@ -122,7 +127,7 @@ class CalQL(SoftActorCritic):
         return [tf.reduce_logsumexp(tf.concat(found, axis=1), axis=1) for found in entries]
 
     def drawn(self, cond: Cond, noise: Array) -> tuple[Array, Array]:
-        """Actions [B,H,A] without a gradient (but where the noise was clipped), their log-density [B] with one.
+        """Sample actions [B,H,A] without a gradient (but where the noise was clipped), their log-density [B] with one.
 
         So it is in the reference. Nothing comes of it there either: only the critics are trained on this loss.
         """
@@ -137,20 +142,20 @@ class CalQL(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, online = int(settings["batch_size"]), bool(settings["train_online"])
         draws = {"offline_rows": rows.offline(b // 2 if online else b)}
         if online:
             draws["rows"], b = rows.online(b // 2), b // 2 * 2
         shape = (b, int(settings["n_random_actions"]), self.horizon_steps, self.network.action_dim)
         draws |= {
-            "random_actions": noise.uniform(shape, -1.0, 1.0, floatx()),
-            "next_noise": noise.normal(self.noise_shape(b * self.cql_n_actions), floatx()),
-            "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
-            "actor_noise": noise.normal(self.noise_shape(b), floatx()),
+            "random_actions": rng.uniform(shape, -1.0, 1.0, floatx()),
+            "next_noise": rng.normal(self.noise_shape(b * self.cql_n_actions), floatx()),
+            "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
+            "actor_noise": rng.normal(self.noise_shape(b), floatx()),
         }
         if settings["automatic_entropy_tuning"]:
-            draws["temperature_noise"] = noise.normal(self.noise_shape(b), floatx())
+            draws["temperature_noise"] = rng.normal(self.noise_shape(b), floatx())
         return draws
 
     def update(

@@ -39,7 +39,7 @@ BOUND = 3.0  # deviations within which returns are drawn and backed up
 
 
 def distributional_loss(mean: Array, std: Array, target: Array, drawn: Array, scale: Array) -> Array:
-    """L_1 + L_2 as above. mean, std [2,B]; y = target [B], y_z = drawn [B], w = scale [2], none with a gradient."""
+    """Return L_1 + L_2. mean, std [2,B]; y = target [B], y_z = drawn [B], w = scale [2], none with a gradient."""
     bound = BOUND * scale[:, None]
     m, s = tf.stop_gradient(mean), tf.stop_gradient(std)
     bounded = m + tf.clip_by_value(drawn - m, -bound, bound)
@@ -59,6 +59,11 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dacer"
+    LABEL = "DACER"
+    TRAIN_KEYS = (
+        "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate init_temperature "
+        "target_entropy temperature_lr temperature_interval entropy_states entropy_samples"
+    )
     _log_alpha: tf.Variable
 
     def __init__(
@@ -82,7 +87,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """The critics draw each new transition `replay_ratio` times; the temperature's steps are among theirs."""
+        """Plan steps of critics that draw each new transition `replay_ratio` times, the temperature's among them."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"]) // CRITIC_STEPS
         if progress.itr < settings["n_critic_warmup_itr"]:
             return [Phase(n, False)]
@@ -103,18 +108,18 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     # ---------- acting ----------
 
     def explored(self, cond: Cond, noise: Array, exploration: Array) -> Array:
-        """Action chunks [B,H,A] with noise of the learned size. noise [K+1,B,H,A], exploration [B,H,A] normal."""
+        """Sample chunks [B,H,A] with noise of the learned size. noise [K+1,B,H,A], exploration [B,H,A] normal."""
         size = tf.cast(tf.exp(tf.stop_gradient(self._log_alpha)), self.dtype) * self.exploration_scale
         actions = self.sample(cond, noise, deterministic=True)
         return tf.clip_by_value(actions + size * tf.cast(exploration, self.dtype), -1.0, 1.0)
 
-    def _action_draws(self, noise: Any, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """The draws that `explored` takes, so many times."""
-        chain = noise.normal((*times, *self.noise_shape(batch)), floatx())
-        return chain, noise.normal((*times, batch, self.horizon_steps, self.action_dim), floatx())
+    def _action_draws(self, rng: Any, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Draw what `explored` takes, so many times."""
+        chain = rng.normal((*times, *self.noise_shape(batch)), floatx())
+        return chain, rng.normal((*times, batch, self.horizon_steps, self.action_dim), floatx())
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        return dict(zip(("noise", "exploration"), self._action_draws(noise, batch), strict=True))
+    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+        return dict(zip(("noise", "exploration"), self._action_draws(rng, batch), strict=True))
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         if deterministic:
@@ -126,7 +131,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     def targets(
         self, batch: Transitions, gamma: float, noise: Array, exploration: Array, z: Array
     ) -> tuple[Array, Array]:
-        """y and y_z [B]. noise [K+1,B,H,A], exploration [B,H,A], z [B]."""
+        """Return y and y_z [B]. noise [K+1,B,H,A], exploration [B,H,A], z [B]."""
         following = {"state": batch.next_obs}
         mean, std = self.critic_target(following, self.explored(following, noise, exploration))
         spread = tf.where(mean[0] < mean[1], std[0], std[1]) * tf.clip_by_value(z, -BOUND, BOUND)
@@ -134,45 +139,46 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         return batch.rewards + discount * mean, batch.rewards + discount * (mean + spread)
 
     def loss_critic(self, batch: Transitions, target: Array, drawn: Array, scale: Array) -> Array:
-        """target, drawn as of `targets`; scale [2]."""
-        return distributional_loss(*self.critic({"state": batch.obs}, batch.actions), target, drawn, scale)
+        """Return the loss of both critics. target, drawn: of `targets`; scale [2]."""
+        mean, std = self.critic({"state": batch.obs}, batch.actions)
+        return distributional_loss(mean, std, target, drawn, scale)
 
     def update_std_scale(self, batch: Transitions, tau: float) -> Array:
-        """w [2], moved towards the batch's mean deviations, with which it begins."""
+        """Return w [2], moved towards the batch's mean deviations, with which it begins."""
         _, std = self.critic({"state": batch.obs}, batch.actions)
         mean, old = tf.reduce_mean(std, axis=-1), self.std_scale.read_value()
         return self.std_scale.assign(tf.where(old < 0, mean, (1 - tau) * old + tau * mean))
 
     def loss_actor(self, obs: Array, noise: Array, exploration: Array) -> Array:
-        """Minus the smaller mean of the policy's own actions. noise [K+1,B,H,A], exploration [B,H,A]."""
+        """Return minus the smaller mean of the policy's own actions. noise [K+1,B,H,A], exploration [B,H,A]."""
         mean, _ = self.critic({"state": obs}, self.explored({"state": obs}, noise, exploration))
         return -tf.reduce_mean(tf.reduce_min(mean, axis=0))
 
     def entropy(self, obs: Array, n: int, noise: Array, exploration: Array) -> Array:
-        """H, a scalar: the mean over states of the entropy of n exploring actions. noise [K+1,B*n,H,A]."""
+        """Return H, a scalar: the mean over states of the entropy of n exploring actions. noise [K+1,B*n,H,A]."""
         actions = self.explored({"state": tf.repeat(obs, n, axis=0)}, noise, exploration)
         by_state = tf.reshape(actions, [-1, n, self.horizon_steps * self.action_dim])
         return tf.reduce_mean(mixture_entropy(by_state))
 
     def loss_temperature(self, entropy: Array, target_entropy: float) -> Array:
-        """log alpha (H - Hbar): alpha grows while the entropy is below its target."""
+        """Return log alpha (H - Hbar): alpha grows while the entropy is below its target."""
         return self._log_alpha * tf.cast(entropy - target_entropy, tf.float64)
 
     # ---------- updates ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": np.stack([rows.online(b) for _ in range(CRITIC_STEPS)])}
-        draws["next_noise"], draws["next_exploration"] = self._action_draws(noise, b, (CRITIC_STEPS,))
-        draws["z"] = noise.normal((CRITIC_STEPS, b), floatx())
+        draws["next_noise"], draws["next_exploration"] = self._action_draws(rng, b, (CRITIC_STEPS,))
+        draws["z"] = rng.normal((CRITIC_STEPS, b), floatx())
         if train_actor:
-            draws["noise"], draws["exploration"] = self._action_draws(noise, b)
+            draws["noise"], draws["exploration"] = self._action_draws(rng, b)
         return draws
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
-        """Steps of the critics, each on a batch of its own; then the actor on the last of these, and the targets."""
+        """Step the critics, each time on another batch; then the actor on the last of these, and the targets."""
         tau, norm = settings["target_ema_rate"], settings.get("max_grad_norm")
         losses = {}
         for k in range(CRITIC_STEPS):
@@ -187,9 +193,9 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         self.n_updates.assign_add([1])
         return losses
 
-    def draw_temperature(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_temperature(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, n = int(settings["entropy_states"]), int(settings["entropy_samples"])
-        return {"rows": rows.online(b), **self.draw_action(noise, b * n, False, settings)}
+        return {"rows": rows.online(b), **self.draw_action(rng, b * n, False, settings)}
 
     def update_temperature(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool

@@ -35,6 +35,11 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dipo"
+    LABEL = "DIPO"
+    TRAIN_KEYS = (
+        "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate action_lr action_gradient_steps"
+    )
+    ACTS_WITH = "actor_target"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
@@ -43,7 +48,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     @property
     def copies(self) -> list[keras.layers.Layer]:
-        """Networks that start as the pre-trained one."""
+        """Return the networks that start as the pre-trained one."""
         return [self.actor_target]
 
     def parts(self, settings: Settings) -> dict[str, Part]:
@@ -52,17 +57,17 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def target_sample(self, cond: Cond, noise: Array, deterministic: bool = False) -> Array:
-        """Action chunks [B,H,A] of the target actor."""
+        """Sample action chunks [B,H,A] of the target actor."""
         return self.sample(cond, noise, deterministic, network=self.actor_target)
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.critic_target(following, self.target_sample(following, noise)))
         return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
 
     def improve(self, cond: Cond, actions: Array, lr: float, n_steps: int, max_norm: float) -> Array:
-        """actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
+        """Return actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
 
         The gradient's norm is bounded over the whole batch; actions stay in [-1, 1].
         """
@@ -71,7 +76,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(actions)
                 loss = -tf.reduce_sum(tf.minimum(*self.critic(cond, actions)))
-            (slope,), _ = clip_by_global_norm([tape.gradient(loss, actions)], max_norm)
+            slope: Any = clip_by_global_norm([tape.gradient(loss, actions)], max_norm)[0][0]
             m, v = b1 * m + (1 - b1) * slope, b2 * v + (1 - b2) * tf.square(slope)
             scale = tf.sqrt(v) / (1 - b2**k) ** 0.5 + EPSILON
             actions = tf.clip_by_value(actions - lr / (1 - b1**k) * m / scale, -1.0, 1.0)
@@ -85,14 +90,14 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        draws = {"rows": rows.online(b), "next_noise": noise.normal(self.noise_shape(b), floatx())}
+        draws = {"rows": rows.online(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:
             draws |= {
                 "actor_rows": rows.online(b),
-                "t": noise.integers(0, self.denoising_steps, (b,)),
-                "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
+                "t": rng.integers(0, self.denoising_steps, (b,)),
+                "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
             }
         return draws
 

@@ -30,6 +30,8 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dql"
+    LABEL = "DQL"
+    TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate eta"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
@@ -41,7 +43,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.critic_target(following, self.sample(following, noise)))
         return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
@@ -49,7 +51,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     def loss_actor(
         self, obs: Array, eta: float, act_steps: int, noise: Array, t: Array, denoising_noise: Array, coin: Array
     ) -> Array:
-        """Denoising loss plus eta times the normalised value, of the policy's own actions.
+        """Return the denoising loss plus eta times the normalised value, of the policy's own actions.
 
         Args:
             noise: [K+1,B,H,A] for the actions;  t [B], denoising_noise [B,act_steps,A] for their denoising loss.
@@ -69,15 +71,15 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, horizon = int(settings["batch_size"]), self.horizon_steps
         return {
             "rows": rows.online(b),
-            "next_noise": noise.normal(self.noise_shape(b), floatx()),
-            "noise": noise.normal(self.noise_shape(b), floatx()),
-            "t": noise.integers(0, self.denoising_steps, (b,)),
-            "denoising_noise": noise.normal((b, horizon, self.action_dim), floatx()),
-            "coin": noise.uniform((), dtype=floatx()),
+            "next_noise": rng.normal(self.noise_shape(b), floatx()),
+            "noise": rng.normal(self.noise_shape(b), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
+            "denoising_noise": rng.normal((b, horizon, self.action_dim), floatx()),
+            "coin": rng.uniform((), dtype=floatx()),
         }
 
     def update(

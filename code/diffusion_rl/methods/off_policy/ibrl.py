@@ -39,6 +39,9 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     """
 
     KIND = "ibrl"
+    LABEL = "IBRL"
+    TRAIN_KEYS = "actor critic target_ema_rate n_explore_steps n_eval_episode critic_num_update update_freq"
+    EXPORTABLE = False  # it chooses among proposals with its critics
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     @property
     def copies(self) -> list[keras.layers.Layer]:
-        """Networks that start as the pre-trained one."""
+        """Return the networks that start as the pre-trained one."""
         return [self.target_actor, self.bc_policy]
 
     def experience(self, settings: Settings) -> Experience:
@@ -68,7 +71,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         return {"actor": Part(self.trainable(), "actor_"), "critic": Part(critics, "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """In every so many iterations the critics' updates, then the actor's on the last of their batches."""
+        """Plan in every so many iterations the critics' updates, then the actor's on the last of their batches."""
         if progress.itr <= settings["n_explore_steps"] or progress.itr % settings["update_freq"]:
             return []
         critics = Phase(settings["critic_num_update"], True, "update_critic", "draw_critic")
@@ -79,7 +82,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     def proposals(
         self, cond: Cond, network: keras.layers.Layer, noise: Array, deterministic: bool, keep: Array | None = None
     ) -> list[Array]:
-        """Actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A], keep [2,B,W]."""
+        """Sample actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A], keep [2,B,W]."""
         masks = [split_masks(network, None if keep is None else keep[i]) for i in range(2)]
         imitated, _ = self.sample(cond, noise[0], True, self.bc_policy, masks[0])
         learned, _ = self.sample(cond, noise[1], deterministic, network, masks[1])
@@ -88,14 +91,14 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     def loss_critic(
         self, batch: Transitions, gamma: float, pair: Array, noise: Array, keep: Array | None = None
     ) -> Array:
-        """Bellman error of all critics; `pair` [2] are the target critics that count; noise, keep as of `proposals`."""
+        """Return all critics' Bellman error. pair [2]: the target critics that count; noise, keep: of `proposals`."""
         following = {"state": batch.next_obs}
         actions = self.proposals(following, self.target_actor, noise, deterministic=False, keep=keep)
         values = [self.smaller(self.target_networks, following, each, pair) for each in actions]
         return self.ensemble_error(batch, tf.maximum(*values), gamma)
 
     def loss_actor(self, obs: Array, noise: Array, keep: Array | None = None) -> Array:
-        """Minus the smallest value of the policy's own reparametrised actions. noise [B,H*A], keep [B,W]."""
+        """Return minus the smallest value of the policy's own reparametrised actions. noise [B,H*A], keep [B,W]."""
         actions, _ = self.sample({"state": obs}, noise, keep_masks=split_masks(self.network, keep))
         return -tf.reduce_mean(tf.reduce_min(self.ensemble_params({"state": obs}, actions), axis=0))
 
@@ -104,13 +107,13 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
-            "pair": self.draw_pair(noise),
-            "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
-            "keep": draw_masks(self.network, noise, (2, b)),
+            "pair": self.draw_pair(rng),
+            "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
+            "keep": draw_masks(self.network, rng, (2, b)),
         }
 
     def update_critic(
@@ -122,12 +125,12 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.last["online"],
-            "noise": noise.normal(self.noise_shape(b), floatx()),
-            "keep": draw_masks(self.network, noise, (b,)),
+            "noise": rng.normal(self.noise_shape(b), floatx()),
+            "keep": draw_masks(self.network, rng, (b,)),
         }
 
     def update(
@@ -140,9 +143,9 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        draws = {"pair": self.draw_pair(noise), "noise": noise.normal((2, *self.noise_shape(batch)), floatx())}
-        return draws if deterministic else draws | {"keep": draw_masks(self.network, noise, (2, batch))}
+    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+        draws = {"pair": self.draw_pair(rng), "noise": rng.normal((2, *self.noise_shape(batch)), floatx())}
+        return draws if deterministic else draws | {"keep": draw_masks(self.network, rng, (2, batch))}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         return self.choices(cond, draws["pair"], draws["noise"], deterministic, draws.get("keep"))
@@ -150,7 +153,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     def choices(
         self, cond: Cond, pair: Array, noise: Array, deterministic: bool = False, keep: Array | None = None
     ) -> Any:
-        """The better proposal [B,H,A]; or, exploring softly, both [B,2,H,A] with their weights [B,2].
+        """Return the better proposal [B,H,A]; or, exploring softly, both [B,2,H,A] with their weights [B,2].
 
         The critics asked are, as in the reference, those that are never trained (quirk 49).
 

@@ -26,12 +26,12 @@ EXPLORATION = 0.7  # of the choice among samples
 
 
 def expectile_weight(u: Array, expectile: float) -> Array:
-    """expectile where u > 0, else 1 - expectile."""
+    """Return the expectile where u > 0, else 1 - expectile."""
     return tf.where(u > 0, tf.constant(expectile, u.dtype), tf.constant(1 - expectile, u.dtype))
 
 
 def expectile_loss(u: Array, expectile: float = EXPECTILE) -> Array:
-    """Asymmetric squared error, elementwise."""
+    """Return the asymmetric squared error, elementwise."""
     return expectile_weight(u, expectile) * tf.square(u)
 
 
@@ -46,6 +46,12 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "idql"
+    LABEL = "IDQL"
+    TRAIN_KEYS = (
+        "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_tau eval_sample_num "
+        "eval_deterministic use_expectile_exploration"
+    )
+    EXPORTABLE = False  # it chooses among samples with its critics
 
     def __init__(
         self, actor: keras.layers.Layer, critic_q: keras.layers.Layer, critic_v: keras.layers.Layer, **kwargs: Any
@@ -66,11 +72,11 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def value(self, cond: Cond) -> Array:
-        """V(o) [B]."""
+        """Return V(o) [B]."""
         return tf.reshape(self.critic_v(cond), [-1])
 
     def compute_advantages(self, cond: Cond, actions: Array) -> Array:
-        """min_i Q_i'(o, a) - V(o) [B]; a gradient flows through V only."""
+        """Return min_i Q_i'(o, a) - V(o) [B]; a gradient flows through V only."""
         return tf.stop_gradient(tf.minimum(*self.target_q(cond, actions))) - self.value(cond)
 
     def loss_critic_v(self, batch: Transitions) -> Array:
@@ -85,12 +91,12 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
-            "t": noise.integers(0, self.denoising_steps, (b,)),
-            "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
+            "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
     def update(
@@ -110,8 +116,8 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
-        return {"noise": noise.normal(self.noise_shape(settings["eval_sample_num"] * batch), floatx())}
+    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+        return {"noise": rng.normal(self.noise_shape(settings["eval_sample_num"] * batch), floatx())}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
         return self.choices(
@@ -131,7 +137,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
         use_expectile_exploration: bool = True,
         critic_hyperparam: float = EXPLORATION,
     ) -> Any:
-        """The best sample [B,H,A]; or, exploring by expectiles, all [B,N,H,A] with their weights [B,N].
+        """Return the best sample [B,H,A]; or, exploring by expectiles, all [B,N,H,A] with their weights [B,N].
 
         noise [K+1,N*B,H,A], the samples of one number together.
         """

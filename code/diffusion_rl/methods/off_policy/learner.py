@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
-from diffusion_rl.core.optimizers import AdamW, GradientSteps
+from diffusion_rl.core.optimizers import AdamW, OptimizerGroup
 from diffusion_rl.interop.torch_names import named_parameters
-from diffusion_rl.methods.off_policy.algorithm import Part, Phase
+from diffusion_rl.methods.off_policy.algorithm import Part, Phase, Settings
 
 UPDATES_PER_CALL = 32  # compiled together; what is left over goes one by one
 MOST_LOSSES = 6  # that one update reports
@@ -21,63 +21,64 @@ Losses = dict[str, np.ndarray]
 
 
 class Learner:
-    """Runs an algorithm's updates.
+    """Decides with a policy, and runs its updates.
 
     Args:
-        algorithm: see `methods.off_policy.algorithm`; its weights are trained in place.
-        train: the `train` node of the configuration.
+        policy: with its losses and updates, see `methods.off_policy.algorithm`; its weights are trained in place.
+        settings: the `train` node of the configuration.
         data: the buffers, as attributes `online` and `offline`.
     """
 
-    def __init__(self, algorithm: Any, train: Mapping[str, Any], data: Any):
-        self.algorithm, self.train, self.data = algorithm, train, data
-        self.fast = bool(train.get("fast", True))
-        algorithm.fast = self.fast
-        self.parts: dict[str, Part] = algorithm.parts(train)
-        scheduled = {name: part.prefix for name, part in self.parts.items() if not part.constant}
-        self.schedules = {name: CosineWarmupRestarts.of(train, prefix) for name, prefix in scheduled.items()}
-        self.optimizers = {name: self._optimizer(name, part) for name, part in self.parts.items()}
-        self.step = GradientSteps(self.optimizers)
+    def __init__(self, policy: Any, settings: Settings, data: Any):
+        self.policy, self.settings, self.data = policy, settings, data
+        self.fast = bool(settings.get("fast", True))
+        policy.fast = self.fast
+        self.parts: dict[str, Part] = policy.parts(settings)
+        self.optimizers = self._optimizers()
         self._programs: dict[tuple[str, bool], Callable[..., tf.Tensor]] = {}
         self._names: dict[tuple[str, bool], tuple[str, ...]] = {}
         self._act = tf.function(self._decide, jit_compile=self.fast, autograph=False)
 
-    def _optimizer(self, name: str, part: Part) -> AdamW:
-        if part.constant:
-            return AdamW(part.variables, self.train[f"{part.prefix}lr"])
-        return AdamW(part.variables, self.schedules[name].lr, self.train[f"{part.prefix}weight_decay"])
+    def _optimizers(self) -> OptimizerGroup:
+        settings, optimizers, schedules = self.settings, {}, {}
+        for name, part in self.parts.items():
+            if part.constant:
+                optimizers[name] = AdamW(part.variables, settings[f"{part.prefix}lr"])
+                continue
+            schedules[name] = CosineWarmupRestarts.of(settings, part.prefix)
+            optimizers[name] = AdamW(part.variables, schedules[name].lr, settings[f"{part.prefix}weight_decay"])
+        return OptimizerGroup(optimizers, schedules)
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """By part."""
-        return {name: float(o.learning_rate.numpy()) for name, o in self.optimizers.items()}
+        """Return the present rates by part."""
+        return self.optimizers.learning_rates
 
     def end_iteration(self) -> None:
         """Advance the learning-rate schedules."""
-        for name, schedule in self.schedules.items():
-            self.optimizers[name].learning_rate.assign(schedule.step())
+        self.optimizers.advance()
 
     # ---------- acting ----------
 
-    def act(self, state: np.ndarray, noise: Any, deterministic: bool) -> np.ndarray:
-        """Action chunks [E,H,A] for observations [E,To,O]; `noise` is the source."""
-        draws = self.algorithm.draw_action(noise, len(state), deterministic, self.train)
-        decided = self._act(tf.constant(state, self.algorithm.dtype), _tensors(draws), deterministic)
+    def act(self, state: np.ndarray, rng: Any, deterministic: bool) -> np.ndarray:
+        """Decide on action chunks [E,H,A] for observations [E,To,O], with draws from `rng`."""
+        draws = self.policy.draw_action(rng, len(state), deterministic, self.settings)
+        decided = self._act(tf.constant(state, self.policy.dtype), _tensors(draws), deterministic)
         if not isinstance(decided, tuple):
             return decided.numpy()
         candidates, weights = (each.numpy() for each in decided)
-        return candidates[np.arange(len(candidates)), noise.choose(weights)]
+        return candidates[np.arange(len(candidates)), rng.choose(weights)]
 
     def _decide(self, state: tf.Tensor, draws: dict[str, tf.Tensor], deterministic: bool) -> Any:
-        return self.algorithm.act({"state": state}, draws, deterministic, self.train)
+        return self.policy.act({"state": state}, draws, deterministic, self.settings)
 
     # ---------- updating ----------
 
-    def run(self, phase: Phase, noise: Any, rows: Any, after: Callable[[int, Losses], None]) -> Losses:
-        """All updates of a phase; `after(number, losses)` is called after each compiled call.
+    def run(self, phase: Phase, rng: Any, rows: Any, after: Callable[[int, Losses], None]) -> Losses:
+        """Run all updates of a phase; `after(number, losses)` is called after each compiled call.
 
         Args:
-            noise: the source of all draws.
+            rng: the source of all draws.
             rows: draws rows of the buffers, `rows.online(n)` and `rows.offline(n)`.
 
         Returns:
@@ -88,8 +89,8 @@ class Learner:
         together = min(phase.n, UPDATES_PER_CALL)
         while done < phase.n:
             count = together if phase.n - done >= together else 1
-            draw = getattr(self.algorithm, phase.draw)
-            drawn = [draw(noise, rows, self.train, phase.train_actor) for _ in range(count)]
+            draw = getattr(self.policy, phase.draw)
+            drawn = [draw(rng, rows, self.settings, phase.train_actor) for _ in range(count)]
             found.append(self._call(phase, drawn))
             done += count
             after(count, found[-1])
@@ -104,30 +105,30 @@ class Learner:
         return {name: losses[:, i] for i, name in enumerate(self._names[key])}
 
     def _loop(self, phase: Phase) -> Callable[[dict[str, tf.Tensor]], tf.Tensor]:
-        update = tf.autograph.experimental.do_not_convert(getattr(self.algorithm, phase.update))
+        update = tf.autograph.experimental.do_not_convert(getattr(self.policy, phase.update))
 
         def loop(draws: dict[str, tf.Tensor]) -> tf.Tensor:
             n = next(iter(draws.values())).shape[0]
-            losses = tf.TensorArray(self.algorithm.dtype, size=n, element_shape=[MOST_LOSSES])
+            losses = tf.TensorArray(self.policy.dtype, size=n, element_shape=[MOST_LOSSES])
             for u in tf.range(n):
                 one = {name: draw[u] for name, draw in draws.items()}
-                found = update(self.data, one, self.step, self.train, phase.train_actor)
+                found = update(self.data, one, self.optimizers, self.settings, phase.train_actor)
                 self._note(phase, found)
-                values = tf.stack([tf.cast(v, self.algorithm.dtype) for v in found.values()])
+                values = tf.stack([tf.cast(v, self.policy.dtype) for v in found.values()])
                 losses = losses.write(u, tf.pad(values, [[0, MOST_LOSSES - len(found)]]))
             return losses.stack()
 
         return loop
 
     def _note(self, phase: Phase, losses: Mapping[str, tf.Tensor]) -> None:
-        """While a program is traced: which losses it will return."""
+        """Note, while a program is traced, which losses it will return."""
         self._names[phase.update, phase.train_actor] = tuple(losses)
 
     # ---------- state ----------
 
     def _apart(self) -> dict[str, tf.Variable]:
-        """What is trained but is not in the model's state_dict."""
-        known = {id(each.variable) for each in named_parameters(self.algorithm)}
+        """Return what is trained but is not in the policy's state_dict."""
+        known = {id(each.variable) for each in named_parameters(self.policy)}
         return {
             f"train.{name}.{i}": variable
             for name, part in self.parts.items()
@@ -136,26 +137,18 @@ class Learner:
         }
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Optimizers, and what the model's state_dict leaves out."""
-        tensors = {name: variable.numpy() for name, variable in self._apart().items()}
-        for name, optimizer in self.optimizers.items():
-            tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
-        return {name: np.asarray(value) for name, value in tensors.items()}
+        """Return the optimizers' moments, and what the policy's state_dict leaves out."""
+        return {name: variable.numpy() for name, variable in self._apart().items()} | self.optimizers.tensors()
 
     def state(self) -> dict[str, Any]:
-        """Schedules."""
-        return {"schedules": {name: schedule.state() for name, schedule in self.schedules.items()}}
+        """Return where the schedules stand, as JSON values."""
+        return self.optimizers.state()
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Inverse of `tensors` and `state`."""
+        """Take back what `tensors` and `state` returned."""
         for name, variable in self._apart().items():
             variable.assign(tensors[name])
-        for name, optimizer in self.optimizers.items():
-            prefix = f"optimizer.{name}."
-            optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        for name, schedule in self.schedules.items():
-            schedule.restore(state["schedules"][name])
-            self.optimizers[name].learning_rate.assign(schedule.lr)
+        self.optimizers.restore(tensors, state)
 
 
 def _tensors(draws: Mapping[str, np.ndarray]) -> dict[str, tf.Tensor]:

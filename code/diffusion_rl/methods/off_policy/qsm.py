@@ -31,6 +31,8 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "qsm"
+    LABEL = "QSM"
+    TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_tau q_grad_coeff"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
@@ -46,7 +48,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def action_slope(self, cond: Cond, actions: Array) -> Array:
-        """Mean over both critics of dQ/da [B,H,A]; no gradient flows through it."""
+        """Average dQ/da [B,H,A] over both critics; no gradient flows through it."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(actions)
             q1, q2 = self.critic_q(cond, actions)
@@ -54,7 +56,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
         return tf.stop_gradient(tape.gradient(total, actions)) / 2
 
     def loss_actor(self, obs: Array, actions: Array, q_grad_coeff: float, noise: Array, t: Array) -> Array:
-        """Score matching at noisy actions. actions, noise [B,H,A], t [B]."""
+        """Match the score to the slope at noisy actions. actions, noise [B,H,A], t [B]."""
         cond = {"state": obs}
         noisy = self.q_sample(actions, t, noise)
         slope = self.action_slope(cond, noisy)
@@ -62,7 +64,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
         return tf.reduce_mean(tf.square(-predicted - q_grad_coeff * slope))
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.target_q(following, self.sample(following, noise)))
         return bellman_error(self.critic_q({"state": batch.obs}, batch.actions), batch, next_q, gamma)
@@ -72,13 +74,13 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
-            "next_noise": noise.normal(self.noise_shape(b), floatx()),
-            "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
-            "t": noise.integers(0, self.denoising_steps, (b,)),
+            "next_noise": rng.normal(self.noise_shape(b), floatx()),
+            "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
         }
 
     def update(

@@ -30,22 +30,22 @@ class EnsembleCritics:
     """
 
     def init_critics(self, critic: keras.layers.Layer, n_critics: int) -> None:
-        """To be called when the policy is built."""
+        """Build the critics, when the policy is built."""
         self.n_critics = n_critics
         self.critic_networks = CriticEnsemble([critic] * n_critics)
         self.target_networks = CriticEnsemble([critic] * n_critics)
         self.ensemble_params = CriticEnsemble([critic] * n_critics)
 
-    def draw_pair(self, noise: Any) -> np.ndarray:
-        """Indices [2] of two different critics."""
-        return noise.permutation(self.n_critics)[:2]
+    def draw_pair(self, rng: Any) -> np.ndarray:
+        """Draw the indices [2] of two different critics."""
+        return rng.permutation(self.n_critics)[:2]
 
     def smaller(self, critics: CriticEnsemble, cond: Any, actions: Array, pair: Array) -> Array:
-        """The smaller value [B] of these two critics."""
+        """Return the smaller value [B] of these two critics."""
         return tf.reduce_min(critics(cond, actions, pair), axis=0)
 
     def ensemble_error(self, batch: Transitions, next_value: Array, gamma: float) -> Array:
-        """Mean over critics and batch of the squared distance to r + gamma (1 - terminated) V(o')."""
+        """Average over critics and batch the squared distance to r + gamma (1 - terminated) V(o')."""
         target = tf.stop_gradient(batch.rewards + gamma * (1.0 - batch.terminated) * next_value)
         return tf.reduce_mean(tf.square(self.ensemble_params({"state": batch.obs}, batch.actions) - target))
 
@@ -64,6 +64,10 @@ class RLPD(EnsembleCritics, SoftPolicy):
     """
 
     KIND = "rlpd"
+    LABEL = "RLPD"
+    TRAIN_KEYS = (
+        "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode critic_num_update"
+    )
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """The critics' updates, then the actor's on the last of their batches."""
+        """Plan the critics' updates, then the actor's on the last of their batches."""
         if progress.itr < settings["n_explore_steps"]:
             return []
         critics = Phase(settings["critic_num_update"], True, "update_critic", "draw_critic")
@@ -99,7 +103,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, pair: Array, noise: Array) -> Array:
-        """Bellman error of all critics; `pair` [2] are the target critics that count."""
+        """Return the Bellman error of all critics; `pair` [2] are the target critics that count."""
         following = {"state": batch.next_obs}
         next_actions, next_log_prob = self.sample(following, noise)
         next_value = self.smaller(self.target_networks, following, next_actions, pair)
@@ -108,20 +112,20 @@ class RLPD(EnsembleCritics, SoftPolicy):
         return self.ensemble_error(batch, next_value, gamma)
 
     def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
-        """Minus the mean value of reparametrised actions under all critics, and their entropy."""
+        """Return minus the mean value of reparametrised actions under all critics, and their entropy."""
         cond = {"state": obs}
         actions, log_prob = self.sample(cond, noise)
         return tf.reduce_mean(alpha * log_prob - tf.reduce_mean(self.ensemble_params(cond, actions), axis=0))
 
     # ---------- updates ----------
 
-    def draw_critic(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "offline_rows": rows.offline(b // 2),
             "rows": rows.online(b // 2),
-            "pair": self.draw_pair(noise),
-            "noise": noise.normal(self.noise_shape(b // 2 * 2), floatx()),
+            "pair": self.draw_pair(rng),
+            "noise": rng.normal(self.noise_shape(b // 2 * 2), floatx()),
         }
 
     def update_critic(
@@ -132,12 +136,12 @@ class RLPD(EnsembleCritics, SoftPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"]) // 2 * 2
         return {
             "offline_rows": rows.last["offline"],
             "rows": rows.last["online"],
-            "noise": noise.normal((2, *self.noise_shape(b)), floatx()),
+            "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
         }
 
     def update(

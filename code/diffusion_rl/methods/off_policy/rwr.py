@@ -28,7 +28,10 @@ class RewardWeighted(OffPolicy):
     A policy that inherits it has `network`, `weighted_loss` and `draw_loss`.
     """
 
+    TRAIN_KEYS = "lr weight_decay lr_scheduler max_grad_norm update_epochs beta max_reward_weight"
     network: keras.layers.Layer
+    weighted_loss: Any  # of the policy: batch, weights [B], draws -> a scalar
+    draw_loss: Any  # of the policy: rng, rows -> its draws
 
     def experience(self, settings: Settings) -> Experience:
         return Experience(fields=("obs", "actions", "returns", "weights"), whole_episodes=True)
@@ -37,12 +40,12 @@ class RewardWeighted(OffPolicy):
         return {"policy": Part([v for v in variables_of(self.network) if v.trainable], "")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Epochs over the iteration's complete episodes; what is left over of an epoch is dropped."""
+        """Plan epochs over the iteration's complete episodes; what is left over of an epoch is dropped."""
         batches = max(1, progress.rows // settings["batch_size"]) if progress.rows else 0
         return [Phase(settings["update_epochs"] * batches, before="weigh")]
 
     def weigh(self, data: Any, settings: Settings, n_envs: int) -> dict[str, np.ndarray]:
-        """Weights [N] from the rewards-to-go [N], into the buffer."""
+        """Write weights [N], made of the rewards-to-go [N], into the buffer."""
         returns = data.online.read("returns")
         normalised = (returns - returns.mean()) / (returns.std() + 1e-3)
         weights = np.minimum(np.exp(settings["beta"] * normalised.astype(floatx())), settings["max_reward_weight"])
@@ -51,9 +54,9 @@ class RewardWeighted(OffPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         places = rows.shuffled(int(settings["batch_size"]))
-        return {"rows": places} | self.draw_loss(noise, len(places))
+        return {"rows": places} | self.draw_loss(rng, len(places))
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
@@ -66,15 +69,15 @@ class RewardWeighted(OffPolicy):
 class WeightedDenoising(ExploringDiffusionPolicy):
     """A diffusion policy with the weighted loss; arguments of `ExploringDiffusionPolicy`."""
 
-    def draw_loss(self, noise: Any, b: int) -> dict[str, Any]:
-        """Step and noise of the denoising loss for b rows."""
+    def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
+        """Draw step and noise of the denoising loss for b rows."""
         return {
-            "t": noise.integers(0, self.denoising_steps, (b,)),
-            "noise": noise.normal((b, self.horizon_steps, self.action_dim), floatx()),
+            "t": rng.integers(0, self.denoising_steps, (b,)),
+            "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
-        """Mean over the batch of weight [B] times the mean error of the chunk; draws t [B] and noise [B,H,A]."""
+        """Average weight [B] times the chunk's mean error over the batch; draws t [B] and noise [B,H,A]."""
         errors = self.errors(batch.actions, {"state": batch.obs}, draws["t"], draws["noise"])
         return tf.reduce_mean(weights * tf.reduce_mean(errors, axis=[1, 2]))
 
@@ -91,24 +94,25 @@ class WeightedLikelihood(ExploringGaussianPolicy):
         super().__init__(network=actor, **kwargs)
         self.actor = self.network
 
-    def draw_loss(self, noise: Any, b: int) -> dict[str, Any]:
-        """Nothing: the likelihood is exact."""
+    def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
+        """Draw nothing: the likelihood is exact."""
         return {}
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
-        """Minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
+        """Return minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
         mean, std = self.mean_std({"state": batch.obs})
         log_prob = normal_log_prob(tf.reshape(batch.actions, tf.shape(mean)), mean, std)
         return -tf.reduce_mean(weights * tf.reduce_mean(log_prob, axis=-1))
 
 
 class RWR(RewardWeighted, WeightedDenoising):
-    """DRWR."""
+    """RWR of a diffusion policy; arguments of `ExploringDiffusionPolicy`."""
 
     KIND = "rwr"
+    LABEL = "DRWR"
 
 
 class GaussianRWR(RewardWeighted, WeightedLikelihood):
-    """RWR of a Gaussian policy."""
+    """RWR of a Gaussian policy; arguments of `WeightedLikelihood`."""
 
     KIND = "gaussian_rwr"

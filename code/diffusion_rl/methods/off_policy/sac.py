@@ -39,25 +39,25 @@ class SoftPolicy(OffPolicy, ExploringGaussianPolicy):
     _log_alpha: tf.Variable
 
     def temperature(self, settings: Settings) -> Part:
-        """The temperature, at its beginning; Adam at the critic's rate."""
+        """Make the temperature, at its beginning, with Adam at the critic's rate."""
         self._log_alpha = tf.Variable(np.log(settings["init_temperature"]), dtype=tf.float64)
         return Part([self._log_alpha], "critic_", constant=True)
 
     @property
     def alpha(self) -> Array:
-        """The temperature in the precision of the weights."""
+        """Return the temperature in the precision of the weights."""
         return tf.cast(tf.exp(self._log_alpha), self.dtype)
 
     def watched(self) -> dict[str, float]:
         return {"log_alpha": float(self._log_alpha.numpy())}
 
     def loss_temperature(self, obs: Array, alpha: Array, target_entropy: float, noise: Array) -> Array:
-        """-mean(alpha (log pi + target entropy)): alpha grows while the entropy is below its target."""
+        """Return -mean(alpha (log pi + target entropy)): alpha grows while the entropy is below its target."""
         _, log_prob = self.sample({"state": obs}, noise)
         return -tf.reduce_mean(alpha * tf.stop_gradient(log_prob + target_entropy))
 
     def step_temperature(self, obs: Array, noise: Array, step: Any, settings: Settings) -> Array:
-        """One gradient step on the temperature."""
+        """Take one gradient step on the temperature."""
         return step(
             "log_alpha", lambda: self.loss_temperature(obs, self.alpha, float(settings["target_entropy"]), noise)
         )
@@ -77,19 +77,25 @@ class SoftActorCritic(SoftPolicy):
         self.critic, self.target_critic = critic, clone(critic)
 
     def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
-        """Mean of alpha log pi - min Q at reparametrised actions."""
+        """Average alpha log pi - min Q at reparametrised actions."""
         actions, log_prob = self.sample({"state": obs}, noise)
         return tf.reduce_mean(alpha * log_prob - tf.minimum(*self.critic({"state": obs}, actions)))
 
     def update_target_critic(self, tau: float) -> None:
-        """target <- (1 - tau) target + tau critic."""
+        """Move the targets: target <- (1 - tau) target + tau critic."""
         follow(self.target_critic, self.critic, tau)
 
 
 class SAC(SoftActorCritic):
-    """The losses are functions of weights, batch and noise; arguments of `SoftActorCritic`."""
+    """SAC; arguments of `SoftActorCritic`."""
 
     KIND = "sac"
+    LABEL = "SAC"
+    TRAIN_KEYS = (
+        "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode "
+        "critic_replay_ratio actor_replay_ratio"
+    )
+    EXPORT_SETTINGS = {"tanh_output": True}  # earlier checkpoints do not say so
 
     def experience(self, settings: Settings) -> Experience:
         return Experience(counts_episodes=True, explores=True)
@@ -102,7 +108,7 @@ class SAC(SoftActorCritic):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """An update in every so many iterations, of the actor in fewer; an iteration is one step of one environment."""
+        """Plan an update in every so many iterations (each a step of one environment), of the actor in fewer."""
         every, every_actor = (
             max(1, int(settings["batch_size"] / settings[f"{part}_replay_ratio"])) for part in ("critic", "actor")
         )
@@ -113,7 +119,7 @@ class SAC(SoftActorCritic):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
-        """Sum of both critics' mean squared Bellman errors; the target carries no gradient."""
+        """Add both critics' mean squared Bellman errors; the target carries no gradient."""
         following = {"state": batch.next_obs}
         next_actions, next_log_prob = self.sample(following, noise)
         soft_value = tf.minimum(*self.target_critic(following, next_actions)) - alpha * next_log_prob
@@ -121,18 +127,18 @@ class SAC(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, noise: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
-        draws = {"rows": rows.distinct(b), "next_noise": noise.normal(self.noise_shape(b), floatx())}
+        draws = {"rows": rows.distinct(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:
             steps = settings.get("actor_steps", ACTOR_STEPS)
-            draws["actor_noise"] = noise.normal((steps, 2, *self.noise_shape(b)), floatx())
+            draws["actor_noise"] = rng.normal((steps, 2, *self.noise_shape(b)), floatx())
         return draws
 
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
-        """The critic and its target; then several times the actor and the temperature on the same batch."""
+        """Step the critic and its target; then several times actor and temperature on the same batch."""
         batch, alpha = data.online.at(draws["rows"]), self.alpha  # its value at the beginning serves throughout
         losses = {
             "loss_critic": step(

@@ -1,13 +1,12 @@
 """The off-policy training loop: collect into a buffer, then many updates on rows drawn from it.
 
-It serves DRWR, DAWR, DIPO, IDQL, DQL, QSM and DACER (diffusion policies), SAC, RLPD, IBRL and Cal-QL (Gaussian
-policies). What they differ in they say themselves, with `methods.off_policy.algorithm.Experience` and `Phase`.
+It serves every algorithm of this folder. Each declares its differences with `Experience` and `Phase` of
+`methods.off_policy.algorithm`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from diffusion_rl.core.returns import rewards_to_go
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.off_policy.algorithm import Experience, Progress
+from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.learner import Learner, Losses
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
@@ -36,53 +36,6 @@ from diffusion_rl.training.run_dir import RunDir
 
 MOST_STEPS = 100_000  # of a collection or evaluation that is counted in episodes
 HELD_SECONDS = 5.0  # between two states held for a signal, where iterations are as short as one step
-
-
-@dataclass
-class Buffers:
-    """The replay buffer, and the offline data where they are kept apart."""
-
-    online: ReplayBuffer
-    offline: ReplayBuffer | None = None
-
-
-class Rows:
-    """Random draws of rows of the buffers, as places, during one iteration.
-
-    `last` keeps the latest draw of each kind: an actor may be trained on the critics' last batch.
-    """
-
-    def __init__(self, buffers: Buffers, noise: Any, n_envs: int):
-        self.buffers, self.noise, self.n_envs = buffers, noise, n_envs
-        self.last: dict[str, np.ndarray] = {}
-        self._order, self._used = np.arange(0), 0
-
-    def online(self, n: int, steps_only: bool = False) -> np.ndarray:
-        """n rows of the replay buffer, with replacement; `steps_only`: of as many oldest ones as there are steps."""
-        buffer = self.buffers.online
-        ages = self.noise.integers(0, buffer.size // (self.n_envs if steps_only else 1), (n,))
-        self.last["online"] = buffer.places(ages)
-        return self.last["online"]
-
-    def distinct(self, n: int) -> np.ndarray:
-        """n different rows of the replay buffer."""
-        return self.buffers.online.places(self.noise.distinct(self.buffers.online.size, n))
-
-    def shuffled(self, n: int) -> np.ndarray:
-        """The next n rows of a shuffle of all of them (at most all), shuffled again when fewer than n are left."""
-        size = self.buffers.online.size
-        n = min(n, size)
-        if self._used + n > len(self._order):
-            order = self._order if len(self._order) else np.arange(size)
-            self._order, self._used = order[self.noise.permutation(size)], 0
-        self._used += n
-        return self.buffers.online.places(self._order[self._used - n : self._used])
-
-    def offline(self, n: int) -> np.ndarray:
-        """n rows of the offline data, with replacement."""
-        assert self.buffers.offline is not None
-        self.last["offline"] = self.buffers.offline.places(self.noise.integers(0, self.buffers.offline.size, (n,)))
-        return self.last["offline"]
 
 
 class OffPolicyTraining(FineTuning):
@@ -142,7 +95,7 @@ class OffPolicyTraining(FineTuning):
         return ReplayBuffer(capacity, self._shapes(self.experience.fields))
 
     def _take_dataset(self, dataset: Any) -> None:
-        """The offline data: into a buffer of its own, or at the beginning of the replay buffer."""
+        """Put the offline data into a buffer of its own, or at the beginning of the replay buffer."""
         names = self.experience.offline_fields
         if not names and not self.experience.starts_with_dataset:
             return
@@ -206,9 +159,9 @@ class OffPolicyTraining(FineTuning):
             n_episodes=n_episodes,
         )
 
-    def _decisions(self, noise: Any, deterministic: bool) -> Decide:
+    def _decisions(self, rng: Any, deterministic: bool) -> Decide:
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            actions = self.trainer.act(obs["state"], noise, deterministic)
+            actions = self.trainer.act(obs["state"], rng, deterministic)
             return actions, {"actions": actions} if self.experience.whole_episodes else {}
 
         return decide
@@ -235,7 +188,7 @@ class OffPolicyTraining(FineTuning):
         )
 
     def _keep_episodes(self, rollout: Rollout) -> None:
-        """Nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
+        """Keep nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
         self.buffers.online.clear()
         for env, start, end in rollout.episodes():
             self.buffers.online.add(
@@ -245,7 +198,7 @@ class OffPolicyTraining(FineTuning):
             )
 
     def _keep_returns(self, rollout: Rollout) -> None:
-        """Discounted rewards-to-go of the episodes that were just added whole."""
+        """Write the discounted rewards-to-go of the episodes that were just added whole."""
         ends = np.flatnonzero(rollout.firsts[1:, 0]) + 1
         episodes = np.split(rollout.rewards[:, 0], ends[:-1])
         returns = np.concatenate([rewards_to_go(rewards, self.train["gamma"]) for rewards in episodes])
@@ -274,7 +227,7 @@ class OffPolicyTraining(FineTuning):
         return summary | self.model.watched() | {"losses": losses}
 
     def _after(self, losses: Losses, folder: RunDir) -> None:
-        """Between compiled calls."""
+        """Check the losses and stop if that was asked for, between compiled calls."""
         self.check_finite({name: values[-1] for name, values in losses.items()}, self.itr)
         folder.stop_if_requested()
 
@@ -300,7 +253,7 @@ class OffPolicyTraining(FineTuning):
     # ---------- watching ----------
 
     def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
-        """Where iterations are single steps, the training's episodes that have ended since its last row."""
+        """Return, where iterations are single steps, the training's episodes that have ended since its last row."""
         if not self.experience.counts_episodes or self.experience.n_episodes is not None:
             return stats
         if evaluating:

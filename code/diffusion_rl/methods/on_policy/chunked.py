@@ -16,7 +16,7 @@ from diffusion_rl.networks.layers import Array
 
 
 def chunks(rows: int, largest: int) -> tuple[int, int, int]:
-    """Number and size of the chunks of about `largest` rows, and how many rows of padding the last one takes."""
+    """Return number and size of the chunks of about `largest` rows, and the rows of padding that the last one takes."""
     if tf.config.list_logical_devices("GPU"):
         return 1, rows, 0
     n_chunks = max(1, round(rows / largest))
@@ -51,7 +51,7 @@ def accumulate(
 
 
 def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype: tf.DType) -> Array:
-    """The values of all chunks, [n_chunks * size].
+    """Return the values of all chunks, [n_chunks * size].
 
     Args:
         one_chunk: first row of the chunk -> [size].

@@ -33,13 +33,18 @@ drawn through the whole denoising chain; its gradient flows through the fine-tun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx
+from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.diffusion.gaussian import clip
-from diffusion_rl.methods.on_policy.dppo import DPPO
+from diffusion_rl.methods.on_policy.dppo import DPPO, DPPOTrainer
+from diffusion_rl.methods.on_policy.ppo import Gradients, Losses, PerRow
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.entropy import mixture_entropy, nearest_neighbour_entropy
@@ -64,6 +69,7 @@ class DPOER(DPPO):
     """
 
     KIND = "dpoer"
+    LABEL = "DPOER"
 
     def __init__(
         self,
@@ -104,11 +110,11 @@ class DPOER(DPPO):
 
     @property
     def temperature(self) -> Array:
-        """alpha, a scalar."""
+        """Return alpha, a scalar."""
         return self._temperature if self.mode == "published" else tf.exp(self._temperature)
 
     def temperature_gradient(self, entropy: Array) -> Array:
-        """Of the temperature's loss, by the variable that is trained."""
+        """Differentiate the temperature's loss by the variable that is trained."""
         excess = entropy - self.target_entropy
         return excess / self._temperature if self.mode == "published" else excess
 
@@ -116,7 +122,7 @@ class DPOER(DPPO):
 
     def step_policy_loss(
         self, log_prob: Array, old_log_prob: Array, advantages: Array, denoising_inds: Array
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> PerRow:
         loss, ratio, approx_kl, outside = super().step_policy_loss(log_prob, old_log_prob, advantages, denoising_inds)
         if self.mode == "published":
             bound = self.clip_range(denoising_inds)
@@ -126,7 +132,7 @@ class DPOER(DPPO):
         return loss, ratio, approx_kl, outside
 
     def published_entropy(self, obs: Cond, chains_prev: Array, denoising_inds: Array, noise: Array) -> Array:
-        """H, a scalar, from chunks drawn by one denoising step each.
+        """Estimate H, a scalar, from chunks drawn by one denoising step each.
 
         Args:
             obs: {"state": [B,To,O]};  chains_prev, noise: [B,H,A];  denoising_inds: [B].
@@ -145,7 +151,7 @@ class DPOER(DPPO):
     # ---------- corrected ----------
 
     def action_entropy(self, obs: Cond, noise: Array, std_floor: Array) -> Array:
-        """H, a scalar, the mean over states of the entropy of their executed actions; differentiable.
+        """Estimate H, a scalar, the mean over states of the entropy of their executed actions; differentiable.
 
         Args:
             obs: {"state": [B,To,O]};  noise: [sampling_steps + 1, B*N, H, A];
@@ -155,3 +161,94 @@ class DPOER(DPPO):
         actions = self.sample(repeated, noise, std_floor=std_floor).trajectories
         by_state = tf.reshape(actions, [-1, self.entropy_samples, self.horizon_steps * self.action_dim])
         return tf.reduce_mean(nearest_neighbour_entropy(by_state))
+
+    def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> DPOERTrainer:
+        """Build what updates this policy; arguments of `PPOTrainer`."""
+        return DPOERTrainer(self, settings, reward_horizon)
+
+
+# ---------- the update ----------
+
+
+class DPOERTrainer(DPPOTrainer):
+    """Updates a `DPOER` policy and its temperature; arguments as of `PPOTrainer`."""
+
+    def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
+        if settings.get("use_bc_loss", False):
+            raise UserError("train.use_bc_loss=true: DPOER has no behaviour-cloning loss")
+        self.published, self.n_minibatches = policy.mode == "published", 0
+        self.entropy = tf.Variable(tf.zeros([], policy.dtype))
+        self.std_floor = tf.Variable(tf.zeros([], policy.dtype))
+        self.temperature_optimizer = AdamW([policy._temperature], policy.temperature_lr)
+        super().__init__(policy, settings, reward_horizon)
+
+    def compile(self) -> None:
+        super().compile()
+        self._refresh = tf.function(self._published_entropy)
+        self._tune = tf.function(self._temperature_step)
+
+    def draw(self, rng: Any, rows: int) -> Any:
+        """Draw noise for an estimate that is due: published, of chunks [B',H,A]; corrected, of whole chains."""
+        p = self.policy
+        if not self.published:
+            return rng.normal(self.actor.noise_shape(min(rows, p.entropy_states) * p.entropy_samples), floatx())
+        if self.n_minibatches % p.entropy_refresh_interval:
+            return None
+        return rng.normal((min(rows, p.entropy_rows or rows), p.horizon_steps, p.action_dim), floatx())
+
+    def minibatch(self, rows: np.ndarray, train_actor: bool, number: int, draws: Any = None) -> dict[str, float]:
+        p = self.policy
+        if self.published and draws is not None:
+            fitted = tf.constant(rows[: len(draws)], tf.int32)
+            self.entropy.assign(self._refresh(fitted, self.data, tf.constant(draws, p.dtype)))
+            draws = None
+        self.std_floor.assign(p.min_sampling_denoising_std)
+        self.n_minibatches += 1
+        losses = super().minibatch(rows, train_actor, number, draws)
+        self._tune()
+        return losses
+
+    def _published_entropy(self, rows: Array, data: dict[str, Array], noise: Array) -> Array:
+        f = self.policy.ft_denoising_steps
+        sample, step = rows // f, rows % f
+        previous = tf.gather_nd(data["chains"], tf.stack([sample, step], -1))
+        return self.policy.published_entropy({"state": tf.gather(data["state"], sample)}, previous, step, noise)
+
+    def _temperature_step(self) -> None:
+        self.temperature_optimizer.apply([self.policy.temperature_gradient(self.entropy)])
+
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        losses, grads = super().gradients(rows, data, None)
+        if self.published:
+            return losses, grads
+        p, actor = self.policy, self.trained["actor"]
+        states = tf.gather(data["state"], rows[: p.entropy_states] // p.ft_denoising_steps)
+        with tf.GradientTape() as tape:
+            entropy = p.action_entropy({"state": states}, draws, self.std_floor)
+            loss = -p.temperature / p.entropy_scale * entropy
+        self.entropy.assign(entropy)
+        more = tape.gradient(loss, actor, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        grads["actor"] = [g + m for g, m in zip(grads["actor"], more, strict=True)]
+        return losses, grads
+
+    # ---------- between iterations ----------
+
+    def watched(self) -> dict[str, float]:
+        found = {"entropy": self.entropy, "temperature": self.policy.temperature}
+        return super().watched() | {name: float(value.numpy()) for name, value in found.items()}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        own = {f"optimizer.temperature.{k}": v for k, v in self.temperature_optimizer.state().items()}
+        own["train.temperature"] = self.policy._temperature.numpy()
+        return super().tensors() | own | {"train.entropy": self.entropy.numpy()}
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"n_minibatches": self.n_minibatches}
+
+    def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        super().restore(tensors, state)
+        prefix = "optimizer.temperature."
+        self.temperature_optimizer.restore({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
+        self.policy._temperature.assign(tensors["train.temperature"])
+        self.entropy.assign(tensors["train.entropy"])
+        self.n_minibatches = int(state["n_minibatches"])

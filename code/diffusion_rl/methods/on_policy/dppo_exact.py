@@ -3,18 +3,24 @@
 The action chunk is one decision, as in PPO for Gaussian policies; its log-probability is that of
 `diffusion.exact_likelihood`, in bits per element of the chunk.
 
+The likelihood of a chunk takes some twenty steps of the ODE, each with derivatives of the network; their intermediate
+results fit into memory for some hundred rows only. The plain update is `ExactDPPO.loss`; the fast one accumulates its
+gradient over chunks of rows (a test holds the two together).
+
 Shapes: B rows of a minibatch, P probes of a row; To, H, A, K, F as in `policies.diffusion`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.keras import keras
+from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.diffusion.exact_likelihood import (
     VPSDE,
     integrate,
@@ -22,20 +28,12 @@ from diffusion_rl.diffusion.exact_likelihood import (
     standard_normal_log_prob,
     time_grid,
 )
-from diffusion_rl.methods.on_policy.ppo import ClippedPPO
+from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, mapped
+from diffusion_rl.methods.on_policy.ppo import ClippedPPO, Gradients, Losses, PPOTrainer
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
 
-
-class ExactLoss(NamedTuple):
-    """The parts of the loss and what is watched beside them; all scalars."""
-
-    pg_loss: Array
-    v_loss: Array
-    clipfrac: Array
-    approx_kl: Array
-    ratio: Array
-    bc_loss: Array
+CHUNK = 250  # rows
 
 
 class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
@@ -53,6 +51,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
     """
 
     KIND = "dppo_exact"
+    LABEL = "DPPO (exact)"
 
     def __init__(
         self,
@@ -79,7 +78,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         self.time_grid = time_grid(sde_eps, sde_step_size)
 
     def exact_log_probs(self, cond: Cond, samples: Array, probes: Array) -> Array:
-        """Log-probability [B] of action chunks, in bits per element.
+        """Return the log-probability [B] of action chunks, in bits per element.
 
         The divergence is that of the pre-trained network throughout. (The reference does so; the gradient reaches
         the fine-tuned one through the path of the flow alone.)
@@ -115,7 +114,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         n_elements = self.horizon_steps * self.action_dim
         return (standard_normal_log_prob(end) + gained) / (math.log(2) * n_elements)
 
-    def loss(
+    def loss(  # type: ignore[override]  # supervised in the policy, PPO's here, under the reference's name
         self,
         obs: Cond,
         samples: Array,
@@ -124,8 +123,8 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         advantages: Array,
         oldlogprobs: Array,
         probes: Array,
-    ) -> ExactLoss:
-        """The loss of one minibatch.
+    ) -> Losses:
+        """Return the loss of one minibatch.
 
         Args:
             obs: {"state": [B,To,O]};  samples: [B,H,A];  returns, oldvalues, advantages: [B]
@@ -134,7 +133,112 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         """
         log_prob = self.exact_log_probs(obs, samples, probes)
         per_row = self.policy_loss(log_prob, oldlogprobs, self.normalised(advantages))
-        pg_loss, ratio, approx_kl, clipfrac = (tf.reduce_mean(value) for value in per_row)
-        values = tf.reshape(self.critic(obs), [-1])
-        v_loss = tf.reduce_mean(self.value_loss(values, returns, oldvalues))
-        return ExactLoss(pg_loss, v_loss, clipfrac, approx_kl, tf.stop_gradient(ratio), tf.zeros([], self.dtype))
+        return {**self.mean_losses(per_row, obs, returns, oldvalues), "bc_loss": tf.zeros([], self.dtype)}
+
+    def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> ExactDPPOTrainer:
+        """Build what updates this policy; arguments of `PPOTrainer`."""
+        return ExactDPPOTrainer(self, settings, reward_horizon)
+
+
+# ---------- the update ----------
+
+
+class ExactDPPOTrainer(PPOTrainer):
+    """Updates an `ExactDPPO` policy; arguments as of `PPOTrainer`."""
+
+    def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
+        if settings.get("use_bc_loss", False):
+            raise UserError("train.use_bc_loss=true: PPO with exact likelihood has no behaviour-cloning loss")
+        super().__init__(policy, settings, reward_horizon)
+
+    def compile(self) -> None:
+        super().compile()
+        self.fast = bool(self.settings.get("fast", True))
+        self._exact = tf.function(self._exact_log_probs)
+
+    # ---------- log-probabilities ----------
+
+    def draw(self, rng: Any, rows: int) -> np.ndarray:
+        """Draw probes of the divergence [B*P,H,A]."""
+        p = self.policy
+        shape = (rows * p.n_probes, p.horizon_steps, p.action_dim)
+        if p.hutchinson_type == "Gaussian":
+            return rng.normal(shape, floatx())
+        return (2 * rng.integers(0, 2, shape) - 1).astype(floatx())
+
+    def old_log_probs(
+        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Integrate the log-probabilities [N] now, with the weights that collected."""
+        arrays = (state, decisions["actions"], self.draw(rng, len(state)))
+        return self._exact(*(tf.constant(x, self.policy.dtype) for x in arrays)).numpy()
+
+    def _exact_log_probs(self, state: Array, samples: Array, probes: Array) -> Array:
+        n_chunks, size, padding = chunks(state.shape[0], CHUNK)
+        per_row = [self._padded(x, padding) for x in (state, samples, self._by_row(probes))]
+
+        def one_chunk(start: Array) -> Array:
+            state_c, samples_c, probes_c = (x[start : start + size] for x in per_row)
+            return self._chunk_log_probs(state_c, samples_c, probes_c, size)
+
+        return mapped(one_chunk, n_chunks, size, self.policy.dtype)[: state.shape[0]]
+
+    def _chunk_log_probs(self, state: Array, samples: Array, probes: Array, size: int) -> Array:
+        p = self.policy
+        shape = [p.horizon_steps, p.action_dim]
+        samples, probes = tf.reshape(samples, [size, *shape]), tf.reshape(probes, [size * p.n_probes, *shape])
+        return p.exact_log_probs({"state": tf.ensure_shape(state, [size, *state.shape[1:]])}, samples, probes)
+
+    def _by_row(self, probes: Array) -> Array:
+        p = self.policy
+        return tf.reshape(probes, [-1, p.n_probes, p.horizon_steps, p.action_dim])
+
+    @staticmethod
+    def _padded(x: Array, padding: int) -> Array:
+        return tf.pad(x, [[0, padding]] + [[0, 0]] * (len(x.shape) - 1))
+
+    # ---------- updating ----------
+
+    def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
+        names = ("state", "actions", "returns", "values", "advantages", "old_log_prob")
+        state, *rest = (tf.gather(data[name], rows) for name in names)
+        return self.policy.loss({"state": state}, *rest, probes=draws)
+
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        if not self.fast:
+            return super().gradients(rows, data, draws)
+        p, b, names = self.policy, rows.shape[0], ("state", "actions", "old_log_prob", "advantages")
+        state, samples, old, advantages = (tf.gather(data[name], rows) for name in names)
+        n_chunks, size, padding = chunks(b, CHUNK)
+        arrays = (state, samples, self._by_row(draws), old, p.normalised(advantages), tf.ones([b], p.dtype))
+        per_row = [self._padded(x, padding) for x in arrays]
+        actor, critic = self.trained["actor"], self.trained["critic"]
+
+        def one_chunk(start: Array) -> tuple[list[Array], Array]:
+            state_c, samples_c, probes_c, old_c, advantages_c, weight_c = (x[start : start + size] for x in per_row)
+            with tf.GradientTape() as tape:
+                log_prob = self._chunk_log_probs(state_c, samples_c, probes_c, size)
+                watched = p.policy_loss(log_prob, old_c, advantages_c)
+                total = tf.reduce_sum(weight_c * watched[0])
+            grads = tape.gradient(total, actor, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return grads, tf.stack([tf.reduce_sum(weight_c * value) for value in watched])
+
+        sums, statistics = accumulate(one_chunk, n_chunks, size, actor, 4, p.dtype)
+        pg_loss, ratio, approx_kl, clipfrac = tf.unstack(statistics / b)
+        with tf.GradientTape() as tape:
+            values = tf.reshape(p.critic({"state": state}), [-1])
+            per_value = p.value_loss(values, tf.gather(data["returns"], rows), tf.gather(data["values"], rows))
+            v_loss = tf.reduce_mean(per_value)
+            weighted = self.coefficients["v_loss"] * v_loss
+        losses = {
+            "pg_loss": pg_loss,
+            "v_loss": v_loss,
+            "clipfrac": clipfrac,
+            "approx_kl": approx_kl,
+            "ratio": ratio,
+            "bc_loss": tf.zeros([], p.dtype),
+        }
+        return losses, {"actor": [s / b for s in sums], "critic": tape.gradient(weighted, critic)}
+
+    def watched(self) -> dict[str, float]:
+        return {"min_sampling_std": self.policy.min_sampling_denoising_std}

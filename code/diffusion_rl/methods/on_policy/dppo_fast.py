@@ -11,130 +11,149 @@ Shapes as in `policies.diffusion`; N samples of a rollout, B rows of a minibatch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.on_policy.chunked import accumulate, chunks
-from diffusion_rl.methods.on_policy.dppo import DPPO, PPOLoss, chunk_log_prob
+from diffusion_rl.methods.on_policy.ppo import Gradients, Losses, chunk_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
+
+if TYPE_CHECKING:
+    from diffusion_rl.methods.on_policy.dppo import DPPO
 
 CHUNK = 1000  # rows; between 250 and 2000 the time is the same within 3%
 
 
-def applicable(algorithm: DPPO) -> bool:
-    """Whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
-    a = algorithm
-    return folded.can_fold(a.actor_ft) and folded.can_fold(a.critic) and not a.learn_eta and a.ft_denoising_steps > 0
+def applicable(policy: DPPO) -> bool:
+    """Say whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
+    folds = folded.can_fold(policy.actor_ft) and folded.can_fold(policy.critic)
+    return folds and not policy.learn_eta and policy.ft_denoising_steps > 0
 
 
-# ---------- gradients of one minibatch ----------
+class FastGradients:
+    """Losses and gradients of one minibatch, compiled: (rows [B], rollout) -> (losses, gradients of actor and critic).
 
+    Args:
+        policy: whose present number of fine-tuned steps is built in.
+        reward_horizon: actions of a chunk that count.
+        v_loss_coefficient: factor of the value loss.
+    """
 
-def gradients(
-    algorithm: DPPO, reward_horizon: int, coefficients: Mapping[str, float]
-) -> Callable[[Array, dict[str, Array]], tuple[PPOLoss, dict[str, Sequence[Array]]]]:
-    """A compiled (rows [B], rollout) -> (losses, gradients of actor and critic)."""
-    a = algorithm
-    actor_variables, critic_variables = variables_of(a.actor_ft), variables_of(a.critic)
-    timesteps, positions = a.fine_tuned_timesteps()
+    def __init__(self, policy: DPPO, reward_horizon: int, v_loss_coefficient: float):
+        self.policy, self.reward_horizon, self.v_loss_coefficient = policy, reward_horizon, v_loss_coefficient
+        self.actor_variables, self.critic_variables = variables_of(policy.actor_ft), variables_of(policy.critic)
+        self.timesteps, self.positions = policy.fine_tuned_timesteps()
+        self._compute = tf.function(self._both)
+        # The critic's activation is a dozen passes over memory unless they are fused; its matrices are small.
+        self._value_chunk = tf.function(self._value_sums, jit_compile=True)
 
-    @tf.function
-    def compute(rows: Array, data: dict[str, Array]) -> tuple[tuple[Array, ...], list[Array], list[Array]]:
-        actor_losses, actor_grads = policy_gradients(rows, data)
-        v_loss, critic_grads = value_gradients(rows // a.ft_denoising_steps, data)
+    def __call__(self, rows: Array, data: dict[str, Array]) -> tuple[Losses, Gradients]:
+        (pg_loss, clipfrac, approx_kl, ratio, eta, v_loss), actor_grads, critic_grads = self._compute(rows, data)
+        losses = {
+            "pg_loss": pg_loss,
+            "v_loss": v_loss,
+            "clipfrac": clipfrac,
+            "approx_kl": approx_kl,
+            "ratio": ratio,
+            "entropy_loss": -eta,
+            "bc_loss": tf.zeros([], self.policy.dtype),
+            "eta": eta,
+        }
+        return losses, {"actor": actor_grads, "critic": critic_grads}
+
+    def _both(self, rows: Array, data: dict[str, Array]) -> tuple[tuple[Array, ...], list[Array], list[Array]]:
+        actor_losses, actor_grads = self._policy_gradients(rows, data)
+        v_loss, critic_grads = self._value_gradients(rows // self.policy.ft_denoising_steps, data)
         return (*actor_losses, v_loss), actor_grads, critic_grads
 
-    def policy_gradients(rows: Array, data: dict[str, Array]) -> tuple[list[Array], list[Array]]:
-        f, b = a.ft_denoising_steps, rows.shape[0]
-        sample, step = rows // f, rows % f
-        advantages = a.step_advantages(tf.gather(data["advantages"], sample), step)
+    # ---------- the actor ----------
+
+    def _policy_gradients(self, rows: Array, data: dict[str, Array]) -> tuple[list[Array], list[Array]]:
+        """Return [pg_loss, clipfrac, approx_kl, ratio, eta], and the gradients of the actor's variables."""
+        p, b = self.policy, rows.shape[0]
+        sample, step = rows // p.ft_denoising_steps, rows % p.ft_denoising_steps
+        advantages = p.step_advantages(tf.gather(data["advantages"], sample), step)
         old_log_prob = tf.gather(tf.reshape(data["old_log_prob"], [-1]), rows)
         n_chunks, size, padding = chunks(b, CHUNK)
-        per_row = [tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], a.dtype))]
-        states = tf.reshape(data["state"], [data["state"].shape[0], -1])
-        x_dim = a.horizon_steps * a.action_dim
-        links = tf.reshape(data["chains"], [-1, x_dim])
+        per_row = [tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], p.dtype))]
         with tf.GradientTape() as outer:
-            weights = folded.fold_actor(a.actor_ft, timesteps)
+            weights = folded.fold_actor(p.actor_ft, self.timesteps)
         constants = [tf.stop_gradient(w) for w in weights]
 
         def one_chunk(start: Array) -> tuple[list[Array], Array]:
-            sample_c, step_c, advantages_c, old_c, weight_c = (tf.slice(v, [start], [size]) for v in per_row)
-            link = sample_c * (f + 1) + step_c
-            previous, following = tf.gather(links, link), tf.gather(links, link + 1)
-            inputs = tf.concat([previous, tf.gather(states, sample_c), tf.one_hot(step_c, f, dtype=a.dtype)], axis=1)
-            shape = [size, a.horizon_steps, a.action_dim]
-            previous, following = tf.reshape(previous, shape), tf.reshape(following, shape)
-            cond = {"state": tf.gather(data["state"], sample_c)}
-            with tf.GradientTape() as tape:
-                tape.watch(constants)
-                output = tf.reshape(folded.actor_output(a.actor_ft, constants, inputs), shape)
-                t, index = tf.gather(timesteps, step_c), tf.gather(positions, step_c)
-                mean, logvar, eta = a.mean_var_eta(previous, t, cond, index, output, deterministic=False)
-                log_prob = normal_log_prob(following, mean, a.log_prob_std(logvar))
-                loss, ratio, approx_kl, outside = a.step_policy_loss(
-                    chunk_log_prob(log_prob, reward_horizon), old_c, advantages_c, step_c
-                )
-                total = tf.reduce_sum(weight_c * loss)
-            watched = [loss, outside, approx_kl, ratio, tf.reduce_mean(eta + tf.zeros_like(mean), axis=[1, 2])]
-            sums = tf.stack([tf.reduce_sum(weight_c * v) for v in watched])
-            return tape.gradient(total, constants, unconnected_gradients=tf.UnconnectedGradients.ZERO), sums
+            cut = [tf.slice(v, [start], [size]) for v in per_row]
+            return self._policy_sums(cut, data, constants)
 
-        sums, statistics = accumulate(one_chunk, n_chunks, size, constants, 5, a.dtype)
+        sums, statistics = accumulate(one_chunk, n_chunks, size, constants, 5, p.dtype)
         scaled = [s / b for s in sums]
-        grads = outer.gradient(weights, actor_variables, output_gradients=scaled)
+        grads = outer.gradient(weights, self.actor_variables, output_gradients=scaled)
         return tf.unstack(statistics / b), grads
 
-    def value_gradients(sample: Array, data: dict[str, Array]) -> tuple[Array, list[Array]]:
-        n, b = data["state"].shape[0], sample.shape[0]
+    def _policy_sums(
+        self, per_row: list[Array], data: dict[str, Array], weights: list[Array]
+    ) -> tuple[list[Array], Array]:
+        """Return the gradients of the summed loss of a chunk of rows by the folded weights, and the sums watched [5].
+
+        per_row: sample, denoising step, advantage, old log-probability and weight (0 for padding) of each row.
+        """
+        p, (sample, step, advantages, old_log_prob, weight) = self.policy, per_row
+        f, size = p.ft_denoising_steps, sample.shape[0]
+        states = tf.reshape(data["state"], [data["state"].shape[0], -1])
+        links = tf.reshape(data["chains"], [-1, p.horizon_steps * p.action_dim])
+        link = sample * (f + 1) + step
+        previous, following = tf.gather(links, link), tf.gather(links, link + 1)
+        inputs = tf.concat([previous, tf.gather(states, sample), tf.one_hot(step, f, dtype=p.dtype)], axis=1)
+        shape = [size, p.horizon_steps, p.action_dim]
+        previous, following = tf.reshape(previous, shape), tf.reshape(following, shape)
+        cond = {"state": tf.gather(data["state"], sample)}
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            output = tf.reshape(folded.actor_output(p.actor_ft, weights, inputs), shape)
+            t, index = tf.gather(self.timesteps, step), tf.gather(self.positions, step)
+            mean, logvar, eta = p.mean_var_eta(previous, t, cond, index, output, deterministic=False)
+            log_prob = chunk_log_prob(normal_log_prob(following, mean, p.log_prob_std(logvar)), self.reward_horizon)
+            loss, ratio, approx_kl, outside = p.step_policy_loss(log_prob, old_log_prob, advantages, step)
+            total = tf.reduce_sum(weight * loss)
+        watched = [loss, outside, approx_kl, ratio, tf.reduce_mean(eta + tf.zeros_like(mean), axis=[1, 2])]
+        sums = tf.stack([tf.reduce_sum(weight * v) for v in watched])
+        return tape.gradient(total, weights, unconnected_gradients=tf.UnconnectedGradients.ZERO), sums
+
+    # ---------- the critic ----------
+
+    def _value_gradients(self, sample: Array, data: dict[str, Array]) -> tuple[Array, list[Array]]:
+        """Return v_loss, and the gradients of the critic's variables."""
+        p, n, b = self.policy, data["state"].shape[0], sample.shape[0]
         states = tf.reshape(data["state"], [n, -1])
         if n <= b:  # each observation once, weighted by how often it was drawn
-            counts = tf.math.unsorted_segment_sum(tf.ones([b], a.dtype), sample, n)
+            counts = tf.math.unsorted_segment_sum(tf.ones([b], p.dtype), sample, n)
             per_row = [states, data["returns"], data["values"], counts]
         else:
             per_row = [tf.gather(v, sample) for v in (states, data["returns"], data["values"])]
-            per_row.append(tf.ones([b], a.dtype))
+            per_row.append(tf.ones([b], p.dtype))
         n_chunks, size, padding = chunks(min(n, b), CHUNK)
         per_row = [tf.pad(v, [[0, padding]] + [[0, 0]] * (len(v.shape) - 1)) for v in per_row]
         with tf.GradientTape() as outer:
-            weights = folded.fold_critic(a.critic)
+            weights = folded.fold_critic(p.critic)
         constants = [tf.stop_gradient(w) for w in weights]
 
         def one_chunk(start: Array) -> tuple[list[Array], Array]:
             states_c = tf.slice(per_row[0], [start, 0], [size, per_row[0].shape[1]])
-            return value_chunk(states_c, *(tf.slice(v, [start], [size]) for v in per_row[1:]), constants)
+            return self._value_chunk(states_c, *(tf.slice(v, [start], [size]) for v in per_row[1:]), constants)
 
-        sums, total = accumulate(one_chunk, n_chunks, size, constants, 1, a.dtype)
-        factor = coefficients["v_loss"] / b
-        return total[0] / b, outer.gradient(weights, critic_variables, output_gradients=[s * factor for s in sums])
+        sums, total = accumulate(one_chunk, n_chunks, size, constants, 1, p.dtype)
+        factor = self.v_loss_coefficient / b
+        grads = outer.gradient(weights, self.critic_variables, output_gradients=[s * factor for s in sums])
+        return total[0] / b, grads
 
-    # The critic's activation is a dozen passes over memory unless they are fused; its matrices are small.
-    @tf.function(jit_compile=True)
-    def value_chunk(
-        states: Array, returns: Array, oldvalues: Array, weights: Array, constants: list[Array]
+    def _value_sums(
+        self, states: Array, returns: Array, oldvalues: Array, counts: Array, weights: list[Array]
     ) -> tuple[list[Array], Array]:
+        """Return the gradients of the summed value loss of a chunk by the folded weights, and that sum [1]."""
         with tf.GradientTape() as tape:
-            tape.watch(constants)
-            values = folded.critic_output(a.critic, constants, states)
-            total = tf.reduce_sum(weights * a.value_loss(values, returns, oldvalues))
-        return tape.gradient(total, constants), total[None]
-
-    def losses_and_gradients(rows: Array, data: dict[str, Array]) -> tuple[PPOLoss, dict[str, Any]]:
-        (pg_loss, clipfrac, approx_kl, ratio, eta, v_loss), actor_grads, critic_grads = compute(rows, data)
-        losses = PPOLoss(
-            pg_loss=pg_loss,
-            entropy_loss=-eta,
-            v_loss=v_loss,
-            clipfrac=clipfrac,
-            approx_kl=approx_kl,
-            ratio=ratio,
-            bc_loss=tf.zeros([], a.dtype),
-            eta=eta,
-        )
-        return losses, {"actor": actor_grads, "critic": critic_grads}
-
-    return losses_and_gradients
+            tape.watch(weights)
+            values = folded.critic_output(self.policy.critic, weights, states)
+            total = tf.reduce_sum(counts * self.policy.value_loss(values, returns, oldvalues))
+        return tape.gradient(total, weights), total[None]

@@ -14,16 +14,17 @@ from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy
 
 
-class GaussianPPO(ChunkPPO, FineTunedGaussianPolicy):
+class GaussianPPO(ChunkPPO, FineTunedGaussianPolicy):  # type: ignore[misc]  # `loss` is PPO's
     """A Gaussian policy with PPO's loss."""
 
     KIND = "gaussian_ppo"
+    LABEL = "Gaussian PPO"
 
     def bc_noise_shape(self, rows: int) -> tuple[int, ...]:
         return rows, self.horizon_steps * self.network.action_dim
 
     def bc_loss(self, obs: Cond, noise: Array | None) -> Array:
-        """Minus the mean log-probability of what the pre-trained policy would do (Torne et al. 2024, eq. 2).
+        """Return minus the mean log-probability of what the pre-trained policy would do (Torne et al. 2024, eq. 2).
 
         Args:
             noise: [B,H*A], what its actions are drawn with.

@@ -10,7 +10,8 @@ from diffusion_rl.methods.on_policy.ppo import ChunkPPO
 from diffusion_rl.policies.gmm import FineTunedGMMPolicy
 
 
-class GMMPPO(ChunkPPO, FineTunedGMMPolicy):
+class GMMPPO(ChunkPPO, FineTunedGMMPolicy):  # type: ignore[misc]  # `loss` is PPO's
     """A mixture policy with PPO's loss."""
 
     KIND = "gmm_ppo"
+    LABEL = "GMM PPO"

@@ -1,12 +1,7 @@
-"""The on-policy training loop: collect, estimate advantages, update.
-
-A quirk of the reference is kept because its results rest on it: only termination (not truncation) cuts the bootstrap.
-"""
+"""The on-policy training loop: collect a rollout, hand it to the policy's trainer, watch."""
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +9,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.keras import floatx
-from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.envs.interface import Observations
-from diffusion_rl.methods.on_policy.trainers import on_policy_trainer
+from diffusion_rl.methods.on_policy.ppo import PPOTrainer
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.evaluation import evaluate
 from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
@@ -38,9 +31,8 @@ class OnPolicyTraining(FineTuning):
         observer: Observer | None = None,
     ):
         super().__init__(cfg, model, venv, noise, observer)
-        reward_horizon = int(cfg.get("reward_horizon", self.act_steps))
         self.KIND = self.model.KIND
-        self.trainer = on_policy_trainer(self.model, self.train, reward_horizon)
+        self.trainer = self._make_trainer(int(cfg.get("reward_horizon", self.act_steps)))
         self.scaler = RunningRewardScaler(self.n_envs) if self.train.get("reward_scale_running", False) else None
 
     def _build_model(self) -> Any:
@@ -52,9 +44,14 @@ class OnPolicyTraining(FineTuning):
             )
         return model
 
+    def _make_trainer(self, reward_horizon: int) -> PPOTrainer:
+        if not hasattr(self.model, "make_trainer"):
+            raise UserError(f"model._target_ is {type(self.model).__name__}, which is not trained on-policy")
+        return self.model.make_trainer(self.train, reward_horizon)
+
     @property
     def _train_actor(self) -> bool:
-        """False while the critic warms up."""
+        """Say whether the actor is trained: not while the critic warms up."""
         return self.itr >= int(self.train["n_critic_warmup_itr"])
 
     def _end_iteration(self) -> dict[str, Any]:
@@ -68,8 +65,9 @@ class OnPolicyTraining(FineTuning):
         observations, firsts = self._start(self._options(folder))
 
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            draws = self.trainer.actor.draw(self.noise, self.n_envs)
-            decision = self.trainer.act(obs["state"], draws, deterministic=False, rgb=obs.get("rgb"))
+            actor = self.trainer.actor
+            draws = actor.draw(self.noise, self.n_envs)
+            decision = actor.act(obs["state"], draws, deterministic=False, rgb=obs.get("rgb"))
             return decision.actions, decision.arrays()
 
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
@@ -82,60 +80,13 @@ class OnPolicyTraining(FineTuning):
     # ---------- updating ----------
 
     def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
-        train, trainer = self.train, self.trainer
-        s, e = rollout.rewards.shape
-        obs = {k: v.reshape(s * e, *v.shape[2:]) for k, v in rollout.observations.items()}
-        state, rgb = obs["state"].astype(floatx()), obs.get("rgb")
-        if rgb is not None:
-            rgb = trainer.shifted(rgb, self.noise)
-        decisions = {k: v.reshape(s * e, *v.shape[2:]) for k, v in rollout.decisions.items()}
-        values = trainer.values(state, rgb).reshape(s, e)
-        log_probs = trainer.old_log_probs(state, decisions, self.noise, rgb)
         if self.scaler is not None:
             rollout.rewards = self.scaler(reward=rollout.rewards.T, first=rollout.firsts[:-1].T).T
-        last = rollout.last_observations
-        advantages, returns = gae(
-            rollout.rewards,
-            values,
-            trainer.values(last["state"].astype(floatx()), last.get("rgb")),
-            rollout.terminated,
-            float(train["gamma"]),
-            float(train.get("gae_lambda", 0.95)),
-            float(train.get("reward_scale_const", 1)),
-        )
-        flat = [x.reshape(-1).astype(floatx()) for x in (returns, values, advantages)]
-        n_rows = trainer.load(state, decisions[trainer.SAMPLES], *flat, log_probs, rgb=rgb)
-        losses = self._minibatches(n_rows, self._train_actor, folder)
-        y_pred, y_true = values.reshape(-1).astype(floatx()), returns.reshape(-1).astype(floatx())
-        variance = np.var(y_true)
-        summary: dict[str, Any] = {n: losses[n][-1] for n in losses}
-        summary["clipfrac"] = float(np.mean(losses["clipfrac"])) if losses else None
-        summary["explained_variance"] = math.nan if variance == 0 else float(1 - np.var(y_true - y_pred) / variance)
-        summary["updates"] = len(losses["pg_loss"])
-        details = {"losses": losses, "values": values, "advantages": advantages, "returns": returns}
-        return summary | details | {"log_probs": log_probs}
 
-    def _minibatches(self, n_rows: int, train_actor: bool, folder: RunDir) -> dict[str, list[float]]:
-        train = self.train
-        batch_size, target_kl = int(train["batch_size"]), train.get("target_kl", None)
-        losses: dict[str, list[float]] = defaultdict(list)
-        for _ in range(int(train["update_epochs"]) if n_rows else 0):
-            permutation = self.noise.permutation(n_rows)
-            for number in range(max(1, n_rows // batch_size)):  # what is left over is dropped
-                rows = permutation[number * batch_size : (number + 1) * batch_size]
-                folder.stop_if_requested()
-                draws = self.trainer.draw(self.noise, len(rows))
-                values = self.trainer.minibatch(rows, train_actor, number, draws)
-                self.check_finite(values, self.itr)
-                for name, value in values.items():
-                    losses[name].append(value)
-                if target_kl is not None and values["approx_kl"] > target_kl and self._may_stop(number, train_actor):
-                    return losses
-        return losses
+        def check(losses: Mapping[str, float]) -> None:
+            self.check_finite(losses, self.itr)
 
-    def _may_stop(self, number: int, train_actor: bool) -> bool:
-        """Where gradients are accumulated, only after a step of the actor."""
-        return self.trainer.grad_accumulate == 1 or (train_actor and self.trainer.complete(number))
+        return self.trainer.update(rollout, self.noise, self._train_actor, folder.stop_if_requested, check)
 
     # ---------- state ----------
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
-from diffusion_rl.networks import folded
+from diffusion_rl.networks.folded import can_fold
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.networks.mlp import split_masks
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
@@ -31,7 +31,7 @@ PreTrainable = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
 class PreTrainer:
-    """Steps of supervised training on a data set held in memory.
+    """Trains a policy on a data set held in memory.
 
     Args:
         policy: trained in place; `ema_network` is its average.
@@ -66,14 +66,16 @@ class PreTrainer:
             tf.constant(windows, tf.int32),
         )
         self.images = None if images is None else tf.constant(images)
-        self.folds = bool(train.get("fast", True)) and folded.can_fold(policy.network)
+        self.folds = bool(train.get("fast", True)) and can_fold(policy.network)
+        if isinstance(policy, DiffusionPolicy):
+            policy.fast = self.folds
         self._steps = tf.function(self._train_steps, reduce_retracing=True)
-        self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch), fold=self.folds), reduce_retracing=True)
+        self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch)), reduce_retracing=True)
 
     # ---------- one batch ----------
 
     def batch(self, items: Array, t: Array, noise: Array, shifts: Array) -> tuple[Array, Cond, Array, Array]:
-        """Windows `items` [B] as (action chunks [B,H,A], observations, t, noise).
+        """Gather the windows `items` [B]: (action chunks [B,H,A], observations, t, noise).
 
         The observations are {"state": [B,To,O]}, or, where the network sees, what it makes of them and of the images,
         shifted by `shifts` [B,cameras,2] if there are any.
@@ -92,23 +94,15 @@ class PreTrainer:
             cond = self.policy.network.encode(cond, shifts if shifts.shape[-1] else None)
         return chunk, cond, t, noise
 
-    def loss(self, batch: tuple[Array, Cond, Array, Array], fold: bool = False) -> Array:
-        """The policy's loss; folded networks give the same number for less work."""
+    def loss(self, batch: tuple[Array, Cond, Array, Array]) -> Array:
+        """Return the policy's own loss of a batch, a scalar."""
         chunk, cond, t, noise = batch
         p = self.policy
-        if not isinstance(p, DiffusionPolicy):
-            masks = split_masks(p.network, noise)
-            dropout = {"keep_masks": masks} if masks else {}
-            return p.loss(chunk, cond, ent_coef=self.ent_coef, **dropout)[0]
-        if not fold:
+        if isinstance(p, DiffusionPolicy):
             return p.loss(chunk, cond, t, noise)
-        noisy, b = p.q_sample(chunk, t, noise), tf.shape(chunk)[0]
-        step = tf.one_hot(t, p.denoising_steps, dtype=p.dtype)
-        rows = [tf.reshape(noisy, [b, -1]), tf.reshape(cond["state"], [b, -1]), step]
-        weights = folded.fold_actor(p.network, np.arange(p.denoising_steps))
-        inputs = tf.ensure_shape(tf.concat(rows, axis=1), [None, weights[0].shape[0]])
-        output = tf.reshape(folded.actor_output(p.network, weights, inputs), tf.shape(noisy))
-        return tf.reduce_mean(tf.square(output - (noise if p.predict_epsilon else chunk)))
+        masks = split_masks(p.network, noise)
+        dropout = {"keep_masks": masks} if masks else {}
+        return p.loss(chunk, cond, ent_coef=self.ent_coef, **dropout)[0]
 
     # ---------- many steps ----------
 
@@ -134,7 +128,7 @@ class PreTrainer:
         return self._steps(*self._inputs(items, t, noise, shifts), tf.constant(average, tf.int32)).numpy()
 
     def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
-        """The loss of one batch without training."""
+        """Return the loss of one batch, without training."""
         return float(self._loss(*self._inputs(items, t, noise, None)).numpy())
 
     def _inputs(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, shifts: np.ndarray | None) -> list[Array]:
@@ -151,7 +145,7 @@ class PreTrainer:
 
     def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
         with tf.GradientTape() as tape:
-            loss = self.loss(self.batch(*inputs), fold=self.folds)
+            loss = self.loss(self.batch(*inputs))
         self.optimizer.apply(tape.gradient(loss, self.variables))
         follow(self.averaged, self.variables, average, self.ema_decay)
         return loss

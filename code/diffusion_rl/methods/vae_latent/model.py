@@ -280,14 +280,14 @@ class LatentDiffusionRL:
             oldvalues=tf.repeat(own["values"], f),
             advantages=tf.repeat(own["advantages"], f),
         )
-        terms = p.minibatch_loss(batch, s["act_steps"])
+        losses = p.minibatch_loss(batch, s["act_steps"])
         # The schedule fixes the steps' deviations, so the entropy is a constant: it is told, and has no gradient.
         stds = p.log_prob_std(tf.gather(p.schedule.ddpm_logvar_clipped, p.fine_tuned_timesteps()[0]))
         entropy = tf.reduce_mean(tf.cast(0.5 * tf.math.log(2 * math.pi * math.e * tf.square(stds)), p.dtype))
-        value_loss = 2 * terms.v_loss
-        actor = s["policy_gradient_weight"] * terms.pg_loss - s["entropy_weight"] * entropy
-        watched = {"policy_loss": terms.pg_loss, "value_loss": value_loss, "entropy": entropy}
-        watched |= {"approx_kl": terms.approx_kl, "clipfrac": terms.clipfrac}
+        value_loss = 2 * losses["v_loss"]
+        actor = s["policy_gradient_weight"] * losses["pg_loss"] - s["entropy_weight"] * entropy
+        watched = {"policy_loss": losses["pg_loss"], "value_loss": value_loss, "entropy": entropy}
+        watched |= {"approx_kl": losses["approx_kl"], "clipfrac": losses["clipfrac"]}
         return actor, s["value_function_weight"] * value_loss, watched
 
 

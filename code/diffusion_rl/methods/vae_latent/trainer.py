@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
-from diffusion_rl.methods.on_policy.dppo import chunk_log_prob
+from diffusion_rl.methods.on_policy.ppo import chunk_log_prob
 from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL
 from diffusion_rl.networks.layers import Array, variables_of
 
@@ -49,7 +49,8 @@ class LatentTrainer:
         self._offline = compiled(lambda *inputs: self._many(self._offline_step, *inputs))
         self._online = compiled(self._online_step)
         self._values = compiled(lambda state: tf.reshape(critic({"state": state}), [-1]))
-        self._reduce = compiled(self._reduced)
+        act_steps = self.algorithm.settings["act_steps"]
+        self._reduce = compiled(lambda log_probs: chunk_log_prob(log_probs, act_steps))  # [M,F,H,N*Z] -> [M,F]
         self._names: dict[str, list[str]] = {}  # of what a step returns, known once it has been traced
 
     # ---------- stages 0 to 2 ----------
@@ -146,11 +147,6 @@ class LatentTrainer:
     def values(self, state: np.ndarray) -> np.ndarray:
         """Values [M] of states [M,To,...]."""
         return self._values(tf.constant(state, self.algorithm.dtype)).numpy()
-
-    def _reduced(self, log_probs: Array) -> Array:
-        """[M,F,H,N*Z] -> [M,F]."""
-        flat = tf.reshape(log_probs, tf.concat([[-1], tf.shape(log_probs)[2:]], axis=0))
-        return tf.reshape(chunk_log_prob(flat, self.algorithm.settings["act_steps"]), tf.shape(log_probs)[:2])
 
     # ---------- between ----------
 
