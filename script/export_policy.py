@@ -18,8 +18,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from diffusion_rl.cli.app import prepare  # noqa: E402
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
 from diffusion_rl.config.compose import compose  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
 
 

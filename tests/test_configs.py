@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from diffusion_rl.cli import app
+from diffusion_rl.cli.status import line_for_user
 from diffusion_rl.config import command_line
 from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
 from diffusion_rl.config.instantiate import calc, find_class, flatten, instantiate, instantiate_trusted, targets
@@ -447,5 +448,5 @@ def test_too_little_memory_is_one_line():
         pass
 
     for error in (MemoryError("Unable to allocate 3 PiB"), ResourceExhaustedError("OOM when\nallocating")):
-        line = command_line.line_for_user(error, [])
+        line = line_for_user(error, app.SMALLER)
         assert line and line.startswith("not enough memory (") and "train.batch_size" in line and "\n" not in line

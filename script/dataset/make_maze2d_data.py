@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
-from diffusion_rl.config.checks import require_range, require_seed  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
+from diffusion_rl.config.schema import require_range, require_seed  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402

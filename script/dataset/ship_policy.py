@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from diffusion_rl.cli.status import exit_status
-from diffusion_rl.config.arguments import Arguments
+from diffusion_rl.config.overrides import Arguments
 from diffusion_rl.training.checkpoint import load_checkpoint, require_kind, save_checkpoint
 from diffusion_rl.training.policy_files import policy_weights
 

@@ -37,7 +37,7 @@ from diffusion_rl.methods.diffuser.files import (
 )
 from diffusion_rl.methods.diffuser.maze2d import follow_plan
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
-from diffusion_rl.methods.diffuser.options import Options, parse
+from diffusion_rl.methods.diffuser.options import Options, parse_command
 from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserTraining
@@ -51,8 +51,6 @@ from diffusion_rl.training.locks import locked
 from diffusion_rl.training.policy_files import fitting
 from diffusion_rl.training.run_facts import refuse_changes
 
-TRAINED = "hopper-medium-expert-v2"
-PLANNED = "walker2d-medium-replay-v2"
 NOT_RESUMED = ("False", "None", None)  # values of --resume
 PICTURES = 6  # frames of a plan in its picture
 ANOTHER_SUFFIX = "give another --logbase or --suffix"
@@ -63,18 +61,17 @@ ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
 def train(arguments: Sequence[str]) -> None:
     """`scripts/train.py`: a diffusion model of states and actions, or of actions alone."""
-    options = parse("diffusion", arguments, TRAINED, save=False)
-    _train(options)
+    _train(parse_command("train", arguments))
 
 
 def train_values(arguments: Sequence[str]) -> None:
     """`scripts/train_values.py`: the value that guides plans."""
-    _train(parse("values", arguments, TRAINED, save=False))
+    _train(parse_command("train_values", arguments))
 
 
 def resume_training(arguments: Sequence[str]) -> None:
     """`scripts/resume_training.py`: go on with the latest checkpoint of the same experiment."""
-    options = parse("diffusion", arguments, TRAINED, save=False)
+    options = parse_command("train", arguments)
     if options.resume == "False":
         options.resume = "latest"
     _train(options)
@@ -260,7 +257,7 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 
 def plan_guided(arguments: Sequence[str]) -> None:
     """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
-    options = parse("plan", arguments, PLANNED, save=False)
+    options = parse_command("plan_guided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
@@ -280,7 +277,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
 
 def plan_unguided(arguments: Sequence[str]) -> None:
     """`scripts/plan_unguided.py`: many samples without a value, of which one plan is made."""
-    options = parse("plan_unguided", arguments, PLANNED, save=False)
+    options = parse_command("plan_unguided", arguments)
     where = Path(options.loadbase, options.dataset)
     if not any((where / options.diffusion_loadpath).glob("state_*")):
         fallback = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
@@ -295,7 +292,7 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 def plan_maze2d(arguments: Sequence[str]) -> None:
     """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
     configure_threads()
-    options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
+    options = parse_command("plan_maze2d", arguments)
     where = options.logbase, options.dataset, options.diffusion_loadpath
     experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))

@@ -14,32 +14,43 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from diffusion_rl.config.checks import check_ranges, whole
 from diffusion_rl.config.compose import REPOSITORY
+from diffusion_rl.config.overrides import HELP, PYTHON, help_rows, meanings, override, pairs
+from diffusion_rl.config.schema import FLAG, FLAGS, TEXT, Option, check, one_of, whole
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.methods.diffuser.options import coerce, pairs, spelling
 from diffusion_rl.reports.plan_results import DATASETS
 
 Command = list[str]
 CODE = "/home/code"  # in containers
 TRIALS, TOGETHER = 50, 2  # of a job of plans: how many, and how many at a time
-FLAGS = {"job": "train", "dry_run": False, "image": "diffuser", "sif": "diffuser.sif", "trials": 150}
 AZURE_CORES, AZURE_GIGABYTES = 4, 16
 MOST_INSTANCES = 1000
 SCRIPTS = {"train": "scripts/train.py", "values": "scripts/train_values.py", "plan": "scripts/plan_guided.py"}
+OPTIONS = {
+    "job": Option("what is started", one_of(*SCRIPTS), default="train"),
+    "dry_run": Option("print the commands and start nothing", FLAG, default=False),
+    "image": Option("the Docker image", TEXT, default="diffuser"),
+    "sif": Option("the Singularity image", TEXT, default="diffuser.sif"),
+    "trials": Option("slurm: plans of a data set", whole(1, 100_000), default=150),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
     """`docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the job> VALUE …]`."""
+    flags: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
+    if any(each in HELP for each in arguments):
+        print(f"usage: python scripts/launch.py {'|'.join(PLACES)} [--option value ...]\n")
+        print(help_rows(flags, meanings(OPTIONS), "--{}"), "\nAny other option is the job's: --help of its script.")
+        return
     if not arguments or arguments[0] not in PLACES:
         raise UserError(f"say where: one of {', '.join(PLACES)}")
     given = pairs(arguments[1:])
-    flags = FLAGS | {key: coerce(key, given.pop(key), FLAGS[key]) for key in FLAGS if key in given}
-    check_ranges(flags, {"trials": whole(1, 100_000)}, spelling)
-    if flags["job"] not in SCRIPTS:
-        raise UserError(f"--job {flags['job']}: choose one of {', '.join(SCRIPTS)}")
-    run_all(PLACES[arguments[0]](flags, given), bool(flags["dry_run"]))
+    own = {key: given.pop(key) for key in OPTIONS if key in given}
+    override(flags, own, lambda key, default: OPTIONS[key].kind, PYTHON, "the launcher")
+    check(flags, OPTIONS, FLAGS)
+    run_all(PLACES[arguments[0]](flags, given), flags["dry_run"])
 
 
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_rl.config.checks import DIFFUSION_STEPS, HORIZON, check_ranges, whole
+from diffusion_rl.config.schema import DIFFUSION_STEPS, HORIZON, check_ranges, whole
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.data import assets, sources

@@ -1,4 +1,4 @@
-"""The planners' command lines: `--dataset NAME --config NAME --<any hyper-parameter> VALUE`.
+"""The planners' options: `--dataset NAME --config NAME --<any hyper-parameter> VALUE`.
 
 The hyper-parameters of an experiment stand in cfg/planning/<config>.yaml; those of a preset (`--preset`) and those
 that a data set changes come next, and those that it changes in the preset; then the command line, then texts that begin
@@ -8,88 +8,163 @@ or Python literals.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import json
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusion_rl.config.checks import (
+from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
+from diffusion_rl.config.overrides import HELP, PYTHON, help_rows, meanings, override, pairs
+from diffusion_rl.config.schema import (
     BATCH,
+    DEVICE,
     DIFFUSION_STEPS,
     ENVS,
+    FLAG,
+    FLAGS,
     FREQUENCY,
     FREQUENCY_OR_OFF,
     HORIZON,
+    LIST,
+    MAPPING_OR_NONE,
+    RATE,
     SEED,
     SHARE,
     STEPS,
+    TEXT,
+    TEXT_OR_NONE,
     WIDTH,
+    Kind,
+    Option,
     Relation,
     at_most,
+    check,
     check_ranges,
+    kind_like,
+    multiple_of,
     number,
-    positive,
+    one_of,
+    require_inside,
     shown,
     whole,
 )
-from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.config.names import require_device, require_inside
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 
-TUPLES = ("dim_mults",)  # YAML has lists only
-REAL = ("loss_discount", "action_weight", "termination_penalty")  # may be a fraction although the default is whole
-TEXTS = ("data_dir", "bucket", "loadbase", "urdf_dir")  # whose default may be none
-NONE_IS_ALLOWED = ("termination_penalty", "preprocess_fns", "resume")
+FOLDER = CONFIG_ROOT / "planning"
 DEFERRED = "f:"
-RANGES = {
+OURS = "accepted for the PyTorch code's command lines; has no effect here"
+
+
+class Command(NamedTuple):
+    """A script of scripts/: its experiment, and the defaults of --dataset and --config."""
+
+    experiment: str
+    dataset: str
+    config: str = "config.locomotion"
+
+
+COMMANDS = {
+    "train": Command("diffusion", "hopper-medium-expert-v2"),
+    "train_values": Command("values", "hopper-medium-expert-v2"),
+    "plan_guided": Command("plan", "walker2d-medium-replay-v2"),
+    "plan_unguided": Command("plan_unguided", "walker2d-medium-replay-v2"),
+    "plan_maze2d": Command("plan", "maze2d-umaze-v1", "config.maze2d"),
+    "train_kuka": Command("diffusion", "kuka", "config.kuka"),
+    "train_kuka_classifier": Command("classifier", "kuka", "config.kuka"),
+    "plan_kuka": Command("plan", "kuka", "config.kuka"),
+}
+OPTIONS = {
     # models
-    "horizon": HORIZON,
-    "n_diffusion_steps": DIFFUSION_STEPS,
-    "dim": whole(8, WIDTH.most),
-    "dim_mults": whole(1, 1024, many=True),
-    "hidden_dims": whole(1, WIDTH.most, many=True),
-    "time_dim": whole(4, WIDTH.most),
-    "action_weight": number(0),
-    "loss_discount": number(0),
+    "model": Option("the network: models.<class>", TEXT),
+    "diffusion": Option("what is made of it: models.<class>", TEXT),
+    "horizon": Option("steps of a plan", HORIZON),
+    "n_diffusion_steps": Option("denoising steps of a sample", DIFFUSION_STEPS),
+    "dim": Option("width of the U-Net's first level", whole(8, WIDTH.most)),
+    "dim_mults": Option("widths of the U-Net's levels, as multiples of the first one", whole(1, 1024, many=True)),
+    "attention": Option("linear attention in the U-Net", FLAG),
+    "hidden_dims": Option("widths of the classifier's layers", whole(1, WIDTH.most, many=True)),
+    "time_dim": Option("width of the classifier's embedding of the denoising step", whole(4, WIDTH.most)),
+    "action_weight": Option("weight of the first action in the loss", number(0)),
+    "loss_weights": Option("weights of observations in the loss: {index: weight}", MAPPING_OR_NONE),
+    "loss_discount": Option("factor on the loss from each step of a plan to the next", number(0)),
+    "loss_type": Option("norm of the error", one_of("l1", "l2", "value_l1", "value_l2")),
+    "predict_epsilon": Option("the network predicts noise, not the clean sample", FLAG),
+    "clip_denoised": Option("clip estimates of clean samples to [-1, 1]", FLAG),
+    "diffusion_type": Option("what is diffused", one_of("states_actions", "actions_only")),
+    "obs_type": Option("actions_only: how observations enter; state_features", TEXT),
+    "obs_embed": Option("actions_only: how observations are embedded", one_of("mlp", "raw")),
     # data
-    "max_path_length": whole(1, 10**9),
-    "termination_penalty": number(null=True),
-    "discount": SHARE,
+    "data_dir": Option("folder of the data; none: where D4RL's usually are", TEXT_OR_NONE),
+    "loader": Option("the data set: datasets.<class>", TEXT),
+    "normalizer": Option("how data are scaled", TEXT),
+    "preprocess_fns": Option("steps that change episodes first", dataclasses.replace(LIST, null=True)),
+    "use_padding": Option("windows may reach beyond the end of an episode", FLAG),
+    "max_path_length": Option("longest episode", whole(1, 10**9)),
+    "termination_penalty": Option("added to the last reward of a terminated episode", number(null=True)),
+    "discount": Option("discount of returns", SHARE),
+    "normed": Option("values are scaled to [-1, 1]", FLAG),
     # training
-    "n_train_steps": STEPS,
-    "n_steps_per_epoch": STEPS,
-    "batch_size": BATCH,
-    "gradient_accumulate_every": whole(1, 65_536),
-    "learning_rate": positive(1e38),
-    "lr_scale": positive(1e38),
-    "lr_decay_steps": FREQUENCY_OR_OFF,
-    "ema_decay": SHARE,
-    "n_saves": STEPS,
-    "save_freq": FREQUENCY,
-    "sample_freq": FREQUENCY_OR_OFF,
-    "n_reference": FREQUENCY_OR_OFF,
-    "n_samples": FREQUENCY_OR_OFF,
-    "seed": dataclasses.replace(SEED, null=True),
+    "n_train_steps": Option("training steps", STEPS),
+    "n_steps_per_epoch": Option("training steps of an epoch, the unit of the printed progress", STEPS),
+    "batch_size": Option("rows of a minibatch; in planning, samples of a plan", BATCH),
+    "gradient_accumulate_every": Option("minibatches of a training step", whole(1, 65_536)),
+    "learning_rate": Option("learning rate", RATE),
+    "lr_scale": Option("factor on the learning rate", RATE),
+    "lr_decay_steps": Option("last steps, which have a tenth of the learning rate; 0: none", FREQUENCY_OR_OFF),
+    "ema_decay": Option("decay of the averaged weights", SHARE),
+    "n_saves": Option("files of checkpoints that a training leaves", STEPS),
+    "save_freq": Option("steps between checkpoints", FREQUENCY),
+    "save_parallel": Option("do not wait for the copy to the bucket", FLAG),
+    "bucket": Option("where the folder is copied to with gsutil", TEXT_OR_NONE),
+    "sample_freq": Option("steps between samples of the model; 0: none", FREQUENCY_OR_OFF),
+    "n_reference": Option("plans of the data that samples are compared with", FREQUENCY_OR_OFF),
+    "n_samples": Option(OURS, FREQUENCY_OR_OFF),
+    "renderer": Option(OURS),
+    "seed": Option("seed of every draw; none: the operating system's", dataclasses.replace(SEED, null=True)),
+    "device": Option("accepted; a GPU is used where there is one", DEVICE),
+    "resume": Option(
+        "True or latest: go on with the newest checkpoint; or its step", dataclasses.replace(TEXT, null=True)
+    ),
+    # folders
+    "logbase": Option("folder of all experiments", TEXT),
+    "loadbase": Option("folder of the models that plan; none: logbase", TEXT_OR_NONE),
+    "prefix": Option("first part of the experiment's folder", TEXT),
+    "suffix": Option("folder of a plan in its experiment", TEXT),
+    "diffusion_loadpath": Option("experiment of the model", TEXT),
+    "diffusion_epoch": Option("step of its checkpoint, or latest", TEXT),
+    "value_loadpath": Option("experiment of the value", TEXT),
+    "value_epoch": Option("step of its checkpoint, or latest", TEXT),
+    "classifier_loadpath": Option("experiment of the classifier", TEXT),
+    "classifier_epoch": Option("step of its checkpoint, or latest", TEXT),
     # planning
-    "n_envs": ENVS,
-    "n_exec": whole(1),
-    "n_episodes": whole(1, 10**6),
-    "n_plans": whole(1, 10**6),
-    "max_episode_length": whole(1, 10**9),
-    "n_guide_steps": whole(0, 10_000),
-    "t_stopgrad": whole(0),
-    "scale": number(),
-    "vis_freq": FREQUENCY,
-    "max_render": FREQUENCY_OR_OFF,
-    "replan_every": FREQUENCY_OR_OFF,
+    "guide": Option(OURS),
+    "policy": Option(OURS),
+    "task": Option("what is stacked", TEXT),
+    "urdf_dir": Option("folder of the arm's description", TEXT_OR_NONE),
+    "n_envs": Option("environments stepped together", ENVS),
+    "n_exec": Option("actions of a plan that are executed", whole(1)),
+    "n_episodes": Option("episodes", whole(1, 10**6)),
+    "n_plans": Option("plans of an episode", whole(1, 10**6)),
+    "max_episode_length": Option("steps after which an episode ends", whole(1, 10**9)),
+    "n_guide_steps": Option("gradient steps of the guide in a denoising step", whole(0, 10_000)),
+    "t_stopgrad": Option("denoising steps below this one are not guided", whole(0)),
+    "scale": Option("scale of the guide's gradient", number()),
+    "scale_grad_by_std": Option("multiply the gradient by the variance of the denoising step", FLAG),
+    "aggregate": Option("the plan made of several samples", one_of("first", "mean", "median", "medoid")),
+    "clip_actions": Option("clip actions to the environment's bounds", FLAG),
+    "conditional": Option("draw a new goal for every episode", FLAG),
+    "replan_every": Option("steps between plans; 0: one plan", FREQUENCY_OR_OFF),
+    "verbose": Option("print a line for every step", FLAG),
+    "render": Option("films of plans and episodes", FLAG),
+    "vis_freq": Option("steps between pictures, or lines", FREQUENCY),
+    "max_render": Option(OURS, FREQUENCY_OR_OFF),
+    "text_statistics": Option("statistics of actions as a text file, too", FLAG),
 }
 RELATIONS = (
     at_most("n_exec", "horizon"),
@@ -98,21 +173,14 @@ RELATIONS = (
         lambda envs, samples: envs * samples <= BATCH.most,
         f"at most {BATCH.most} plans are made together",
     ),
-    Relation(("dim",), lambda dim: dim % 8 == 0, "dim must be a multiple of 8"),
-    Relation(("time_dim",), lambda dim: dim % 2 == 0, "time_dim must be even"),
+    multiple_of("dim", 8),
+    multiple_of("time_dim", 2),
     Relation(
         ("horizon", "dim_mults", "model"),
         lambda horizon, mults, model: "Unet" not in model or horizon % 2 ** (len(mults) - 1) == 0,
         "a U-Net halves the horizon between its levels: it must be a multiple of 2 ** (entries of dim_mults - 1)",
     ),
 )
-CHOICES = {
-    "loss_type": ("l1", "l2", "value_l1", "value_l2"),
-    "aggregate": ("first", "mean", "median", "medoid"),
-    "diffusion_type": ("states_actions", "actions_only"),
-    "obs_embed": ("mlp", "raw"),
-}
-spelling = "--{} {}".format
 
 
 class MissingOption(UserError, AttributeError):
@@ -151,6 +219,28 @@ def _git(*arguments: str) -> str:
     return ended.stdout
 
 
+def parse_command(name: str, arguments: Sequence[str]) -> Options:
+    """The options of a script of scripts/, by its name in `COMMANDS`. Raises UserError as `parse` does."""
+    return parse(COMMANDS[name].experiment, arguments, *COMMANDS[name][1:], save=False)
+
+
+def help_text(script: str, arguments: Sequence[str]) -> str:
+    """The options of a script with their values under the other arguments, and their meanings."""
+    name = "train" if script == "resume_training" else script
+    options = parse_command(name, [each for each in arguments if each not in HELP]).as_dict()
+    presets = ", ".join(read_config(options["config"]).get("presets", {})) or "none"
+    named = {"dataset": "the data set", "config": "config.<file of cfg/planning>, or a YAML file"}
+    named |= {
+        "preset": f"values for several options: {presets}",
+        "exp_name": "the experiment's folder, by default of values",
+    }
+    values = {"dataset": options.pop("dataset"), "config": options.pop("config"), "preset": None}
+    values |= {"exp_name": options.pop("exp_name")} | {k: v for k, v in options.items() if k != "savepath"}
+    meaning = meanings(OPTIONS | {key: Option(text) for key, text in named.items()})
+    usage = f"usage: python scripts/{script}.py [--option value ...]"
+    return f"{usage}\n\nOptions with their values:\n{help_rows(values, meaning, '--{}')}"
+
+
 def parse(
     experiment: str, arguments: Sequence[str], dataset: str, config: str = "config.locomotion", save: bool = True
 ) -> Options:
@@ -167,26 +257,13 @@ def parse(
     given = pairs(arguments)
     dataset, config = given.pop("dataset", dataset), given.pop("config", config)
     settings = read_config(config)
-    if experiment not in settings:
-        raise UserError(
-            f"--config {config} has no experiment {experiment!r}: it has {', '.join(_experiments(settings)) or 'none'}"
-        )
     _check_shape(settings, experiment, config)
-    _check_types(settings, experiment, config)
-    wanted, presets = given.pop("preset", None), settings.get("presets", {})
-    if wanted is not None and wanted not in presets:
-        raise UserError(f"--preset {wanted}: --config {config} has {', '.join(presets) or 'none'}")
-    preset = presets.get(wanted, {})
+    preset, name = _preset(settings, given.pop("preset", None), config), given.pop("exp_name", None)
     values = settings[experiment]["options"] | preset.get(experiment, {})
     for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
         values |= overrides.get(dataset, {}).get(experiment, {})
-    values |= {key: tuple(values[key]) for key in TUPLES if key in values}
-    name = given.pop("exp_name", None)
-    for key, text in given.items():
-        if key not in values:
-            near = difflib.get_close_matches(key, [*values, "dataset", "config"], n=1)
-            raise UserError(f"--{key} is no option of {experiment}" + (f": did you mean --{near[0]}?" if near else ""))
-        values[key] = coerce(key, text, values[key])
+    values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only
+    override(values, given, _kind_of, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
     if values.get("diffusion_type") == "actions_only" and values.get("prefix") == "diffusion/defaults":
         values["prefix"] = "diffusion/actions"  # the two kinds of model never share a folder
     values |= {key: expand(value, values) for key, value in values.items() if _is_deferred(value)}
@@ -194,9 +271,9 @@ def parse(
         values["loadbase"] = values["logbase"]
     _check_values(values)
     values["exp_name"] = name or experiment_name(settings[experiment]["watch"], values)
-    names = {key: values.get(key, "") for key in ("prefix", "exp_name", "suffix")}
-    for key, part in {"dataset": dataset, **names}.items():
-        require_inside(part, spelling(key, part))
+    parts = {"dataset": dataset, **{key: values.get(key, "") for key in ("prefix", "exp_name", "suffix")}}
+    for key, part in parts.items():
+        require_inside(part, FLAGS(key, part))
     folder = Path(values["logbase"]) / dataset / values["exp_name"] / values.get("suffix", "")
     options = Options(**values, dataset=dataset, config=config, savepath=str(folder))
     if save:
@@ -204,24 +281,22 @@ def parse(
     return options
 
 
-def pairs(arguments: Sequence[str]) -> dict[str, str]:
-    """`--key value …` as a dictionary; any number of dashes (or none) may stand before a key."""
-    if len(arguments) % 2:
-        raise UserError(f"{arguments[-1]} has no value: options are pairs, --key value")
-    given: dict[str, str] = {}
-    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
-        key = flag.lstrip("-")
-        if key in given:
-            raise UserError(f"--{key} stands twice ({shown(given[key])} and {shown(value)}): give it once")
-        given[key] = value
-    return given
+def _kind_of(key: str, default: Any) -> Kind:
+    return OPTIONS[key].kind if key in OPTIONS else kind_like(default)
+
+
+def _preset(settings: Mapping[str, Any], wanted: str | None, config: str) -> Mapping[str, Any]:
+    presets = settings.get("presets", {})
+    if wanted is not None and wanted not in presets:
+        raise UserError(f"--preset {wanted}: --config {config} has {', '.join(presets) or 'none'}")
+    return presets.get(wanted, {})
 
 
 def read_config(config: str) -> dict[str, Any]:
     """cfg/planning/<name>.yaml for "config.<name>", or the YAML file of that path."""
-    path = Path(config) if config.endswith((".yaml", ".yml")) else _folder() / f"{config.rpartition('.')[2]}.yaml"
+    path = Path(config) if _is_own(config) else FOLDER / f"{config.rpartition('.')[2]}.yaml"
     if not path.is_file():
-        known = ", ".join(f"config.{p.stem}" for p in sorted(_folder().glob("*.yaml")))
+        known = ", ".join(f"config.{p.stem}" for p in sorted(FOLDER.glob("*.yaml")))
         raise UserError(f"--config {config}: no such configuration; there are {known}, or give a YAML file")
     settings = read_yaml(path)
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -229,8 +304,16 @@ def read_config(config: str) -> dict[str, Any]:
     return settings
 
 
+def _is_own(config: str) -> bool:
+    """Whether a configuration is a file of the user's own."""
+    return config.endswith((".yaml", ".yml"))
+
+
 def _check_shape(settings: Mapping[str, Any], experiment: str, config: str) -> None:
     """Raises UserError unless an experiment, the presets and what data sets change are what a user's own file needs."""
+    if experiment not in settings:
+        known = [key for key in settings if key not in ("overrides", "presets") and not key.startswith(".")]
+        raise UserError(f"--config {config} has no experiment {experiment!r}: it has {', '.join(known) or 'none'}")
     own = settings[experiment]
     watch = own.get("watch") if isinstance(own, dict) else None
     if not isinstance(watch, list) or not all(
@@ -245,26 +328,10 @@ def _check_shape(settings: Mapping[str, Any], experiment: str, config: str) -> N
         changed = [group for each in groups if isinstance(each, dict) for group in each.values()]
         if not all(map(_nested, groups)) or not all(map(_nested, changed)):
             raise UserError(f"--config {config}: {what} must be mappings of experiments to options")
-
-
-def _check_types(settings: Mapping[str, Any], experiment: str, config: str) -> None:
-    """Raises UserError for an option of a user's own file that is of another type than in the files of `_folder`."""
-    if not config.endswith((".yaml", ".yml")):
-        return
-    usual: dict[str, Any] = {}
-    for path in sorted(_folder().glob("*.yaml")):
-        usual |= {
-            k: v for own in read_yaml(path).values() if isinstance(own, dict) for k, v in own.get("options", {}).items()
-        }
-    kinds = {bool: (bool,), int: (int, float), float: (int, float), str: (str,), list: (list,)}
-    for key, value in settings[experiment]["options"].items():
-        allowed = kinds.get(type(usual.get(key)), ())
-        if (
-            allowed
-            and value is not None
-            and (not isinstance(value, allowed) or isinstance(value, bool) != (bool in allowed))
-        ):
-            raise UserError(f"--config {config}: {experiment}: {key}: {shown(value)} must be like {usual[key]!r}")
+    for key, value in own["options"].items() if _is_own(config) else ():
+        if key in OPTIONS and value is not None and not OPTIONS[key].kind.fits(value):
+            kind = OPTIONS[key].kind.name
+            raise UserError(f"--config {config}: {experiment}: {key}: {shown(value)} must be like {kind}")
 
 
 def _nested(node: Any) -> bool:
@@ -277,70 +344,13 @@ def _is_options(node: Any) -> bool:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raises UserError for a number out of its range, or a text that is none of the choices."""
-    check_ranges(values, RANGES, spelling, RELATIONS)
-    for key, allowed in CHOICES.items():
-        if key in values and values[key] not in allowed:
-            raise UserError(f"{spelling(key, shown(values[key]))}: choose one of {', '.join(allowed)}")
-    require_device(values.get("device"), spelling("device", shown(values.get("device"))))
-    for key in ("logbase", "prefix", "suffix"):
-        if key in values and not isinstance(values[key], str):
-            raise UserError(f"{spelling(key, shown(values[key]))}: a text is needed here")
+    """Raises UserError for a value that is not allowed, or values that do not go together."""
+    check(values, OPTIONS, FLAGS, RELATIONS)
     weights = values.get("loss_weights")
     if weights is not None:
-        if not isinstance(weights, dict) or not all(whole(0).holds(key) for key in weights):
+        if not all(whole(0).holds(key) for key in weights):
             raise UserError(f"--loss_weights {shown(weights)}: write {{index of an observation: weight}}")
         check_ranges(weights, dict.fromkeys(weights, number(0)), "--loss_weights {{{}: {}}}".format)
-
-
-def _folder() -> Path:
-    return CONFIG_ROOT / "planning"
-
-
-def _experiments(settings: Mapping[str, Any]) -> list[str]:
-    return [key for key in settings if key not in ("overrides", "presets") and not key.startswith(".")]
-
-
-def coerce(key: str, text: str, default: Any) -> Any:
-    """The text of a flag as a value of its default's type; "None" where the default is none or none means something."""
-    if text == "None" and (default is None or key in NONE_IS_ALLOWED):
-        return None
-    if isinstance(default, str) or key in TEXTS:
-        return text
-    if isinstance(default, bool):
-        return _literal(key, text, {"True": True, "False": False, "1": True, "0": False}.get(text), "True or False")
-    if isinstance(default, int) and key not in REAL:
-        return _number(key, text, (int,), "a whole number")
-    if isinstance(default, int | float):
-        return _number(key, text, (int, float) if isinstance(default, int) else (float,), "a number")
-    value = _evaluated(text)
-    if isinstance(default, list | tuple):
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        return type(default)(_literal(key, text, None if value is None else items, repr(default)))
-    return text if value is None else value
-
-
-def _number(key: str, text: str, kinds: tuple[type, ...], needed: str) -> Any:
-    for kind in kinds:
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise UserError(f"{spelling(key, shown(text))}: {needed} is needed here")
-
-
-def _literal(key: str, text: str, value: Any, example: str) -> Any:
-    if value is None:
-        raise UserError(f"{spelling(key, shown(text))}: write {example}")
-    return value
-
-
-def _evaluated(text: str) -> Any:
-    """The value of a Python literal; None where it is none."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
 
 
 def _is_deferred(value: Any) -> bool:
