@@ -17,7 +17,6 @@ from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.hdf5 import write_hdf5  # noqa: E402
 from diffusion_rl.envs.maze2d import Maze2D  # noqa: E402
-from diffusion_rl.methods.diffuser.maze2d import waypoint_data  # noqa: E402
 
 
 def main() -> None:
@@ -31,6 +30,8 @@ def main() -> None:
     require_seed(options.seed)
     maze, path = Maze2D(options.name), options.output or data_dir() / "maze2d" / f"{options.name}.hdf5"
     require_writable(path)
+    from diffusion_rl.methods.diffuser.maze2d import waypoint_data  # TensorFlow with it
+
     arrays = waypoint_data(maze, options.steps, NoiseSource(options.seed))
     write_hdf5(path, arrays)
     print(f"{path}: {options.steps} steps, {arrays['rewards'].mean():.3f} of them at the goal")

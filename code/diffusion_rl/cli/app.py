@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusion_rl.cli.status import INTERRUPTED, USER_ERROR, reported
+from diffusion_rl.cli.status import INTERRUPTED, USER_ERROR, reported, show
 from diffusion_rl.config import command_line, sweeps
 from diffusion_rl.config.command_line import FULL_ERROR, set_environment
 from diffusion_rl.config.compose import Config, prepare
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with _reported() as status, signals.interrupting():
         options = command_line.parse(arguments)
         if options.help:
-            print(command_line.help_text(options))
+            show(command_line.help_text(options))
         else:
             _hydra_mains(arguments, options)
     return status[0]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion_rl.cli.status import exit_status
-from diffusion_rl.config.overrides import HELP, help_rows, meanings, pairs
-from diffusion_rl.config.schema import FLAGS, TEXT, TEXT_OR_NONE, Option, unknown_option
+from diffusion_rl.cli.status import exit_status, show
+from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
+from diffusion_rl.config.schema import FLAGS, TEXT, TEXT_OR_NONE, Option
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.reports import plan_results
@@ -37,9 +37,9 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
     if not isinstance(command, str):
         return command(arguments)
     module, _, name = command.partition(":")
-    if module in OPTIONS_OF and any(each in HELP for each in arguments):
+    if module in OPTIONS_OF and split_help(arguments)[0]:
         options = importlib.import_module(f"diffusion_rl.methods.{OPTIONS_OF[module]}.options")
-        print(options.help_text(Path(sys.argv[0]).stem, arguments))
+        show(options.help_text(Path(sys.argv[0]).stem, arguments))
         return None
     with signals.held():
         function = getattr(importlib.import_module(f"diffusion_rl.cli.{module}"), name)
@@ -71,8 +71,10 @@ def table(arguments: Sequence[str]) -> None:
     """
     options = _parse(
         arguments,
-        logbase=Option("folder of plans, whose scores fill Diffuser's column; none: the published ones", default=None),
-        labels=Option('a JSON file of other words for rows and columns: {"Dataset": "…"}', default=None),
+        logbase=Option(
+            "folder of plans, whose scores fill Diffuser's column; none: the published ones", TEXT_OR_NONE, default=None
+        ),
+        labels=Option('a JSON file of other words for rows and columns: {"Dataset": "…"}', TEXT_OR_NONE, default=None),
     )
     if options is None:
         return
@@ -97,11 +99,8 @@ def _labels(path: str) -> dict[str, str]:
 
 def _parse(arguments: Sequence[str], **known: Option) -> dict[str, Any] | None:
     """The options of a command; None where its help was asked for and printed."""
-    values = {key: option.default for key, option in known.items()}
-    if any(each in HELP for each in arguments):
-        print(f"usage: python {sys.argv[0]} [--option value ...]\n\n{help_rows(values, meanings(known), '--{}')}")
-        return None
-    given = pairs(arguments)
-    if unknown := sorted(given.keys() - known.keys()):
-        raise unknown_option(unknown[0], known, "this command", FLAGS)
-    return values | given
+    wanted, rest = split_help(arguments)
+    values = flags(pairs(rest), known, "this command")
+    if wanted:
+        show(f"usage: python {sys.argv[0]} [--option value ...]\n\n{help_rows(values, meanings(known), FLAGS)}")
+    return None if wanted else values

@@ -14,11 +14,11 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from diffusion_rl.cli.status import show
 from diffusion_rl.config.compose import REPOSITORY
-from diffusion_rl.config.overrides import HELP, PYTHON, help_rows, meanings, override, pairs
-from diffusion_rl.config.schema import FLAG, FLAGS, TEXT, Option, check, one_of, whole
+from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
+from diffusion_rl.config.schema import FLAG, FLAGS, TEXT, Option, one_of, whole
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.plan_results import DATASETS
 
@@ -39,18 +39,16 @@ OPTIONS = {
 
 def main(arguments: Sequence[str]) -> None:
     """`docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the job> VALUE …]`."""
-    flags: dict[str, Any] = {key: option.default for key, option in OPTIONS.items()}
-    if any(each in HELP for each in arguments):
-        print(f"usage: python scripts/launch.py {'|'.join(PLACES)} [--option value ...]\n")
-        print(help_rows(flags, meanings(OPTIONS), "--{}"), "\nAny other option is the job's: --help of its script.")
-        return
+    if split_help(arguments)[0]:
+        usage = f"usage: python scripts/launch.py {'|'.join(PLACES)} [--option value ...]"
+        rows = help_rows(flags({}, OPTIONS, "the launcher"), meanings(OPTIONS), FLAGS)
+        return show(f"{usage}\n\n{rows}\nAny other option is the job's: --help of its script lists them.")
     if not arguments or arguments[0] not in PLACES:
         raise UserError(f"say where: one of {', '.join(PLACES)}")
     given = pairs(arguments[1:])
     own = {key: given.pop(key) for key in OPTIONS if key in given}
-    override(flags, own, lambda key, default: OPTIONS[key].kind, PYTHON, "the launcher")
-    check(flags, OPTIONS, FLAGS)
-    run_all(PLACES[arguments[0]](flags, given), flags["dry_run"])
+    settings = flags(own, OPTIONS, "the launcher")
+    run_all(PLACES[arguments[0]](settings, given), settings["dry_run"])
 
 
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:
@@ -65,55 +63,55 @@ def run_all(commands: Iterator[Command], dry_run: bool) -> None:
             raise UserError(f"{command[0]} ended with status {status}")
 
 
-def job(flags: Mapping, options: Mapping[str, str]) -> Command:
+def job(settings: Mapping, options: Mapping[str, str]) -> Command:
     """The command of one job, from the repository's root."""
-    return ["python", SCRIPTS[flags["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
+    return ["python", SCRIPTS[settings["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
 
 
-def docker(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def docker(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """One job in the image."""
     mounts = {str(REPOSITORY): CODE, str(Path.home() / ".d4rl"): "/root/.d4rl"}
     bound = [f"--mount=type=bind,source={source},target={target}" for source, target in mounts.items()]
-    inside = f"cd {CODE} && {shlex.join(job(flags, options))}"
-    yield ["docker", "run", "--rm", "--gpus", "all", *bound, flags["image"], "bash", "-c", inside]
+    inside = f"cd {CODE} && {shlex.join(job(settings, options))}"
+    yield ["docker", "run", "--rm", "--gpus", "all", *bound, settings["image"], "bash", "-c", inside]
 
 
-def singularity(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def singularity(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """The same with Singularity."""
-    yield ["singularity", "exec", "--nv", "--writable-tmpfs", flags["sif"], *job(flags, options)]
+    yield ["singularity", "exec", "--nv", "--writable-tmpfs", settings["sif"], *job(settings, options)]
 
 
-def slurm(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def slurm(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """A job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
     datasets = [options["dataset"]] if "dataset" in options else DATASETS
     for dataset in datasets:
         task, _, buffer = dataset.removesuffix("-v2").partition("-")
-        given, name = {**options, "dataset": dataset}, f"{flags['job']}-{task[:2]}-{buffer}"
-        if flags["job"] != "plan":
-            yield _sbatch(name, flags, shlex.join(job(flags, given)))
+        given, name = {**options, "dataset": dataset}, f"{settings['job']}-{task[:2]}-{buffer}"
+        if settings["job"] != "plan":
+            yield _sbatch(name, settings, shlex.join(job(settings, given)))
             continue
-        for first in range(0, flags["trials"], TRIALS):
-            last = min(first + TRIALS, flags["trials"]) - 1
-            one = shlex.join(job(flags, {"vis_freq": "500", "verbose": "False", **given}))
+        for first in range(0, settings["trials"], TRIALS):
+            last = min(first + TRIALS, settings["trials"]) - 1
+            one = shlex.join(job(settings, {"vis_freq": "500", "verbose": "False", **given}))
             each = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {one} --suffix TRIAL"
-            yield _sbatch(f"{name}-{first}-{last}", flags, each)
+            yield _sbatch(f"{name}-{first}-{last}", settings, each)
 
 
-def _sbatch(name: str, flags: Mapping, command: str) -> Command:
-    wrapped = shlex.join(["singularity", "exec", "--nv", "--writable-tmpfs", flags["sif"], "bash", "-c", command])
+def _sbatch(name: str, settings: Mapping, command: str) -> Command:
+    wrapped = shlex.join(["singularity", "exec", "--nv", "--writable-tmpfs", settings["sif"], "bash", "-c", command])
     needed = ["--nodes=1", "--ntasks=1", "--cpus-per-task=4", "--mem=24G", "--gres=gpu:1", "--time=72:00:00"]
     return ["sbatch", f"--job-name={name}", *needed, f"--wrap={wrapped}"]
 
 
-def azure(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def azure(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """A container instance for each combination of comma-separated values, by a client that is logged in (`az login`).
 
     DOCKER_USERNAME says whose image it is, AZURE_RESOURCE_GROUP (diffuser) which resource group the instances are in.
     """
     user, group = os.environ.get("DOCKER_USERNAME"), os.environ.get("AZURE_RESOURCE_GROUP", "diffuser")
-    if not user and not flags["dry_run"]:
+    if not user and not settings["dry_run"]:
         raise UserError("set DOCKER_USERNAME to the account that the image was pushed to (docker push)")
-    image = f"docker.io/{user or '$DOCKER_USERNAME'}/{flags['image']}:latest"
+    image = f"docker.io/{user or '$DOCKER_USERNAME'}/{settings['image']}:latest"
     size = ["--cpu", str(AZURE_CORES), "--memory", str(AZURE_GIGABYTES)]
     split = [value.split(",") for value in options.values()]
     if (count := math.prod(map(len, split))) > MOST_INSTANCES:
@@ -122,8 +120,8 @@ def azure(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
         )
     combinations = itertools.product(*split)
     for number, values in enumerate(combinations):
-        command = shlex.join(job(flags, dict(zip(options, values, strict=True))))
-        where = ["--resource-group", group, "--name", f"diffuser-{flags['job']}-{number}", "--image", image]
+        command = shlex.join(job(settings, dict(zip(options, values, strict=True))))
+        where = ["--resource-group", group, "--name", f"diffuser-{settings['job']}-{number}", "--image", image]
         yield ["az", "container", "create", *where, *size, "--restart-policy", "Never", "--command-line", command]
 
 

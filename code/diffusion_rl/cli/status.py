@@ -52,6 +52,14 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
         status[0] = USER_ERROR
 
 
+def show(text: str) -> None:
+    """Print a help, of which the reader may take the first lines only (`| head`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _said(stopped: KeyboardInterrupt, otherwise: str) -> str:
     """What a loop says of its saved state; else what the program says of itself."""
     return (str(stopped) if isinstance(stopped, Interrupted) else "") or otherwise or str(stopped) or "interrupted"

@@ -114,6 +114,16 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     return OmegaConf.create(values)
 
 
+def plain_copy(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as mappings and lists of its own, interpolations resolved."""
+    return plain(OmegaConf.create(plain(config)))
+
+
+def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """A resolved copy of a configuration, with changes."""
+    return OmegaConf.merge(plain_copy(config), changes)  # type: ignore[return-value]
+
+
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Plain values as the text of a YAML file."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(values)))

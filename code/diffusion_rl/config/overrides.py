@@ -23,6 +23,7 @@ from diffusion_rl.config.schema import (
     Range,
     Spelling,
     Words,
+    check,
     check_kind,
     shown,
     unknown_option,
@@ -30,12 +31,17 @@ from diffusion_rl.config.schema import (
 from diffusion_rl.config.yaml_files import parse_yaml, read_yaml
 from diffusion_rl.core.errors import UserError
 
-HELP = ("-h", "--help")
 #: Keys of an experiment's `meta_data`, which every variant carries.
 META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "arguments")
 
 
 # ---------- command lines ----------
+
+
+def split_help(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether a command line asks for help, and the rest of it."""
+    rest = [argument for argument in arguments if argument not in ("-h", "--help")]
+    return len(rest) < len(arguments), rest
 
 
 def pairs(arguments: Sequence[str]) -> dict[str, str]:
@@ -153,6 +159,18 @@ def override(
         values[key] = value_of(key, text, kind_of(key, values[key]), values[key], syntax)
 
 
+def flags(given: Mapping[str, str], options: Mapping[str, Option], what: str) -> dict[str, Any]:
+    """The values of options that a table describes with their defaults, as `--key value` changes them.
+
+    Raises:
+        UserError: as `override` does, or a value that is not allowed.
+    """
+    values = {key: option.default for key, option in options.items()}
+    override(values, given, lambda key, default: options[key].kind, PYTHON, what)
+    check(values, options, FLAGS)
+    return values
+
+
 class Arguments(argparse.ArgumentParser):
     """Flags whose mistakes are UserErrors: no abbreviations, and every option with a value only once."""
 
@@ -219,21 +237,13 @@ def _check_keys(node: Any, where: str) -> None:
 # ---------- help ----------
 
 
-def help_rows(values: Mapping[str, Any], meaning: Mapping[str, str], name: str = "{}") -> str:
-    """Keys with values and meanings, a line each.
-
-    name: format of a key.
-    """
-    width = max(map(len, values), default=0) + len(name) - 2
-    rows = (f"  {name.format(k):<{width}}  {_short(v):<24}  {meaning.get(k, '')}".rstrip() for k, v in values.items())
-    return "\n".join(rows)
+def help_rows(values: Mapping[str, Any], meaning: Mapping[str, str], spelling: Spelling = PAIRS) -> str:
+    """Keys with values and meanings, a line each."""
+    rows = [(spelling.name.format(key), spelling.text(value), meaning.get(key, "")) for key, value in values.items()]
+    width = max((len(key) for key, _, _ in rows), default=0)
+    return "\n".join(f"  {key:<{width}}  {value:<24}  {text}".rstrip() for key, value, text in rows)
 
 
 def meanings(options: Mapping[str, Option]) -> dict[str, str]:
     """The meaning of each option."""
     return {key: option.meaning for key, option in options.items()}
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -285,7 +285,7 @@ class Spelling:
         pair, name: formats of a key with its value, and of a key alone.
         wrong: format of the line about a value of another type: pair, key, value (its repr), kind.
         example: format of what follows it where there is a default.
-        flag: what FLAG is called.
+        flag, none: what FLAG and None are called.
     """
 
     pair: str
@@ -293,13 +293,20 @@ class Spelling:
     wrong: str = "{pair}: {kind} is needed here"
     example: str = ""
     flag: str = "true or false"
+    none: str = "null"
 
     def __call__(self, key: str, value: Any) -> str:
         return self.pair.format(key, shown(value))
 
+    def text(self, value: Any) -> str:
+        """A value as it is written."""
+        if value is None or isinstance(value, bool):
+            return self.none if value is None else self.flag.split(" or ")[not value]
+        return shown(value)
+
 
 PAIRS = Spelling("{}={}")
-FLAGS = Spelling("--{} {}", "--{}", example=" (write it like {})", flag="True or False")
+FLAGS = Spelling("--{} {}", "--{}", example=" (write it like {})", flag="True or False", none="None")
 FILE = Spelling("{}: {}", wrong="{key}: {value} is not {kind}")
 HYDRA = Spelling("{}={}", wrong="{pair}: not {kind}", example=" (such as {})")
 

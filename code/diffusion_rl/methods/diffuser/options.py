@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.config.overrides import HELP, PYTHON, help_rows, meanings, override, pairs
+from diffusion_rl.config.overrides import PYTHON, help_rows, meanings, override, pairs, split_help
 from diffusion_rl.config.schema import (
     BATCH,
     DEVICE,
@@ -227,7 +227,7 @@ def parse_command(name: str, arguments: Sequence[str]) -> Options:
 def help_text(script: str, arguments: Sequence[str]) -> str:
     """The options of a script with their values under the other arguments, and their meanings."""
     name = "train" if script == "resume_training" else script
-    options = parse_command(name, [each for each in arguments if each not in HELP]).as_dict()
+    options = parse_command(name, split_help(arguments)[1]).as_dict()
     presets = ", ".join(read_config(options["config"]).get("presets", {})) or "none"
     named = {"dataset": "the data set", "config": "config.<file of cfg/planning>, or a YAML file"}
     named |= {
@@ -238,7 +238,7 @@ def help_text(script: str, arguments: Sequence[str]) -> str:
     values |= {"exp_name": options.pop("exp_name")} | {k: v for k, v in options.items() if k != "savepath"}
     meaning = meanings(OPTIONS | {key: Option(text) for key, text in named.items()})
     usage = f"usage: python scripts/{script}.py [--option value ...]"
-    return f"{usage}\n\nOptions with their values:\n{help_rows(values, meaning, '--{}')}"
+    return f"{usage}\n\nOptions with their values:\n{help_rows(values, meaning, FLAGS)}"
 
 
 def parse(

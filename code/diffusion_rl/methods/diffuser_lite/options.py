@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.instantiate import flatten
-from diffusion_rl.config.overrides import HELP, YAML, assignments, help_rows, meanings, override
+from diffusion_rl.config.overrides import YAML, assignments, help_rows, meanings, override, split_help
 from diffusion_rl.config.schema import (
     BATCH,
     DEVICE,
@@ -168,7 +168,7 @@ def parse(kind: str, arguments: Sequence[str]) -> LiteOptions:
 
 def help_text(script: str, arguments: Sequence[str]) -> str:
     """The options of a pipeline with their values under the other arguments, and their meanings."""
-    values = _values(script.rpartition("_")[2], assignments([each for each in arguments if each not in HELP]))
+    values = _values(script.rpartition("_")[2], assignments(split_help(arguments)[1]))
     usage = f"usage: python pipelines/{script}.py task=NAME mode=MODE [key=value ...]"
     return f"{usage}\n\nOptions with their values:\n{help_rows(values, meanings(OPTIONS))}"
 
