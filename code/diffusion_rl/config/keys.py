@@ -23,7 +23,6 @@ from diffusion_rl.config.schema import (
     STEPS,
     Kind,
     Option,
-    Range,
     at_most,
     check_kind,
     check_ranges,
@@ -141,7 +140,7 @@ _TRAIN = {
         "epoch from which weights are averaged; until then they are copied", FROM_ZERO, default=20
     ),
     "update_ema_freq": Option("epochs between updates of the averaged weights", STEPS, default=10),
-    "train_split": Option("share of the data trained on; the rest validates", Range(0, 1, open=True), default=1),
+    "train_split": Option("share of the data trained on; the rest validates", positive(1), default=1),
     # reinforcement learning
     "n_train_itr": Option("iterations", STEPS),
     "n_critic_warmup_itr": Option("first iterations that train the critic only", FROM_ZERO),
@@ -269,7 +268,7 @@ _POLICY = {
 }
 #: Arguments of objects, wherever they stand.
 _SIZES: dict[str, Kind] = {
-    **dict.fromkeys(("mlp_dims", "cond_mlp_dims", "dim_mults"), Range(1, 10**6, whole=True, null=True, many=True)),
+    **dict.fromkeys(("mlp_dims", "cond_mlp_dims", "dim_mults"), whole(1, 10**6, null=True, many=True)),
     **dict.fromkeys(("time_dim", "cond_dim", "transformer_embed_dim", "transformer_num_heads", "depth"), COUNT),
     **dict.fromkeys(("dropout", "p_drop_emb", "p_drop_attn"), SHARE),
     "max_n_episodes": STEPS_OR_NONE,
@@ -362,7 +361,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
     """Raise UserError naming the first number of a plain, resolved configuration that is out of its range."""
     flat = flatten(config)
     kinds = {key: _SIZES[key.rpartition(".")[2]] for key in flat if "." in key and key.rpartition(".")[2] in _SIZES}
-    kinds |= {key: option.kind for key, option in OPTIONS.items() if isinstance(option.kind, Range)}
+    kinds |= {key: option.kind for key, option in OPTIONS.items() if option.kind.type.endswith("number")}
     check_ranges(flat, kinds | {f"model.{key}": kind for key, kind in _POLICY.items()}, HYDRA, RELATIONS)
 
 

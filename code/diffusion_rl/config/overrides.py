@@ -19,12 +19,10 @@ from diffusion_rl.config.schema import (
     PAIRS,
     Kind,
     Option,
-    Plain,
-    Range,
     Spelling,
-    Words,
-    check,
     check_kind,
+    check_ranges,
+    kind_like,
     shown,
     unknown_option,
 )
@@ -93,20 +91,16 @@ def value_of(key: str, text: str, kind: Kind, default: Any, syntax: Syntax) -> A
     """
     if text in syntax.none and (default is None or kind.null):
         return None
-    if isinstance(kind, Plain) and kind.type is str or isinstance(kind, Words) and kind.number is None:
+    if kind.type == "text":
         return text
     value = syntax.literal(key, text)
-    if kind is FLAG and syntax is PYTHON:
+    if kind == FLAG and syntax is PYTHON:
         value = {"True": True, "False": False, "1": True, "0": False}.get(text, text)
-    if isinstance(kind, Range) and kind.many or isinstance(kind, Plain) and kind.type in (list, tuple):
-        value = [value] if isinstance(value, bool | int | float) else value
-    check_kind(key, value, kind, syntax.spelling, default)
-    return _like(value, default, kind)
-
-
-def _like(value: Any, default: Any, kind: Kind) -> Any:
+    if (kind.many or kind.type in ("list", "tuple")) and isinstance(value, int | float):
+        value = [value]
     if isinstance(default, list | tuple) and isinstance(value, list | tuple):
-        return type(default)(value)
+        value = type(default)(value)
+    check_kind(key, value, kind, syntax.spelling, default)
     if type(default) is float and type(value) is int:
         return float(value)
     return as_whole(value, kind) if type(default) is int else value
@@ -114,8 +108,7 @@ def _like(value: Any, default: Any, kind: Kind) -> Any:
 
 def as_whole(value: Any, kind: Kind) -> Any:
     """1e6 as a whole number, where one is asked for; any other value as it is."""
-    whole = isinstance(kind, Range) and kind.whole and isinstance(value, float) and value.is_integer()
-    return int(value) if whole else value
+    return int(value) if kind.type == "whole number" and isinstance(value, float) and value.is_integer() else value
 
 
 def _python(key: str, text: str) -> Any:
@@ -139,7 +132,7 @@ YAML = Syntax(PAIRS, ("null", "~", ""), _yaml)
 def override(
     values: dict[str, Any],
     given: Mapping[str, str],
-    kind_of: Callable[[str, Any], Kind],
+    kinds: Mapping[str, Kind],
     syntax: Syntax,
     what: str,
     others: Sequence[str] = (),
@@ -147,7 +140,7 @@ def override(
     """Put the values of a command line in the place of defaults.
 
     Args:
-        kind_of: gives the kind of an option from its key and its default.
+        kinds: what the values may be; one that is not among them is of the kind of its default.
         what, others: the owner of the options, for errors, and what it takes beside `values`.
 
     Raises:
@@ -156,7 +149,7 @@ def override(
     for key, text in given.items():
         if key not in values:
             raise unknown_option(key, [*values, *others], what, syntax.spelling)
-        values[key] = value_of(key, text, kind_of(key, values[key]), values[key], syntax)
+        values[key] = value_of(key, text, kinds.get(key) or kind_like(values[key]), values[key], syntax)
 
 
 def flags(given: Mapping[str, str], options: Mapping[str, Option], what: str) -> dict[str, Any]:
@@ -165,9 +158,9 @@ def flags(given: Mapping[str, str], options: Mapping[str, Option], what: str) ->
     Raises:
         UserError: as `override` does, or a value that is not allowed.
     """
-    values = {key: option.default for key, option in options.items()}
-    override(values, given, lambda key, default: options[key].kind, PYTHON, what)
-    check(values, options, FLAGS)
+    values, kinds = {k: option.default for k, option in options.items()}, {k: o.kind for k, o in options.items()}
+    override(values, given, kinds, PYTHON, what)
+    check_ranges(values, kinds, FLAGS)
     return values
 
 
@@ -242,6 +235,15 @@ def help_rows(values: Mapping[str, Any], meaning: Mapping[str, str], spelling: S
     rows = [(spelling.name.format(key), spelling.text(value), meaning.get(key, "")) for key, value in values.items()]
     width = max((len(key) for key, _, _ in rows), default=0)
     return "\n".join(f"  {key:<{width}}  {value:<24}  {text}".rstrip() for key, value, text in rows)
+
+
+def comments(*paths: Path) -> dict[str, str]:
+    """The comments beside the keys of YAML files, which say what these mean; of several, the first counts."""
+    found: dict[str, str] = {}
+    for path in paths:
+        for key, text in re.findall(r"^ *([\w.]+):(?: .*?)? +# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found.setdefault(key, text)
+    return found
 
 
 def meanings(options: Mapping[str, Option]) -> dict[str, str]:

@@ -1,11 +1,7 @@
 """What the options of a program may be: each is described once, and one checker reads the descriptions.
 
-OPTIONS = {
-    "batch_size": Option("rows of a minibatch", BATCH),
-    "clip": Option("bound of the actions", positive(null=True)),
-    "loss": Option("norm of the error", one_of("l1", "l2")),
-}
-check(values, OPTIONS, FLAGS, relations=(at_most("n_exec", "horizon"),))
+KINDS = {"batch_size": BATCH, "clip": positive(null=True), "loss": one_of("l1", "l2")}
+check_ranges(values, KINDS, FLAGS, relations=(at_most("n_exec", "horizon"),))
 """
 
 from __future__ import annotations
@@ -14,15 +10,16 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
 
 _NUMBERS = (int, float, np.integer, np.floating)
+_TYPES = {"text": str, "true or false": bool, "list": list, "tuple": tuple, "mapping": dict, "value": object}
 LONGEST_PART = 200  # of a path, in bytes; file systems take 255, and files get suffixes
 LONGEST_NAME = 2000
 ABSENT: Any = object()  # stands for "no default"
@@ -31,73 +28,62 @@ ABSENT: Any = object()  # stands for "no default"
 # ---------- kinds of values ----------
 
 
-class Kind(Protocol):
-    """The values that an option takes."""
-
-    @property
-    def null(self) -> bool:
-        """Whether None is allowed, too."""
-
-    @property
-    def name(self) -> str:
-        """The type of the values in words: "a whole number"."""
-
-    def fits(self, value: Any) -> bool:
-        """Whether a value is of this type, in or out of its bounds."""
-
-    def holds(self, value: Any) -> bool:
-        """Whether a value is allowed."""
-
-    @property
-    def cure(self) -> str:
-        """The end of the line about a value that is not allowed."""
-
-
 @dataclass(frozen=True)
-class Range:
-    """Numbers between bounds. Infinities, not-a-number and booleans are in no range; 1e6 is a whole number as well.
+class Kind:
+    """The values that an option takes. Infinities, not-a-number and booleans are no numbers; 1e6 is a whole one.
 
     Attributes:
-        least, most: bounds.
-        whole: only whole numbers.
-        open: `least` itself is not in the range.
+        type: "number", "whole number", or one of `_TYPES`.
         null: None is allowed, too.
-        many: a list (or tuple) of such numbers, one at least.
+        many: a list (or tuple) of such values, one at least.
+        least, most: bounds of numbers.
+        open: `least` itself is not in the range.
+        words: the texts that are allowed; none: all.
+        pattern, hint: a regular expression of further texts, and what it allows in words.
     """
 
-    least: float = -math.inf
-    most: float = math.inf
-    whole: bool = False
-    open: bool = False
+    type: str = "number"
     null: bool = False
     many: bool = False
+    least: float = -math.inf
+    most: float = math.inf
+    open: bool = False
+    words: tuple[str, ...] = ()
+    pattern: str = ""
+    hint: str = ""
 
     @property
     def name(self) -> str:
-        kind = "whole number" if self.whole else "number"
-        return f"a list of {kind}s" if self.many else f"a {kind}"
+        """The type in words: "a whole number"."""
+        if self.many:
+            return f"a list of {self.type}s"
+        return self.type if self.type == "true or false" else f"a {self.type}"
 
     def fits(self, value: Any) -> bool:
+        """Whether a value is of the type, in or out of its bounds."""
         if value is None:
             return self.null
         if self.many:
             return isinstance(value, list | tuple)
-        number = isinstance(value, _NUMBERS) and not isinstance(value, bool)
-        return number and (not self.whole or isinstance(value, int) or (_finite(value) and value == int(value)))
+        if self.type in _TYPES or (self.words and isinstance(value, str)):
+            return isinstance(value, _TYPES.get(self.type, str))
+        if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+            return False
+        return self.type == "number" or isinstance(value, int) or (_finite(value) and value == int(value))
 
     def holds(self, value: Any) -> bool:
+        """Whether a value is allowed."""
         if value is None:
             return self.null
         if self.many:
-            return isinstance(value, list | tuple) and len(value) > 0 and all(map(self._holds, value))
-        return self._holds(value)
-
-    def _holds(self, value: Any) -> bool:
-        if not isinstance(value, _NUMBERS) or isinstance(value, bool) or not _finite(value):
-            return False
-        if self.whole and value != int(value):
-            return False
-        return bool(self.least <= value <= self.most) and not (self.open and value == self.least)
+            return (
+                isinstance(value, list | tuple) and len(value) > 0 and all(map(replace(self, many=False).holds, value))
+            )
+        if self.words and isinstance(value, str):
+            return value in self.words or bool(self.pattern and re.fullmatch(self.pattern, value))
+        if not self.fits(value) or self.type in _TYPES:
+            return self.fits(value)
+        return _finite(value) and bool(self.least <= value <= self.most) and not (self.open and value == self.least)
 
     def __str__(self) -> str:
         text = self.name
@@ -111,89 +97,43 @@ class Range:
 
     @property
     def cure(self) -> str:
+        """The end of the line about a value that is not allowed."""
+        if self.words:
+            return f"choose {'' if self.hint else 'one of '}{', '.join(self.words)}{self.hint}"
         return f"{self} is needed here"
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Values of a Python type: texts, true or false, lists, mappings."""
-
-    type: type
-    name: str
-    null: bool = False
-
-    def fits(self, value: Any) -> bool:
-        return self.null if value is None else isinstance(value, self.type)
-
-    holds = fits
-
-    @property
-    def cure(self) -> str:
-        return f"{self.name}{' (or none)' if self.null else ''} is needed here"
-
-
-@dataclass(frozen=True)
-class Words:
-    """One of some words, or a number of a range where there is one.
-
-    Attributes:
-        pattern: a regular expression of more words, which `hint` says in words.
-    """
-
-    words: tuple[str, ...]
-    number: Range | None = None
-    hint: str = ""
-    pattern: str = ""
-    null: bool = False
-    name = "a text"
-
-    def fits(self, value: Any) -> bool:
-        return value is None or isinstance(value, str | int | float)
-
-    def holds(self, value: Any) -> bool:
-        if value is None or (isinstance(value, str) and (value in self.words or self._matches(value))):
-            return value is not None or self.null
-        return self.number is not None and self.number.holds(value)
-
-    def _matches(self, value: str) -> bool:
-        return bool(self.pattern) and re.fullmatch(self.pattern, value) is not None
-
-    @property
-    def cure(self) -> str:
-        return f"choose {'' if self.hint else 'one of '}{', '.join(self.words)}{self.hint}"
-
-
-def whole(least: float = -math.inf, most: float = math.inf, null: bool = False, many: bool = False) -> Range:
+def whole(least: float = -math.inf, most: float = math.inf, null: bool = False, many: bool = False) -> Kind:
     """Whole numbers, bounds included."""
-    return Range(least, most, whole=True, null=null, many=many)
+    return Kind("whole number", null, many, least, most)
 
 
-def number(least: float = -math.inf, most: float = math.inf, null: bool = False, many: bool = False) -> Range:
+def number(least: float = -math.inf, most: float = math.inf, null: bool = False, many: bool = False) -> Kind:
     """Numbers, bounds included."""
-    return Range(least, most, null=null, many=many)
+    return Kind("number", null, many, least, most)
 
 
-def positive(most: float = math.inf, null: bool = False) -> Range:
+def positive(most: float = math.inf, null: bool = False) -> Kind:
     """Numbers above 0."""
-    return Range(0, most, open=True, null=null)
+    return Kind("number", null, least=0, most=most, open=True)
 
 
-def one_of(*words: str) -> Words:
+def one_of(*words: str) -> Kind:
     """One of these words."""
-    return Words(words)
+    return Kind("text", words=words)
 
 
-def step_or(*words: str) -> Words:
+def step_or(*words: str) -> Kind:
     """The number of a training step, or one of these words."""
-    return Words(words, whole(0), " or a step")
+    return Kind("whole number", least=0, words=words, hint=" or a step")
 
 
-TEXT, TEXT_OR_NONE = Plain(str, "a text"), Plain(str, "a text", null=True)
-FLAG = Plain(bool, "true or false")
-LIST = Plain(list, "a list")
-MAPPING_OR_NONE = Plain(dict, "a mapping", null=True)
-ANY = Plain(object, "a value", null=True)
-DEVICE = Words(("cpu", "cuda"), hint=" or cuda:<number>", pattern=r"(cpu|cuda|gpu)(:\d{1,4})?", null=True)
+TEXT, TEXT_OR_NONE = Kind("text"), Kind("text", null=True)
+FLAG = Kind("true or false")
+LIST = Kind("list")
+MAPPING_OR_NONE = Kind("mapping", null=True)
+ANY = Kind("value", null=True)
+DEVICE = Kind("text", True, words=("cpu", "cuda"), pattern=r"(cpu|cuda|gpu)(:\d{1,4})?", hint=" or cuda:<number>")
 SEED = whole(0, 2**63 - 1)
 SHARE = number(0, 1)  # a probability, a discount, a decay
 LARGEST_SEED = 2**31 - 1  # that every generator takes
@@ -212,13 +152,8 @@ RATE = positive(1e38)  # of learning
 
 def kind_like(value: Any) -> Kind:
     """The kind of the values that may stand in the place of a default, where nothing else describes the option."""
-    if isinstance(value, bool):
-        return FLAG
-    if isinstance(value, int | float):
-        return whole() if isinstance(value, int) else number()
-    if isinstance(value, list | tuple):
-        return Plain(type(value), "a list")
-    return TEXT if isinstance(value, str) else ANY
+    kinds = {bool: FLAG, int: whole(), float: number(), str: TEXT, list: LIST, tuple: Kind("tuple")}
+    return kinds.get(type(value), ANY)
 
 
 # ---------- options and relations ----------
@@ -316,7 +251,7 @@ def check_kind(key: str, value: Any, kind: Kind, spelling: Spelling, default: An
     if kind.fits(value):
         return
     words = {"pair": spelling(key, value), "key": key, "value": repr(value) if isinstance(value, str) else shown(value)}
-    line = spelling.wrong.format(**words, kind=spelling.flag if kind is FLAG else kind.name)
+    line = spelling.wrong.format(**words, kind=spelling.flag if kind.type == FLAG.type else kind.name)
     raise UserError(line + ("" if default is None else spelling.example.format(default)))
 
 
@@ -345,20 +280,13 @@ def check_ranges(
             raise UserError(f"{pairs}: {relation.rule}")
 
 
-def check(
-    values: Mapping[str, Any], options: Mapping[str, Option], spelling: Spelling, relations: Sequence[Relation] = ()
-) -> None:
-    """Check values against their options, as `check_ranges` does."""
-    check_ranges(values, {key: option.kind for key, option in options.items()}, spelling, relations)
-
-
 def unknown_option(key: str, known: Iterable[str], what: str, spelling: Spelling) -> UserError:
     """The error about an option that does not exist, with the nearest that do.
 
     what: owns the options: "diffusion", "this command".
     """
-    hint = did_you_mean(key, known, spelling.name) or f": there are {', '.join(map(spelling.name.format, known))}"
-    return UserError(f"{spelling.name.format(shown(key))} is no option of {what}{hint if len(hint) < 400 else ''}")
+    hint = did_you_mean(key, known, spelling.name) or "; --help lists them all"
+    return UserError(f"{spelling.name.format(shown(key))} is no option of {what}{hint}")
 
 
 def did_you_mean(word: str, known: Iterable[str], name: str = "{}", cutoff: float = 0.6) -> str:

@@ -18,15 +18,13 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.config.overrides import PYTHON, help_rows, meanings, override, pairs, split_help
+from diffusion_rl.config.overrides import PYTHON, comments, help_rows, override, pairs, split_help
 from diffusion_rl.config.schema import (
     BATCH,
     DEVICE,
     DIFFUSION_STEPS,
     ENVS,
-    FLAG,
     FLAGS,
-    FREQUENCY,
     FREQUENCY_OR_OFF,
     HORIZON,
     LIST,
@@ -38,11 +36,8 @@ from diffusion_rl.config.schema import (
     TEXT,
     TEXT_OR_NONE,
     WIDTH,
-    Kind,
-    Option,
     Relation,
     at_most,
-    check,
     check_ranges,
     kind_like,
     multiple_of,
@@ -57,8 +52,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 
 FOLDER = CONFIG_ROOT / "planning"
+SHIPPED = [FOLDER / f"{name}.yaml" for name in ("locomotion", "kuka", "maze2d")]
 DEFERRED = "f:"
-OURS = "accepted for the PyTorch code's command lines; has no effect here"
 
 
 class Command(NamedTuple):
@@ -79,92 +74,50 @@ COMMANDS = {
     "train_kuka_classifier": Command("classifier", "kuka", "config.kuka"),
     "plan_kuka": Command("plan", "kuka", "config.kuka"),
 }
-OPTIONS = {
+#: What options may be; any other one is of the type of its default. Their meanings stand in cfg/planning/*.yaml.
+KINDS = {
     # models
-    "model": Option("the network: models.<class>", TEXT),
-    "diffusion": Option("what is made of it: models.<class>", TEXT),
-    "horizon": Option("steps of a plan", HORIZON),
-    "n_diffusion_steps": Option("denoising steps of a sample", DIFFUSION_STEPS),
-    "dim": Option("width of the U-Net's first level", whole(8, WIDTH.most)),
-    "dim_mults": Option("widths of the U-Net's levels, as multiples of the first one", whole(1, 1024, many=True)),
-    "attention": Option("linear attention in the U-Net", FLAG),
-    "hidden_dims": Option("widths of the classifier's layers", whole(1, WIDTH.most, many=True)),
-    "time_dim": Option("width of the classifier's embedding of the denoising step", whole(4, WIDTH.most)),
-    "action_weight": Option("weight of the first action in the loss", number(0)),
-    "loss_weights": Option("weights of observations in the loss: {index: weight}", MAPPING_OR_NONE),
-    "loss_discount": Option("factor on the loss from each step of a plan to the next", number(0)),
-    "loss_type": Option("norm of the error", one_of("l1", "l2", "value_l1", "value_l2")),
-    "predict_epsilon": Option("the network predicts noise, not the clean sample", FLAG),
-    "clip_denoised": Option("clip estimates of clean samples to [-1, 1]", FLAG),
-    "diffusion_type": Option("what is diffused", one_of("states_actions", "actions_only")),
-    "obs_type": Option("actions_only: how observations enter; state_features", TEXT),
-    "obs_embed": Option("actions_only: how observations are embedded", one_of("mlp", "raw")),
+    "horizon": HORIZON,
+    "n_diffusion_steps": DIFFUSION_STEPS,
+    "dim": whole(8, WIDTH.most),
+    "dim_mults": whole(1, 1024, many=True),
+    "hidden_dims": whole(1, WIDTH.most, many=True),
+    "time_dim": whole(4, WIDTH.most),
+    **dict.fromkeys(("action_weight", "loss_discount"), number(0)),
+    "loss_weights": MAPPING_OR_NONE,
+    "loss_type": one_of("l1", "l2", "value_l1", "value_l2"),
+    "diffusion_type": one_of("states_actions", "actions_only"),
+    "obs_embed": one_of("mlp", "raw"),
     # data
-    "data_dir": Option("folder of the data; none: where D4RL's usually are", TEXT_OR_NONE),
-    "loader": Option("the data set: datasets.<class>", TEXT),
-    "normalizer": Option("how data are scaled", TEXT),
-    "preprocess_fns": Option("steps that change episodes first", dataclasses.replace(LIST, null=True)),
-    "use_padding": Option("windows may reach beyond the end of an episode", FLAG),
-    "max_path_length": Option("longest episode", whole(1, 10**9)),
-    "termination_penalty": Option("added to the last reward of a terminated episode", number(null=True)),
-    "discount": Option("discount of returns", SHARE),
-    "normed": Option("values are scaled to [-1, 1]", FLAG),
+    "preprocess_fns": dataclasses.replace(LIST, null=True),
+    "max_path_length": whole(1, 10**9),
+    "termination_penalty": number(null=True),
+    "discount": SHARE,
     # training
-    "n_train_steps": Option("training steps", STEPS),
-    "n_steps_per_epoch": Option("training steps of an epoch, the unit of the printed progress", STEPS),
-    "batch_size": Option("rows of a minibatch; in planning, samples of a plan", BATCH),
-    "gradient_accumulate_every": Option("minibatches of a training step", whole(1, 65_536)),
-    "learning_rate": Option("learning rate", RATE),
-    "lr_scale": Option("factor on the learning rate", RATE),
-    "lr_decay_steps": Option("last steps, which have a tenth of the learning rate; 0: none", FREQUENCY_OR_OFF),
-    "ema_decay": Option("decay of the averaged weights", SHARE),
-    "n_saves": Option("files of checkpoints that a training leaves", STEPS),
-    "save_freq": Option("steps between checkpoints", FREQUENCY),
-    "save_parallel": Option("do not wait for the copy to the bucket", FLAG),
-    "bucket": Option("where the folder is copied to with gsutil", TEXT_OR_NONE),
-    "sample_freq": Option("steps between samples of the model; 0: none", FREQUENCY_OR_OFF),
-    "n_reference": Option("plans of the data that samples are compared with", FREQUENCY_OR_OFF),
-    "n_samples": Option(OURS, FREQUENCY_OR_OFF),
-    "renderer": Option(OURS),
-    "seed": Option("seed of every draw; none: the operating system's", dataclasses.replace(SEED, null=True)),
-    "device": Option("accepted; a GPU is used where there is one", DEVICE),
-    "resume": Option(
-        "True or latest: go on with the newest checkpoint; or its step", dataclasses.replace(TEXT, null=True)
-    ),
+    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "n_saves", "save_freq"), STEPS),
+    "stop_at": dataclasses.replace(STEPS, null=True),
+    "batch_size": BATCH,
+    "gradient_accumulate_every": whole(1, 65_536),
+    **dict.fromkeys(("learning_rate", "lr_scale"), RATE),
+    **dict.fromkeys(("lr_decay_steps", "sample_freq", "n_reference", "n_samples", "max_render"), FREQUENCY_OR_OFF),
+    "ema_decay": SHARE,
+    "seed": dataclasses.replace(SEED, null=True),
+    "device": DEVICE,
+    "resume": TEXT_OR_NONE,
     # folders
-    "logbase": Option("folder of all experiments", TEXT),
-    "loadbase": Option("folder of the models that plan; none: logbase", TEXT_OR_NONE),
-    "prefix": Option("first part of the experiment's folder", TEXT),
-    "suffix": Option("folder of a plan in its experiment", TEXT),
-    "diffusion_loadpath": Option("experiment of the model", TEXT),
-    "diffusion_epoch": Option("step of its checkpoint, or latest", TEXT),
-    "value_loadpath": Option("experiment of the value", TEXT),
-    "value_epoch": Option("step of its checkpoint, or latest", TEXT),
-    "classifier_loadpath": Option("experiment of the classifier", TEXT),
-    "classifier_epoch": Option("step of its checkpoint, or latest", TEXT),
+    **dict.fromkeys(("logbase", "prefix", "suffix"), TEXT),
+    **dict.fromkeys(("loadbase", "data_dir", "bucket", "urdf_dir"), TEXT_OR_NONE),
     # planning
-    "guide": Option(OURS),
-    "policy": Option(OURS),
-    "task": Option("what is stacked", TEXT),
-    "urdf_dir": Option("folder of the arm's description", TEXT_OR_NONE),
-    "n_envs": Option("environments stepped together", ENVS),
-    "n_exec": Option("actions of a plan that are executed", whole(1)),
-    "n_episodes": Option("episodes", whole(1, 10**6)),
-    "n_plans": Option("plans of an episode", whole(1, 10**6)),
-    "max_episode_length": Option("steps after which an episode ends", whole(1, 10**9)),
-    "n_guide_steps": Option("gradient steps of the guide in a denoising step", whole(0, 10_000)),
-    "t_stopgrad": Option("denoising steps below this one are not guided", whole(0)),
-    "scale": Option("scale of the guide's gradient", number()),
-    "scale_grad_by_std": Option("multiply the gradient by the variance of the denoising step", FLAG),
-    "aggregate": Option("the plan made of several samples", one_of("first", "mean", "median", "medoid")),
-    "clip_actions": Option("clip actions to the environment's bounds", FLAG),
-    "conditional": Option("draw a new goal for every episode", FLAG),
-    "replan_every": Option("steps between plans; 0: one plan", FREQUENCY_OR_OFF),
-    "verbose": Option("print a line for every step", FLAG),
-    "render": Option("films of plans and episodes", FLAG),
-    "vis_freq": Option("steps between pictures, or lines", FREQUENCY),
-    "max_render": Option(OURS, FREQUENCY_OR_OFF),
-    "text_statistics": Option("statistics of actions as a text file, too", FLAG),
+    "n_envs": ENVS,
+    "n_exec": whole(1),
+    **dict.fromkeys(("n_episodes", "n_plans"), whole(1, 10**6)),
+    "max_episode_length": whole(1, 10**9),
+    "n_guide_steps": whole(0, 10_000),
+    "t_stopgrad": whole(0),
+    "scale": number(),
+    "aggregate": one_of("first", "mean", "median", "medoid"),
+    "vis_freq": STEPS,
+    "replan_every": FREQUENCY_OR_OFF,
 }
 RELATIONS = (
     at_most("n_exec", "horizon"),
@@ -229,16 +182,16 @@ def help_text(script: str, arguments: Sequence[str]) -> str:
     name = "train" if script == "resume_training" else script
     options = parse_command(name, split_help(arguments)[1]).as_dict()
     presets = ", ".join(read_config(options["config"]).get("presets", {})) or "none"
-    named = {"dataset": "the data set", "config": "config.<file of cfg/planning>, or a YAML file"}
-    named |= {
-        "preset": f"values for several options: {presets}",
-        "exp_name": "the experiment's folder, by default of values",
+    first = {key: options.pop(key) for key in ("dataset", "config")} | {"preset": None}
+    meaning = comments(*SHIPPED) | {
+        "dataset": "the data set",
+        "config": "config.<file of cfg/planning>, or a YAML file",
+        "preset": f"values for several options together: {presets}",
+        "exp_name": "the experiment's folder; by default it is made of options",
+        "savepath": "where this goes (no option)",
     }
-    values = {"dataset": options.pop("dataset"), "config": options.pop("config"), "preset": None}
-    values |= {"exp_name": options.pop("exp_name")} | {k: v for k, v in options.items() if k != "savepath"}
-    meaning = meanings(OPTIONS | {key: Option(text) for key, text in named.items()})
     usage = f"usage: python scripts/{script}.py [--option value ...]"
-    return f"{usage}\n\nOptions with their values:\n{help_rows(values, meaning, FLAGS)}"
+    return f"{usage}\n\nOptions with their values:\n{help_rows(first | options, meaning, FLAGS)}"
 
 
 def parse(
@@ -263,7 +216,7 @@ def parse(
     for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
         values |= overrides.get(dataset, {}).get(experiment, {})
     values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only
-    override(values, given, _kind_of, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
+    override(values, given, KINDS, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
     if values.get("diffusion_type") == "actions_only" and values.get("prefix") == "diffusion/defaults":
         values["prefix"] = "diffusion/actions"  # the two kinds of model never share a folder
     values |= {key: expand(value, values) for key, value in values.items() if _is_deferred(value)}
@@ -281,10 +234,6 @@ def parse(
     return options
 
 
-def _kind_of(key: str, default: Any) -> Kind:
-    return OPTIONS[key].kind if key in OPTIONS else kind_like(default)
-
-
 def _preset(settings: Mapping[str, Any], wanted: str | None, config: str) -> Mapping[str, Any]:
     presets = settings.get("presets", {})
     if wanted is not None and wanted not in presets:
@@ -296,7 +245,7 @@ def read_config(config: str) -> dict[str, Any]:
     """cfg/planning/<name>.yaml for "config.<name>", or the YAML file of that path."""
     path = Path(config) if _is_own(config) else FOLDER / f"{config.rpartition('.')[2]}.yaml"
     if not path.is_file():
-        known = ", ".join(f"config.{p.stem}" for p in sorted(FOLDER.glob("*.yaml")))
+        known = ", ".join(f"config.{path.stem}" for path in sorted(SHIPPED))
         raise UserError(f"--config {config}: no such configuration; there are {known}, or give a YAML file")
     settings = read_yaml(path)
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -328,10 +277,19 @@ def _check_shape(settings: Mapping[str, Any], experiment: str, config: str) -> N
         changed = [group for each in groups if isinstance(each, dict) for group in each.values()]
         if not all(map(_nested, groups)) or not all(map(_nested, changed)):
             raise UserError(f"--config {config}: {what} must be mappings of experiments to options")
-    for key, value in own["options"].items() if _is_own(config) else ():
-        if key in OPTIONS and value is not None and not OPTIONS[key].kind.fits(value):
-            kind = OPTIONS[key].kind.name
-            raise UserError(f"--config {config}: {experiment}: {key}: {shown(value)} must be like {kind}")
+    if _is_own(config):
+        _check_types(own["options"], f"--config {config}: {experiment}")
+
+
+def _check_types(options: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for an option of a user's own file that is of another type than in the files of `FOLDER`."""
+    usual: dict[str, Any] = {}
+    for own in (own for path in SHIPPED for own in read_yaml(path).values() if isinstance(own, dict)):
+        usual |= own.get("options", {})
+    for key, value in options.items():
+        kind = KINDS.get(key) or kind_like(usual.get(key))
+        if value is not None and not kind.fits(value):
+            raise UserError(f"{where}: {key}: {shown(value)} must be like {usual.get(key)!r}: {kind.cure}")
 
 
 def _nested(node: Any) -> bool:
@@ -345,7 +303,7 @@ def _is_options(node: Any) -> bool:
 
 def _check_values(values: Mapping[str, Any]) -> None:
     """Raises UserError for a value that is not allowed, or values that do not go together."""
-    check(values, OPTIONS, FLAGS, RELATIONS)
+    check_ranges(values, KINDS, FLAGS, RELATIONS)
     weights = values.get("loss_weights")
     if weights is not None:
         if not all(whole(0).holds(key) for key in weights):

@@ -14,14 +14,13 @@ from types import MappingProxyType
 from typing import Any
 
 from diffusion_rl.config.compose import CONFIG_ROOT
-from diffusion_rl.config.overrides import META_KEYS, as_whole, help_rows, meanings
+from diffusion_rl.config.overrides import META_KEYS, as_whole, comments, help_rows, meanings
 from diffusion_rl.config.schema import (
     BATCH,
     DIFFUSION_STEPS,
     ENVS,
     FILE,
     FLAG,
-    FREQUENCY,
     FREQUENCY_OR_OFF,
     MAPPING_OR_NONE,
     RATE,
@@ -31,12 +30,13 @@ from diffusion_rl.config.schema import (
     TEXT,
     TEXT_OR_NONE,
     WIDTH,
+    Kind,
     Option,
     Relation,
     at_most,
-    check,
     check_kind,
     check_ranges,
+    kind_like,
     multiple,
     multiple_of,
     number,
@@ -62,119 +62,49 @@ REGISTRY: dict[str, dict[str, dict[str, Any]]] = {
     "evaluator": {"utils.MADEvaluator": {}, "utils.VAEDiffusionEvaluator": {}},
 }
 FORMAT_LIMIT = 1000  # characters of job_name, and of a value in it
-OPTIONS = {
-    # what is run
-    "seed": Option("seed of every draw", SEED),
-    "job_name": Option("the run's folder, from {keys} of this list", TEXT),
-    "logbase": Option("folder of all experiments", TEXT),
-    "continue_training": Option("go on with the newest checkpoint of the run's folder", FLAG),
-    "tensorboard": Option("write TensorBoard events", FLAG),
-    "fast": Option("act with compiled networks; they are the same to rounding", FLAG),
-    "wandb": Option("null: off; {mode: online}", MAPPING_OR_NONE),
-    **{key: Option(f"one of {', '.join(REGISTRY[key])}", TEXT) for key in REGISTRY},
+#: What keys may be; any other one is of the type of its default. Their meanings stand beside their defaults.
+KINDS = {
+    "seed": SEED,
+    "wandb": MAPPING_OR_NONE,
     # data
-    "env_type": Option("toy, d4rl, mpe; of smac, smacv2, mamujoco, mahalfcheetah only the data", TEXT),
-    "dataset": Option("toy, toy-discrete; a D4RL name; simple_spread-medium; 3m-Good; module:Environment", TEXT),
-    "data_dir": Option("folder or file; null: where such data usually are", TEXT_OR_NONE),
-    "n_agents": Option("agents of the toy task; otherwise the data say", whole(1, 1000)),
-    "discrete_action": Option("actions are discrete; the toy task's follows from its name", FLAG),
-    "horizon": Option("actions planned", whole(1, 10_000)),
-    "act_steps": Option("actions of a plan that are executed", whole(1, 10_000)),
-    "history_horizon": Option("rows of the past that are seen beside the present one", whole(0, 10_000)),
-    "normalizer": Option("how data are scaled", TEXT),
-    "agent_share_parameters": Option("agents share their networks and the scales of their data", FLAG),
-    "use_padding": Option("windows may reach beyond the end of an episode", FLAG),
-    "use_zero_padding": Option("what is beyond is zero; false: the first or last row again", FLAG),
-    "max_path_length": Option("longest episode", whole(1, 10**9)),
-    "termination_penalty": Option("added to the last reward of a terminated episode", number()),
-    "discount": Option("discount of returns", SHARE),
-    "returns_scale": Option("returns are divided by this", positive()),
+    "data_dir": TEXT_OR_NONE,
+    "n_agents": whole(1, 1000),
+    **dict.fromkeys(("horizon", "act_steps"), whole(1, 10_000)),
+    "history_horizon": whole(0, 10_000),
+    "max_path_length": whole(1, 10**9),
+    "termination_penalty": number(),
+    "discount": SHARE,
+    **dict.fromkeys(("returns_scale", "reward_scale"), positive()),
     # networks
-    "vae_latent_dim": Option("width of an action's latent", WIDTH),
-    "vae_hidden_dim": Option("width of the VAE's layers", WIDTH),
-    "trajectory_encoder": Option("encoder of the past: transformer, lstm or gru", TEXT),
-    "trajectory_latent_dim": Option("width of its output", WIDTH),
-    "trajectory_hidden_dim": Option("width of its layers", WIDTH),
-    "trajectory_layers": Option("its layers", whole(1, 1000)),
-    "trajectory_heads": Option("heads of its attention", WIDTH),
-    "backbone": Option("the denoising network: attention or mlp", TEXT),
-    "backbone_layers": Option("its layers", whole(1, 1000)),
-    "backbone_hidden_dim": Option("width of its layers", WIDTH),
-    "time_embed_dim": Option("width of the embedding of the denoising step", whole(16, WIDTH.most)),
-    "value_hidden_dim": Option("width of the value's layers", WIDTH),
-    "decentralized_execution": Option("false: agents see each other's pasts and latents", FLAG),
+    **dict.fromkeys(("vae_latent_dim", "vae_hidden_dim", "backbone_hidden_dim", "value_hidden_dim"), WIDTH),
+    **dict.fromkeys(("trajectory_latent_dim", "trajectory_hidden_dim", "trajectory_heads"), WIDTH),
+    "time_embed_dim": whole(16, WIDTH.most),
+    **dict.fromkeys(("trajectory_layers", "backbone_layers"), whole(1, 1000)),
     # diffusion
-    "n_diffusion_steps": Option("denoising steps of a sample", DIFFUSION_STEPS),
-    "predict_epsilon": Option("the network predicts noise, not the clean latent", FLAG),
-    "latent_clip": Option("bound on estimates of clean latents; null: none", positive(null=True)),
-    "returns_condition": Option("the network is told the return", FLAG),
-    "condition_dropout": Option("share of windows whose return is not told", SHARE),
-    "condition_guidance_w": Option("weight of classifier-free guidance", number()),
-    "test_ret": Option("the return asked for when acting, already divided by returns_scale", number()),
-    "use_ddim_sample": Option("evaluate with DDIM", FLAG),
-    "n_ddim_steps": Option("its denoising steps", DIFFUSION_STEPS),
-    "sample_noise_scale": Option("scale of the noise in evaluations; MADiff: 0.5", number(0)),
-    # stages 0 and 1: offline
-    "vae_pretrain_steps": Option("steps of stage 0, in which the VAE learns alone", FREQUENCY_OR_OFF),
-    "vae_learning_rate": Option("learning rate of the VAE", RATE),
-    "vae_kl_weight": Option("weight of its KL divergence", number(0)),
-    "vae_weight": Option("weight of its loss in stage 1", number(0)),
-    "freeze_vae": Option("the VAE learns in stage 0 only", FLAG),
-    "detach_latents": Option("false: the diffusion loss reaches the encoder", FLAG),
-    "sample_latents": Option("denoise samples of the posterior instead of its means", FLAG),
-    "use_behavior_cloning": Option("add a loss on the actions of samples", FLAG),
-    "bc_weight": Option("its weight", number(0)),
-    "n_train_steps": Option("training steps", STEPS),
-    "n_steps_per_epoch": Option("accepted; the loop has no epochs", STEPS),
-    "batch_size": Option("rows of a minibatch", BATCH),
-    "gradient_accumulate_every": Option("minibatches of a training step", whole(1, 2**16)),
-    "learning_rate": Option("learning rate of the diffusion model", RATE),
-    "clip_grad_norm": Option("gradients are clipped to this norm", RATE),
-    "ema_decay": Option("decay of the averaged weights", SHARE),
-    "step_start_ema": Option("step from which weights are averaged; until then they are copied", FREQUENCY_OR_OFF),
-    "update_ema_every": Option("steps between updates of the averaged weights", FREQUENCY),
-    # stage 2: Q-learning on the data
-    "offline_rl": Option("stage 2: Q-learning on the data", FLAG),
-    "q_lr": Option("learning rate of the critics", RATE),
-    "policy_weight": Option("weight of the critics' value in the policy's loss", number(0)),
-    "target_update_tau": Option("share of the critics in a step of their targets", SHARE),
-    # stage 3: online
-    "online_training": Option("stage 3: DPPO on the denoising chain of the latents", FLAG),
-    "rl_warmup_steps": Option("steps of stages 1 and 2 before it", FREQUENCY_OR_OFF),
-    "rl_collect_freq": Option("steps between collections", FREQUENCY),
-    "rl_collect_steps": Option("decisions of a collection in each environment", whole(1, 10**6)),
-    "rl_num_envs": Option("environments that collect", ENVS),
-    "rl_update_freq": Option("steps between updates of the policy; the others are offline steps", FREQUENCY),
-    "rl_batch_size": Option("decisions of an update, each with all its fine-tuned denoising steps", BATCH),
-    "rl_learning_rate": Option("learning rate of the policy", RATE),
-    "value_learning_rate": Option("learning rate of the value", RATE),
-    "replay_buffer_size": Option("decisions that a collection may hold", whole(1, 10**9)),
-    "use_value_function": Option("false: normalised returns in place of advantages", FLAG),
-    "policy_gradient_weight": Option("weight of the policy's loss", number(0)),
-    "value_function_weight": Option("weight of the value's loss", number(0)),
-    "entropy_weight": Option("weight of the entropy, which the noise schedule fixes", number(0)),
-    "offline_rl_weight": Option("weight of the offline loss", number(0)),
-    "online_rl_weight": Option("weight of the online loss", number(0)),
-    "reward_scale": Option("factor on rewards", positive()),
-    "reward_scale_running": Option("divide rewards by the running deviation of the return", FLAG),
-    "gae_lambda": Option("lambda of generalised advantage estimation", SHARE),
-    "target_kl": Option("no more updates on a collection once the policy has moved so far", number(0, null=True)),
-    "ft_denoising_steps": Option(
-        "the last denoising steps, which are fine-tuned; null: all", whole(1, DIFFUSION_STEPS.most, null=True)
-    ),
-    "gamma_denoising": Option("discount of a denoising step's advantage", SHARE),
-    "clip_ploss_coef": Option("clipping of the policy's ratio in the last denoising step", positive()),
-    "clip_ploss_coef_base": Option("clipping in the first one", positive()),
-    "clip_ploss_coef_rate": Option("how it grows between them", positive()),
-    "randn_clip_value": Option("bound of the noise of a denoising step", positive()),
-    "min_sampling_denoising_std": Option("least deviation of a denoising step when acting", number(0)),
-    "min_logprob_denoising_std": Option("least deviation in log-probabilities", positive()),
-    # writing
-    "log_freq": Option("steps between rows of the metrics", FREQUENCY),
-    "save_freq": Option("steps between checkpoints", FREQUENCY),
-    "eval_freq": Option("steps between evaluations, a multiple of save_freq; 0: none", FREQUENCY_OR_OFF),
-    "num_eval": Option("episodes of an evaluation", whole(1, 10**6)),
-    "num_envs": Option("environments that evaluate", ENVS),
+    **dict.fromkeys(("n_diffusion_steps", "n_ddim_steps"), DIFFUSION_STEPS),
+    "ft_denoising_steps": whole(1, DIFFUSION_STEPS.most, null=True),
+    "latent_clip": positive(null=True),
+    "condition_dropout": SHARE,
+    **dict.fromkeys(("condition_guidance_w", "test_ret"), number()),
+    **dict.fromkeys(("sample_noise_scale", "min_sampling_denoising_std"), number(0)),
+    # training
+    **dict.fromkeys(("vae_pretrain_steps", "step_start_ema", "rl_warmup_steps", "eval_freq"), FREQUENCY_OR_OFF),
+    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "update_ema_every", "log_freq", "save_freq"), STEPS),
+    **dict.fromkeys(("rl_collect_freq", "rl_update_freq"), STEPS),
+    "stop_at": whole(1, STEPS.most, null=True),
+    **dict.fromkeys(("batch_size", "rl_batch_size"), BATCH),
+    "gradient_accumulate_every": whole(1, 2**16),
+    **dict.fromkeys(("learning_rate", "vae_learning_rate", "q_lr", "rl_learning_rate", "value_learning_rate"), RATE),
+    "clip_grad_norm": RATE,
+    **dict.fromkeys(("vae_kl_weight", "vae_weight", "bc_weight", "policy_weight", "policy_gradient_weight"), number(0)),
+    **dict.fromkeys(("value_function_weight", "entropy_weight", "offline_rl_weight", "online_rl_weight"), number(0)),
+    **dict.fromkeys(("ema_decay", "target_update_tau", "gae_lambda", "gamma_denoising"), SHARE),
+    **dict.fromkeys(("rl_collect_steps", "num_eval"), whole(1, 10**6)),
+    **dict.fromkeys(("rl_num_envs", "num_envs"), ENVS),
+    "replay_buffer_size": whole(1, 10**9),
+    "target_kl": number(0, null=True),
+    **dict.fromkeys(("clip_ploss_coef", "clip_ploss_coef_base", "clip_ploss_coef_rate"), positive()),
+    **dict.fromkeys(("randn_clip_value", "min_logprob_denoising_std"), positive()),
 }
 RELATIONS = (
     multiple("eval_freq", "save_freq"),
@@ -203,7 +133,7 @@ ONLINE = (
         "replay_buffer_size",
     ),
 )
-#: Of an evaluation (`script/evaluate_experiment.py`): what it may change, and keys of its own.
+#: What an evaluation (`script/evaluate_experiment.py`) may change, and its own keys.
 EVALUATION_KEYS = (
     *("num_eval", "num_envs", "use_ddim_sample", "n_ddim_steps", "condition_guidance_w", "test_ret"),
     *("sample_noise_scale", "dataset"),
@@ -212,15 +142,14 @@ EVALUATION = {
     "log_dir": Option("folder of the run", TEXT),
     "load_steps": Option("steps of the checkpoints: a number or a list", whole(0, many=True)),
     "overwrite": Option("evaluate again what has a result", FLAG, default=False),
-    "evaluator": OPTIONS["evaluator"],
-    **{key: OPTIONS[key] for key in EVALUATION_KEYS},
 }
+DEFAULTS = CONFIG_ROOT / "planning" / "vae_diffusion_rl.yaml"
 
 
 @functools.cache
 def default_settings() -> Mapping[str, Any]:
     """Every key with its default."""
-    return MappingProxyType(read_yaml(CONFIG_ROOT / "planning" / "vae_diffusion_rl.yaml"))
+    return MappingProxyType(read_yaml(DEFAULTS))
 
 
 def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +159,7 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
         UserError: an unknown key, a class name that is not registered, a number out of its range, or a name that leads
             out of `logbase`.
     """
-    cfg = {**default_settings(), **conform(variant, OPTIONS, "an experiment")}
+    cfg = {**default_settings(), **conform(variant, experiment_kinds(), "an experiment")}
     cfg |= asked_by_classes(cfg)
     check_settings(cfg)
     cfg["exp_name"] = str(cfg.get("exp_name") or "vae_diffusion_rl")
@@ -243,21 +172,27 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     return cfg
 
 
-def conform(given: Mapping[str, Any], options: Mapping[str, Option], what: str) -> dict[str, Any]:
-    """The given values, each of its option's type; 1e6 is a whole number as well.
+@functools.cache
+def experiment_kinds() -> Mapping[str, Kind]:
+    """What each key of an experiment may be."""
+    return {key: KINDS.get(key) or kind_like(default) for key, default in default_settings().items()}
 
-    what: owns the options.
+
+def conform(given: Mapping[str, Any], kinds: Mapping[str, Kind], what: str) -> dict[str, Any]:
+    """The given values, each of its key's type; 1e6 is a whole number as well.
+
+    what: owns the keys.
 
     Raises:
         UserError: an unknown key, or a value of another type.
     """
     conformed = dict(given)
     for key, value in given.items():
-        if key in options:
-            check_kind(key, value, options[key].kind, FILE)
-            conformed[key] = as_whole(value, options[key].kind)
+        if key in kinds:
+            check_kind(key, value, kinds[key], FILE)
+            conformed[key] = as_whole(value, kinds[key])
         elif key not in META_KEYS:
-            raise unknown_option(key, options, what, FILE)
+            raise unknown_option(key, kinds, what, FILE)
     return conformed
 
 
@@ -267,13 +202,15 @@ def evaluation_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: an unknown or missing key, or a value that is not allowed.
     """
+    kinds = {key: option.kind for key, option in EVALUATION.items()}
+    kinds |= {key: experiment_kinds()[key] for key in (*EVALUATION_KEYS, "evaluator")}
     given = dict(variant)
     if isinstance(given.get("load_steps"), int | float):
         given["load_steps"] = [given["load_steps"]]
-    given = {"overwrite": False} | conform(given, EVALUATION, "an evaluation")
+    given = {"overwrite": False} | conform(given, kinds, "an evaluation")
     if missing := [key for key in ("log_dir", "load_steps") if key not in given]:
         raise UserError(f"an evaluation needs {missing[0]}")
-    check(given, EVALUATION, FILE)
+    check_ranges(given, kinds, FILE)
     if not Path(given["log_dir"]).is_dir():
         raise UserError(f"log_dir: {given['log_dir']}: no such folder")
     return given
@@ -294,7 +231,7 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     relations = (*RELATIONS, *(ONLINE if cfg["online_training"] else ()))
     if cfg["use_ddim_sample"] or cfg["use_behavior_cloning"] or cfg["offline_rl"]:
         relations += DDIM
-    check(cfg, OPTIONS, FILE, relations)
+    check_ranges(cfg, KINDS, FILE, relations)
 
 
 def job_name(template: str, cfg: Mapping[str, Any]) -> str:
@@ -316,10 +253,11 @@ def job_name(template: str, cfg: Mapping[str, Any]) -> str:
 
 def help_on_keys(evaluation: bool = False) -> str:
     """The keys of an experiment (or of an evaluation) with their defaults and meanings."""
-    options = EVALUATION if evaluation else OPTIONS
-    values = {key: "" if evaluation else default_settings()[key] for key in options}
-    title = "Keys of the file:" if evaluation else "Keys of the file and their defaults:"
-    return f"{title}\n{help_rows(values, meanings(options))}"
+    meaning, values = comments(DEFAULTS), dict(default_settings())
+    if evaluation:
+        meaning |= meanings(EVALUATION)
+        values = dict.fromkeys((*EVALUATION, *EVALUATION_KEYS), "")
+    return f"Keys of the file{'' if evaluation else ' and their defaults'}:\n{help_rows(values, meaning)}"
 
 
 # ---------- what a checkpoint records ----------
@@ -343,7 +281,7 @@ def recorded_facts(checkpoint: Any, path: Path) -> tuple[dict[str, Any], dict[st
     try:
         config, sizes = dict(checkpoint.metadata["config"]), dict(checkpoint.metadata["sizes"])
         known = {key: config[key] for key in default_settings() if key in config}
-        cfg = {**default_settings(), **conform(known, OPTIONS, "an experiment")}
+        cfg = {**default_settings(), **conform(known, experiment_kinds(), "an experiment")}
         cfg |= asked_by_classes(cfg)
         check_settings(cfg)
         limits = dict.fromkeys(DIMENSIONS, whole(1, checkpoint.largest_dimension))
