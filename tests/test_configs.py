@@ -97,6 +97,21 @@ def test_overrides(override, key, value):
     assert flatten(app.prepare(hopper(override)))[key] == value
 
 
+def test_optional_keys_that_are_read_get_their_defaults():
+    found = flatten(app.prepare(hopper("~resume", "~train.gae_lambda")))
+    wanted = {"resume": "never", "tensorboard": True, "train.fast": True, "train.gae_lambda": 0.95}
+    assert wanted.items() <= found.items()
+    assert "train.max_grad_norm" not in found and "train.train_split" not in found and "render_num" not in found
+    found = flatten(app.prepare(composed("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp")))
+    assert (found["train.train_split"], found["train.val_freq"], found["env"]) == (1, 100, "hopper-medium-v2")
+    assert "train.gae_lambda" not in found and "env.save_video" not in found
+    assert app.prepare(hopper("++train.fast=false")).train.fast is False
+
+
+def test_a_loop_of_ones_own_gets_what_its_file_says():
+    assert "fast" not in app.prepare(hopper("_target_=own_package.Loop")).train
+
+
 def test_evaluation_takes_the_number_of_fine_tuned_steps():
     config = composed("gym/eval/hopper-v2/eval_diffusion_mlp", ["ft_denoising_steps=10"])
     assert config.model.ft_denoising_steps == 10

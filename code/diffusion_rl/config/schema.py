@@ -76,9 +76,8 @@ class Kind:
         if value is None:
             return self.null
         if self.many:
-            return (
-                isinstance(value, list | tuple) and len(value) > 0 and all(map(replace(self, many=False).holds, value))
-            )
+            one = replace(self, many=False)
+            return self.fits(value) and len(value) > 0 and all(map(one.holds, value))
         if self.words and isinstance(value, str):
             return value in self.words or bool(self.pattern and re.fullmatch(self.pattern, value))
         if not self.fits(value) or self.type in _TYPES:
@@ -218,7 +217,7 @@ class Spelling:
 
     Attributes:
         pair, name: formats of a key with its value, and of a key alone.
-        wrong: format of the line about a value of another type: pair, key, value (its repr), kind.
+        wrong: format of the line about a value of another type: pair, key, value (its repr), kind, type.
         example: format of what follows it where there is a default.
         flag, none: what FLAG and None are called.
     """
@@ -242,7 +241,7 @@ class Spelling:
 
 PAIRS = Spelling("{}={}")
 FLAGS = Spelling("--{} {}", "--{}", example=" (write it like {})", flag="True or False", none="None")
-FILE = Spelling("{}: {}", wrong="{key}: {value} is not {kind}")
+FILE = Spelling("{}: {}", wrong="{key}: {value} is no {type}")
 HYDRA = Spelling("{}={}", wrong="{pair}: not {kind}", example=" (such as {})")
 
 
@@ -251,7 +250,8 @@ def check_kind(key: str, value: Any, kind: Kind, spelling: Spelling, default: An
     if kind.fits(value):
         return
     words = {"pair": spelling(key, value), "key": key, "value": repr(value) if isinstance(value, str) else shown(value)}
-    line = spelling.wrong.format(**words, kind=spelling.flag if kind.type == FLAG.type else kind.name)
+    name = spelling.flag if kind.type == FLAG.type else kind.name
+    line = spelling.wrong.format(**words, kind=name, type=name.removeprefix("a "))
     raise UserError(line + ("" if default is None else spelling.example.format(default)))
 
 
