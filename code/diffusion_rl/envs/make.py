@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import traceback
 from collections.abc import Mapping
 from typing import Any
 
 import gymnasium
-from omegaconf import OmegaConf
 
+from diffusion_rl.config.instantiate import plain
+from diffusion_rl.config.schema import near_words
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import d4rl, kitchen, processes, robomimic, room, worker
@@ -93,8 +93,7 @@ def _furniture(env_cfg: Mapping[str, Any], n_envs: int, act_steps: int) -> Vecto
 
 def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The node as plain dicts, its interpolations resolved, so that workers need not know OmegaConf."""
-    plain: Any = OmegaConf.to_container(env_cfg, resolve=True) if OmegaConf.is_config(env_cfg) else env_cfg
-    return dict(plain)
+    return dict(plain(env_cfg))
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:
@@ -198,7 +197,7 @@ def _check_registered(name: str) -> None:
 
 
 def _unknown(name: str, known: list[str]) -> UserError:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = near_words(name, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
     return UserError(f"environment {name!r} is unknown: {hint}")
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
@@ -55,7 +55,7 @@ class FineTuning(abc.ABC):
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: Any = None,
         venv: Any = None,
         noise: Any = None,

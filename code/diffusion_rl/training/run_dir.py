@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
+from diffusion_rl.config.compose import Config, plain_copy, to_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.reports.metrics import MetricsWriter
@@ -65,7 +65,7 @@ class RunFolder:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         step_key: str,
         kind: str,
         another_folder: str = "name another logdir",
@@ -78,7 +78,7 @@ class RunFolder:
         self.resumed: Checkpoint | None = None
         self.resumed_from: Path | None = None
         self._resume = str(cfg.get("resume", "never") or "never")
-        self.resolved: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(_plain(cfg)), resolve=True)  # type: ignore[assignment]
+        self.resolved: dict[str, Any] = plain_copy(cfg)
         self._find_resumed(self._resume)
         if self.resumed is not None and self.resumed_from is not None:
             compare_settings(self.resumed, self.resolved, self.resumed_from, may_change)
@@ -228,7 +228,7 @@ class RunFolder:
 def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:
     """`config.yaml` of a run folder, whole or not at all."""
     with atomic_file(folder / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(dict(resolved))).encode())
+        file.write(to_yaml(resolved).encode())
 
 
 def _given(path: Path) -> Path:
@@ -250,7 +250,3 @@ def _siblings(path: Path) -> list[Path]:
     if seed is None or not path.parent.is_dir():
         return []
     return sorted((p for p in path.parent.glob(f"*_{seed[1]}") if p.is_dir() and p != path), reverse=True)
-
-
-def _plain(cfg: Any) -> Any:
-    return OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)

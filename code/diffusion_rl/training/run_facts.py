@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, targets
+from diffusion_rl.config.compose import Config
+from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, plain, targets
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.policy_files import normalization_facts
@@ -108,7 +108,7 @@ def compare_policy(checkpoint: Checkpoint, cfg: Mapping[str, Any], path: Any, ev
 def bounds_path(cfg: Mapping[str, Any]) -> str | None:
     """The normalization file that the environments of a run use."""
     env = cfg.get("env")
-    wrappers = (env.get("wrappers") or {}) if isinstance(env, Mapping | DictConfig) else {}
+    wrappers = (env.get("wrappers") or {}) if isinstance(env, Mapping | Config) else {}
     paths = (w.get("normalization_path") for w in wrappers.values() if w)
     return next((path for path in paths if path), None)
 
@@ -116,7 +116,7 @@ def bounds_path(cfg: Mapping[str, Any]) -> str | None:
 def task_name(config: Mapping[str, Any]) -> str:
     """The environment's name, or in pre-training the data set's."""
     env = config.get("env")
-    name = env.get("name") if isinstance(env, Mapping | DictConfig) else env
+    name = env.get("name") if isinstance(env, Mapping | Config) else env
     return str(name or config.get("env_name") or "")
 
 
@@ -171,7 +171,7 @@ def _network_differences(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iter
 def _network(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The node of the network that acts."""
     model = config.get("model")
-    model = OmegaConf.to_container(model, resolve=True) if isinstance(model, DictConfig) else model
+    model = plain(model)
     node = (model.get("network") or model.get("actor")) if isinstance(model, Mapping) else None
     return dict(node) if isinstance(node, Mapping) and isinstance(node.get("_target_"), str) else None
 

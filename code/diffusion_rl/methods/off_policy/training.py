@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
@@ -98,7 +98,7 @@ class OffPolicyTraining(FineTuning):
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: Any = None,
         venv: Any = None,
         noise: Any = None,

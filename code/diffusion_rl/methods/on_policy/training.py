@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.returns import gae
@@ -30,7 +30,7 @@ class OnPolicyTraining(FineTuning):
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: Any = None,
         venv: Any = None,
         noise: Any = None,

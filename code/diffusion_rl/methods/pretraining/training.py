@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.errors import UserError
@@ -41,7 +41,7 @@ class PreTraining:
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: PreTrainable | None = None,
         dataset: Any = None,
         noise: Any = None,
