@@ -141,7 +141,6 @@ LARGEST_STEPS = 10**12
 BATCH = whole(1, LARGEST_BATCH)
 ENVS = whole(1, 10_000)
 STEPS = whole(1, LARGEST_STEPS)
-FREQUENCY = STEPS  # every so many steps
 WIDTH = whole(1, 2**16)  # of a layer
 HORIZON = whole(1, 100_000)
 DIFFUSION_STEPS = whole(1, 100_000)

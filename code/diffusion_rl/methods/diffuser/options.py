@@ -17,36 +17,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from diffusion_rl.config import schema
 from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
 from diffusion_rl.config.overrides import PYTHON, comments, help_rows, override, pairs, split_help
-from diffusion_rl.config.schema import (
-    BATCH,
-    DEVICE,
-    DIFFUSION_STEPS,
-    ENVS,
-    FLAGS,
-    FREQUENCY_OR_OFF,
-    HORIZON,
-    LIST,
-    MAPPING_OR_NONE,
-    RATE,
-    SEED,
-    SHARE,
-    STEPS,
-    TEXT,
-    TEXT_OR_NONE,
-    WIDTH,
-    Relation,
-    at_most,
-    check_ranges,
-    kind_like,
-    multiple_of,
-    number,
-    one_of,
-    require_inside,
-    shown,
-    whole,
-)
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
@@ -77,58 +50,60 @@ COMMANDS = {
 #: What options may be; any other one is of the type of its default. Their meanings stand in cfg/planning/*.yaml.
 KINDS = {
     # models
-    "horizon": HORIZON,
-    "n_diffusion_steps": DIFFUSION_STEPS,
-    "dim": whole(8, WIDTH.most),
-    "dim_mults": whole(1, 1024, many=True),
-    "hidden_dims": whole(1, WIDTH.most, many=True),
-    "time_dim": whole(4, WIDTH.most),
-    **dict.fromkeys(("action_weight", "loss_discount"), number(0)),
-    "loss_weights": MAPPING_OR_NONE,
-    "loss_type": one_of("l1", "l2", "value_l1", "value_l2"),
-    "diffusion_type": one_of("states_actions", "actions_only"),
-    "obs_embed": one_of("mlp", "raw"),
+    "horizon": schema.HORIZON,
+    "n_diffusion_steps": schema.DIFFUSION_STEPS,
+    "dim": schema.whole(8, schema.WIDTH.most),
+    "dim_mults": schema.whole(1, 1024, many=True),
+    "hidden_dims": schema.whole(1, schema.WIDTH.most, many=True),
+    "time_dim": schema.whole(4, schema.WIDTH.most),
+    **dict.fromkeys(("action_weight", "loss_discount"), schema.number(0)),
+    "loss_weights": schema.MAPPING_OR_NONE,
+    "loss_type": schema.one_of("l1", "l2", "value_l1", "value_l2"),
+    "diffusion_type": schema.one_of("states_actions", "actions_only"),
+    "obs_embed": schema.one_of("mlp", "raw"),
     # data
-    "preprocess_fns": dataclasses.replace(LIST, null=True),
-    "max_path_length": whole(1, 10**9),
-    "termination_penalty": number(null=True),
-    "discount": SHARE,
+    "preprocess_fns": dataclasses.replace(schema.LIST, null=True),
+    "max_path_length": schema.whole(1, 10**9),
+    "termination_penalty": schema.number(null=True),
+    "discount": schema.SHARE,
     # training
-    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "n_saves", "save_freq"), STEPS),
-    "stop_at": dataclasses.replace(STEPS, null=True),
-    "batch_size": BATCH,
-    "gradient_accumulate_every": whole(1, 65_536),
-    **dict.fromkeys(("learning_rate", "lr_scale"), RATE),
-    **dict.fromkeys(("lr_decay_steps", "sample_freq", "n_reference", "n_samples", "max_render"), FREQUENCY_OR_OFF),
-    "ema_decay": SHARE,
-    "seed": dataclasses.replace(SEED, null=True),
-    "device": DEVICE,
-    "resume": TEXT_OR_NONE,
+    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "n_saves", "save_freq"), schema.STEPS),
+    "stop_at": dataclasses.replace(schema.STEPS, null=True),
+    "batch_size": schema.BATCH,
+    "gradient_accumulate_every": schema.whole(1, 65_536),
+    **dict.fromkeys(("learning_rate", "lr_scale"), schema.RATE),
+    **dict.fromkeys(
+        ("lr_decay_steps", "sample_freq", "n_reference", "n_samples", "max_render"), schema.FREQUENCY_OR_OFF
+    ),
+    "ema_decay": schema.SHARE,
+    "seed": dataclasses.replace(schema.SEED, null=True),
+    "device": schema.DEVICE,
+    "resume": schema.TEXT_OR_NONE,
     # folders
-    **dict.fromkeys(("logbase", "prefix", "suffix"), TEXT),
-    **dict.fromkeys(("loadbase", "data_dir", "bucket", "urdf_dir"), TEXT_OR_NONE),
+    **dict.fromkeys(("logbase", "prefix", "suffix"), schema.TEXT),
+    **dict.fromkeys(("loadbase", "data_dir", "bucket", "urdf_dir"), schema.TEXT_OR_NONE),
     # planning
-    "n_envs": ENVS,
-    "n_exec": whole(1),
-    **dict.fromkeys(("n_episodes", "n_plans"), whole(1, 10**6)),
-    "max_episode_length": whole(1, 10**9),
-    "n_guide_steps": whole(0, 10_000),
-    "t_stopgrad": whole(0),
-    "scale": number(),
-    "aggregate": one_of("first", "mean", "median", "medoid"),
-    "vis_freq": STEPS,
-    "replan_every": FREQUENCY_OR_OFF,
+    "n_envs": schema.ENVS,
+    "n_exec": schema.whole(1),
+    **dict.fromkeys(("n_episodes", "n_plans"), schema.whole(1, 10**6)),
+    "max_episode_length": schema.whole(1, 10**9),
+    "n_guide_steps": schema.whole(0, 10_000),
+    "t_stopgrad": schema.whole(0),
+    "scale": schema.number(),
+    "aggregate": schema.one_of("first", "mean", "median", "medoid"),
+    "vis_freq": schema.STEPS,
+    "replan_every": schema.FREQUENCY_OR_OFF,
 }
 RELATIONS = (
-    at_most("n_exec", "horizon"),
-    Relation(
+    schema.at_most("n_exec", "horizon"),
+    schema.Relation(
         ("n_envs", "batch_size"),
-        lambda envs, samples: envs * samples <= BATCH.most,
-        f"at most {BATCH.most} plans are made together",
+        lambda envs, samples: envs * samples <= schema.BATCH.most,
+        f"at most {schema.BATCH.most} plans are made together",
     ),
-    multiple_of("dim", 8),
-    multiple_of("time_dim", 2),
-    Relation(
+    schema.multiple_of("dim", 8),
+    schema.multiple_of("time_dim", 2),
+    schema.Relation(
         ("horizon", "dim_mults", "model"),
         lambda horizon, mults, model: "Unet" not in model or horizon % 2 ** (len(mults) - 1) == 0,
         "a U-Net halves the horizon between its levels: it must be a multiple of 2 ** (entries of dim_mults - 1)",
@@ -191,7 +166,7 @@ def help_text(script: str, arguments: Sequence[str]) -> str:
         "savepath": "where this goes (no option)",
     }
     usage = f"usage: python scripts/{script}.py [--option value ...]"
-    return f"{usage}\n\nOptions with their values:\n{help_rows(first | options, meaning, FLAGS)}"
+    return f"{usage}\n\nOptions with their values:\n{help_rows(first | options, meaning, schema.FLAGS)}"
 
 
 def parse(
@@ -226,7 +201,7 @@ def parse(
     values["exp_name"] = name or experiment_name(settings[experiment]["watch"], values)
     parts = {"dataset": dataset, **{key: values.get(key, "") for key in ("prefix", "exp_name", "suffix")}}
     for key, part in parts.items():
-        require_inside(part, FLAGS(key, part))
+        schema.require_inside(part, schema.FLAGS(key, part))
     folder = Path(values["logbase"]) / dataset / values["exp_name"] / values.get("suffix", "")
     options = Options(**values, dataset=dataset, config=config, savepath=str(folder))
     if save:
@@ -287,9 +262,9 @@ def _check_types(options: Mapping[str, Any], where: str) -> None:
     for own in (own for path in SHIPPED for own in read_yaml(path).values() if isinstance(own, dict)):
         usual |= own.get("options", {})
     for key, value in options.items():
-        kind = KINDS.get(key) or kind_like(usual.get(key))
+        kind = KINDS.get(key) or schema.kind_like(usual.get(key))
         if value is not None and not kind.fits(value):
-            raise UserError(f"{where}: {key}: {shown(value)} must be like {usual.get(key)!r}: {kind.cure}")
+            raise UserError(f"{where}: {key}: {schema.shown(value)} must be like {usual.get(key)!r}: {kind.cure}")
 
 
 def _nested(node: Any) -> bool:
@@ -303,12 +278,12 @@ def _is_options(node: Any) -> bool:
 
 def _check_values(values: Mapping[str, Any]) -> None:
     """Raises UserError for a value that is not allowed, or values that do not go together."""
-    check_ranges(values, KINDS, FLAGS, RELATIONS)
+    schema.check_ranges(values, KINDS, schema.FLAGS, RELATIONS)
     weights = values.get("loss_weights")
     if weights is not None:
-        if not all(whole(0).holds(key) for key in weights):
-            raise UserError(f"--loss_weights {shown(weights)}: write {{index of an observation: weight}}")
-        check_ranges(weights, dict.fromkeys(weights, number(0)), "--loss_weights {{{}: {}}}".format)
+        if not all(schema.whole(0).holds(key) for key in weights):
+            raise UserError(f"--loss_weights {schema.shown(weights)}: write {{index of an observation: weight}}")
+        schema.check_ranges(weights, dict.fromkeys(weights, schema.number(0)), "--loss_weights {{{}: {}}}".format)
 
 
 def _is_deferred(value: Any) -> bool:

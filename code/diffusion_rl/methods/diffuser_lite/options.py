@@ -8,31 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from diffusion_rl.config import schema
 from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.config.overrides import YAML, assignments, comments, help_rows, override, split_help
-from diffusion_rl.config.schema import (
-    BATCH,
-    DEVICE,
-    ENVS,
-    PAIRS,
-    RATE,
-    SEED,
-    SHARE,
-    STEPS,
-    TEXT_OR_NONE,
-    WIDTH,
-    Relation,
-    check_ranges,
-    multiple_of,
-    number,
-    one_of,
-    positive,
-    require_inside,
-    shown,
-    step_or,
-    whole,
-)
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 
@@ -41,57 +20,59 @@ MODES = ("training", "prepare_dataset", "reflow", "inference", "benchmark")
 TASKS = {"mujoco": ("hopper", "halfcheetah", "walker2d"), "kitchen": ("kitchen",), "antmaze": ("antmaze",)}
 #: What options may be; any other one is of the type of its default. Their meanings stand in the YAML files.
 KINDS = {
-    "mode": one_of("iql_training", *MODES),
-    "seed": SEED,
-    "device": DEVICE,
-    **dict.fromkeys(("terminal_penalty", "noreaching_penalty"), number(null=True)),
-    "discount": SHARE,
+    "mode": schema.one_of("iql_training", *MODES),
+    "seed": schema.SEED,
+    "device": schema.DEVICE,
+    **dict.fromkeys(("terminal_penalty", "noreaching_penalty"), schema.number(null=True)),
+    "discount": schema.SHARE,
     # networks
-    "emb_dim": whole(8, WIDTH.most),
-    "d_model": whole(2, WIDTH.most),
-    **dict.fromkeys(("n_heads", "iql_hidden_dim"), WIDTH),
-    "depth": whole(1, 1000),
-    "backbone": one_of("flow", "diffusion"),
+    "emb_dim": schema.whole(8, schema.WIDTH.most),
+    "d_model": schema.whole(2, schema.WIDTH.most),
+    **dict.fromkeys(("n_heads", "iql_hidden_dim"), schema.WIDTH),
+    "depth": schema.whole(1, 1000),
+    "backbone": schema.one_of("flow", "diffusion"),
     # training
-    "next_obs_loss_weight": number(0),
-    "ema_rate": SHARE,
-    **dict.fromkeys(("learning_rate", "invdyn_learning_rate", "reflow_lr"), RATE),
-    **dict.fromkeys(("diffusion_gradient_steps", "iql_gradient_steps", "reflow_gradient_steps"), STEPS),
-    "invdyn_gradient_steps": whole(0, STEPS.most),
-    "iql_target_updates": whole(1, 1000),
-    **dict.fromkeys(("batch_size", "iql_batch_size", "dataset_prepare_batch_size"), BATCH),
-    **dict.fromkeys(("log_interval", "save_interval"), STEPS),
-    **dict.fromkeys(("keep_every", "stop_at"), whole(1, STEPS.most, null=True)),
-    "resume": replace(step_or("auto", "never"), pattern=".*[/.].*", hint=", a step or the path of a state"),
-    **dict.fromkeys(("backup_dir", "restore_from", "data_dir"), TEXT_OR_NONE),
+    "next_obs_loss_weight": schema.number(0),
+    "ema_rate": schema.SHARE,
+    **dict.fromkeys(("learning_rate", "invdyn_learning_rate", "reflow_lr"), schema.RATE),
+    **dict.fromkeys(("diffusion_gradient_steps", "iql_gradient_steps", "reflow_gradient_steps"), schema.STEPS),
+    "invdyn_gradient_steps": schema.whole(0, schema.STEPS.most),
+    "iql_target_updates": schema.whole(1, 1000),
+    **dict.fromkeys(("batch_size", "iql_batch_size", "dataset_prepare_batch_size"), schema.BATCH),
+    **dict.fromkeys(("log_interval", "save_interval"), schema.STEPS),
+    **dict.fromkeys(("keep_every", "stop_at"), schema.whole(1, schema.STEPS.most, null=True)),
+    "resume": replace(schema.step_or("auto", "never"), pattern=".*[/.].*", hint=", a step or the path of a state"),
+    **dict.fromkeys(("backup_dir", "restore_from", "data_dir"), schema.TEXT_OR_NONE),
     # reflow
-    "reflow_backbone_ckpt": step_or("latest"),
-    **dict.fromkeys(("cond_dataset_size", "uncond_dataset_size"), whole(1, 10**9)),
-    "pairs_dtype": one_of("float32", "float16"),
-    "dataset_prepare_sampling_steps": whole(1, 10_000),
+    "reflow_backbone_ckpt": schema.step_or("latest"),
+    **dict.fromkeys(("cond_dataset_size", "uncond_dataset_size"), schema.whole(1, 10**9)),
+    "pairs_dtype": schema.one_of("float32", "float16"),
+    "dataset_prepare_sampling_steps": schema.whole(1, 10_000),
     # inference and benchmark
-    "test_model": one_of("R1", "R2"),
-    **dict.fromkeys(("diffusion_ckpt", "reflow_ckpt", "task.diffusion_ckpt"), step_or("latest", "all")),
-    "invdyn_ckpt": step_or("latest"),
-    "num_envs": ENVS,
-    "num_candidates": whole(1, 100_000),
-    "num_episodes": whole(1, 10**6),
-    "temperature": number(0),
-    "sampling_steps": whole(1, 10_000, null=True),
-    "runtime": one_of("auto", "graph", "xla", "tflite"),
-    "benchmark_decisions": whole(1, 10**9),
-    "benchmark_warm_up": whole(0, 10**9),
-    "task.return_scale": positive(null=True),
-    **{f"task.{key}_R{model}": number() for key in ("target_return", "w_cfg") for model in (1, 2)},
+    "test_model": schema.one_of("R1", "R2"),
+    **dict.fromkeys(("diffusion_ckpt", "reflow_ckpt", "task.diffusion_ckpt"), schema.step_or("latest", "all")),
+    "invdyn_ckpt": schema.step_or("latest"),
+    "num_envs": schema.ENVS,
+    "num_candidates": schema.whole(1, 100_000),
+    "num_episodes": schema.whole(1, 10**6),
+    "temperature": schema.number(0),
+    "sampling_steps": schema.whole(1, 10_000, null=True),
+    "runtime": schema.one_of("auto", "graph", "xla", "tflite"),
+    "benchmark_decisions": schema.whole(1, 10**9),
+    "benchmark_warm_up": schema.whole(0, 10**9),
+    "task.return_scale": schema.positive(null=True),
+    **{f"task.{key}_R{model}": schema.number() for key in ("target_return", "w_cfg") for model in (1, 2)},
 }
 RELATIONS = (
-    Relation(("d_model", "n_heads"), lambda width, heads: width % heads == 0, "d_model must be a multiple of n_heads"),
-    multiple_of("d_model", 2),
-    multiple_of("emb_dim", 8),
-    Relation(
+    schema.Relation(
+        ("d_model", "n_heads"), lambda width, heads: width % heads == 0, "d_model must be a multiple of n_heads"
+    ),
+    schema.multiple_of("d_model", 2),
+    schema.multiple_of("emb_dim", 8),
+    schema.Relation(
         ("num_envs", "num_candidates"),
-        lambda envs, candidates: envs * candidates <= BATCH.most,
-        f"at most {BATCH.most} plans are made together",
+        lambda envs, candidates: envs * candidates <= schema.BATCH.most,
+        f"at most {schema.BATCH.most} plans are made together",
     ),
 )
 
@@ -142,9 +123,11 @@ def _values(kind: str, given: dict[str, str]) -> dict[str, Any]:
     override(values, given, KINDS, YAML, kind, ("task",))
     if values.get("task.diffusion_ckpt") is not None and "diffusion_ckpt" not in given:
         values["diffusion_ckpt"] = values["task.diffusion_ckpt"]
-    check_ranges(values, KINDS if kind != "mujoco" else KINDS | {"mode": one_of(*MODES)}, PAIRS, RELATIONS)
+    schema.check_ranges(
+        values, KINDS if kind != "mujoco" else KINDS | {"mode": schema.one_of(*MODES)}, schema.PAIRS, RELATIONS
+    )
     for key in ("pipeline_name", "task.env_name"):
-        require_inside(values[key], PAIRS(key, values[key]))
+        schema.require_inside(values[key], schema.PAIRS(key, values[key]))
     if not values["task.env_name"].startswith(TASKS[kind]):
         raise UserError(f"task.env_name={values['task.env_name']}: names begin with {', '.join(TASKS[kind])} here")
     return values
@@ -154,5 +137,5 @@ def read_task(name: str) -> dict[str, Any]:
     """task/<name>.yaml."""
     known = sorted(each.stem for each in (FOLDER / "task").glob("*.yaml"))
     if name not in known:
-        raise UserError(f"task={shown(name)}: no such task; there are {', '.join(known)}")
+        raise UserError(f"task={schema.shown(name)}: no such task; there are {', '.join(known)}")
     return read_yaml(FOLDER / "task" / f"{name}.yaml")

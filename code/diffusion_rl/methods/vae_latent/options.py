@@ -13,39 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from diffusion_rl.config import schema
 from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.overrides import META_KEYS, as_whole, comments, help_rows, meanings
-from diffusion_rl.config.schema import (
-    BATCH,
-    DIFFUSION_STEPS,
-    ENVS,
-    FILE,
-    FLAG,
-    FREQUENCY_OR_OFF,
-    MAPPING_OR_NONE,
-    RATE,
-    SEED,
-    SHARE,
-    STEPS,
-    TEXT,
-    TEXT_OR_NONE,
-    WIDTH,
-    Kind,
-    Option,
-    Relation,
-    at_most,
-    check_kind,
-    check_ranges,
-    kind_like,
-    multiple,
-    multiple_of,
-    number,
-    positive,
-    require_inside,
-    shown,
-    unknown_option,
-    whole,
-)
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 
@@ -64,69 +34,75 @@ REGISTRY: dict[str, dict[str, dict[str, Any]]] = {
 FORMAT_LIMIT = 1000  # characters of job_name, and of a value in it
 #: What keys may be; any other one is of the type of its default. Their meanings stand beside their defaults.
 KINDS = {
-    "seed": SEED,
-    "wandb": MAPPING_OR_NONE,
+    "seed": schema.SEED,
+    "wandb": schema.MAPPING_OR_NONE,
     # data
-    "data_dir": TEXT_OR_NONE,
-    "n_agents": whole(1, 1000),
-    **dict.fromkeys(("horizon", "act_steps"), whole(1, 10_000)),
-    "history_horizon": whole(0, 10_000),
-    "max_path_length": whole(1, 10**9),
-    "termination_penalty": number(),
-    "discount": SHARE,
-    **dict.fromkeys(("returns_scale", "reward_scale"), positive()),
+    "data_dir": schema.TEXT_OR_NONE,
+    "n_agents": schema.whole(1, 1000),
+    **dict.fromkeys(("horizon", "act_steps"), schema.whole(1, 10_000)),
+    "history_horizon": schema.whole(0, 10_000),
+    "max_path_length": schema.whole(1, 10**9),
+    "termination_penalty": schema.number(),
+    "discount": schema.SHARE,
+    **dict.fromkeys(("returns_scale", "reward_scale"), schema.positive()),
     # networks
-    **dict.fromkeys(("vae_latent_dim", "vae_hidden_dim", "backbone_hidden_dim", "value_hidden_dim"), WIDTH),
-    **dict.fromkeys(("trajectory_latent_dim", "trajectory_hidden_dim", "trajectory_heads"), WIDTH),
-    "time_embed_dim": whole(16, WIDTH.most),
-    **dict.fromkeys(("trajectory_layers", "backbone_layers"), whole(1, 1000)),
+    **dict.fromkeys(("vae_latent_dim", "vae_hidden_dim", "backbone_hidden_dim", "value_hidden_dim"), schema.WIDTH),
+    **dict.fromkeys(("trajectory_latent_dim", "trajectory_hidden_dim", "trajectory_heads"), schema.WIDTH),
+    "time_embed_dim": schema.whole(16, schema.WIDTH.most),
+    **dict.fromkeys(("trajectory_layers", "backbone_layers"), schema.whole(1, 1000)),
     # diffusion
-    **dict.fromkeys(("n_diffusion_steps", "n_ddim_steps"), DIFFUSION_STEPS),
-    "ft_denoising_steps": whole(1, DIFFUSION_STEPS.most, null=True),
-    "latent_clip": positive(null=True),
-    "condition_dropout": SHARE,
-    **dict.fromkeys(("condition_guidance_w", "test_ret"), number()),
-    **dict.fromkeys(("sample_noise_scale", "min_sampling_denoising_std"), number(0)),
+    **dict.fromkeys(("n_diffusion_steps", "n_ddim_steps"), schema.DIFFUSION_STEPS),
+    "ft_denoising_steps": schema.whole(1, schema.DIFFUSION_STEPS.most, null=True),
+    "latent_clip": schema.positive(null=True),
+    "condition_dropout": schema.SHARE,
+    **dict.fromkeys(("condition_guidance_w", "test_ret"), schema.number()),
+    **dict.fromkeys(("sample_noise_scale", "min_sampling_denoising_std"), schema.number(0)),
     # training
-    **dict.fromkeys(("vae_pretrain_steps", "step_start_ema", "rl_warmup_steps", "eval_freq"), FREQUENCY_OR_OFF),
-    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "update_ema_every", "log_freq", "save_freq"), STEPS),
-    **dict.fromkeys(("rl_collect_freq", "rl_update_freq"), STEPS),
-    "stop_at": whole(1, STEPS.most, null=True),
-    **dict.fromkeys(("batch_size", "rl_batch_size"), BATCH),
-    "gradient_accumulate_every": whole(1, 2**16),
-    **dict.fromkeys(("learning_rate", "vae_learning_rate", "q_lr", "rl_learning_rate", "value_learning_rate"), RATE),
-    "clip_grad_norm": RATE,
-    **dict.fromkeys(("vae_kl_weight", "vae_weight", "bc_weight", "policy_weight", "policy_gradient_weight"), number(0)),
-    **dict.fromkeys(("value_function_weight", "entropy_weight", "offline_rl_weight", "online_rl_weight"), number(0)),
-    **dict.fromkeys(("ema_decay", "target_update_tau", "gae_lambda", "gamma_denoising"), SHARE),
-    **dict.fromkeys(("rl_collect_steps", "num_eval"), whole(1, 10**6)),
-    **dict.fromkeys(("rl_num_envs", "num_envs"), ENVS),
-    "replay_buffer_size": whole(1, 10**9),
-    "target_kl": number(0, null=True),
-    **dict.fromkeys(("clip_ploss_coef", "clip_ploss_coef_base", "clip_ploss_coef_rate"), positive()),
-    **dict.fromkeys(("randn_clip_value", "min_logprob_denoising_std"), positive()),
+    **dict.fromkeys(("vae_pretrain_steps", "step_start_ema", "rl_warmup_steps", "eval_freq"), schema.FREQUENCY_OR_OFF),
+    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "update_ema_every", "log_freq", "save_freq"), schema.STEPS),
+    **dict.fromkeys(("rl_collect_freq", "rl_update_freq"), schema.STEPS),
+    "stop_at": schema.whole(1, schema.STEPS.most, null=True),
+    **dict.fromkeys(("batch_size", "rl_batch_size"), schema.BATCH),
+    "gradient_accumulate_every": schema.whole(1, 2**16),
+    **dict.fromkeys(
+        ("learning_rate", "vae_learning_rate", "q_lr", "rl_learning_rate", "value_learning_rate"), schema.RATE
+    ),
+    "clip_grad_norm": schema.RATE,
+    **dict.fromkeys(
+        ("vae_kl_weight", "vae_weight", "bc_weight", "policy_weight", "policy_gradient_weight"), schema.number(0)
+    ),
+    **dict.fromkeys(
+        ("value_function_weight", "entropy_weight", "offline_rl_weight", "online_rl_weight"), schema.number(0)
+    ),
+    **dict.fromkeys(("ema_decay", "target_update_tau", "gae_lambda", "gamma_denoising"), schema.SHARE),
+    **dict.fromkeys(("rl_collect_steps", "num_eval"), schema.whole(1, 10**6)),
+    **dict.fromkeys(("rl_num_envs", "num_envs"), schema.ENVS),
+    "replay_buffer_size": schema.whole(1, 10**9),
+    "target_kl": schema.number(0, null=True),
+    **dict.fromkeys(("clip_ploss_coef", "clip_ploss_coef_base", "clip_ploss_coef_rate"), schema.positive()),
+    **dict.fromkeys(("randn_clip_value", "min_logprob_denoising_std"), schema.positive()),
 }
 RELATIONS = (
-    multiple("eval_freq", "save_freq"),
-    at_most("act_steps", "horizon"),
-    at_most("ft_denoising_steps", "n_diffusion_steps"),
-    multiple_of("time_embed_dim", 8),
-    Relation(
+    schema.multiple("eval_freq", "save_freq"),
+    schema.at_most("act_steps", "horizon"),
+    schema.at_most("ft_denoising_steps", "n_diffusion_steps"),
+    schema.multiple_of("time_embed_dim", 8),
+    schema.Relation(
         ("trajectory_hidden_dim", "trajectory_heads", "trajectory_encoder"),
         lambda width, heads, kind: kind != "transformer" or width % heads == 0,
         "trajectory_hidden_dim must be a multiple of trajectory_heads",
     ),
-    Relation(
+    schema.Relation(
         ("backbone_hidden_dim", "backbone"),
         lambda width, kind: kind != "attention" or width % 4 == 0,
         "backbone_hidden_dim must be a multiple of 4, the heads of its attention",
     ),
 )
-DDIM = (at_most("n_ddim_steps", "n_diffusion_steps"),)  # where it is used
+DDIM = (schema.at_most("n_ddim_steps", "n_diffusion_steps"),)  # where it is used
 ONLINE = (
-    multiple("save_freq", "rl_collect_freq"),
-    multiple("rl_warmup_steps", "rl_collect_freq"),
-    Relation(
+    schema.multiple("save_freq", "rl_collect_freq"),
+    schema.multiple("rl_warmup_steps", "rl_collect_freq"),
+    schema.Relation(
         ("rl_collect_steps", "rl_num_envs", "rl_batch_size", "replay_buffer_size"),
         lambda steps, envs, batch, most: batch <= steps * envs <= most,
         "a collection has rl_collect_steps * rl_num_envs decisions: it must hold rl_batch_size and fit into "
@@ -139,9 +115,9 @@ EVALUATION_KEYS = (
     *("sample_noise_scale", "dataset"),
 )
 EVALUATION = {
-    "log_dir": Option("folder of the run", TEXT),
-    "load_steps": Option("steps of the checkpoints: a number or a list", whole(0, many=True)),
-    "overwrite": Option("evaluate again what has a result", FLAG, default=False),
+    "log_dir": schema.Option("folder of the run", schema.TEXT),
+    "load_steps": schema.Option("steps of the checkpoints: a number or a list", schema.whole(0, many=True)),
+    "overwrite": schema.Option("evaluate again what has a result", schema.FLAG, default=False),
 }
 DEFAULTS = CONFIG_ROOT / "planning" / "vae_diffusion_rl.yaml"
 
@@ -165,7 +141,7 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     cfg["exp_name"] = str(cfg.get("exp_name") or "vae_diffusion_rl")
     job = job_name(cfg["job_name"], cfg)
     for key, name in (("exp_name", cfg["exp_name"]), ("job_name", job)):
-        require_inside(name, FILE(key, name))
+        schema.require_inside(name, schema.FILE(key, name))
     cfg["logdir"] = str(Path(cfg["logbase"]) / cfg["exp_name"] / job / str(cfg["seed"]))
     cfg["resume"] = "auto" if cfg["continue_training"] else "never"
     cfg["name"], cfg["env_name"] = job.replace("/", "_"), cfg["dataset"]
@@ -173,12 +149,12 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def experiment_kinds() -> Mapping[str, Kind]:
+def experiment_kinds() -> Mapping[str, schema.Kind]:
     """What each key of an experiment may be."""
-    return {key: KINDS.get(key) or kind_like(default) for key, default in default_settings().items()}
+    return {key: KINDS.get(key) or schema.kind_like(default) for key, default in default_settings().items()}
 
 
-def conform(given: Mapping[str, Any], kinds: Mapping[str, Kind], what: str) -> dict[str, Any]:
+def conform(given: Mapping[str, Any], kinds: Mapping[str, schema.Kind], what: str) -> dict[str, Any]:
     """The given values, each of its key's type; 1e6 is a whole number as well.
 
     what: owns the keys.
@@ -189,10 +165,10 @@ def conform(given: Mapping[str, Any], kinds: Mapping[str, Kind], what: str) -> d
     conformed = dict(given)
     for key, value in given.items():
         if key in kinds:
-            check_kind(key, value, kinds[key], FILE)
+            schema.check_kind(key, value, kinds[key], schema.FILE)
             conformed[key] = as_whole(value, kinds[key])
         elif key not in META_KEYS:
-            raise unknown_option(key, kinds, what, FILE)
+            raise schema.unknown_option(key, kinds, what, schema.FILE)
     return conformed
 
 
@@ -210,7 +186,7 @@ def evaluation_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     given = {"overwrite": False} | conform(given, kinds, "an evaluation")
     if missing := [key for key in ("log_dir", "load_steps") if key not in given]:
         raise UserError(f"an evaluation needs {missing[0]}")
-    check_ranges(given, kinds, FILE)
+    schema.check_ranges(given, kinds, schema.FILE)
     if not Path(given["log_dir"]).is_dir():
         raise UserError(f"log_dir: {given['log_dir']}: no such folder")
     return given
@@ -221,7 +197,7 @@ def asked_by_classes(cfg: Mapping[str, Any]) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     for kind, classes in REGISTRY.items():
         if cfg[kind] not in classes:
-            raise UserError(f"{kind} {shown(repr(cfg[kind]))} is unknown: choose one of {', '.join(classes)}")
+            raise UserError(f"{kind} {schema.shown(repr(cfg[kind]))} is unknown: choose one of {', '.join(classes)}")
         asked |= classes[cfg[kind]]
     return asked
 
@@ -231,7 +207,7 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
     relations = (*RELATIONS, *(ONLINE if cfg["online_training"] else ()))
     if cfg["use_ddim_sample"] or cfg["use_behavior_cloning"] or cfg["offline_rl"]:
         relations += DDIM
-    check_ranges(cfg, KINDS, FILE, relations)
+    schema.check_ranges(cfg, KINDS, schema.FILE, relations)
 
 
 def job_name(template: str, cfg: Mapping[str, Any]) -> str:
@@ -284,9 +260,9 @@ def recorded_facts(checkpoint: Any, path: Path) -> tuple[dict[str, Any], dict[st
         cfg = {**default_settings(), **conform(known, experiment_kinds(), "an experiment")}
         cfg |= asked_by_classes(cfg)
         check_settings(cfg)
-        limits = dict.fromkeys(DIMENSIONS, whole(1, checkpoint.largest_dimension))
-        limits |= dict.fromkeys(LAYERS, whole(1, len(checkpoint.tensors)))
-        check_ranges({**cfg, **sizes}, limits, FILE)
+        limits = dict.fromkeys(DIMENSIONS, schema.whole(1, checkpoint.largest_dimension))
+        limits |= dict.fromkeys(LAYERS, schema.whole(1, len(checkpoint.tensors)))
+        schema.check_ranges({**cfg, **sizes}, limits, schema.FILE)
         if missing := set(Sizes._fields) - set(Sizes._field_defaults) - set(sizes):
             raise UserError(f"sizes lack {', '.join(sorted(missing))}")
         int(checkpoint.metadata["itr"])
