@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from diffusion_rl.cli.status import exit_status
-from diffusion_rl.config.arguments import Arguments
+from diffusion_rl.config.overrides import Arguments
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.interop.description import describe_networks, infer_kind
 from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

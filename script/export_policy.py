@@ -16,10 +16,10 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from diffusion_rl.cli.app import prepare  # noqa: E402
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
-from diffusion_rl.config.compose import compose  # noqa: E402
+from diffusion_rl.config.compose import compose_job, prepare  # noqa: E402
+from diffusion_rl.config.instantiate import plain  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
 
 
@@ -43,11 +43,7 @@ def configuration(name: str | None, overrides: list[str], checkpoint: Path) -> d
         if overrides:
             raise UserError(f"{overrides[0]} changes a configuration: name it with --config")
         return None
-    composed = compose(name, [*overrides, f"++base_policy_path={checkpoint}"])
-    del composed.hydra
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(prepare(composed))  # type: ignore[return-value]
+    return plain(prepare(compose_job(name, [*overrides, f"++base_policy_path={checkpoint}"])))
 
 
 if __name__ == "__main__":

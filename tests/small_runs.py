@@ -14,14 +14,14 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.cli import app
-from diffusion_rl.config.compose import REPOSITORY, compose
+from diffusion_rl.config.compose import REPOSITORY, compose, plain_copy
 from diffusion_rl.config.instantiate import find_class, instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from diffusion_rl.training.continuation import FINE_TUNING_MAY_CHANGE
 from diffusion_rl.training.policy_files import policy_facts
-from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.state_files import StateFiles
 
 FINE_TUNE = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
@@ -127,7 +127,7 @@ def go_through(
     """
     seen = []
     cfg = config(FINE_TUNE, folder, "base_policy_path=x.pt", f"resume={resume}", *overrides)
-    settings = plain_settings(cfg)
+    settings = plain_copy(cfg)
     files = StateFiles("dppo", settings, may_change=FINE_TUNING_MAY_CHANGE)
     with RunDir(cfg.logdir, settings, files) as opened:
         opened.begin(-1 if opened.checkpoint is None else opened.checkpoint.metadata["itr"])

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from diffusion_rl.cli import app
+from diffusion_rl.cli.status import line_for_user
 from diffusion_rl.config import command_line
 from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
 from diffusion_rl.config.instantiate import calc, find_class, flatten, instantiate, instantiate_trusted, targets
@@ -94,6 +95,21 @@ def test_every_listed_key_has_a_meaning():
 )
 def test_overrides(override, key, value):
     assert flatten(app.prepare(hopper(override)))[key] == value
+
+
+def test_optional_keys_that_are_read_get_their_defaults():
+    found = flatten(app.prepare(hopper("~resume", "~train.gae_lambda")))
+    wanted = {"resume": "never", "tensorboard": True, "train.fast": True, "train.gae_lambda": 0.95}
+    assert wanted.items() <= found.items()
+    assert "train.max_grad_norm" not in found and "train.train_split" not in found and "render_num" not in found
+    found = flatten(app.prepare(composed("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp")))
+    assert (found["train.train_split"], found["train.val_freq"], found["env"]) == (1, 100, "hopper-medium-v2")
+    assert "train.gae_lambda" not in found and "env.save_video" not in found
+    assert app.prepare(hopper("++train.fast=false")).train.fast is False
+
+
+def test_a_loop_of_ones_own_gets_what_its_file_says():
+    assert "fast" not in app.prepare(hopper("_target_=own_package.Loop")).train
 
 
 def test_evaluation_takes_the_number_of_fine_tuned_steps():
@@ -447,5 +463,5 @@ def test_too_little_memory_is_one_line():
         pass
 
     for error in (MemoryError("Unable to allocate 3 PiB"), ResourceExhaustedError("OOM when\nallocating")):
-        line = command_line.line_for_user(error, [])
+        line = line_for_user(error, app.SMALLER)
         assert line and line.startswith("not enough memory (") and "train.batch_size" in line and "\n" not in line

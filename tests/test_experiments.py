@@ -261,7 +261,7 @@ def test_a_variant_that_is_another_now_is_not_done(tmp_path, monkeypatch):
     (tmp_path / "status.json").write_text('{"0": {"exit": 0}, "1": {"exit": 0}}')
     found = grid(variables={"a": [1, 2]})
     for variant in found:
-        experiments._write_yaml(tmp_path / f"{variant['exp_id']}.yaml", variant)
+        experiments.write_yaml(tmp_path / f"{variant['exp_id']}.yaml", variant)
     found[1]["a"] = 3
     assert [job.status for job in experiments._jobs(tmp_path, found, "0")] == [0, None]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from diffusion_rl.config.checks import SEED, Relation, at_most, check_ranges, multiple, number, positive, whole
+from diffusion_rl.config.schema import SEED, Relation, at_most, check_ranges, multiple, number, positive, whole
 from diffusion_rl.core.errors import UserError
 
 

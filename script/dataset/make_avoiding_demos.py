@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
-from diffusion_rl.config.checks import require_range, require_seed  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
+from diffusion_rl.config.schema import require_range, require_seed  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.sources.d3il import MODE_SETS, read_folder, select  # noqa: E402

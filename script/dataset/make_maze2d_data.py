@@ -10,14 +10,13 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
-from diffusion_rl.config.checks import require_range, require_seed  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
+from diffusion_rl.config.schema import require_range, require_seed  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
 from diffusion_rl.data.hdf5 import write_hdf5  # noqa: E402
 from diffusion_rl.envs.maze2d import Maze2D  # noqa: E402
-from diffusion_rl.methods.diffuser.maze2d import waypoint_data  # noqa: E402
 
 
 def main() -> None:
@@ -31,6 +30,8 @@ def main() -> None:
     require_seed(options.seed)
     maze, path = Maze2D(options.name), options.output or data_dir() / "maze2d" / f"{options.name}.hdf5"
     require_writable(path)
+    from diffusion_rl.methods.diffuser.maze2d import waypoint_data  # TensorFlow with it
+
     arrays = waypoint_data(maze, options.steps, NoiseSource(options.seed))
     write_hdf5(path, arrays)
     print(f"{path}: {options.steps} steps, {arrays['rewards'].mean():.3f} of them at the goal")

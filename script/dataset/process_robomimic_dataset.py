@@ -11,8 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
-from diffusion_rl.config.checks import require_seed  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
+from diffusion_rl.config.schema import require_seed  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
 from diffusion_rl.data.convert import convert_file  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
-from diffusion_rl.config.arguments import Arguments  # noqa: E402
+from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.data.sources.d3il import read_folder  # noqa: E402
 from diffusion_rl.generate.avoiding import replay, write_table  # noqa: E402
 

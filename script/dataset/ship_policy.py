@@ -10,9 +10,7 @@ import sys
 import numpy as np
 
 from diffusion_rl.cli.status import exit_status
-from diffusion_rl.config.arguments import Arguments
-from diffusion_rl.training.checkpoint import load_checkpoint, require_kind, save_checkpoint
-from diffusion_rl.training.policy_files import policy_weights
+from diffusion_rl.config.overrides import Arguments
 
 
 def main() -> None:
@@ -21,6 +19,9 @@ def main() -> None:
     parser.add_argument("output", help="file to write")
     parser.add_argument("--half", action="store_true", help="write 16-bit numbers, for large networks")
     arguments = parser.parse_args()
+    from diffusion_rl.training.checkpoint import load_checkpoint, require_kind, save_checkpoint  # TensorFlow with them
+    from diffusion_rl.training.policy_files import policy_weights
+
     checkpoint = load_checkpoint(arguments.checkpoint)
     require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
     group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"

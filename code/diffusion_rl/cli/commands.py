@@ -5,15 +5,19 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from diffusion_rl.cli.status import exit_status
+from diffusion_rl.cli.status import exit_status, show
+from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
+from diffusion_rl.config.schema import FLAGS, TEXT, TEXT_OR_NONE, Option
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.methods.diffuser.options import pairs
 from diffusion_rl.reports import plan_results
 from diffusion_rl.training import signals
 
+#: The method whose options the commands of a module have.
+OPTIONS_OF = {"diffuser": "diffuser", "kuka": "diffuser", "diffuser_lite": "diffuser_lite"}
 Command = Callable[[Sequence[str]], int | None]
 
 
@@ -22,22 +26,35 @@ def run(command: str | Command) -> int:
 
     Args:
         command: a function, or "module:function" of this folder, which is imported (TensorFlow with it) where a signal
-            is one line already.
+            is one line already. Its help is printed without that.
     """
-    status = exit_status(lambda: (_function(command) if isinstance(command, str) else command)(sys.argv[1:]))
+    status = exit_status(lambda: _started(command, sys.argv[1:]))
     signals.ignore()  # what is left is the end of the interpreter
     return status
 
 
-def _function(command: str) -> Command:
+def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
+    if not isinstance(command, str):
+        return command(arguments)
     module, _, name = command.partition(":")
+    if module in OPTIONS_OF and split_help(arguments)[0]:
+        options = importlib.import_module(f"diffusion_rl.methods.{OPTIONS_OF[module]}.options")
+        show(options.help_text(Path(sys.argv[0]).stem, arguments))
+        return None
     with signals.held():
-        return getattr(importlib.import_module(f"diffusion_rl.cli.{module}"), name)
+        function = getattr(importlib.import_module(f"diffusion_rl.cli.{module}"), name)
+    return function(arguments)
 
 
 def read_results(arguments: Sequence[str]) -> None:
     """`[--dataset NAME] [--logbase DIR]`: scores of the plans below a folder (logs/pretrained)."""
-    options = _known(arguments, {"dataset": None, "logbase": "logs/pretrained"})
+    options = _parse(
+        arguments,
+        dataset=Option("the data set; none: all of locomotion", TEXT_OR_NONE, default=None),
+        logbase=Option("folder of the plans", TEXT, default="logs/pretrained"),
+    )
+    if options is None:
+        return
     dataset = options["dataset"]
     found = plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS)
     if not found:
@@ -52,7 +69,15 @@ def table(arguments: Sequence[str]) -> None:
     --logbase: Diffuser's column from the plans below a folder, the guided ones where there are some. --labels: a JSON
     file with other words for the rows and columns, {"Dataset": "…", "hopper": "…"}.
     """
-    options = _known(arguments, {"logbase": None, "labels": None})
+    options = _parse(
+        arguments,
+        logbase=Option(
+            "folder of plans, whose scores fill Diffuser's column; none: the published ones", TEXT_OR_NONE, default=None
+        ),
+        labels=Option('a JSON file of other words for rows and columns: {"Dataset": "…"}', TEXT_OR_NONE, default=None),
+    )
+    if options is None:
+        return
     means, errors = plan_results.published()
     if options["logbase"]:
         own = plan_results.experiments(options["logbase"])
@@ -72,9 +97,10 @@ def _labels(path: str) -> dict[str, str]:
         raise UserError(f"--labels {path}: {error}; a JSON object of words is needed") from error
 
 
-def _known(arguments: Sequence[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    given = pairs(arguments)
-    unknown = sorted(given.keys() - defaults.keys())
-    if unknown:
-        raise UserError(f"--{unknown[0]} is no option of this command: there are --{', --'.join(defaults)}")
-    return defaults | given
+def _parse(arguments: Sequence[str], **known: Option) -> dict[str, Any] | None:
+    """The options of a command; None where its help was asked for and printed."""
+    wanted, rest = split_help(arguments)
+    values = flags(pairs(rest), known, "this command")
+    if wanted:
+        show(f"usage: python {sys.argv[0]} [--option value ...]\n\n{help_rows(values, meanings(known), FLAGS)}")
+    return None if wanted else values

@@ -8,11 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-
 from diffusion_rl.cli import app
-from diffusion_rl.config.command_line import line_for_user
-from diffusion_rl.config.compose import compose
+from diffusion_rl.config.compose import compose_job as compose
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.figures import learning_curve
 from diffusion_rl.reports.metrics import read_rows
@@ -59,24 +56,12 @@ def main(overrides: Sequence[str] = ()) -> int:
 
 def check(overrides: Sequence[str]) -> None:
     """Raise UserError for overrides that cannot work, before the first evaluation."""
-    try:
-        config = compose(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides])
-        OmegaConf.set_struct(config, False)
-        config.pop("hydra", None)
-        app.prepare(config)
-    except Exception as error:
-        line = line_for_user(error, overrides)
-        if line is None:
-            raise
-        raise UserError(line) from error
+    app.prepare(compose(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides]))
 
 
 def run(config_name: str, overrides: Sequence[str], logdir: Path) -> Any:
     """Compose a configuration of cfg/ and run its loop in the folder `logdir`."""
-    config = compose(config_name, [*overrides, f"logdir={logdir}"])
-    OmegaConf.set_struct(config, False)
-    config.pop("hydra", None)
-    return app.run(config)
+    return app.run(compose(config_name, [*overrides, f"logdir={logdir}"]))
 
 
 def evaluate(logdir: Path, checkpoint: Path | None = None) -> Score:

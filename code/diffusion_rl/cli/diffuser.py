@@ -33,7 +33,7 @@ from diffusion_rl.methods.diffuser.files import (
 )
 from diffusion_rl.methods.diffuser.maze2d import follow_plan
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
-from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, parse
+from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, parse_command
 from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserTraining
@@ -45,8 +45,6 @@ from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir
 
-TRAINED = "hopper-medium-expert-v2"
-PLANNED = "walker2d-medium-replay-v2"
 SPELLING = Spelling(GO_ON, "give another --logbase or --prefix", GO_ON)
 PICTURES = 6  # frames of a plan in its picture
 ANOTHER_SUFFIX = "give another --logbase or --suffix"
@@ -57,19 +55,17 @@ ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
 def train(arguments: Sequence[str]) -> None:
     """`scripts/train.py`: a diffusion model of states and actions, or of actions alone."""
-    options = parse("diffusion", arguments, TRAINED, save=False)
-    _train(options)
+    _train(parse_command("train", arguments))
 
 
 def train_values(arguments: Sequence[str]) -> None:
     """`scripts/train_values.py`: the value that guides plans."""
-    _train(parse("values", arguments, TRAINED, save=False))
+    _train(parse_command("train_values", arguments))
 
 
 def continue_training(arguments: Sequence[str]) -> None:
     """Go on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
-    options = parse("diffusion", arguments, TRAINED, save=False)
-    _train(going_on(options))
+    _train(going_on(parse_command("train", arguments)))
 
 
 def _train(options: Options) -> None:
@@ -167,7 +163,7 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 
 def plan_guided(arguments: Sequence[str]) -> None:
     """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
-    options = parse("plan", arguments, PLANNED, save=False)
+    options = parse_command("plan_guided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
@@ -187,7 +183,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
 
 def plan_unguided(arguments: Sequence[str]) -> None:
     """`scripts/plan_unguided.py`: many samples without a value, of which one plan is made."""
-    options = parse("plan_unguided", arguments, PLANNED, save=False)
+    options = parse_command("plan_unguided", arguments)
     where = Path(options.loadbase, options.dataset)
     if not any((where / options.diffusion_loadpath).glob("state_*")):
         fallback = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
@@ -202,7 +198,7 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 def plan_maze2d(arguments: Sequence[str]) -> None:
     """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
     configure_threads()
-    options = parse("plan", arguments, "maze2d-umaze-v1", "config.maze2d", save=False)
+    options = parse_command("plan_maze2d", arguments)
     where = options.logbase, options.dataset, options.diffusion_loadpath
     experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
     folder, noise = Path(options.savepath), NoiseSource(seed_of(options))

@@ -27,49 +27,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from diffusion_rl.cli import run_folders
-from diffusion_rl.config.arguments import Arguments
-from diffusion_rl.config.checks import check_ranges, shown, whole
-from diffusion_rl.config.names import require_inside
-from diffusion_rl.config.yaml_files import read_yaml
+from diffusion_rl.config.overrides import META_KEYS, experiment_arguments, gpu_number, read_spec
+from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
+from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.files import atomic_file, read_json
 from diffusion_rl.reports.progress import duration
 from diffusion_rl.training import signals
 from diffusion_rl.training.locks import child_lock, locked
 
-META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "arguments")
 LINE_SECONDS = 10.0  # between lines about what is running, where there is no terminal
 STOP_SECONDS = 15.0  # that a child has to save its state before it is killed
 HYDRA_OPTIONS = ("config_name", "config_dir")
 MOST_RUNS = 10_000  # of a grid
-
-
-def read_spec(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
-    found = read_yaml(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: a mapping of keys to values is needed")
-    _check_keys(found, str(path))
-    return found
-
-
-def gpu_number(text: str) -> str:
-    """What `-g` gives, for CUDA_VISIBLE_DEVICES: numbers with commas between, or nothing for no GPU."""
-    if not re.fullmatch(r"-1|(\d{1,4}(,\d{1,4})*)?|((GPU|MIG)-[\w/-]+,?)+", text):
-        raise UserError(f"-g {shown(text)}: give the number of a GPU")
-    return text
-
-
-def _check_keys(node: Any, where: str) -> None:
-    if not isinstance(node, Mapping):
-        return
-    for key, value in node.items():
-        if not isinstance(key, str) or "." in key:
-            raise UserError(f"{where}: the key {key!r} must be a text without a dot; nest mappings instead")
-        _check_keys(value, f"{where}: {key}")
+HELP = """\
+The file has three parts:
+  meta_data                what is started
+    exp_name               name of the experiment, and part of the folders' names
+    script_path            the script: train.py, script/run.py, one of scripts/, or another one
+    num_workers            runs at a time (default 1)
+    job_name               train.py: name of a run, from {keys} of its values
+    arguments              file (-e FILE -g GPU), hydra (key=value) or flags (--key value); needed for scripts of yours
+  variables                keys with lists of values; every combination is a run
+  constants                keys of all runs; --help of the script lists them"""
 
 
 # ---------- the grid ----------
@@ -90,7 +71,7 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
         if meta.get(key) in (None, ""):
             raise UserError(f"meta_data needs {key}")
     require_inside(str(meta["exp_name"]), f"exp_name: {meta['exp_name']}")
-    check_ranges({"num_workers": meta.get("num_workers") or 1}, {"num_workers": whole(1, 1000)}, "{}: {}".format)
+    check_ranges({"num_workers": meta.get("num_workers") or 1}, {"num_workers": whole(1, 1000)}, FILE)
     variables = dict(_flat(variables))
     for key, values in variables.items():
         if not isinstance(values, list) or not values:
@@ -381,9 +362,7 @@ class Pool:
 
 def main(arguments: Sequence[str]) -> int:
     """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
-    parser = Arguments(description="Run every combination of an experiment's variables.")
-    parser.add_argument("-e", "--experiment", required=True, help="YAML file: meta_data, variables, constants")
-    parser.add_argument("-g", "--gpu", default="0", help="number of the GPU that all runs use (default 0)")
+    parser = experiment_arguments("Run every combination of an experiment's variables.", HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
     given = parser.parse_args(list(arguments))
@@ -399,9 +378,9 @@ def main(arguments: Sequence[str]) -> int:
     folder = _last_launch(root, spec) if given.resume else None
     if folder is None:
         folder = _new_folder(root)
-        _write_yaml(folder / "exp_spec_definition.yaml", spec)
+        write_yaml(folder / "exp_spec_definition.yaml", spec)
         for variant in found:
-            _write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
+            write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
     with locked(folder, "start it anew without --resume"):
         return Pool(folder, _jobs(folder, found, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
 
@@ -412,7 +391,7 @@ def _jobs(folder: Path, found: Sequence[Mapping[str, Any]], gpu: str) -> list[Jo
     for variant in found:
         path = folder / f"{variant['exp_id']}.yaml"
         if not path.is_file() or read_spec(path) != variant:
-            _write_yaml(path, variant)
+            write_yaml(path, variant)
             done.pop(path.stem, None)
         jobs.append(Job(path, command_of(variant, path, gpu), done.get(path.stem)))
     return jobs
@@ -444,8 +423,3 @@ def _statuses(folder: Path) -> dict[str, int]:
         return {name: 0 for name, each in facts.items() if each["exit"] == 0}
     except (UserError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _write_yaml(path: Path, node: Mapping[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write(yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())

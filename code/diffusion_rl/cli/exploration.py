@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 
 import numpy as np
-from omegaconf import DictConfig
 
 from diffusion_rl.cli import app
-from diffusion_rl.config.compose import compose
+from diffusion_rl.config.compose import Config, compose_job
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources.d3il import MODE_SETS
@@ -34,9 +33,7 @@ def _draw(args: argparse.Namespace, command: str) -> None:
     for modes in args.mode or sorted(MODE_SETS):
         for policy in args.policy or POLICIES:
             name = f"d3il/finetune/avoid_{modes}/ft_ppo_{policy}_mlp"
-            config = compose(name, [f"env.n_envs={args.paths}", *args.override])
-            del config.hydra
-            config = app.prepare(config)
+            config = app.prepare(compose_job(name, [f"env.n_envs={args.paths}", *args.override]))
             if not panels or panels[-1].modes != modes:
                 panels.append(demonstrations(modes, config))
             paths, collided = sample(config)
@@ -45,7 +42,7 @@ def _draw(args: argparse.Namespace, command: str) -> None:
     print(f"{numbers}\n{path}\n{path.with_suffix('.csv')}")
 
 
-def demonstrations(modes: str, config: DictConfig) -> Panel:
+def demonstrations(modes: str, config: Config) -> Panel:
     """The data that the policies of this configuration were pre-trained on."""
     bounds = MinMaxNormalizer.from_npz(config.normalization_path)
     episodes = load_episodes(f"{config.data_dir}/{config.suite}/avoid_{modes}/train.npz")
@@ -60,7 +57,7 @@ def positions(states: np.ndarray, bounds: MinMaxNormalizer) -> np.ndarray:
     return (states[..., 2:] + 1) / 2 * (high - low + 1e-6) + low
 
 
-def sample(config: DictConfig) -> tuple[Sequence[np.ndarray], np.ndarray]:
+def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
     """Paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an obstacle."""
     from diffusion_rl.methods.on_policy.training import OnPolicyTraining  # TensorFlow, which other figures do not need
     from diffusion_rl.training.rollout import collect

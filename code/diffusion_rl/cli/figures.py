@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from diffusion_rl.cli.status import exit_status
-from diffusion_rl.config.arguments import Arguments
+from diffusion_rl.config.overrides import Arguments
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.contact_sheet import contact_sheet

@@ -21,23 +21,20 @@ from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.methods.diffuser.files import Description, Experiment, load_experiment, require_compatible
 from diffusion_rl.methods.diffuser.kuka import MaskedDiffusion, StackClassification, StackingPlanner, StackingTrainer
 from diffusion_rl.methods.diffuser.kuka_episodes import StackingTraining, run_episode
-from diffusion_rl.methods.diffuser.options import Options, parse
+from diffusion_rl.methods.diffuser.options import Options, parse_command
 from diffusion_rl.tasks.kuka_stacking import BEST_RETURN, TASKS, draw_task
 from diffusion_rl.training.checkpoint import require_finite
 from diffusion_rl.training.locks import locked
 
-CONFIG = "config.kuka"
-NAME = "kuka"  # of the data set
-
 
 def train(arguments: Sequence[str]) -> None:
     """`scripts/train_kuka.py`: the diffusion model of states."""
-    _train(parse("diffusion", arguments, NAME, CONFIG, save=False))
+    _train(parse_command("train_kuka", arguments))
 
 
 def train_classifier(arguments: Sequence[str]) -> None:
     """`scripts/train_kuka_classifier.py`: the classifier that guides plans."""
-    _train(parse("classifier", arguments, NAME, CONFIG, save=False))
+    _train(parse_command("train_kuka_classifier", arguments))
 
 
 def _train(options: Options) -> None:
@@ -66,7 +63,7 @@ def describe(options: Options, dataset: StackingDataset) -> Description:
 
 def plan(arguments: Sequence[str]) -> None:
     """`scripts/plan_kuka.py`: episodes of stacking blocks, in PyBullet."""
-    options = parse("plan", arguments, NAME, CONFIG, save=False)
+    options = parse_command("plan_kuka", arguments)
     if options.task not in TASKS:
         raise UserError(f"--task {options.task}: choose one of {', '.join(TASKS)}")
     configure_threads()
@@ -107,7 +104,7 @@ def _load(options: Options, kind: type, part: str) -> Experiment:
 def _original(options: Options, path: Path) -> Experiment:
     """The PyTorch code's model, whose normalizer is not in its file but made from the data."""
     dataset = StackingDataset(read_trajectories(options.data_dir), options.horizon)
-    standard = parse("diffusion", [], NAME, CONFIG, save=False)
+    standard = parse_command("train_kuka", [])
     for key in ("horizon", "n_diffusion_steps", "dim", "dim_mults"):
         setattr(standard, key, getattr(options, key))
     model = describe(standard, dataset).build()

@@ -15,31 +15,40 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from diffusion_rl.config.checks import check_ranges, whole
+from diffusion_rl.cli.status import show
 from diffusion_rl.config.compose import REPOSITORY
+from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
+from diffusion_rl.config.schema import FLAG, FLAGS, TEXT, Option, one_of, whole
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.methods.diffuser.options import coerce, pairs, spelling
 from diffusion_rl.reports.plan_results import DATASETS
 
 Command = list[str]
 CODE = "/home/code"  # in containers
 TRIALS, TOGETHER = 50, 2  # of a job of plans: how many, and how many at a time
-FLAGS = {"job": "train", "dry_run": False, "image": "diffuser", "sif": "diffuser.sif", "trials": 150}
 AZURE_CORES, AZURE_GIGABYTES = 4, 16
 MOST_INSTANCES = 1000
 SCRIPTS = {"train": "scripts/train.py", "values": "scripts/train_values.py", "plan": "scripts/plan_guided.py"}
+OPTIONS = {
+    "job": Option("what is started", one_of(*SCRIPTS), default="train"),
+    "dry_run": Option("print the commands and start nothing", FLAG, default=False),
+    "image": Option("the Docker image", TEXT, default="diffuser"),
+    "sif": Option("the Singularity image", TEXT, default="diffuser.sif"),
+    "trials": Option("slurm: plans of a data set", whole(1, 100_000), default=150),
+}
 
 
 def main(arguments: Sequence[str]) -> None:
     """`docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the job> VALUE …]`."""
+    if split_help(arguments)[0]:
+        usage = f"usage: python scripts/launch.py {'|'.join(PLACES)} [--option value ...]"
+        rows = help_rows(flags({}, OPTIONS, "the launcher"), meanings(OPTIONS), FLAGS)
+        return show(f"{usage}\n\n{rows}\nAny other option is the job's: --help of its script lists them.")
     if not arguments or arguments[0] not in PLACES:
         raise UserError(f"say where: one of {', '.join(PLACES)}")
     given = pairs(arguments[1:])
-    flags = FLAGS | {key: coerce(key, given.pop(key), FLAGS[key]) for key in FLAGS if key in given}
-    check_ranges(flags, {"trials": whole(1, 100_000)}, spelling)
-    if flags["job"] not in SCRIPTS:
-        raise UserError(f"--job {flags['job']}: choose one of {', '.join(SCRIPTS)}")
-    run_all(PLACES[arguments[0]](flags, given), bool(flags["dry_run"]))
+    own = {key: given.pop(key) for key in OPTIONS if key in given}
+    settings = flags(own, OPTIONS, "the launcher")
+    run_all(PLACES[arguments[0]](settings, given), settings["dry_run"])
 
 
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:
@@ -54,55 +63,55 @@ def run_all(commands: Iterator[Command], dry_run: bool) -> None:
             raise UserError(f"{command[0]} ended with status {status}")
 
 
-def job(flags: Mapping, options: Mapping[str, str]) -> Command:
+def job(settings: Mapping, options: Mapping[str, str]) -> Command:
     """The command of one job, from the repository's root."""
-    return ["python", SCRIPTS[flags["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
+    return ["python", SCRIPTS[settings["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
 
 
-def docker(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def docker(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """One job in the image."""
     mounts = {str(REPOSITORY): CODE, str(Path.home() / ".d4rl"): "/root/.d4rl"}
     bound = [f"--mount=type=bind,source={source},target={target}" for source, target in mounts.items()]
-    inside = f"cd {CODE} && {shlex.join(job(flags, options))}"
-    yield ["docker", "run", "--rm", "--gpus", "all", *bound, flags["image"], "bash", "-c", inside]
+    inside = f"cd {CODE} && {shlex.join(job(settings, options))}"
+    yield ["docker", "run", "--rm", "--gpus", "all", *bound, settings["image"], "bash", "-c", inside]
 
 
-def singularity(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def singularity(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """The same with Singularity."""
-    yield ["singularity", "exec", "--nv", "--writable-tmpfs", flags["sif"], *job(flags, options)]
+    yield ["singularity", "exec", "--nv", "--writable-tmpfs", settings["sif"], *job(settings, options)]
 
 
-def slurm(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def slurm(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """A job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
     datasets = [options["dataset"]] if "dataset" in options else DATASETS
     for dataset in datasets:
         task, _, buffer = dataset.removesuffix("-v2").partition("-")
-        given, name = {**options, "dataset": dataset}, f"{flags['job']}-{task[:2]}-{buffer}"
-        if flags["job"] != "plan":
-            yield _sbatch(name, flags, shlex.join(job(flags, given)))
+        given, name = {**options, "dataset": dataset}, f"{settings['job']}-{task[:2]}-{buffer}"
+        if settings["job"] != "plan":
+            yield _sbatch(name, settings, shlex.join(job(settings, given)))
             continue
-        for first in range(0, flags["trials"], TRIALS):
-            last = min(first + TRIALS, flags["trials"]) - 1
-            one = shlex.join(job(flags, {"vis_freq": "500", "verbose": "False", **given}))
+        for first in range(0, settings["trials"], TRIALS):
+            last = min(first + TRIALS, settings["trials"]) - 1
+            one = shlex.join(job(settings, {"vis_freq": "500", "verbose": "False", **given}))
             each = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {one} --suffix TRIAL"
-            yield _sbatch(f"{name}-{first}-{last}", flags, each)
+            yield _sbatch(f"{name}-{first}-{last}", settings, each)
 
 
-def _sbatch(name: str, flags: Mapping, command: str) -> Command:
-    wrapped = shlex.join(["singularity", "exec", "--nv", "--writable-tmpfs", flags["sif"], "bash", "-c", command])
+def _sbatch(name: str, settings: Mapping, command: str) -> Command:
+    wrapped = shlex.join(["singularity", "exec", "--nv", "--writable-tmpfs", settings["sif"], "bash", "-c", command])
     needed = ["--nodes=1", "--ntasks=1", "--cpus-per-task=4", "--mem=24G", "--gres=gpu:1", "--time=72:00:00"]
     return ["sbatch", f"--job-name={name}", *needed, f"--wrap={wrapped}"]
 
 
-def azure(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
+def azure(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """A container instance for each combination of comma-separated values, by a client that is logged in (`az login`).
 
     DOCKER_USERNAME says whose image it is, AZURE_RESOURCE_GROUP (diffuser) which resource group the instances are in.
     """
     user, group = os.environ.get("DOCKER_USERNAME"), os.environ.get("AZURE_RESOURCE_GROUP", "diffuser")
-    if not user and not flags["dry_run"]:
+    if not user and not settings["dry_run"]:
         raise UserError("set DOCKER_USERNAME to the account that the image was pushed to (docker push)")
-    image = f"docker.io/{user or '$DOCKER_USERNAME'}/{flags['image']}:latest"
+    image = f"docker.io/{user or '$DOCKER_USERNAME'}/{settings['image']}:latest"
     size = ["--cpu", str(AZURE_CORES), "--memory", str(AZURE_GIGABYTES)]
     split = [value.split(",") for value in options.values()]
     if (count := math.prod(map(len, split))) > MOST_INSTANCES:
@@ -111,8 +120,8 @@ def azure(flags: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
         )
     combinations = itertools.product(*split)
     for number, values in enumerate(combinations):
-        command = shlex.join(job(flags, dict(zip(options, values, strict=True))))
-        where = ["--resource-group", group, "--name", f"diffuser-{flags['job']}-{number}", "--image", image]
+        command = shlex.join(job(settings, dict(zip(options, values, strict=True))))
+        where = ["--resource-group", group, "--name", f"diffuser-{settings['job']}-{number}", "--image", image]
         yield ["az", "container", "create", *where, *size, "--restart-policy", "Never", "--command-line", command]
 
 

@@ -1,27 +1,28 @@
-"""What people write on the command line and what they read: options, help, and one line for each mistake."""
+"""The command line of script/run.py: Hydra's options and overrides, as people may write them, and its help."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import errno
+import os
 import re
+import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl.config.compose import CONFIG_ROOT, check_hydra, check_own_files, compose, shipped_configs
-from diffusion_rl.config.instantiate import first_line, flatten
-from diffusion_rl.config.keys import KEYS, OPEN, unknown_key
-from diffusion_rl.core.errors import UserError, is_out_of_memory
+from diffusion_rl.config.compose import CONFIG_ROOT, check_hydra, check_own_files, compose, mending, shipped_configs
+from diffusion_rl.config.instantiate import flatten
+from diffusion_rl.config.keys import KEYS, OPEN, OPTIONS
+from diffusion_rl.config.overrides import help_rows
+from diffusion_rl.config.schema import ABSENT, did_you_mean
+from diffusion_rl.core.errors import UserError
 
 EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
+FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks, ours and Hydra's
 USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=value ...]   e.g. {EXAMPLE}"
 
 
@@ -110,7 +111,7 @@ def check_names(options: Namespace) -> dict[str, Any]:
         raise UserError(f"no --config-name given; {USAGE}")
     if folder is not None and not Path(folder).is_dir():
         known = {f"{CONFIG_ROOT.name}/{Path(config).parent}" for config in shipped_configs()}
-        raise UserError(f"--config-dir={folder}: no such folder{_did_you_mean(folder.rstrip('/'), known)}")
+        raise UserError(f"--config-dir={folder}: no such folder{did_you_mean(folder.rstrip('/'), known)}")
     places = [Path(folder)] if folder else []
     file_name = f"{name.removesuffix('.yaml')}.yaml"
     if not any((place / file_name).is_file() for place in [*places, CONFIG_ROOT]):
@@ -124,13 +125,8 @@ def _others(folder: str | None, name: str) -> str:
         folders = [f"{CONFIG_ROOT.name}/{place.parent}" for _, place in places]
         return f"; add --config-dir={folders[0]} (or {', '.join(folders[1:])})" if folders else "; add --config-dir=DIR"
     here = sorted(path.stem for path in Path(folder).glob("*.yaml"))
-    close = _did_you_mean(name, here)
+    close = did_you_mean(name, here)
     return f" in {folder}" + (close or f" (there are: {', '.join(here) or 'none'})")
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    matches = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def _defaults(options: Namespace) -> dict[str, Any]:
@@ -139,43 +135,36 @@ def _defaults(options: Namespace) -> dict[str, Any]:
         folder = None
     if folder:
         check_own_files(options.config_name, Path(folder))
-    config = compose(options.config_name, folder=folder)
-    check_hydra(config.hydra)
-    del config.hydra
-    OmegaConf.resolve(config)
+    with mending():
+        config = compose(options.config_name, folder=folder)
+        check_hydra(config.hydra)
+        del config.hydra
+        OmegaConf.resolve(config)
     return flatten(config)
 
 
-INTERRUPTED = "interrupted; resume=auto goes on from the last checkpoint"  # where a run cannot say more
+def run_jobs(job: Callable[[DictConfig], Any], arguments: Sequence[str], known: Iterable[str]) -> None:
+    """Let Hydra compose the configuration of a command line, once or for each job of a multirun, and call `job`.
+
+    known: keys of the configuration, to suggest one in the place of an unknown one.
+    """
+    before, argv = os.environ.get(FULL_ERROR), sys.argv
+    sys.argv = [argv[0], *without_hydra_files(arguments)]
+    os.environ[FULL_ERROR] = "1"  # Hydra then raises its errors; else it would print them and exit
+    try:
+        with mending(known):
+            hydra.main(version_base="1.3", config_path=str(CONFIG_ROOT))(job)()
+    finally:
+        sys.argv = argv
+        set_environment(FULL_ERROR, before)
 
 
-def line_for_user(error: Exception, arguments: Sequence[str]) -> str | None:
-    """One line for an error that the user can mend; None for a defect of ours."""
-    if isinstance(error, UserError):
-        return str(error)
-    if is_out_of_memory(error):
-        some = "env.n_envs, train.n_steps, train.batch_size, train.buffer_size"
-        return f"not enough memory ({first_line(error)[:150]}): choose smaller numbers, such as {some}"
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return _config_line(error, arguments)
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-        return f"{error.filename or 'writing'}: {error.strerror}"
-    return None
-
-
-def _config_line(error: Exception, arguments: Sequence[str]) -> str:
-    text = first_line(error)
-    if isinstance(error, OverrideParseException):
-        return f"cannot read the argument {error.override}: {text}; put the value in quotes: \"key='value'\""
-    unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
-    if unknown:
-        known = set(KEYS)
-        with contextlib.suppress(Exception):
-            known |= set(_defaults(parse(arguments)))
-        return unknown_key(unknown[1], known)
-    return text
+def set_environment(name: str, value: str | None) -> None:
+    """Set a variable of the environment, or delete it (None)."""
+    if value is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = value
 
 
 def help_text(options: Namespace) -> str:
@@ -185,15 +174,11 @@ def help_text(options: Namespace) -> str:
 
 def _help_on_config(options: Namespace) -> str:
     config = check_names(options)
-    width = max(map(len, config))
-    rows = [f"  {key:<{width}}  {_short(value):<30}  {_meaning(key)}".rstrip() for key, value in sorted(config.items())]
-    others = [f"  {key:<{width}}  {text}" for key, text in sorted(KEYS.items()) if key not in config]
+    rows = help_rows(dict(sorted(config.items())), KEYS)
+    defaults = {key: "" if option.default is ABSENT else option.default for key, option in sorted(OPTIONS.items())}
+    others = help_rows({key: value for key, value in defaults.items() if key not in config}, KEYS)
     title = f"Keys of {options.config_name} and their values (key=value changes one):"
-    return "\n".join([USAGE, "", title, *rows, "", "Optional keys (key=value adds one):", *others])
-
-
-def _meaning(key: str) -> str:
-    return KEYS.get(key, "")
+    return "\n".join([USAGE, "", title, rows, "", "Optional keys and their defaults (key=value adds one):", others])
 
 
 def _help() -> str:
@@ -218,8 +203,3 @@ Exit status: 0 done, 2 something to mend (one line says what), 130 interrupted.
 
 Configurations (DIR: NAMEs):"""
     return "\n".join([lines, *(f"  {folder}: {', '.join(names)}" for folder, names in folders.items())])
-
-
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,22 +1,32 @@
-"""The configuration files: where they are, and composing them."""
+"""The configuration files: where they are, composing them, and checking and completing what came out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from diffusion_rl.config.instantiate import flatten, register_resolvers
+from diffusion_rl.config.instantiate import first_line, flatten, plain, register_resolvers
+from diffusion_rl.config.keys import KEYS, check_keys, check_numbers, complete, unknown_key
+from diffusion_rl.config.reads import interpolated
+from diffusion_rl.config.targets import translate
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 
 HYDRAS_OWN = ("hydra.", "hydra_plugins.", "logging.", "colorlog.", "ext://sys.std")
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIG_ROOT = next((d for d in (REPOSITORY / "cfg", Path.cwd() / "cfg") if (d / "_base").is_dir()), REPOSITORY / "cfg")
+Config = DictConfig  # what loops receive: a mapping whose values are attributes, too
 
 
 def shipped_configs() -> list[str]:
@@ -65,3 +75,99 @@ def compose(name: str, overrides: Sequence[str] = (), *, folder: str | Path | No
         overrides.append(f"hydra.searchpath=['file://{CONFIG_ROOT}']")
     with hydra.initialize_config_dir(str(Path(folder or CONFIG_ROOT).resolve()), version_base="1.3"):
         return hydra.compose(name.removesuffix(".yaml"), overrides, return_hydra_config=True)
+
+
+def compose_job(name: str, overrides: Sequence[str] = (), *, folder: str | Path | None = None) -> DictConfig:
+    """The configuration `name` as a loop takes it: without Hydra's node, open for further keys.
+
+    Raises:
+        UserError: it cannot be composed.
+    """
+    with mending():
+        config = compose(name, overrides, folder=folder)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra", None)
+    return config
+
+
+def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> DictConfig:
+    """Resolve `config`, check its keys and class names, and fill in what follows from the rest.
+
+    `defaults`: the flat configuration without overrides, for the types of values. Neither imports TensorFlow nor
+    writes anything. Raises UserError.
+    """
+    with mending():
+        _find_data(config)
+        used = interpolated(OmegaConf.to_container(config))
+        OmegaConf.resolve(config)
+    missing = sorted(OmegaConf.missing_keys(config), key=lambda key: (key.count("."), key))
+    if missing:
+        raise UserError(f"{missing[0]} has no value: give {missing[0]}=… on the command line")
+    values = plain(config)
+    if "_target_" not in values:
+        raise UserError("the configuration has no _target_: it names no loop to run")
+    translate(values)
+    check_keys(values, defaults or {}, used)
+    check_numbers(values)
+    complete(values)
+    _complete_wandb(values)
+    return OmegaConf.create(values)
+
+
+def plain_copy(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as mappings and lists of its own, interpolations resolved."""
+    return plain(OmegaConf.create(plain(config)))
+
+
+def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
+    """A resolved copy of a configuration, with changes."""
+    return OmegaConf.merge(plain_copy(config), changes)  # type: ignore[return-value]
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as the text of a YAML file."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+
+
+def _find_data(config: DictConfig) -> None:
+    """Started in another folder than the repository's, the default data folder is still the repository's."""
+    folder = Path(str(config.get("data_dir", ".")))
+    shipped = REPOSITORY / folder
+    if "DPPO_DATA_DIR" not in os.environ and not folder.exists() and shipped.is_dir():
+        config.data_dir = str(shipped)
+
+
+def _complete_wandb(config: dict[str, Any]) -> None:
+    """`wandb: null` and `wandb.mode: disabled` are both null; otherwise entity, project and run get their defaults."""
+    wandb = config.get("wandb")
+    if not wandb or wandb.get("mode") == "disabled":
+        config["wandb"] = None
+        return
+    env = config.get("env_name") or config.get("env")
+    defaults = {
+        "entity": os.environ.get("DPPO_WANDB_ENTITY"),
+        "project": config.get("project") or f"{config.get('suite')}-{env}-{config.get('stage')}",
+        "run": f"{time.strftime('%H-%M-%S')}_{config.get('name')}",
+    }
+    config["wandb"] = defaults | {key: value for key, value in wandb.items() if value is not None}
+
+
+@contextlib.contextmanager
+def mending(known: Iterable[str] = ()) -> Iterator[None]:
+    """Make errors of Hydra and OmegaConf, which come of what people write, UserErrors of one line.
+
+    known: keys of the configuration, to suggest one in the place of an unknown one.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(config_line(error, known)) from error
+
+
+def config_line(error: Exception, known: Iterable[str] = ()) -> str:
+    """The line about an error of Hydra or OmegaConf, with the keys that were probably meant."""
+    text = first_line(error)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument {error.override}: {text}; put the value in quotes: \"key='value'\""
+    unknown = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", text)
+    return unknown_key(unknown[1], {*KEYS, *known}) if unknown else text

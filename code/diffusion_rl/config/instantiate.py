@@ -113,7 +113,7 @@ def set_by_user(key: str) -> bool:
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as {"a.b": value}. Lists are values; an empty mapping is the value {}."""
     flat: dict[str, Any] = {}
-    for key, value in _plain(node).items():
+    for key, value in plain(node).items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
@@ -123,20 +123,21 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
-    plain = _plain(node)
-    if isinstance(plain, Mapping):
-        if "_target_" in plain:
-            yield prefix, plain
-        items: Any = plain.items()
-    elif isinstance(plain, list):
-        items = enumerate(plain)
+    found = plain(node)
+    if isinstance(found, Mapping):
+        if "_target_" in found:
+            yield prefix, found
+        items: Any = found.items()
+    elif isinstance(found, list):
+        items = enumerate(found)
     else:
         return
     for key, value in items:
         yield from targets(value, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _plain(node: Any) -> Any:
+def plain(node: Any) -> Any:
+    """The node of a configuration as plain, resolved mappings and lists; anything else as it is."""
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
 
 
@@ -162,17 +163,17 @@ def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
     Raises UserError for any other `_target_`, before anything is imported or built, and for an interpolation or a
     Hydra directive, which a saved (resolved) configuration has no need of.
     """
-    plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
-    for where, text in _strings(plain):
+    content = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig | ListConfig) else node
+    for where, text in _strings(content):
         if "${" in text:
             raise UserError(f"checkpoint's configuration: {where} has an interpolation ({text}); refused")
-    for where, mapping in targets(plain):
+    for where, mapping in targets(content):
         name = mapping["_target_"]
         directives = [key for key in mapping if str(key).startswith("_") and key != "_target_"]
         if directives or not isinstance(name, str) or name not in allowed:
             what = f"{where}.{directives[0]}" if directives else f"{where}._target_ = {name}"
             raise UserError(f"checkpoint's configuration: {what} is no network or policy of this package; refused")
-    return instantiate(OmegaConf.create(plain))
+    return instantiate(OmegaConf.create(content))
 
 
 def find_class(name: str) -> type:

@@ -1,221 +1,292 @@
-"""Every configuration key that something reads, with what it means, and the check that catches a misspelt one.
+"""Every configuration key that script/run.py reads, with what it means and may be; the check that finds misspelt ones.
 
-Keys of objects (a mapping with a `_target_`, such as `model` or `train_dataset`) are not listed: they are the arguments
-of that class, and are checked against its signature.
+Keys of objects (a mapping with a `_target_`, such as `model` or `train_dataset`) are the arguments of that class, and
+are checked against its signature.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from diffusion_rl.config.instantiate import PACKAGE, find_class, flatten, parameters_of, targets
-from diffusion_rl.config.ranges import RANGES
-from diffusion_rl.config.reads import is_own, unread
+from diffusion_rl.config.reads import is_own, is_read, unread
+from diffusion_rl.config.schema import (
+    ABSENT,
+    ANY,
+    ENVS,
+    FLAG,
+    HYDRA,
+    LIST,
+    SEED,
+    SHARE,
+    STEPS,
+    Kind,
+    Option,
+    at_most,
+    check_kind,
+    check_ranges,
+    did_you_mean,
+    near_words,
+    number,
+    positive,
+    whole,
+)
 from diffusion_rl.core.errors import UserError
 
-KEYS: dict[str, str] = {
+COUNT = whole(1, 10**6)  # of what lies in memory: dimensions, entries
+SPAN = whole(1, 10**4)  # steps of a plan or of a history
+NOT_NEGATIVE = number(0)  # a learning rate of 0 trains nothing
+FROM_ZERO = whole(0, 10**12)
+ROWS = whole(1, 10**8)  # of a minibatch: what is more than there are is cut
+STEPS_OR_NONE = whole(1, 10**12, null=True)
+DENOISING = whole(1, 10**4, null=True)
+
+_TOP = {
     # the run
-    "_target_": "the loop: a class of diffusion_rl.methods",
-    "suite": "family of tasks: first part of the log and data folders [ours]",
-    "stage": "pretrain, finetune, scratch or eval: second part of the log folder's name [ours]",
-    "project": "wandb's project; default <suite>-<environment>-<stage> [ours]",
-    "name": "name of the run: third part of the log folder",
-    "seed": "seed of weights, noise, minibatches and environments",
-    "device": "cuda:N: N-th GPU if there is one, else the processor; cpu: never a GPU",
-    "data_dir": "folder of data sets and pre-trained policies; default $DPPO_DATA_DIR, else data [ours]",
-    "log_dir": "folder of all run folders; default $DPPO_LOG_DIR, else log [ours]",
-    "logdir": "this run's folder",
-    "resume": "never | auto (newest folder of this name and seed) | a run folder or checkpoint [ours]",
-    "tensorboard": "write TensorBoard events; default true [ours]",
-    "wandb": "null: off; wandb.mode=online turns it on",
-    "wandb.mode": "online, offline or disabled",
-    "wandb.entity": "default $DPPO_WANDB_ENTITY, else wandb's own",
-    "wandb.project": "default `project`",
-    "wandb.run": "default <time>_<name>",
+    "_target_": Option("the loop: a class of diffusion_rl.methods"),
+    "suite": Option("family of tasks: first part of the log and data folders [ours]"),
+    "stage": Option("pretrain, finetune, scratch or eval: second part of the log folder's name [ours]"),
+    "project": Option("wandb's project; default <suite>-<environment>-<stage> [ours]"),
+    "name": Option("name of the run: third part of the log folder"),
+    "seed": Option("seed of weights, noise, minibatches and environments", SEED, default=42),
+    "device": Option("cuda:N: N-th GPU if there is one, else the processor; cpu: never a GPU"),
+    "data_dir": Option("folder of data sets and pre-trained policies; default $DPPO_DATA_DIR, else data [ours]"),
+    "log_dir": Option("folder of all run folders; default $DPPO_LOG_DIR, else log [ours]"),
+    "logdir": Option("this run's folder"),
+    "resume": Option(
+        "never | auto (newest folder of this name and seed) | a run folder or checkpoint [ours]", default="never"
+    ),
+    "tensorboard": Option("write TensorBoard events [ours]", FLAG, default=True),
+    "wandb": Option("null: off; wandb.mode=online turns it on"),
+    "wandb.mode": Option("online, offline or disabled"),
+    "wandb.entity": Option("default $DPPO_WANDB_ENTITY, else wandb's own"),
+    "wandb.project": Option("default `project`"),
+    "wandb.run": Option("default <time>_<name>"),
     # the task
-    "env_name": "the environment's name",
-    "task": "Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations",
-    "mode": "avoiding: the gaps that the demonstrations take; only names the set",
-    "randomness": "Furniture-Bench: how much initial poses vary, low or med",
-    "obs_dim": "dimension O of one observation",
-    "action_dim": "dimension A of one action",
-    "cond_steps": "To, observations the policy sees",
-    "img_cond_steps": "Ti, the last of them that it sees as images",
-    "horizon_steps": "H, actions the policy plans",
-    "act_steps": "Ta, actions of a plan that are executed",
-    "denoising_steps": "K, denoising steps",
-    "ft_denoising_steps": "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint",
-    "use_ddim": "sample with DDIM",
-    "ddim_steps": "its denoising steps",
-    "num_modes": "M, components of a Gaussian mixture",
-    "reward_horizon": "actions of a chunk whose log-probabilities count in the policy loss; default act_steps",
+    "env_name": Option("the environment's name"),
+    "task": Option("Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations"),
+    "mode": Option("avoiding: the gaps that the demonstrations take; only names the set"),
+    "randomness": Option("Furniture-Bench: how much initial poses vary, low or med"),
+    "obs_dim": Option("dimension O of one observation", COUNT),
+    "action_dim": Option("dimension A of one action", COUNT),
+    "cond_steps": Option("To, observations the policy sees", SPAN),
+    "img_cond_steps": Option("Ti, the last of them that it sees as images", SPAN),
+    "horizon_steps": Option("H, actions the policy plans", SPAN),
+    "act_steps": Option("Ta, actions of a plan that are executed", SPAN),
+    "denoising_steps": Option("K, denoising steps", DENOISING),
+    "ft_denoising_steps": Option(
+        "F, of which fine-tuned; in an evaluation 0 leaves it to the checkpoint", whole(0, 10**4), default=0
+    ),
+    "use_ddim": Option("sample with DDIM", FLAG),
+    "ddim_steps": Option("its denoising steps", DENOISING),
+    "num_modes": Option("M, components of a Gaussian mixture", DENOISING),
+    "reward_horizon": Option(
+        "actions of a chunk whose log-probabilities count in the policy loss; default act_steps", DENOISING
+    ),
     # files
-    "train_dataset_path": "pre-training data (npz)",
-    "normalization_path": "minima and maxima of observations and actions (npz)",
-    "base_policy_path": "policy to start from or to evaluate: .safetensors, or the reference's .pt",
-    "offline_dataset_path": "demonstrations of RLPD, IBRL and Cal-QL (npz)",
-    "robomimic_env_cfg_path": "robomimic's description of the environment (JSON)",
+    "train_dataset_path": Option("pre-training data (npz)"),
+    "normalization_path": Option("minima and maxima of observations and actions (npz)"),
+    "base_policy_path": Option("policy to start from or to evaluate: .safetensors, or the reference's .pt"),
+    "offline_dataset_path": Option("demonstrations of RLPD, IBRL and Cal-QL (npz)"),
+    "robomimic_env_cfg_path": Option("robomimic's description of the environment (JSON)"),
     # environments
-    "env": "in pre-training just the data set's name",
-    "env.engine": "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]",
-    "env.threads": "threads that step batched environments; default 2 [ours]",
-    "env.worker_timeout": "seconds that an environment's process may take to answer; default 600 [ours]",
-    "env.d4rl_time_limit": "steps after which D4RL ends an episode by itself; null: never [ours]",
-    "env.env_type": "furniture: Furniture-Bench's simulator, all environments in one",
-    "env.name": "the environment's name",
-    "env.n_envs": "E, environments stepped together",
-    "env.max_episode_steps": "environment steps after which an episode is truncated",
-    "env.reset_at_iteration": "start new episodes at each iteration",
-    "env.save_video": "write videos of evaluations to render/",
-    "env.render": "avoiding: show environment 0 in a window; elsewhere without effect",
-    "env.save_full_observations": "keep every observation, not only one per chunk",
-    "env.best_reward_threshold_for_success": "an episode whose best chunk reward per action reaches it is a success",
-    "env.robomimic_env_cfg_path": "robomimic: the description of the environment (JSON)",
-    "env.reward_shaping": "robomimic: robosuite's shaped reward instead of 0 and 1; default false",
-    "env.reflections": "robomimic: images with the floor's reflections, slower; default false [ours]",
-    "env.wrappers.mujoco_locomotion_lowdim.normalization_path": "statistics that normalise observations and actions",
-    "env.wrappers.d3il_lowdim.normalization_path": "the same for the avoiding task",
-    "env.wrappers.multi_step.n_obs_steps": "observation history To",
-    "env.wrappers.multi_step.n_action_steps": "executed chunk Ta",
-    "env.wrappers.multi_step.max_episode_steps": "truncation of an episode",
-    "env.wrappers.multi_step.reset_within_step": "begin the next episode in the step that ended one",
-    "env.wrappers.multi_step.pass_full_observations": "infos carry every observation of the chunk",
+    "env": Option("in pre-training just the data set's name"),
     # evaluation
-    "n_steps": "chunk steps S of an evaluation",
-    "render_num": "environments of which an evaluation makes videos",
+    "n_steps": Option("chunk steps S of an evaluation", STEPS),
+    "render_num": Option("environments of which an evaluation makes videos", FROM_ZERO, default=0),
     # pre-training
-    "ema.decay": "decay of the averaged weights",
-    "train.n_epochs": "passes over the data",
-    "train.learning_rate": "base learning rate",
-    "train.weight_decay": "decoupled weight decay",
-    "train.epoch_start_ema": "epoch from which weights are averaged; until then they are copied",
-    "train.update_ema_freq": "epochs between updates of the averaged weights",
-    "train.train_split": "share of the data trained on; the rest validates",
-    # reinforcement learning
-    "train.n_train_itr": "iterations",
-    "train.n_critic_warmup_itr": "first iterations that train the critic only",
-    "train.n_steps": "chunk steps S collected per environment and iteration",
-    "train.gamma": "discount per chunk step",
-    "train.gae_lambda": "lambda of generalised advantage estimation",
-    "train.batch_size": "rows of a minibatch; in DPPO a row is one denoising step of one chunk",
-    "train.update_epochs": "passes over an iteration's data",
-    "train.reward_scale_running": "divide rewards by the running deviation of returns",
-    "train.reward_scale_const": "and multiply them with this",
-    "train.target_kl": "stop an iteration's update when the approximate KL divergence exceeds this",
-    "train.ent_coef": "weight of the entropy bonus",
-    "train.vf_coef": "weight of the value loss",
-    "train.max_grad_norm": "clip the actor's gradient to this norm",
-    "train.use_bc_loss": "add a behaviour-cloning loss on the base policy's own samples",
-    "train.bc_loss_coeff": "its weight",
-    "train.fast": "the compiled fast path; default true; false: the plain one, same numbers, slower [ours]",
-    "train.force_train": "train in every iteration, evaluations included",
-    "train.save_model_freq": "iterations (epochs) between checkpoints",
-    "train.stop_at": "end after this iteration (epoch) and go on another day; schedules stay; default null [ours]",
-    "train.val_freq": "iterations between evaluations (epochs between validations)",
-    "train.render.freq": "iterations between videos",
-    "train.render.num": "environments of which videos are made",
-    "train.eta_lr": "learning rate of a learned eta (model.learn_eta)",
-    "train.eta_weight_decay": "its weight decay",
-    "train.eta_update_interval": "updates of the actor between two of eta",
+    "ema.decay": Option("decay of the averaged weights", SHARE),
 }
-KEYS |= {
+_ENV = {
+    "engine": Option(
+        "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]"
+    ),
+    "threads": Option("threads that step batched environments; default 2 [ours]", whole(1, 1024)),
+    "worker_timeout": Option(
+        "seconds that an environment's process may take to answer; default 600 [ours]", positive(null=True)
+    ),
+    "d4rl_time_limit": Option("steps after which D4RL ends an episode by itself; null: never [ours]", STEPS_OR_NONE),
+    "env_type": Option("furniture: Furniture-Bench's simulator, all environments in one"),
+    "name": Option("the environment's name"),
+    "n_envs": Option("E, environments stepped together", ENVS),
+    "max_episode_steps": Option("environment steps after which an episode is truncated", STEPS_OR_NONE),
+    "reset_at_iteration": Option("start new episodes at each iteration", FLAG, default=True),
+    "save_video": Option("write videos of evaluations to render/", FLAG, default=False),
+    "render": Option("avoiding: show environment 0 in a window; elsewhere without effect", FLAG),
+    "save_full_observations": Option("keep every observation, not only one per chunk", FLAG),
+    "best_reward_threshold_for_success": Option(
+        "an episode whose best chunk reward per action reaches it is a success", number(null=True)
+    ),
+    "robomimic_env_cfg_path": Option("robomimic: the description of the environment (JSON)"),
+    "reward_shaping": Option("robomimic: robosuite's shaped reward instead of 0 and 1; default false", FLAG),
+    "reflections": Option("robomimic: images with the floor's reflections, slower; default false [ours]", FLAG),
+    "wrappers.mujoco_locomotion_lowdim.normalization_path": Option(
+        "statistics that normalise observations and actions"
+    ),
+    "wrappers.d3il_lowdim.normalization_path": Option("the same for the avoiding task"),
+    "wrappers.multi_step.n_obs_steps": Option("observation history To"),
+    "wrappers.multi_step.n_action_steps": Option("executed chunk Ta"),
+    "wrappers.multi_step.max_episode_steps": Option("truncation of an episode"),
+    "wrappers.multi_step.reset_within_step": Option("begin the next episode in the step that ended one", FLAG),
+    "wrappers.multi_step.pass_full_observations": Option("infos carry every observation of the chunk", FLAG),
+}
+_TRAIN = {
+    # pre-training
+    "n_epochs": Option("passes over the data", STEPS),
+    "learning_rate": Option("base learning rate", NOT_NEGATIVE),
+    "weight_decay": Option("decoupled weight decay", NOT_NEGATIVE),
+    "epoch_start_ema": Option(
+        "epoch from which weights are averaged; until then they are copied", FROM_ZERO, default=20
+    ),
+    "update_ema_freq": Option("epochs between updates of the averaged weights", STEPS, default=10),
+    "train_split": Option("share of the data trained on; the rest validates", positive(1), default=1),
+    # reinforcement learning
+    "n_train_itr": Option("iterations", STEPS),
+    "n_critic_warmup_itr": Option("first iterations that train the critic only", FROM_ZERO),
+    "n_steps": Option("chunk steps S collected per environment and iteration", whole(1, 10**7)),
+    "gamma": Option("discount per chunk step", SHARE),
+    "gae_lambda": Option("lambda of generalised advantage estimation", SHARE, default=0.95),
+    "batch_size": Option("rows of a minibatch; in DPPO a row is one denoising step of one chunk", ROWS),
+    "update_epochs": Option("passes over an iteration's data", STEPS),
+    "reward_scale_running": Option("divide rewards by the running deviation of returns", FLAG, default=False),
+    "reward_scale_const": Option("and multiply them with this", number(), default=1),
+    "target_kl": Option(
+        "stop an iteration's update when the approximate KL divergence exceeds this", positive(null=True)
+    ),
+    "ent_coef": Option("weight of the entropy bonus", number(), default=0),
+    "vf_coef": Option("weight of the value loss", NOT_NEGATIVE, default=0),
+    "max_grad_norm": Option("clip the actor's gradient to this norm", positive(null=True)),
+    "use_bc_loss": Option("add a behaviour-cloning loss on the base policy's own samples", FLAG, default=False),
+    "bc_loss_coeff": Option("its weight", NOT_NEGATIVE, default=0),
+    "fast": Option("the compiled fast path; false: the plain one, same numbers, slower [ours]", FLAG, default=True),
+    "force_train": Option("train in every iteration, evaluations included", FLAG, default=False),
+    "save_model_freq": Option("iterations (epochs) between checkpoints", STEPS),
+    "stop_at": Option("end after this iteration (epoch) and go on another day; schedules stay [ours]", STEPS_OR_NONE),
+    "val_freq": Option("iterations between evaluations (epochs between validations)", STEPS, default=100),
+    "render.freq": Option("iterations between videos", STEPS, default=1),
+    "render.num": Option("environments of which videos are made", FROM_ZERO, default=0),
+    "eta_lr": Option("learning rate of a learned eta (model.learn_eta)", NOT_NEGATIVE),
+    "eta_weight_decay": Option("its weight decay", NOT_NEGATIVE),
+    "eta_update_interval": Option("updates of the actor between two of eta", STEPS, default=1),
     # algorithms on a replay buffer
-    "train.replay_ratio": "how often each new transition is drawn for an update",
-    "train.buffer_size": "rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)",
-    "train.scale_reward_factor": "factor on rewards",
-    "train.target_ema_rate": "share of the trained networks in a step of their targets",
-    "train.critic_tau": "the same (IDQL, QSM)",
-    "train.log_freq": "iterations between rows of the metrics; default 1",
-    "train.n_explore_steps": "first iterations, with random actions and without updates",
-    "train.n_eval_episode": "episodes of an evaluation",
-    "train.eta": "weight of the value against imitation (DQL)",
-    "train.q_grad_coeff": "factor on the critic's slope (QSM)",
-    "train.action_lr": "learning rate of actions (DIPO)",
-    "train.action_gradient_steps": "steps that an action climbs (DIPO)",
-    "train.eval_deterministic": "evaluations without exploration noise (IDQL)",
-    "train.eval_sample_num": "samples among which a decision chooses (IDQL)",
-    "train.use_expectile_exploration": "choose by the value's expectile, not the best (IDQL)",
-    "train.beta": "inverse temperature of weights (DRWR, DAWR)",
-    "train.max_reward_weight": "largest weight (DRWR)",
-    "train.max_adv_weight": "largest weight (DAWR)",
-    "train.critic_update_ratio": "actor updates for each of the critic's (DAWR)",
-    "train.lr": "base learning rate (DRWR)",
-    "train.lr_scheduler.first_cycle_steps": "iterations (epochs) of the first cosine cycle",
-    "train.lr_scheduler.warmup_steps": "iterations (epochs) of linear warm-up",
-    "train.lr_scheduler.min_lr": "learning rate at the cycle's ends",
-    "train.init_temperature": "the temperature at the beginning (SAC, RLPD, Cal-QL, DACER)",
-    "train.target_entropy": "entropy that the temperature aims at",
-    "train.temperature_lr": "learning rate of log alpha (DACER) [ours]",
-    "train.temperature_interval": "critic steps between two updates of the temperature (DACER) [ours]",
-    "train.entropy_states": "states whose entropy is estimated then (DACER) [ours]",
-    "train.entropy_samples": "actions of each of them (DACER) [ours]",
-    "train.automatic_entropy_tuning": "learn the temperature (Cal-QL)",
-    "train.critic_replay_ratio": "rows drawn for the critic per step (SAC)",
-    "train.actor_replay_ratio": "rows drawn for the actor per step (SAC)",
-    "train.critic_num_update": "critic updates for each of the actor's (RLPD, IBRL)",
-    "train.update_freq": "iterations between updates (IBRL)",
-    "train.train_online": "collect in the environment too (Cal-QL)",
-    "train.num_update": "updates of an offline iteration (Cal-QL)",
-    "train.n_episode_per_epoch": "episodes collected per iteration (Cal-QL)",
-    "train.n_random_actions": "random actions of the conservative term (Cal-QL)",
+    "replay_ratio": Option("how often each new transition is drawn for an update", positive()),
+    "buffer_size": Option("rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)", STEPS),
+    "scale_reward_factor": Option("factor on rewards", number()),
+    "target_ema_rate": Option("share of the trained networks in a step of their targets", SHARE),
+    "critic_tau": Option("the same (IDQL, QSM)", SHARE),
+    "log_freq": Option("iterations between rows of the metrics", STEPS, default=1),
+    "n_explore_steps": Option("first iterations, with random actions and without updates", FROM_ZERO),
+    "n_eval_episode": Option("episodes of an evaluation", whole(1, 10**9)),
+    "eta": Option("weight of the value against imitation (DQL)", number()),
+    "q_grad_coeff": Option("factor on the critic's slope (QSM)", number()),
+    "action_lr": Option("learning rate of actions (DIPO)", NOT_NEGATIVE),
+    "action_gradient_steps": Option("steps that an action climbs (DIPO)", FROM_ZERO),
+    "eval_deterministic": Option("evaluations without exploration noise (IDQL)", FLAG, default=False),
+    "eval_sample_num": Option("samples among which a decision chooses (IDQL)", whole(1, 10**9)),
+    "use_expectile_exploration": Option("choose by the value's expectile, not the best (IDQL)", FLAG),
+    "beta": Option("inverse temperature of weights (DRWR, DAWR)", number()),
+    "max_reward_weight": Option("largest weight (DRWR)", NOT_NEGATIVE),
+    "max_adv_weight": Option("largest weight (DAWR)", NOT_NEGATIVE),
+    "critic_update_ratio": Option("actor updates for each of the critic's (DAWR)", STEPS),
+    "lr": Option("base learning rate (DRWR)", NOT_NEGATIVE),
+    "init_temperature": Option("the temperature at the beginning (SAC, RLPD, Cal-QL, DACER)", positive()),
+    "target_entropy": Option("entropy that the temperature aims at", number(null=True)),
+    "temperature_lr": Option("learning rate of log alpha (DACER) [ours]", NOT_NEGATIVE),
+    "temperature_interval": Option("critic steps between two updates of the temperature (DACER) [ours]", STEPS),
+    "entropy_states": Option("states whose entropy is estimated then (DACER) [ours]", COUNT),
+    "entropy_samples": Option("actions of each of them (DACER) [ours]", COUNT),
+    "automatic_entropy_tuning": Option("learn the temperature (Cal-QL)", FLAG),
+    "critic_replay_ratio": Option("rows drawn for the critic per step (SAC)", positive()),
+    "actor_replay_ratio": Option("rows drawn for the actor per step (SAC)", positive()),
+    "critic_num_update": Option("critic updates for each of the actor's (RLPD, IBRL)", COUNT),
+    "update_freq": Option("iterations between updates (IBRL)", STEPS),
+    "train_online": Option("collect in the environment too (Cal-QL)", FLAG),
+    "num_update": Option("updates of an offline iteration (Cal-QL)", FROM_ZERO),
+    "n_episode_per_epoch": Option("episodes collected per iteration (Cal-QL)", FROM_ZERO),
+    "n_random_actions": Option("random actions of the conservative term (Cal-QL)", COUNT),
+    # images
+    "augment": Option("shift the images of a rollout at random by up to 4 pixels", FLAG, default=False),
+    "grad_accumulate": Option(
+        "minibatches whose gradients are added up for a step of the optimizers", STEPS, default=1
+    ),
+    "logprob_batch_size": Option(
+        "images that are looked at together between rollout and update; else no effect", whole(1, 10**9), default=1000
+    ),
+}
+_SCHEDULE = {
+    "first_cycle_steps": Option("iterations (epochs) of the first cosine cycle", STEPS),
+    "warmup_steps": Option("iterations (epochs) of linear warm-up", FROM_ZERO),
+    "min_lr": Option("learning rate at the cycle's ends", NOT_NEGATIVE),
+}
+_ROBOMIMIC = {
+    "normalization_path": Option("statistics that normalise observations and actions"),
+    "low_dim_keys": Option("parts of the state, in this order"),
+    "clamp_obs": Option("clip the normalised state to [-1, 1]; default false"),
+    "init_state": Option("simulator state that every episode begins with"),
+    "render_hw": Option("height and width of videos; default 256 and 256"),
+    "render_camera_name": Option("camera of videos; default agentview"),
+}
+_SHAPES = {
+    "shape_meta.obs.rgb.shape": Option("[channels of all images, height, width]"),
+    "shape_meta.obs.state.shape": Option("[O]"),
+    "shape_meta.action.shape": Option("[A]"),
+}
+
+
+def _under(prefix: str, options: Mapping[str, Option]) -> dict[str, Option]:
+    return {f"{prefix}{key}": option for key, option in options.items()}
+
+
+OPTIONS: dict[str, Option] = {
+    **_TOP,
+    **_SHAPES,
+    **_under("env.", _ENV),
+    **_under("env.wrappers.robomimic_lowdim.", _ROBOMIMIC),
+    **_under("env.wrappers.robomimic_image.", {**_ROBOMIMIC, **_SHAPES}),
+    "env.wrappers.robomimic_image.image_keys": Option("cameras, in this order"),
+    **_under("train.", _TRAIN),
+    **_under("train.lr_scheduler.", _SCHEDULE),
 }
 for _which in ("actor", "critic", "eta"):
-    KEYS |= {
-        f"train.{_which}_lr_scheduler.first_cycle_steps": "iterations of the first cosine cycle",
-        f"train.{_which}_lr_scheduler.warmup_steps": "iterations of linear warm-up",
-        f"train.{_which}_lr_scheduler.min_lr": "learning rate at the cycle's ends",
-    }
-for _which in ("lowdim", "image"):
-    KEYS |= {
-        f"env.wrappers.robomimic_{_which}.{key}": meaning
-        for key, meaning in {
-            "normalization_path": "statistics that normalise observations and actions",
-            "low_dim_keys": "parts of the state, in this order",
-            "clamp_obs": "clip the normalised state to [-1, 1]; default false",
-            "init_state": "simulator state that every episode begins with",
-            "render_hw": "height and width of videos; default 256 and 256",
-            "render_camera_name": "camera of videos; default agentview",
-        }.items()
-    }
-for _where in ("", "env.wrappers.robomimic_image."):
-    KEYS |= {
-        f"{_where}shape_meta.obs.rgb.shape": "[channels of all images, height, width]",
-        f"{_where}shape_meta.obs.state.shape": "[O]",
-        f"{_where}shape_meta.action.shape": "[A]",
-    }
-KEYS |= {
-    "env.wrappers.robomimic_image.image_keys": "cameras, in this order",
-    "train.augment": "shift the images of a rollout at random by up to 4 pixels",
-    "train.grad_accumulate": "minibatches whose gradients are added up for a step of the optimizers",
-    "train.logprob_batch_size": "images that are looked at together between rollout and update; else no effect",
-}
+    OPTIONS |= _under(f"train.{_which}_lr_scheduler.", _SCHEDULE)
 for _which in ("actor", "critic"):
-    KEYS |= {
-        f"train.{_which}_lr": f"base learning rate of the {_which}",
-        f"train.{_which}_weight_decay": f"decoupled weight decay of the {_which}",
-    }
-
-KEYS |= dict.fromkeys(
-    (
-        *("train.online_utd_ratio", "train.save_trajs", "env.use_image_obs"),
-        "env.wrappers.multi_step.verbose",
-    ),
-    "accepted for the reference's command lines; has no effect here",
+    OPTIONS[f"train.{_which}_lr"] = Option(f"base learning rate of the {_which}", NOT_NEGATIVE)
+    OPTIONS[f"train.{_which}_weight_decay"] = Option(f"decoupled weight decay of the {_which}", NOT_NEGATIVE)
+OPTIONS |= dict.fromkeys(
+    ("train.online_utd_ratio", "train.save_trajs", "env.use_image_obs", "env.wrappers.multi_step.verbose"),
+    Option("accepted for the reference's command lines; has no effect here"),
+)
+KEYS: dict[str, str] = {key: option.meaning for key, option in OPTIONS.items()}
+_POLICY = {
+    **dict.fromkeys(("obs_dim", "action_dim"), COUNT),
+    "horizon_steps": SPAN,
+    **dict.fromkeys(("denoising_steps", "ddim_steps", "num_modes"), DENOISING),
+    "ft_denoising_steps": whole(0, 10**4),
+    "gamma_denoising": SHARE,
+    **dict.fromkeys(("clip_ploss_coef", "clip_ploss_coef_base", "clip_vloss_coef"), number(0, null=True)),
+    **dict.fromkeys(("denoised_clip_value", "randn_clip_value", "final_action_clip_value"), positive(null=True)),
+}
+#: Arguments of objects, wherever they stand.
+_SIZES: dict[str, Kind] = {
+    **dict.fromkeys(("mlp_dims", "cond_mlp_dims", "dim_mults"), whole(1, 10**6, null=True, many=True)),
+    **dict.fromkeys(("time_dim", "cond_dim", "transformer_embed_dim", "transformer_num_heads", "depth"), COUNT),
+    **dict.fromkeys(("dropout", "p_drop_emb", "p_drop_attn"), SHARE),
+    "max_n_episodes": STEPS_OR_NONE,
+    "fixed_std": positive(null=True),
+}
+RELATIONS = (
+    at_most("act_steps", "horizon_steps"),
+    at_most("reward_horizon", "horizon_steps"),
+    at_most("img_cond_steps", "cond_steps"),
+    at_most("ft_denoising_steps", "denoising_steps"),
+    at_most("model.ft_denoising_steps", "model.denoising_steps"),
+    at_most("model.ddim_steps", "model.denoising_steps"),
 )
 #: Keyword arguments of an environment: anything goes.
 OPEN = "env.specific."
 #: Arguments that the reference's configurations pass to classes that ignore them.
 IGNORED_ARGUMENTS = {"device", "residual_style", "input_dim", "mlp_dims", "action_dim", "rtol", "atol"}
-#: Optional keys that no file gives a value to: one of their kind.
-_KINDS = dict.fromkeys(
-    (
-        *("tensorboard", "env.render", "env.save_full_observations", "env.reward_shaping", "env.reflections"),
-        *("train.augment", "train.fast", "train.force_train", "train.use_bc_loss", "train.reward_scale_running"),
-    ),
-    False,
-)
 MOST_NAMED = 6  # keys in one line
 _HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
 
@@ -230,8 +301,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
         return f"'{key}' is a group of keys, not a value; it holds {_some(inside)}"
     leaf = key.rsplit(".", 1)[-1]
     same_leaf = sorted(other for other in known if other.rsplit(".", 1)[-1] == leaf)
-    close = difflib.get_close_matches(key, sorted(known), n=3, cutoff=0.75)
-    best = list(dict.fromkeys(same_leaf + close))[:3]
+    best = list(dict.fromkeys(same_leaf + near_words(key, known, cutoff=0.75)))[:3]
     hint = f"; did you mean {' or '.join(best)}?" if best else "; --help with this configuration lists them all"
     return f"unknown configuration key '{key}': nothing reads it{hint}"
 
@@ -257,7 +327,8 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Col
         groups = [default for default in defaults if default.startswith(f"{key}.")]
         if groups and value is not None and value != {}:
             raise UserError(f"{key}={value}: '{key}' is a group of keys, not a value; it holds {_some(groups)}")
-        _check_kind(key, value, defaults.get(key, _KINDS.get(key)))
+        if value is not None:
+            check_kind(key, value, _kind_of(key, defaults.get(key)), HYDRA, defaults.get(key))
         known_here = key in KEYS or is_own(key, config) or (own_env and key.startswith("env."))
         if known_here or key.startswith((*objects, OPEN)):
             continue
@@ -281,22 +352,38 @@ def _not_read(key: str, config: Mapping[str, Any]) -> str:
     return f"'{key}' does nothing here: nothing of this configuration reads it{hint}"
 
 
-def _check_kind(key: str, value: Any, default: Any) -> None:
-    """Raise UserError if `value` is not of the kind of `default`: true/false, a number (a whole one), a list."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    match default:
-        case bool():
-            fits, kind = isinstance(value, bool), "true or false"
-        case int() | float() if key in RANGES and RANGES[key].whole:
-            fits, kind = number and float(value).is_integer(), "a whole number"
-        case int() | float():
-            fits, kind = number, "a number"
-        case list():
-            fits, kind = isinstance(value, list), "a list"
-        case _:
-            return
-    if not fits and value is not None:
-        raise UserError(f"{key}={value}: not {kind} (such as {default})")
+def _kind_of(key: str, default: Any) -> Kind:
+    """What a key may be; where nothing describes it, true or false, a number or a list as its default is."""
+    kind = OPTIONS[key].kind if key in OPTIONS else ANY
+    like = {bool: FLAG, int: number(), float: number(), list: LIST}
+    return like.get(type(default), ANY) if kind is ANY else kind
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Raise UserError naming the first number of a plain, resolved configuration that is out of its range."""
+    flat = flatten(config)
+    kinds = {key: _SIZES[key.rpartition(".")[2]] for key in flat if "." in key and key.rpartition(".")[2] in _SIZES}
+    kinds |= {key: option.kind for key, option in OPTIONS.items() if option.kind.type.endswith("number")}
+    check_ranges(flat, kinds | {f"model.{key}": kind for key, kind in _POLICY.items()}, HYDRA, RELATIONS)
+
+
+def complete(config: dict[str, Any]) -> None:
+    """Give the optional keys that a plain configuration reads and does not name their values.
+
+    Optional keys without a value (`train.max_grad_norm`, say) stay away.
+    """
+    if not str(config.get("_target_")).startswith(PACKAGE):
+        return
+    for key, option in OPTIONS.items():
+        *groups, last = key.split(".")
+        if option.default is ABSENT or not is_read(key, config, ()):
+            continue
+        if groups and not isinstance(config.get(groups[0]), dict):
+            continue
+        node = config
+        for group in groups:
+            node = node.setdefault(group, {})
+        node.setdefault(last, option.default)
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
@@ -311,9 +398,7 @@ def check_arguments(config: Mapping[str, Any]) -> None:
                 _check_annotation(f"{where}.{key}", value, accepted[key].annotation)
             if anything or key in accepted or key in _HYDRA_ARGUMENTS or key in IGNORED_ARGUMENTS:
                 continue
-            matches = difflib.get_close_matches(str(key), sorted(accepted), n=3, cutoff=0.6)
-            hint = "did you mean " + " or ".join(f"{where}.{m}" for m in matches) if matches else ""
-            hint = f"; {hint}?" if hint else f"; it takes {', '.join(sorted(accepted))}"
+            hint = did_you_mean(str(key), accepted, f"{where}.{{}}") or f"; it takes {', '.join(sorted(accepted))}"
             raise UserError(
                 f"unknown configuration key '{where}.{key}': {mapping['_target_']} has no such argument{hint}"
             )
@@ -342,14 +427,10 @@ def _class_at(where: str, target: str) -> type:
 
 def _check_annotation(key: str, value: Any, annotation: str) -> None:
     """Raise UserError if a plain value is not of the kind that the class says: true or false, a number, a whole one."""
-    kinds = {"bool": "true or false", "int": "a whole number", "float": "a number"}
     kind, _, rest = str(annotation).partition(" | ")
-    if kind not in kinds or rest not in ("", "None") or (value is None and rest):
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {"bool": isinstance(value, bool), "int": number and float(value).is_integer(), "float": number}
-    if not fits[kind]:
-        raise UserError(f"{key}={value}: not {kinds[kind]}")
+    kinds: dict[str, Kind] = {"bool": FLAG, "int": whole(), "float": number()}
+    if kind in kinds and rest in ("", "None") and not (value is None and rest):
+        check_kind(key, value, kinds[kind], HYDRA)
 
 
 def _get(config: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -7,12 +7,14 @@ Nothing is executed or imported. 1e-4 is a number (YAML 1.1 asks for a dot), dat
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 
 LARGEST_FILE = 1 << 20  # bytes
 MOST_VALUES = 100_000  # with every alias counted as what it stands for
@@ -69,6 +71,12 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     return parse_yaml(text, str(path))
+
+
+def write_yaml(path: Path, node: Mapping[str, Any]) -> None:
+    """Write a mapping of plain values, whole or not at all."""
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())
 
 
 def parse_yaml(text: str, where: str) -> Any:

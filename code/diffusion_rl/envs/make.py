@@ -13,8 +13,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from diffusion_rl.config.instantiate import plain
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs import robomimic, room
@@ -83,8 +82,7 @@ def make_vector_env(
 
 def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """The node as plain dicts, its interpolations resolved, so that workers need not know OmegaConf."""
-    plain: Any = OmegaConf.to_container(env_cfg, resolve=True) if OmegaConf.is_config(env_cfg) else env_cfg
-    return dict(plain)
+    return dict(plain(env_cfg))
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:

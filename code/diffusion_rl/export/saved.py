@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from diffusion_rl.config.declared import declared, declaring
 from diffusion_rl.config.instantiate import find_class, flatten, instantiate_trusted
-from diffusion_rl.config.ranges import check_numbers
+from diffusion_rl.config.keys import check_numbers
 from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import reading

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.config.checks import require_range, require_seed
+from diffusion_rl.config.schema import require_range, require_seed
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, require_file, require_writable
 from diffusion_rl.core.noise import NoiseSource, initial_weights

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_rl.config.arguments import Arguments
-from diffusion_rl.config.checks import require_range
+from diffusion_rl.config.overrides import Arguments
+from diffusion_rl.config.schema import require_range
 from diffusion_rl.core.files import atomic_file, require_writable
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.assets import data_dir

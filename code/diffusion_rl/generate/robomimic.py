@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_rl.config.checks import require_range, require_seed
+from diffusion_rl.config.schema import require_range, require_seed
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import require_writable
 from diffusion_rl.core.noise import NoiseSource

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
+from diffusion_rl.config.compose import Config, merged, plain_copy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
@@ -74,7 +74,7 @@ def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
     return [{"seed": seed + i} for i in range(n_envs)]
 
 
-def make_venv(cfg: DictConfig, policy: Any, seed: int) -> VectorEnv:
+def make_venv(cfg: Config, policy: Any, seed: int) -> VectorEnv:
     """Make the environments of a run. Raises UserError also where they show other images than `policy` sees."""
     dims = {name: cfg[name] for name in ("obs_dim", "action_dim", "act_steps")}
     venv = make_vector_env(cfg["env"], **dims, seed=seed)
@@ -93,7 +93,7 @@ class Evaluation:
     `ft_denoising_steps` is needed for the reference's own fine-tuned `.pt` files only, which do not record it.
     """
 
-    def __init__(self, cfg: DictConfig):
+    def __init__(self, cfg: Config):
         self.cfg = cfg
         path = cfg["base_policy_path"] if "base_policy_path" in cfg else cfg["model"]["network_path"]
         checkpoint = open_checkpoint(path)
@@ -140,7 +140,7 @@ class Evaluation:
         return stats
 
     def _write(self, logdir: Path, stats: EpisodeStatistics, seconds: float) -> None:
-        write_config(logdir, OmegaConf.to_container(OmegaConf.create(self.cfg), resolve=True))  # type: ignore[arg-type]
+        write_config(logdir, plain_copy(self.cfg))
         with atomic_file(logdir / "result.npz") as file:
             np.savez(
                 file,
@@ -167,7 +167,7 @@ def _or_nan(stats: EpisodeStatistics, value: float) -> float:
     return value if stats.n_episodes else float("nan")
 
 
-def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:
+def model_of(checkpoint: Checkpoint, model: Config) -> Config:
     """The `model` node with the sampling settings that a fine-tuned checkpoint of ours was trained with.
 
     They belong to the policy as its weights do: with others, the evaluation would not be that of the training.
@@ -175,12 +175,12 @@ def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:
     sampling = checkpoint.metadata.get("sampling") if is_fine_tuned(policy_weights(checkpoint)) else None
     if not sampling:
         return model
-    model = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(model), resolve=True))
+    model = merged(model, {})
     sampling = {k: v for k, v in sampling.items() if k in (*SAMPLING, *GAUSSIAN_SAMPLING)}
     different = {k: v for k, v in sampling.items() if k in model and model[k] != v}
     if different:
         log.info("from the checkpoint: %s", ", ".join(f"model.{k}={v}" for k, v in different.items()))
-    return OmegaConf.merge(model, sampling)  # type: ignore[return-value]
+    return merged(model, sampling)
 
 
 def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config, plain_copy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
@@ -30,7 +30,7 @@ from diffusion_rl.training.rollout import (
     no_episode_ended,
     success_threshold,
 )
-from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.run_facts import bounds_path, compare_policy
 from diffusion_rl.training.state_files import StateFiles
 
@@ -57,7 +57,7 @@ class FineTuning(TrainingLoop):
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: Any = None,
         venv: Any = None,
         noise: Any = None,
@@ -135,7 +135,7 @@ class FineTuning(TrainingLoop):
 
     def run(self, until: int | None = None) -> list[dict[str, Any]]:
         """Train as `TrainingLoop.run` does, and close the environments."""
-        settings = plain_settings(self.cfg)
+        settings = plain_copy(self.cfg)
         files = StateFiles(self.KIND, settings, may_change=FINE_TUNING_MAY_CHANGE)
         self.run_dir = RunDir(self.cfg["logdir"], settings, files)
         with contextlib.closing(self.venv):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
+from diffusion_rl.config.compose import to_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.reports.metrics import MetricsWriter
@@ -276,13 +276,7 @@ class Nowhere:
     begin = stop_if_requested = pause = _nothing
 
 
-def plain_settings(cfg: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
-    """A configuration as plain values, resolved."""
-    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-    return OmegaConf.to_container(OmegaConf.create(plain), resolve=True)  # type: ignore[return-value, arg-type]
-
-
 def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:
     """`config.yaml` of a run folder, whole or not at all."""
     with atomic_file(folder / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(OmegaConf.create(dict(resolved))).encode())
+        file.write(to_yaml(resolved).encode())

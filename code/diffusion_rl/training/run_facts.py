@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
-from diffusion_rl.config.instantiate import default_arguments, flatten
+from diffusion_rl.config.compose import Config
+from diffusion_rl.config.instantiate import default_arguments, flatten, plain
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ def compare_policy(checkpoint: Checkpoint, cfg: Mapping[str, Any], path: Any, ev
 def bounds_path(cfg: Mapping[str, Any]) -> str | None:
     """The normalization file that the environments of a run use."""
     env = cfg.get("env")
-    wrappers = (env.get("wrappers") or {}) if isinstance(env, Mapping | DictConfig) else {}
+    wrappers = (env.get("wrappers") or {}) if isinstance(env, Mapping | Config) else {}
     paths = (w.get("normalization_path") for w in wrappers.values() if w)
     return next((path for path in paths if path), None)
 
@@ -56,7 +56,7 @@ def bounds_path(cfg: Mapping[str, Any]) -> str | None:
 def task_name(config: Mapping[str, Any]) -> str:
     """The environment's name, or in pre-training the data set's."""
     env = config.get("env")
-    name = env.get("name") if isinstance(env, Mapping | DictConfig) else env
+    name = env.get("name") if isinstance(env, Mapping | Config) else env
     return str(name or config.get("env_name") or "")
 
 
@@ -104,7 +104,7 @@ def _network_differences(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iter
 def _network(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The node of the network that acts."""
     model = config.get("model")
-    model = OmegaConf.to_container(model, resolve=True) if isinstance(model, DictConfig) else model
+    model = plain(model)
     node = (model.get("network") or model.get("actor")) if isinstance(model, Mapping) else None
     return dict(node) if isinstance(node, Mapping) and isinstance(node.get("_target_"), str) else None
 

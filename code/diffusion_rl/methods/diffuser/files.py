@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffusion_rl.config.checks import DIFFUSION_STEPS, HORIZON, check_ranges, whole
 from diffusion_rl.config.instantiate import flatten
+from diffusion_rl.config.schema import DIFFUSION_STEPS, HORIZON, check_ranges, whole
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.data.episodes import Episodes, split_episodes

@@ -1,4 +1,4 @@
-"""The planners' command lines: `--dataset NAME --config NAME --<any hyper-parameter> VALUE`.
+"""The planners' options: `--dataset NAME --config NAME --<any hyper-parameter> VALUE`.
 
 The hyper-parameters of an experiment stand in cfg/planning/<config>.yaml; those of a preset (`--preset`) and those
 that a data set changes come next, and those that it changes in the preset; then the command line, then texts that begin
@@ -8,113 +8,108 @@ or Python literals.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import json
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
-from diffusion_rl.config.checks import (
-    BATCH,
-    DIFFUSION_STEPS,
-    ENVS,
-    FREQUENCY,
-    FREQUENCY_OR_OFF,
-    HORIZON,
-    SEED,
-    SHARE,
-    STEPS,
-    WIDTH,
-    Relation,
-    at_most,
-    check_ranges,
-    number,
-    positive,
-    shown,
-    whole,
-)
+from diffusion_rl.config import schema
 from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
-from diffusion_rl.config.names import require_device, require_inside
+from diffusion_rl.config.overrides import PYTHON, comments, help_rows, override, pairs, split_help
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 
-TUPLES = ("dim_mults",)  # YAML has lists only
-REAL = ("loss_discount", "action_weight", "termination_penalty")  # may be a fraction although the default is whole
-TEXTS = ("data_dir", "bucket", "loadbase", "urdf_dir")  # whose default may be none
-NONE_IS_ALLOWED = ("termination_penalty", "preprocess_fns", "resume")
+FOLDER = CONFIG_ROOT / "planning"
+SHIPPED = [FOLDER / f"{name}.yaml" for name in ("locomotion", "kuka", "maze2d")]
 DEFERRED = "f:"
+
+
+class Command(NamedTuple):
+    """A script of scripts/: its experiment, and the defaults of --dataset and --config."""
+
+    experiment: str
+    dataset: str
+    config: str = "config.locomotion"
+
+
 GO_ON = "--resume True"  # how a user goes on with a training
-RANGES = {
+COMMANDS = {
+    "train": Command("diffusion", "hopper-medium-expert-v2"),
+    "train_values": Command("values", "hopper-medium-expert-v2"),
+    "plan_guided": Command("plan", "walker2d-medium-replay-v2"),
+    "plan_unguided": Command("plan_unguided", "walker2d-medium-replay-v2"),
+    "plan_maze2d": Command("plan", "maze2d-umaze-v1", "config.maze2d"),
+    "train_kuka": Command("diffusion", "kuka", "config.kuka"),
+    "train_kuka_classifier": Command("classifier", "kuka", "config.kuka"),
+    "plan_kuka": Command("plan", "kuka", "config.kuka"),
+}
+#: What options may be; any other one is of the type of its default. Their meanings stand in cfg/planning/*.yaml.
+KINDS = {
     # models
-    "horizon": HORIZON,
-    "n_diffusion_steps": DIFFUSION_STEPS,
-    "dim": whole(8, WIDTH.most),
-    "dim_mults": whole(1, 1024, many=True),
-    "hidden_dims": whole(1, WIDTH.most, many=True),
-    "time_dim": whole(4, WIDTH.most),
-    "action_weight": number(0),
-    "loss_discount": number(0),
+    "horizon": schema.HORIZON,
+    "n_diffusion_steps": schema.DIFFUSION_STEPS,
+    "dim": schema.whole(8, schema.WIDTH.most),
+    "dim_mults": schema.whole(1, 1024, many=True),
+    "hidden_dims": schema.whole(1, schema.WIDTH.most, many=True),
+    "time_dim": schema.whole(4, schema.WIDTH.most),
+    **dict.fromkeys(("action_weight", "loss_discount"), schema.number(0)),
+    "loss_weights": schema.MAPPING_OR_NONE,
+    "loss_type": schema.one_of("l1", "l2", "value_l1", "value_l2"),
+    "diffusion_type": schema.one_of("states_actions", "actions_only"),
+    "obs_embed": schema.one_of("mlp", "raw"),
     # data
-    "max_path_length": whole(1, 10**9),
-    "termination_penalty": number(null=True),
-    "discount": SHARE,
+    "preprocess_fns": dataclasses.replace(schema.LIST, null=True),
+    "max_path_length": schema.whole(1, 10**9),
+    "termination_penalty": schema.number(null=True),
+    "discount": schema.SHARE,
     # training
-    "n_train_steps": STEPS,
-    "n_steps_per_epoch": STEPS,
-    "stop_at": dataclasses.replace(STEPS, null=True),
-    "batch_size": BATCH,
-    "gradient_accumulate_every": whole(1, 65_536),
-    "learning_rate": positive(1e38),
-    "lr_scale": positive(1e38),
-    "lr_decay_steps": FREQUENCY_OR_OFF,
-    "ema_decay": SHARE,
-    "n_saves": STEPS,
-    "save_freq": FREQUENCY,
-    "sample_freq": FREQUENCY_OR_OFF,
-    "n_reference": FREQUENCY_OR_OFF,
-    "n_samples": FREQUENCY_OR_OFF,
-    "seed": dataclasses.replace(SEED, null=True),
+    **dict.fromkeys(("n_train_steps", "n_steps_per_epoch", "n_saves", "save_freq"), schema.STEPS),
+    "stop_at": dataclasses.replace(schema.STEPS, null=True),
+    "batch_size": schema.BATCH,
+    "gradient_accumulate_every": schema.whole(1, 65_536),
+    **dict.fromkeys(("learning_rate", "lr_scale"), schema.RATE),
+    **dict.fromkeys(
+        ("lr_decay_steps", "sample_freq", "n_reference", "n_samples", "max_render"), schema.FREQUENCY_OR_OFF
+    ),
+    "ema_decay": schema.SHARE,
+    "seed": dataclasses.replace(schema.SEED, null=True),
+    "device": schema.DEVICE,
+    "resume": schema.TEXT_OR_NONE,
+    # folders
+    **dict.fromkeys(("logbase", "prefix", "suffix"), schema.TEXT),
+    **dict.fromkeys(("loadbase", "data_dir", "bucket", "urdf_dir"), schema.TEXT_OR_NONE),
     # planning
-    "n_envs": ENVS,
-    "n_exec": whole(1),
-    "n_episodes": whole(1, 10**6),
-    "n_plans": whole(1, 10**6),
-    "max_episode_length": whole(1, 10**9),
-    "n_guide_steps": whole(0, 10_000),
-    "t_stopgrad": whole(0),
-    "scale": number(),
-    "vis_freq": FREQUENCY,
-    "max_render": FREQUENCY_OR_OFF,
-    "replan_every": FREQUENCY_OR_OFF,
+    "n_envs": schema.ENVS,
+    "n_exec": schema.whole(1),
+    **dict.fromkeys(("n_episodes", "n_plans"), schema.whole(1, 10**6)),
+    "max_episode_length": schema.whole(1, 10**9),
+    "n_guide_steps": schema.whole(0, 10_000),
+    "t_stopgrad": schema.whole(0),
+    "scale": schema.number(),
+    "aggregate": schema.one_of("first", "mean", "median", "medoid"),
+    "vis_freq": schema.STEPS,
+    "replan_every": schema.FREQUENCY_OR_OFF,
 }
 RELATIONS = (
-    at_most("n_exec", "horizon"),
-    Relation(
+    schema.at_most("n_exec", "horizon"),
+    schema.Relation(
         ("n_envs", "batch_size"),
-        lambda envs, samples: envs * samples <= BATCH.most,
-        f"at most {BATCH.most} plans are made together",
+        lambda envs, samples: envs * samples <= schema.BATCH.most,
+        f"at most {schema.BATCH.most} plans are made together",
     ),
-    Relation(("dim",), lambda dim: dim % 8 == 0, "dim must be a multiple of 8"),
-    Relation(("time_dim",), lambda dim: dim % 2 == 0, "time_dim must be even"),
-    Relation(
+    schema.multiple_of("dim", 8),
+    schema.multiple_of("time_dim", 2),
+    schema.Relation(
         ("horizon", "dim_mults", "model"),
         lambda horizon, mults, model: "Unet" not in model or horizon % 2 ** (len(mults) - 1) == 0,
         "a U-Net halves the horizon between its levels: it must be a multiple of 2 ** (entries of dim_mults - 1)",
     ),
 )
-CHOICES = {
-    "loss_type": ("l1", "l2", "value_l1", "value_l2"),
-    "aggregate": ("first", "mean", "median", "medoid"),
-    "diffusion_type": ("states_actions", "actions_only"),
-    "obs_embed": ("mlp", "raw"),
-}
-spelling = "--{} {}".format
 
 
 class MissingOption(UserError, AttributeError):
@@ -161,6 +156,28 @@ def _git(*arguments: str) -> str:
     return ended.stdout
 
 
+def parse_command(name: str, arguments: Sequence[str]) -> Options:
+    """The options of a script of scripts/, by its name in `COMMANDS`. Raises UserError as `parse` does."""
+    return parse(COMMANDS[name].experiment, arguments, *COMMANDS[name][1:], save=False)
+
+
+def help_text(script: str, arguments: Sequence[str]) -> str:
+    """The options of a script with their values under the other arguments, and their meanings."""
+    name = "train" if script == "resume_training" else script
+    options = parse_command(name, split_help(arguments)[1]).as_dict()
+    presets = ", ".join(read_config(options["config"]).get("presets", {})) or "none"
+    first = {key: options.pop(key) for key in ("dataset", "config")} | {"preset": None}
+    meaning = comments(*SHIPPED) | {
+        "dataset": "the data set",
+        "config": "config.<file of cfg/planning>, or a YAML file",
+        "preset": f"values for several options together: {presets}",
+        "exp_name": "the experiment's folder; by default it is made of options",
+        "savepath": "where this goes (no option)",
+    }
+    usage = f"usage: python scripts/{script}.py [--option value ...]"
+    return f"{usage}\n\nOptions with their values:\n{help_rows(first | options, meaning, schema.FLAGS)}"
+
+
 def parse(
     experiment: str, arguments: Sequence[str], dataset: str, config: str = "config.locomotion", save: bool = True
 ) -> Options:
@@ -177,26 +194,13 @@ def parse(
     given = pairs(arguments)
     dataset, config = given.pop("dataset", dataset), given.pop("config", config)
     settings = read_config(config)
-    if experiment not in settings:
-        raise UserError(
-            f"--config {config} has no experiment {experiment!r}: it has {', '.join(_experiments(settings)) or 'none'}"
-        )
     _check_shape(settings, experiment, config)
-    _check_types(settings, experiment, config)
-    wanted, presets = given.pop("preset", None), settings.get("presets", {})
-    if wanted is not None and wanted not in presets:
-        raise UserError(f"--preset {wanted}: --config {config} has {', '.join(presets) or 'none'}")
-    preset = presets.get(wanted, {})
+    preset, name = _preset(settings, given.pop("preset", None), config), given.pop("exp_name", None)
     values = settings[experiment]["options"] | preset.get(experiment, {})
     for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
         values |= overrides.get(dataset, {}).get(experiment, {})
-    values |= {key: tuple(values[key]) for key in TUPLES if key in values}
-    name = given.pop("exp_name", None)
-    for key, text in given.items():
-        if key not in values:
-            near = difflib.get_close_matches(key, [*values, "dataset", "config"], n=1)
-            raise UserError(f"--{key} is no option of {experiment}" + (f": did you mean --{near[0]}?" if near else ""))
-        values[key] = coerce(key, text, values[key])
+    values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only
+    override(values, given, KINDS, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
     if values.get("diffusion_type") == "actions_only" and values.get("prefix") == "diffusion/defaults":
         values["prefix"] = "diffusion/actions"  # the two kinds of model never share a folder
     values |= {key: expand(value, values) for key, value in values.items() if _is_deferred(value)}
@@ -204,9 +208,9 @@ def parse(
         values["loadbase"] = values["logbase"]
     _check_values(values)
     values["exp_name"] = name or experiment_name(settings[experiment]["watch"], values)
-    names = {key: values.get(key, "") for key in ("prefix", "exp_name", "suffix")}
-    for key, part in {"dataset": dataset, **names}.items():
-        require_inside(part, spelling(key, part))
+    parts = {"dataset": dataset, **{key: values.get(key, "") for key in ("prefix", "exp_name", "suffix")}}
+    for key, part in parts.items():
+        schema.require_inside(part, schema.FLAGS(key, part))
     folder = Path(values["logbase"]) / dataset / values["exp_name"] / values.get("suffix", "")
     options = Options(**values, dataset=dataset, config=config, savepath=str(folder))
     if save:
@@ -214,24 +218,18 @@ def parse(
     return options
 
 
-def pairs(arguments: Sequence[str]) -> dict[str, str]:
-    """`--key value …` as a dictionary; any number of dashes (or none) may stand before a key."""
-    if len(arguments) % 2:
-        raise UserError(f"{arguments[-1]} has no value: options are pairs, --key value")
-    given: dict[str, str] = {}
-    for flag, value in zip(arguments[::2], arguments[1::2], strict=True):
-        key = flag.lstrip("-")
-        if key in given:
-            raise UserError(f"--{key} stands twice ({shown(given[key])} and {shown(value)}): give it once")
-        given[key] = value
-    return given
+def _preset(settings: Mapping[str, Any], wanted: str | None, config: str) -> Mapping[str, Any]:
+    presets = settings.get("presets", {})
+    if wanted is not None and wanted not in presets:
+        raise UserError(f"--preset {wanted}: --config {config} has {', '.join(presets) or 'none'}")
+    return presets.get(wanted, {})
 
 
 def read_config(config: str) -> dict[str, Any]:
     """cfg/planning/<name>.yaml for "config.<name>", or the YAML file of that path."""
-    path = Path(config) if config.endswith((".yaml", ".yml")) else _folder() / f"{config.rpartition('.')[2]}.yaml"
+    path = Path(config) if _is_own(config) else FOLDER / f"{config.rpartition('.')[2]}.yaml"
     if not path.is_file():
-        known = ", ".join(f"config.{p.stem}" for p in sorted(_folder().glob("*.yaml")))
+        known = ", ".join(f"config.{path.stem}" for path in sorted(SHIPPED))
         raise UserError(f"--config {config}: no such configuration; there are {known}, or give a YAML file")
     settings = read_yaml(path)
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
@@ -239,8 +237,16 @@ def read_config(config: str) -> dict[str, Any]:
     return settings
 
 
+def _is_own(config: str) -> bool:
+    """Whether a configuration is a file of the user's own."""
+    return config.endswith((".yaml", ".yml"))
+
+
 def _check_shape(settings: Mapping[str, Any], experiment: str, config: str) -> None:
     """Raises UserError unless an experiment, the presets and what data sets change are what a user's own file needs."""
+    if experiment not in settings:
+        known = [key for key in settings if key not in ("overrides", "presets") and not key.startswith(".")]
+        raise UserError(f"--config {config} has no experiment {experiment!r}: it has {', '.join(known) or 'none'}")
     own = settings[experiment]
     watch = own.get("watch") if isinstance(own, dict) else None
     if not isinstance(watch, list) or not all(
@@ -255,26 +261,19 @@ def _check_shape(settings: Mapping[str, Any], experiment: str, config: str) -> N
         changed = [group for each in groups if isinstance(each, dict) for group in each.values()]
         if not all(map(_nested, groups)) or not all(map(_nested, changed)):
             raise UserError(f"--config {config}: {what} must be mappings of experiments to options")
+    if _is_own(config):
+        _check_types(own["options"], f"--config {config}: {experiment}")
 
 
-def _check_types(settings: Mapping[str, Any], experiment: str, config: str) -> None:
-    """Raises UserError for an option of a user's own file that is of another type than in the files of `_folder`."""
-    if not config.endswith((".yaml", ".yml")):
-        return
+def _check_types(options: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for an option of a user's own file that is of another type than in the files of `FOLDER`."""
     usual: dict[str, Any] = {}
-    for path in sorted(_folder().glob("*.yaml")):
-        usual |= {
-            k: v for own in read_yaml(path).values() if isinstance(own, dict) for k, v in own.get("options", {}).items()
-        }
-    kinds = {bool: (bool,), int: (int, float), float: (int, float), str: (str,), list: (list,)}
-    for key, value in settings[experiment]["options"].items():
-        allowed = kinds.get(type(usual.get(key)), ())
-        if (
-            allowed
-            and value is not None
-            and (not isinstance(value, allowed) or isinstance(value, bool) != (bool in allowed))
-        ):
-            raise UserError(f"--config {config}: {experiment}: {key}: {shown(value)} must be like {usual[key]!r}")
+    for own in (own for path in SHIPPED for own in read_yaml(path).values() if isinstance(own, dict)):
+        usual |= own.get("options", {})
+    for key, value in options.items():
+        kind = KINDS.get(key) or schema.kind_like(usual.get(key))
+        if value is not None and not kind.fits(value):
+            raise UserError(f"{where}: {key}: {schema.shown(value)} must be like {usual.get(key)!r}: {kind.cure}")
 
 
 def _nested(node: Any) -> bool:
@@ -287,70 +286,13 @@ def _is_options(node: Any) -> bool:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raises UserError for a number out of its range, or a text that is none of the choices."""
-    check_ranges(values, RANGES, spelling, RELATIONS)
-    for key, allowed in CHOICES.items():
-        if key in values and values[key] not in allowed:
-            raise UserError(f"{spelling(key, shown(values[key]))}: choose one of {', '.join(allowed)}")
-    require_device(values.get("device"), spelling("device", shown(values.get("device"))))
-    for key in ("logbase", "prefix", "suffix"):
-        if key in values and not isinstance(values[key], str):
-            raise UserError(f"{spelling(key, shown(values[key]))}: a text is needed here")
+    """Raises UserError for a value that is not allowed, or values that do not go together."""
+    schema.check_ranges(values, KINDS, schema.FLAGS, RELATIONS)
     weights = values.get("loss_weights")
     if weights is not None:
-        if not isinstance(weights, dict) or not all(whole(0).holds(key) for key in weights):
-            raise UserError(f"--loss_weights {shown(weights)}: write {{index of an observation: weight}}")
-        check_ranges(weights, dict.fromkeys(weights, number(0)), "--loss_weights {{{}: {}}}".format)
-
-
-def _folder() -> Path:
-    return CONFIG_ROOT / "planning"
-
-
-def _experiments(settings: Mapping[str, Any]) -> list[str]:
-    return [key for key in settings if key not in ("overrides", "presets") and not key.startswith(".")]
-
-
-def coerce(key: str, text: str, default: Any) -> Any:
-    """The text of a flag as a value of its default's type; "None" where the default is none or none means something."""
-    if text == "None" and (default is None or key in NONE_IS_ALLOWED):
-        return None
-    if isinstance(default, str) or key in TEXTS:
-        return text
-    if isinstance(default, bool):
-        return _literal(key, text, {"True": True, "False": False, "1": True, "0": False}.get(text), "True or False")
-    if isinstance(default, int) and key not in REAL:
-        return _number(key, text, (int,), "a whole number")
-    if isinstance(default, int | float):
-        return _number(key, text, (int, float) if isinstance(default, int) else (float,), "a number")
-    value = _evaluated(text)
-    if isinstance(default, list | tuple):
-        items = list(value) if isinstance(value, list | tuple) else [value]
-        return type(default)(_literal(key, text, None if value is None else items, repr(default)))
-    return text if value is None else value
-
-
-def _number(key: str, text: str, kinds: tuple[type, ...], needed: str) -> Any:
-    for kind in kinds:
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise UserError(f"{spelling(key, shown(text))}: {needed} is needed here")
-
-
-def _literal(key: str, text: str, value: Any, example: str) -> Any:
-    if value is None:
-        raise UserError(f"{spelling(key, shown(text))}: write {example}")
-    return value
-
-
-def _evaluated(text: str) -> Any:
-    """The value of a Python literal; None where it is none."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        return None
+        if not all(schema.whole(0).holds(key) for key in weights):
+            raise UserError(f"--loss_weights {schema.shown(weights)}: write {{index of an observation: weight}}")
+        schema.check_ranges(weights, dict.fromkeys(weights, schema.number(0)), "--loss_weights {{{}: {}}}".format)
 
 
 def _is_deferred(value: Any) -> bool:

@@ -1,100 +1,81 @@
-"""DiffuserLite's command line: `task=NAME mode=MODE key=value …` over cfg/planning/diffuserlite/<domain>.yaml."""
+"""DiffuserLite's options: `task=NAME mode=MODE key=value …` over cfg/planning/diffuserlite/<domain>.yaml."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from diffusion_rl.config.checks import (
-    BATCH,
-    ENVS,
-    FREQUENCY,
-    SEED,
-    SHARE,
-    STEPS,
-    WIDTH,
-    Relation,
-    check_ranges,
-    number,
-    positive,
-    shown,
-    whole,
-)
+from diffusion_rl.config import schema
 from diffusion_rl.config.compose import CONFIG_ROOT
-from diffusion_rl.config.names import require_device, require_inside
-from diffusion_rl.config.yaml_files import parse_yaml, read_yaml
+from diffusion_rl.config.instantiate import flatten
+from diffusion_rl.config.overrides import YAML, assignments, comments, help_rows, override, split_help
+from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.tasks.registry import tasks_of
 
 GO_ON = "resume=auto"  # how a user goes on with a training
 FOLDER = CONFIG_ROOT / "planning" / "diffuserlite"
 MODES = ("training", "prepare_dataset", "reflow", "inference", "benchmark")
-CHOICES = {
-    "test_model": ("R1", "R2"),
-    "backbone": ("flow", "diffusion"),
-    "pairs_dtype": ("float32", "float16"),
-    "runtime": ("auto", "graph", "xla", "tflite"),
-}
-TEXTS = ("device", "backup_dir", "restore_from", "data_dir")  # whose default may be none
-LABELS = ("diffusion_ckpt", "reflow_ckpt", "invdyn_ckpt", "reflow_backbone_ckpt")  # a step or one of these words:
-LABEL_WORDS = {"diffusion_ckpt": ("latest", "all"), "reflow_ckpt": ("latest", "all")}
-NONE_IS_ALLOWED = ("terminal_penalty", "noreaching_penalty")
-SAMPLING_STEPS = whole(1, 10_000)
-PAIRS = whole(1, 10**9)
-RANGES = {
-    "seed": SEED,
-    "terminal_penalty": number(null=True),
-    "noreaching_penalty": number(null=True),
-    "discount": SHARE,
-    "emb_dim": whole(8, WIDTH.most),
-    "d_model": whole(2, WIDTH.most),
-    "n_heads": WIDTH,
-    "depth": whole(1, 1000),
-    "next_obs_loss_weight": number(0),
-    "ema_rate": SHARE,
-    "learning_rate": positive(1e38),
-    "invdyn_learning_rate": positive(1e38),
-    "diffusion_gradient_steps": STEPS,
-    "invdyn_gradient_steps": whole(0, STEPS.most),
-    "iql_gradient_steps": STEPS,
-    "iql_hidden_dim": WIDTH,
-    "iql_batch_size": BATCH,
-    "iql_target_updates": whole(1, 1000),
-    "batch_size": BATCH,
-    "log_interval": FREQUENCY,
-    "save_interval": FREQUENCY,
-    "stop_at": whole(1, STEPS.most, null=True),
-    "keep_every": whole(1, FREQUENCY.most, null=True),
-    "reflow_lr": positive(1e38),
-    "cond_dataset_size": PAIRS,
-    "uncond_dataset_size": PAIRS,
-    "dataset_prepare_batch_size": BATCH,
-    "dataset_prepare_sampling_steps": SAMPLING_STEPS,
-    "reflow_gradient_steps": STEPS,
-    "num_envs": ENVS,
-    "num_candidates": whole(1, 100_000),
-    "num_episodes": whole(1, 10**6),
-    "temperature": number(0),
-    "sampling_steps": whole(1, SAMPLING_STEPS.most, null=True),
-    "benchmark_decisions": whole(1, 10**9),
-    "benchmark_warm_up": whole(0, 10**9),
-    "task.return_scale": positive(null=True),
-    **{f"task.{key}_R{model}": number() for key in ("target_return", "w_cfg") for model in (1, 2)},
+#: What options may be; any other one is of the type of its default. Their meanings stand in the YAML files.
+KINDS = {
+    "mode": schema.one_of("iql_training", *MODES),
+    "seed": schema.SEED,
+    "device": schema.DEVICE,
+    **dict.fromkeys(("terminal_penalty", "noreaching_penalty"), schema.number(null=True)),
+    "discount": schema.SHARE,
+    # networks
+    "emb_dim": schema.whole(8, schema.WIDTH.most),
+    "d_model": schema.whole(2, schema.WIDTH.most),
+    **dict.fromkeys(("n_heads", "iql_hidden_dim"), schema.WIDTH),
+    "depth": schema.whole(1, 1000),
+    "backbone": schema.one_of("flow", "diffusion"),
+    # training
+    "next_obs_loss_weight": schema.number(0),
+    "ema_rate": schema.SHARE,
+    **dict.fromkeys(("learning_rate", "invdyn_learning_rate", "reflow_lr"), schema.RATE),
+    **dict.fromkeys(("diffusion_gradient_steps", "iql_gradient_steps", "reflow_gradient_steps"), schema.STEPS),
+    "invdyn_gradient_steps": schema.whole(0, schema.STEPS.most),
+    "iql_target_updates": schema.whole(1, 1000),
+    **dict.fromkeys(("batch_size", "iql_batch_size", "dataset_prepare_batch_size"), schema.BATCH),
+    **dict.fromkeys(("log_interval", "save_interval"), schema.STEPS),
+    **dict.fromkeys(("keep_every", "stop_at"), schema.whole(1, schema.STEPS.most, null=True)),
+    "resume": replace(schema.step_or("auto", "never"), pattern=".*[/.].*", hint=", a step or the path of a state"),
+    **dict.fromkeys(("backup_dir", "restore_from", "data_dir"), schema.TEXT_OR_NONE),
+    # reflow
+    "reflow_backbone_ckpt": schema.step_or("latest"),
+    **dict.fromkeys(("cond_dataset_size", "uncond_dataset_size"), schema.whole(1, 10**9)),
+    "pairs_dtype": schema.one_of("float32", "float16"),
+    "dataset_prepare_sampling_steps": schema.whole(1, 10_000),
+    # inference and benchmark
+    "test_model": schema.one_of("R1", "R2"),
+    **dict.fromkeys(("diffusion_ckpt", "reflow_ckpt", "task.diffusion_ckpt"), schema.step_or("latest", "all")),
+    "invdyn_ckpt": schema.step_or("latest"),
+    "num_envs": schema.ENVS,
+    "num_candidates": schema.whole(1, 100_000),
+    "num_episodes": schema.whole(1, 10**6),
+    "temperature": schema.number(0),
+    "sampling_steps": schema.whole(1, 10_000, null=True),
+    "runtime": schema.one_of("auto", "graph", "xla", "tflite"),
+    "benchmark_decisions": schema.whole(1, 10**9),
+    "benchmark_warm_up": schema.whole(0, 10**9),
+    "task.return_scale": schema.positive(null=True),
+    **{f"task.{key}_R{model}": schema.number() for key in ("target_return", "w_cfg") for model in (1, 2)},
 }
 RELATIONS = (
-    Relation(("d_model", "n_heads"), lambda width, heads: width % heads == 0, "d_model must be a multiple of n_heads"),
-    Relation(("d_model",), lambda width: width % 2 == 0, "d_model must be even"),
-    Relation(("emb_dim",), lambda width: width % 8 == 0, "emb_dim must be a multiple of 8"),
-    Relation(
+    schema.Relation(
+        ("d_model", "n_heads"), lambda width, heads: width % heads == 0, "d_model must be a multiple of n_heads"
+    ),
+    schema.multiple_of("d_model", 2),
+    schema.multiple_of("emb_dim", 8),
+    schema.Relation(
         ("num_envs", "num_candidates"),
-        lambda envs, candidates: envs * candidates <= BATCH.most,
-        f"at most {BATCH.most} plans are made together",
+        lambda envs, candidates: envs * candidates <= schema.BATCH.most,
+        f"at most {schema.BATCH.most} plans are made together",
     ),
 )
-spelling = "{}={}".format
 
 
 class LiteOptions(SimpleNamespace):
@@ -121,75 +102,42 @@ def parse(kind: str, arguments: Sequence[str]) -> LiteOptions:
         UserError: a key that does not exist (the nearest one is named) or stands twice, a value of another type or out
             of its range, a name that leads out of `results_dir`, an unknown task.
     """
+    values = _values(kind, assignments(arguments))
+    task = {key.removeprefix("task."): values.pop(key) for key in list(values) if key.startswith("task.")}
+    return LiteOptions(**{**values, "task": task}, kind=kind)
+
+
+def help_text(script: str, arguments: Sequence[str]) -> str:
+    """The options of a pipeline with their values under the other arguments, and their meanings."""
+    values = _values(script.rpartition("_")[2], assignments(split_help(arguments)[1]))
+    meaning = comments(*(FOLDER / f"{name}.yaml" for name in ("mujoco", "kitchen", "antmaze")))
+    meaning |= {f"task.{key}": text for key, text in comments(FOLDER / "task" / "hopper-medium-v2.yaml").items()}
+    usage = f"usage: python pipelines/{script}.py task=NAME mode=MODE [key=value ...]"
+    return f"{usage}\n\nOptions with their values:\n{help_rows(values, meaning)}"
+
+
+def _values(kind: str, given: dict[str, str]) -> dict[str, Any]:
+    """Every option of a domain with its value, flat; `task` is the name of the task."""
     values = read_yaml(FOLDER / f"{kind}.yaml")
-    given: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise UserError(f"{argument}: options are written key=value")
-        if key in given:
-            raise UserError(f"{key} stands twice ({shown(given[key])} and {shown(text)}): give it once")
-        given[key] = text
-    task = given.pop("task", values["task"])
-    values["task"] = {"return_scale": None} | read_task(task)
-    for key, text in given.items():
-        owner, name = (values["task"], key[5:]) if key.startswith("task.") else (values, key)
-        if name not in owner:
-            near = difflib.get_close_matches(name, [*values, "task"], n=1)
-            raise UserError(f"{key} is no option of {kind}" + (f": did you mean {near[0]}?" if near else ""))
-        owner[name] = coerce(key, text, owner[name])
-    if values["task"].get("diffusion_ckpt") is not None and "diffusion_ckpt" not in given:
-        values["diffusion_ckpt"] = values["task"]["diffusion_ckpt"]
-    _check(kind, values)
-    return LiteOptions(**values, kind=kind)
-
-
-def _check(kind: str, values: dict[str, Any]) -> None:
-    """Raises UserError for a value that cannot work, whatever the mode."""
-    check_ranges(values | {f"task.{k}": v for k, v in values["task"].items()}, RANGES, spelling, RELATIONS)
-    modes = MODES if kind == "mujoco" else ("iql_training", *MODES)
-    for key, allowed in {**CHOICES, "mode": modes}.items():
-        if values[key] not in allowed:
-            raise UserError(f"{spelling(key, shown(values[key]))}: choose one of {', '.join(allowed)}")
-    words = dict.fromkeys(LABELS, ("latest",)) | LABEL_WORDS | {"resume": ("auto", "never")}
-    for key, allowed in words.items():
-        is_path = key == "resume" and Path(str(values[key])).exists()
-        if values[key] not in allowed and not whole(0).holds(values[key]) and not is_path:
-            raise UserError(f"{spelling(key, shown(values[key]))}: choose {', '.join(allowed)} or a step")
-    require_device(values["device"], spelling("device", shown(values["device"])))
-    for key, name in (("pipeline_name", values["pipeline_name"]), ("task.env_name", values["task"]["env_name"])):
-        require_inside(name, spelling(key, shown(name)))
-    name, tasks = values["task"]["env_name"], tasks_of(domain=kind)
+    values["task"] = given.pop("task", values["task"])
+    values |= flatten({"task": {"return_scale": None} | read_task(values["task"])})
+    override(values, given, KINDS, YAML, kind, ("task",))
+    if values.get("task.diffusion_ckpt") is not None and "diffusion_ckpt" not in given:
+        values["diffusion_ckpt"] = values["task.diffusion_ckpt"]
+    schema.check_ranges(
+        values, KINDS if kind != "mujoco" else KINDS | {"mode": schema.one_of(*MODES)}, schema.PAIRS, RELATIONS
+    )
+    for key in ("pipeline_name", "task.env_name"):
+        schema.require_inside(values[key], schema.PAIRS(key, values[key]))
+    name, tasks = values["task.env_name"], tasks_of(domain=kind)
     if not any(task.covers(name) for task in tasks):
         raise UserError(f"task.env_name={name}: names begin with {', '.join(task.name for task in tasks)} here")
+    return values
 
 
 def read_task(name: str) -> dict[str, Any]:
     """task/<name>.yaml."""
     known = sorted(each.stem for each in (FOLDER / "task").glob("*.yaml"))
     if name not in known:
-        raise UserError(f"task={shown(name)}: no such task; there are {', '.join(known)}")
+        raise UserError(f"task={schema.shown(name)}: no such task; there are {', '.join(known)}")
     return read_yaml(FOLDER / "task" / f"{name}.yaml")
-
-
-def coerce(key: str, text: str, default: Any) -> Any:
-    """The text as a YAML value of its default's type; numbers stand for numbers, whole ones where the default is."""
-    if key in TEXTS:
-        return None if text in ("null", "~", "") else text
-    if isinstance(default, str) and key not in LABELS and key != "resume":
-        return text
-    value = parse_yaml(text, f"{key}={shown(text)}")
-    if default is None or isinstance(default, str):
-        return value
-    kinds: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), float: (int, float)}
-    wanted = kinds.get(type(default), (object,))
-    if isinstance(value, float) and type(default) is int:
-        if value.is_integer():
-            return int(value)
-        wanted = (int, float) if key in RANGES and not RANGES[key].whole else wanted
-    if value is None or isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, wanted):
-        if value is None and key in NONE_IS_ALLOWED:
-            return None
-        names = {bool: "true or false", int: "a whole number", float: "a number"}
-        raise UserError(f"{key}={shown(text)}: {names.get(type(default), 'another kind of value')} is needed here")
-    return float(value) if isinstance(default, float) else value

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.envs.interface import Observations
@@ -24,7 +24,7 @@ class OnPolicyTraining(FineTuning):
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: Any = None,
         venv: Any = None,
         noise: Any = None,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
+from diffusion_rl.config.compose import Config, plain_copy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import floatx
@@ -23,7 +23,7 @@ from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
 from diffusion_rl.training.loop import Losses, TrainingLoop, rng_state
 from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
-from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.run_facts import compare_policy
 from diffusion_rl.training.state_files import StateFiles
 
@@ -44,7 +44,7 @@ class PreTraining(TrainingLoop):
 
     def __init__(
         self,
-        cfg: DictConfig,
+        cfg: Config,
         model: PreTrainable | None = None,
         dataset: Any = None,
         noise: Any = None,
@@ -101,7 +101,7 @@ class PreTraining(TrainingLoop):
 
     def run(self, until: int | None = None) -> list[dict[str, Any]]:
         """Train as `TrainingLoop.run` does."""
-        settings = plain_settings(self.cfg)
+        settings = plain_copy(self.cfg)
         files = StateFiles(self.model.KIND, settings, "epoch", PRE_TRAINING_MAY_CHANGE)
         self.run_dir = RunDir(self.cfg["logdir"], settings, files)
         return super().run(until)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.config.compose import plain_copy
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
@@ -23,7 +24,7 @@ from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import LATENT_MAY_CHANGE, Spelling
 from diffusion_rl.training.loop import Losses, TrainingLoop
 from diffusion_rl.training.rollout import Rollout, RunningEpisodes, collect
-from diffusion_rl.training.run_dir import RunDir, plain_settings
+from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.state_files import StateFiles
 
 STEPS_PER_CALL = 25  # of the compiled offline function
@@ -72,7 +73,7 @@ class VAEDiffusionTraining(TrainingLoop):
         self.order = np.arange(0)  # of the samples in the minibatches of stage 3
         self.stopped = False  # target_kl was passed in this collection
         self.sums: dict[str, list[float]] = {}  # losses since the last log line
-        settings = plain_settings(cfg)
+        settings = plain_copy(cfg)
         files = StateFiles(algorithm.KIND, settings, may_change=LATENT_MAY_CHANGE)
         self.run_dir: RunDir = RunDir(cfg["logdir"], settings, files, SPELLING)
 
