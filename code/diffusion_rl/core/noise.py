@@ -94,6 +94,12 @@ class NoiseTape:
     def permutation(self, n: int) -> np.ndarray:
         return self._take((n,))
 
+    def distinct(self, high: int, n: int) -> np.ndarray:
+        return self._take((n,))
+
+    def choose(self, weights: np.ndarray) -> np.ndarray:
+        return self._take((len(weights),))
+
     @property
     def remaining(self) -> int:
         """Draws not yet consumed."""

@@ -6,11 +6,9 @@ eps     predicted noise        sigma   standard deviation of the step
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
 
 
 def predict_x0(x: Array, eps: Array, alpha: Array, sqrt_one_minus_alpha: Array) -> Array:

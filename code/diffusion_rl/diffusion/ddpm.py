@@ -6,11 +6,7 @@ eps    predicted noise                abar   alphas_cumprod
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-import tensorflow as tf
-
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
 
 
 def q_sample(x0: Array, noise: Array, sqrt_abar: Array, sqrt_one_minus_abar: Array) -> Array:

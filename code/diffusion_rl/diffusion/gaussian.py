@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
 
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
 
 
 def normal_log_prob(x: Array, mean: Array, std: Array) -> Array:

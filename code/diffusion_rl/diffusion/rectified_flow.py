@@ -7,12 +7,13 @@ from noise to data. Some entries of a sample may be known: they are exact on the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
+
 Velocity = Callable[[Array, Array], Array]  # (x [B,...], t [B]) -> [B,...]
 EXPONENT = 1.5
 

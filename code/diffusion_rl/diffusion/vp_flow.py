@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.diffusion.rectified_flow import Array, Steps, Velocity, mean_error, put
+from diffusion_rl.core.typing import Array
+from diffusion_rl.diffusion.rectified_flow import Steps, Velocity, mean_error, put
 
 BETA_0, BETA_1 = 0.1, 20.0
 EARLIEST = 1e-3  # time is in [EARLIEST, 1]

@@ -23,6 +23,7 @@ from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import reading
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.normalizers import KEYS, MinMaxNormalizer
 from diffusion_rl.export.deployed import (
     DeployedPolicy,
@@ -181,7 +182,7 @@ def build_policy(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) 
     if cls not in ACTS_AS:
         names = ", ".join(sorted(exportable.__name__ for exportable in ACTS_AS))
         raise UserError(f"{path} is of a {target.rpartition('.')[2]}, which cannot be exported; these can: {names}")
-    acts_as = ACTS_AS[cls]
+    acts_as: Any = ACTS_AS[cls]
     network = node.pop("network", None) or node.pop("actor", None)
     refuse_larger(network, checkpoint, path)
     network = instantiate_trusted(network, CHECKPOINT_CLASSES)
@@ -341,14 +342,14 @@ def input_shapes(source: Source, batch: int | None) -> dict[str, tuple[int | Non
     return observation | noise_shapes(source.policy, batch)
 
 
-def random_inputs(source: Source, batch: int, noise: NoiseSource) -> dict[str, np.ndarray]:
+def random_inputs(source: Source, batch: int, rng: Rng) -> dict[str, np.ndarray]:
     """Observations within the bounds of the data, any images, and the noise of one decision."""
     low, high = source.normalizer.obs_min, source.normalizer.obs_max
     draws: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
-        "state": lambda shape: (low + (high - low) * noise.uniform(shape)).astype(np.float32),
-        "rgb": lambda shape: noise.integers(0, 256, shape).astype(np.uint8),
-        "noise": noise.normal,
-        "uniform": noise.uniform,
+        "state": lambda shape: (low + (high - low) * rng.uniform(shape)).astype(np.float32),
+        "rgb": lambda shape: rng.integers(0, 256, shape).astype(np.uint8),
+        "noise": rng.normal,
+        "uniform": rng.uniform,
     }
     return {name: draws[name](shape) for name, shape in input_shapes(source, batch).items()}  # type: ignore[arg-type]
 

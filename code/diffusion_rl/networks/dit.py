@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, Linear, mish
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import Linear, mish
 from diffusion_rl.networks.transformer import SelfAttention
 
 FREQUENCY_SCALE = 16.0
@@ -192,7 +193,8 @@ class DiT1d(keras.layers.Layer):
         """What time [B] and condition [B,E] do to the layers: shifts, scales and gates, [B,parts D]."""
         embedded = self.map_noise(t)
         embedded = run(self.map_emb, embedded if condition is None else embedded + condition)
-        return tf.concat([run(each.adaLN_modulation, embedded) for each in (*self.blocks, self.final_layer)], axis=-1)
+        layers: list[DiTBlock | FinalLayer] = [*self.blocks, self.final_layer]
+        return tf.concat([run(layer.adaLN_modulation, embedded) for layer in layers], axis=-1)
 
     @property
     def parts(self) -> int:
@@ -216,7 +218,7 @@ class Perceptron(keras.layers.Layer):
     def __init__(self, dims: Sequence[int]):
         super().__init__(dtype=floatx())
         hidden = [[Linear(a, b), leaky_relu] for a, b in zip(dims[:-2], dims[1:-1], strict=True)]
-        self.mlp = [*hidden, Linear(*dims[-2:])]
+        self.mlp: list[Any] = [*hidden, Linear(*dims[-2:])]
 
     def call(self, x: Array) -> Array:
         for layer in self.mlp[:-1]:

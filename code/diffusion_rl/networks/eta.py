@@ -15,7 +15,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, Linear, flatten_state
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import Linear, flatten_state
 from diffusion_rl.networks.mlp import MLP
 
 

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.networks.layers import flatten_state
 from diffusion_rl.networks.mlp import DiffusionMLP, ResidualBlock, ResidualMLP
 
 

@@ -11,7 +11,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, sinusoidal_embedding
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import LayerNorm, Linear, sinusoidal_embedding
 from diffusion_rl.networks.mlp import MLP
 from diffusion_rl.networks.transformer import SelfAttention
 

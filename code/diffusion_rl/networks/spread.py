@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.core.typing import Array
 
 
 class SpreadOwner(keras.layers.Layer):

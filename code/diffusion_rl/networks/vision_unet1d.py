@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.unet1d import UNetTrunk
 from diffusion_rl.networks.vision import Cond, ImageFeatures, SeesImages
 from diffusion_rl.networks.vit import VitEncoder

@@ -1,6 +1,6 @@
 """Decisions of policies for a vector of environments: one compiled program per decision.
 
-An actor draws what one decision needs from a source of noise (`draw`) and decides with it (`act`).
+An actor draws what one decision needs from a source of randomness (`draw`) and decides with it (`act`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from diffusion_rl.core.batching import in_chunks, parts
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded
-from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
@@ -58,7 +58,7 @@ class SingleStepActor(abc.ABC):
         """To be called after every change of the weights; nothing is kept between decisions here."""
 
     @abc.abstractmethod
-    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
         """What one decision needs: the arguments of `policy.sample` beside the observation."""
 
     @abc.abstractmethod
@@ -92,9 +92,9 @@ class SingleStepActor(abc.ABC):
 class GaussianActor(SingleStepActor):
     """Decisions of a Gaussian policy."""
 
-    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
         network = self.policy.network
-        return {"noise": noise.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
+        return {"noise": rng.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
         return policy.sample(cond, deterministic=deterministic, **draws)[0]
@@ -103,11 +103,11 @@ class GaussianActor(SingleStepActor):
 class GMMActor(SingleStepActor):
     """Decisions of a mixture policy: a uniform draw picks the mode."""
 
-    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
         network = self.policy.network
-        uniform = noise.uniform((n_envs,), dtype=floatx())
+        uniform = rng.uniform((n_envs,), dtype=floatx())
         shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
-        return {"uniform": uniform, "noise": noise.normal(shape, floatx())}
+        return {"uniform": uniform, "noise": rng.normal(shape, floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
         return policy.sample(cond, deterministic=deterministic, **draws)
@@ -165,9 +165,9 @@ class DiffusionActor:
         p = self.policy
         return (p.sampling_steps + 1, n_envs, p.horizon_steps, p.action_dim)
 
-    def draw(self, noise: Any, n_envs: int) -> np.ndarray:
+    def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
         """The noise of one decision."""
-        return noise.normal(self.noise_shape(n_envs), floatx())
+        return rng.normal(self.noise_shape(n_envs), floatx())
 
     def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
         """Decide for all environments.

@@ -17,10 +17,11 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
+from diffusion_rl.core.typing import Array
 from diffusion_rl.diffusion import ddim, ddpm
 from diffusion_rl.diffusion.gaussian import clip, normal_log_prob
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
-from diffusion_rl.networks.layers import Array, copy_weights, variables_of
+from diffusion_rl.networks.layers import copy_weights, variables_of
 
 Cond = dict[str, Array]
 
@@ -139,7 +140,7 @@ class DiffusionPolicy:
             direction = tf.sqrt(tf.maximum(1 - alpha_prev - tf.square(sigma), 0))
         return ddim.step_mean(x0, eps, alpha_prev, direction)
 
-    def p_mean_var(self, x: Array, t: Array, cond: Cond, index: Array | None = None) -> tuple[Array, Array]:
+    def p_mean_var(self, x: Array, t: Array, cond: Cond, index: Array | None = None) -> tuple[Array, ...]:
         """Mean [B,H,A] and log-variance [B,1,1] of p(x_{t-1} | x_t); `index` [B] is the step's position in DDIM.
 
         DDIM without eta has no noise: its log-variance is -inf.
@@ -255,7 +256,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         self.eta, self.learn_eta = eta, learn_eta
         self.actor = self.network
         self.actor_ft = clone(self.actor)
-        self.critic = critic
+        self.critic: Any = critic
 
     # ---------- annealing ----------
 
@@ -293,7 +294,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
 
     # ---------- one denoising step ----------
 
-    def fine_tuned_rows(self, t: Array, index: Array | None) -> Array:
+    def fine_tuned_rows(self, t: Array, index: Array) -> Array:
         """[B] bool: which rows belong to the fine-tuned network."""
         if self.ddim_schedule is not None:
             return index >= self.sampling_steps - self.ft_denoising_steps

@@ -13,8 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.keras import keras
+from diffusion_rl.core.typing import Array
 from diffusion_rl.diffusion.gaussian import normal_log_prob
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.diffusion import Cond, clone
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
