@@ -52,7 +52,7 @@ setup(
     license="MIT",
     packages=find_packages("code"),
     package_dir={"": "code"},
-    package_data={"diffusion_rl": ["**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz", "**/*.csv"]},
+    package_data={"diffusion_rl": ["py.typed", "**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz", "**/*.csv"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "tensorflow>=2.20,<2.21",

@@ -110,7 +110,7 @@ class AdamW:
             v.assign(state[f"exp_avg_sq.{i}"])
 
 
-def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> tuple[list[tf.Tensor | None], tf.Tensor]:
+def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> tuple[list[Any], tf.Tensor]:
     """Scale gradients so that their joint norm is at most `max_norm`, in torch's form: g * min(1, max / (norm + 1e-6)).
 
     Returns the clipped gradients (None stays None) and the norm before clipping.

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Episodes:
     @property
     def returns(self) -> np.ndarray:
         """Undiscounted return of each episode [T], float64. Needs rewards."""
-        so_far = np.concatenate([[0.0], np.cumsum(self.rewards, dtype=np.float64)])
+        so_far = np.concatenate([[0.0], np.cumsum(np.asarray(self.rewards), dtype=np.float64)])
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
     def require_rewards(self, name: str) -> np.ndarray:
@@ -62,7 +63,9 @@ class Episodes:
         lengths = np.asarray(self.traj_lengths)[episodes]
         starts = self.starts[episodes]
         rows = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        chosen = {f.name: _take(getattr(self, f.name), rows) for f in fields(self) if f.name != "traj_lengths"}
+        chosen: dict[str, Any] = {
+            f.name: _take(getattr(self, f.name), rows) for f in fields(self) if f.name != "traj_lengths"
+        }
         return Episodes(traj_lengths=lengths, **chosen)
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -65,7 +65,8 @@ class StackingDataset(TrajectoryDataset):
         rows = [*trajectories, padding]  # the last row is padding, which these windows never reach
         self.transitions = np.concatenate([fitted.normalize(each).astype(np.float32) for each in rows])
         self.labels = np.concatenate([stacked(each) for each in rows])  # [N+1,12]
-        self.condition_times, self.values, self.rewards = (), None, np.zeros(len(self.transitions) - 1, np.float32)
+        self.condition_times, self.values = (), None
+        self.rewards = np.zeros(len(self.transitions) - 1, np.float32)
         counts = np.maximum(self.path_lengths - horizon + 1, 0)
         if not counts.sum():
             raise UserError(

@@ -66,7 +66,7 @@ class TrajectoryDataset:
         if not len(self.windows):
             raise UserError(f"no episode has a window of {horizon} steps: choose a smaller horizon")
         tell_left_out(self.path_lengths, self.windows[:, 0], horizon)
-        self.condition_times = (0, horizon - 1) if goal else (0,)
+        self.condition_times: tuple[int, ...] = (0, horizon - 1) if goal else (0,)
         self.values = None if discount is None else self._values(discount, normed)  # [M,1]
 
     def __len__(self) -> int:

@@ -73,12 +73,11 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         self._setpoints = np.zeros((n_envs, 2))
         self._modes = avoiding.new_modes(n_envs)
         self.collided = np.zeros(n_envs, dtype=bool)
+        self._viewer: Any = None
         if render:
             from diffusion_rl.envs.video import StateViewer  # rendering libraries load only when asked for
 
             self._viewer = StateViewer(functools.partial(panda.load_model, visible=True), CAMERA)
-        else:
-            self._viewer = None
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Changes nothing: nothing is random."""

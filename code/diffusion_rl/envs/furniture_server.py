@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import traceback
+import typing
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -21,7 +22,7 @@ CLAMP = 5.0  # of normalised observations
 def pack(**arrays):
     """Arrays, numbers and text as bytes that any numpy reads."""
     buffer = io.BytesIO()
-    np.savez(buffer, **{key: np.asarray(value) for key, value in arrays.items()})
+    np.savez(buffer, **{key: np.asarray(value) for key, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
@@ -46,7 +47,7 @@ class Simulation:
         self._observations = (statistics["stats.observations.min"], statistics["stats.observations.max"])
         self._actions = (statistics["stats.actions.min"], statistics["stats.actions.max"])
         self._assembled = None
-        self._tensor = None  # one of the simulator's, to make others like it
+        self._tensor: typing.Any = None  # one of the simulator's, to make others like it
 
     def spaces(self):
         """O and A."""

@@ -54,7 +54,7 @@ def _opencv(path: str, fps: int) -> tuple[Any, Any] | None:
     def write(frame: np.ndarray) -> None:
         if not writer:
             size = frame.shape[1::-1]
-            writer.append(cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), fps, size))
+            writer.append(cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size))
         writer[0].write(frame[..., ::-1])
 
     return write, lambda: [one.release() for one in writer]

@@ -122,7 +122,8 @@ def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int,
     and kept, so that short ones are not over-represented.
     """
     obs = envs.reset()["state"]
-    running, open_steps = np.ones(envs.n_envs, bool), [[] for _ in range(envs.n_envs)]
+    running = np.ones(envs.n_envs, bool)
+    open_steps: list[list[tuple]] = [[] for _ in range(envs.n_envs)]
     finished: list[list[tuple]] = []
     transitions = 0
     while running.any():

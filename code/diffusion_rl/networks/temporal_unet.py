@@ -260,7 +260,7 @@ class ValueFunction(keras.layers.Layer):
                 f"last of them is a multiple of {4 * GROUPS}"
             )
         self.time_mlp = TimeEmbedding(dim, expansion=4)
-        self.blocks = [
+        self.blocks: list[list[Any]] = [
             [ResidualTemporalBlock(a, b, dim), ResidualTemporalBlock(b, b, dim), Downsample(b)]
             for a, b in itertools.pairwise(dims)
         ]

@@ -120,7 +120,7 @@ class Evaluation:
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
             rollout = evaluate(
-                actor_for(self.policy, self.fast),
+                actor_for(self.policy, self.fast),  # type: ignore[arg-type]  # built to be fine-tuned
                 self.venv,
                 NoiseSource(self.seed),
                 n_steps,
@@ -176,7 +176,7 @@ def model_of(checkpoint: Checkpoint, model: DictConfig) -> DictConfig:
     sampling = checkpoint.metadata.get("sampling") if is_fine_tuned(policy_weights(checkpoint)) else None
     if not sampling:
         return model
-    model = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(model), resolve=True))
+    model = OmegaConf.create(OmegaConf.to_container(OmegaConf.create(model), resolve=True))  # type: ignore[assignment]
     sampling = {k: v for k, v in sampling.items() if k in (*SAMPLING, *GAUSSIAN_SAMPLING)}
     different = {k: v for k, v in sampling.items() if k in model and model[k] != v}
     if different:

@@ -158,7 +158,7 @@ class FineTuning(abc.ABC):
         threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, self.act_steps, threshold)
         told = self._told(rollout, evaluating, stats)
-        row = {
+        row: dict[str, Any] = {
             "itr": self.itr,
             "kind": "eval" if evaluating else "train",
             "env_steps": self.env_steps,

@@ -85,7 +85,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoint"
         if self._resume != "auto" and (self.resumed_from is None or self.checkpoints != self.resumed_from.parent):
             self._refuse_used_folder()
-        self._last_saved = self.resumed_from
+        self._last_saved: Path | None = self.resumed_from
         self._unsaved: State | None = None
         self._saved_at = time.monotonic()
         self._passing: set[Path] = set()

@@ -156,7 +156,7 @@ def _named(known: Mapping[str, Callable[..., Any]], name: str, what: str) -> Cal
 class Experiment(NamedTuple):
     """A trained model, ready to plan with."""
 
-    model: NoisyTrajectories  # with the averaged weights
+    model: Any  # `NoisyTrajectories` with the averaged weights
     normalizers: dict[str, DebugNormalizer]
     normalizer: str  # name of their class
     epoch: int
@@ -228,7 +228,7 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
 
 def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
     """Label and path of a checkpoint in an experiment's folder."""
-    states = {}
+    states: dict[int, Path] = {}
     for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt: ours is preferred
         if match := re.fullmatch(r"state_(\d+)\.(pt|safetensors)", path.name):
             states.setdefault(int(match[1]), path)

@@ -73,7 +73,8 @@ class DiffuserTraining:
         self.learning_rate, self.decays_at = trainer.optimizer.learning_rate.numpy(), n_train_steps - lr_decay_steps
         self.step = 0  # the next one
         self.stop = StopRequest()
-        self._sample = tf.function(trainer.ema_model.sample, autograph=False) if sample_freq else None
+        model: Any = trainer.ema_model  # values are not sampled
+        self._sample: Any = tf.function(model.sample, autograph=False) if sample_freq else None
         self._began = time.monotonic()
 
     # ---------- the loop ----------

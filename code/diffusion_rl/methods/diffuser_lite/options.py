@@ -189,4 +189,4 @@ def coerce(key: str, text: str, default: Any) -> Any:
             return None
         names = {bool: "true or false", int: "a whole number", float: "a number"}
         raise UserError(f"{key}={shown(text)}: {names.get(type(default), 'another kind of value')} is needed here")
-    return float(value) if isinstance(default, float) else value
+    return float(value) if isinstance(default, float) else value  # type: ignore[arg-type]

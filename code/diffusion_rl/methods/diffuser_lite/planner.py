@@ -123,8 +123,8 @@ class PlanLevel:
             if guidance == 1:
                 return network.diffusion(x, t, embedded)
             both = tf.concat([embedded, tf.zeros_like(embedded)], axis=0)
-            out = network.diffusion(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both)
-            return rectified_flow.guided(*tf.split(out, 2), guidance)
+            wanted, free = tf.split(network.diffusion(tf.concat([x, x], axis=0), tf.concat([t, t], axis=0), both), 2)
+            return rectified_flow.guided(wanted, free, guidance)
 
         return rectified_flow.sample(output, noise, self.backbone.steps(grid), known, self.mask, repeat_last)
 
@@ -173,7 +173,8 @@ class DiffuserLite:
         if acting.candidates > 1 and value is None:
             raise UserError(f"{acting.candidates} candidates need a value to choose by: run mode=iql_training first")
         self.levels, self.inverse, self.means, self.stds = levels, inverse, means, stds
-        self.acting, self.value, self.runtime = acting, value, runtime
+        self.acting, self.runtime = acting, runtime
+        self.value: Any = value
         self.grid = rectified_flow.time_grid(acting.steps)
         self._runs: dict[tuple[int, int], Callable[..., np.ndarray]] = {}  # by numbers of environments and returns
         self._told: tuple[bytes, list[Array]] = b"", []  # returns that were wanted last, and what they mean
@@ -222,8 +223,7 @@ class DiffuserLite:
             known = tf.stack([first, *[tf.zeros_like(first)] * (level.shape[0] - 2), last], axis=1)
             known, wanted = tf.repeat(known, copies, axis=0), tf.repeat(returns, copies, axis=0)
             scaled = draws * tf.constant(acting.temperature, dtype)
-            options = {"guidance": acting.guidance[i], "use_ema": acting.use_ema}
-            plans = level.sample(scaled, known, self.grid, wanted, **options)
+            plans = level.sample(scaled, known, self.grid, wanted, guidance=acting.guidance[i], use_ema=acting.use_ema)
             if copies > 1:
                 plans = self._best(plans, copies)
             first, last = plans[:, 0], plans[:, 1]

@@ -45,7 +45,7 @@ class LiteLoop(ABC):
         record: called with every log line.
     """
 
-    windows: WindowOrder | None = None  # in which the data are gone through
+    windows: Any = None  # `WindowOrder` in which the data are gone through
 
     def __init__(
         self,
@@ -183,6 +183,7 @@ class PlanTraining(LiteLoop):
         return self.trainer.steps(np.stack(items), stacked, np.stack(kept) if kept else None, rates)
 
     def _dropout(self, batch: int) -> np.ndarray:
+        assert self.trainer.inverse is not None
         inverse = self.trainer.inverse.inverse
         pairs = self.trainer.levels[-1].level.shape[0] - 1
         return self.noise.uniform((batch, pairs, inverse.hidden_dim)) >= inverse.dropout
@@ -193,6 +194,7 @@ class PlanTraining(LiteLoop):
 
     def parts(self) -> Iterator[tuple[str, Any]]:
         yield from level_parts(self.trainer.levels)
+        assert self.trainer.inverse is not None
         yield "invdyn.model", self.trainer.inverse.inverse
         yield "invdyn.optimizer", self.trainer.inverse.optimizer
 

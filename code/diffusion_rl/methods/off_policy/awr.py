@@ -32,6 +32,8 @@ class AdvantageWeighted(OffPolicy):
 
     actor: keras.layers.Layer
     critic: keras.layers.Layer
+    draw_loss: Any  # (rng, rows) -> draws of `weighted_loss`
+    weighted_loss: Any  # (batch, weights [B], draws) -> scalar
 
     def experience(self, settings: Settings) -> Experience:
         names = ("obs", "actions", "rewards", "terminated", "returns", "advantages")

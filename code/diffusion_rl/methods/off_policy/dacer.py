@@ -135,7 +135,8 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     def loss_critic(self, batch: Transitions, target: Array, drawn: Array, scale: Array) -> Array:
         """target, drawn as of `targets`; scale [2]."""
-        return distributional_loss(*self.critic({"state": batch.obs}, batch.actions), target, drawn, scale)
+        mean, std = self.critic({"state": batch.obs}, batch.actions)
+        return distributional_loss(mean, std, target, drawn, scale)
 
     def update_std_scale(self, batch: Transitions, tau: float) -> Array:
         """w [2], moved towards the batch's mean deviations, with which it begins."""

@@ -29,6 +29,8 @@ class RewardWeighted(OffPolicy):
     """
 
     network: keras.layers.Layer
+    draw_loss: Any  # (rng, rows) -> draws of `weighted_loss`
+    weighted_loss: Any  # (batch, weights [B], draws) -> scalar
 
     def experience(self, settings: Settings) -> Experience:
         return Experience(fields=("obs", "actions", "returns", "weights"), whole_episodes=True)

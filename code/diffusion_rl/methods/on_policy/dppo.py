@@ -76,7 +76,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         self.clip_ploss_coef_base, self.clip_ploss_coef_rate = clip_ploss_coef_base, clip_ploss_coef_rate
         self.advantage_quantiles = (clip_advantage_lower_quantile, clip_advantage_upper_quantile)
 
-    def loss(
+    def loss(  # type: ignore[override]  # another loss than pre-training's
         self,
         obs: Cond,
         chains_prev: Array,

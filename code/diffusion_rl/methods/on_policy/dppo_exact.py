@@ -115,7 +115,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         n_elements = self.horizon_steps * self.action_dim
         return (standard_normal_log_prob(end) + gained) / (math.log(2) * n_elements)
 
-    def loss(
+    def loss(  # type: ignore[override]  # another loss than pre-training's
         self,
         obs: Cond,
         samples: Array,

@@ -34,7 +34,7 @@ class DPPOTrainer(PPOTrainer):
         a = self.algorithm
         self.fast = bool(self.train.get("fast", True)) and not self.use_bc_loss and dppo_fast.applicable(a)
         if self.fast:
-            self._fast_gradients = dppo_fast.gradients(a, self.reward_horizon, self.coefficients)
+            self._fast_gradients: Any = dppo_fast.gradients(a, self.reward_horizon, self.coefficients)
         self._log_probs = tf.function(lambda state, chains: a.log_probs({"state": state}, chains)[0])
         self._chunk_log_prob = tf.function(self._reduce_log_probs)
 
@@ -56,13 +56,13 @@ class DPPOTrainer(PPOTrainer):
 
     # ---------- updating ----------
 
-    def load(self, state: np.ndarray, samples: np.ndarray, *rest: np.ndarray, rgb: np.ndarray | None = None) -> int:
+    def load(self, state: np.ndarray, samples: np.ndarray, *rest: Any, **images: Any) -> int:
         """Take a rollout of N samples; returns the number of rows N*F, the step running fastest.
 
         Args:
             samples: chains [N,F+1,H,A];  rest, rgb: as of `PPOTrainer.load`, with log_probs [N,F,H,A] per element.
         """
-        return super().load(state, samples, *rest, rgb=rgb) * self.algorithm.ft_denoising_steps
+        return super().load(state, samples, *rest, **images) * self.algorithm.ft_denoising_steps
 
     def reduce(self, log_probs: np.ndarray) -> Any:
         return self._chunk_log_prob(tf.constant(log_probs, self.algorithm.dtype))

@@ -14,7 +14,7 @@ from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy
 
 
-class GaussianPPO(ChunkPPO, FineTunedGaussianPolicy):
+class GaussianPPO(ChunkPPO, FineTunedGaussianPolicy):  # type: ignore[misc]  # another loss
     """A Gaussian policy with PPO's loss."""
 
     KIND = "gaussian_ppo"

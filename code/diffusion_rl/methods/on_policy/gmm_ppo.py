@@ -10,7 +10,7 @@ from diffusion_rl.methods.on_policy.ppo import ChunkPPO
 from diffusion_rl.policies.gmm import FineTunedGMMPolicy
 
 
-class GMMPPO(ChunkPPO, FineTunedGMMPolicy):
+class GMMPPO(ChunkPPO, FineTunedGMMPolicy):  # type: ignore[misc]  # another loss
     """A mixture policy with PPO's loss."""
 
     KIND = "gmm_ppo"

@@ -106,7 +106,7 @@ class PreTraining:
             while self.epoch <= n_epochs:
                 began = time.monotonic()
                 losses = self._epoch(on_batches)
-                row = {"epoch": self.epoch, "kind": "train", "loss": float(np.mean(losses))}
+                row: dict[str, Any] = {"epoch": self.epoch, "kind": "train", "loss": float(np.mean(losses))}
                 if not math.isfinite(row["loss"]):
                     raise UserError(
                         f"the loss became {row['loss']} in epoch {self.epoch}: lower train.learning_rate; "

@@ -249,6 +249,7 @@ class LatentDiffusionRL:
     def q_loss(self, batch: Batch, draws: Draws) -> Array:
         """Squared error to r + gamma^k min Q'(s', z'), z' sampled with the averaged weights."""
         following = self.sampled(batch.next_state, draws.next_noise, self.ema)
+        assert batch.rewards is not None and batch.alive is not None
         next_value = tf.minimum(*self.q_target({"state": batch.next_state}, following))
         target = tf.stop_gradient(batch.rewards[:, 0] + batch.alive[:, 0] * next_value)
         latents = tf.stop_gradient(self.latents(batch.actions, draws.vae_noise))
