@@ -361,7 +361,7 @@ def rows_of(source: Source, inputs: Mapping[str, np.ndarray], rows: range) -> di
 
 
 def latency(source: Source, run: Run) -> np.ndarray:
-    """Seconds of each of `TIMED` decisions at batch 1, the noise included."""
+    """Measures the seconds [TIMED] of decisions at batch 1, the noise included."""
     inputs = random_inputs(source, 1, NoiseSource(1))
     observation = {name: inputs[name] for name in inputs if name in ("state", "rgb")}
     seconds = []

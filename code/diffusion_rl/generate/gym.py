@@ -111,6 +111,7 @@ class Sampler:
         self._sample = tf.function(lambda obs, eps: policy.sample({"state": obs}, eps)[0])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Draws actions [E,1,A] for raw observations [E,1,O]."""
         eps = self.noise.normal((len(obs), self.action_dim))
         return self._sample(tf.constant(obs, tf.float32), tf.constant(eps)).numpy()
 
@@ -316,7 +317,7 @@ def save_actor(path: Path, policy: SAC) -> None:
 
 
 def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
-    """float32 rounded to that many mantissa bits (relative error 2^-(bits+1)); the zeros behind them compress."""
+    """Rounds float32 numbers [...] to so many mantissa bits (relative error 2^-(bits+1)): the zeros compress."""
     drop = 23 - bits
     words = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((words + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)

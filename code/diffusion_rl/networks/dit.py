@@ -25,7 +25,7 @@ EMBEDDING_STD = 0.02
 
 @tf.custom_gradient
 def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The usual approximation of GELU by tanh. Written so that TFLite sees what it is; the gradient with less to do."""
+    """GELU of x [...], approximated by tanh. Written so that TFLite sees what it is; the gradient with less to do."""
     c, cubic = math.sqrt(2 / math.pi), 0.044715
     tanh = tf.tanh(c * (x + cubic * x**3))
 
@@ -37,12 +37,12 @@ def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def silu(x: Array) -> Array:
-    """x sigmoid(x)"""
+    """x sigmoid(x), [...]"""
     return x * tf.sigmoid(x)
 
 
 def run(steps: Sequence[Any], x: Array) -> Array:
-    """Layers and functions one after the other."""
+    """Applies layers and functions to x [...], one after the other."""
     for step in steps:
         x = step(x)
     return x
@@ -50,7 +50,7 @@ def run(steps: Sequence[Any], x: Array) -> Array:
 
 @tf.custom_gradient
 def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Mean 0 and variance 1 over the last axis, without gain and offset."""
+    """Brings x [...,D] to mean 0 and variance 1 over the last axis, without gain and offset."""
     centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
     scale = tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
     y = centred * scale
@@ -221,12 +221,14 @@ class Perceptron(keras.layers.Layer):
         self.mlp: list[Any] = [*hidden, Linear(*dims[-2:])]
 
     def call(self, x: Array) -> Array:
+        """x [...,in] -> [...,out]"""
         for layer in self.mlp[:-1]:
             x = run(layer, x)
         return self.mlp[-1](x)
 
 
 def leaky_relu(x: Array) -> Array:
+    """max(x, x / 100), [...]"""
     return tf.maximum(x, 0.01 * x)
 
 

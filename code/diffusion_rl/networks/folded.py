@@ -110,7 +110,7 @@ class FoldedActor:
 
 
 def fold_critic(critic: CriticObs) -> list[Array]:
-    """Tensors of `critic_output`."""
+    """Returns the tensors that `critic_output` takes: kernels [in,out], biases [out], the blocks' own behind them."""
     blocks, out_kernel, constant = _fold_blocks(critic.Q1)
     first = critic.Q1.layers[0]
     return [tf.convert_to_tensor(first.kernel), tf.convert_to_tensor(first.bias), out_kernel, constant, *blocks]

@@ -96,6 +96,7 @@ class ResidualBlock(keras.layers.Layer):
             self.norm1, self.norm2 = LayerNorm(dim, epsilon=1e-6), LayerNorm(dim, epsilon=1e-6)
 
     def call(self, x: Array) -> Array:
+        """x [...,dim] -> [...,dim]"""
         h = self.norm1(x) if self.use_layernorm else x
         h = self.l1(self.activate(h))
         h = self.norm2(h) if self.use_layernorm else h
@@ -157,6 +158,7 @@ class ResidualMLP(keras.layers.Layer):
         self.activate_out = activation(out_activation_type)
 
     def call(self, x: Array) -> Array:
+        """x [...,in] -> [...,out]"""
         for layer in self.layers:
             x = layer(x)
         return self.activate_out(x)

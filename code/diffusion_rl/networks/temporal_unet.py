@@ -74,6 +74,7 @@ class ChannelNorm(keras.layers.Layer):
         self.b = tf.Variable(tf.zeros([1, dim, 1], floatx()), name="b")
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [H,B,C]"""
         mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
         normal = (x - mean) * tf.math.rsqrt(variance + tf.constant(self.eps, x.dtype))
         return normal * tf.reshape(self.g, [-1]) + tf.reshape(self.b, [-1])
@@ -110,6 +111,7 @@ class AttentionBlock(keras.layers.Layer):
         self.channel_norm = ChannelNorm(dim)
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [H,B,C]"""
         return x + self.linear_attention(self.channel_norm(x))
 
 

@@ -89,6 +89,7 @@ class Downsample(keras.layers.Layer):
         self.conv = Conv1d(dim, dim, 3, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [(H+1)//2,B,C]"""
         return self.conv(x)
 
 
@@ -100,6 +101,7 @@ class Upsample(keras.layers.Layer):
         self.conv = ConvTranspose1d(dim, dim, 4, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [2H,B,C]"""
         return self.conv(x)
 
 

@@ -46,6 +46,7 @@ class VisionUnet1D(SeesImages, UNetTrunk):
         self.vision = vision
 
     def proprioception(self, cond: Cond) -> Array:
+        """{"state": [B,To,O]} -> what the blocks are conditioned on, [B,To*O] or [B,cond_mlp_dims[-1]]."""
         return self.encoded_state({"state": tf.cast(cond["state"], self.vision.compute_dtype)})
 
     def call(

@@ -93,10 +93,12 @@ class GaussianActor(SingleStepActor):
     """Decisions of a Gaussian policy."""
 
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
+        """Draws the noise [E,H*A] of one decision."""
         network = self.policy.network
         return {"noise": rng.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        """Actions [E,H,A] of the policy."""
         return policy.sample(cond, deterministic=deterministic, **draws)[0]
 
 
@@ -104,12 +106,14 @@ class GMMActor(SingleStepActor):
     """Decisions of a mixture policy: a uniform draw picks the mode."""
 
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
+        """Draws what picks the modes [E] and the noise [E,M,H*A] of one decision."""
         network = self.policy.network
         uniform = rng.uniform((n_envs,), dtype=floatx())
         shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
         return {"uniform": uniform, "noise": rng.normal(shape, floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        """Actions [E,H,A] of the policy."""
         return policy.sample(cond, deterministic=deterministic, **draws)
 
 
@@ -126,6 +130,7 @@ class CompiledNetwork:
             self.encode = self._encode
 
     def __call__(self, x: Array, t: Array, cond: Cond) -> Array:
+        """x [B,H,A], t [B], cond -> noise (or x0) [B,H,A]"""
         return self._call(x, t, cond)
 
     def _encode(self, cond: Cond) -> Cond:
@@ -166,7 +171,7 @@ class DiffusionActor:
         return (p.sampling_steps + 1, n_envs, p.horizon_steps, p.action_dim)
 
     def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
-        """The noise of one decision."""
+        """Draws the noise of one decision, [steps+1,E,H,A]."""
         return rng.normal(self.noise_shape(n_envs), floatx())
 
     def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
