@@ -5,7 +5,7 @@ Each is fitted on rows [N,D] and keeps the numpy dtype of what it is given; `arr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -127,7 +127,7 @@ class CDFNormalizer(DebugNormalizer):
         return self.arrays[f"{name}.{i}"]
 
     @staticmethod
-    def _by_column(x: np.ndarray, function) -> np.ndarray:
+    def _by_column(x: np.ndarray, function: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
         columns = [function(i, x[..., i]) for i in range(x.shape[-1])]
         return np.stack(columns, axis=-1).astype(x.dtype)
 

@@ -15,7 +15,7 @@ them (`*_output`). Shapes: R rows, X flat action chunk, O flat observation histo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -53,7 +53,7 @@ def _fold_blocks(mlp: ResidualMLP) -> tuple[list[Array], Array, Array]:
     return tensors, out.kernel, tf.linalg.matvec(out.kernel, last.l2.bias, transpose_a=True) + out.bias
 
 
-def _blocks_output(blocks: Sequence[Array], activate, h: Array) -> tuple[Array, Array]:
+def _blocks_output(blocks: Sequence[Array], activate: Callable[[Array], Array], h: Array) -> tuple[Array, Array]:
     """(what enters the last block [R,W], its folded product [R,out])."""
     for i in range(0, len(blocks) - 3, 4):
         w1, b1, w2, b2 = blocks[i : i + 4]

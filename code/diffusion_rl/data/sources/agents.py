@@ -10,7 +10,7 @@ A data set is called <scenario>-<quality>: simple_spread-medium, 3m-Good, 2ant-G
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,12 @@ KINDS = ("mpe", "smac", "smacv2", "mamujoco", "mahalfcheetah")
 
 
 def load(
-    kind: str, name: str, root: str | None, max_path_length: int, discrete: bool = False, say=print
+    kind: str,
+    name: str,
+    root: str | None,
+    max_path_length: int,
+    discrete: bool = False,
+    say: Callable[[str], None] = print,
 ) -> AgentEpisodes:
     """The episodes of a data set; what was found is told.
 
