@@ -82,7 +82,7 @@ def test_a_known_import_that_is_gone_must_leave_the_list(copy):
     assert report.returncode == 1 and "diffusion_rl.core.ema -> yaml" in report.stdout + report.stderr
 
 
-def test_sizes_and_shapes_hold(capsys):
+def test_sizes_shapes_and_defaults_hold(capsys):
     assert contracts.main([]) == 0, capsys.readouterr().out
 
 
@@ -141,3 +141,11 @@ def test_functions_on_tensors_without_shapes_are_reported(tmp_path):
     assert share == pytest.approx(1 / 3)
     assert [line.split(":")[1].split(" ")[1] for line in missing] == ["missing", "Layer.call"]
     assert contracts.shapes_missing(tmp_path, 0.3)[1] == []
+
+
+def test_defaults_of_configurations_are_reported(tmp_path):
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "schema.py").write_text("cfg.get('seed', 42)\n")
+    (tmp_path / "loop.py").write_text("cfg.get('a', 1)\nself.cfg['env'].get('b', 2)\ntrain.get('c')\nrow.get('d', 3)\n")
+    lines = contracts.defaults(tmp_path)
+    assert [line.split(":")[1] for line in lines] == ["1 cfg.get('a', 1)", "2 self.cfg['env'].get('b', 2)"]
