@@ -51,7 +51,7 @@ class Episodes:
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
     def require_rewards(self, name: str) -> np.ndarray:
-        """The rewards. Raises UserError where there are none, of which no value can be learned."""
+        """Returns the rewards [N]. Raises UserError where there are none, of which no value can be learned."""
         if self.rewards is None:
             raise UserError(f"{name}: no rewards in it, so no values can be learned; convert the data set anew")
         if not np.any(self.rewards):
@@ -59,7 +59,7 @@ class Episodes:
         return self.rewards
 
     def select(self, episodes: Sequence[int] | np.ndarray) -> Episodes:
-        """The given episodes, in the given order."""
+        """Takes the episodes with these numbers [n], in this order."""
         lengths = np.asarray(self.traj_lengths)[episodes]
         starts = self.starts[episodes]
         rows = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
@@ -224,7 +224,7 @@ def _check_terminals(episodes: Episodes, name: str) -> None:
 
 
 def inner_terminals(episodes: Episodes) -> np.ndarray:
-    """Rows of terminals that are not the last of their episodes."""
+    """Finds the rows [n] of terminals that are not the last of their episodes."""
     lengths = np.asarray(episodes.traj_lengths)
     inner = np.array(episodes.terminals, bool)
     inner[(episodes.starts + lengths - 1)[lengths > 0]] = False

@@ -30,7 +30,7 @@ class DebugNormalizer:
         return x
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """Inverse of `normalize`."""
+        """Inverts `normalize`, [...,D]."""
         return x
 
 
@@ -39,14 +39,17 @@ class GaussianNormalizer(DebugNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> GaussianNormalizer:
+        """x [N,D]"""
         x = x.astype(np.float32)
         stds = x.std(axis=0)
         return cls({"means": x.mean(axis=0), "stds": np.where(stds == 0, np.ones_like(stds), stds)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return (x - self.arrays["means"]) / self.arrays["stds"]
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return x * self.arrays["stds"] + self.arrays["means"]
 
 
@@ -55,6 +58,7 @@ class LimitsNormalizer(DebugNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> LimitsNormalizer:
+        """x [N,D]. Raises UserError for an entry that is constant."""
         constant = np.flatnonzero(x.min(axis=0) == x.max(axis=0))
         if len(constant):
             raise UserError(
@@ -64,10 +68,11 @@ class LimitsNormalizer(DebugNormalizer):
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"])) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 1e-4) -> np.ndarray:
-        """All of x is clipped to [-1, 1] if some of it is further outside than the tolerance."""
+        """[...,D] -> [...,D]; all of it is clipped to +-1 if some of it is further outside than the tolerance."""
         if x.size and np.abs(x).max() > 1 + tolerance:
             x = np.clip(x, -1, 1)
         return (x + 1) / 2.0 * (self.arrays["maxs"] - self.arrays["mins"]) + self.arrays["mins"]
@@ -78,6 +83,7 @@ class SafeLimitsNormalizer(LimitsNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> SafeLimitsNormalizer:
+        """x [N,D]"""
         mins, maxs = x.min(axis=0), x.max(axis=0)
         wider = (mins == maxs).astype(mins.dtype)
         return cls({"mins": mins - wider, "maxs": maxs + wider})
@@ -93,12 +99,15 @@ class WideLimitsNormalizer(LimitsNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> WideLimitsNormalizer:
+        """x [N,D]"""
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"] + self.WIDER)) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return super().unnormalize(x, tolerance)
 
 
@@ -107,6 +116,7 @@ class CDFNormalizer(DebugNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> CDFNormalizer:
+        """x [N,D]"""
         arrays: Arrays = {}
         for i, column in enumerate(x.astype(np.float32).T):
             values, counts = np.unique(column, return_counts=True)
@@ -114,11 +124,13 @@ class CDFNormalizer(DebugNormalizer):
         return cls(arrays)
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return self._by_column(
             x, lambda i, y: 2 * np.interp(y, self._at("values", i), self._at("probabilities", i)) - 1
         )
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """[...,D] -> [...,D]"""
         return self._by_column(
             x, lambda i, y: np.interp((y + 1) / 2.0, self._at("probabilities", i), self._at("values", i))
         )

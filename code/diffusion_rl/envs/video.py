@@ -28,6 +28,7 @@ class VideoWriter:
         self._write, self._close = _imageio(str(path), fps) or _opencv(str(path), fps) or _missing()
 
     def add(self, frame: np.ndarray) -> None:
+        """Appends a frame [Hi,Wi,3]."""
         self._write(np.asarray(frame, dtype=np.uint8))
 
     def close(self) -> None:

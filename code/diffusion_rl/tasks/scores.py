@@ -20,6 +20,6 @@ REFERENCE_RETURNS = {
 
 
 def normalized_score(dataset: str, episode_return: float | np.ndarray) -> Any:
-    """D4RL's score of a return, 0 to 1; not a number where D4RL has no reference for the data set."""
+    """Scores a return (or returns [N]) as D4RL does, 0 to 1; not a number without a reference for the data set."""
     low, high = next((v for k, v in REFERENCE_RETURNS.items() if dataset.startswith(k)), (np.nan, np.nan))
     return (episode_return - low) / (high - low)

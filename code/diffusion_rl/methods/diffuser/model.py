@@ -167,7 +167,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         return Known.of(conditions, like.shape[1], self.action_dim, like)
 
     def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
-        """The same of x_{t-1} given x_t alone."""
+        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t alone."""
         x0 = self.predict_x0(x, t, self.output(x, t, given))
         return self.posterior(clip(x0, 1.0 if self.clip_denoised else None), x, t)
 
@@ -251,7 +251,7 @@ class ValueDiffusion(NoisyTrajectories):
         return self.regression(side_by_side(self.model, MIN_PART, noisy, t), target)
 
     def regression(self, prediction: Array, target: Array) -> Losses:
-        """Mean error; means, extremes and Pearson's correlation (not a number for a single row) for the log."""
+        """Mean error of predictions [B,1]; means, extremes and Pearson's correlation (NaN for a single row)."""
         infos: dict[str, Array] = {}
         for name, reduce in (("mean", tf.reduce_mean), ("min", tf.reduce_min), ("max", tf.reduce_max)):
             infos |= {f"{name}_pred": reduce(prediction), f"{name}_targ": reduce(target)}
