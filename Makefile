@@ -4,7 +4,8 @@
 # make parity-report   how far this port is from the PyTorch reference, quantity by quantity, to figure/parity/
 # make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side, and with
 #                      UPSTREAM_PYTHON=<interpreter that has its simulators> whole iterations as well
-# make lint            ruff and mypy
+# make lint            style, types, and the contracts of the package: what may import what, sizes, shapes in docstrings
+# make coverage        the share of the package's statements that make test runs
 # make clean           remove .venv and caches (runs in log/ stay)
 #
 # Variables: PYTHON (an interpreter, 3.10 to 3.12), PIP_ARGS (more options for pip), WORKERS (test processes).
@@ -22,10 +23,11 @@ RUN := $(VENV)/bin/python
 TEST_EXTRAS := gym,kitchen,mpe,kuka,parity,test
 ROBOSUITE := $(shell sed -n 's/.*"\(robosuite==[0-9.]*\)".*/\1/p' setup.py | head -n 1)
 PACKAGING := setup.py pyproject.toml
-# Two calls of `make test`, because compiled programs are never freed: new processes need less memory.
+SUITES := parity_tests tests
+# A process for each suite, because compiled programs are never freed: new processes need less memory.
 pytest = $(RUN) -m pytest $(1) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
 
-.PHONY: help demo test test-slow parity-report benchmark lint clean
+.PHONY: help demo test test-slow coverage parity-report benchmark lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,10 +37,15 @@ demo: $(VENV)/.gym
 	@$(RUN) script/demo.py
 
 test: $(VENV)/.test
-	@status=0; for suite in parity_tests tests; do $(call pytest,$$suite) || status=1; done; exit $$status
+	@status=0; for suite in $(SUITES); do $(call pytest,$$suite) || status=1; done; exit $$status
 
 test-slow: $(VENV)/.test
 	@$(call pytest,parity_tests tests -m slow)
+
+coverage: $(VENV)/.test
+	@$(RUN) -m coverage erase
+	@for suite in $(SUITES); do $(call pytest,$$suite) --cov --cov-append --cov-report=; done; \
+	echo "statements that are run: $$($(RUN) -m coverage report --format=total)%"
 
 parity-report: $(VENV)/.test
 	@$(RUN) -m parity_tests.report
@@ -51,9 +58,11 @@ lint: $(VENV)/.test
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+	@$(VENV)/bin/lint-imports --no-cache
+	@$(RUN) -m tests.contracts
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis code/*.egg-info
+	rm -rf $(VENV) build dist .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis code/*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp file says that a step is done, so that a second call starts at once.

@@ -37,7 +37,8 @@ EXTRAS = {
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.21"],
     "ray": ["ray", "hydra-ray-launcher"],
-    "test": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
+    "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
+    + [*FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}
@@ -52,7 +53,7 @@ setup(
     license="MIT",
     packages=find_packages("code"),
     package_dir={"": "code"},
-    package_data={"diffusion_rl": ["**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz", "**/*.csv"]},
+    package_data={"diffusion_rl": ["py.typed", "**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz", "**/*.csv"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         "tensorflow>=2.20,<2.21",

@@ -1,4 +1,7 @@
-"""The shape of the repository: import root, direction of imports, sizes, and that what the README names exists."""
+"""The shape of the repository: import root, sizes, and that what the README names exists.
+
+Directions of imports are contracts of import-linter: see `test_contracts`.
+"""
 
 import ast
 import re
@@ -12,18 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "code" / "diffusion_rl"
 
-# From the top down; what stands in one line does not import each other (see ARCHITECTURE.md).
-LAYERS = (
-    "cli",
-    "generate export",
-    "methods",
-    "training",
-    "envs",
-    "policies data interop reports",
-    "networks diffusion config tasks",
-    "core",
-)
-ABOVE = {"vae_latent": {"on_policy"}}  # a method that may use another one
 LARGEST_FILE = 600
 LARGEST_SCRIPT = 60
 
@@ -41,18 +32,6 @@ def modules():
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def imports_of(path):
-    """Names of our packages (of methods: "methods.<method>") that a file imports, wherever the import stands."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    split = [name.split(".") for name in names if name.startswith("diffusion_rl.")]
-    return {".".join(parts[1:3]) if parts[1] == "methods" else parts[1] for parts in split}
-
-
 def test_code_is_a_source_root_and_no_package():
     assert not (ROOT / "code" / "__init__.py").exists(), "it would hide the standard library's module `code`"
 
@@ -66,22 +45,6 @@ def test_import_code_is_the_standard_library(where):
         text=True,
     )
     assert ended.stdout.startswith("code ") and str(ROOT / "code") not in ended.stdout, ended.stderr
-
-
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_down(path):
-    parts = path.relative_to(PACKAGE).parts
-    if len(parts) == 1:
-        assert path.stem in ("__init__", "__main__"), "a module belongs into one of the folders"
-        return
-    level = {name: number for number, line in enumerate(LAYERS) for name in line.split()}
-    assert parts[0] in level, f"say in this test where {parts[0]} stands"
-    for name in imports_of(path) - {parts[0]}:
-        package, _, method = name.partition(".")
-        if package == parts[0] == "methods":
-            assert method in {parts[1], *ABOVE.get(parts[1], ())}, f"{parts[1]} must not import {method}"
-        else:
-            assert level[package] > level[parts[0]], f"{parts[0]} must not import {package}"
 
 
 def modules_imported(path, named):
@@ -99,7 +62,7 @@ def modules_imported(path, named):
                 yield name
 
 
-@pytest.mark.parametrize(("folder", "prefix"), [("code", ""), ("benchmarks", ""), ("parity_tests", "parity_tests.")])
+@pytest.mark.parametrize(("folder", "prefix"), [("benchmarks", ""), ("parity_tests", "parity_tests.")])
 def test_no_circles(folder, prefix):
     """No module needs itself, by whatever way; imports within functions count."""
     files = sorted((ROOT / folder).rglob("*.py"))
@@ -185,5 +148,5 @@ def test_links_between_the_documents_lead_somewhere(path):
 
 def test_makefile_shows_its_targets_in_help():
     shown = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True).stdout
-    for target in ("demo", "test", "parity-report", "benchmark", "lint", "clean"):
+    for target in ("demo", "test", "coverage", "parity-report", "benchmark", "lint", "clean"):
         assert f"make {target} " in shown

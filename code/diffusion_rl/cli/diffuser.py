@@ -322,5 +322,6 @@ def beside(folder: Path, i: int) -> Path:
 
 
 def score_line(scores: np.ndarray, folder: Path) -> str:
+    """Reports mean and standard error of scores [episodes], in percent."""
     error = scores.std() / np.sqrt(len(scores))
     return f"score {100 * scores.mean():.1f} +/- {100 * error:.2f} over {len(scores)} episodes | {folder}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def _draw(args: argparse.Namespace, command: str) -> None:
-    panels = []
+    panels: list[Panel] = []
     for modes in args.mode or sorted(MODE_SETS):
         for policy in args.policy or POLICIES:
             name = f"d3il/finetune/avoid_{modes}/ft_ppo_{policy}_mlp"
@@ -63,6 +64,7 @@ def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
     from diffusion_rl.training.rollout import collect
 
     loop = OnPolicyTraining(config)
+    venv: Any = loop.venv  # that of the task avoiding
     frames: list[np.ndarray] = []
 
     def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -70,15 +72,15 @@ def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
         return loop.trainer.act(obs["state"], draws, deterministic=False).actions, {}
 
     collect(
-        loop.venv,
+        venv,
         decide,
         loop.n_steps,
-        loop.venv.reset(),
+        venv.reset(),
         np.ones(loop.n_envs),
         loop.act_steps,
         store=lambda observations, actions, result: frames.append(result.infos["full_observations"]["state"]),
     )
-    paths = positions(np.concatenate(frames, axis=1), loop.venv.normalizer)
-    collided = loop.venv.collided.copy()
-    loop.venv.close()
+    paths = positions(np.concatenate(frames, axis=1), venv.normalizer)
+    collided = venv.collided.copy()
+    venv.close()
     return list(paths), collided

@@ -59,7 +59,7 @@ def check_hydra(node: Mapping[str, Any]) -> None:
 
     node: `hydra` of a configuration without overrides. Hydra would call them before anything else is looked at.
     """
-    for key, value in flatten(OmegaConf.to_container(node, resolve=False)).items():  # type: ignore[arg-type]
+    for key, value in flatten(OmegaConf.to_container(node, resolve=False)).items():
         leaf = key.rpartition(".")[2]
         values = value if isinstance(value, list) else [value]
         if leaf in ("_target_", "()", "class") and not all(str(one).startswith(HYDRAS_OWN) for one in values):

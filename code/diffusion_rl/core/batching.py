@@ -20,14 +20,14 @@ def parts(rows: int, least: int) -> list[slice]:
 
 
 def side_by_side(function: Callable[..., tf.Tensor], least: int, *arrays: tf.Tensor) -> tf.Tensor:
-    """A function of arrays by row, computed in `parts`, whose gradients are too; arrays of one row belong to all."""
+    """Computes a function of arrays [B,...] in `parts`, its gradients too; arrays [1,...] belong to all rows."""
     rows = arrays[0].shape[0]
     cuts = parts(rows, least) if rows else [slice(None)]
     return tf.concat([function(*(a if a.shape[0] == 1 else a[cut] for a in arrays)) for cut in cuts], axis=0)
 
 
 def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Callable[..., list[tf.Tensor]]:
-    """A compiled function of arrays by row that works chunk by chunk and joins the outputs along their first axis.
+    """Makes a compiled function of arrays [B,...] that works chunk by chunk and joins its outputs on their first axis.
 
     Args:
         function: from arrays of b rows to outputs by row, whose first axis is b or a multiple of it; or to sums over

@@ -21,23 +21,23 @@ class NoiseSource:
         self._generator = np.random.Generator(np.random.Philox(seed))
 
     def normal(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
-        """Standard normal draws of the given shape."""
+        """Draws standard normal numbers [*shape]."""
         return self._generator.standard_normal(tuple(shape), dtype=dtype)
 
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
-        """Uniform draws in [low, high)."""
+        """Draws numbers [*shape] uniformly from low (included) to high (excluded)."""
         return (low + (high - low) * self._generator.random(tuple(shape))).astype(dtype)
 
     def integers(self, low: int, high: int, shape: Sequence[int]) -> np.ndarray:
-        """int64 draws in [low, high)."""
+        """Draws int64 numbers [*shape] uniformly from low … high-1."""
         return self._generator.integers(low, high, tuple(shape))
 
     def permutation(self, n: int) -> np.ndarray:
-        """A permutation of 0 … n-1, int64."""
+        """Draws an order [n] of 0 … n-1, int64."""
         return self._generator.permutation(n)
 
     def distinct(self, high: int, n: int) -> np.ndarray:
-        """n different integers in [0, high), int64."""
+        """Draws n different numbers [n] from 0 … high-1, int64."""
         return self._generator.choice(high, n, replace=False)
 
     def choose(self, weights: np.ndarray) -> np.ndarray:
@@ -83,16 +83,28 @@ class NoiseTape:
         return draw
 
     def normal(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:
+        """Takes the next draw [*shape]."""
         return self._take(shape).astype(dtype)
 
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: Any = np.float32) -> np.ndarray:
+        """Takes the next draw [*shape] from 0 to 1 and brings it between low and high."""
         return (low + (high - low) * self._take(shape)).astype(dtype)
 
     def integers(self, low: int, high: int, shape: Sequence[int]) -> np.ndarray:
+        """Takes the next draw [*shape]."""
         return self._take(shape)
 
     def permutation(self, n: int) -> np.ndarray:
+        """Takes the next draw [n]."""
         return self._take((n,))
+
+    def distinct(self, high: int, n: int) -> np.ndarray:
+        """Takes the next draw [n]."""
+        return self._take((n,))
+
+    def choose(self, weights: np.ndarray) -> np.ndarray:
+        """Takes the next draw [B], for weights [B,N]."""
+        return self._take((len(weights),))
 
     @property
     def remaining(self) -> int:

@@ -71,7 +71,7 @@ def names_in(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_npy(path: str | os.PathLike[str], mmap: bool = False) -> np.ndarray:
-    """The array of numbers in an npy file; `mmap`: as a view of the file.
+    """Reads the array [...] of numbers in an npy file; `mmap`: as a view of the file.
 
     Raises:
         UserError: no such file, a damaged one, or an array of anything but numbers.

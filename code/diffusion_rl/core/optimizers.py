@@ -48,7 +48,7 @@ class AdamW:
         self.exp_avg_sq = [tf.Variable(tf.zeros_like(v), trainable=False) for v in self.variables]
 
     def apply(self, grads: Sequence[tf.Tensor | None]) -> None:
-        """One step; a gradient of None leaves that variable alone, without decay, as torch does. Graph-safe."""
+        """Takes a step along gradients [...]; one of None leaves its variable alone, without decay, as torch does."""
         if len(grads) != len(self.variables):
             raise ValueError(f"{len(grads)} gradients for {len(self.variables)} variables")
         step = self.step.assign_add(1)
@@ -112,8 +112,8 @@ class AdamW:
             v.assign(state[f"exp_avg_sq.{i}"])
 
 
-def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> tuple[list[tf.Tensor | None], tf.Tensor]:
-    """Scale gradients so that their joint norm is at most `max_norm`, in torch's form: g * min(1, max / (norm + 1e-6)).
+def clip_by_global_norm(grads: Sequence[tf.Tensor | None], max_norm: float) -> tuple[list[Any], tf.Tensor]:
+    """Scales gradients [...] to a joint norm of at most `max_norm`, in torch's form: g * min(1, max / (norm + 1e-6)).
 
     Returns the clipped gradients (None stays None) and the norm before clipping.
     """
@@ -136,7 +136,7 @@ class GradientSteps:
     def __call__(
         self, part: str, loss: Callable[[], tf.Tensor], max_norm: float | None = None, apply: bool = True
     ) -> tf.Tensor:
-        """Evaluate the loss, differentiate it by the part's variables alone and take a step; returns the loss.
+        """Takes a step on a loss, differentiated by the part's variables alone; returns the loss, a scalar.
 
         Args:
             max_norm: clip the gradient's norm to it (None: no clipping).

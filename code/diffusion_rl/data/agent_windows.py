@@ -6,7 +6,7 @@ H planned actions. What is of all agents lies flat, agent by agent: observations
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,7 @@ class AgentNormalizer:
         """[...,N*A]"""
         return self._apply(x, self.action_dim, self.actions.unnormalize)
 
-    def _apply(self, x: np.ndarray, dim: int, function) -> np.ndarray:
+    def _apply(self, x: np.ndarray, dim: int, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         x = np.asarray(x, np.float32)
         shape = (-1, dim) if self.shared else (-1, x.shape[-1])
         return function(x.reshape(shape)).reshape(x.shape).astype(np.float32)

@@ -222,7 +222,8 @@ class _Progress:
     """A line on the terminal with percentage, rate and time left; elsewhere one line every ten seconds."""
 
     def __init__(self, label: str):
-        self.label, self.start, self.first, self.last = label, time.monotonic(), None, 0.0
+        self.label, self.start, self.last = label, time.monotonic(), 0.0
+        self.first: int | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
         now = time.monotonic()

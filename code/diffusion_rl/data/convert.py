@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,7 @@ def convert_file(
     *,
     kitchen_goal: np.ndarray | None = None,
     cameras: Sequence[str] = (),
-    **options,
+    **options: Any,
 ) -> Converted:
     """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
 

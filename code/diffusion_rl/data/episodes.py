@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,11 +47,11 @@ class Episodes:
     @property
     def returns(self) -> np.ndarray:
         """Undiscounted return of each episode [T], float64. Needs rewards."""
-        so_far = np.concatenate([[0.0], np.cumsum(self.rewards, dtype=np.float64)])
+        so_far = np.concatenate([[0.0], np.cumsum(np.asarray(self.rewards), dtype=np.float64)])
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
     def require_rewards(self, name: str) -> np.ndarray:
-        """The rewards. Raises UserError where there are none, of which no value can be learned."""
+        """Returns the rewards [N]. Raises UserError where there are none, of which no value can be learned."""
         if self.rewards is None:
             raise UserError(f"{name}: no rewards in it, so no values can be learned; convert the data set anew")
         if not np.any(self.rewards):
@@ -58,11 +59,13 @@ class Episodes:
         return self.rewards
 
     def select(self, episodes: Sequence[int] | np.ndarray) -> Episodes:
-        """The given episodes, in the given order."""
+        """Takes the episodes with these numbers [n], in this order."""
         lengths = np.asarray(self.traj_lengths)[episodes]
         starts = self.starts[episodes]
         rows = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        chosen = {f.name: _take(getattr(self, f.name), rows) for f in fields(self) if f.name != "traj_lengths"}
+        chosen: dict[str, Any] = {
+            f.name: _take(getattr(self, f.name), rows) for f in fields(self) if f.name != "traj_lengths"
+        }
         return Episodes(traj_lengths=lengths, **chosen)
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -213,7 +216,7 @@ def _check_terminals(episodes: Episodes, name: str) -> None:
 
 
 def inner_terminals(episodes: Episodes) -> np.ndarray:
-    """Rows of terminals that are not the last of their episodes."""
+    """Finds the rows [n] of terminals that are not the last of their episodes."""
     lengths = np.asarray(episodes.traj_lengths)
     inner = np.array(episodes.terminals, bool)
     inner[(episodes.starts + lengths - 1)[lengths > 0]] = False

@@ -58,25 +58,25 @@ class ReplayBuffer:
         self._waiting = {k: [] for k in self._waiting}
 
     def places(self, ages: np.ndarray) -> np.ndarray:
-        """Places int32 in the variables of rows given by age (0 = oldest)."""
+        """Places [n] int32 in the variables of rows given by age [n] (0 = oldest)."""
         oldest = self._next if self.size == self.capacity else 0
         return ((oldest + ages) % self.capacity).astype(np.int32)
 
     def at(self, places: tf.Tensor) -> Transitions:
-        """The rows at these places; for compiled programs."""
+        """Gathers the rows at these places [B]; for compiled programs."""
         return Transitions(**{"obs": None, "actions": None} | {k: tf.gather(v, places) for k, v in self.stores.items()})
 
     def replace(self, name: str, places: tf.Tensor, values: tf.Tensor) -> None:
-        """Overwrite a field at these places; for compiled programs. Of a place named twice the values must be equal."""
+        """Overwrites a field at places [B], equally where one is named twice; for compiled programs."""
         self.stores[name].scatter_update(tf.IndexedSlices(values, places))
 
     def read(self, name: str) -> np.ndarray:
-        """A field of all rows, oldest first."""
+        """Reads a field of all rows, oldest first, [size,...]."""
         self.flush()
         return tf.gather(self.stores[name], self.places(np.arange(self.size))).numpy()
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Overwrite a field of the newest rows (or of all), oldest first."""
+        """Overwrites a field of the newest rows (or of all) with values [n,...], oldest first."""
         self.flush()
         values = np.asarray(values, floatx())[-self.size :]
         self._write(self.places(np.arange(self.size - len(values), self.size)), {name: values})

@@ -188,7 +188,7 @@ class QLearningDataset(SequenceDataset):
         cut = self.dones[ends] == 0
         return self.traj_lengths - self.horizon_steps + 1 - cut
 
-    def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:
+    def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:  # type: ignore[override]  # holds more
         """Windows number `indices` [B]."""
         indices = np.asarray(indices) % len(self)
         actions, conditions = super().gather(indices)

@@ -71,7 +71,7 @@ def integrate(
     grid: Sequence[float],
     method: str,
 ) -> list[tf.Tensor]:
-    """Solve d state / dt = derivative(t, state) along the times of `grid`, one step of `method` between each two."""
+    """Solves d state / dt = derivative(t, state) for states [...] along the times of `grid`, step by step."""
     nodes, coefficients, weights = METHODS[method]
     for t0, t1 in itertools.pairwise(grid):
         dt = t1 - t0

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
 
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
 
 
 def normal_log_prob(x: Array, mean: Array, std: Array) -> Array:
-    """log N(x; mean, std^2), elementwise."""
+    """Returns log N(x; mean, std^2) elementwise, [...] as x."""
     return -tf.square(x - mean) / (2 * tf.square(std)) - tf.math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def clip(x: Array, bound: float | None) -> Array:
-    """Clamp to [-bound, bound]; no bound, no clamp."""
+    """Clamps x [...] elementwise to +-bound; no bound, no clamp."""
     return x if bound is None else tf.clip_by_value(x, -bound, bound)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
+
 Value = Callable[[Array, Array], Array]  # (x [B,H,D], t [B]) -> [B]
 
 

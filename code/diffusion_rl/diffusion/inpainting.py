@@ -11,7 +11,8 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
+
 Conditions: TypeAlias = Mapping[int, Array]  # observations [B,O] by time index
 
 

@@ -7,12 +7,13 @@ from noise to data. Some entries of a sample may be known: they are exact on the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-Array: TypeAlias = tf.Tensor
+from diffusion_rl.core.typing import Array
+
 Velocity = Callable[[Array, Array], Array]  # (x [B,...], t [B]) -> [B,...]
 EXPONENT = 1.5
 
@@ -23,7 +24,7 @@ def put(x: Array, known: Array, mask: np.ndarray | None) -> Array:
 
 
 def time_grid(steps: int, exponent: float = EXPONENT, start: float = 0.0, end: float = 1.0) -> np.ndarray:
-    """start + (end - start) (k / steps)^exponent for k = 0 … steps: dense near the data."""
+    """Returns times [steps+1], start + (end - start) (k / steps)^exponent for k = 0 … steps: dense near the data."""
     return start + (end - start) * np.linspace(0, 1, steps + 1) ** exponent
 
 
@@ -64,7 +65,7 @@ def loss(
 
 
 def guided(conditional: Array, unconditional: Array, weight: float) -> Array:
-    """Classifier-free guidance (Ho & Salimans 2022): weight 1 is the conditional model alone, 0 the other."""
+    """Mixes outputs [B,...] (Ho & Salimans 2022): weight 1 is the conditional model alone, 0 the other."""
     return weight * conditional + (1 - weight) * unconditional
 
 
@@ -77,7 +78,7 @@ class Steps(NamedTuple):
 
 
 def steps(grid: np.ndarray) -> Steps:
-    """Euler's: x <- x + (s_k - s_{k-1}) v(x, s_k) for k = N … 1 of the ascending grid s_0 … s_N."""
+    """Returns Euler's steps on a grid [N+1]: x <- x + (s_k - s_{k-1}) v(x, s_k) for k = N … 1, s_0 … s_N ascending."""
     return Steps(grid[:0:-1], np.ones(len(grid) - 1), np.diff(grid)[::-1])
 
 

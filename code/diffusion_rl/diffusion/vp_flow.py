@@ -10,14 +10,15 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.diffusion.rectified_flow import Array, Steps, Velocity, mean_error, put
+from diffusion_rl.core.typing import Array
+from diffusion_rl.diffusion.rectified_flow import Steps, Velocity, mean_error, put
 
 BETA_0, BETA_1 = 0.1, 20.0
 EARLIEST = 1e-3  # time is in [EARLIEST, 1]
 
 
 def signal(t: Array | np.ndarray) -> Array | np.ndarray:
-    """log a(t)."""
+    """Returns log a(t) [...] of times t [...]."""
     return -(BETA_1 - BETA_0) * t * t / 4 - BETA_0 * t / 2
 
 
@@ -38,7 +39,7 @@ def loss(
 
 
 def steps(grid: np.ndarray) -> Steps:
-    """x <- a_s x0 + s_s e with x0 = (x - s_t e) / a_t; the last step gives x0."""
+    """Returns steps on a grid [N+1]: x <- a_s x0 + s_s e with x0 = (x - s_t e) / a_t; the last step gives x0."""
     times = EARLIEST + (1 - EARLIEST) * grid
     a = np.exp(signal(times))
     s = np.sqrt(1 - a * a)

@@ -80,13 +80,16 @@ class OriginalEnv(gymnasium.Env):
         self.action_space = _box(env.action_space)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins an episode; returns its observation [O]."""
         return self._env.reset(seed=seed), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        """Executes an action [A]; observation [O], reward, terminated, truncated (never) and facts."""
         observation, reward, done, info = self._env.step(action)
         return observation, reward, bool(done), False, info
 
     def render(self) -> np.ndarray:
+        """Renders a picture [Hi,Wi,3]."""
         return self._env.render(mode="rgb_array")
 
     def close(self) -> None:

@@ -81,6 +81,7 @@ class FurnitureVectorEnv:
         return self._observations(self._ask(call="reset"), np.zeros(self.n_envs), 1)
 
     def step(self, actions: np.ndarray) -> StepResult:
+        """Executes chunks [E,Ta,A]."""
         actions = np.asarray(actions, dtype=np.float32)
         if actions.shape != (self.n_envs, self.act_steps, self.action_dim):
             expected = (self.n_envs, self.act_steps, self.action_dim)

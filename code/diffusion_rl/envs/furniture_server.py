@@ -6,26 +6,29 @@ package. It is written for Python 3.8. A message is an npz archive: a `call` and
 Shape letters: E environments, Ta actions of a chunk, O observation, A action.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
 CLAMP = 5.0  # of normalised observations
 
 
-def pack(**arrays):
-    """Arrays, numbers and text as bytes that any numpy reads."""
+def pack(**arrays: Any) -> bytes:
+    """dict[str, np.ndarray], numbers and text as bytes that any numpy reads."""
     buffer = io.BytesIO()
     np.savez(buffer, **{key: np.asarray(value) for key, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
-def unpack(message):
+def unpack(message: bytes) -> dict[str, np.ndarray]:
     """{name: array} of `pack`. Never runs code."""
     with np.load(io.BytesIO(message), allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
@@ -39,34 +42,34 @@ class Simulation:
     assembled pair; otherwise each pair is rewarded in every later step too.
     """
 
-    def __init__(self, env, to_6d, statistics, sparse_reward):
+    def __init__(self, env: Any, to_6d: Any, statistics: dict[str, np.ndarray], sparse_reward: bool):
         self.env = env
         self.to_6d = to_6d
         self.sparse_reward = sparse_reward
         self._observations = (statistics["stats.observations.min"], statistics["stats.observations.max"])
         self._actions = (statistics["stats.actions.min"], statistics["stats.actions.max"])
-        self._assembled = None
-        self._tensor = None  # one of the simulator's, to make others like it
+        self._assembled: Any = None
+        self._tensor: Any = None  # one of the simulator's, to make others like it
 
-    def spaces(self):
+    def spaces(self) -> dict[str, int]:
         """O and A."""
         return {"obs_dim": self._observations[0].shape[-1], "action_dim": self._actions[0].shape[-1]}
 
-    def reset(self):
+    def reset(self) -> dict[str, np.ndarray]:
         """Begin episodes everywhere: `state` [E, O]."""
         observation = self.env.reset()
         self._tensor = observation["robot_state"]
         self._assembled = 0.0
         return {"state": self._state(observation)}
 
-    def step(self, actions):
+    def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
         """Execute actions [E, Ta, A], all of them: `state` [E, O], `rewards` [E], `truncated` [E] at the time limit.
 
         An episode goes on after its last pair is assembled.
         """
         low, high = self._actions
         chunk = self._tensor.new_tensor((actions + 1) / 2 * (high - low) + low)
-        total = 0.0
+        total: Any = 0.0
         for k in range(chunk.shape[1]):
             observation, reward, _, _ = self.env.step(chunk[:, k])
             reward = reward.reshape(-1)
@@ -75,18 +78,18 @@ class Simulation:
         truncated = (self.env.env_steps >= self.env.max_env_steps).reshape(-1)
         return {"state": self._state(observation), "rewards": _array(total), "truncated": _array(truncated)}
 
-    def _state(self, observation):
+    def _state(self, observation: dict[str, Any]) -> np.ndarray:
         parts = [self.to_6d(observation["robot_state"]), observation["parts_poses"]]
         state = np.concatenate([_array(part) for part in parts], axis=-1)
         low, high = self._observations
         return np.clip(2 * ((state - low) / (high - low)) - 1, -CLAMP, CLAMP)
 
 
-def _array(tensor):
+def _array(tensor: Any) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def build(options):
+def build(options: dict[str, Any]) -> Simulation:
     """The simulation that `options` (JSON of envs/furniture.py) describe. Needs isaacgym and furniture_bench."""
     from furniture_bench.controllers.control_utils import proprioceptive_quat_to_6d_rotation
     from furniture_bench.envs.furniture_rl_sim_env import FurnitureRLSimEnv
@@ -116,7 +119,7 @@ def build(options):
     return Simulation(env, proprioceptive_quat_to_6d_rotation, statistics, options["sparse_reward"])
 
 
-def load(path):
+def load(path: str) -> dict[str, np.ndarray]:
     """The reference's statistics as arrays."""
     import torch  # not before isaacgym, which would refuse to be imported
 
@@ -124,7 +127,7 @@ def load(path):
     return {key: tensor.numpy() for key, tensor in tensors.items()}
 
 
-def serve(connection):
+def serve(connection: Connection) -> None:
     """Answer calls until the other end hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other end's to handle
     try:

@@ -103,12 +103,14 @@ class Kitchen(gymnasium.Env):
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (N_ROBOT,), np.float64)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins an episode; returns its observation [O]."""
         observed, _ = self._env.reset(seed=seed)
         self.remaining = set(self.elements)
         self._elapsed = 0
         return self._observe(observed), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Executes an action [A]; the reward counts what it completed. All done, or the time limit, ends it."""
         observed, *_ = self._env.step(action)
         observation = self._observe(observed)
         completed = {element for element in self.remaining if self._is_complete(element, observation)}

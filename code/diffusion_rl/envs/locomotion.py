@@ -137,10 +137,12 @@ class D4RLTerms(gymnasium.Wrapper):
         self._elapsed = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins an episode; returns its observation [O]."""
         self._elapsed = 0
         return self.env.reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        """Executes an action [A], clipped to +-1; the time limit ends an episode as terminated."""
         observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
         self._elapsed += 1
         if self.time_limit is not None and self._elapsed >= self.time_limit:

@@ -67,7 +67,7 @@ class Maze2D:
         self._data = mujoco.MjData(self._model)
 
     def reset(self, noise: Any, start: np.ndarray | None = None) -> np.ndarray:
-        """At rest near a free cell (a drawn one, or `start`); returns the observation."""
+        """Begins at rest near a free cell (a drawn one, or `start` [2]); returns the observation [4]."""
         mujoco.mj_resetData(self._model, self._data)
         cell = self.free[noise.integers(0, len(self.free), (1,))[0]] if start is None else np.asarray(start)
         self._data.qpos[:] = cell + noise.uniform((2,), -NOISE, NOISE, np.float64)
@@ -79,10 +79,11 @@ class Maze2D:
         self.target = self.free[noise.integers(0, len(self.free), (1,))[0]].astype(float)
 
     def observation(self) -> np.ndarray:
+        """Returns position and velocity, [4]."""
         return np.concatenate([self._data.qpos, self._data.qvel])
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float]:
-        """Observation and reward after one step."""
+        """Executes an action [2]; returns the observation [4] and the reward."""
         self._data.qvel[:] = np.clip(self._data.qvel, -FASTEST, FASTEST)
         self._data.ctrl[:] = np.clip(action, -1, 1)
         mujoco.mj_step(self._model, self._data)
@@ -90,7 +91,7 @@ class Maze2D:
         return observation, float(np.linalg.norm(observation[:2] - self.target) <= REACHED)
 
     def path(self, start: np.ndarray, goal: np.ndarray) -> list[np.ndarray]:
-        """The cells of a shortest way between the cells of two positions, both ends included."""
+        """Finds the cells [2] of a shortest way between the cells of two positions [2], both ends included."""
         first, last = (tuple(np.rint(p).astype(int)) for p in (start, goal))
         before: dict[tuple[int, ...], tuple[int, ...] | None] = {last: None}
         queue = [last]

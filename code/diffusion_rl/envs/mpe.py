@@ -75,8 +75,8 @@ class SpreadVectorEnv:
         require_finite("simple_spread", frames, np.repeat(shared[:, None], chunk, 1), rows, executed, self._count)
         self._count += executed
         final = self._last.copy()
-        for row in np.flatnonzero(truncated):
-            self._begin(row)
+        for ended in np.flatnonzero(truncated):
+            self._begin(int(ended))
         infos = {
             "executed_steps": executed,
             "full_observations": {"state": frames},

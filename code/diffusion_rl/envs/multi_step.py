@@ -73,6 +73,7 @@ class LowdimWrapper(gymnasium.Wrapper):
         return self.observe(raw), info
 
     def step(self, action: np.ndarray) -> tuple[Observations, Any, bool, bool, dict]:
+        """Executes an action [A] in the policy's units."""
         if self.normalizer is not None:
             action = self.normalizer.unnormalize_action(action)
         raw, reward, terminated, truncated, info = self.env.step(action)

@@ -179,13 +179,13 @@ def _add_hand(root: ElementTree.Element) -> None:
 def _add_scene(root: ElementTree.Element, visible: bool) -> None:
     world = root.find("worldbody")
     assert world is not None
-    table = {"solref": "0.002 1", "solimp": "0.999 0.999 0.001", "rgba": "0.8 0.655 0.45 1"}
+    table: dict[str, Any] = {"solref": "0.002 1", "solimp": "0.999 0.999 0.001", "rgba": "0.8 0.655 0.45 1"}
     ElementTree.SubElement(world, "geom", type="plane", size="1 1 0.1", pos=f"0.5 0 {TABLE_Z}", **table)
     for i, (x, y, radius, half_height) in enumerate(OBSTACLES):
-        place = {"size": _text((radius, half_height)), "pos": _text((x, y, 0)), "rgba": "1 0 0 1"}
+        place: dict[str, Any] = {"size": _text((radius, half_height)), "pos": _text((x, y, 0)), "rgba": "1 0 0 1"}
         ElementTree.SubElement(world, "geom", name=f"obstacle{i}", type="cylinder", **place)
     if visible:
-        line = {"size": "0.5 0.01 0.005", "pos": f"0.4 {FINISH_Y} 0", "rgba": "0 1 0 0.3"}
+        line: dict[str, Any] = {"size": "0.5 0.01 0.005", "pos": f"0.4 {FINISH_Y} 0", "rgba": "0 1 0 0.3"}
         ElementTree.SubElement(world, "geom", type="box", contype="0", conaffinity="0", **line)
         ElementTree.SubElement(world, "light", pos="0.5 0 2", dir="0 0 -1")
 
@@ -307,8 +307,8 @@ class ArmStates:
     @classmethod
     def empty(cls, *shape: int) -> ArmStates:
         """Zeros with these leading axes."""
-        joints = [np.zeros((*shape, JOINTS)) for _ in range(5)]
-        return cls(*joints, tool=np.zeros((*shape, 2)), touching=np.zeros(shape, dtype=bool))
+        joints = {name: np.zeros((*shape, JOINTS)) for name in ("position", "velocity", "bias", "warmstart", "target")}
+        return cls(**joints, tool=np.zeros((*shape, 2)), touching=np.zeros(shape, dtype=bool))
 
     def __getitem__(self, index: Any) -> ArmStates:
         index = index if isinstance(index, tuple) else (index,)

@@ -177,6 +177,7 @@ class Robomimic(gymnasium.Env):
         return self._pick(self.base.reset_to({"states": state}))
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+        """Executes an action [A]; an episode never ends by itself."""
         raw, reward, _, info = self.base.step(action)
         return self._pick(raw), reward, False, False, info
 

@@ -70,6 +70,7 @@ class MultiStepVectorEnv(abc.ABC):
         return _stack(answers)
 
     def step(self, actions: np.ndarray) -> StepResult:
+        """Executes chunks [E,Ta,A] in all processes."""
         actions = np.asarray(actions)
         if actions.ndim != 3 or actions.shape[::2] != (self.n_envs, self.action_dim):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")

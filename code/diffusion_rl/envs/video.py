@@ -28,6 +28,7 @@ class VideoWriter:
         self._write, self._close = _imageio(str(path), fps) or _opencv(str(path), fps) or _missing()
 
     def add(self, frame: np.ndarray) -> None:
+        """Appends a frame [Hi,Wi,3]."""
         self._write(np.asarray(frame, dtype=np.uint8))
 
     def close(self) -> None:
@@ -54,7 +55,7 @@ def _opencv(path: str, fps: int) -> tuple[Any, Any] | None:
     def write(frame: np.ndarray) -> None:
         if not writer:
             size = frame.shape[1::-1]
-            writer.append(cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), fps, size))
+            writer.append(cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size))
         writer[0].write(frame[..., ::-1])
 
     return write, lambda: [one.release() for one in writer]

@@ -11,9 +11,9 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.noise import normal_inside, uniform_inside
+from diffusion_rl.core.typing import Array
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.networks.convolution import plain_convolutions
-from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy

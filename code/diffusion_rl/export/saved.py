@@ -24,6 +24,7 @@ from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import reading
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.normalizers import KEYS, MinMaxNormalizer
 from diffusion_rl.export.deployed import (
     DeployedPolicy,
@@ -325,14 +326,14 @@ def input_shapes(source: Source, batch: int | None) -> dict[str, tuple[int | Non
     return observation | noise_shapes(source.policy, batch)
 
 
-def random_inputs(source: Source, batch: int, noise: NoiseSource) -> dict[str, np.ndarray]:
+def random_inputs(source: Source, batch: int, rng: Rng) -> dict[str, np.ndarray]:
     """Observations within the bounds of the data, any images, and the noise of one decision."""
     low, high = source.normalizer.obs_min, source.normalizer.obs_max
     draws: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
-        "state": lambda shape: (low + (high - low) * noise.uniform(shape)).astype(np.float32),
-        "rgb": lambda shape: noise.integers(0, 256, shape).astype(np.uint8),
-        "noise": noise.normal,
-        "uniform": noise.uniform,
+        "state": lambda shape: (low + (high - low) * rng.uniform(shape)).astype(np.float32),
+        "rgb": lambda shape: rng.integers(0, 256, shape).astype(np.uint8),
+        "noise": rng.normal,
+        "uniform": rng.uniform,
     }
     return {name: draws[name](shape) for name, shape in input_shapes(source, batch).items()}  # type: ignore[arg-type]
 
@@ -344,7 +345,7 @@ def rows_of(source: Source, inputs: Mapping[str, np.ndarray], rows: range) -> di
 
 
 def latency(source: Source, run: Run) -> np.ndarray:
-    """Seconds of each of `TIMED` decisions at batch 1, the noise included."""
+    """Measures the seconds [TIMED] of decisions at batch 1, the noise included."""
     inputs = random_inputs(source, 1, NoiseSource(1))
     observation = {name: inputs[name] for name in inputs if name in ("state", "rgb")}
     seconds = []

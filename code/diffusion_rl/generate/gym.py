@@ -114,6 +114,7 @@ class Sampler:
         self._sample = tf.function(lambda obs, eps: policy.sample({"state": obs}, eps)[0])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
+        """Draws actions [E,1,A] for raw observations [E,1,O]."""
         eps = self.noise.normal((len(obs), self.action_dim))
         return self._sample(tf.constant(obs, tf.float32), tf.constant(eps)).numpy()
 
@@ -125,7 +126,8 @@ def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int,
     and kept, so that short ones are not over-represented.
     """
     obs = envs.reset()["state"]
-    running, open_steps = np.ones(envs.n_envs, bool), [[] for _ in range(envs.n_envs)]
+    running = np.ones(envs.n_envs, bool)
+    open_steps: list[list[tuple]] = [[] for _ in range(envs.n_envs)]
     finished: list[list[tuple]] = []
     transitions = 0
     while running.any():
@@ -318,7 +320,7 @@ def save_actor(path: Path, policy: SAC) -> None:
 
 
 def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
-    """float32 rounded to that many mantissa bits (relative error 2^-(bits+1)); the zeros behind them compress."""
+    """Rounds float32 numbers [...] to so many mantissa bits (relative error 2^-(bits+1)): the zeros compress."""
     drop = 23 - bits
     words = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((words + np.uint32(1 << (drop - 1))) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)).view(np.float32)

@@ -70,12 +70,12 @@ class Parameter(NamedTuple):
     stacked: bool = False
 
     def to_torch(self, value: np.ndarray) -> np.ndarray:
-        """The tensor for a value (or gradient) of the variable."""
+        """Returns the tensor for a value (or gradient) [...] of the variable: [out,in,...] for kernels [...,in,out]."""
         value = value if self.member is None else value[self.member]
         return np.ascontiguousarray(channels_first(value, int(self.stacked))) if self.transposed else value
 
     def assign(self, tensor: np.ndarray) -> None:
-        """Give the variable, or its entry, the tensor's value."""
+        """Gives the variable, or its entry, the value of a tensor ([out,in,...] for a kernel)."""
         value = channels_last(tensor, int(self.stacked)) if self.transposed else tensor
         target = self.variable if self.member is None else self.variable[self.member]
         target.assign(value.astype(self.variable.dtype.as_numpy_dtype))

@@ -23,7 +23,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.core.typing import Array
 
 TILE = 4  # outputs that share products: more need more points, which costs precision
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # and infinity, always the last one
@@ -235,6 +235,7 @@ class Conv1d(keras.layers.Layer):
             self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
 
     def call(self, x: Array) -> Array:
+        """x [T,B,I] -> [T',B,D], T' = (T + 2 padding - k) // stride + 1"""
         if self.kernel.shape[0] == self.stride == 1 and not self.padding:
             y = _by_time(tf.matmul(_rows(x), tf.reshape(self.kernel, self.kernel.shape[1:])), x.shape[0])
         elif self.fast and not _plain:
@@ -261,6 +262,7 @@ class ConvTranspose1d(keras.layers.Layer):
         self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
 
     def call(self, x: Array) -> Array:
+        """x [T,B,I] -> [T',B,D], T' = (T - 1) stride - 2 padding + k"""
         return convolve_transposed(x, self.kernel, self.stride, self.padding) + self.bias
 
 
@@ -276,6 +278,7 @@ class GroupNorm(keras.layers.Layer):
         self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
 
     def call(self, x: Array) -> Array:
+        """x [T,B,C] -> [T,B,C]"""
         steps, channels = x.shape[0], x.shape[2]
         member = tf.constant(np.kron(np.eye(self.groups), np.ones((channels // self.groups, 1))), x.dtype)  # [C,groups]
 

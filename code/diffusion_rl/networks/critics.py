@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, flatten_state, named_variables, with_variables
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import flatten_state, named_variables, with_variables
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 
 

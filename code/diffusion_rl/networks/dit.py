@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, Linear, mish
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import Linear, mish
 from diffusion_rl.networks.transformer import SelfAttention
 
 FREQUENCY_SCALE = 16.0
@@ -24,7 +25,7 @@ EMBEDDING_STD = 0.02
 
 @tf.custom_gradient
 def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """The usual approximation of GELU by tanh. Written so that TFLite sees what it is; the gradient with less to do."""
+    """GELU of x [...], approximated by tanh. Written so that TFLite sees what it is; the gradient with less to do."""
     c, cubic = math.sqrt(2 / math.pi), 0.044715
     tanh = tf.tanh(c * (x + cubic * x**3))
 
@@ -36,12 +37,12 @@ def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def silu(x: Array) -> Array:
-    """x sigmoid(x)"""
+    """x sigmoid(x), [...]"""
     return x * tf.sigmoid(x)
 
 
 def run(steps: Sequence[Any], x: Array) -> Array:
-    """Layers and functions one after the other."""
+    """Applies layers and functions to x [...], one after the other."""
     for step in steps:
         x = step(x)
     return x
@@ -49,7 +50,7 @@ def run(steps: Sequence[Any], x: Array) -> Array:
 
 @tf.custom_gradient
 def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Mean 0 and variance 1 over the last axis, without gain and offset."""
+    """Brings x [...,D] to mean 0 and variance 1 over the last axis, without gain and offset."""
     centred = x - tf.reduce_mean(x, axis=-1, keepdims=True)
     scale = tf.math.rsqrt(tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True) + NORM_EPSILON)
     y = centred * scale
@@ -192,7 +193,8 @@ class DiT1d(keras.layers.Layer):
         """What time [B] and condition [B,E] do to the layers: shifts, scales and gates, [B,parts D]."""
         embedded = self.map_noise(t)
         embedded = run(self.map_emb, embedded if condition is None else embedded + condition)
-        return tf.concat([run(each.adaLN_modulation, embedded) for each in (*self.blocks, self.final_layer)], axis=-1)
+        layers: list[DiTBlock | FinalLayer] = [*self.blocks, self.final_layer]
+        return tf.concat([run(layer.adaLN_modulation, embedded) for layer in layers], axis=-1)
 
     @property
     def parts(self) -> int:
@@ -216,15 +218,17 @@ class Perceptron(keras.layers.Layer):
     def __init__(self, dims: Sequence[int]):
         super().__init__(dtype=floatx())
         hidden = [[Linear(a, b), leaky_relu] for a, b in zip(dims[:-2], dims[1:-1], strict=True)]
-        self.mlp = [*hidden, Linear(*dims[-2:])]
+        self.mlp: list[Any] = [*hidden, Linear(*dims[-2:])]
 
     def call(self, x: Array) -> Array:
+        """x [...,in] -> [...,out]"""
         for layer in self.mlp[:-1]:
             x = run(layer, x)
         return self.mlp[-1](x)
 
 
 def leaky_relu(x: Array) -> Array:
+    """max(x, x / 100), [...]"""
     return tf.maximum(x, 0.01 * x)
 
 

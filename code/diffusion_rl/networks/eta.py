@@ -15,7 +15,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, Linear, flatten_state
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import Linear, flatten_state
 from diffusion_rl.networks.mlp import MLP
 
 
@@ -39,6 +40,7 @@ class EtaFixed(keras.layers.Layer):
         self.eta_logit = tf.Variable(np.full(1, _logit(base_eta, min_eta, max_eta), floatx()))
 
     def call(self, cond: dict[str, Array]) -> Array:
+        """{"state": [B,To,O]} or {"rgb": [B,...]} -> [B,1]"""
         eta = 0.5 * (tf.tanh(tf.stop_gradient(self.eta_logit)) + 1) * (self.max - self.min) + self.min
         return tf.tile(eta[None], [_batch(cond), 1])
 
@@ -54,6 +56,7 @@ class EtaAction(keras.layers.Layer):
         self.eta_logit = tf.Variable(np.full(action_dim, _logit(base_eta, min_eta, max_eta), floatx()))
 
     def call(self, cond: dict[str, Array]) -> Array:
+        """{"state": [B,To,O]} or {"rgb": [B,...]} -> [B,A]"""
         eta = 0.5 * (tf.tanh(self.eta_logit) + 1) * (self.max - self.min) + self.min
         return tf.tile(eta[None], [_batch(cond), 1])
 
@@ -100,6 +103,7 @@ class EtaState(keras.layers.Layer):
             _xavier_normal(layer.linear, gain)
 
     def call(self, cond: dict[str, Array]) -> Array:
+        """{"state": [B,To,O]} -> [B,1], or [B,A] of `EtaStateAction`. Raises UserError for images."""
         if "rgb" in cond or "features" in cond:
             raise UserError("eta that depends on the state does not take images: use EtaFixed or EtaAction")
         eta = tf.tanh(self.mlp_res(flatten_state(cond))) + self.base

@@ -15,13 +15,14 @@ them (`*_output`). Shapes: R rows, X flat action chunk, O flat observation histo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.networks.layers import flatten_state
 from diffusion_rl.networks.mlp import DiffusionMLP, ResidualBlock, ResidualMLP
 
 
@@ -52,7 +53,7 @@ def _fold_blocks(mlp: ResidualMLP) -> tuple[list[Array], Array, Array]:
     return tensors, out.kernel, tf.linalg.matvec(out.kernel, last.l2.bias, transpose_a=True) + out.bias
 
 
-def _blocks_output(blocks: Sequence[Array], activate, h: Array) -> tuple[Array, Array]:
+def _blocks_output(blocks: Sequence[Array], activate: Callable[[Array], Array], h: Array) -> tuple[Array, Array]:
     """(what enters the last block [R,W], its folded product [R,out])."""
     for i in range(0, len(blocks) - 3, 4):
         w1, b1, w2, b2 = blocks[i : i + 4]
@@ -109,7 +110,7 @@ class FoldedActor:
 
 
 def fold_critic(critic: CriticObs) -> list[Array]:
-    """Tensors of `critic_output`."""
+    """Returns the tensors that `critic_output` takes: kernels [in,out], biases [out], the blocks' own behind them."""
     blocks, out_kernel, constant = _fold_blocks(critic.Q1)
     first = critic.Q1.layers[0]
     return [tf.convert_to_tensor(first.kernel), tf.convert_to_tensor(first.bias), out_kernel, constant, *blocks]

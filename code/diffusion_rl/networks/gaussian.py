@@ -6,11 +6,13 @@ Shape letters: B batch, To observation history, O observation, H horizon, A acti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx
-from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 from diffusion_rl.networks.spread import SpreadOwner
 
@@ -48,9 +50,13 @@ class GaussianMLP(SpreadOwner):
         self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
         self.tanh_output, self.dropout = tanh_output, dropout
         build, output_dim = (ResidualMLP if residual_style else MLP), action_dim * horizon_steps
-        common = {"activation_type": activation_type, "use_layernorm": use_layernorm, "dropout": dropout}
+        common: dict[str, Any] = {
+            "activation_type": activation_type,
+            "use_layernorm": use_layernorm,
+            "dropout": dropout,
+        }
         if fixed_std is None:
-            trunk = {"out_activation_type": activation_type, "use_layernorm_final": use_layernorm}
+            trunk: dict[str, Any] = {"out_activation_type": activation_type, "use_layernorm_final": use_layernorm}
             self.mlp_base = build([cond_dim, *mlp_dims], **trunk, **common)
             self.mlp_mean = MLP([mlp_dims[-1], output_dim])
             self.mlp_logvar = MLP([mlp_dims[-1], output_dim])

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx
-from diffusion_rl.networks.layers import Array, flatten_state
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 from diffusion_rl.networks.spread import SpreadOwner
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, dropped, gelu
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import LayerNorm, Linear, dropped, gelu
 
 
 class InverseDynamics(keras.layers.Layer):

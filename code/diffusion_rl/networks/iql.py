@@ -5,8 +5,9 @@ from __future__ import annotations
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.dit import run
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, mish
+from diffusion_rl.networks.layers import LayerNorm, Linear, mish
 
 
 def perceptron(in_dim: int, hidden_dim: int) -> list:

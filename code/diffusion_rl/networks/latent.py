@@ -11,7 +11,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, sinusoidal_embedding
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import LayerNorm, Linear, sinusoidal_embedding
 from diffusion_rl.networks.mlp import MLP
 from diffusion_rl.networks.transformer import SelfAttention
 
@@ -262,6 +263,7 @@ class LatentDenoiser(keras.layers.Layer):
         return {"code": tf.reshape(codes, [-1, self.n_agents * codes.shape[-1]])}
 
     def call(self, x: Array, t: Array, cond: dict[str, Array]) -> Array:
+        """x [B,H,N*Z], t [B], cond (see the class) -> noise [B,H,N*Z]"""
         code = cond["code"] if "code" in cond else self.encode(cond)["code"]
         if "returns" in cond:
             return self._noise(x, t, code, cond["returns"], cond["keep"])

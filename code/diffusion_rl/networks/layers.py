@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -16,8 +16,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.typing import Array
 
-Array: TypeAlias = tf.Tensor
 T = TypeVar("T")
 
 
@@ -27,7 +27,10 @@ def _softplus(x: Array) -> Array:
 
 @tf.custom_gradient
 def mish(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """x tanh(log(1 + e^x)) (Misra 2019), with a single exponential: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2)."""
+    """x tanh(log(1 + e^x)) (Misra 2019), [...], with a single exponential.
+
+    tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2).
+    """
     e = tf.exp(tf.minimum(x, 20))  # from there on the factor is 1 to double precision
     n = e * (e + 2)
     inverse = 1 / (n + 2)
@@ -40,7 +43,7 @@ def mish(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def gelu(x: Array) -> Array:
-    """x Phi(x) (Hendrycks & Gimpel 2016), exact. tf.nn.gelu holds its constant in float32 whatever the input."""
+    """x Phi(x) (Hendrycks & Gimpel 2016), [...], exact. tf.nn.gelu holds its constant in float32 whatever the input."""
     return 0.5 * x * (1 + tf.math.erf(x * math.sqrt(0.5)))
 
 
@@ -56,7 +59,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation of that name (the reference's spelling)."""
+    """Returns the elementwise activation [...] -> [...] of that name (the reference's spelling)."""
     if name not in ACTIVATIONS:
         raise UserError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -98,6 +101,7 @@ class LayerNorm(keras.layers.Layer):
         self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
 
     def call(self, x: Array) -> Array:
+        """x [...,dim] -> [...,dim]; stacked: [M,B,dim]"""
         mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
         gamma, beta = (w if w.shape.rank == 1 else w[:, None] for w in (self.gamma, self.beta))  # stacked: [M,1,dim]
         return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * gamma + beta
@@ -120,7 +124,7 @@ def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
 
 
 def dropped(x: Array, keep: Array | None, rate: float) -> Array:
-    """Dropout at `rate`: x * keep / (1 - rate) with the 0/1 mask `keep` of x's shape; x itself without one."""
+    """Drops entries of x [...] at `rate`: x * keep / (1 - rate) with the 0/1 mask `keep` [...]; without one, none."""
     return x * tf.cast(keep, x.dtype) / (1 - rate) if rate and keep is not None else x
 
 
@@ -136,6 +140,7 @@ class TimeEmbedding(keras.layers.Layer):
         self.project = Linear(expansion * dim, dim)
 
     def call(self, t: Array) -> Array:
+        """t [B] -> [B,dim]"""
         return self.project(mish(self.expand(sinusoidal_embedding(t, self.dim, self.expand.kernel.dtype))))
 
 

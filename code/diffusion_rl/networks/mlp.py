@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, activation, dropped, flatten_state
+from diffusion_rl.core.typing import Array, Rng
+from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, activation, dropped, flatten_state
 
 
 class MLPLayer(keras.layers.Layer):
@@ -95,19 +96,20 @@ class ResidualBlock(keras.layers.Layer):
             self.norm1, self.norm2 = LayerNorm(dim, epsilon=1e-6), LayerNorm(dim, epsilon=1e-6)
 
     def call(self, x: Array) -> Array:
+        """x [...,dim] -> [...,dim]"""
         h = self.norm1(x) if self.use_layernorm else x
         h = self.l1(self.activate(h))
         h = self.norm2(h) if self.use_layernorm else h
         return self.l2(self.activate(h)) + x
 
 
-def draw_masks(network: Any, noise: Any, shape: Sequence[int]) -> np.ndarray:
-    """Dropout's 0/1 masks for all layers [*shape, W] from the source `noise`; W = 0 of networks without dropout."""
+def draw_masks(network: Any, rng: Rng, shape: Sequence[int]) -> np.ndarray:
+    """Dropout's 0/1 masks for all layers [*shape, W]; W = 0 of networks without dropout."""
     widths = [math.prod(mask[1:]) for mask in _masks_shapes(network)]
     if not widths:
         return np.zeros((*shape, 0), floatx())
     rates = np.repeat(np.broadcast_to(network.dropout, len(widths)), widths)
-    return (noise.uniform((*shape, sum(widths))) >= rates).astype(floatx())
+    return (rng.uniform((*shape, sum(widths))) >= rates).astype(floatx())
 
 
 def split_masks(network: Any, masks: Array | None) -> list[Array]:
@@ -146,7 +148,7 @@ class ResidualMLP(keras.layers.Layer):
         if dropout:
             raise UserError("a residual MLP has no dropout: set dropout to 0 or residual_style to false")
         width = dim_list[1]
-        self.layers = [
+        self.layers: list[Any] = [
             Linear(dim_list[0], width),
             *(ResidualBlock(width, activation_type, use_layernorm) for _ in range(max(n_hidden, 0) // 2)),
             Linear(width, dim_list[-1]),
@@ -156,6 +158,7 @@ class ResidualMLP(keras.layers.Layer):
         self.activate_out = activation(out_activation_type)
 
     def call(self, x: Array) -> Array:
+        """x [...,in] -> [...,out]"""
         for layer in self.layers:
             x = layer(x)
         return self.activate_out(x)

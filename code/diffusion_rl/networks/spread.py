@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.core.typing import Array
 
 
 class SpreadOwner(keras.layers.Layer):
@@ -32,11 +32,11 @@ class SpreadOwner(keras.layers.Layer):
         self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
 
     def clamped_std(self, logvar: Array) -> Array:
-        """exp(logvar / 2) in the range; outside of it there is no gradient."""
+        """exp(logvar / 2) in the range, [...]; outside of it there is no gradient."""
         return tf.exp(0.5 * tf.clip_by_value(logvar, self.logvar_min, self.logvar_max))
 
     def squashed_std(self, raw: Array) -> Array:
-        """The range's logarithms reached by tanh: raw 0 is the geometric middle."""
+        """Reaches the range's logarithms by tanh, [...] -> [...]: raw 0 is the geometric middle."""
         low, high = self.logvar_min, self.logvar_max
         return tf.exp(0.5 * (low + 0.5 * (high - low) * (tf.tanh(raw) + 1)))
 

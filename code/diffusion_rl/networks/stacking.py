@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.networks.layers import Array, Linear, TimeEmbedding, gelu, mish
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, gelu, mish
 from diffusion_rl.networks.temporal_unet import ResidualTemporalBlock, TemporalUnet
 
 
@@ -32,7 +33,7 @@ class MaskedTemporalUnet(TemporalUnet):
     def block(self, before: int, after: int, dim: int) -> ResidualTemporalBlock:
         return ResidualTemporalBlock(before, after, 2 * dim, attention=True)
 
-    def call(self, x: Array, time: Array, mask: Array) -> Array:
+    def call(self, x: Array, time: Array, mask: Array) -> Array:  # type: ignore[override]  # one more input
         """x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) -> noise [B,H,D]."""
         where = mask
         for step in self.cond_mlp:

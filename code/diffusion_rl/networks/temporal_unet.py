@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d
-from diffusion_rl.networks.layers import Array, Linear, TimeEmbedding, mish
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish
 from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
 
 GROUPS = 8  # of every group normalisation
@@ -72,6 +74,7 @@ class ChannelNorm(keras.layers.Layer):
         self.b = tf.Variable(tf.zeros([1, dim, 1], floatx()), name="b")
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [H,B,C]"""
         mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
         normal = (x - mean) * tf.math.rsqrt(variance + tf.constant(self.eps, x.dtype))
         return normal * tf.reshape(self.g, [-1]) + tf.reshape(self.b, [-1])
@@ -108,6 +111,7 @@ class AttentionBlock(keras.layers.Layer):
         self.channel_norm = ChannelNorm(dim)
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [H,B,C]"""
         return x + self.linear_attention(self.channel_norm(x))
 
 
@@ -148,14 +152,16 @@ class TemporalUnet(keras.layers.Layer):
             return [self.block(before, after, dim), self.block(after, after, dim)]
 
         self.time_mlp = TimeEmbedding(dim, expansion=4)
-        self.downs = [
+        self.downs: list[list[Any]] = [
             [*pair(before, after), attend(after), Downsample(after) if level < self.levels - 1 else None]
             for level, (before, after) in enumerate(widths)
         ]
         self.mid_block1, self.mid_block2 = pair(dims[-1], dims[-1])
         self.mid_attn = attend(dims[-1])
-        self.ups = [[*pair(2 * after, before), attend(before), Upsample(before)] for before, after in widths[:0:-1]]
-        self.final_conv = [conv_block(dims[1], dims[1]), Conv1d(dims[1], transition_dim, 1)]
+        self.ups: list[list[Any]] = [
+            [*pair(2 * after, before), attend(before), Upsample(before)] for before, after in widths[:0:-1]
+        ]
+        self.final_conv: list[Any] = [conv_block(dims[1], dims[1]), Conv1d(dims[1], transition_dim, 1)]
 
     def block(self, before: int, after: int, dim: int) -> ResidualTemporalBlock:
         """What every level is made of, two by two."""
@@ -221,7 +227,7 @@ class ActionTemporalUnet(TemporalUnet):
             observation = step(observation)
         return observation
 
-    def call(self, x: Array, time: Array, features: Array) -> Array:
+    def call(self, x: Array, time: Array, features: Array) -> Array:  # type: ignore[override]  # one more input
         """x [B,H,A], time [B] integers, features [B,F] of `encode` -> noise or clean actions [B,H,A]."""
         beside = tf.repeat(features[:, None], x.shape[1], axis=1)
         return super().call(tf.concat([x, beside], axis=-1), time)
@@ -256,7 +262,7 @@ class ValueFunction(keras.layers.Layer):
                 f"last of them is a multiple of {4 * GROUPS}"
             )
         self.time_mlp = TimeEmbedding(dim, expansion=4)
-        self.blocks = [
+        self.blocks: list[list[Any]] = [
             [ResidualTemporalBlock(a, b, dim), ResidualTemporalBlock(b, b, dim), Downsample(b)]
             for a, b in itertools.pairwise(dims)
         ]
@@ -266,7 +272,7 @@ class ValueFunction(keras.layers.Layer):
         for _ in range(len(dim_mults) + 2):
             steps = (steps + 1) // 2
         features = quarter * steps
-        self.final_block = [Linear(features + dim, features // 2), mish, Linear(features // 2, out_dim)]
+        self.final_block: list[Any] = [Linear(features + dim, features // 2), mish, Linear(features // 2, out_dim)]
 
     def call(self, x: Array, time: Array) -> Array:
         """x [B,H,D], time [B] or [1] integers -> [B,out_dim]. Raises UserError for another H than it was built for."""

@@ -16,7 +16,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, activation, dropped, flatten_state, variables_of
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import LayerNorm, Linear, activation, dropped, flatten_state, variables_of
 from diffusion_rl.networks.spread import SpreadOwner
 
 _ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
@@ -162,7 +163,7 @@ class Transformer(keras.layers.Layer):
         if activation_type not in _ACTIVATIONS:
             raise UserError(f"transformer_activation={activation_type!r}: choose one of {', '.join(_ACTIVATIONS)}")
         self.cond_obs_emb = Linear(cond_dim, n_emb)
-        self.encoder = [Linear(n_emb, 4 * n_emb), activation("Mish"), Linear(4 * n_emb, n_emb)]
+        self.encoder: list[Any] = [Linear(n_emb, 4 * n_emb), activation("Mish"), Linear(4 * n_emb, n_emb)]
         self.decoder = Decoder(n_emb, n_head, n_layer, _ACTIVATIONS[activation_type], p_drop_attn)
         self.horizon, self.embed_dim, self.p_drop_emb, self.p_drop_attn = horizon, n_emb, p_drop_emb, p_drop_attn
         self.ln_f, self.head = LayerNorm(n_emb), Linear(n_emb, output_dim)
@@ -260,7 +261,7 @@ class GaussianTransformer(SpreadOwner):
         """The rate of each mask."""
         return self.transformer.dropout
 
-    def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
+    def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, ...]:
         """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
 
         `keep_masks`: see `masks_shapes`; none in evaluation.

@@ -7,13 +7,15 @@ condition (time embedding and observation together). Inside the network time com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d, ConvTranspose1d, GroupNorm
-from diffusion_rl.networks.layers import Array, Linear, TimeEmbedding, activation, flatten_state
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, activation, flatten_state
 from diffusion_rl.networks.mlp import ResidualMLP
 
 
@@ -62,7 +64,7 @@ class FiLMBlock(keras.layers.Layer):
         self.blocks = [ConvBlock(in_dim, out_dim, *block), ConvBlock(out_dim, out_dim, *block)]
         act, film_dim = activation(activation_type), 2 * out_dim if cond_predict_scale else out_dim
         if larger_encoder:
-            self.cond_encoder = [Linear(cond_dim, film_dim), act, Linear(film_dim, film_dim), act]
+            self.cond_encoder: list[Any] = [Linear(cond_dim, film_dim), act, Linear(film_dim, film_dim), act]
             self.cond_encoder += [Linear(film_dim, film_dim)]
         else:
             self.cond_encoder = [act, Linear(cond_dim, film_dim)]
@@ -87,6 +89,7 @@ class Downsample(keras.layers.Layer):
         self.conv = Conv1d(dim, dim, 3, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [(H+1)//2,B,C]"""
         return self.conv(x)
 
 
@@ -98,6 +101,7 @@ class Upsample(keras.layers.Layer):
         self.conv = ConvTranspose1d(dim, dim, 4, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
+        """x [H,B,C] -> [2H,B,C]"""
         return self.conv(x)
 
 
@@ -158,13 +162,15 @@ class UNetTrunk(keras.layers.Layer):
             return [FiLMBlock(in_dim, out_dim, seen_dim, *film), FiLMBlock(out_dim, out_dim, seen_dim, *film)]
 
         self.mid_modules = pair(dims[-1], dims[-1])
-        self.down_modules = [
+        self.down_modules: list[list[Any]] = [
             [*pair(before, after), *([Downsample(after)] if level < self.levels - 1 else [])]
             for level, (before, after) in enumerate(widths)
         ]
-        self.up_modules = [[*pair(2 * after, before), Upsample(before)] for before, after in reversed(widths[1:])]
+        self.up_modules: list[list[Any]] = [
+            [*pair(2 * after, before), Upsample(before)] for before, after in reversed(widths[1:])
+        ]
         width = dims[1]  # the reference says `dim`, and fails where the first of dim_mults is not 1
-        self.final_conv = [
+        self.final_conv: list[Any] = [
             ConvBlock(width, width, kernel_size, n_groups, activation_type, groupnorm_eps),
             Conv1d(width, action_dim, 1),
         ]

@@ -18,8 +18,9 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, TimeEmbedding, dropped, flatten_state
+from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, dropped, flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 from diffusion_rl.networks.spread import SpreadOwner
 from diffusion_rl.networks.vit import VitEncoder
@@ -325,7 +326,7 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
             backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment
         )
         input_dim, output_dim = self.vision.dim + cond_dim, action_dim * horizon_steps
-        common = {"activation_type": activation_type, "use_layernorm": use_layernorm}
+        common: dict[str, Any] = {"activation_type": activation_type, "use_layernorm": use_layernorm}
         build = ResidualMLP if residual_style else MLP
         self.mlp_mean = build([input_dim, *mlp_dims, output_dim], **common)
         if fixed_std is None:

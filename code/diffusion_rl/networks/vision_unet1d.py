@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.unet1d import UNetTrunk
 from diffusion_rl.networks.vision import Cond, ImageFeatures, SeesImages
 from diffusion_rl.networks.vit import VitEncoder
@@ -46,6 +46,7 @@ class VisionUnet1D(SeesImages, UNetTrunk):
         self.vision = vision
 
     def proprioception(self, cond: Cond) -> Array:
+        """{"state": [B,To,O]} -> what the blocks are conditioned on, [B,To*O] or [B,cond_mlp_dims[-1]]."""
         return self.encoded_state({"state": tf.cast(cond["state"], self.vision.compute_dtype)})
 
     def call(

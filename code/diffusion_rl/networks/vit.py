@@ -16,7 +16,8 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
-from diffusion_rl.networks.layers import Array, LayerNorm, Linear, gelu
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import LayerNorm, Linear, gelu
 
 LINEAR_STD = 0.02  # initial weights of the transformer and of the position embedding
 PATCH = 8  # side of the first convolution's window, whatever `patch_size` says

@@ -1,6 +1,6 @@
 """Decisions of policies for a vector of environments: one compiled program per decision.
 
-An actor draws what one decision needs from a source of noise (`draw`) and decides with it (`act`).
+An actor draws what one decision needs from a source of randomness (`draw`) and decides with it (`act`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from diffusion_rl.core.batching import in_chunks, parts
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks import folded
-from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
@@ -58,7 +58,7 @@ class SingleStepActor(abc.ABC):
         """To be called after every change of the weights; nothing is kept between decisions here."""
 
     @abc.abstractmethod
-    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
         """What one decision needs: the arguments of `policy.sample` beside the observation."""
 
     @abc.abstractmethod
@@ -92,24 +92,28 @@ class SingleStepActor(abc.ABC):
 class GaussianActor(SingleStepActor):
     """Decisions of a Gaussian policy."""
 
-    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
+        """Draws the noise [E,H*A] of one decision."""
         network = self.policy.network
-        return {"noise": noise.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
+        return {"noise": rng.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        """Actions [E,H,A] of the policy."""
         return policy.sample(cond, deterministic=deterministic, **draws)[0]
 
 
 class GMMActor(SingleStepActor):
     """Decisions of a mixture policy: a uniform draw picks the mode."""
 
-    def draw(self, noise: Any, n_envs: int) -> dict[str, np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
+        """Draws what picks the modes [E] and the noise [E,M,H*A] of one decision."""
         network = self.policy.network
-        uniform = noise.uniform((n_envs,), dtype=floatx())
+        uniform = rng.uniform((n_envs,), dtype=floatx())
         shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
-        return {"uniform": uniform, "noise": noise.normal(shape, floatx())}
+        return {"uniform": uniform, "noise": rng.normal(shape, floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
+        """Actions [E,H,A] of the policy."""
         return policy.sample(cond, deterministic=deterministic, **draws)
 
 
@@ -126,6 +130,7 @@ class CompiledNetwork:
             self.encode = self._encode
 
     def __call__(self, x: Array, t: Array, cond: Cond) -> Array:
+        """x [B,H,A], t [B], cond -> noise (or x0) [B,H,A]"""
         return self._call(x, t, cond)
 
     def _encode(self, cond: Cond) -> Cond:
@@ -165,9 +170,9 @@ class DiffusionActor:
         p = self.policy
         return (p.sampling_steps + 1, n_envs, p.horizon_steps, p.action_dim)
 
-    def draw(self, noise: Any, n_envs: int) -> np.ndarray:
-        """The noise of one decision."""
-        return noise.normal(self.noise_shape(n_envs), floatx())
+    def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
+        """Draws the noise of one decision, [steps+1,E,H,A]."""
+        return rng.normal(self.noise_shape(n_envs), floatx())
 
     def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
         """Decide for all environments.

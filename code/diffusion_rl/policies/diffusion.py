@@ -102,7 +102,7 @@ class DiffusionPolicy:
         return len(self.ddim_schedule.ddim_t) if self.ddim_schedule else self.denoising_steps
 
     def sampling_timesteps(self) -> np.ndarray:
-        """The t of each step of a sample, noisiest first."""
+        """Returns the t of each step of a sample, noisiest first, [sampling_steps]."""
         return self.ddim_schedule.ddim_t if self.ddim_schedule else np.arange(self.denoising_steps)[::-1]
 
     def table(self, values: np.ndarray, index: Array) -> Array:
@@ -112,11 +112,11 @@ class DiffusionPolicy:
     # ---------- sampling ----------
 
     def predict_noise(self, x: Array, t: Array, cond: Cond, index: Array | None, base: bool) -> Array:
-        """The network's output; subclasses choose the network per row."""
+        """Returns the network's output [B,H,A] for x [B,H,A], t [B]; subclasses choose the network per row."""
         return self.network(x, t, cond)
 
     def denoised_mean(self, x: Array, t: Array, index: Array | None, output: Array, sigma: Array | None) -> Array:
-        """Mean of the next sample from the network's output (shared by all samplers).
+        """Returns the mean [B,H,A] of the next sample from x [B,H,A] and the network's output (shared by all samplers).
 
         DDIM clamps x_0, recomputes the noise from the clamped x_0 and only then clamps the noise, while the mean uses
         the x_0 from before that last clamp; the order matters and is the reference's.
@@ -139,7 +139,7 @@ class DiffusionPolicy:
             direction = tf.sqrt(tf.maximum(1 - alpha_prev - tf.square(sigma), 0))
         return ddim.step_mean(x0, eps, alpha_prev, direction)
 
-    def p_mean_var(self, x: Array, t: Array, cond: Cond, index: Array | None = None) -> tuple[Array, Array]:
+    def p_mean_var(self, x: Array, t: Array, cond: Cond, index: Array | None = None) -> tuple[Array, ...]:
         """Mean [B,H,A] and log-variance [B,1,1] of p(x_{t-1} | x_t); `index` [B] is the step's position in DDIM.
 
         DDIM without eta has no noise: its log-variance is -inf.
@@ -168,12 +168,12 @@ class DiffusionPolicy:
     def next_sample(
         self, i: int, t: int, mean: Array, logvar: Array, noise: Array, floor: float | Array, zero_at_end: bool
     ) -> Array:
-        """mean + std * clamped noise, with the floor of the standard deviation, and the final clamp."""
+        """Returns mean + std * clamped noise [B,H,A], with the floor of the standard deviation, and the final clamp."""
         x = self.noisy(t, mean, logvar, noise, floor, zero_at_end)
         return clip(x, self.final_action_clip_value) if i == self.sampling_steps - 1 else x
 
     def noisy(self, t: int, mean: Array, logvar: Array, noise: Array, floor: float | Array, zero_at_end: bool) -> Array:
-        """mean + std * clamped noise."""
+        """Returns mean + std * clamped noise, [B,H,A]; logvar [B,1,1]."""
         if zero_at_end and (self.use_ddim or t == 0):
             return mean
         std = tf.maximum(tf.exp(0.5 * logvar), tf.convert_to_tensor(floor, mean.dtype))
@@ -252,7 +252,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         self.eta, self.learn_eta = eta, learn_eta
         self.actor = self.network
         self.actor_ft = clone(self.actor)
-        self.critic = critic
+        self.critic: Any = critic
 
     # ---------- annealing ----------
 
@@ -290,13 +290,14 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
 
     # ---------- one denoising step ----------
 
-    def fine_tuned_rows(self, t: Array, index: Array | None) -> Array:
+    def fine_tuned_rows(self, t: Array, index: Array) -> Array:
         """[B] bool: which rows belong to the fine-tuned network."""
         if self.ddim_schedule is not None:
             return index >= self.sampling_steps - self.ft_denoising_steps
         return t < self.ft_denoising_steps
 
     def predict_noise(self, x: Array, t: Array, cond: Cond, index: Array | None, base: bool) -> Array:
+        """Returns the output [B,H,A] of each row's network: the fine-tuned one in its steps, unless `base`."""
         base_output = self.actor(x, t, cond)
         if base:
             return base_output
@@ -319,7 +320,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
     def mean_var_eta(
         self, x: Array, t: Array, cond: Cond, index: Array | None, output: Array, deterministic: bool
     ) -> tuple[Array, Array, Array]:
-        """Like `p_mean_var`, from the network's output."""
+        """Returns what `p_mean_var` does, from the network's output [B,H,A]."""
         if self.ddim_schedule is None:
             mean = self.denoised_mean(x, t, index, output, None)
             return mean, process.posterior_log_variance(self.schedule, t, self.dtype), tf.ones_like(mean)
@@ -386,7 +387,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
     # ---------- log-probabilities of denoising steps ----------
 
     def fine_tuned_timesteps(self) -> tuple[np.ndarray, np.ndarray]:
-        """t and position of the fine-tuned steps, noisiest first: `denoising_inds` count along these."""
+        """Returns t and position [F] of the fine-tuned steps, noisiest first: `denoising_inds` count along these."""
         n, f = self.sampling_steps, self.ft_denoising_steps
         return self.sampling_timesteps()[n - f :].copy(), np.arange(n - f, n)
 
@@ -429,7 +430,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         return normal_log_prob(chains_next, mean, self.log_prob_std(logvar)), eta
 
     def log_prob_std(self, logvar: Array) -> Array:
-        """Standard deviation in log-probabilities: that of the step, floored."""
+        """Returns the standard deviation in log-probabilities, [...] as logvar: that of the step, floored."""
         return tf.maximum(tf.exp(0.5 * logvar), tf.constant(self.min_logprob_denoising_std, logvar.dtype))
 
     def reinforce_loss(self, cond: Cond, chains: Array, reward: Array) -> tuple[Array, Array, Array]:

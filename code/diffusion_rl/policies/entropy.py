@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from diffusion_rl.networks.layers import Array
+from diffusion_rl.core.typing import Array
 
 FLOOR = 1e-6  # added to variances of mixtures, as scikit-learn does
 EM_STEPS, LLOYD_STEPS = 30, 10

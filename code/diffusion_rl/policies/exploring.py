@@ -12,9 +12,10 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.diffusion import process
 from diffusion_rl.diffusion.gaussian import clip
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 
@@ -79,9 +80,9 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Any) -> dict[str, Array]:
-        """The draws that `act` takes; `noise` is the source."""
-        return {"noise": noise.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
+    def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Array]:
+        """The draws that `act` takes, by name."""
+        return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
         """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
@@ -99,9 +100,9 @@ class ExploringGaussianPolicy(GaussianPolicy):
         """The network's weights that are trained."""
         return [v for v in variables_of(self.network) if v.trainable]
 
-    def draw_action(self, noise: Any, batch: int, deterministic: bool, settings: Any) -> dict[str, Any]:
-        """The draws that `act` takes; `noise` is the source."""
-        return {"noise": noise.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
+    def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Any]:
+        """The draws that `act` takes, by name."""
+        return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
         """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""

@@ -13,8 +13,9 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.keras import keras
+from diffusion_rl.core.typing import Array
 from diffusion_rl.diffusion.gaussian import normal_log_prob
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.networks.layers import clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -37,7 +38,7 @@ def gaussian_sample(mean: Array, std: Array, noise: Array, clip: float, squash: 
 
 
 def gaussian_entropy(std: Array) -> Array:
-    """Entropy of N(., std^2), elementwise."""
+    """Returns the entropy of N(., std^2) elementwise, [...] as std."""
     return 0.5 + _HALF_LOG_2PI + tf.math.log(std)
 
 
@@ -139,5 +140,5 @@ class FineTunedGaussianPolicy(GaussianPolicy):
         return self.actor if use_base_policy else self.actor_ft
 
     def log_probs(self, cond: Cond, actions: Array, use_base_policy: bool = False) -> tuple[Array, Array, Array]:
-        """As of a pre-trained policy, of either network."""
+        """Log-probability [B] of actions [B,H,A], averaged over elements, of either network; mean entropy; mean std."""
         return self._log_probs(cond, actions, self.base(use_base_policy))

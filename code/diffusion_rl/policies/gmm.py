@@ -12,7 +12,8 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.keras import distributions, keras
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
 
@@ -45,9 +46,7 @@ class GMMPolicy:
         """The precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
-    def distribution(
-        self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()
-    ) -> tfd.MixtureSameFamily:
+    def distribution(self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()) -> Any:
         """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`: dropout's."""
         means, stds, logits = self.network(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         if deterministic:

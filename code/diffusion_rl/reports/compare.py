@@ -269,7 +269,7 @@ def _handles(panels: Sequence[Panel], colours: dict[str, str]) -> list[Any]:
 
     handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in colours.items()]
     if any(panel.references for panel in panels):
-        hollow = {"marker": "o", "markersize": 3, "markerfacecolor": "white", "linewidth": 1}
+        hollow: dict[str, Any] = {"marker": "o", "markersize": 3, "markerfacecolor": "white", "linewidth": 1}
         handles.append(Line2D([], [], color="0.4", linestyle="--", label="published replication", **hollow))
         handles.append(Line2D([], [], color="0.4", marker="D", linestyle="", label="published by the authors"))
     return handles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,13 +46,14 @@ def frames(video: str | os.PathLike) -> list[np.ndarray]:
     except ImportError as error:
         raise UserError('reading videos needs pip install "imageio[ffmpeg]"') from error
     try:
-        with imageio.get_reader(video) as reader:
-            found = [np.asarray(frame) for frame in reader]
+        with imageio.get_reader(os.fspath(video)) as opened:
+            reader: Any = opened  # whose class declares no iteration
+            pictures = [np.asarray(frame) for frame in reader]
     except (OSError, ValueError, RuntimeError, IndexError, ImportError) as error:
         raise UserError(f"{video}: cannot be read as a video ({error})".split("\n")[0]) from error
-    if not found:
+    if not pictures:
         raise UserError(f"{video}: no frames in it")
-    return found
+    return pictures
 
 
 def _row(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:

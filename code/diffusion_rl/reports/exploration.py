@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tupl
     return output, "\n".join(describe(panel, numbers) for panel, numbers in records)
 
 
-def _draw_panel(axis, panel: Panel, numbers: Numbers) -> None:
+def _draw_panel(axis: Any, panel: Panel, numbers: Numbers) -> None:
     from matplotlib.patches import Circle
 
     for x, y, radius, _ in avoiding.OBSTACLES:

@@ -24,7 +24,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -228,7 +228,7 @@ class _AppendOnlyFile:
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path):
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

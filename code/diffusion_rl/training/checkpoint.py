@@ -170,7 +170,7 @@ def require_kind(checkpoint: Checkpoint, kinds: str | Sequence[str], path: str |
 
 
 def finite_weights(name: str, value: np.ndarray) -> bool:
-    """No entry is NaN or infinite; an eta that begins at one of its limits has an infinite logit for good."""
+    """Whether a tensor [...] is finite throughout; an eta that begins at a limit has an infinite logit for good."""
     return not np.isnan(value).any() if name.endswith("eta_logit") else bool(np.isfinite(value).all())
 
 

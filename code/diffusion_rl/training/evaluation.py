@@ -119,7 +119,7 @@ class Evaluation:
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
             rollout = evaluate(
-                actor_for(self.policy, self.fast),
+                actor_for(self.policy, self.fast),  # type: ignore[arg-type]  # built to be fine-tuned
                 self.venv,
                 NoiseSource(self.seed),
                 n_steps,

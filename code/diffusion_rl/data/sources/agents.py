@@ -10,7 +10,7 @@ A data set is called <scenario>-<quality>: simple_spread-medium, 3m-Good, 2ant-G
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,12 @@ KINDS = ("mpe", "smac", "smacv2", "mamujoco", "mahalfcheetah")
 
 
 def load(
-    kind: str, name: str, root: str | None, max_path_length: int, discrete: bool = False, say=print
+    kind: str,
+    name: str,
+    root: str | None,
+    max_path_length: int,
+    discrete: bool = False,
+    say: Callable[[str], None] = print,
 ) -> AgentEpisodes:
     """The episodes of a data set; what was found is told.
 
@@ -116,18 +121,18 @@ def _smac(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
     for key in ("obs", *(arrays.keys() - {"obs", "rewards"})):
         if not arrays[key].size or arrays[key].size % (length * n):
             raise UserError(f"{folder}: {key} is not [T,N,…]: {_shapes(arrays)}")
-    actions, legal = arrays["actions"].reshape(length, n, -1), None
+    actions: np.ndarray = arrays["actions"].reshape(length, n, -1)
+    legal: np.ndarray | None = None
     if not discrete:
         _require_continuous(folder, [actions])
     else:
-        legal = arrays["legals"].reshape(length, n, -1)
-        actions = _one_hot(actions[..., 0], folder, legal.shape[-1])
-        legal = legal.reshape(length, -1).astype(np.float32)
+        legal = arrays["legals"].reshape(length, -1).astype(np.float32)
+        actions = _one_hot(actions[..., 0], folder, legal.shape[-1] // n)
     terminals = np.zeros(length, bool)
     terminals[np.cumsum(lengths) - 1] = lengths < max_path_length
     rewards = arrays["rewards"].reshape(length, -1).mean(axis=1)
-    flat = (x.reshape(length, -1).astype(np.float32) for x in (arrays["obs"], actions))
-    return AgentEpisodes(Episodes(*flat, lengths, rewards.astype(np.float32), terminals), n, discrete, legal)
+    obs, actions = (x.reshape(length, -1).astype(np.float32) for x in (arrays["obs"], actions))
+    return AgentEpisodes(Episodes(obs, actions, lengths, rewards.astype(np.float32), terminals), n, discrete, legal)
 
 
 def _require_continuous(folder: Path, actions: Sequence[np.ndarray]) -> None:

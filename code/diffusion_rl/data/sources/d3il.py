@@ -63,10 +63,11 @@ def read(path: Path) -> Demonstration:
     """One demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
     content = _load(path)
     robot = content.get("robot") if isinstance(content, dict) else None
-    found = [robot.get(key) for key in ("des_c_pos", "c_pos")] if isinstance(robot, dict) else [None]
-    if not all(isinstance(array, np.ndarray) for array in found):
+    recorded = [robot.get(key) for key in ("des_c_pos", "c_pos")] if isinstance(robot, dict) else []
+    arrays = [array for array in recorded if isinstance(array, np.ndarray)]
+    if len(arrays) != 2:
         raise UserError(f"{path} is no D3IL recording: robot.des_c_pos and robot.c_pos are missing")
-    setpoints, positions = (array.astype(np.float64) for array in found)
+    setpoints, positions = (array.astype(np.float64) for array in arrays)
     if setpoints.ndim != 2 or setpoints.shape != positions.shape or setpoints.shape[1] != 3 or len(setpoints) < 2:
         raise UserError(f"{path}: des_c_pos {setpoints.shape} and c_pos {positions.shape} should both be [T, 3]")
     return Demonstration(path.stem, setpoints[:, :2], positions[:, :2])

@@ -49,10 +49,11 @@ class ActionDiffusion(TrajectoryDiffusion):
         return self.model.encode(conditions[0])
 
     def output(self, x: Array, t: Array, given: Array) -> Array:
+        """x [B,H,A], t [B], features of the observation [B,F] -> [B,H,A]"""
         return self.model(x, t, given)
 
     def known(self, conditions: Conditions, like: Array) -> Known:
-        """No entry of the actions is known."""
+        """Says that no entry of the actions [B,H,A] is known."""
         return Known(np.zeros(like.shape[1:], bool), tf.zeros_like(like))
 
 

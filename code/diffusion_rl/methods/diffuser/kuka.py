@@ -73,6 +73,7 @@ class MaskedDiffusion(TrajectoryDiffusion):
         return tf.constant(mask)
 
     def output(self, x: Array, t: Array, given: Array) -> Array:
+        """x [B,H,D], t [B], mask [B,H] or [1,H] -> noise [B,H,D]"""
         return self.model(x, t, given)
 
     def guided_by(self, guide: StackGuide) -> MaskedDiffusion:
@@ -82,7 +83,7 @@ class MaskedDiffusion(TrajectoryDiffusion):
         return guided
 
     def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
-        """Mean, variance and log-variance of x_{t-1}. A guide moves the mean, by the gradient at x_t."""
+        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1}; a guide moves the mean by its gradient at x_t."""
         mean, variance, log_variance = super().p_mean_variance(x, t, given)
         if self.guide is not None:
             mean += STEP * tf.exp(0.5 * log_variance) * self.guide.gradient(x, t)
@@ -157,6 +158,7 @@ class StackingTrainer(DiffuserTrainer):
         self._masks = tf.constant(known_states(dataset.horizon), model.dtype)
 
     def loss(self, items: Array, t: Array, noise: Array) -> Losses:
+        """The model's loss on windows and kinds `items` [B] at t [B] with noise [B,H,D]."""
         rows = self.rows(items // KINDS)
         x = tf.gather(self._transitions, rows)
         if isinstance(self.model, StackClassification):

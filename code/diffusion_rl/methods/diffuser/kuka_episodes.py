@@ -27,7 +27,7 @@ class StackingEpisode(NamedTuple):
     """Every state [n,39] of an episode, and what it is rewarded for."""
 
     states: np.ndarray
-    count: Count
+    count: Count  # type: ignore[assignment]  # hides that of tuples
 
 
 def run_episode(planner: StackingPlanner, env: KukaStacking, count: Count, noise: Any, n_plans: int) -> StackingEpisode:

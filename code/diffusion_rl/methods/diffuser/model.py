@@ -54,6 +54,9 @@ class NoisyTrajectories:
         loss_weights: {index of an observation entry: weight of its error}.
     """
 
+    KIND: str  # of checkpoints
+    loss: Any  # (windows, conditions, t, noise, …) -> Losses, of each subclass
+
     def __init__(
         self,
         model: keras.layers.Layer,
@@ -240,8 +243,8 @@ class ValueDiffusion(NoisyTrajectories):
         return self.regression(side_by_side(self.model, MIN_PART, noisy, t), target)
 
     def regression(self, prediction: Array, target: Array) -> Losses:
-        """Mean error; means, extremes and Pearson's correlation (not a number for a single row) for the log."""
-        infos = {}
+        """Mean error of predictions [B,1]; means, extremes and Pearson's correlation (NaN for a single row)."""
+        infos: dict[str, Array] = {}
         for name, reduce in (("mean", tf.reduce_mean), ("min", tf.reduce_min), ("max", tf.reduce_max)):
             infos |= {f"{name}_pred": reduce(prediction), f"{name}_targ": reduce(target)}
         p, y = prediction - infos["mean_pred"], target - infos["mean_targ"]

@@ -270,7 +270,7 @@ def mirror(source: Path, target: Path) -> int:
 
 def save_normalizer(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with atomic_file(folder / "normalizer.npz") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:

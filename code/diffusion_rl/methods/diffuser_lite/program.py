@@ -77,7 +77,8 @@ class LevelProgram:
             return network.estimate(x, parts, states)
         if parts[0].shape[0] == self.kinds:  # the same returns for all
             parts = [tf.repeat(part, x.shape[0], axis=0) for part in parts]
-        return guided(*tf.split(network.estimate(tf.concat([x, x], axis=0), parts, states), 2), self.guidance)
+        wanted, free = tf.split(network.estimate(tf.concat([x, x], axis=0), parts, states), 2)
+        return guided(wanted, free, self.guidance)
 
 
 class Program:
@@ -95,7 +96,8 @@ class Program:
         acting: Acting,
         value: StateValue | None,
     ):
-        self.inverse, self.means, self.stds, self.acting, self.value = inverse, means, stds, acting, value
+        self.inverse, self.means, self.stds, self.acting = inverse, means, stds, acting
+        self.value: Any = value
         self.parts = []
         for i, level in enumerate(levels):
             wanted = acting.judged % level.shape[0] if i == 0 and acting.candidates > 1 else 1

@@ -125,7 +125,7 @@ class PlanSource:
         states = tf.gather(self.observations, tf.gather(self.rows[level], windows))
         return states, tf.gather(self.conditions[level], windows)[:, None]
 
-    def pairs(self, windows: Array) -> tuple[Array, Array, Array | None]:
+    def pairs(self, windows: Array) -> tuple[Array, Array | None]:
         """Actions [B,H-1,A] of the last level's windows, and which of them are no padding [B,H-1]."""
         rows = tf.gather(self.rows[-1], windows)[:, :-1]
         return tf.gather(self.actions, rows), None if self.padding is None else tf.gather(self.padding, rows)
@@ -193,10 +193,13 @@ class LiteTrainer:
         return self._repeat(update, tf.shape(windows)[0])
 
     def _run_inverse(self, windows: Array, kept: Array) -> Array:
+        inverse = self.inverse
+        assert inverse is not None
+
         def update(i: Array) -> Array:
             states, _ = self.source.plans(-1, windows[i])
             actions, valid = self.source.pairs(windows[i])
-            return self.inverse.update(states[:, :-1], actions, states[:, 1:], kept[i], valid)
+            return inverse.update(states[:, :-1], actions, states[:, 1:], kept[i], valid)
 
         return self._repeat(update, tf.shape(windows)[0])
 

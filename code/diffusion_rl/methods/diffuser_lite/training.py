@@ -44,7 +44,7 @@ class LiteLoop(TrainingLoop):
         record: called with every log line, {name: mean, "gradient_steps": step}.
     """
 
-    windows: WindowOrder | None = None  # in which the data are gone through
+    windows: Any = None  # `WindowOrder` in which the data are gone through
 
     def __init__(
         self,

@@ -69,7 +69,7 @@ class AgentHistoryEnv:
         return StepResult({"state": self.state.copy()}, result.rewards, result.terminated, result.truncated, infos)
 
     def choose(self, actions: np.ndarray) -> np.ndarray:
-        """Actions as they stand in the data: one-hot of the largest logit that is legal, where they are discrete.
+        """Actions [E,H,N*A] as in the data: one-hot of the largest logit that is legal, where they are discrete.
 
         What is legal is known for the first action of a chunk.
         """

@@ -195,7 +195,7 @@ class LatentDiffusionRL:
     # ---------- stages 0 and 1 ----------
 
     def vae_losses(self, batch: Batch, noise: Array) -> tuple[Array, Array]:
-        """Reconstruction (squared error, or cross-entropy of discrete actions) and KL, means over actions."""
+        """Reconstruction (squared error, or cross-entropy of discrete actions) and KL, scalars."""
         rows = tf.reshape(batch.actions, [-1, self.sizes.action_dim])
         recon, mean, log_variance = self.vae(rows, tf.reshape(noise, [-1, self.vae.latent_dim]))
         if self.sizes.discrete:
@@ -206,7 +206,7 @@ class LatentDiffusionRL:
         return masked_mean(errors, mask), masked_mean(kl_to_standard_normal(mean, log_variance), mask)
 
     def diffusion_loss(self, batch: Batch, draws: Draws) -> Array:
-        """Squared error of the predicted noise on the latents of the H actions (Ho et al. 2020, eq. 14)."""
+        """Squared error, a scalar, of the predicted noise on the latents of the H actions (Ho et al. 2020, eq. 14)."""
         p, cond = self.policy, {"state": batch.state}
         if self.settings["returns_condition"]:
             cond |= {"returns": batch.returns, "keep": draws.keep}
@@ -221,7 +221,7 @@ class LatentDiffusionRL:
         return sampler.sample({"state": state}, noise, deterministic=True).trajectories
 
     def offline_loss(self, batch: Batch, draws: Draws) -> tuple[Array, dict[str, Array]]:
-        """L_off and its parts."""
+        """L_off and its parts, scalars."""
         s = self.settings
         recon, kl = self.vae_losses(batch, draws.vae_noise)
         parts = {"diffusion_loss": self.diffusion_loss(batch, draws), "vae_recon_loss": recon, "vae_kl_loss": kl}
@@ -241,13 +241,14 @@ class LatentDiffusionRL:
     # ---------- stage 2 ----------
 
     def q_policy_loss(self, state: Array, latents: Array) -> Array:
-        """Minus the smaller value of sampled latents; the values' own weights are constants here."""
+        """Minus the smaller value of sampled latents [B,H,N*Z]; the values' own weights are constants here."""
         frozen = with_variables(self.q, lambda name, variable: tf.stop_gradient(variable))
         return -tf.reduce_mean(tf.minimum(*frozen({"state": state}, latents)))
 
     def q_loss(self, batch: Batch, draws: Draws) -> Array:
-        """Squared error to r + gamma^k min Q'(s', z'), z' sampled with the averaged weights."""
+        """Squared error, a scalar, to r + gamma^k min Q'(s', z'), z' sampled with the averaged weights."""
         following = self.sampled(batch.next_state, draws.next_noise, self.ema)
+        assert batch.rewards is not None and batch.alive is not None
         next_value = tf.minimum(*self.q_target({"state": batch.next_state}, following))
         target = tf.stop_gradient(batch.rewards[:, 0] + batch.alive[:, 0] * next_value)
         latents = tf.stop_gradient(self.latents(batch.actions, draws.vae_noise))
@@ -292,5 +293,5 @@ class LatentDiffusionRL:
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean of the values whose mask is 1."""
+    """Mean of the values [...] whose mask [...] is 1."""
     return tf.reduce_sum(values * mask) / tf.maximum(tf.reduce_sum(mask), 1)

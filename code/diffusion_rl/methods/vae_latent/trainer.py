@@ -166,5 +166,6 @@ class LatentTrainer:
 
 def _at(given: Any, i: Array) -> Any:
     if isinstance(given, tuple):
-        return type(given)(*(None if each is None else each[i] for each in given))
+        kind: Any = type(given)
+        return kind(*(None if each is None else each[i] for each in given))
     return given[i]

@@ -190,6 +190,7 @@ class VAEDiffusionTraining(TrainingLoop):
 
         def decide(seen: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             decision = actor.act(seen["state"], actor.draw(self.noise, len(seen["state"])), deterministic=False)
+            assert decision.chains is not None
             return self.decode(decision.actions), {"chains": decision.chains, "log_probs": decision.log_probs}
 
         def store(seen: dict[str, np.ndarray], actions: np.ndarray, result: Any) -> None:
