@@ -60,7 +60,8 @@ class AgentNormalizer:
         fields = data.episodes.states, data.episodes.actions
         rows = [x.reshape(-1, dim) if shared else x for x, dim in zip(fields, dims, strict=True)]
         kinds = normalizer(name), normalizer("IdentityNormalizer" if data.discrete else name)
-        return cls(*(kind.fit(x.astype(np.float32)) for kind, x in zip(kinds, rows, strict=True)), *dims, shared)
+        observations, actions = (kind.fit(x.astype(np.float32)) for kind, x in zip(kinds, rows, strict=True))
+        return cls(observations, actions, *dims, shared)
 
     def normalize_obs(self, x: np.ndarray) -> np.ndarray:
         """[...,N*O]"""

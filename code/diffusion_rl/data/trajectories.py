@@ -59,7 +59,7 @@ class TrajectoryDataset:
         self.transitions = np.concatenate(normed_fields, axis=1)  # [N+1,D]; the last row is what padding becomes
         self.windows = self._windows(use_padding)
         require_windows(self.path_lengths, self.windows[:, 0], horizon)
-        self.condition_times = (0, horizon - 1) if goal else (0,)
+        self.condition_times: tuple[int, ...] = (0, horizon - 1) if goal else (0,)
         self.values = None if discount is None else self._values(discount, normed)  # [M,1]
 
     def __len__(self) -> int:

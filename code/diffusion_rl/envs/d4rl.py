@@ -64,7 +64,7 @@ class OriginalEnv(gymnasium.Env):
     """
 
     def __init__(self, name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any):
-        sys.modules.setdefault("pybullet", None)  # d4rl goes without it, which greets on stdout
+        sys.modules.setdefault("pybullet", None)  # type: ignore[arg-type] # d4rl goes without it, which greets on stdout
         with contextlib.redirect_stderr(io.StringIO()):  # every process would say what is old or not installed
             import d4rl.gym_mujoco  # noqa: F401 - registers the names
             import gym

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from diffusion_rl.config.schema import near_words
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.tasks.registry import task_named
@@ -106,6 +106,6 @@ class EnvRequest:
 
 def unknown(name: str, known: Sequence[str]) -> UserError:
     """The error about an environment that is none of the known ones; it names those that are spelled alike."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = near_words(name, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
     return UserError(f"environment {name!r} is unknown: {hint}")

@@ -210,7 +210,7 @@ def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
 class Experiment(NamedTuple):
     """A trained model, ready to plan with."""
 
-    model: NoisyTrajectories  # with the averaged weights
+    model: Any  # of DIFFUSIONS, with the averaged weights
     normalizers: dict[str, IdentityNormalizer]
     normalizer: str  # name of their class
     epoch: int

@@ -75,7 +75,8 @@ class DiffuserTraining(TrainingLoop):
         self.epoch_steps, self.run_dir, self.print = epoch_steps, run_dir or Nowhere(), say
         self.renderer, self.merge, self.observer = renderer, merge, observer
         self.learning_rate, self.decays_at = trainer.optimizer.learning_rate.numpy(), n_train_steps - lr_decay_steps
-        self._sample = tf.function(trainer.ema_model.sample, autograph=False) if sample_freq else None
+        model: Any = trainer.ema_model
+        self._sample: Any = tf.function(model.sample, autograph=False) if sample_freq else None
         self._row: dict[str, Any] = {}
 
     # ---------- the loop ----------
