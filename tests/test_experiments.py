@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusion_rl.cli import experiments, run_folders
+from diffusion_rl.cli import experiments, variants
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.training.locks import child_lock
@@ -220,7 +220,7 @@ def test_a_process_of_an_earlier_launch_is_waited_for(tmp_path):
 
 def folders(spec, *varied):
     found = experiments.tell_apart(experiments.variants(spec), varied)
-    return [run_folders.folder_of(variant, experiments.style_of(variant)) for variant in found], found
+    return [variants.folder_of(variant, experiments.style_of(variant)) for variant in found], found
 
 
 def spec_of(script, variables, **constants):

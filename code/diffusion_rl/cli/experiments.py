@@ -22,13 +22,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from diffusion_rl.cli import run_folders
-from diffusion_rl.config.overrides import META_KEYS, experiment_arguments, gpu_number, read_spec
+from diffusion_rl.cli.variants import HYDRA_OPTIONS, append_to_name, as_flags, as_overrides, flat, folder_of
+from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read_spec
 from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
@@ -39,7 +39,6 @@ from diffusion_rl.training.locks import child_lock, locked
 
 LINE_SECONDS = 10.0  # between lines about what is running, where there is no terminal
 STOP_SECONDS = 15.0  # that a child has to save its state before it is killed
-HYDRA_OPTIONS = ("config_name", "config_dir")
 MOST_RUNS = 10_000  # of a grid
 HELP = """\
 The file has three parts:
@@ -72,7 +71,7 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise UserError(f"meta_data needs {key}")
     require_inside(str(meta["exp_name"]), f"exp_name: {meta['exp_name']}")
     check_ranges({"num_workers": meta.get("num_workers") or 1}, {"num_workers": whole(1, 1000)}, FILE)
-    variables = dict(_flat(variables))
+    variables = dict(flat(variables))
     for key, values in variables.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"variables: {key} must be a list of at least one value")
@@ -85,14 +84,6 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
             _put(variant, key, copy.deepcopy(value))
         found.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
     return found
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _put(variant: dict[str, Any], key: str, value: Any) -> None:
@@ -184,23 +175,11 @@ def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
     if style == "file":
         return [*start, "-e", str(path), "-g", gpu]
     if style == "flags":
-        return [*start, *flags(variant)]
+        return [*start, *as_flags(variant)]
     if style == "hydra":
         named = {key: variant[key] for key in HYDRA_OPTIONS if key in variant}
-        return [*start, *(f"--{key.replace('_', '-')}={value}" for key, value in named.items()), *overrides(variant)]
+        return [*start, *(f"--{key.replace('_', '-')}={value}" for key, value in named.items()), *as_overrides(variant)]
     raise UserError(f"meta_data: arguments {style!r} is unknown: choose file, hydra or flags")
-
-
-def flags(variant: Mapping[str, Any]) -> list[str]:
-    """Its values as `--key value`."""
-    given = {k: v for k, v in variant.items() if k not in META_KEYS}
-    return [part for key, value in _flat(given) for part in (f"--{key}", str(value))]
-
-
-def overrides(variant: Mapping[str, Any]) -> list[str]:
-    """Its values as Hydra's `key=value`, but for the configuration itself."""
-    given = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
-    return [f"{key}={_hydra(value)}" for key, value in _flat(given)]
 
 
 def style_of(variant: Mapping[str, Any]) -> str:
@@ -220,12 +199,12 @@ def tell_apart(found: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[
     """
     if len(found) == 1:
         return found
-    folders = [run_folders.folder_of(variant, style_of(variant)) for variant in found]
+    folders = [folder_of(variant, style_of(variant)) for variant in found]
     if _twice(folders) is not None:
         for variant in found:
             parts = [f"{key}_{_at(variant, key)}" for key in varied if key != "seed"]
-            run_folders.append_to_name(variant, style_of(variant), "".join(f"-{_plain(part)}" for part in parts))
-        folders = [run_folders.folder_of(variant, style_of(variant)) for variant in found]
+            append_to_name(variant, style_of(variant), "".join(f"-{_plain(part)}" for part in parts))
+        folders = [folder_of(variant, style_of(variant)) for variant in found]
     if (folder := _twice(folders)) is not None:
         same = ", ".join(str(i) for i, each in enumerate(folders) if each == folder)
         raise UserError(
@@ -246,13 +225,6 @@ def _at(variant: Mapping[str, Any], key: str) -> Any:
 def _plain(text: str) -> str:
     """What can stand in every name of a folder."""
     return re.sub(r"[^\w.+-]+", "-", text)[:80].replace("..", "-")
-
-
-def _hydra(value: Any) -> str:
-    """A value in Hydra's grammar, for which JSON's lists and numbers will do."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_hydra, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 # ---------- all of them ----------
@@ -367,7 +339,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
     given = parser.parse_args(list(arguments))
     gpu, spec = gpu_number(given.gpu), read_spec(Path(given.experiment))
-    found = tell_apart(variants(spec), [key for key, _ in _flat(spec.get("variables") or {})])
+    found = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
     root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
     for variant in found:  # what cannot be started is said before anything is written
         command = command_of(variant, root / f"{variant['exp_id']}.yaml", gpu)

@@ -1,16 +1,47 @@
-"""Which folder a run of this repository's own scripts writes to, as far as that is known before it starts."""
+"""A variant of an experiment as its script is told it, and the folder it writes to as far as that is known."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_rl.config.compose import REPOSITORY, compose_job, mending
+from diffusion_rl.config.overrides import META_KEYS
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.methods.diffuser.options import COMMANDS, parse_command
 from diffusion_rl.methods.vae_latent.options import default_settings, settings
+
+HYDRA_OPTIONS = ("config_name", "config_dir")
+
+
+def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested mappings with their dotted keys."""
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def as_flags(variant: Mapping[str, Any]) -> list[str]:
+    """Write the values of a variant as `--key value`."""
+    given = {k: v for k, v in variant.items() if k not in META_KEYS}
+    return [part for key, value in flat(given) for part in (f"--{key}", str(value))]
+
+
+def as_overrides(variant: Mapping[str, Any]) -> list[str]:
+    """Write the values of a variant as Hydra's `key=value`, but for the configuration itself."""
+    given = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
+    return [f"{key}={_hydra(value)}" for key, value in flat(given)]
+
+
+def _hydra(value: Any) -> str:
+    """A value in Hydra's grammar, for which JSON's lists and numbers will do."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_hydra, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def folder_of(variant: Mapping[str, Any], style: str) -> str | None:
@@ -47,15 +78,11 @@ def append_to_name(variant: dict[str, Any], style: str, text: str) -> None:
 
 
 def _planner_options(variant: Mapping[str, Any], script: Path) -> Any:
-    from diffusion_rl.cli.experiments import flags
-
-    return parse_command(script.stem, flags(variant))
+    return parse_command(script.stem, as_flags(variant))
 
 
 def _composed(variant: Mapping[str, Any]) -> Any:
     """What the names of script/run.py are made of. Raises UserError where the configuration cannot be composed."""
-    from diffusion_rl.cli.experiments import overrides
-
     with mending():
-        config = compose_job(str(variant.get("config_name")), overrides(variant), folder=variant.get("config_dir"))
+        config = compose_job(str(variant.get("config_name")), as_overrides(variant), folder=variant.get("config_dir"))
         return {key: config.get(key) for key in ("name", "seed", "suite", "log_dir")}
