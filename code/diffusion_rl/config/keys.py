@@ -410,7 +410,8 @@ def _class_at(where: str, target: str) -> type:
         raise UserError(f"{where}._target_: {error}".removeprefix(".")) from error
     last = where.rpartition(".")[2]
     if not where:
-        needed, what = ("run",), "loop (it has no method run)"
+        needed: tuple[str, ...] = ("run",)
+        what = "loop (it has no method run)"
     elif last in ("train_dataset", "offline_dataset"):
         needed, what = ("__len__", "require_dims"), "data set (see diffusion_rl.data.sequences.SequenceDataset)"
     elif last == "model":
