@@ -5,6 +5,7 @@ on resuming stands here; loops only give and take states.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, targets
+from diffusion_rl.config.keys import complete
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.run_facts import bounds_difference, bounds_path, recorded_config
@@ -180,7 +182,9 @@ def refuse_changes(
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat configuration, with the defaults of its objects' arguments."""
+    """The flat configuration, with the defaults of its optional keys and of its objects' arguments."""
+    config = copy.deepcopy(dict(config))
+    complete(config)
     flat = flatten(config)
     for where, mapping in targets(config):
         if where and str(mapping["_target_"]).startswith(PACKAGE):
