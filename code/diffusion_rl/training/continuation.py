@@ -183,10 +183,10 @@ def refuse_changes(
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """The flat configuration, with the defaults of its optional keys and of its objects' arguments."""
-    config = copy.deepcopy(dict(config))
-    complete(config)
-    flat = flatten(config)
-    for where, mapping in targets(config):
+    whole = copy.deepcopy(dict(config))
+    complete(whole)
+    flat = flatten(whole)
+    for where, mapping in targets(whole):
         if where and str(mapping["_target_"]).startswith(PACKAGE):
             defaults = {f"{where}.{key}": value for key, value in default_arguments(mapping["_target_"]).items()}
             flat = {key: value for key, value in defaults.items() if key not in flat} | flat
