@@ -68,18 +68,18 @@ class Checkpoint:
 
     @property
     def largest_dimension(self) -> int:
-        """Of any of its tensors: what its facts say of sizes cannot be more."""
+        """Returns the largest dimension of its tensors: what its facts say of sizes cannot be more."""
         return max((size for value in self.tensors.values() for size in value.shape), default=1)
 
     def select(self, prefix: str) -> dict[str, np.ndarray]:
-        """The tensors under `prefix` ("model.", say), named without it."""
+        """Returns the tensors under `prefix` ("model.", say), named without it."""
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
 
 
 def save_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
-    """Write a checkpoint whole or not at all; the file that was there stays until the new one is complete.
+    """Writes a checkpoint whole or not at all; the file that was there stays until the new one is complete.
 
     Args:
         path: `*.safetensors`, or `*.pt` for the reference's own format (weights and counter only).
@@ -102,7 +102,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint of ours (`*.safetensors`) or of the reference (`*.pt`), executing nothing.
+    """Reads a checkpoint of ours (`*.safetensors`) or of the reference (`*.pt`), executing nothing.
 
     Raises:
         UserError: the file is missing, damaged, or not a checkpoint.
@@ -116,7 +116,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """The `state_<n>.safetensors` of the highest n that loads; None when there is none (or no such folder).
+    """Returns the `state_<n>.safetensors` of the highest n that loads; None when there is none (or no such folder).
 
     Damaged ones are skipped, with one warning that names them all.
     """
@@ -124,7 +124,7 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def newest_loadable(paths: Iterable[Path]) -> Path | None:
-    """The first checkpoint that loads; those before it are skipped, with one warning that names them all."""
+    """Returns the first checkpoint that loads; those before it are skipped, with one warning that names them all."""
     skipped: list[str] = []
     found = None
     for path in paths:
@@ -141,14 +141,14 @@ def newest_loadable(paths: Iterable[Path]) -> Path | None:
 
 
 def numbered_checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:
-    """(n, path) of every `state_<n>.safetensors`, whole or not, by n."""
+    """Returns (n, path) of every `state_<n>.safetensors`, whole or not, by n."""
     folder = Path(directory)
     matches = ((_STATE_FILE.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ()))
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def checkpoint_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a checkpoint of ours, unchecked and without reading its tensors; {} where they cannot be read."""
+    """Reads the metadata of a checkpoint of ours, unchecked and without its tensors; {} where they cannot be read."""
     try:
         with open(require_file(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -158,7 +158,7 @@ def checkpoint_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def require_kind(checkpoint: Checkpoint, kinds: str | Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint that is not of (one of) the wanted kinds.
+    """Refuses a checkpoint that is not of (one of) the wanted kinds.
 
     Raises:
         UserError: names the file, what it is and what was needed.
@@ -170,12 +170,13 @@ def require_kind(checkpoint: Checkpoint, kinds: str | Sequence[str], path: str |
 
 
 def finite_weights(name: str, value: np.ndarray) -> bool:
-    """Whether a tensor [...] is finite throughout; an eta that begins at a limit has an infinite logit for good."""
+    """Returns whether a tensor [...] is finite throughout; an eta that begins at a limit keeps an infinite logit."""
     return not np.isnan(value).any() if name.endswith("eta_logit") else bool(np.isfinite(value).all())
 
 
 def not_finite(tensors: Mapping[str, np.ndarray]) -> str | None:
-    """The first weight or moment of an optimizer that is NaN or infinite, named as in a checkpoint; None: all are fine.
+    """Returns the first weight or moment of an optimizer that is NaN or infinite, named as in a checkpoint; None: all
+    are fine.
 
     What stands under "train." and "normalizer." comes from environments and data and is not looked at.
     """
@@ -238,7 +239,7 @@ def _decode(payload: bytes, name: str) -> Checkpoint:
 
 
 def _check_facts(metadata: Mapping[str, Any], name: str) -> None:
-    """Raise UserError for a fact of another type than it has in a checkpoint that this package wrote."""
+    """Raises UserError for a fact of another type than it has in a checkpoint that this package wrote."""
     for kind, keys in _FACTS.items():
         for key in keys:
             value: Any = metadata
@@ -255,7 +256,7 @@ def _check_facts(metadata: Mapping[str, Any], name: str) -> None:
 
 
 def _array(dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    """One stored tensor, as a copy: a view of the file's bytes would be read-only."""
+    """Returns one stored tensor, as a copy: a view of the file's bytes would be read-only."""
     if dtype == "BF16":
         import ml_dtypes  # comes with TensorFlow; numpy itself has no such type
 
@@ -278,7 +279,7 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """JSON values for `value`; TypeError naming the place of what has none."""
+    """Returns JSON values for `value`. Raises TypeError naming the place of what has none."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
     if isinstance(value, np.generic):

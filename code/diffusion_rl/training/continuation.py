@@ -68,12 +68,13 @@ class Spelling:
     last: str = "resume={path}"  # the last line of an interrupted run
 
     def go_on(self, run: Path) -> str:
-        """How to go on with a run folder."""
+        """Returns how to go on with a run folder."""
         return self.last.format(path=run)
 
 
 def asked_state(settings: Mapping[str, Any]) -> str:
-    """The state that a run's settings ask for: `resume`, of which `continue_training: true` is another spelling.
+    """Returns the state that a run's settings ask for: `resume`, of which `continue_training: true` is another
+    spelling.
 
     Raises:
         UserError: it is no word, no number and no path.
@@ -88,7 +89,7 @@ def asked_state(settings: Mapping[str, Any]) -> str:
 
 
 def find_state(asked: str, run: Path, files: StateFiles) -> Path | None:
-    """The state to go on from; None: begin anew. Raises UserError where the asked one is not there."""
+    """Finds the state to go on from; None: begin anew. Raises UserError where the asked one is not there."""
     if asked in NEVER:
         return None
     states = files.existing(run)
@@ -120,14 +121,14 @@ def _no_checkpoint(asked: str) -> UserError:
 
 
 def require_state(checkpoint: Checkpoint, step_key: str, path: Path) -> None:
-    """Raise UserError for a checkpoint without the state of a training."""
+    """Raises UserError for a checkpoint without the state of a training."""
     if "train" not in checkpoint.metadata or step_key not in checkpoint.metadata:
         raise UserError(f"{path} holds weights only and cannot be resumed: pass it as base_policy_path instead")
 
 
 @contextlib.contextmanager
 def fitting(path: Any) -> Iterator[None]:
-    """While a run's state is restored from `path`: what does not fit this configuration becomes one line."""
+    """Turns what does not fit this configuration, while a run's state is restored from `path`, into one line."""
     try:
         yield
     except UserError as error:
@@ -141,7 +142,7 @@ def fitting(path: Any) -> Iterator[None]:
 
 
 def announce(path: Any, unit: str, count: int) -> None:
-    """Say which state a run goes on from."""
+    """Says which state a run goes on from."""
     print(f"resuming {path} after {count} {unit}s", flush=True)
 
 
@@ -149,7 +150,7 @@ def announce(path: Any, unit: str, count: int) -> None:
 
 
 def compare_settings(checkpoint: Checkpoint, now: Mapping[str, Any], path: Path, may_change: Sequence[str]) -> None:
-    """Compare the settings of the run that a checkpoint is of with those of the run that goes on with it.
+    """Compares the settings of the run that a checkpoint is of with those of the run that goes on with it.
 
     may_change: patterns of keys whose new values take effect; what changed of them is said.
 
@@ -166,7 +167,7 @@ def compare_settings(checkpoint: Checkpoint, now: Mapping[str, Any], path: Path,
 def refuse_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], path: Path, may_change: Sequence[str] = ()
 ) -> None:
-    """Compare flat settings of a run with those it is resumed with. Raises UserError, or says what changed."""
+    """Compares flat settings of a run with those it is resumed with. Raises UserError, or says what changed."""
     changed = [key for key in before if key not in after or not _same(key, before[key], after[key])]
     refused = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in may_change)]
     if refused:
@@ -182,7 +183,7 @@ def refuse_changes(
 
 
 def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat configuration, with the defaults of its optional keys and of its objects' arguments."""
+    """Returns the flat configuration, with the defaults of its optional keys and of its objects' arguments."""
     whole = copy.deepcopy(dict(config))
     complete(whole)
     flat = flatten(whole)
@@ -194,7 +195,7 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(key: str, one: Any, other: Any) -> bool:
-    """Whether two values are equal; a file that lies elsewhere today is the same file by its name."""
+    """Returns whether two values are equal; a file that lies elsewhere today is the same file by its name."""
     if one == other:
         return True
     if isinstance(one, str) and isinstance(other, str) and key.rpartition(".")[2].endswith("_path"):

@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     @property
     def going_on(self) -> np.ndarray:
-        """[E], whose first episode has not ended with it."""
+        """Returns which environments' first episode has not ended with it, [E]."""
         return self.alive & ~(self.result.terminated | self.result.truncated)
 
 
@@ -106,7 +106,7 @@ class Alone:
 
     @staticmethod
     def observed(observation: np.ndarray) -> Observations:
-        """An observation [O] in the shape of those of vector environments."""
+        """Returns an observation [O] in the shape of those of vector environments."""
         return {"state": observation[None, None]}
 
     def step(self, actions: np.ndarray) -> StepResult:

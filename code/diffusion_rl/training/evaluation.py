@@ -54,7 +54,7 @@ def evaluate(
     options: list[dict[str, Any]],
     on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
 ) -> Rollout:
-    """Reset all environments and act deterministically for `n_steps` chunks.
+    """Resets all environments and acts deterministically for `n_steps` chunks.
 
     Args:
         options: per environment; a `seed` in each makes the result a function of the weights and the seeds alone.
@@ -70,12 +70,12 @@ def evaluate(
 
 
 def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
-    """Environment i starts from seed + i."""
+    """Seeds environments: number i starts from seed + i."""
     return [{"seed": seed + i} for i in range(n_envs)]
 
 
 def make_venv(cfg: Config, policy: Any, seed: int) -> VectorEnv:
-    """Make the environments of a run. Raises UserError also where they show other images than `policy` sees."""
+    """Makes the environments of a run. Raises UserError also where they show other images than `policy` sees."""
     dims = {name: cfg[name] for name in ("obs_dim", "action_dim", "act_steps")}
     venv = make_vector_env(cfg["env"], **dims, seed=seed)
     try:
@@ -109,7 +109,7 @@ class Evaluation:
         self.venv = make_venv(cfg, self.policy, self.seed)
 
     def run(self) -> EpisodeStatistics:
-        """Evaluate, print, and write `result.npz` and metrics into the log folder."""
+        """Evaluates, prints, and writes `result.npz` and metrics into the log folder."""
         cfg, began = self.cfg, time.monotonic()
         n_envs, n_steps = self.venv.n_envs, int(cfg["n_steps"])
         options = seeded_options(self.seed, n_envs)
@@ -168,7 +168,7 @@ def _or_nan(stats: EpisodeStatistics, value: float) -> float:
 
 
 def model_of(checkpoint: Checkpoint, model: Config) -> Config:
-    """The `model` node with the sampling settings that a fine-tuned checkpoint of ours was trained with.
+    """Returns the `model` node with the sampling settings that a fine-tuned checkpoint of ours was trained with.
 
     They belong to the policy as its weights do: with others, the evaluation would not be that of the training.
     """
@@ -184,7 +184,8 @@ def model_of(checkpoint: Checkpoint, model: Config) -> Config:
 
 
 def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:
-    """How many denoising steps of this checkpoint are fine-tuned; `asked`: the configuration's number (0: not said)."""
+    """Returns how many denoising steps of this checkpoint are fine-tuned; `asked`: the configuration's number (0: not
+    said)."""
     if not is_fine_tuned(policy_weights(checkpoint)):
         if asked:
             log.warning("%s is a pre-trained policy: ft_denoising_steps=%d changes nothing", path, asked)

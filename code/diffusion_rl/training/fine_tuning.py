@@ -81,7 +81,7 @@ class FineTuning(TrainingLoop):
 
     @property
     def itr(self) -> int:
-        """The iteration that comes next, or runs."""
+        """Returns the iteration that comes next, or runs."""
         return self.step
 
     @property
@@ -102,30 +102,30 @@ class FineTuning(TrainingLoop):
 
     @abc.abstractmethod
     def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        """Act in the environments for one iteration."""
+        """Acts in the environments for one iteration."""
 
     @abc.abstractmethod
     def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        """Act deterministically."""
+        """Acts deterministically."""
 
     @abc.abstractmethod
     def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
-        """Train on what there is; scalars go into the metrics, everything to the observer."""
+        """Trains on what there is; scalars go into the metrics, everything to the observer."""
 
     @abc.abstractmethod
     def _end_iteration(self) -> dict[str, Any]:
-        """Advance the schedules; what to add to the metrics."""
+        """Advances the schedules; returns what to add to the metrics."""
 
     @abc.abstractmethod
     def _seen(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
-        """What the observer is told beside the statistics of the episodes."""
+        """Returns what the observer gets beside the statistics of the episodes."""
 
     def _live(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Values shown beside the progress after a training iteration."""
+        """Returns the values shown beside the progress after a training iteration."""
         return {}
 
     def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
-        """What the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
+        """Returns what the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
         return stats
 
     def _evaluating(self) -> bool:
@@ -134,7 +134,7 @@ class FineTuning(TrainingLoop):
     # ---------- the loop ----------
 
     def run(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Train as `TrainingLoop.run` does, and close the environments."""
+        """Trains as `TrainingLoop.run` does, and closes the environments."""
         settings = plain_copy(self.cfg)
         files = StateFiles(self.KIND, settings, may_change=FINE_TUNING_MAY_CHANGE)
         self.run_dir = RunDir(self.cfg["logdir"], settings, files)
@@ -142,7 +142,7 @@ class FineTuning(TrainingLoop):
             return super().run(until)
 
     def advance(self, end: int) -> tuple[int, Losses]:
-        """One iteration; losses were looked at within it."""
+        """Makes one iteration, within which losses are looked at."""
         self._row = self._iteration(self.run_dir)  # type: ignore[arg-type]
         self._tell = self._tells(self._row)
         return 1, {}
@@ -193,24 +193,24 @@ class FineTuning(TrainingLoop):
         return row
 
     def _note_episodes(self, in_rollout: int, told: int) -> None:
-        """Say once when a rollout holds no whole episode."""
+        """Says once when a rollout holds no whole episode."""
         self.episodes_ended += max(in_rollout, told)
         if not self.episodes_ended and not self._said and self._counts_rollouts():
             log.warning(no_episode_ended(self.n_steps, self.act_steps, "train.n_steps"))
             self._said = True
 
     def _counts_rollouts(self) -> bool:
-        """Whether episodes are expected to end within each rollout."""
+        """Returns whether episodes are expected to end within each rollout."""
         return True
 
     def _start(self, options: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Observations and marks of beginning episodes to go on from."""
+        """Returns observations to go on from, and marks [E] of episodes that begin."""
         if self.observations is None or self.cfg["env"].get("reset_at_iteration", True):
             return self.venv.reset(options), np.ones(self.n_envs)
         return self.observations, self.done
 
     def _options(self, folder: RunDir, seeded: bool = False) -> list[dict[str, Any]]:
-        """What the environments are told when they begin."""
+        """Returns the options of the environments' resets."""
         options: list[dict[str, Any]] = seeded_options(self.seed, self.n_envs) if seeded else []
         options = options or [{} for _ in range(self.n_envs)]
         render = self.train.get("render", {})
@@ -220,7 +220,7 @@ class FineTuning(TrainingLoop):
         return options
 
     def _evaluation_setting(self, folder: RunDir) -> tuple[Any, list[dict[str, Any]]]:
-        """Noise and options of an evaluation.
+        """Returns rng and options of an evaluation.
 
         Always the same episodes, drawn apart from the training's: what is saved can be evaluated again exactly.
         """
@@ -229,7 +229,7 @@ class FineTuning(TrainingLoop):
     # ---------- state ----------
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Everything a run needs to go on bit for bit, as tensors and JSON metadata."""
+        """Returns everything a run needs to go on bit for bit, as tensors and JSON metadata."""
         tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
         tensors |= self.trainer.tensors()
         tensors["train.done"] = np.asarray(self.done)
@@ -265,14 +265,14 @@ class FineTuning(TrainingLoop):
             log.warning("these environments cannot be restored: the run goes on with new episodes")
 
     def _restore_training(self, checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-        """Weights, optimizers and what else the loop itself has put into `state`."""
+        """Takes back weights, optimizers and what else the loop itself has put into `state`."""
         load_state_dict(self.model, checkpoint.select("model."))
         self.trainer.restore(checkpoint.tensors, state["trainer"])
 
     # ---------- watching ----------
 
     def _tells(self, row: dict[str, Any]) -> bool:
-        """Whether this row goes into the metrics."""
+        """Returns whether this row goes into the metrics."""
         return True
 
     def _episodes_seen(self, rollout: Rollout, stats: EpisodeStatistics, evaluating: bool) -> dict[str, Any]:

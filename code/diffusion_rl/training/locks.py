@@ -37,11 +37,11 @@ class FolderLock:
         self._file = file
 
     def close(self) -> None:
-        """Let others write to the folder."""
+        """Lets others write to the folder."""
         self._file.close()
 
     def undo(self) -> None:
-        """Remove what this lock made, folders only where they hold nothing else, and let others write."""
+        """Removes what this lock made, folders only where they hold nothing else, and lets others write."""
         with contextlib.suppress(OSError):
             if self._is_new or os.listdir(self.folder) == [_NAME]:
                 (self.folder / _NAME).unlink()
@@ -52,7 +52,7 @@ class FolderLock:
 
 @contextlib.contextmanager
 def locked(folder: Path, cure: str) -> Iterator[None]:
-    """Hold a folder's lock; where the block fails before it wrote anything, the folder goes again."""
+    """Holds a folder's lock; where the block fails before it wrote anything, the folder goes again."""
     lock = FolderLock(folder, cure)
     try:
         yield
@@ -63,8 +63,8 @@ def locked(folder: Path, cure: str) -> Iterator[None]:
 
 
 def child_lock(path: Path) -> IO[str] | None:
-    """A locked file for a child process to inherit, which holds the lock for as long as it lives; None while another
-    process does."""
+    """Returns a locked file for a child process to inherit, which holds the lock for as long as it lives; None while
+    another process does."""
     file = _acquire(path)
     if file is not None:
         os.set_inheritable(file.fileno(), True)
@@ -72,7 +72,7 @@ def child_lock(path: Path) -> IO[str] | None:
 
 
 def _acquire(path: Path) -> IO[str] | None:
-    """The file, locked by this process; None where another has it. Systems without locks go without."""
+    """Opens the file, locked by this process; None where another has it. Systems without locks go without."""
     while True:
         file = path.open("w")
         with contextlib.suppress(ImportError):

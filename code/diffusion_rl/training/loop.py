@@ -45,57 +45,57 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def advance(self, end: int) -> tuple[int, Losses]:
-        """Make the next steps, up to step `end` at most: how many, and what has to be finite of them."""
+        """Makes the next steps, up to step `end` at most: returns how many, and what of them has to be finite."""
 
     @abstractmethod
     def state(self) -> State:
-        """Everything that decides on the next step, as tensors and JSON values."""
+        """Returns everything that decides on the next step, as tensors and JSON values."""
 
     @abstractmethod
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `state` was taken, `step` included."""
+        """Goes on where `state` was taken, `step` included."""
 
     @abstractmethod
     def due(self, what: str) -> bool:
-        """Whether after the steps just made a row ("log") or a checkpoint that stays ("save") is due."""
+        """Returns whether after the steps just made a row ("log") or a checkpoint that stays ("save") is due."""
 
     @abstractmethod
     def row(self) -> dict[str, Any]:
-        """The row of the metrics for the time since the last one."""
+        """Returns the row of the metrics for the time since the last one."""
 
     @property
     def number(self) -> int:
-        """How rows call the last step that was made: counted from 1 unless a method counts from 0."""
+        """Returns how rows call the last step that was made: counted from 1 unless a method counts from 0."""
         return self.step
 
     def label(self, keep: bool) -> int:
-        """What a state taken now is called in the folder."""
+        """Returns what a state taken now is called in the folder."""
         return self.number
 
     def is_whole(self) -> bool:
-        """Whether `state` holds everything now."""
+        """Returns whether `state` holds everything now."""
         return True
 
     def live(self) -> dict[str, Any]:
-        """Values shown beside the progress."""
+        """Returns the values shown beside the progress."""
         return {}
 
     def begin(self) -> None:  # noqa: B027
-        """Do what comes before the first step, once the folder is there."""
+        """Does what comes before the first step, once the folder is there."""
 
     def say(self, row: Mapping[str, Any]) -> None:  # noqa: B027
-        """Show a row to people beyond the progress."""
+        """Shows a row to people beyond the progress."""
 
     def saved(self, keep: bool) -> None:  # noqa: B027
-        """Do what comes after steps and their state: evaluations, observers."""
+        """Does what comes after steps and their state: evaluations, observers."""
 
     def finish(self) -> None:  # noqa: B027
-        """Look back at the end of the training; raises UserError if it was in vain."""
+        """Looks back at the end of the training. Raises UserError if it was in vain."""
 
     # ---------- the loop ----------
 
     def run(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Train to the end, to `stop_at` of the run's settings or to a signal; returns the rows of the metrics.
+        """Trains to the end, to `stop_at` of the run's settings or to a signal; returns the rows of the metrics.
 
         Args:
             until: stop before this step instead; nothing is saved because of it.
@@ -145,7 +145,7 @@ class TrainingLoop(ABC):
         self._row_began = now
 
     def _save(self) -> None:
-        """Hand the state to the folder: at the end, where it is due, now and then, and when the run is to stop."""
+        """Hands the state to the folder: at the end, where it is due, now and then, and when the run is to stop."""
         keep = self.step in (self.total, self.run_dir.stop_at) or self.due("save")
         waited = self.run_dir.stopping or time.monotonic() - self._held_at > self.HELD_SECONDS
         if keep or (waited and self.is_whole()):
@@ -154,7 +154,7 @@ class TrainingLoop(ABC):
         self.saved(keep)
 
     def check_finite(self, losses: Losses, number: int) -> None:
-        """Raise UserError if a loss is NaN or infinite, once the last good state is on disk."""
+        """Raises UserError if a loss is NaN or infinite, once the last good state is on disk."""
         for name, value in losses.items():
             values = np.atleast_1d(np.asarray(value, np.float64))
             if not np.isfinite(values).all():
@@ -164,5 +164,5 @@ class TrainingLoop(ABC):
 
 
 def rng_state(rng: Any) -> Any:
-    """The state of a source of randomness; None for a recorded tape, which has none."""
+    """Returns the state of a source of randomness; None for a recorded tape, which has none."""
     return rng.state() if hasattr(rng, "state") else None

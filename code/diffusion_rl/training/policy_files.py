@@ -37,7 +37,7 @@ Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
 def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> Checkpoint:
-    """Load the checkpoint that the configuration names, of a run folder its newest one.
+    """Loads the checkpoint that the configuration names, of a run folder its newest one.
 
     Raises UserError naming the cure: there is none.
     """
@@ -54,7 +54,7 @@ def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> 
 
 
 def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The weights to act with: the averaged ones of a pre-trained diffusion policy, else the model's.
+    """Returns the weights to act with: the averaged ones of a pre-trained diffusion policy, else the model's.
 
     (Of pre-trained Gaussian and mixture policies the reference takes the last weights, not the average.)
     """
@@ -64,12 +64,12 @@ def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 
 def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:
-    """Whether these are weights of a fine-tuned policy."""
+    """Returns whether these are weights of a fine-tuned policy."""
     return any(name.startswith("actor_ft.") for name in weights)
 
 
 def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
-    """Fill a policy from a pre-trained or fine-tuned checkpoint.
+    """Fills a policy from a pre-trained or fine-tuned checkpoint.
 
     A pre-trained one fills the base network and its fine-tuned copy; critic and eta stay as they are. A fine-tuned
     diffusion policy fills everything it holds; of other policies the network is taken, and training starts from it.
@@ -120,7 +120,7 @@ def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
 
 
 def policy_facts(policy: Policy) -> dict[str, Any]:
-    """What a checkpoint says of its policy, beside the configuration."""
+    """Returns what a checkpoint says of its policy, beside the configuration."""
     if not isinstance(policy, DiffusionPolicy):
         network = policy.network
         sampling = {name: getattr(policy, name) for name in GAUSSIAN_SAMPLING if hasattr(policy, name)}
@@ -136,7 +136,7 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
 
 
 def normalization_facts(path: str | Path | None) -> dict[str, list[float]] | None:
-    """Read the bounds of a normalization file as lists; None where there is no such file.
+    """Reads the bounds of a normalization file as lists; None where there is no such file.
 
     Raises UserError for a file without proper bounds.
     """

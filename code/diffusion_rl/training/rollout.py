@@ -34,7 +34,7 @@ class Rollout:
     successes: np.ndarray | None = None  # [S,E] bool, where environments say whether a chunk reached the goal
 
     def first(self, n: int) -> Rollout:
-        """Its first n steps; the observations after them are not known."""
+        """Returns its first n steps; the observations after them are not known."""
         return Rollout(
             observations={k: v[:n] for k, v in self.observations.items()},
             last_observations={},
@@ -46,7 +46,7 @@ class Rollout:
         )
 
     def episodes(self) -> list[tuple[int, int, int]]:
-        """(environment, first step, step after the last) of the episodes that began and ended in it.
+        """Returns (environment, first step, step after the last) of the episodes that began and ended in it.
 
         Episodes of a single chunk are not counted, as in the reference.
         """
@@ -72,7 +72,7 @@ def collect(
     store: Store = lambda observations, actions, result: None,
     n_episodes: int | None = None,
 ) -> Rollout:
-    """Run the policy for `n_steps` chunks in all environments, or until `n_episodes` have ended if that is sooner.
+    """Runs the policy for `n_steps` chunks in all environments, or until `n_episodes` have ended if that is sooner.
 
     (Stepping one half of the environments while the policy decides for the other was tried: slower, 20 ms a step
     against 14 on two cores, because both already use all cores.)
@@ -140,14 +140,14 @@ class EpisodeStatistics:
     returns: np.ndarray  # [n_episodes]
 
     def measured(self) -> dict[str, float | None]:
-        """For the metrics: without an episode nothing was measured."""
+        """Returns the numbers for the metrics: without an episode nothing was measured."""
         values = {"episode_return": self.mean_return, "best_reward": self.mean_best_reward}
         values["success_rate"] = self.success_rate
         return dict(values) if self.n_episodes else dict.fromkeys(values)
 
 
 def no_episode_ended(n_steps: int, act_steps: int, key: str) -> str:
-    """The line about a rollout without a whole episode. key: the setting that says how long it is."""
+    """Returns the line about a rollout without a whole episode. key: the setting that says how long it is."""
     return (
         f"no episode of two chunks or more began and ended within {key}={n_steps} chunks of {act_steps} actions, so "
         f"returns and success rates are unknown; raise {key}"
@@ -165,7 +165,7 @@ class RunningEpisodes:
         self.successes = np.zeros(0, bool)  # of those that ended since the last `clear`; empty where they do not
 
     def add(self, rollout: Rollout) -> None:
-        """Go on with a rollout that begins where the last one ended."""
+        """Goes on with a rollout that begins where the last one ended."""
         if rollout.successes is not None and self.reached is None:
             self.reached, self.successes = np.zeros(len(self.whole), bool), np.zeros(len(self.ended), bool)
         reached = np.zeros(rollout.rewards.shape, bool) if rollout.successes is None else rollout.successes
@@ -183,33 +183,33 @@ class RunningEpisodes:
                 self.successes = np.concatenate([self.successes, self.reached[counted]])
 
     def interrupt(self) -> None:
-        """The environments have been used otherwise: what is under way in them was not seen from its beginning."""
+        """Notes that the environments were used otherwise: episodes under way were not seen from their beginning."""
         self.whole[:] = False
 
     def clear(self) -> None:
-        """Forget what has ended."""
+        """Forgets what has ended."""
         self.ended, self.successes = self.ended[:0], self.successes[:0]
 
     def statistics(self, act_steps: int, threshold: float | None) -> EpisodeStatistics:
-        """Of the episodes that have ended since the last `clear`. threshold: see `success_threshold`."""
+        """Summarises the episodes that have ended since the last `clear`. threshold: see `success_threshold`."""
         return _summary(self.ended[:, 0], self.ended[:, 1] / act_steps, threshold, self.successes)
 
     def state(self) -> dict[str, np.ndarray]:
-        """As arrays."""
+        """Returns the state as arrays."""
         state = {"running": self.running.copy(), "whole": self.whole.copy(), "ended": self.ended.copy()}
         if self.reached is None:
             return state
         return state | {"reached": self.reached.copy(), "successes": self.successes.copy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Inverse of `state`."""
+        """Takes back what `state` returned."""
         self.running, self.whole, self.ended = (state[name].copy() for name in ("running", "whole", "ended"))
         if "reached" in state:
             self.reached, self.successes = state["reached"].copy(), state["successes"].copy()
 
 
 def success_threshold(env_cfg: Mapping[str, Any], environments_say: bool) -> float | None:
-    """The best reward per environment step that makes an episode a success.
+    """Returns the best reward per environment step that makes an episode a success.
 
     None where `environments_say` themselves which episodes succeed (`success` in their infos), unless the user has set
     env.best_reward_threshold_for_success, on the command line or in the configuration that was named.
@@ -233,7 +233,7 @@ def _say_unused(configured: float) -> None:
 
 
 def episode_statistics(rollout: Rollout, act_steps: int, threshold: float | None) -> EpisodeStatistics:
-    """Summarise the whole episodes of a rollout. threshold: see `success_threshold`."""
+    """Summarises the whole episodes of a rollout. threshold: see `success_threshold`."""
     places = rollout.episodes()
     episodes = [rollout.rewards[start:end, env] for env, start, end in places]
     said = rollout.successes
@@ -244,8 +244,8 @@ def episode_statistics(rollout: Rollout, act_steps: int, threshold: float | None
 def _summary(
     returns: Floats, best: Floats, threshold: float | None, successes: Sequence[bool] | np.ndarray
 ) -> EpisodeStatistics:
-    """From each episode's sum of rewards, its best reward per environment step, and where there is no threshold whether
-    it succeeded."""
+    """Returns from each episode's sum of rewards, its best reward per environment step, and where there is no threshold
+    whether it succeeded."""
     if not len(returns):
         return EpisodeStatistics(0, 0.0, 0.0, 0.0, np.array([]))
     return EpisodeStatistics(

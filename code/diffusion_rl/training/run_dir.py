@@ -80,7 +80,7 @@ class RunDir:
 
     @property
     def rows(self) -> list[Row]:
-        """All rows of the metrics."""
+        """Returns all rows of the metrics."""
         return self.metrics.rows
 
     # ---------- beginning ----------
@@ -96,7 +96,7 @@ class RunDir:
         return self
 
     def _find(self) -> None:
-        """Choose the state to go on from, and move to its folder."""
+        """Chooses the state to go on from, and moves to its folder."""
         asked = asked_state(self.settings)
         source = find_state(asked, self.path, self.files)
         home = None if source is None else self.files.home(source)
@@ -125,7 +125,7 @@ class RunDir:
             )
 
     def begin(self, last: int = -1) -> None:
-        """Write the configuration and open the metrics, without their rows after `last`; catch signals from now on."""
+        """Writes the configuration, opens the metrics without their rows after `last`, catches signals from now on."""
         write_config(self.path, self.settings)
         self.files.begin(self.path, last)
         self.metrics = MetricsWriter(
@@ -140,7 +140,7 @@ class RunDir:
         self._stop.__enter__()
 
     def _set_later_ones_aside(self) -> None:
-        """Rename states after the one that the run goes on from: they are neither lost nor taken for its newest.
+        """Renames states after the one that the run goes on from: they are neither lost nor taken for its newest.
 
         They are damaged, or of a branch that is being left. Those that were to pass go in time.
         """
@@ -155,12 +155,12 @@ class RunDir:
     # ---------- rows and states ----------
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Write a row of the metrics."""
+        """Writes a row of the metrics."""
         self.metrics.write(row)
 
     def remember(self, number: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], keep: bool) -> None:
-        """Take the state `number`: written now if it is to be kept or the last writing is a minute ago, else held for a
-        signal or a failure.
+        """Takes the state `number`: written now if it is to be kept or the last writing is a minute ago, else held for
+        a signal or a failure.
 
         Raises:
             UserError: there is NaN in it, or the file cannot be written. What was saved before stays.
@@ -175,7 +175,7 @@ class RunDir:
             self._save(keep)
 
     def _save(self, keep: bool) -> None:
-        """Write the held state; then those go that were not to be kept."""
+        """Writes the held state and removes those that were not to be kept."""
         assert self._held is not None
         number, tensors, metadata = self._held
         if keep:
@@ -190,7 +190,7 @@ class RunDir:
             self.files.copy(self.path)
 
     def last_good(self) -> str:
-        """Make sure that the last state is on disk, and say where."""
+        """Makes sure that the last state is on disk, and says where."""
         if self._held is not None:
             self._save(keep=False)
         if self._last_saved is None:
@@ -216,11 +216,11 @@ class RunDir:
 
     @property
     def stopping(self) -> bool:
-        """Whether SIGINT or SIGTERM has arrived."""
+        """Returns whether SIGINT or SIGTERM has arrived."""
         return self._stop.name is not None
 
     def stop_if_requested(self) -> None:
-        """If SIGINT or SIGTERM has arrived: save what is held and end the run with `Interrupted`."""
+        """Saves what is held and ends the run with `Interrupted` if SIGINT or SIGTERM has arrived."""
         name = self._stop.name
         if name is None:
             return
@@ -232,7 +232,7 @@ class RunDir:
         raise Interrupted(f"stopped by {name}; state saved in {self._last_saved}; go on with {go_on}")
 
     def pause(self, unit: str, step: int, total: int) -> None:
-        """Say that this part of the run has ended where `stop_at` asks for it, and how to go on."""
+        """Says that this part of the run has ended where `stop_at` asks for it, and how to go on."""
         go_on = self.spelling.go_on(self.path)
         print(
             f"stopped after {step} of {total} {unit}s, as stop_at says; state saved in {self._last_saved}; go on with "
@@ -260,14 +260,14 @@ class Nowhere:
         pass
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Keep a row in memory."""
+        """Keeps a row in memory."""
         self.rows.append(dict(row))
 
     def remember(self, number: int, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any], keep: bool) -> None:
-        """Forget a state."""
+        """Forgets a state."""
 
     def last_good(self) -> str:
-        """Say that nothing was saved."""
+        """Says that nothing was saved."""
         return "nothing is saved"
 
     def _nothing(self, *args: Any) -> None:
@@ -277,6 +277,6 @@ class Nowhere:
 
 
 def write_config(folder: Path, resolved: Mapping[str, Any]) -> None:
-    """`config.yaml` of a run folder, whole or not at all."""
+    """Writes `config.yaml` of a run folder, whole or not at all."""
     with atomic_file(folder / "config.yaml") as file:
         file.write(to_yaml(resolved).encode())

@@ -31,7 +31,7 @@ BOUNDS_TOLERANCE = 1e-4  # of a range: files hold float32 or float64
 
 
 def compare_policy(checkpoint: Checkpoint, cfg: Mapping[str, Any], path: Any, evaluating: bool) -> None:
-    """Compare a policy's checkpoint with a run that evaluates it, or trains it further.
+    """Compares a policy's checkpoint with a run that evaluates it, or trains it further.
 
     Raises:
         UserError: the network or what it predicts differ; in an evaluation also the bounds or the task.
@@ -46,7 +46,7 @@ def compare_policy(checkpoint: Checkpoint, cfg: Mapping[str, Any], path: Any, ev
 
 
 def bounds_path(cfg: Mapping[str, Any]) -> str | None:
-    """The normalization file that the environments of a run use."""
+    """Returns the normalization file that the environments of a run use."""
     env = cfg.get("env")
     wrappers = (env.get("wrappers") or {}) if isinstance(env, Mapping | Config) else {}
     paths = (w.get("normalization_path") for w in wrappers.values() if w)
@@ -54,7 +54,7 @@ def bounds_path(cfg: Mapping[str, Any]) -> str | None:
 
 
 def task_name(config: Mapping[str, Any]) -> str:
-    """The environment's name, or in pre-training the data set's."""
+    """Returns the environment's name, or in pre-training the data set's."""
     env = config.get("env")
     name = env.get("name") if isinstance(env, Mapping | Config) else env
     return str(name or config.get("env_name") or "")
@@ -67,7 +67,7 @@ def _task_difference(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iterator
 
 
 def bounds_difference(checkpoint: Checkpoint, path: str | None) -> Iterator[tuple[bool, str]]:
-    """Yield (False, how they differ) where a checkpoint's normalization is not that of the file."""
+    """Yields (False, how they differ) where a checkpoint's normalization is not that of the file."""
     theirs, ours = checkpoint.metadata.get("normalization"), normalization_facts(path)
     if not isinstance(theirs, Mapping) or not ours:
         return
@@ -102,7 +102,7 @@ def _network_differences(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> Iter
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The node of the network that acts."""
+    """Returns the node of the network that acts."""
     model = config.get("model")
     model = plain(model)
     node = (model.get("network") or model.get("actor")) if isinstance(model, Mapping) else None
@@ -117,6 +117,6 @@ def _prediction_differences(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> I
 
 
 def recorded_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The configuration that a checkpoint records; {} where it has none."""
+    """Returns the configuration that a checkpoint records; {} where it has none."""
     config = checkpoint.metadata.get("config")
     return config if isinstance(config, Mapping) else {}

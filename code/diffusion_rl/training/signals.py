@@ -50,14 +50,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """Both signals raise KeyboardInterrupt, whose text names the signal."""
+    """Lets both signals raise KeyboardInterrupt, whose text names the signal."""
     with _handled(_interrupt):
         yield
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """A signal waits for the end of the block (an import, which must not be cut) and raises KeyboardInterrupt then."""
+    """Holds a signal back to the end of the block (an import must not be cut); raises KeyboardInterrupt then."""
     with StopRequest() as request:
         yield
     if request.name:
@@ -65,7 +65,7 @@ def held() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From here to the end of the process nothing is left to stop."""
+    """Ignores both signals from here to the end of the process: nothing is left to stop."""
     _install(signal.SIG_IGN)
 
 
@@ -94,7 +94,7 @@ def _interrupt(name: str, again: bool) -> None:
 
 @contextlib.contextmanager
 def _handled(act: Callable[[str, bool], None]) -> Iterator[None]:
-    """Signals call `act` with their name and whether one came before; handlers are put back at the end."""
+    """Lets signals call `act` with their name and whether one came before; puts handlers back at the end."""
     global _listening, _first_at
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -119,7 +119,7 @@ def _handled(act: Callable[[str, bool], None]) -> Iterator[None]:
 
 
 def _install(handler: Any) -> dict[signal.Signals, Any]:
-    """Handlers of before; none in another thread than the main one, where signals are somebody else's."""
+    """Installs a handler and returns those of before; none outside of the main thread, whose signals are not ours."""
     before = {}
     for number in _SIGNALS:
         with contextlib.suppress(ValueError):

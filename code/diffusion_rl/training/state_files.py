@@ -38,49 +38,49 @@ class StateFiles:
         self.kind, self.settings, self.step_key, self.may_change = kind, settings, step_key, may_change
 
     def folder(self, run: Path) -> Path:
-        """Where in the run folder the states lie."""
+        """Returns where in the run folder the states lie."""
         return run / "checkpoint"
 
     def home(self, path: Path) -> Path | None:
-        """The run folder in which a state goes on; None: in the folder that the settings name."""
+        """Returns the run folder in which a state goes on; None: in the folder that the settings name."""
         return path.parent.parent if path.parent.name == "checkpoint" else None
 
     def path(self, run: Path, number: int, keep: bool) -> Path:
-        """The file of a state; `keep` is False for one that goes when a newer one is there."""
+        """Returns the file of a state; `keep` is False for one that goes when a newer one is there."""
         return self.folder(run) / f"state_{number}.safetensors"
 
     def existing(self, run: Path) -> list[tuple[int, Path]]:
-        """(number, path) of every state, whole or not, the newest last."""
+        """Returns (number, path) of every state, whole or not, the newest last."""
         return numbered_checkpoints(self.folder(run))
 
     def newest(self, run: Path) -> Path | None:
-        """The newest state that loads; damaged ones are skipped with a warning."""
+        """Returns the newest state that loads; damaged ones are skipped with a warning."""
         return newest_loadable(path for _, path in reversed(self.existing(run)))
 
     def earlier_runs(self, run: Path) -> list[Path]:
-        """Folders of the same run name and seed, newest first: log/<suite>/<name>/<date>_<seed>."""
+        """Returns folders of the same run name and seed, newest first: log/<suite>/<name>/<date>_<seed>."""
         dated = _DATED.fullmatch(run.name)
         if dated is None or not run.parent.is_dir():
             return []
         return sorted((p for p in run.parent.glob(f"*_{dated[1]}") if p.is_dir() and p != run), reverse=True)
 
     def facts(self, number: int) -> dict[str, Any]:
-        """What a checkpoint says of itself beside the loop's own facts."""
+        """Returns what a checkpoint says of itself beside the loop's own facts."""
         return {"kind": self.kind, "config": dict(self.settings), self.step_key: number}
 
     def check(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Raise UserError unless this run can go on with a checkpoint: its kind, its contents, its settings."""
+        """Raises UserError unless this run can go on with a checkpoint: its kind, its contents, its settings."""
         require_kind(checkpoint, self.kind, path)
         require_state(checkpoint, self.step_key, path)
         require_finite(checkpoint.tensors, path)
         compare_settings(checkpoint, self.settings, path, self.may_change)
 
     def begin(self, run: Path, last: int) -> None:
-        """Write what stands in the folder from the beginning; rows after `last` will come again."""
+        """Writes what stands in the folder from the beginning; rows after `last` will come again."""
         self.folder(run).mkdir(exist_ok=True)
 
     def write_beside(self, run: Path, number: int) -> None:
-        """Write what stands beside a state that is kept."""
+        """Writes what stands beside a state that is kept."""
 
     def copy(self, run: Path) -> None:
-        """Copy the folder elsewhere, after a state that is kept and at the end."""
+        """Copies the folder elsewhere, after a state that is kept and at the end."""

@@ -36,20 +36,20 @@ class ActionDiffusion(TrajectoryDiffusion):
 
     @property
     def transition_dim(self) -> int:
-        """A"""
+        """Returns A."""
         return self.action_dim
 
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array) -> Losses:
-        """Weighted error of the noise or the clean actions; x, noise [B,H,A], t [B], conditions {0: [B,O]}."""
+        """Returns the error of the noise or the clean actions; x, noise [B,H,A], t [B], conditions {0: [B,O]}."""
         output = side_by_side(self.output, MIN_PART, self.q_sample(x, t, noise), t, self.given(conditions))
         return self.weighted(output, noise if self.predict_epsilon else x)
 
     def given(self, conditions: Conditions) -> Array:
-        """The features [B,F]: they do not depend on the denoising step."""
+        """Returns the features [B,F]: they do not depend on the denoising step."""
         return self.model.encode(conditions[0])
 
     def output(self, x: Array, t: Array, given: Array) -> Array:
-        """x [B,H,A], t [B], features of the observation [B,F] -> [B,H,A]"""
+        """Maps x [B,H,A], t [B], features of the observation [B,F] to [B,H,A]."""
         return self.model(x, t, given)
 
     def known(self, conditions: Conditions, like: Array) -> Known:
@@ -58,7 +58,7 @@ class ActionDiffusion(TrajectoryDiffusion):
 
 
 def aggregate(actions: np.ndarray, how: str) -> np.ndarray:
-    """One plan out of B: actions [E,B,H,A] -> [E,H,A].
+    """Makes one plan out of B: actions [E,B,H,A] -> [E,H,A].
 
     Args:
         how: "first" (the best, where plans were guided); "mean"; "median" of every entry; "medoid": the sample that is

@@ -63,7 +63,7 @@ LOADERS = ("datasets.SequenceDataset", "datasets.GoalDataset", "datasets.ValueDa
 
 
 def dataset_of(episodes: Episodes, description: Mapping[str, Any]) -> TrajectoryDataset:
-    """The data set that a description asks for: `loader`, `env` and the arguments of `TrajectoryDataset`."""
+    """Builds the data set that a description asks for: `loader`, `env` and arguments of `TrajectoryDataset`."""
     options = {k: v for k, v in description.items() if k not in ("loader", "env", "preprocess_fns", "data_dir")}
     loader, steps = description["loader"], list(description.get("preprocess_fns") or [])
     if loader not in LOADERS:
@@ -77,7 +77,7 @@ def dataset_of(episodes: Episodes, description: Mapping[str, Any]) -> Trajectory
 
 
 def _between_goals(episodes: Episodes, name: str) -> Episodes:
-    """The same steps, cut where the fixed goal of the maze is left."""
+    """Cuts episodes where the fixed goal of the maze is left."""
     from diffusion_rl.envs.maze2d import goal_of  # needs the simulator
 
     flat = {k: v for k, v in episodes.arrays().items() if k != "traj_lengths"}
@@ -96,7 +96,7 @@ class Description(NamedTuple):
     diffusion: dict[str, Any]  # "class" (of DIFFUSIONS) and its arguments
 
     def build(self) -> NoisyTrajectories:
-        """The model with new weights."""
+        """Builds the model with new weights."""
         arguments = {k: v for k, v in self.model.items() if k != "class"}
         network = _named(NETWORKS, self.model["class"], "model")(**arguments)
         arguments = {k: v for k, v in self.diffusion.items() if k != "class"}
@@ -105,7 +105,7 @@ class Description(NamedTuple):
         return _named(DIFFUSIONS, self.diffusion["class"], "diffusion")(network, **arguments)
 
     def save(self, folder: Path, trainer: Mapping[str, Any]) -> None:
-        """`<part>_config.json` and `<part>_config.pkl`."""
+        """Writes `<part>_config.json` and `<part>_config.pkl`."""
         for name, facts in {**self._asdict(), "trainer": dict(trainer)}.items():
             text = json.dumps(facts, indent=2, sort_keys=True)
             for suffix, content in (("json", text.encode()), ("pkl", pickle.dumps(json.loads(text)))):
@@ -153,20 +153,20 @@ class ExperimentFiles(StateFiles):
         return {"kind": self.kind, "description": self.description._asdict(), "config": self.options.as_dict()}
 
     def check(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Raise UserError for a checkpoint of another model, other data or another seed."""
+        """Raises UserError for a checkpoint of another model, other data or another seed."""
         require_state(checkpoint, self.step_key, path)
         require_finite(checkpoint.tensors, path)
         before, now = (_comparable(facts) for facts in (checkpoint.metadata, self.facts(0)))
         refuse_changes({key: value for key, value in before.items() if key in now}, now, path)
 
     def begin(self, run: Path, last: int) -> None:
-        """`args.json`, `diff.txt` and the descriptions."""
+        """Writes `args.json`, `diff.txt` and the descriptions."""
         self.options.save()
         trainer = {k: v for k, v in self.options.as_dict().items() if k in _TRAINER_KEYS}
         self.description.save(run, trainer)
 
     def copy(self, run: Path) -> None:
-        """Copy the folder to `bucket` with gsutil, if both are there."""
+        """Copies the folder to `bucket` with gsutil, if both are there."""
         options = self.options
         if not options.bucket:
             return
@@ -186,12 +186,12 @@ _TRAINER_KEYS = (
 
 
 def experiment_settings(options: Options) -> dict[str, Any]:
-    """The options of an experiment as the settings of a run, with the names that figures go by."""
+    """Returns the options of an experiment as the settings of a run, with the names that figures go by."""
     return {"name": options.exp_name, "env_name": options.dataset, **options.as_dict()}
 
 
 def recorded_seed(options: Options) -> int | None:
-    """The seed of the run in the experiment's folder, where the options ask to go on with it."""
+    """Returns the seed of the run in the experiment's folder, where the options ask to go on with it."""
     asked, states = asked_state(options.as_dict()), labelled_states(Path(options.savepath))
     if asked in NEVER or not states:
         return None
@@ -201,7 +201,7 @@ def recorded_seed(options: Options) -> int | None:
 
 
 def _comparable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a checkpoint's facts a run goes on with unchanged, flat: seed, data, model and diffusion."""
+    """Returns the facts of a checkpoint that a run goes on with unchanged, flat: seed, data, model and diffusion."""
     seed = (facts.get("config") or {}).get("seed")
     described = flatten(json.loads(json.dumps(facts.get("description") or {})))
     return described if seed is None else {"seed": seed, **described}
@@ -218,7 +218,7 @@ class Experiment(NamedTuple):
     task: str  # environment or data set that it was trained on
 
     def require_task(self, name: str) -> Experiment:
-        """Itself. Raises UserError if it was trained on another task than that of `name`; warns where that is open."""
+        """Returns itself. Raises UserError if it was trained on another task than `name`; warns where that is open."""
         same = same_task(self.task, name)
         if same is False:
             raise UserError(f"{self.folder} was trained on {self.task}, which is another task than {name}")
@@ -228,13 +228,13 @@ class Experiment(NamedTuple):
 
 
 def normalizer_tensors(dataset: TrajectoryDataset) -> dict[str, np.ndarray]:
-    """What the normalizers know, for a checkpoint."""
+    """Returns what the normalizers know, for a checkpoint."""
     fitted = dataset.normalizers.items()
     return {f"normalizer.{field}.{k}": v for field, each in fitted for k, v in each.arrays.items()}
 
 
 def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: str | None = None) -> Experiment:
-    """The averaged model in an experiment's folder.
+    """Loads the averaged model in an experiment's folder.
 
     Args:
         epoch: label of the checkpoint, or "latest".
@@ -263,7 +263,7 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
 
 
 def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyTrajectories:
-    """The model with new weights. Raises UserError where it would be larger than the checkpoint's tensors."""
+    """Builds the model with new weights. Raises UserError where it would be larger than the checkpoint's tensors."""
     description = Description(**facts)
     largest = checkpoint.largest_dimension
     size, sizes = whole(0, largest), whole(0, largest, many=True)
@@ -281,7 +281,8 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
 
 
 def labelled_states(folder: Path) -> dict[int, Path]:
-    """Checkpoints of an experiment's folder by their labels, ascending; ours are preferred to those of PyTorch."""
+    """Returns checkpoints of an experiment's folder by their labels, ascending; ours are preferred to those of
+    PyTorch."""
     states: dict[int, Path] = {}
     for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt
         if match := re.fullmatch(r"state_(\d+)\.(pt|safetensors)", path.name):
@@ -290,7 +291,7 @@ def labelled_states(folder: Path) -> dict[int, Path]:
 
 
 def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
-    """Label and path of a checkpoint in an experiment's folder."""
+    """Finds label and path of a checkpoint in an experiment's folder."""
     states = labelled_states(folder)
     if not states:
         raise UserError(f"no checkpoint in {folder}{_others(folder)}")
@@ -304,7 +305,7 @@ def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
 
 
 def _others(folder: Path) -> str:
-    """Experiments beside one that is missing, and the usual cause."""
+    """Returns experiments beside one that is missing, and the usual cause."""
     near = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in folder.parent.glob("*/state_*"))
     if not near:
         return ": train a model first, or point --logbase (--loadbase) to where it is"
@@ -313,7 +314,7 @@ def _others(folder: Path) -> str:
 
 
 def _original(folder: Path, label: int, path: Path, data_dir: str | None) -> Experiment:
-    """A checkpoint of the PyTorch Diffuser."""
+    """Loads a checkpoint of the PyTorch Diffuser."""
     facts = {
         part: diffuser_checkpoint.read_config(folder / f"{part}_config.pkl")
         for part in ("dataset", "model", "diffusion")

@@ -31,7 +31,8 @@ KINDS = 3  # of what is known of a window
 
 
 def known_states(horizon: int) -> np.ndarray:
-    """What may be known of a window: its first state, its last, or both; [KINDS,H] of 0 and 1, each equally likely."""
+    """Returns what may be known of a window: its first state, its last, or both; [KINDS,H] of 0 and 1, each equally
+    likely."""
     masks = np.zeros((KINDS, horizon), np.float32)
     masks[[0, 2], 0] = masks[[1, 2], -1] = 1
     return masks
@@ -52,7 +53,7 @@ class MaskedDiffusion(TrajectoryDiffusion):
             raise UserError("a model of states predicts noise and has no actions: --predict_epsilon True")
 
     def loss(self, x: Array, mask: Array, t: Array, noise: Array) -> Losses:
-        """Mean error of the noise; x, noise [B,H,D], t [B] integers, mask [B,H] (1: the state is known).
+        """Returns the mean error of the noise; x, noise [B,H,D], t [B] integers, mask [B,H] (1: the state is known).
 
         Known states are clean and their noise is zero, which the network has to say: they count like the others.
         `unknown_error` is the mean over the others.
@@ -67,23 +68,24 @@ class MaskedDiffusion(TrajectoryDiffusion):
     # ---------- sampling: `TrajectoryDiffusion.sample`, with what follows in its place ----------
 
     def given(self, conditions: Conditions) -> Array:
-        """The mask [1,H], the same for all samples."""
+        """Returns the mask [1,H], the same for all samples."""
         mask = np.zeros((1, self.horizon), self.dtype.as_numpy_dtype)
         mask[0, list(conditions)] = 1
         return tf.constant(mask)
 
     def output(self, x: Array, t: Array, given: Array) -> Array:
-        """x [B,H,D], t [B], mask [B,H] or [1,H] -> noise [B,H,D]"""
+        """Maps x [B,H,D], t [B], mask [B,H] or [1,H] to noise [B,H,D]."""
         return self.model(x, t, given)
 
     def guided_by(self, guide: StackGuide) -> MaskedDiffusion:
-        """The same model, whose samples are guided."""
+        """Returns the same model, whose samples are guided."""
         guided = copy.copy(self)
         guided.guide = guide
         return guided
 
     def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
-        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1}; a guide moves the mean by its gradient at x_t."""
+        """Returns the mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1}; a guide moves the mean by its
+        gradient at x_t."""
         mean, variance, log_variance = super().p_mean_variance(x, t, given)
         if self.guide is not None:
             mean += STEP * tf.exp(0.5 * log_variance) * self.guide.gradient(x, t)
@@ -96,7 +98,8 @@ class StackClassification(NoisyTrajectories):
     KIND = "kuka_classifier"  # of checkpoints
 
     def loss(self, x: Array, labels: Array, t: Array, noise: Array) -> Losses:
-        """Mean cross-entropy of every state and pair; x, noise [B,H,D], labels [B,H,12] of 0 and 1, t [B] integers.
+        """Returns the mean cross-entropy of every state and pair; x, noise [B,H,D], labels [B,H,12] of 0 and 1, t [B]
+        integers.
 
         `accuracy` is the share of right answers, and `found` that of the pairs that do stand (most do not).
         """
@@ -119,8 +122,8 @@ class StackGuide:
         self.classifier, self.top, self.bottom = classifier, tf.convert_to_tensor(top), tf.convert_to_tensor(bottom)
 
     def score(self, x: Array, t: Array) -> Array:
-        """Sum of the pair's logits less a tenth of the blocks' mean distance along x and y, both over the second half:
-        [B]."""
+        """Returns the sum of the pair's logits less a tenth of the blocks' mean distance along x and y, both over the
+        second half: [B]."""
         half = x.shape[1] // 2
         pair = self.top * (BLOCKS - 1) + self.bottom - tf.cast(self.bottom > self.top, self.bottom.dtype)
         logits = tf.gather(self.classifier(x, t)[:, half:], pair, axis=2)
@@ -129,7 +132,7 @@ class StackGuide:
         return tf.reduce_sum(logits, axis=1) - NEARER * tf.reduce_mean(apart, axis=[1, 2])
 
     def gradient(self, x: Array, t: Array) -> Array:
-        """Of the score, [B,H,D]; the blocks that are to stay have none of their poses, and are let loose throughout."""
+        """Returns the gradient of the score, [B,H,D]; blocks that are to stay have none of their poses."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
             score = self.score(x, t)
@@ -141,7 +144,7 @@ class StackGuide:
 
 
 def _blocks(x: Array) -> Array:
-    """[B,H,39] -> [B,H,4,8]"""
+    """Cuts [B,H,39] into [B,H,4,8]."""
     return tf.reshape(x[..., JOINTS:], [*_leading(x), BLOCKS, BLOCK_DIM])
 
 
@@ -158,7 +161,7 @@ class StackingTrainer(DiffuserTrainer):
         self._masks = tf.constant(known_states(dataset.horizon), model.dtype)
 
     def loss(self, items: Array, t: Array, noise: Array) -> Losses:
-        """The model's loss on windows and kinds `items` [B] at t [B] with noise [B,H,D]."""
+        """Returns the model's loss on windows and kinds `items` [B] at t [B] with noise [B,H,D]."""
         rows = self.rows(items // KINDS)
         x = tf.gather(self._transitions, rows)
         if isinstance(self.model, StackClassification):
@@ -180,7 +183,7 @@ class StackingPlanner:
         self._sample = tf.function(self._plan, autograph=False)
 
     def plan(self, state: np.ndarray, pair: Pair | None, noise: Any) -> np.ndarray:
-        """A plan [H,39] that begins with a state [39], both in the environment's units.
+        """Plans [H,39] from a state [39], both in the environment's units.
 
         Args:
             pair: (top, bottom): the block to put upon another; None: whatever the data have.

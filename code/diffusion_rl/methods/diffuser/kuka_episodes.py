@@ -31,7 +31,7 @@ class StackingEpisode(NamedTuple):
 
 
 def run_episode(planner: StackingPlanner, env: KukaStacking, count: Count, noise: Any, n_plans: int) -> StackingEpisode:
-    """Plan from the current state and follow the plan to its end, `n_plans` times.
+    """Plans from the current state and follows the plan to its end, `n_plans` times.
 
     Args:
         count: the goal (`tasks.kuka_stacking.draw_task`).

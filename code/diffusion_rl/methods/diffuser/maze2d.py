@@ -17,7 +17,7 @@ PASSED = 0.25  # distance at which a waypoint has been reached; of the last one 
 
 
 def waypoint_data(env: Maze2D, n_steps: int, noise: Any) -> dict[str, np.ndarray]:
-    """Flat arrays as in D4RL's files: one goal after another, with no pause and no end of episodes in between.
+    """Returns flat arrays as in D4RL's files: one goal after another, with no pause and no end of episodes in between.
 
     Returns:
         observations [N,4], actions [N,2], rewards, terminals (all false), timeouts (the last step) [N].
@@ -60,7 +60,7 @@ def follow_plan(
     replan_every: int = 0,
     say: Callable[[int, float, float, np.ndarray], None] = lambda *facts: None,
 ) -> MazeEpisode:
-    """Plan from the current observation to the goal, then steer from each planned state to the next.
+    """Plans from the current observation to the goal, then steers from each planned state to the next.
 
     Args:
         start: observation after the reset.
@@ -95,6 +95,6 @@ def _plan(planner: Diffuser, env: Maze2D, noise: Any, observation: np.ndarray, h
 
 
 def _shorter(planner: Diffuser, steps: int) -> int:
-    """The longest horizon up to so many steps that the network can halve often enough."""
+    """Returns the longest horizon up to so many steps that the network can halve often enough."""
     parts = 2 ** (planner.diffusion.model.levels - 1)
     return max(steps // parts * parts, parts)

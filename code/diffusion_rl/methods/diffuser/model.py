@@ -81,23 +81,23 @@ class NoisyTrajectories:
 
     @property
     def transition_dim(self) -> int:
-        """D"""
+        """Returns D."""
         return self.action_dim + self.observation_dim
 
     @property
     def dtype(self) -> tf.DType:
-        """Of the weights, and so of everything computed with them."""
+        """Returns the type of the weights, and so of everything computed with them."""
         found = variables_of(self.model)
         return found[0].dtype if found else tf.float32
 
     def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
-        """x_t of clean trajectories [B,H,D] at steps t [B]."""
+        """Returns x_t of clean trajectories [B,H,D] at steps t [B]."""
         return process.q_sample(self.schedule, x_start, t, noise)
 
     def weights_of(
         self, action_weight: float, loss_discount: float, loss_weights: Mapping[int, float] | None
     ) -> np.ndarray:
-        """[H,D] float32"""
+        """Returns the weights of the loss [H,D], float32."""
         discounts = np.float32(loss_discount) ** np.arange(self.horizon, dtype=np.float32)
         by_entry = np.ones(self.transition_dim, np.float32)
         for index, weight in (loss_weights or {}).items():
@@ -115,7 +115,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
     # ---------- training ----------
 
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array) -> Losses:
-        """Weighted error of the noise or the clean trajectory; x, noise [B,H,D], t [B] integers.
+        """Returns the error of the noise or the clean trajectory; x, noise [B,H,D], t [B] integers.
 
         The known entries of the clean trajectory are exact by construction, so their error is zero. Of predicted noise
         nothing is known: all of its entries count (the reference overwrites them with observations).
@@ -127,8 +127,8 @@ class TrajectoryDiffusion(NoisyTrajectories):
         return self.weighted(apply_conditions(output, conditions, self.action_dim), x)
 
     def weighted(self, output: Array, target: Array) -> Losses:
-        """Mean weighted error [B,H,D] -> scalar; `a0_loss` is the first action's, as the reference prints it: divided
-        by its weight; `a0_error` is the plain one."""
+        """Averages the weighted error [B,H,D]; `a0_loss` is the first action's, as the reference prints it: divided by
+        its weight; `a0_error` is the plain one."""
         errors, weights = self.error(output - target), tf.constant(self.loss_weights, output.dtype)
         first = errors[:, 0, : self.action_dim]
         infos = {"a0_loss": tf.reduce_mean(first / weights[0, : self.action_dim]), "a0_error": tf.reduce_mean(first)}
@@ -137,36 +137,36 @@ class TrajectoryDiffusion(NoisyTrajectories):
     # ---------- sampling ----------
 
     def predict_x0(self, x: Array, t: Array, output: Array) -> Array:
-        """The clean trajectory by the network's output [B,H,D]."""
+        """Returns the clean trajectory by the network's output [B,H,D]."""
         return process.predict_x0(self.schedule, x, t, output) if self.predict_epsilon else output
 
     def posterior(self, x0: Array, x: Array, t: Array) -> tuple[Array, Array, Array]:
-        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t and the clean trajectory."""
+        """Returns the mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t and the clean trajectory."""
         s = self.schedule
         variance, log_variance = process.entries(s.ddpm_var, t, x.dtype), process.posterior_log_variance(s, t, x.dtype)
         return process.posterior_mean(s, x, t, x0), variance, log_variance
 
     def given(self, conditions: Conditions) -> Any:
-        """What the network sees of the conditions besides the trajectory itself; here nothing."""
+        """Returns what the network sees of the conditions besides the trajectory itself; here nothing."""
         return None
 
     def output(self, x: Array, t: Array, given: Any) -> Array:
-        """The network's output [B,H,D]."""
+        """Returns the network's output [B,H,D]."""
         return self.model(x, t)
 
     def known(self, conditions: Conditions, like: Array) -> Known:
-        """The entries of trajectories [B,H,D] that the conditions fix."""
+        """Returns the entries of trajectories [B,H,D] that the conditions fix."""
         return Known.of(conditions, like.shape[1], self.action_dim, like)
 
     def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
-        """Mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t alone."""
+        """Returns the mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t alone."""
         x0 = self.predict_x0(x, t, self.output(x, t, given))
         return self.posterior(clip(x0, 1.0 if self.clip_denoised else None), x, t)
 
     def step(
         self, x: Array, t: Array, noise: Array, known: Known, guide: Guide | None, given: Any = None
     ) -> tuple[Array, Array]:
-        """x_{t-1} [B,H,D] without the known entries in place, and the values [B] that led to it."""
+        """Returns x_{t-1} [B,H,D] without the known entries in place, and the values [B] that led to it."""
         values = tf.zeros(tf.shape(x)[:1], x.dtype)
         if guide is not None:
             x, values = guide.ascend(x, t, self.variance(t, x.dtype), known.put)
@@ -182,7 +182,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         with_chain: bool = False,
         groups: int = 1,
     ) -> Plans:
-        """Denoise trajectories, in one part per core. Graph-safe: a loop of T steps for each part.
+        """Denoises trajectories, in one part per core. Graph-safe: a loop of T steps for each part.
 
         Args:
             conditions: known observations [B,O], or [1,O] for all samples, by time index.
@@ -203,7 +203,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
     def _denoise(
         self, conditions: Conditions, noise: Array, guide: Guide | None, with_chain: bool
     ) -> tuple[Array, Array, Array]:
-        """Trajectories [B,H,D] in the order of the noise, values [B], chains [B,T+1,H,D] (or no entries)."""
+        """Returns trajectories [B,H,D] in the order of the noise, values [B], chains [B,T+1,H,D] (or no entries)."""
         known, given = self.known(conditions, noise[0]), self.given(conditions)
         steps, first = self.n_timesteps, tf.zeros([1], tf.int32)
         chain = tf.TensorArray(noise.dtype, size=steps + 1 if with_chain else 0, element_shape=noise.shape[1:])
@@ -224,7 +224,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         return x, values, tf.transpose(chain.stack(), [1, 0, 2, 3]) if with_chain else x[:, :0]
 
     def variance(self, t: Array, dtype: tf.DType) -> Array:
-        """Of the denoising step at t [B], as [B,1,1]; what a guide scales its gradient by."""
+        """Returns the variance of the denoising step at t [B], as [B,1,1]; a guide scales its gradient by it."""
         return tf.exp(process.posterior_log_variance(self.schedule, t, dtype))
 
 
@@ -234,16 +234,16 @@ class ValueDiffusion(NoisyTrajectories):
     KIND = "diffuser_values"  # of checkpoints
 
     def value(self, x: Array, t: Array) -> Array:
-        """[B]"""
+        """Returns the values [B] of trajectories [B,H,D]."""
         return self.model(x, t)[:, 0]
 
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array, target: Array) -> Losses:
-        """Error of the predicted returns; x, noise [B,H,D], t [B] integers, target [B,1]."""
+        """Returns the error of the predicted returns; x, noise [B,H,D], t [B] integers, target [B,1]."""
         noisy = apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim)
         return self.regression(side_by_side(self.model, MIN_PART, noisy, t), target)
 
     def regression(self, prediction: Array, target: Array) -> Losses:
-        """Mean error of predictions [B,1]; means, extremes and Pearson's correlation (NaN for a single row)."""
+        """Averages the error of predictions [B,1]; with means, extremes and Pearson's correlation (NaN for one row)."""
         infos: dict[str, Array] = {}
         for name, reduce in (("mean", tf.reduce_mean), ("min", tf.reduce_min), ("max", tf.reduce_max)):
             infos |= {f"{name}_pred": reduce(prediction), f"{name}_targ": reduce(target)}
@@ -289,12 +289,12 @@ class Diffuser:
         self._sample = tf.function(self._plans, autograph=False)
 
     def draw(self, noise: Any, n_envs: int) -> np.ndarray:
-        """The draws of one decision, [T+1,E*B,H,D]; `noise` is the source."""
+        """Draws what one decision needs, [T+1,E*B,H,D]."""
         rows = n_envs * self.batch_size
         return noise.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
 
     def act(self, conditions: Mapping[int, np.ndarray], noise: np.ndarray) -> Decision:
-        """Plan in E environments.
+        """Plans in E environments.
 
         Args:
             conditions: observations [E,O] by time index (0: the current ones), in the environment's units.

@@ -127,7 +127,7 @@ class Options(SimpleNamespace):
         return dict(vars(self))
 
     def save(self) -> None:
-        """Make the folder; `args.json` with every option and `diff.txt` with what is not committed."""
+        """Makes the folder; `args.json` with every option and `diff.txt` with what is not committed."""
         folder = Path(self.savepath)
         facts = {**self.as_dict(), "commit": _git("rev-parse", "HEAD").strip()}
         _write(folder / "args.json", json.dumps(facts, indent=4, sort_keys=True))
@@ -135,8 +135,8 @@ class Options(SimpleNamespace):
 
 
 def going_on(options: Options) -> Options:
-    """The options of `scripts/resume_training.py`: those of a training that goes on with its latest checkpoint, unless
-    they name another one."""
+    """Returns the options of `scripts/resume_training.py`: those of a training that goes on with its latest checkpoint,
+    unless they name another one."""
     if options.resume == "False":
         options.resume = "latest"
     return options
@@ -148,7 +148,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _git(*arguments: str) -> str:
-    """What git says of this checkout; nothing where there is none."""
+    """Returns what git says of this checkout; nothing where there is none."""
     try:
         ended = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -157,12 +157,12 @@ def _git(*arguments: str) -> str:
 
 
 def parse_command(name: str, arguments: Sequence[str]) -> Options:
-    """The options of a script of scripts/, by its name in `COMMANDS`. Raises UserError as `parse` does."""
+    """Parses the options of a script of scripts/, by its name in `COMMANDS`. Raises UserError as `parse` does."""
     return parse(COMMANDS[name].experiment, arguments, *COMMANDS[name][1:], save=False)
 
 
 def help_text(script: str, arguments: Sequence[str]) -> str:
-    """The options of a script with their values under the other arguments, and their meanings."""
+    """Returns the options of a script with their values under the other arguments, and their meanings."""
     name = "train" if script == "resume_training" else script
     options = parse_command(name, split_help(arguments)[1]).as_dict()
     presets = ", ".join(read_config(options["config"]).get("presets", {})) or "none"
@@ -181,7 +181,7 @@ def help_text(script: str, arguments: Sequence[str]) -> str:
 def parse(
     experiment: str, arguments: Sequence[str], dataset: str, config: str = "config.locomotion", save: bool = True
 ) -> Options:
-    """The options of an experiment ("diffusion", "values", "plan", …).
+    """Parses the options of an experiment ("diffusion", "values", "plan", …).
 
     Args:
         dataset, config: defaults of the two flags.
@@ -226,7 +226,7 @@ def _preset(settings: Mapping[str, Any], wanted: str | None, config: str) -> Map
 
 
 def read_config(config: str) -> dict[str, Any]:
-    """cfg/planning/<name>.yaml for "config.<name>", or the YAML file of that path."""
+    """Reads cfg/planning/<name>.yaml for "config.<name>", or the YAML file of that path."""
     path = Path(config) if _is_own(config) else FOLDER / f"{config.rpartition('.')[2]}.yaml"
     if not path.is_file():
         known = ", ".join(f"config.{path.stem}" for path in sorted(SHIPPED))
@@ -238,7 +238,7 @@ def read_config(config: str) -> dict[str, Any]:
 
 
 def _is_own(config: str) -> bool:
-    """Whether a configuration is a file of the user's own."""
+    """Returns whether a configuration is a file of the user's own."""
     return config.endswith((".yaml", ".yml"))
 
 
@@ -277,7 +277,7 @@ def _check_types(options: Mapping[str, Any], where: str) -> None:
 
 
 def _nested(node: Any) -> bool:
-    """Whether it is a mapping of texts to mappings."""
+    """Returns whether it is a mapping of texts to mappings."""
     return _is_options(node) and all(isinstance(value, dict) for value in node.values())
 
 
@@ -300,7 +300,7 @@ def _is_deferred(value: Any) -> bool:
 
 
 def expand(template: str, values: Mapping[str, Any]) -> str:
-    """ "f:…{name}…" with the values of the names; nothing but names may stand between the braces."""
+    """Fills "f:…{name}…" with the values of the names; nothing but names may stand between the braces."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:
@@ -314,7 +314,7 @@ def expand(template: str, values: Mapping[str, Any]) -> str:
 
 
 def experiment_name(watch: Sequence[Sequence[str]], values: Mapping[str, Any]) -> str:
-    """Labels with the values of the options that there are: "diffusion/defaults_H32_T20"."""
+    """Joins labels and values of the options that there are: "diffusion/defaults_H32_T20"."""
     parts = []
     for key, label in watch:
         if key in values:

@@ -35,11 +35,11 @@ class Episodes:
     sizes: list[np.ndarray]
 
     def action_statistics(self) -> dict[str, list[float]]:
-        """Means over the executed decisions (the original divides by the limit of steps)."""
+        """Returns the means over the executed decisions (the original divides by the limit of steps)."""
         return {"std": np.mean(self.spreads, axis=0).tolist(), "mean_abs": np.mean(self.sizes, axis=0).tolist()}
 
     def latency(self) -> dict[str, float]:
-        """Of a decision in all environments together."""
+        """Returns times of a decision in all environments together."""
         if not self.seconds:
             return {}
         mean = float(np.mean(self.seconds))
@@ -61,7 +61,7 @@ def run_episodes(
     say: Callable[[int, np.ndarray, np.ndarray, Decision], None] = lambda *facts: None,
     show: Callable[[int, Decision], None] = lambda *facts: None,
 ) -> Episodes:
-    """Act in E environments until every first episode has ended.
+    """Acts in E environments until every first episode has ended.
 
     Args:
         venv: environments without normalisation, one action a step; environment i starts from seed + i.

@@ -56,7 +56,7 @@ class DiffuserTrainer:
     # ---------- one batch ----------
 
     def loss(self, items: Array, t: Array, noise: Array) -> Losses:
-        """The model's loss on windows `items` [B]."""
+        """Returns the model's loss on windows `items` [B]."""
         x = tf.gather(self._transitions, self.rows(items))
         conditions = {time: x[:, time, self.model.action_dim :] for time in self.condition_times}
         x = x[..., : self.model.transition_dim]  # actions come first; some models have them alone
@@ -65,13 +65,14 @@ class DiffuserTrainer:
         return self.model.loss(x, conditions, t, noise, tf.gather(self._values, items))
 
     def rows(self, items: Array) -> Array:
-        """Rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last row, padding."""
+        """Returns the rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last row,
+        padding."""
         ends = tf.gather(self._rows, items)
         window = ends[:, :1] + tf.range(self.horizon)[None]
         return tf.where(window < ends[:, 1:], window, self._transitions.shape[0] - 1)
 
     def averaging(self, step: int) -> int:
-        """What happens to the average after step number `step`."""
+        """Decides what happens to the average after step number `step`."""
         if step % self.update_ema_every:
             return KEEP
         return COPY if step < self.step_start_ema else AVERAGE
@@ -79,7 +80,7 @@ class DiffuserTrainer:
     # ---------- training ----------
 
     def steps(self, batches: Sequence[MicroBatch], first: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """One step on each of the batches, which are of equal size.
+        """Makes one step on each of the batches, which are of equal size.
 
         Args:
             first: number of the first step.
@@ -96,7 +97,7 @@ class DiffuserTrainer:
         return self._named(self._many[size](*self._tensors((items, t, noise)), average).numpy())
 
     def step(self, micro_batches: Sequence[MicroBatch], number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """One step on micro-batches of any sizes, each of which counts alike; returns the same of each of them."""
+        """Makes one step on micro-batches of any sizes, which count alike. Returns what `steps` does, of each of them."""
         count = len(micro_batches)
         if count not in self._one:
             signature = [[self._specs(None)] * count, tf.TensorSpec([], tf.int32)]  # a smaller one is no other program
@@ -105,7 +106,7 @@ class DiffuserTrainer:
         return self._named(self._one[count](tensors, tf.constant(self.averaging(number))).numpy())
 
     def _specs(self, *size: int | None) -> tuple[tf.TensorSpec, ...]:
-        """Of windows, t and noise."""
+        """Describes windows, t and noise."""
         noise = tf.TensorSpec([*size, self.horizon, self.model.transition_dim], self.model.dtype)
         return tf.TensorSpec(size, tf.int32), tf.TensorSpec(size, tf.int32), noise
 

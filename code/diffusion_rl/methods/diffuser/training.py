@@ -82,7 +82,7 @@ class DiffuserTraining(TrainingLoop):
     # ---------- the loop ----------
 
     def advance(self, end: int) -> tuple[int, Losses]:
-        """Train up to where something is due after a step, or enough steps are together."""
+        """Trains up to where something is due after a step, or enough steps are together."""
         if self.epoch_steps and self.step % self.epoch_steps == 0:
             epoch, epochs = self.step // self.epoch_steps, -(-self.total // self.epoch_steps)
             self.print(f"Epoch {epoch} / {epochs} | {self.run_dir.path}")
@@ -99,7 +99,7 @@ class DiffuserTraining(TrainingLoop):
         return self.step - 1
 
     def label(self, keep: bool) -> int:
-        """Of a checkpoint that stays: see `label_freq`; at the end of the training or of a phase of it the step."""
+        """Names a checkpoint that stays: see `label_freq`; at the end of the training or of a phase by the step."""
         at_end = self.step in (self.total, self.run_dir.stop_at)
         return self.number // self.label_freq * self.label_freq if keep and not at_end else self.step
 
@@ -117,14 +117,14 @@ class DiffuserTraining(TrainingLoop):
         self.print(f"{self.number}: {row['loss']:8.4f} | {shown} | t: {row['seconds']:8.4f}")
 
     def _ends(self, n: int, end: int) -> bool:
-        """Whether n steps from here are a call: something is due after the last, or enough are together."""
+        """Returns whether n steps from here are a call: something is due after the last, or enough are together."""
         last = self.step + n - 1
         due = any(every and last % every == 0 for every in (self.save_freq, self.log_freq, self.sample_freq))
         due |= bool(self.epoch_steps) and (last + 1) % self.epoch_steps == 0
         return due or n == STEPS_PER_CALL or last + 1 in (end, self.decays_at)
 
     def _steps(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Train `count` steps; results [n] of each step, or of each micro-batch where these are not merged."""
+        """Trains `count` steps; results [n] of each step, or of each micro-batch where these are not merged."""
         steps = [self._draw() for _ in range(count)]
         found, alike, first = [], list[MicroBatch](), self.step
         for number, micro_batches in enumerate(steps, start=self.step):
@@ -141,7 +141,7 @@ class DiffuserTraining(TrainingLoop):
         return losses, {name: np.concatenate([infos[name] for _, infos in found]) for name in self.trainer.names}
 
     def _draw(self) -> list[MicroBatch]:
-        """The micro-batches of one step. Draws are made step by step, so a run in pieces has the same."""
+        """Draws the micro-batches of one step; step by step, so a run in pieces has the same."""
         model, batches = self.trainer.model, []
         for _ in range(self.accumulate):
             items = next(self.windows)
@@ -150,7 +150,7 @@ class DiffuserTraining(TrainingLoop):
         return batches
 
     def _after(self, step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
-        """Keep the last step's mean over its micro-batches (the reference prints half of the last one's); pictures."""
+        """Keeps the last step's mean over its micro-batches (the reference prints half of the last's); draws pictures."""
         n = 1 if self.merge else self.accumulate
         self._row = {"loss": float(np.mean(losses[-n:]))} | {k: float(np.mean(v[-n:])) for k, v in infos.items()}
         if self.observer is not None:
@@ -188,7 +188,7 @@ class DiffuserTraining(TrainingLoop):
     # ---------- state ----------
 
     def state(self) -> State:
-        """Weights, their average, the optimizer, and everything that decides on the next step."""
+        """Returns weights, their average, the optimizer, and everything that decides on the next step."""
         trainer = self.trainer
         tensors = {f"model.{k}": v for k, v in state_dict(trainer.model).items()}
         tensors |= {f"ema.{k}": v for k, v in state_dict(trainer.ema_model).items()}
@@ -199,7 +199,7 @@ class DiffuserTraining(TrainingLoop):
         return tensors, {"step": self.step, "train": {**state, "noise": rng_state(self.noise)}}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `state` was taken."""
+        """Goes on where `state` was taken."""
         state = checkpoint.metadata["train"]
         load_state_dict(self.trainer.model, checkpoint.select("model."))
         load_state_dict(self.trainer.ema_model, checkpoint.select("ema."))
@@ -210,7 +210,7 @@ class DiffuserTraining(TrainingLoop):
         self.step = int(checkpoint.metadata["step"])
 
     def report(self) -> Iterator[str]:
-        """Lines on the size of the network: the whole and the ten largest parts."""
+        """Returns lines on the size of the network: the whole and the ten largest parts."""
         sizes = {p.name: math.prod(p.variable.shape) for p in named_parameters(self.trainer.model)}
         yield f"parameters: {sum(sizes.values()):,}"
         largest = sorted(sizes.items(), key=lambda item: -item[1])
@@ -220,7 +220,7 @@ class DiffuserTraining(TrainingLoop):
             yield f"    and {len(largest) - 10} more with {sum(size for _, size in largest[10:]):,}"
 
     def check(self) -> None:
-        """One loss and its gradients, before anything is written: what does not fit together fails here."""
+        """Computes a loss and its gradients, before anything is written: what does not fit together fails here."""
         model, item = self.trainer.model, np.zeros(1, np.int64)
         shape = (1, model.horizon, model.transition_dim)
         with tf.GradientTape() as tape:

@@ -39,7 +39,7 @@ def run_lite_episodes(
     published: str = "",
     reset_options: list[dict[str, Any]] | None = None,
 ) -> LiteEpisodes:
-    """Act in E environments until every first episode has ended.
+    """Acts in E environments until every first episode has ended.
 
     The original counts otherwise. On locomotion tasks ("mujoco") the reward of the step that ends an episode is lost,
     and from step 1000 on every environment's reward counts; on the others ("kitchen", "antmaze") what an environment
@@ -69,7 +69,7 @@ def run_lite_episodes(
 def decision_times(
     planner: DiffuserLite, noise: Any, n_envs: int, decisions: int = 1000, warm_up: int = 50
 ) -> np.ndarray:
-    """Seconds of each decision [decisions], from a raw observation to an action on the host, its draws included."""
+    """Measures the seconds of each decision [decisions], from raw observation to action, its draws included."""
     observations = noise.normal((n_envs, len(planner.means)))
     targets = np.ones(n_envs, np.float32)
     found = []

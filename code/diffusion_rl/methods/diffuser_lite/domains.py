@@ -38,11 +38,11 @@ class Domain:
 
     @property
     def has_values(self) -> bool:
-        """Whether plans are judged by learned values."""
+        """Returns whether plans are judged by learned values."""
         return self.judged is not None
 
     def steps_of(self, model: str) -> int:
-        """Denoising steps of "R1" or "R2"."""
+        """Returns denoising steps of "R1" or "R2"."""
         return self.steps[model == "R2"]
 
 
@@ -54,7 +54,7 @@ DOMAINS = {
 
 
 def return_scale(name: str) -> float:
-    """By which the returns of a data set are divided. Raises UserError where no scale is known."""
+    """Returns what the returns of a data set are divided by. Raises UserError where no scale is known."""
     task = task_named(name)
     for beginning, scale in (task.return_scales if task else {}).items():
         if name.startswith(beginning):

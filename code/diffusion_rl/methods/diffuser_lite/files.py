@@ -43,7 +43,7 @@ LATEST = "latest"
 
 
 def save_levels(folder: Path, name: str, levels: Sequence[PlanLevel], labels: Sequence[int | str]) -> None:
-    """`<name><l>_ckpt_<label>.pt` of each level."""
+    """Writes `<name><l>_ckpt_<label>.pt` of each level."""
     for i, level in enumerate(levels):
         data = {"model": state_dict(level.network), "model_ema": state_dict(level.ema)}
         _write_all(folder, f"{name}{i}", data, labels)
@@ -113,7 +113,7 @@ def saved_steps(folder: Path, name: str) -> list[int]:
 
 
 def labels_of(step: int, save_interval: int, keep_every: int | None) -> list[int | str]:
-    """What a checkpoint is called: "latest", and its step where that stays (the first of every `keep_every`)."""
+    """Names a checkpoint: "latest", and its step where that stays (the first of every `keep_every`)."""
     stays = keep_every is None or (step - save_interval) % keep_every == 0
     return [step, LATEST] if stays else [LATEST]
 
@@ -122,7 +122,8 @@ def labels_of(step: int, save_interval: int, keep_every: int | None) -> list[int
 
 
 def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
-    """`train_state_<mode>.safetensors`, the latest; `train_state_<mode>_<step>.safetensors`, where states are kept."""
+    """Returns `train_state_<mode>.safetensors`, the latest; `train_state_<mode>_<step>.safetensors`, where states are
+    kept."""
     return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
 
 
@@ -136,7 +137,7 @@ SETTLED = (
 
 
 def settled(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a training's options those that it goes on with unchanged, flat."""
+    """Returns those of a training's options that it goes on with unchanged, flat."""
     return flatten({key: options[key] for key in SETTLED if key in options})
 
 
@@ -191,7 +192,7 @@ class PipelineFiles(StateFiles):
         return {"kind": KIND, "mode": self.mode, "options": settled(self.settings)}
 
     def check(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Raise UserError for a state of another mode, length (the schedule would be another) or other options."""
+        """Raises UserError for a state of another mode, length (the schedule would be another) or other options."""
         require_kind(checkpoint, KIND, path)
         require_finite(checkpoint.tensors, path)
         facts = checkpoint.metadata
@@ -208,7 +209,7 @@ class PipelineFiles(StateFiles):
         self.log.truncate(last)
 
     def write_beside(self, run: Path, number: int) -> None:
-        """The weights, called after their step where that stays."""
+        """Writes the weights, called after their step where that stays."""
         self.write_weights(number, labels_of(number, self.settings["save_interval"], self.settings["keep_every"]))
 
     def copy(self, run: Path) -> None:
@@ -232,11 +233,11 @@ class LossLog:
                 raise UserError(f"{self.path} is damaged ({error}): delete it, or start anew elsewhere") from error
 
     def truncate(self, step: int) -> None:
-        """Drop rows after a step."""
+        """Drops rows after a step."""
         self.rows = {k: v for k, v in self.rows.items() if k <= step}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Print a row and keep it."""
+        """Prints a row and keeps it."""
         print(dict(row), flush=True)
         self.rows[row["gradient_steps"]] = dict(row)
         self.write()
@@ -249,7 +250,7 @@ class LossLog:
 
 
 def mirror(source: Path, target: Path) -> int:
-    """Copy files that are new or have changed, each under its final name only when it is whole; how many."""
+    """Copies files that are new or have changed, each under its final name only when it is whole. Returns how many."""
     copied = 0
     for path in sorted(source.rglob("*")):
         there = target / path.relative_to(source)
@@ -274,7 +275,8 @@ def save_normalizer(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """Means and deviations of the observations; the authors' checkpoints have none, so `otherwise` fits them."""
+    """Returns the means and deviations of the observations; the authors' checkpoints have none, so `otherwise` fits
+    them."""
     path = folder / "normalizer.npz"
     return read_npz(path) if path.is_file() else otherwise()
 
@@ -286,7 +288,8 @@ def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarra
 def pairs_to_write(
     folder: Path, levels: Sequence[PlanLevel], conditional: int, unconditional: int, dtype: str
 ) -> Iterator[Callable[[int, int, np.ndarray, np.ndarray | None], None]]:
-    """Files that take their names when the block has ended well; gives the function that `Generation.run` calls."""
+    """Opens files that take their names when the block has ended well; gives the function that `Generation.run`
+    calls."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {True: folder / "traj_cond_dataset.h5", False: folder / "traj_uncond_dataset.h5"}
     temporary = {kind: path.with_name(f".{path.name}.writing") for kind, path in names.items()}
@@ -317,7 +320,7 @@ def pairs_to_write(
 
 @contextmanager
 def pairs_to_read(folder: Path, levels: Sequence[PlanLevel]) -> Iterator[Pairs]:
-    """The pairs, on disk."""
+    """Opens the pairs, on disk."""
     paths = [folder / name for name in ("traj_cond_dataset.h5", "traj_uncond_dataset.h5")]
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"no {missing[0]}: run mode=prepare_dataset first")

@@ -41,13 +41,13 @@ class IQL(keras.layers.Layer):
         copy_weights(self.Q, self.Q_targ)
 
     def value_loss(self, obs: Array, act: Array) -> Array:
-        """Expectile regression of V to the target's smaller value (equation 5); obs [B,O], act [B,A]."""
+        """Regresses V by expectiles on the target's smaller value (equation 5); obs [B,O], act [B,A]."""
         advantage = self.Q_targ(obs, act) - self.V(obs)
         weight = tf.abs(self.tau - tf.cast(advantage < 0, advantage.dtype))
         return tf.reduce_mean(weight * tf.square(advantage))
 
     def action_value_loss(self, obs: Array, act: Array, reward: Array, following: Array, done: Array) -> Array:
-        """Both action values against r + discount V(s') (equation 6); reward and done [B,1]."""
+        """Returns both action values against r + discount V(s') (equation 6); reward and done [B,1]."""
         target = tf.stop_gradient(reward + self.discount * (1 - done) * self.V(following))
         q1, q2 = self.Q.both(obs, act)
         return tf.reduce_mean(tf.square(q1 - target) + tf.square(q2 - target))
@@ -63,7 +63,7 @@ class IQLTrainer:
         self.compiled = tf.function(self.update, autograph=False, reduce_retracing=True)
 
     def update(self, obs: Array, act: Array, reward: Array, following: Array, done: Array) -> tuple[Array, Array]:
-        """One update of V, one of Q and the target on obs [B,O], act [B,A], …; the two losses. Graph-safe."""
+        """Updates V, Q and the target on obs [B,O], act [B,A], …; returns the two losses. Graph-safe."""
         iql = self.iql
         loss_v = self.step("V", lambda: iql.value_loss(obs, act))
         loss_q = self.step("Q", lambda: iql.action_value_loss(obs, act, reward, following, done))

@@ -28,7 +28,7 @@ class LevelShape(NamedTuple):
 
 
 def level_shapes(planning_horizons: Sequence[int]) -> list[LevelShape]:
-    """The levels from coarse to fine: the first interval of one is the whole of the next.
+    """Returns the levels from coarse to fine: the first interval of one is the whole of the next.
 
     [5, 5, 9] spans 129, 33 and 9 steps, in strides of 32, 8 and 1.
     """
@@ -70,7 +70,7 @@ class PlanLevel:
 
     @property
     def unknown(self) -> slice:
-        """The states from the first to the last of which something is not known."""
+        """Returns the states from the first to the last of which something is not known."""
         if self.mask is None:
             return slice(self.shape[0])
         some = np.flatnonzero((self.mask == 0).any(axis=1))
@@ -81,7 +81,7 @@ class PlanLevel:
         return variables_of(self.network)[0].dtype
 
     def loss(self, x0: Array, x1: Array, t: Array, condition: Array | None = None, keep: Array | None = None) -> Array:
-        """Of clean plans and noise [B,H,O] at t [B] in [0, 1); condition [B,1], keep [B] of 0 and 1."""
+        """Returns the loss of clean plans and noise [B,H,O] at t [B] in [0, 1); condition [B,1], keep [B] of 0, 1."""
 
         def output(x: Array, t: Array) -> Array:
             return self.network(x, t, condition, keep, self.unknown)
@@ -99,7 +99,7 @@ class PlanLevel:
         use_ema: bool = True,
         repeat_last: int = 0,
     ) -> Array:
-        """Plans [B,H,O] from noise, unrolled over the steps.
+        """Samples plans [B,H,O] from noise, unrolled over the steps.
 
         Args:
             known: [B,H,O], of which the known states count.

@@ -87,16 +87,16 @@ class LiteOptions(SimpleNamespace):
 
     @property
     def folder(self) -> Path:
-        """Of checkpoints."""
+        """Returns the folder of checkpoints."""
         return Path(self.results_dir) / self.pipeline_name / self.env_name
 
     def of_task(self, name: str) -> Any:
-        """A value of the task for the model that is tested: `<name>_R1` or `<name>_R2`."""
+        """Returns a value of the task for the model that is tested: `<name>_R1` or `<name>_R2`."""
         return self.task[f"{name}_{self.test_model}"]
 
 
 def parse(kind: str, arguments: Sequence[str]) -> LiteOptions:
-    """The options of a domain ("mujoco", "kitchen", "antmaze").
+    """Parses the options of a domain ("mujoco", "kitchen", "antmaze").
 
     Raises:
         UserError: a key that does not exist (the nearest one is named) or stands twice, a value of another type or out
@@ -108,7 +108,7 @@ def parse(kind: str, arguments: Sequence[str]) -> LiteOptions:
 
 
 def help_text(script: str, arguments: Sequence[str]) -> str:
-    """The options of a pipeline with their values under the other arguments, and their meanings."""
+    """Returns the options of a pipeline with their values under the other arguments, and their meanings."""
     values = _values(script.rpartition("_")[2], assignments(split_help(arguments)[1]))
     meaning = comments(*(FOLDER / f"{name}.yaml" for name in ("mujoco", "kitchen", "antmaze")))
     meaning |= {f"task.{key}": text for key, text in comments(FOLDER / "task" / "hopper-medium-v2.yaml").items()}
@@ -117,7 +117,7 @@ def help_text(script: str, arguments: Sequence[str]) -> str:
 
 
 def _values(kind: str, given: dict[str, str]) -> dict[str, Any]:
-    """Every option of a domain with its value, flat; `task` is the name of the task."""
+    """Returns every option of a domain with its value, flat; `task` is the name of the task."""
     values = read_yaml(FOLDER / f"{kind}.yaml")
     values["task"] = given.pop("task", values["task"])
     values |= flatten({"task": {"return_scale": None} | read_task(values["task"])})
@@ -136,7 +136,7 @@ def _values(kind: str, given: dict[str, str]) -> dict[str, Any]:
 
 
 def read_task(name: str) -> dict[str, Any]:
-    """task/<name>.yaml."""
+    """Reads task/<name>.yaml."""
     known = sorted(each.stem for each in (FOLDER / "task").glob("*.yaml"))
     if name not in known:
         raise UserError(f"task={schema.shown(name)}: no such task; there are {', '.join(known)}")

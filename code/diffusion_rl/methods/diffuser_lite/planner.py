@@ -56,12 +56,12 @@ class DiffuserLite:
         self._told: tuple[bytes, list[Array]] = b"", []  # returns that were wanted last, and what they mean
 
     def draw(self, noise: Any, n_envs: int) -> list[np.ndarray]:
-        """The draws of one decision: noise of each level [E,H,O], of the first one [E*C,H,O]."""
+        """Draws what one decision needs: noise of each level [E,H,O], of the first one [E*C,H,O]."""
         rows = [n_envs * (self.acting.candidates if i == 0 else 1) for i in range(len(self.levels))]
         return [noise.normal((n, *level.shape)) for n, level in zip(rows, self.levels, strict=True)]
 
     def act(self, observations: np.ndarray, targets: np.ndarray, noise: Sequence[np.ndarray]) -> np.ndarray:
-        """Actions [E,A] for observations [E,O] in the environment's units, aiming at returns [E]."""
+        """Returns actions [E,A] for observations [E,O] in the environment's units, aiming at returns [E]."""
         if self.runtime == "plain":
             tensors = (tf.constant(each, self.levels[0].dtype) for each in (observations, targets, *noise))
             state, wanted, *draws = tensors
@@ -89,7 +89,7 @@ class DiffuserLite:
         return self._program.in_graph(n_envs, n_returns, self.runtime == "xla")
 
     def plan(self, observations: Array, targets: Array, noise: Sequence[Array]) -> Array:
-        """`act` with tensors, as it reads in the paper; the programs are compared with it. Graph-safe."""
+        """Decides as `act`, with tensors, as it reads in the paper; the programs are compared with it. Graph-safe."""
         acting, dtype = self.acting, noise[0].dtype
         state = (observations - tf.constant(self.means, dtype)) / tf.constant(self.stds, dtype)
         first, last, returns = state, tf.zeros_like(state), targets[:, None]
@@ -106,7 +106,7 @@ class DiffuserLite:
         return self.inverse(plans[:, 0], plans[:, 1])
 
     def _best(self, plans: Array, copies: int) -> Array:
-        """Of each environment's candidates [E*C,H,O] the one of the largest value, [E,H,O]."""
+        """Returns the candidate of the largest value of each environment's [E*C,H,O], [E,H,O]."""
         grouped = tf.reshape(plans, [-1, copies, *plans.shape[1:]])
         values = self.value(grouped[:, :, self.acting.judged])[..., 0]
         return tf.gather(grouped, tf.argmax(values, axis=1), axis=1, batch_dims=1)

@@ -49,7 +49,7 @@ class LevelProgram:
         return len(self.steps.times) * network.parts, self.kinds * n_returns, 1, network.d_model
 
     def tables(self, returns: Array) -> Array:
-        """What returns [U,1] and the times of the steps do to the layers, [K parts,G U,1,D]."""
+        """Returns what returns [U,1] and the times of the steps do to the layers, [K parts,G U,1,D]."""
         network, told = self.network.diffusion, self.network.condition(returns)
         if self.kinds == 2 or self.guidance == 0:
             told = tf.concat([*[told] * (self.kinds - 1), tf.zeros_like(told)], axis=0)
@@ -59,7 +59,7 @@ class LevelProgram:
         return tf.reshape(tf.transpose(found, [0, 2, 1, 3, 4]), [self.table_shape(1)[0], -1, 1, network.d_model])
 
     def sample(self, noise: Array, first: Array, last: Array | None, table: Array) -> Array:
-        """States from the second to the wanted one [E,wanted,O] of plans from noise [E,H,O] to known states [E,O]."""
+        """Samples states [E,wanted,O], the second to the wanted one, from noise [E,H,O] between known states [E,O]."""
         before, after = first[:, None], [] if last is None else [last[:, None]]
         x, count, each = noise[:, self.unknown], len(self.steps.times), self.network.diffusion.parts
         parts = tf.unstack(table)
@@ -71,7 +71,7 @@ class LevelProgram:
         return x
 
     def _output(self, x: Array, parts: Sequence[Array], states: slice) -> Array:
-        """Of the network for x [E,H,O], guided, [E,states,O]."""
+        """Computes the network's output for x [E,H,O], guided, [E,states,O]."""
         network = self.network.diffusion
         if self.kinds == 1:
             return network.estimate(x, parts, states)
@@ -106,11 +106,12 @@ class Program:
         self.shapes, self.dtype = [level.shape for level in levels], levels[0].dtype
 
     def tables(self, returns: Array) -> list[Array]:
-        """Of every level, for returns [U]. Graph-safe."""
+        """Returns the tables of every level, for returns [U]. Graph-safe."""
         return [part.tables(returns[:, None]) for part in self.parts]
 
     def act(self, observations: Array, tables: Sequence[Array], noise: Sequence[Array]) -> Array:
-        """Observations [E,O] and noise as `DiffuserLite.draw` gives it -> actions [E,A]. Graph-safe, shapes known."""
+        """Decides on actions [E,A] for observations [E,O]; noise as of `DiffuserLite.draw`. Graph-safe, shapes
+        known."""
         state = (observations - tf.constant(self.means, self.dtype)) * tf.constant(1 / self.stds, self.dtype)
         following: Array | None = None
         for i, (part, table, draws) in enumerate(zip(self.parts, tables, noise, strict=True)):
@@ -123,7 +124,7 @@ class Program:
         return self.inverse(state, following)
 
     def _best(self, plans: Array, copies: int) -> Array:
-        """The second state [E,O] of each environment's candidate [E*C,…,O] whose last state is worth most."""
+        """Returns the second state [E,O] of each environment's candidate [E*C,…,O] whose last state is worth most."""
         values = tf.reshape(self.value(plans[:, -1]), [-1, copies])
         seconds = tf.reshape(plans[:, 0], [-1, copies, plans.shape[-1]])
         return tf.gather(seconds, tf.argmax(values, axis=1), axis=1, batch_dims=1)
@@ -131,7 +132,7 @@ class Program:
     # ---------- runtimes: (observations, tables, noise) as arrays -> actions ----------
 
     def specs(self, n_envs: int, n_returns: int) -> tuple[Any, list[Any], list[Any]]:
-        """Of the arguments of `act`."""
+        """Describes the arguments of `act`."""
         tables, noise = [], []
         for i, (part, shape) in enumerate(zip(self.parts, self.shapes, strict=True)):
             tables.append(tf.TensorSpec(part.table_shape(n_returns), self.dtype, f"table{i}"))
@@ -140,7 +141,7 @@ class Program:
         return tf.TensorSpec([n_envs, self.shapes[0][1]], self.dtype, "state"), tables, noise
 
     def in_graph(self, n_envs: int, n_returns: int, xla: bool = False) -> Callable[..., np.ndarray]:
-        """Run by TensorFlow; `xla`: compiled by XLA."""
+        """Returns `act` as TensorFlow runs it; `xla`: compiled by XLA."""
         compiled = tf.function(self.act, autograph=False, jit_compile=xla or None)
         concrete = compiled.get_concrete_function(*self.specs(n_envs, n_returns))
 
@@ -151,7 +152,7 @@ class Program:
         return act
 
     def in_tflite(self, n_envs: int, n_returns: int) -> Callable[..., np.ndarray]:
-        """Run by TFLite, whose kernels lay weights out for products of a few rows."""
+        """Returns `act` as TFLite runs it, whose kernels lay weights out for products of a few rows."""
         compiled = tf.function(self.act, autograph=False)
         concrete = compiled.get_concrete_function(*self.specs(n_envs, n_returns))
         threads = 1 if n_envs < ENVS_FOR_THREADS else streams()

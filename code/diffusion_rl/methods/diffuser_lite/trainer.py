@@ -22,7 +22,7 @@ WEIGHT_DECAY = 1e-5
 
 
 def cosine_rate(rate: float, step: int, steps: int) -> float:
-    """The learning rate of update number `step`, counted from 0: `rate` at first, 0 after `steps`."""
+    """Returns the learning rate of update number `step`, counted from 0: `rate` at first, 0 after `steps`."""
     return rate * (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -49,8 +49,8 @@ class LevelTrainer:
     def update(
         self, x0: Array, x1: Array, t: Array, condition: Array | None, keep: Array | None, rate: Array
     ) -> tuple[Array, Array]:
-        """One step at a learning rate (float64); the loss and, with `max_norm`, the gradient's norm before clipping.
-        Graph-safe."""
+        """Makes one step at a learning rate (float64). Graph-safe. Returns the loss and, with `max_norm`, the gradient's
+        norm before clipping."""
         with tf.GradientTape() as tape:
             loss = self.level.loss(x0, x1, t, condition, keep)
         grads = tape.gradient(loss, self.variables)
@@ -79,8 +79,8 @@ class InverseTrainer:
     def update(
         self, state: Array, action: Array, following: Array, keep: Array | None, valid: Array | None = None
     ) -> Array:
-        """One step on pairs [...,O], actions [...,A], dropout's mask [...,W]; `valid` [...] of 0 and 1 leaves some
-        pairs out. Returns the loss. Graph-safe."""
+        """Makes one step on pairs [...,O], actions [...,A], dropout's mask [...,W]; `valid` [...] of 0 and 1 leaves
+        some pairs out. Returns the loss. Graph-safe."""
         with tf.GradientTape() as tape:
             errors = tf.reduce_mean(tf.square(self.inverse(state, following, keep) - action), axis=-1)
             loss = tf.reduce_mean(errors) if valid is None else tf.reduce_sum(errors * valid) / tf.reduce_sum(valid)
@@ -121,12 +121,12 @@ class PlanSource:
         self.padding = None if padding is None else tf.constant(1 - padding, dtype)
 
     def plans(self, level: int, windows: Array) -> tuple[Array, Array]:
-        """States [B,H,O] and returns [B,1] of windows [B] of a level."""
+        """Returns states [B,H,O] and returns [B,1] of windows [B] of a level."""
         states = tf.gather(self.observations, tf.gather(self.rows[level], windows))
         return states, tf.gather(self.conditions[level], windows)[:, None]
 
     def pairs(self, windows: Array) -> tuple[Array, Array | None]:
-        """Actions [B,H-1,A] of the last level's windows, and which of them are no padding [B,H-1]."""
+        """Returns actions [B,H-1,A] of the last level's windows, and which of them are no padding [B,H-1]."""
         rows = tf.gather(self.rows[-1], windows)[:, :-1]
         return tf.gather(self.actions, rows), None if self.padding is None else tf.gather(self.padding, rows)
 
@@ -162,7 +162,7 @@ class LiteTrainer:
         kept: np.ndarray | None,
         rates: Sequence[float],
     ) -> np.ndarray:
-        """n updates in compiled calls, one for the levels and one for the inverse dynamics.
+        """Makes n updates in compiled calls, one for the levels and one for the inverse dynamics.
 
         Args:
             windows: of each level, [n,L,B].
@@ -204,7 +204,7 @@ class LiteTrainer:
         return self._repeat(update, tf.shape(windows)[0])
 
     def _repeat(self, update: Callable[[Array], Array], n: Array) -> Array:
-        """update(0), update(1), … stacked."""
+        """Stacks update(0), update(1), …."""
 
         def body(i: Array, found: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
             return i + 1, found.write(i, update(i))
@@ -223,7 +223,7 @@ class ReflowTrainer:
     def step(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray | None]], draws: Sequence[LevelDraws], rate: float
     ) -> list[float]:
-        """One update of every level, in one compiled call.
+        """Updates every level once, in one compiled call.
 
         Args:
             pairs: of each level: plan and noise [B,2,H,O], and returns [B,1] or None (unconditional).

@@ -76,7 +76,7 @@ class LiteLoop(TrainingLoop):
         return self.step % (self.log_interval if what == "log" else self.save_interval) == 0
 
     def row(self) -> dict[str, Any]:
-        """Means since the last row; "loss" is that of all but the inverse dynamics."""
+        """Returns the means since the last row; "loss" is that of all but the inverse dynamics."""
         means = dict(zip(self.names, (self.sums / self.log_interval).tolist(), strict=True))
         self.sums[:] = 0
         main = [value for name, value in means.items() if name.startswith("loss")]
@@ -87,11 +87,11 @@ class LiteLoop(TrainingLoop):
 
     @abstractmethod
     def updates(self, count: int) -> np.ndarray:
-        """Make `count` updates; their losses [count, names], the last names may be missing."""
+        """Makes `count` updates; returns losses [count, names], of which the last names may be missing."""
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[str, Any]]:
-        """Modules and optimizers whose state decides on the next update, by name."""
+        """Returns modules and optimizers whose state decides on the next update, by name."""
 
     def state(self) -> State:
         tensors: dict[str, np.ndarray] = {"train.sums": self.sums.copy()}
@@ -124,7 +124,7 @@ def level_parts(levels: Sequence[LevelTrainer]) -> Iterator[tuple[str, Any]]:
 
 
 def draw_level(noise: Any, level: PlanLevel, batch: int, with_noise: bool = True, with_drop: bool = True) -> LevelDraws:
-    """The draws of an update, in the reference's order."""
+    """Draws what an update of a level needs, in the reference's order."""
     states = noise.normal((batch, *level.shape)) if with_noise else np.zeros((batch, 0))
     return LevelDraws(states, noise.uniform((batch,)), noise.uniform((batch,)) if with_drop else np.zeros(batch))
 
@@ -159,7 +159,7 @@ class PlanTraining(LiteLoop):
         self.windows = WindowOrder(len(data), batch_size, noise)
 
     def updates(self, count: int) -> np.ndarray:
-        """Batches of a call are of one size and train the same: it ends early where the next one differs."""
+        """Makes updates on batches of one size that train the same: ends early where the next one differs."""
         with_inverse = self.step < self.invdyn_steps
         if with_inverse:
             count = min(count, self.invdyn_steps - self.step)
@@ -229,7 +229,7 @@ class Reflow(LiteLoop):
 
 
 def _take(source: Any, rows: np.ndarray) -> np.ndarray:
-    """Rows of an array or of a data set on disk, which gives them in ascending order and each once only."""
+    """Takes rows of an array, or of a data set on disk, which gives them in ascending order and each only once."""
     if isinstance(source, np.ndarray):
         return source[rows].astype(np.float32)
     unique, back = np.unique(rows, return_inverse=True)
@@ -268,7 +268,7 @@ class Generation:
         write: Callable[[int, int, np.ndarray, np.ndarray | None], None],
         say: Callable[[str], None] = print,
     ) -> None:
-        """Call `write` with a level, the first row, pairs [B,2,H,O] and returns [B,1] (None: unconditional).
+        """Calls `write` with a level, the first row, pairs [B,2,H,O] and returns [B,1] (None: unconditional).
 
         Args:
             conditional, unconditional: how many pairs there shall be.

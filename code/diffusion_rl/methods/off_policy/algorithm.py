@@ -116,16 +116,17 @@ class OffPolicy:
     KIND: str  # of checkpoints
 
     def experience(self, settings: Settings) -> Experience:
-        """Say how the data are kept."""
+        """Says how the data are kept."""
         return Experience()
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan updates that draw each new transition `replay_ratio` times; the actor's after the critic's warm-up."""
+        """Plans updates that draw each new transition `replay_ratio` times; the actor's after the critic's
+        warm-up."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [Phase(n, progress.itr >= settings["n_critic_warmup_itr"])]
 
     def watched(self) -> dict[str, float]:
-        """Return numbers for the metrics beside the losses."""
+        """Returns numbers for the metrics beside the losses."""
         return {}
 
 
@@ -133,18 +134,18 @@ class OffPolicy:
 
 
 def bellman_error(q: tuple[Array, ...], batch: Transitions, next_value: Array, gamma: float) -> Array:
-    """Sum over critics [B] the mean squared distance to r + gamma (1 - terminated) V(o'), which has no gradient."""
+    """Sums over critics [B] the mean squared distance to r + gamma (1 - terminated) V(o'), which has no gradient."""
     target = tf.stop_gradient(batch.rewards + gamma * next_value * (1.0 - batch.terminated))
     return tf.add_n([tf.reduce_mean(tf.square(each - target)) for each in q])
 
 
 def follow(target: Any, source: Any, tau: float) -> None:
-    """Move a target towards its source, weight by weight: target <- (1 - tau) target + tau source."""
+    """Moves a target towards its source, weight by weight: target <- (1 - tau) target + tau source."""
     for old, new in zip(variables_of(target), variables_of(source), strict=True):
         old.assign(ema_update(old, new, 1.0 - tau))
 
 
 def mixed(data: Any, draws: Mapping[str, Array]) -> Transitions:
-    """Return a batch of demonstrations (`offline_rows`) followed by replayed transitions (`rows`)."""
+    """Returns a batch of demonstrations (`offline_rows`) followed by replayed transitions (`rows`)."""
     halves = zip(data.offline.at(draws["offline_rows"]), data.online.at(draws["rows"]), strict=True)
     return Transitions(*(None if a is None else tf.concat([a, b], axis=0) for a, b in halves))

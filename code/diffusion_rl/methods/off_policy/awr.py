@@ -48,7 +48,7 @@ class AdvantageWeighted(OffPolicy):
         return {"actor": Part(actor, "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan the critic's updates, then the actor's with the advantages that the new critic gives."""
+        """Plans the critic's updates, then the actor's with the advantages that the new critic gives."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [
             Phase(n // settings["critic_update_ratio"], True, "update_critic", "draw_critic", "estimate"),
@@ -56,7 +56,7 @@ class AdvantageWeighted(OffPolicy):
         ]
 
     def estimate(self, data: Any, settings: Settings, n_envs: int) -> dict[str, np.ndarray]:
-        """Write TD(lambda) targets and advantages [S,E] of all rows into the buffer.
+        """Writes TD(lambda) targets and advantages [S,E] of all rows into the buffer.
 
         Their discount and lambda are the reference's defaults, whatever `gamma` the configuration has.
         """
@@ -71,12 +71,13 @@ class AdvantageWeighted(OffPolicy):
         return {"td_trajs": targets, "values_trajs": values, "advantages_trajs": advantages.reshape(-1)}
 
     def loss_critic(self, cond: Cond, targets: Array) -> Array:
-        """Average the squared distance of values [B,1] and targets [B], each of which meets every value (quirk 43)."""
+        """Averages the squared distance of values [B,1] and targets [B], each of which meets every value (quirk
+        43)."""
         return tf.reduce_mean(tf.square(self.critic(cond) - targets))
 
     @staticmethod
     def advantage_weights(advantages: Array, beta: float, most: float) -> Array:
-        """Normalise advantages [B] over the batch (unbiased deviation), exponentiate and bound them."""
+        """Normalises advantages [B] over the batch (unbiased deviation), exponentiates and bounds them."""
         centred = advantages - tf.reduce_mean(advantages)
         count = tf.cast(tf.size(advantages), advantages.dtype)
         deviation = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (count - 1))
@@ -85,7 +86,8 @@ class AdvantageWeighted(OffPolicy):
     # ---------- updates ----------
 
     def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
-        """Draw rows for the critic, from as many as there are steps, though rows are E times as many (quirk 64)."""
+        """Draws rows for the critic, from as many as there are steps, though rows are E times as many (quirk
+        64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
 
     def update_critic(
@@ -135,5 +137,5 @@ class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
 
 @tf.function(reduce_retracing=True)
 def value_of(critic: keras.layers.Layer, obs: Array) -> Array:
-    """Return state values [B] of observations [B,To,O], compiled."""
+    """Returns state values [B] of observations [B,To,O], compiled."""
     return critic({"state": obs})[:, 0]

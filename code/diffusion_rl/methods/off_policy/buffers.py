@@ -30,7 +30,7 @@ class Rows:
         self._order, self._used = np.arange(0), 0
 
     def online(self, n: int, steps_only: bool = False) -> np.ndarray:
-        """Draw n rows of the replay buffer, with replacement.
+        """Draws rows [n] of the replay buffer, with replacement.
 
         steps_only: from as many of the oldest ones as there are steps.
         """
@@ -40,11 +40,11 @@ class Rows:
         return self.last["online"]
 
     def distinct(self, n: int) -> np.ndarray:
-        """Draw n different rows of the replay buffer."""
+        """Draws different rows [n] of the replay buffer."""
         return self.buffers.online.places(self.rng.distinct(self.buffers.online.size, n))
 
     def shuffled(self, n: int) -> np.ndarray:
-        """Take the next n rows of a shuffle of all of them (at most all), shuffled again when fewer than n are left."""
+        """Takes the next rows [n] of a shuffle of all (at most all), shuffled again when fewer than n are left."""
         size = self.buffers.online.size
         n = min(n, size)
         if self._used + n > len(self._order):
@@ -54,7 +54,7 @@ class Rows:
         return self.buffers.online.places(self._order[self._used - n : self._used])
 
     def offline(self, n: int) -> np.ndarray:
-        """Draw n rows of the offline data, with replacement."""
+        """Draws rows [n] of the offline data, with replacement."""
         assert self.buffers.offline is not None
         self.last["offline"] = self.buffers.offline.places(self.rng.integers(0, self.buffers.offline.size, (n,)))
         return self.last["offline"]

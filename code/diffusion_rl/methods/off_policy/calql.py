@@ -87,7 +87,7 @@ class CalQL(SoftActorCritic):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan offline a given number of updates, online one for each step of the episode just collected."""
+        """Plans offline a given number of updates, online one for each step of the episode just collected."""
         if progress.itr < settings["n_explore_steps"]:
             return []
         return [Phase(progress.first_episode if settings["train_online"] else settings["num_update"])]
@@ -95,7 +95,7 @@ class CalQL(SoftActorCritic):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, draws: CriticDraws) -> Array:
-        """Add the Bellman error and the conservative term of both critics."""
+        """Returns Bellman error and conservative term of both critics, a scalar."""
         q_data = self.critic({"state": batch.obs}, batch.actions)
         target = tf.stop_gradient(
             batch.rewards + gamma * (1.0 - batch.terminated) * self.best_next(batch.next_obs, draws.next_noise)
@@ -107,14 +107,14 @@ class CalQL(SoftActorCritic):
         return tf.add_n(losses)
 
     def best_next(self, next_obs: Array, noise: Array) -> Array:
-        """Return [B] the largest of `cql_n_actions` next actions' smaller target value."""
+        """Returns [B] the largest of `cql_n_actions` next actions' smaller target value."""
         cond = {"state": tf.repeat(next_obs, self.cql_n_actions, axis=0)}
         actions, _ = self.sample(cond, noise)
         q = tf.minimum(*self.target_critic(cond, actions))
         return tf.reduce_max(tf.reshape(q, [-1, self.cql_n_actions]), axis=1)
 
     def out_of_data(self, batch: Transitions, draws: CriticDraws) -> list[Array]:
-        """Return a critic's log sum exp [B] over N random actions and, calibrated, policy actions at o and at o'."""
+        """Returns a critic's log sum exp [B] over N random actions and, calibrated, policy actions at o and at o'."""
         n, chunk = draws.random_actions.shape[1], draws.random_actions.shape[2:]
         repeated = {"state": tf.repeat(batch.obs, n, axis=0)}
         random = self.critic(repeated, tf.reshape(draws.random_actions, [-1, *chunk]))
@@ -127,7 +127,8 @@ class CalQL(SoftActorCritic):
         return [tf.reduce_logsumexp(tf.concat(found, axis=1), axis=1) for found in entries]
 
     def drawn(self, cond: Cond, noise: Array) -> tuple[Array, Array]:
-        """Sample actions [B,H,A] without a gradient (but where the noise was clipped), their log-density [B] with one.
+        """Samples actions [B,H,A] without a gradient (but where the noise was clipped), their log-density [B]
+        with one.
 
         So it is in the reference. Nothing comes of it there either: only the critics are trained on this loss.
         """

@@ -39,7 +39,7 @@ BOUND = 3.0  # deviations within which returns are drawn and backed up
 
 
 def distributional_loss(mean: Array, std: Array, target: Array, drawn: Array, scale: Array) -> Array:
-    """Return L_1 + L_2. mean, std [2,B]; y = target [B], y_z = drawn [B], w = scale [2], none with a gradient."""
+    """Returns L_1 + L_2. mean, std [2,B]; y = target [B], y_z = drawn [B], w = scale [2], none with a gradient."""
     bound = BOUND * scale[:, None]
     m, s = tf.stop_gradient(mean), tf.stop_gradient(std)
     bounded = m + tf.clip_by_value(drawn - m, -bound, bound)
@@ -87,7 +87,8 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan steps of critics that draw each new transition `replay_ratio` times, the temperature's among them."""
+        """Plans steps of critics that draw each new transition `replay_ratio` times, the temperature's among
+        them."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"]) // CRITIC_STEPS
         if progress.itr < settings["n_critic_warmup_itr"]:
             return [Phase(n, False)]
@@ -108,13 +109,14 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     # ---------- acting ----------
 
     def explored(self, cond: Cond, noise: Array, exploration: Array) -> Array:
-        """Sample chunks [B,H,A] with noise of the learned size. noise [K+1,B,H,A], exploration [B,H,A] normal."""
+        """Samples chunks [B,H,A] with noise of the learned size. noise [K+1,B,H,A], exploration [B,H,A]
+        normal."""
         size = tf.cast(tf.exp(tf.stop_gradient(self._log_alpha)), self.dtype) * self.exploration_scale
         actions = self.sample(cond, noise, deterministic=True)
         return tf.clip_by_value(actions + size * tf.cast(exploration, self.dtype), -1.0, 1.0)
 
     def _action_draws(self, rng: Any, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """Draw what `explored` takes, so many times."""
+        """Draws what `explored` takes, so many times."""
         chain = rng.normal((*times, *self.noise_shape(batch)), floatx())
         return chain, rng.normal((*times, batch, self.horizon_steps, self.action_dim), floatx())
 
@@ -131,7 +133,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     def targets(
         self, batch: Transitions, gamma: float, noise: Array, exploration: Array, z: Array
     ) -> tuple[Array, Array]:
-        """Return y and y_z [B]. noise [K+1,B,H,A], exploration [B,H,A], z [B]."""
+        """Returns y and y_z [B]. noise [K+1,B,H,A], exploration [B,H,A], z [B]."""
         following = {"state": batch.next_obs}
         mean, std = self.critic_target(following, self.explored(following, noise, exploration))
         spread = tf.where(mean[0] < mean[1], std[0], std[1]) * tf.clip_by_value(z, -BOUND, BOUND)
@@ -139,29 +141,29 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         return batch.rewards + discount * mean, batch.rewards + discount * (mean + spread)
 
     def loss_critic(self, batch: Transitions, target: Array, drawn: Array, scale: Array) -> Array:
-        """Return the loss of both critics. target, drawn: of `targets`; scale [2]."""
+        """Returns the loss of both critics. target, drawn: of `targets`; scale [2]."""
         mean, std = self.critic({"state": batch.obs}, batch.actions)
         return distributional_loss(mean, std, target, drawn, scale)
 
     def update_std_scale(self, batch: Transitions, tau: float) -> Array:
-        """Return w [2], moved towards the batch's mean deviations, with which it begins."""
+        """Returns w [2], moved towards the batch's mean deviations, with which it begins."""
         _, std = self.critic({"state": batch.obs}, batch.actions)
         mean, old = tf.reduce_mean(std, axis=-1), self.std_scale.read_value()
         return self.std_scale.assign(tf.where(old < 0, mean, (1 - tau) * old + tau * mean))
 
     def loss_actor(self, obs: Array, noise: Array, exploration: Array) -> Array:
-        """Return minus the smaller mean of the policy's own actions. noise [K+1,B,H,A], exploration [B,H,A]."""
+        """Returns minus the smaller mean of the policy's own actions. noise [K+1,B,H,A], exploration [B,H,A]."""
         mean, _ = self.critic({"state": obs}, self.explored({"state": obs}, noise, exploration))
         return -tf.reduce_mean(tf.reduce_min(mean, axis=0))
 
     def entropy(self, obs: Array, n: int, noise: Array, exploration: Array) -> Array:
-        """Return H, a scalar: the mean over states of the entropy of n exploring actions. noise [K+1,B*n,H,A]."""
+        """Returns H, a scalar: the mean over states of the entropy of n exploring actions. noise [K+1,B*n,H,A]."""
         actions = self.explored({"state": tf.repeat(obs, n, axis=0)}, noise, exploration)
         by_state = tf.reshape(actions, [-1, n, self.horizon_steps * self.action_dim])
         return tf.reduce_mean(mixture_entropy(by_state))
 
     def loss_temperature(self, entropy: Array, target_entropy: float) -> Array:
-        """Return log alpha (H - Hbar): alpha grows while the entropy is below its target."""
+        """Returns log alpha (H - Hbar), a scalar: alpha grows while the entropy is below its target."""
         return self._log_alpha * tf.cast(entropy - target_entropy, tf.float64)
 
     # ---------- updates ----------
@@ -178,7 +180,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
-        """Step the critics, each time on another batch; then the actor on the last of these, and the targets."""
+        """Steps the critics, each time on another batch; then the actor on the last of these, and the targets."""
         tau, norm = settings["target_ema_rate"], settings.get("max_grad_norm")
         losses = {}
         for k in range(CRITIC_STEPS):

@@ -48,7 +48,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     @property
     def copies(self) -> list[keras.layers.Layer]:
-        """Return the networks that start as the pre-trained one."""
+        """Returns the networks that start as the pre-trained one."""
         return [self.actor_target]
 
     def parts(self, settings: Settings) -> dict[str, Part]:
@@ -57,17 +57,17 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def target_sample(self, cond: Cond, noise: Array, deterministic: bool = False) -> Array:
-        """Sample action chunks [B,H,A] of the target actor."""
+        """Samples action chunks [B,H,A] of the target actor."""
         return self.sample(cond, noise, deterministic, network=self.actor_target)
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Returns the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.critic_target(following, self.target_sample(following, noise)))
         return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
 
     def improve(self, cond: Cond, actions: Array, lr: float, n_steps: int, max_norm: float) -> Array:
-        """Return actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
+        """Returns actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
 
         The gradient's norm is bounded over the whole batch; actions stay in [-1, 1].
         """
@@ -114,7 +114,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
         return losses
 
     def update_actor(self, data: Any, draws: dict[str, Array], step: Any, settings: Settings) -> Array:
-        """Improve actions, put them back, imitate them."""
+        """Improves actions [B,Ta,A], puts them back and imitates them; returns the loss."""
         batch = data.online.at(draws["actor_rows"])
         cond, n_elements = {"state": batch.obs}, batch.actions.shape[1] * batch.actions.shape[2]
         actions = self.improve(

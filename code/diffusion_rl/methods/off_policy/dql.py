@@ -43,7 +43,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Returns the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.critic_target(following, self.sample(following, noise)))
         return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
@@ -51,7 +51,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     def loss_actor(
         self, obs: Array, eta: float, act_steps: int, noise: Array, t: Array, denoising_noise: Array, coin: Array
     ) -> Array:
-        """Return the denoising loss plus eta times the normalised value, of the policy's own actions.
+        """Returns the denoising loss plus eta times the normalised value, of the policy's own actions.
 
         Args:
             noise: [K+1,B,H,A] for the actions;  t [B], denoising_noise [B,act_steps,A] for their denoising loss.

@@ -60,7 +60,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     @property
     def copies(self) -> list[keras.layers.Layer]:
-        """Return the networks that start as the pre-trained one."""
+        """Returns the networks that start as the pre-trained one."""
         return [self.target_actor, self.bc_policy]
 
     def experience(self, settings: Settings) -> Experience:
@@ -71,7 +71,8 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         return {"actor": Part(self.trainable(), "actor_"), "critic": Part(critics, "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan in every so many iterations the critics' updates, then the actor's on the last of their batches."""
+        """Plans in every so many iterations the critics' updates, then the actor's on the last of their
+        batches."""
         if progress.itr <= settings["n_explore_steps"] or progress.itr % settings["update_freq"]:
             return []
         critics = Phase(settings["critic_num_update"], True, "update_critic", "draw_critic")
@@ -82,7 +83,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     def proposals(
         self, cond: Cond, network: keras.layers.Layer, noise: Array, deterministic: bool, keep: Array | None = None
     ) -> list[Array]:
-        """Sample actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A], keep [2,B,W]."""
+        """Samples actions [B,H,A] of the imitation policy and of `network`. noise [2,B,H*A], keep [2,B,W]."""
         masks = [split_masks(network, None if keep is None else keep[i]) for i in range(2)]
         imitated, _ = self.sample(cond, noise[0], True, self.bc_policy, masks[0])
         learned, _ = self.sample(cond, noise[1], deterministic, network, masks[1])
@@ -91,14 +92,14 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     def loss_critic(
         self, batch: Transitions, gamma: float, pair: Array, noise: Array, keep: Array | None = None
     ) -> Array:
-        """Return all critics' Bellman error. pair [2]: the target critics that count; noise, keep: of `proposals`."""
+        """Returns all critics' Bellman error. pair [2]: the target critics that count; noise, keep: of `proposals`."""
         following = {"state": batch.next_obs}
         actions = self.proposals(following, self.target_actor, noise, deterministic=False, keep=keep)
         values = [self.smaller(self.target_networks, following, each, pair) for each in actions]
         return self.ensemble_error(batch, tf.maximum(*values), gamma)
 
     def loss_actor(self, obs: Array, noise: Array, keep: Array | None = None) -> Array:
-        """Return minus the smallest value of the policy's own reparametrised actions. noise [B,H*A], keep [B,W]."""
+        """Returns minus the smallest value of the policy's own reparametrised actions. noise [B,H*A], keep [B,W]."""
         actions, _ = self.sample({"state": obs}, noise, keep_masks=split_masks(self.network, keep))
         return -tf.reduce_mean(tf.reduce_min(self.ensemble_params({"state": obs}, actions), axis=0))
 
@@ -153,7 +154,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
     def choices(
         self, cond: Cond, pair: Array, noise: Array, deterministic: bool = False, keep: Array | None = None
     ) -> Any:
-        """Return the better proposal [B,H,A]; or, exploring softly, both [B,2,H,A] with their weights [B,2].
+        """Returns the better proposal [B,H,A]; or, exploring softly, both [B,2,H,A] with their weights [B,2].
 
         The critics asked are, as in the reference, those that are never trained (quirk 49).
 

@@ -26,12 +26,12 @@ EXPLORATION = 0.7  # of the choice among samples
 
 
 def expectile_weight(u: Array, expectile: float) -> Array:
-    """Return the expectile where u > 0, else 1 - expectile."""
+    """Returns the expectile where u > 0, else 1 - expectile, [...] as u."""
     return tf.where(u > 0, tf.constant(expectile, u.dtype), tf.constant(1 - expectile, u.dtype))
 
 
 def expectile_loss(u: Array, expectile: float = EXPECTILE) -> Array:
-    """Return the asymmetric squared error, elementwise."""
+    """Returns the asymmetric squared error, elementwise, [...] as u."""
     return expectile_weight(u, expectile) * tf.square(u)
 
 
@@ -72,17 +72,19 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def value(self, cond: Cond) -> Array:
-        """Return V(o) [B]."""
+        """Returns V(o) [B]."""
         return tf.reshape(self.critic_v(cond), [-1])
 
     def compute_advantages(self, cond: Cond, actions: Array) -> Array:
-        """Return min_i Q_i'(o, a) - V(o) [B]; a gradient flows through V only."""
+        """Returns min_i Q_i'(o, a) - V(o) [B]; a gradient flows through V only."""
         return tf.stop_gradient(tf.minimum(*self.target_q(cond, actions))) - self.value(cond)
 
     def loss_critic_v(self, batch: Transitions) -> Array:
+        """Returns the mean expectile loss of the advantages, a scalar."""
         return tf.reduce_mean(expectile_loss(self.compute_advantages({"state": batch.obs}, batch.actions)))
 
     def loss_critic_q(self, batch: Transitions, gamma: float) -> Array:
+        """Returns the Bellman error of both critics with the state value, a scalar."""
         q = self.critic_q({"state": batch.obs}, batch.actions)
         return bellman_error(q, batch, self.value({"state": batch.next_obs}), gamma)
 
@@ -137,7 +139,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
         use_expectile_exploration: bool = True,
         critic_hyperparam: float = EXPLORATION,
     ) -> Any:
-        """Return the best sample [B,H,A]; or, exploring by expectiles, all [B,N,H,A] with their weights [B,N].
+        """Returns the best sample [B,H,A]; or, exploring by expectiles, all [B,N,H,A] with their weights [B,N].
 
         noise [K+1,N*B,H,A], the samples of one number together.
         """

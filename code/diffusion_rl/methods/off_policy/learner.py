@@ -51,17 +51,17 @@ class Learner:
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Return the present rates by part."""
+        """Returns the present rates by part."""
         return self.optimizers.learning_rates
 
     def end_iteration(self) -> None:
-        """Advance the learning-rate schedules."""
+        """Advances the learning-rate schedules."""
         self.optimizers.advance()
 
     # ---------- acting ----------
 
     def act(self, state: np.ndarray, rng: Any, deterministic: bool) -> np.ndarray:
-        """Decide on action chunks [E,H,A] for observations [E,To,O], with draws from `rng`."""
+        """Decides on action chunks [E,H,A] for observations [E,To,O], with draws from `rng`."""
         draws = self.policy.draw_action(rng, len(state), deterministic, self.settings)
         decided = self._act(tf.constant(state, self.policy.dtype), _tensors(draws), deterministic)
         if not isinstance(decided, tuple):
@@ -75,7 +75,7 @@ class Learner:
     # ---------- updating ----------
 
     def run(self, phase: Phase, rng: Any, rows: Any, after: Callable[[int, Losses], None]) -> Losses:
-        """Run all updates of a phase; `after(number, losses)` is called after each compiled call.
+        """Runs all updates of a phase; `after(number, losses)` is called after each compiled call.
 
         Args:
             rng: the source of all draws.
@@ -121,13 +121,13 @@ class Learner:
         return loop
 
     def _note(self, phase: Phase, losses: Mapping[str, tf.Tensor]) -> None:
-        """Note, while a program is traced, which losses it will return."""
+        """Notes, while a program is traced, which losses it will return."""
         self._names[phase.update, phase.train_actor] = tuple(losses)
 
     # ---------- state ----------
 
     def _apart(self) -> dict[str, tf.Variable]:
-        """Return what is trained but is not in the policy's state_dict."""
+        """Returns what is trained but is not in the policy's state_dict."""
         known = {id(each.variable) for each in named_parameters(self.policy)}
         return {
             f"train.{name}.{i}": variable
@@ -137,15 +137,15 @@ class Learner:
         }
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the optimizers' moments, and what the policy's state_dict leaves out."""
+        """Returns the optimizers' moments, and what the policy's state_dict leaves out."""
         return {name: variable.numpy() for name, variable in self._apart().items()} | self.optimizers.tensors()
 
     def state(self) -> dict[str, Any]:
-        """Return where the schedules stand, as JSON values."""
+        """Returns where the schedules stand, as JSON values."""
         return self.optimizers.state()
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Take back what `tensors` and `state` returned."""
+        """Takes back what `tensors` and `state` returned."""
         for name, variable in self._apart().items():
             variable.assign(tensors[name])
         self.optimizers.restore(tensors, state)

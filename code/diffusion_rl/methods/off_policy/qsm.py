@@ -48,7 +48,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
     # ---------- losses ----------
 
     def action_slope(self, cond: Cond, actions: Array) -> Array:
-        """Average dQ/da [B,H,A] over both critics; no gradient flows through it."""
+        """Averages dQ/da [B,H,A] over both critics; no gradient flows through it."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(actions)
             q1, q2 = self.critic_q(cond, actions)
@@ -56,7 +56,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
         return tf.stop_gradient(tape.gradient(total, actions)) / 2
 
     def loss_actor(self, obs: Array, actions: Array, q_grad_coeff: float, noise: Array, t: Array) -> Array:
-        """Match the score to the slope at noisy actions. actions, noise [B,H,A], t [B]."""
+        """Matches the score to the slope at noisy actions. actions, noise [B,H,A], t [B]."""
         cond = {"state": obs}
         noisy = self.q_sample(actions, t, noise)
         slope = self.action_slope(cond, noisy)
@@ -64,7 +64,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
         return tf.reduce_mean(tf.square(-predicted - q_grad_coeff * slope))
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
-        """Return the Bellman error of both critics. noise [K+1,B,H,A]."""
+        """Returns the Bellman error of both critics. noise [K+1,B,H,A]."""
         following = {"state": batch.next_obs}
         next_q = tf.minimum(*self.target_q(following, self.sample(following, noise)))
         return bellman_error(self.critic_q({"state": batch.obs}, batch.actions), batch, next_q, gamma)

@@ -30,22 +30,22 @@ class EnsembleCritics:
     """
 
     def init_critics(self, critic: keras.layers.Layer, n_critics: int) -> None:
-        """Build the critics, when the policy is built."""
+        """Builds the critics, when the policy is built."""
         self.n_critics = n_critics
         self.critic_networks = CriticEnsemble([critic] * n_critics)
         self.target_networks = CriticEnsemble([critic] * n_critics)
         self.ensemble_params = CriticEnsemble([critic] * n_critics)
 
     def draw_pair(self, rng: Any) -> np.ndarray:
-        """Draw the indices [2] of two different critics."""
+        """Draws the indices [2] of two different critics."""
         return rng.permutation(self.n_critics)[:2]
 
     def smaller(self, critics: CriticEnsemble, cond: Any, actions: Array, pair: Array) -> Array:
-        """Return the smaller value [B] of these two critics."""
+        """Returns the smaller value [B] of these two critics."""
         return tf.reduce_min(critics(cond, actions, pair), axis=0)
 
     def ensemble_error(self, batch: Transitions, next_value: Array, gamma: float) -> Array:
-        """Average over critics and batch the squared distance to r + gamma (1 - terminated) V(o')."""
+        """Averages over critics and batch the squared distance to r + gamma (1 - terminated) V(o'); next_value [B]."""
         target = tf.stop_gradient(batch.rewards + gamma * (1.0 - batch.terminated) * next_value)
         return tf.reduce_mean(tf.square(self.ensemble_params({"state": batch.obs}, batch.actions) - target))
 
@@ -94,7 +94,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan the critics' updates, then the actor's on the last of their batches."""
+        """Plans the critics' updates, then the actor's on the last of their batches."""
         if progress.itr < settings["n_explore_steps"]:
             return []
         critics = Phase(settings["critic_num_update"], True, "update_critic", "draw_critic")
@@ -103,7 +103,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, pair: Array, noise: Array) -> Array:
-        """Return the Bellman error of all critics; `pair` [2] are the target critics that count."""
+        """Returns the Bellman error of all critics; `pair` [2] are the target critics that count."""
         following = {"state": batch.next_obs}
         next_actions, next_log_prob = self.sample(following, noise)
         next_value = self.smaller(self.target_networks, following, next_actions, pair)
@@ -112,7 +112,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
         return self.ensemble_error(batch, next_value, gamma)
 
     def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
-        """Return minus the mean value of reparametrised actions under all critics, and their entropy."""
+        """Returns minus the mean value of actions under all critics, and their entropy; obs [B,To,O]."""
         cond = {"state": obs}
         actions, log_prob = self.sample(cond, noise)
         return tf.reduce_mean(alpha * log_prob - tf.reduce_mean(self.ensemble_params(cond, actions), axis=0))

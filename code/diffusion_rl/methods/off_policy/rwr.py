@@ -40,12 +40,12 @@ class RewardWeighted(OffPolicy):
         return {"policy": Part([v for v in variables_of(self.network) if v.trainable], "")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan epochs over the iteration's complete episodes; what is left over of an epoch is dropped."""
+        """Plans epochs over the iteration's complete episodes; what is left over of an epoch is dropped."""
         batches = max(1, progress.rows // settings["batch_size"]) if progress.rows else 0
         return [Phase(settings["update_epochs"] * batches, before="weigh")]
 
     def weigh(self, data: Any, settings: Settings, n_envs: int) -> dict[str, np.ndarray]:
-        """Write weights [N], made of the rewards-to-go [N], into the buffer."""
+        """Writes weights [N], made of the rewards-to-go [N], into the buffer."""
         returns = data.online.read("returns")
         normalised = (returns - returns.mean()) / (returns.std() + 1e-3)
         weights = np.minimum(np.exp(settings["beta"] * normalised.astype(floatx())), settings["max_reward_weight"])
@@ -70,14 +70,14 @@ class WeightedDenoising(ExploringDiffusionPolicy):
     """A diffusion policy with the weighted loss; arguments of `ExploringDiffusionPolicy`."""
 
     def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
-        """Draw step and noise of the denoising loss for b rows."""
+        """Draws step and noise of the denoising loss for b rows."""
         return {
             "t": rng.integers(0, self.denoising_steps, (b,)),
             "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
-        """Average weight [B] times the chunk's mean error over the batch; draws t [B] and noise [B,H,A]."""
+        """Averages weight [B] times the chunk's mean error over the batch; draws t [B] and noise [B,H,A]."""
         errors = self.errors(batch.actions, {"state": batch.obs}, draws["t"], draws["noise"])
         return tf.reduce_mean(weights * tf.reduce_mean(errors, axis=[1, 2]))
 
@@ -95,11 +95,11 @@ class WeightedLikelihood(ExploringGaussianPolicy):
         self.actor = self.network
 
     def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
-        """Draw nothing: the likelihood is exact."""
+        """Draws nothing: the likelihood is exact."""
         return {}
 
     def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
-        """Return minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
+        """Returns minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
         mean, std = self.mean_std({"state": batch.obs})
         log_prob = normal_log_prob(tf.reshape(batch.actions, tf.shape(mean)), mean, std)
         return -tf.reduce_mean(weights * tf.reduce_mean(log_prob, axis=-1))

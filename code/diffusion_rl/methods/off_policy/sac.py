@@ -39,25 +39,25 @@ class SoftPolicy(OffPolicy, ExploringGaussianPolicy):
     _log_alpha: tf.Variable
 
     def temperature(self, settings: Settings) -> Part:
-        """Make the temperature, at its beginning, with Adam at the critic's rate."""
+        """Makes the temperature, at its beginning, with Adam at the critic's rate."""
         self._log_alpha = tf.Variable(np.log(settings["init_temperature"]), dtype=tf.float64)
         return Part([self._log_alpha], "critic_", constant=True)
 
     @property
     def alpha(self) -> Array:
-        """Return the temperature in the precision of the weights."""
+        """Returns the temperature, a scalar in the precision of the weights."""
         return tf.cast(tf.exp(self._log_alpha), self.dtype)
 
     def watched(self) -> dict[str, float]:
         return {"log_alpha": float(self._log_alpha.numpy())}
 
     def loss_temperature(self, obs: Array, alpha: Array, target_entropy: float, noise: Array) -> Array:
-        """Return -mean(alpha (log pi + target entropy)): alpha grows while the entropy is below its target."""
+        """Returns -mean(alpha (log pi + target entropy)), obs [B,To,O]: alpha grows while the entropy is too small."""
         _, log_prob = self.sample({"state": obs}, noise)
         return -tf.reduce_mean(alpha * tf.stop_gradient(log_prob + target_entropy))
 
     def step_temperature(self, obs: Array, noise: Array, step: Any, settings: Settings) -> Array:
-        """Take one gradient step on the temperature."""
+        """Takes a gradient step on the temperature; obs [B,To,O], noise as in `sample`. Returns the loss."""
         return step(
             "log_alpha", lambda: self.loss_temperature(obs, self.alpha, float(settings["target_entropy"]), noise)
         )
@@ -77,12 +77,12 @@ class SoftActorCritic(SoftPolicy):
         self.critic, self.target_critic = critic, clone(critic)
 
     def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
-        """Average alpha log pi - min Q at reparametrised actions."""
+        """Returns the mean of alpha log pi - min Q at reparametrised actions; obs [B,To,O]."""
         actions, log_prob = self.sample({"state": obs}, noise)
         return tf.reduce_mean(alpha * log_prob - tf.minimum(*self.critic({"state": obs}, actions)))
 
     def update_target_critic(self, tau: float) -> None:
-        """Move the targets: target <- (1 - tau) target + tau critic."""
+        """Moves the targets: target <- (1 - tau) target + tau critic."""
         follow(self.target_critic, self.critic, tau)
 
 
@@ -108,7 +108,8 @@ class SAC(SoftActorCritic):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plan an update in every so many iterations (each a step of one environment), of the actor in fewer."""
+        """Plans an update in every so many iterations (each a step of one environment), of the actor in
+        fewer."""
         every, every_actor = (
             max(1, int(settings["batch_size"] / settings[f"{part}_replay_ratio"])) for part in ("critic", "actor")
         )
@@ -119,7 +120,7 @@ class SAC(SoftActorCritic):
     # ---------- losses ----------
 
     def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
-        """Add both critics' mean squared Bellman errors; the target carries no gradient."""
+        """Returns the sum of both critics' mean squared Bellman errors, a scalar; the target carries no gradient."""
         following = {"state": batch.next_obs}
         next_actions, next_log_prob = self.sample(following, noise)
         soft_value = tf.minimum(*self.target_critic(following, next_actions)) - alpha * next_log_prob
@@ -138,7 +139,7 @@ class SAC(SoftActorCritic):
     def update(
         self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
-        """Step the critic and its target; then several times actor and temperature on the same batch."""
+        """Steps the critic and its target; then several times actor and temperature on the same batch."""
         batch, alpha = data.online.at(draws["rows"]), self.alpha  # its value at the beginning serves throughout
         losses = {
             "loss_critic": step(

@@ -95,7 +95,7 @@ class OffPolicyTraining(FineTuning):
         return ReplayBuffer(capacity, self._shapes(self.experience.fields))
 
     def _take_dataset(self, dataset: Any) -> None:
-        """Put the offline data into a buffer of its own, or at the beginning of the replay buffer."""
+        """Puts the offline data into a buffer of its own, or at the beginning of the replay buffer."""
         names = self.experience.offline_fields
         if not names and not self.experience.starts_with_dataset:
             return
@@ -171,7 +171,8 @@ class OffPolicyTraining(FineTuning):
         return self.noise.uniform(shape, -1.0, 1.0, floatx()), {}
 
     def _store(self, observations: Observations, actions: np.ndarray, result: Any) -> None:
-        """Keep transitions. A truncation is followed by the old episode's last observation, not the new one's first."""
+        """Keeps transitions. A truncation is followed by the old episode's last observation, not the new one's
+        first."""
         if self.experience.whole_episodes:
             return
         following, truncated = np.array(result.observations["state"]), np.asarray(result.truncated, bool)
@@ -188,7 +189,7 @@ class OffPolicyTraining(FineTuning):
         )
 
     def _keep_episodes(self, rollout: Rollout) -> None:
-        """Keep nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
+        """Keeps nothing but the complete episodes of this rollout, with discounted rewards-to-go."""
         self.buffers.online.clear()
         for env, start, end in rollout.episodes():
             self.buffers.online.add(
@@ -198,7 +199,7 @@ class OffPolicyTraining(FineTuning):
             )
 
     def _keep_returns(self, rollout: Rollout) -> None:
-        """Write the discounted rewards-to-go of the episodes that were just added whole."""
+        """Writes the discounted rewards-to-go of the episodes that were just added whole."""
         ends = np.flatnonzero(rollout.firsts[1:, 0]) + 1
         episodes = np.split(rollout.rewards[:, 0], ends[:-1])
         returns = np.concatenate([rewards_to_go(rewards, self.train["gamma"]) for rewards in episodes])
@@ -227,7 +228,7 @@ class OffPolicyTraining(FineTuning):
         return summary | self.model.watched() | {"losses": losses}
 
     def _after(self, losses: Losses, folder: RunDir) -> None:
-        """Check the losses and stop if that was asked for, between compiled calls."""
+        """Checks the losses and stops if that was asked for, between compiled calls."""
         self.check_finite({name: values[-1] for name, values in losses.items()}, self.itr)
         folder.stop_if_requested()
 
@@ -253,7 +254,8 @@ class OffPolicyTraining(FineTuning):
     # ---------- watching ----------
 
     def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
-        """Return, where iterations are single steps, the training's episodes that have ended since its last row."""
+        """Returns returns, where iterations are single steps, the training's episodes that have ended since its last
+        row."""
         if not self.experience.counts_episodes or self.experience.n_episodes is not None:
             return stats
         if evaluating:

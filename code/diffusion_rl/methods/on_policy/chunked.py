@@ -16,7 +16,8 @@ from diffusion_rl.networks.layers import Array
 
 
 def chunks(rows: int, largest: int) -> tuple[int, int, int]:
-    """Return number and size of the chunks of about `largest` rows, and the rows of padding that the last one takes."""
+    """Returns number and size of the chunks of about `largest` rows, and the rows of padding that the last one
+    takes."""
     if tf.config.list_logical_devices("GPU"):
         return 1, rows, 0
     n_chunks = max(1, round(rows / largest))
@@ -34,7 +35,7 @@ def accumulate(
     n_statistics: int,
     dtype: tf.DType,
 ) -> tuple[list[Array], Array]:
-    """Sum gradients and statistics over the chunks, in loops that TensorFlow runs side by side.
+    """Sums gradients and statistics over the chunks, in loops that TensorFlow runs side by side.
 
     Args:
         one_chunk: first row of the chunk -> (gradients shaped as `like`, statistics [n_statistics]).
@@ -51,7 +52,7 @@ def accumulate(
 
 
 def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype: tf.DType) -> Array:
-    """Return the values of all chunks, [n_chunks * size].
+    """Returns the values of all chunks, [n_chunks * size].
 
     Args:
         one_chunk: first row of the chunk -> [size].
@@ -71,7 +72,7 @@ def _n_loops(n_chunks: int) -> int:
 
 
 def _side_by_side(body: Callable[..., tuple], start: Callable[[int], tuple], n_chunks: int) -> list[tuple[Any, ...]]:
-    """Deal the chunks to loops; `body` gets the number of a chunk and the loop's own values, which begin as
+    """Deals the chunks to loops; `body` gets the number of a chunk and the loop's own values, which begin as
     `start(number of chunks of a loop)`."""
     n_loops = _n_loops(n_chunks)
     per_loop = n_chunks // n_loops

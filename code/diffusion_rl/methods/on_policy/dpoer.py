@@ -110,11 +110,11 @@ class DPOER(DPPO):
 
     @property
     def temperature(self) -> Array:
-        """Return alpha, a scalar."""
+        """Returns alpha, a scalar."""
         return self._temperature if self.mode == "published" else tf.exp(self._temperature)
 
     def temperature_gradient(self, entropy: Array) -> Array:
-        """Differentiate the temperature's loss by the variable that is trained."""
+        """Returns the gradient, a scalar, of the temperature's loss by the variable that is trained."""
         excess = entropy - self.target_entropy
         return excess / self._temperature if self.mode == "published" else excess
 
@@ -123,6 +123,8 @@ class DPOER(DPPO):
     def step_policy_loss(
         self, log_prob: Array, old_log_prob: Array, advantages: Array, denoising_inds: Array
     ) -> PerRow:
+        """Returns the clipped loss of denoising steps, all arguments [B]; as published with the entropy's bonus
+        inside."""
         loss, ratio, approx_kl, outside = super().step_policy_loss(log_prob, old_log_prob, advantages, denoising_inds)
         if self.mode == "published":
             bound = self.clip_range(denoising_inds)
@@ -132,7 +134,7 @@ class DPOER(DPPO):
         return loss, ratio, approx_kl, outside
 
     def published_entropy(self, obs: Cond, chains_prev: Array, denoising_inds: Array, noise: Array) -> Array:
-        """Estimate H, a scalar, from chunks drawn by one denoising step each.
+        """Estimates H, a scalar, from chunks drawn by one denoising step each.
 
         Args:
             obs: {"state": [B,To,O]};  chains_prev, noise: [B,H,A];  denoising_inds: [B].
@@ -151,7 +153,7 @@ class DPOER(DPPO):
     # ---------- corrected ----------
 
     def action_entropy(self, obs: Cond, noise: Array, std_floor: Array) -> Array:
-        """Estimate H, a scalar, the mean over states of the entropy of their executed actions; differentiable.
+        """Estimates H, a scalar, the mean over states of the entropy of their executed actions; differentiable.
 
         Args:
             obs: {"state": [B,To,O]};  noise: [sampling_steps + 1, B*N, H, A];
@@ -163,7 +165,7 @@ class DPOER(DPPO):
         return tf.reduce_mean(nearest_neighbour_entropy(by_state))
 
     def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> DPOERTrainer:
-        """Build what updates this policy; arguments of `PPOTrainer`."""
+        """Builds what updates this policy; arguments of `PPOTrainer`."""
         return DPOERTrainer(self, settings, reward_horizon)
 
 
@@ -188,7 +190,7 @@ class DPOERTrainer(DPPOTrainer):
         self._tune = tf.function(self._temperature_step)
 
     def draw(self, rng: Any, rows: int) -> Any:
-        """Draw noise for an estimate that is due: published, of chunks [B',H,A]; corrected, of whole chains."""
+        """Draws noise for an estimate that is due: published, of chunks [B',H,A]; corrected, of whole chains."""
         p = self.policy
         if not self.published:
             return rng.normal(self.actor.noise_shape(min(rows, p.entropy_states) * p.entropy_samples), floatx())
@@ -218,6 +220,7 @@ class DPOERTrainer(DPPOTrainer):
         self.temperature_optimizer.apply([self.policy.temperature_gradient(self.entropy)])
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        """Returns the parts of the loss of rows [B] and the gradients by name, the entropy's own included."""
         losses, grads = super().gradients(rows, data, None)
         if self.published:
             return losses, grads

@@ -97,7 +97,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         reward_horizon: int = 4,
         bc_noise: Array | None = None,
     ) -> Losses:
-        """Return the loss of one minibatch, straight from the definition.
+        """Returns the loss of one minibatch, straight from the definition.
 
         Args:
             obs: {"state": [B,To,O]}
@@ -114,7 +114,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return self.minibatch_loss(batch, reward_horizon, bc_noise if use_bc_loss else None)
 
     def minibatch_loss(self, batch: Minibatch, reward_horizon: int, bc_noise: Array | None = None) -> Losses:
-        """Return the loss from old log-probabilities already averaged over the chunk."""
+        """Returns the loss from old log-probabilities already averaged over the chunk."""
         new, eta = self.log_probs_subsample(batch.obs, batch.chains_prev, batch.chains_next, batch.denoising_inds)
         per_row = self.step_policy_loss(
             chunk_log_prob(new, reward_horizon),
@@ -134,11 +134,11 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
     def step_policy_loss(
         self, log_prob: Array, old_log_prob: Array, advantages: Array, denoising_inds: Array
     ) -> PerRow:
-        """Return `clipped_policy_loss` of denoising steps, all arguments [B]; advantages: of `step_advantages`."""
+        """Returns `clipped_policy_loss` of denoising steps, all arguments [B]; advantages: of `step_advantages`."""
         return clipped_policy_loss(log_prob, old_log_prob, advantages, self.clip_range(denoising_inds))
 
     def step_advantages(self, advantages: Array, denoising_inds: Array) -> Array:
-        """Normalise [B], clamp to the quantiles, then discount by the denoising steps still to come."""
+        """Normalises [B], clamps to the quantiles, then discounts by the denoising steps still to come."""
         advantages = self.normalised(advantages)
         low, high = self.advantage_quantiles
         if (low, high) != (0, 1):
@@ -149,7 +149,7 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return advantages * tf.gather(discounts, denoising_inds)
 
     def clip_range(self, denoising_inds: Array) -> Array:
-        """Return PPO's clip range [B]: base + (coef - base) (e^(rate i/(F-1)) - 1) / (e^rate - 1).
+        """Returns PPO's clip range [B]: base + (coef - base) (e^(rate i/(F-1)) - 1) / (e^rate - 1).
 
         With a single fine-tuned step the range is `clip_ploss_coef` (the reference divides zero by zero there).
         """
@@ -161,7 +161,8 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return self.clip_ploss_coef_base + (self.clip_ploss_coef - self.clip_ploss_coef_base) * growth
 
     def bc_loss(self, obs: Cond, noise: Array) -> Array:
-        """Return minus the mean log-probability, under the fine-tuned policy, of chains that the pre-trained one draws.
+        """Returns minus the mean log-probability, under the fine-tuned policy, of chains that the pre-trained one
+        draws.
 
         (Torne et al. 2024, eq. 2.) Not restricted to the reward horizon.
         """
@@ -170,12 +171,12 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return -tf.reduce_mean(chunk_log_prob(log_prob, self.horizon_steps))
 
     def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> DPPOTrainer:
-        """Build what updates this policy; arguments of `PPOTrainer`."""
+        """Builds what updates this policy; arguments of `PPOTrainer`."""
         return DPPOTrainer(self, settings, reward_horizon)
 
 
 def quantile(ordered: Array, q: float) -> Array:
-    """Return the quantile of sorted values [N] with linear interpolation, as torch.quantile."""
+    """Returns the quantile of sorted values [N] with linear interpolation, as torch.quantile."""
     position = tf.constant(q, ordered.dtype) * tf.cast(tf.size(ordered) - 1, ordered.dtype)
     below = tf.cast(tf.floor(position), tf.int32)
     above = tf.minimum(below + 1, tf.size(ordered) - 1)
@@ -195,7 +196,7 @@ class DPPOTrainer(PPOTrainer):
         return super().modules() | ({"eta": self.policy.eta} if self.policy.learn_eta else {})
 
     def compile(self) -> None:
-        """(Re)build the compiled functions; needed again when annealing changed the number of fine-tuned steps."""
+        """(Re)builds the compiled functions; needed again when annealing changed the number of fine-tuned steps."""
         super().compile()
         p = self.policy
         self.fast = bool(self.settings.get("fast", True)) and not self.use_bc_loss and dppo_fast.applicable(p)
@@ -206,32 +207,36 @@ class DPPOTrainer(PPOTrainer):
     # ---------- of a whole rollout ----------
 
     def seen_log_probs(self, state: Array, samples: Array, rgb: Array) -> np.ndarray:
+        """Returns log-probabilities [N,F,H,A] of chains [N,F+1,H,A]."""
         return self.actor.log_probs(state, samples, rgb)
 
     @property
     def rows_per_sample(self) -> int:
-        """Return F: a row is one step of a chain, the step running fastest."""
+        """Returns F: a row is one step of a chain, the step running fastest."""
         return self.policy.ft_denoising_steps
 
     def reduce(self, log_probs: np.ndarray) -> Any:
+        """Averages over the chunk, [N,F,H,A] -> [N,F]."""
         return self._chunk_log_prob(tf.constant(log_probs, self.policy.dtype))
 
     # ---------- minibatches ----------
 
     def draw(self, rng: Any, rows: int) -> Any:
-        """Draw the noise of the pre-trained policy's chains [steps + 1, B, H, A], where behaviour cloning is added."""
+        """Draws the noise of the pre-trained policy's chains [steps + 1, B, H, A], where behaviour cloning is added."""
         return rng.normal(self.actor.noise_shape(rows), floatx()) if self.use_bc_loss else None
 
     def steps(self, name: str, train_actor: bool, number: int) -> bool:
-        """Step eta every `eta_update_interval`-th minibatch, and the actor unless annealing has frozen it."""
+        """Steps eta every `eta_update_interval`-th minibatch, and the actor unless annealing has frozen it."""
         if name == "eta" and number % int(self.settings.get("eta_update_interval", 1)):
             return False
         return super().steps(name, train_actor, number) and not (name == "actor" and self.policy.actor_is_frozen)
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        """Returns the parts of the loss of rows [B] and the gradients by name."""
         return self._fast_gradients(rows, data) if self.fast else super().gradients(rows, data, draws)
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
+        """Returns the parts of the loss of rows [B], each a denoising step of a sample."""
         p, f = self.policy, self.policy.ft_denoising_steps
         sample, step = rows // f, rows % f
         batch = Minibatch(
@@ -249,7 +254,7 @@ class DPPOTrainer(PPOTrainer):
     # ---------- between iterations ----------
 
     def end_iteration(self, train_actor: bool) -> None:
-        """Advance the schedules and the annealing."""
+        """Advances the schedules and the annealing."""
         super().end_iteration(train_actor)
         if self.policy.step():
             self.compile()
@@ -258,7 +263,7 @@ class DPPOTrainer(PPOTrainer):
         return {"min_sampling_std": self.policy.min_sampling_denoising_std}
 
     def state(self) -> dict[str, Any]:
-        """Return schedules and annealing as JSON values."""
+        """Returns schedules and annealing as JSON values."""
         p = self.policy
         floor = p._min_sampling_denoising_std
         return super().state() | {

@@ -78,7 +78,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         self.time_grid = time_grid(sde_eps, sde_step_size)
 
     def exact_log_probs(self, cond: Cond, samples: Array, probes: Array) -> Array:
-        """Return the log-probability [B] of action chunks, in bits per element.
+        """Returns the log-probability [B] of action chunks, in bits per element.
 
         The divergence is that of the pre-trained network throughout. (The reference does so; the gradient reaches
         the fine-tuned one through the path of the flow alone.)
@@ -124,7 +124,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         oldlogprobs: Array,
         probes: Array,
     ) -> Losses:
-        """Return the loss of one minibatch.
+        """Returns the loss of one minibatch.
 
         Args:
             obs: {"state": [B,To,O]};  samples: [B,H,A];  returns, oldvalues, advantages: [B]
@@ -136,7 +136,7 @@ class ExactDPPO(ClippedPPO, FineTunedDiffusionPolicy):
         return {**self.mean_losses(per_row, obs, returns, oldvalues), "bc_loss": tf.zeros([], self.dtype)}
 
     def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> ExactDPPOTrainer:
-        """Build what updates this policy; arguments of `PPOTrainer`."""
+        """Builds what updates this policy; arguments of `PPOTrainer`."""
         return ExactDPPOTrainer(self, settings, reward_horizon)
 
 
@@ -159,7 +159,7 @@ class ExactDPPOTrainer(PPOTrainer):
     # ---------- log-probabilities ----------
 
     def draw(self, rng: Any, rows: int) -> np.ndarray:
-        """Draw probes of the divergence [B*P,H,A]."""
+        """Draws probes of the divergence [B*P,H,A]."""
         p = self.policy
         shape = (rows * p.n_probes, p.horizon_steps, p.action_dim)
         if p.hutchinson_type == "Gaussian":
@@ -169,7 +169,7 @@ class ExactDPPOTrainer(PPOTrainer):
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
     ) -> np.ndarray:
-        """Integrate the log-probabilities [N] now, with the weights that collected."""
+        """Integrates the log-probabilities [N] now, with the weights that collected."""
         arrays = (state, decisions["actions"], self.draw(rng, len(state)))
         return self._exact(*(tf.constant(x, self.policy.dtype) for x in arrays)).numpy()
 
@@ -200,11 +200,13 @@ class ExactDPPOTrainer(PPOTrainer):
     # ---------- updating ----------
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
+        """Returns the parts of the loss of rows [B]."""
         names = ("state", "actions", "returns", "values", "advantages", "old_log_prob")
         state, *rest = (tf.gather(data[name], rows) for name in names)
         return self.policy.loss({"state": state}, *rest, probes=draws)
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        """Returns the parts of the loss of rows [B] and the gradients by name; the fast path goes chunk by chunk."""
         if not self.fast:
             return super().gradients(rows, data, draws)
         p, b, names = self.policy, rows.shape[0], ("state", "actions", "old_log_prob", "advantages")

@@ -28,7 +28,7 @@ CHUNK = 1000  # rows; between 250 and 2000 the time is the same within 3%
 
 
 def applicable(policy: DPPO) -> bool:
-    """Say whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
+    """Says whether the fast path covers this policy (residual MLPs without LayerNorm; eta not learned)."""
     folds = folded.can_fold(policy.actor_ft) and folded.can_fold(policy.critic)
     return folds and not policy.learn_eta and policy.ft_denoising_steps > 0
 
@@ -72,7 +72,7 @@ class FastGradients:
     # ---------- the actor ----------
 
     def _policy_gradients(self, rows: Array, data: dict[str, Array]) -> tuple[list[Array], list[Array]]:
-        """Return [pg_loss, clipfrac, approx_kl, ratio, eta], and the gradients of the actor's variables."""
+        """Returns [pg_loss, clipfrac, approx_kl, ratio, eta], and the gradients of the actor's variables."""
         p, b = self.policy, rows.shape[0]
         sample, step = rows // p.ft_denoising_steps, rows % p.ft_denoising_steps
         advantages = p.step_advantages(tf.gather(data["advantages"], sample), step)
@@ -95,7 +95,7 @@ class FastGradients:
     def _policy_sums(
         self, per_row: list[Array], data: dict[str, Array], weights: list[Array]
     ) -> tuple[list[Array], Array]:
-        """Return the gradients of the summed loss of a chunk of rows by the folded weights, and the sums watched [5].
+        """Returns the gradients of the summed loss of a chunk of rows by the folded weights, and the sums watched [5].
 
         per_row: sample, denoising step, advantage, old log-probability and weight (0 for padding) of each row.
         """
@@ -124,7 +124,7 @@ class FastGradients:
     # ---------- the critic ----------
 
     def _value_gradients(self, sample: Array, data: dict[str, Array]) -> tuple[Array, list[Array]]:
-        """Return v_loss, and the gradients of the critic's variables."""
+        """Returns v_loss, and the gradients of the critic's variables."""
         p, n, b = self.policy, data["state"].shape[0], sample.shape[0]
         states = tf.reshape(data["state"], [n, -1])
         if n <= b:  # each observation once, weighted by how often it was drawn
@@ -151,7 +151,7 @@ class FastGradients:
     def _value_sums(
         self, states: Array, returns: Array, oldvalues: Array, counts: Array, weights: list[Array]
     ) -> tuple[list[Array], Array]:
-        """Return the gradients of the summed value loss of a chunk by the folded weights, and that sum [1]."""
+        """Returns the gradients of the summed value loss of a chunk by the folded weights, and that sum [1]."""
         with tf.GradientTape() as tape:
             tape.watch(weights)
             values = folded.critic_output(self.policy.critic, weights, states)

@@ -24,7 +24,7 @@ class GaussianPPO(ChunkPPO, FineTunedGaussianPolicy):  # type: ignore[misc]  # `
         return rows, self.horizon_steps * self.network.action_dim
 
     def bc_loss(self, obs: Cond, noise: Array | None) -> Array:
-        """Return minus the mean log-probability of what the pre-trained policy would do (Torne et al. 2024, eq. 2).
+        """Returns minus the mean log-probability of what the pre-trained policy would do (Torne et al. 2024, eq. 2).
 
         Args:
             noise: [B,H*A], what its actions are drawn with.

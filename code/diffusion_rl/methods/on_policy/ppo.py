@@ -59,7 +59,7 @@ def clipped_policy_loss(log_prob: Array, old_log_prob: Array, advantages: Array,
 
 
 def chunk_log_prob(log_prob: Array, reward_horizon: int) -> Array:
-    """Average log-probabilities of denoising steps, [...,H,A] -> [...].
+    """Averages log-probabilities of denoising steps, [...,H,A] -> [...].
 
     Each element is clamped first; only the first `reward_horizon` actions count.
     """
@@ -85,7 +85,7 @@ class ClippedPPO:
         self.clip_ploss_coef, self.clip_vloss_coef, self.norm_adv = clip_ploss_coef, clip_vloss_coef, norm_adv
 
     def normalised(self, advantages: Array) -> Array:
-        """Return advantages with mean 0 and deviation 1, where that is asked for."""
+        """Returns advantages [B] with mean 0 and deviation 1, where that is asked for."""
         if not self.norm_adv:
             return advantages
         centred = advantages - tf.reduce_mean(advantages)
@@ -95,7 +95,7 @@ class ClippedPPO:
         return centred / (std + 1e-8)
 
     def policy_loss(self, log_prob: Array, old_log_prob: Array, advantages: Array) -> PerRow:
-        """Return `clipped_policy_loss` of chunks that are single decisions: log-probabilities [B] are clamped here."""
+        """Returns `clipped_policy_loss` of chunks that are single decisions: log-probabilities [B] are clamped here."""
         return clipped_policy_loss(
             tf.clip_by_value(log_prob, *LOG_PROB_RANGE),
             tf.clip_by_value(old_log_prob, *LOG_PROB_RANGE),
@@ -104,7 +104,7 @@ class ClippedPPO:
         )
 
     def value_loss(self, values: Array, returns: Array, oldvalues: Array) -> Array:
-        """Return half the squared error [B], optionally with the change of the value clipped."""
+        """Returns half the squared error [B], optionally with the change of the value clipped."""
         loss = tf.square(values - returns)
         if self.clip_vloss_coef is not None:
             bound = self.clip_vloss_coef
@@ -113,7 +113,7 @@ class ClippedPPO:
         return 0.5 * loss
 
     def mean_losses(self, per_row: PerRow, obs: Obs, returns: Array, oldvalues: Array) -> Losses:
-        """Average over the rows: what `clipped_policy_loss` gave, and the critic's loss on the observations."""
+        """Averages over the rows: what `clipped_policy_loss` gave, and the critic's loss on the observations."""
         pg_loss, ratio, approx_kl, clipfrac = (tf.reduce_mean(value) for value in per_row)
         values = tf.reshape(self.critic(obs), [-1])
         v_loss = tf.reduce_mean(self.value_loss(values, returns, oldvalues))
@@ -137,7 +137,7 @@ class ChunkPPO(ClippedPPO):
         use_bc_loss: bool = False,
         bc_noise: Array | None = None,
     ) -> Losses:
-        """Return the loss of one minibatch.
+        """Returns the loss of one minibatch.
 
         Args:
             obs: {"state": [B,To,O]};  actions: [B,H,A];  returns, oldvalues, advantages: [B]
@@ -154,15 +154,15 @@ class ChunkPPO(ClippedPPO):
         }
 
     def bc_noise_shape(self, rows: int) -> tuple[int, ...] | None:
-        """Return the shape of the noise of `bc_loss`; None: the algorithm has no such loss."""
+        """Returns the shape of the noise of `bc_loss`; None: the algorithm has no such loss."""
         return None
 
     def bc_loss(self, obs: Obs, noise: Array | None) -> Array:
-        """Return what imitation of the pre-trained policy adds: nothing unless the algorithm has such a loss."""
+        """Returns what imitation of the pre-trained policy adds, a scalar: 0 unless the algorithm has such a loss."""
         return tf.zeros([], obs["state"].dtype)
 
     def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> PPOTrainer:
-        """Build what updates this policy; arguments of `PPOTrainer`."""
+        """Builds what updates this policy; arguments of `PPOTrainer`."""
         return PPOTrainer(self, settings, reward_horizon)
 
 
@@ -210,11 +210,11 @@ class PPOTrainer:
         self.compile()
 
     def modules(self) -> dict[str, Any]:
-        """Return what is trained, each with an optimizer and a schedule of its own."""
+        """Returns what is trained, each with an optimizer and a schedule of its own."""
         return {"actor": self.policy.actor_ft, "critic": self.policy.critic}
 
     def compile(self) -> None:
-        """(Re)build the actor, which decides while collecting, and the compiled functions."""
+        """(Re)builds the actor, which decides while collecting, and the compiled functions."""
         p = self.policy
         self.actor = actor_for(p, bool(self.settings.get("fast", True)))
         self._values = tf.function(lambda *obs: tf.reshape(p.critic(_observation(*obs)), [-1]), reduce_retracing=True)
@@ -230,7 +230,7 @@ class PPOTrainer:
         stop: Callable[[], None] = lambda: None,
         check: Callable[[Mapping[str, float]], None] = lambda losses: None,
     ) -> dict[str, Any]:
-        """Train on a rollout.
+        """Trains on a rollout.
 
         Only termination (not truncation) cuts the bootstrap, as in the reference, whose results rest on it.
 
@@ -266,14 +266,14 @@ class PPOTrainer:
     # ---------- of a whole rollout ----------
 
     def values(self, state: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-        """Return state values [N] of observations [N,To,O]."""
+        """Returns state values [N] of observations [N,To,O]."""
         state = tf.constant(state, self.policy.dtype)
         if rgb is None:
             return self._values(state).numpy()
         return np.concatenate([self._values(state[cut], tf.constant(rgb[cut])).numpy() for cut in self._cuts(rgb)])
 
     def shifted(self, rgb: np.ndarray | None, rng: Any) -> np.ndarray | None:
-        """Shift images [N,To,C,Hi,Wi] at random, each by its own number of pixels, if `train.augment` says so."""
+        """Shifts images [N,To,C,Hi,Wi] at random, each by its own number of pixels, if `train.augment` says so."""
         if rgb is None or self.augment is None:
             return rgb
         images = rgb.reshape(-1, *rgb.shape[2:])
@@ -284,7 +284,7 @@ class PPOTrainer:
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
     ) -> np.ndarray:
-        """Return log-probabilities [N,...] of a rollout under the policy that collected it.
+        """Returns log-probabilities [N,...] of a rollout under the policy that collected it.
 
         They were captured while sampling; where images were shifted since, they are computed now.
         """
@@ -294,7 +294,7 @@ class PPOTrainer:
         return np.concatenate([self.seen_log_probs(state[c], samples[c], tf.constant(rgb[c])) for c in self._cuts(rgb)])
 
     def seen_log_probs(self, state: Array, samples: Array, rgb: Array) -> np.ndarray:
-        """Compute log-probabilities of samples, as those captured while sampling."""
+        """Returns log-probabilities [N,...] of samples [N,...], as those captured while sampling."""
         return self._seen_log_probs(samples, state, rgb).numpy()
 
     def _cuts(self, rows: np.ndarray) -> list[slice]:
@@ -310,7 +310,7 @@ class PPOTrainer:
         log_probs: np.ndarray,
         rgb: np.ndarray | None = None,
     ) -> int:
-        """Take a rollout of N samples; returns the number of rows that minibatches index.
+        """Takes a rollout of N samples; returns the number of rows that minibatches index.
 
         Args:
             state, rgb: the observations.
@@ -333,11 +333,11 @@ class PPOTrainer:
 
     @property
     def rows_per_sample(self) -> int:
-        """Return how many rows of minibatches one sample makes, which stand one after the other."""
+        """Returns how many rows of minibatches one sample makes, which stand one after the other."""
         return 1
 
     def reduce(self, log_probs: np.ndarray) -> Any:
-        """Return old log-probabilities as the loss takes them."""
+        """Brings old log-probabilities [N,...] into the form that the loss takes."""
         return log_probs
 
     # ---------- minibatches ----------
@@ -350,7 +350,7 @@ class PPOTrainer:
         stop: Callable[[], None],
         check: Callable[[Mapping[str, float]], None],
     ) -> dict[str, list[float]]:
-        """Go through all rows in each epoch; the losses of the minibatches by name. Arguments as of `update`."""
+        """Goes through all rows in each epoch; returns the losses of the minibatches by name. Arguments as of `update`."""
         size, target_kl = int(self.settings["batch_size"]), self.settings.get("target_kl", None)
         losses: dict[str, list[float]] = defaultdict(list)
         for _ in range(int(self.settings["update_epochs"]) if n_rows else 0):
@@ -369,12 +369,12 @@ class PPOTrainer:
         return losses
 
     def draw(self, rng: Any, rows: int) -> Any:
-        """Draw what the update of a minibatch of that many rows needs; None if nothing."""
+        """Draws what the update of a minibatch of that many rows needs; None if nothing."""
         shape = self.policy.bc_noise_shape(rows) if self.use_bc_loss else None
         return None if shape is None else rng.normal(shape, floatx())
 
     def minibatch(self, rows: np.ndarray, train_actor: bool, number: int, draws: Any = None) -> dict[str, float]:
-        """Update once.
+        """Updates once.
 
         Args:
             rows: [B] indices of rows.
@@ -392,11 +392,11 @@ class PPOTrainer:
         return dict(zip(self.loss_names, losses.numpy().tolist(), strict=True))
 
     def steps(self, name: str, train_actor: bool, number: int) -> bool:
-        """Say whether that optimizer takes a step in this minibatch."""
+        """Says whether that optimizer takes a step in this minibatch."""
         return self.complete(number) and (name == "critic" or train_actor)
 
     def complete(self, number: int) -> bool:
-        """Say whether `train.grad_accumulate` gradients have come together; they are added, not averaged.
+        """Says whether `train.grad_accumulate` gradients have come together; they are added, not averaged.
 
         What an epoch leaves over waits for the next one's, as in the reference.
         """
@@ -420,7 +420,7 @@ class PPOTrainer:
         return tf.stack([tf.cast(value, tf.float64) for value in losses.values()])
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
-        """Return the parts of the loss and the gradients by name; compiled as part of the step."""
+        """Returns the parts of the loss of rows [B] and the gradients by name; compiled as part of the step."""
         with tf.GradientTape() as tape:
             losses = self.losses(rows, data, draws)
             weighted = [c * losses[name] for name, c in self.coefficients.items() if name in losses]
@@ -430,7 +430,7 @@ class PPOTrainer:
         return losses, dict(zip(names, grads, strict=True))
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
-        """Return the parts of the loss of these rows, straight from the policy's definition."""
+        """Returns the parts of the loss of rows [B], straight from the algorithm's definition."""
         names = (self.SAMPLES, "returns", "values", "advantages", "old_log_prob")
         given = (tf.gather(data[name], rows) for name in names)
         return self.policy.loss(observations(data, rows), *given, use_bc_loss=draws is not None, bc_noise=draws)
@@ -438,32 +438,32 @@ class PPOTrainer:
     # ---------- between iterations ----------
 
     def end_iteration(self, train_actor: bool) -> None:
-        """Advance the learning-rate schedules (the actor's only after the critic's warm-up)."""
+        """Advances the learning-rate schedules (the actor's only after the critic's warm-up)."""
         self.optimizers.advance(None if train_actor else ("critic",))
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Return the present rates by name: actor, critic, and what else is trained."""
+        """Returns the present rates by name: actor, critic, and what else is trained."""
         return self.optimizers.learning_rates
 
     def watched(self) -> dict[str, float]:
-        """Return what else belongs into the metrics of an iteration."""
+        """Returns what else belongs into the metrics of an iteration."""
         return {}
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return optimizer moments for a checkpoint, under the names of the variables they belong to."""
+        """Returns optimizer moments for a checkpoint, under the names of the variables they belong to."""
         pending = {f"pending.{k}.{i}": v.numpy() for k, totals in self.pending.items() for i, v in enumerate(totals)}
         return self.optimizers.tensors() | pending
 
     def state(self) -> dict[str, Any]:
-        """Return what else a checkpoint needs, as JSON values."""
+        """Returns what else a checkpoint needs, as JSON values."""
         return self.optimizers.state()
 
     def before_weights(self, state: Mapping[str, Any]) -> None:
-        """Make room, as `state` says, for the weights of a checkpoint that are to be loaded."""
+        """Makes room, as `state` says, for the weights of a checkpoint that are to be loaded."""
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Take back what `tensors` and `state` returned; weights are loaded apart."""
+        """Takes back what `tensors` and `state` returned; weights are loaded apart."""
         self.optimizers.restore(tensors, state)
         for name, totals in self.pending.items():
             for i, total in enumerate(totals):
@@ -472,22 +472,22 @@ class PPOTrainer:
 
 
 def observations(data: Mapping[str, Array], rows: Array) -> Obs:
-    """Gather the observations of these rows."""
+    """Gathers the observations of rows [B]."""
     return {name: tf.gather(data[name], rows) for name in ("state", "rgb") if name in data}
 
 
 def _observation(state: Array, rgb: Array | None = None) -> Obs:
-    """Return what networks take."""
+    """Returns what networks take."""
     return {"state": state} if rgb is None else {"state": state, "rgb": rgb}
 
 
 def _samples(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Reshape [S,E,...] to [N,...]."""
+    """Reshapes [S,E,...] to [N,...]."""
     return {name: value.reshape(-1, *value.shape[2:]) for name, value in arrays.items()}
 
 
 def _summary(losses: Mapping[str, list[float]], returns: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """Return the last minibatch's losses, and how well the values [N] explained the returns [N]."""
+    """Returns the last minibatch's losses, and how well the values [N] explained the returns [N]."""
     variance = np.var(returns)
     summary: dict[str, Any] = {name: losses[name][-1] for name in losses}
     summary["clipfrac"] = float(np.mean(losses["clipfrac"])) if losses else None

@@ -51,7 +51,7 @@ class OnPolicyTraining(FineTuning):
 
     @property
     def _train_actor(self) -> bool:
-        """Say whether the actor is trained: not while the critic warms up."""
+        """Says whether the actor is trained: not while the critic warms up."""
         return self.itr >= int(self.train["n_critic_warmup_itr"])
 
     def _end_iteration(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class PreTrainer:
     # ---------- one batch ----------
 
     def batch(self, items: Array, t: Array, noise: Array, shifts: Array) -> tuple[Array, Cond, Array, Array]:
-        """Gather the windows `items` [B]: (action chunks [B,H,A], observations, t, noise).
+        """Gathers the windows `items` [B]: (action chunks [B,H,A], observations, t, noise).
 
         The observations are {"state": [B,To,O]}, or, where the network sees, what it makes of them and of the images,
         shifted by `shifts` [B,cameras,2] if there are any.
@@ -95,7 +95,7 @@ class PreTrainer:
         return chunk, cond, t, noise
 
     def loss(self, batch: tuple[Array, Cond, Array, Array]) -> Array:
-        """Return the policy's own loss of a batch, a scalar."""
+        """Returns the policy's loss, a scalar; folded networks give the same number for less work."""
         chunk, cond, t, noise = batch
         p = self.policy
         if isinstance(p, DiffusionPolicy):
@@ -114,7 +114,7 @@ class PreTrainer:
         average: np.ndarray,
         shifts: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Train on n batches in order.
+        """Trains on n batches in order.
 
         Args:
             items: [n,B] window numbers;  t: [n,B];  noise: [n,B,H,A];  average: [n] of KEEP, COPY, AVERAGE.
@@ -128,7 +128,7 @@ class PreTrainer:
         return self._steps(*self._inputs(items, t, noise, shifts), tf.constant(average, tf.int32)).numpy()
 
     def evaluate(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray) -> float:
-        """Return the loss of one batch, without training."""
+        """Returns the loss of one batch, items and t [B], noise [B,...], without training."""
         return float(self._loss(*self._inputs(items, t, noise, None)).numpy())
 
     def _inputs(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, shifts: np.ndarray | None) -> list[Array]:
@@ -151,5 +151,5 @@ class PreTrainer:
         return loss
 
     def end_epoch(self) -> None:
-        """Advance the learning rate."""
+        """Advances the learning rate."""
         self.optimizer.learning_rate.assign(self.schedule.step())

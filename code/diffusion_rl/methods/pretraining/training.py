@@ -91,23 +91,23 @@ class PreTraining(TrainingLoop):
 
     @property
     def ema_model(self) -> PreTrainable:
-        """The policy with averaged weights."""
+        """Returns the policy with averaged weights."""
         return _Averaged(self.trainer.ema_network)  # type: ignore[return-value]
 
     @property
     def epoch(self) -> int:
-        """The epoch that comes next, or runs; the first one is 1."""
+        """Returns the epoch that comes next, or runs; the first one is 1."""
         return self.step + 1
 
     def run(self, until: int | None = None) -> list[dict[str, Any]]:
-        """Train as `TrainingLoop.run` does."""
+        """Trains as `TrainingLoop.run` does."""
         settings = plain_copy(self.cfg)
         files = StateFiles(self.model.KIND, settings, "epoch", PRE_TRAINING_MAY_CHANGE)
         self.run_dir = RunDir(self.cfg["logdir"], settings, files)
         return super().run(until)
 
     def advance(self, end: int) -> tuple[int, Losses]:
-        """One epoch."""
+        """Trains for one epoch."""
         self._losses = self._epoch()
         loss = float(np.mean(self._losses))
         self.check_finite({"the loss": loss}, self.epoch)
@@ -146,7 +146,7 @@ class PreTraining(TrainingLoop):
         return np.concatenate(losses)
 
     def _draw(self, shape: tuple[int, ...], noise: Any, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Denoising steps and noise for windows of that shape; for likelihoods zeros, and dropout's masks if any."""
+        """Draws denoising steps and noise for windows of that shape; of likelihoods zeros, and dropout's masks."""
         m = self.model
         if not isinstance(m, DiffusionPolicy):
             masks = draw_masks(m.network, noise, shape) if training else np.zeros((*shape, 0), floatx())
@@ -155,13 +155,13 @@ class PreTraining(TrainingLoop):
         return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
 
     def _draw_shifts(self, shape: tuple[int, ...]) -> np.ndarray | None:
-        """Shifts of the images of windows of that shape, for networks that augment them."""
+        """Draws shifts of the images of windows of that shape, for networks that augment them."""
         network = self.model.network
         size = network.shifts_shape(1) if hasattr(network, "shifts_shape") else None
         return None if size is None else self.noise.integers(0, 2 * network.vision.aug.pad + 1, (*shape, *size[1:]))
 
     def _averaging(self, n: int) -> np.ndarray:
-        """The average follows every so many batches; in the first epochs it is a plain copy."""
+        """Decides how the average follows each of n batches; in the first epochs it is a plain copy."""
         every = int(self.train.get("update_ema_freq", 10))
         kind = COPY if self.epoch < int(self.train.get("epoch_start_ema", 20)) else AVERAGE
         numbers = self.n_batches + np.arange(n)
@@ -169,7 +169,7 @@ class PreTraining(TrainingLoop):
         return np.where(numbers % every == 0, kind, KEEP)
 
     def _validate(self) -> float | None:
-        """Mean loss over the held-out windows, always with the same noise; None when it is not due."""
+        """Returns the mean loss over the held-out windows, always with the same noise; None when it is not due."""
         if not len(self.validation) or self.epoch % int(self.train.get("val_freq", 100)):
             return None
         size, noise = int(self.train["batch_size"]), NoiseSource(self.seed)
@@ -201,7 +201,7 @@ class PreTraining(TrainingLoop):
         return tensors, metadata
 
     def _bounds_path(self) -> Path | None:
-        """Where the bounds of the training data stand: beside them."""
+        """Returns where the bounds of the training data stand: beside them."""
         data = self.cfg.get("train_dataset_path")
         return Path(data).with_name("normalization.npz") if data else None
 

@@ -31,7 +31,7 @@ class AgentReturns:
 
 
 def decoder(algorithm: LatentDiffusionRL) -> Callable[[np.ndarray], np.ndarray]:
-    """Latents [B,H,N*Z] as actions or logits [B,H,N*A]."""
+    """Returns a compiled function: latents [B,H,N*Z] -> actions or logits [B,H,N*A]."""
     compiled = tf.function(algorithm.decode, autograph=False, reduce_retracing=True)
     return lambda latents: compiled(tf.constant(latents, algorithm.dtype)).numpy()
 
@@ -48,7 +48,7 @@ def evaluate_policy(
     cfg: Mapping[str, Any],
     actor: DiffusionActor,
 ) -> AgentReturns:
-    """`num_eval` episodes in groups of as many as there are environments, acting deterministically.
+    """Plays `num_eval` episodes in groups of as many as there are environments, deterministically.
 
     Seeds and noise depend on `seed` alone: the same weights give the same returns, within training and after it.
     """
@@ -67,7 +67,7 @@ def evaluate_policy(
 
 
 def _episodes(act: Act, venv: AgentHistoryEnv, seed: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of an episode of each environment the agents' returns [E,N], and whether it was won [E] (NaN: nobody says)."""
+    """Plays an episode in each environment; returns of the agents [E,N], and victories [E] (NaN: not known)."""
     totals, won = np.zeros((venv.n_envs, venv.n_agents)), np.full(venv.n_envs, np.nan)
 
     def on_step(step: Step) -> None:
@@ -82,14 +82,14 @@ def _episodes(act: Act, venv: AgentHistoryEnv, seed: int, limit: int) -> tuple[n
 
 
 def result_path(folder: Path, step: int, cfg: Mapping[str, Any]) -> Path:
-    """`results/step_<s>-ep_<n>[-ddim][-cg_<w>].json`"""
+    """Returns `results/step_<s>-ep_<n>[-ddim][-cg_<w>].json`."""
     name = f"step_{step}-ep_{cfg['num_eval']}" + ("-ddim" if cfg["use_ddim_sample"] else "")
     name += f"-cg_{cfg['condition_guidance_w']}" if cfg["returns_condition"] else ""
     return folder / "results" / f"{name}.json"
 
 
 def write_result(folder: Path, step: int, found: AgentReturns, cfg: Mapping[str, Any]) -> Path:
-    """Write it: means and deviations over episodes, by agent."""
+    """Writes means and deviations over episodes, by agent."""
     path = result_path(folder, step, cfg)
     facts: dict[str, Any] = {
         "average_ep_reward": found.by_agent.mean(axis=0).tolist(),

@@ -46,13 +46,13 @@ class AgentHistoryEnv:
         return bool(getattr(self.venv, "restorable", False))
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> dict[str, np.ndarray]:
-        """Begin new episodes everywhere."""
+        """Begins new episodes everywhere."""
         self.legal = None
         self._begin(np.arange(self.n_envs), self.venv.reset(options)["state"][:, -1])
         return {"state": self.state.copy()}
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E,Ta,N*A] of normalised actions, or of logits."""
+        """Executes chunks [E,Ta,N*A] of normalised actions, or of logits."""
         chosen = self.choose(actions)
         executed_as = chosen if self.discrete else self.normalizer.unnormalize_actions(chosen)
         if not self.discrete:
@@ -69,7 +69,7 @@ class AgentHistoryEnv:
         return StepResult({"state": self.state.copy()}, result.rewards, result.terminated, result.truncated, infos)
 
     def choose(self, actions: np.ndarray) -> np.ndarray:
-        """Actions [E,H,N*A] as in the data: one-hot of the largest logit that is legal, where they are discrete.
+        """Returns actions [E,H,N*A] as in the data: one-hot of the largest legal logit, where they are discrete.
 
         What is legal is known for the first action of a chunk.
         """
@@ -87,7 +87,7 @@ class AgentHistoryEnv:
         self.state[rows, -1] = present
 
     def _advance(self, rows: np.ndarray, actions: np.ndarray, observations: np.ndarray) -> None:
-        """The present rows get their actions; the next observations become the present."""
+        """Writes actions into the present rows; the next observations become the present."""
         past = self.state[rows]
         split = past[:, -1].reshape(len(rows), self.n_agents, past.shape[-1] // self.n_agents)
         split[..., : self.normalizer.action_dim] = actions.reshape(len(rows), self.n_agents, self.normalizer.action_dim)
@@ -95,17 +95,17 @@ class AgentHistoryEnv:
         self.state[rows] = np.concatenate([past[:, 1:], self._present(observations)[:, None]], axis=1)
 
     def _present(self, observations: np.ndarray) -> np.ndarray:
-        """[R,N*O] in the environment's units -> [R,N*(A+O)] with zeros for actions."""
+        """Maps [R,N*O] in the environment's units to [R,N*(A+O)] with zeros for actions."""
         normalised = self.normalizer.normalize_obs(observations)
         unknown = np.zeros((len(normalised), self.n_agents * self.normalizer.action_dim), np.float32)
         return agent_rows(unknown, normalised, self.n_agents)
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """What a run needs to go on; only where the environment is `restorable`."""
+        """Returns what a run needs to go on; only where the environment is `restorable`."""
         return {"history": self.state.copy(), **{f"env.{k}": v for k, v in self.venv.get_state().items()}}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Inverse of `get_state`."""
+        """Takes back what `get_state` returned."""
         self.state[...] = state["history"]
         self.venv.set_state({k[4:]: v for k, v in state.items() if k.startswith("env.")})
 

@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
     @property
     def row(self) -> int:
-        """Width of a row of the state."""
+        """Returns the width of a row of the state."""
         return self.n_agents * (self.action_dim + self.obs_dim)
 
 
@@ -149,19 +149,19 @@ class LatentDiffusionRL:
         return self.policy.dtype
 
     def modules(self) -> dict[str, Any]:
-        """Everything with weights, by name."""
+        """Returns everything with weights, by name."""
         p = self.policy
         found = {"vae": self.vae, "base": p.actor, "network": p.actor_ft, "ema": self.ema, "critic": p.critic}
         return found | ({"q": self.q, "q_target": self.q_target} if self.settings["offline_rl"] else {})
 
     def begin_online(self) -> None:
-        """The average of stage 1 becomes the pre-trained policy and where fine-tuning starts."""
+        """Lets the average of stage 1 become the pre-trained policy and the start of fine-tuning."""
         copy_weights(self.ema, self.policy.actor)
         copy_weights(self.ema, self.policy.actor_ft)
         self.online = True
 
     def acting(self, network: Any = None, ddim_steps: int | None = None) -> DPPO:
-        """The policy over latents with the given network (default: the averaged one), sharing the weights.
+        """Returns the policy over latents with the given network (default: the averaged one), sharing the weights.
 
         Args:
             ddim_steps: DDIM (eta = 0 when deterministic) with so many steps in place of DDPM.
@@ -177,9 +177,9 @@ class LatentDiffusionRL:
     # ---------- actions and latents ----------
 
     def latents(self, actions: Array, noise: Array) -> Array:
-        """Actions [B,H,N*A] as latents [B,H,N*Z]: means, or samples with `sample_latents`; constants unless upstream's
-        coupling is asked for (`detach_latents: false`), where the diffusion loss pulls the encoder to what is easily
-        denoised."""
+        """Returns actions [B,H,N*A] as latents [B,H,N*Z]: means, or samples with `sample_latents`; constants unless
+        upstream's coupling is asked for (`detach_latents: false`), where the diffusion loss pulls the encoder to what
+        is easily denoised."""
         z = self.vae.latent_dim
         mean, log_variance = self.vae.encode(tf.reshape(actions, [-1, self.sizes.action_dim]))
         if self.settings["sample_latents"]:
@@ -188,14 +188,14 @@ class LatentDiffusionRL:
         return tf.stop_gradient(found) if self.settings["detach_latents"] else found
 
     def decode(self, latents: Array) -> Array:
-        """Latents [B,H,N*Z] as actions (discrete: logits) [B,H,N*A]."""
+        """Decodes latents [B,H,N*Z] to actions (discrete: logits) [B,H,N*A]."""
         found = self.vae.decode(tf.reshape(latents, [-1, self.vae.latent_dim]))
         return tf.reshape(found, [-1, self.sizes.horizon, self.sizes.n_agents * self.sizes.action_dim])
 
     # ---------- stages 0 and 1 ----------
 
     def vae_losses(self, batch: Batch, noise: Array) -> tuple[Array, Array]:
-        """Reconstruction (squared error, or cross-entropy of discrete actions) and KL, scalars."""
+        """Returns the reconstruction (squared error, or cross-entropy of discrete actions) and KL, scalars."""
         rows = tf.reshape(batch.actions, [-1, self.sizes.action_dim])
         recon, mean, log_variance = self.vae(rows, tf.reshape(noise, [-1, self.vae.latent_dim]))
         if self.sizes.discrete:
@@ -206,7 +206,7 @@ class LatentDiffusionRL:
         return masked_mean(errors, mask), masked_mean(kl_to_standard_normal(mean, log_variance), mask)
 
     def diffusion_loss(self, batch: Batch, draws: Draws) -> Array:
-        """Squared error, a scalar, of the predicted noise on the latents of the H actions (Ho et al. 2020, eq. 14)."""
+        """Returns the squared error, a scalar, of the noise predicted for latents of H actions (Ho et al. 2020, eq. 14)."""
         p, cond = self.policy, {"state": batch.state}
         if self.settings["returns_condition"]:
             cond |= {"returns": batch.returns, "keep": draws.keep}
@@ -216,12 +216,12 @@ class LatentDiffusionRL:
         return masked_mean(tf.reduce_mean(errors, axis=-1), batch.mask[..., 0])
 
     def sampled(self, state: Array, noise: Array, network: Any) -> Array:
-        """Latents [B,H,N*Z] that a network gives by DDIM; gradients flow through its steps."""
+        """Samples latents [B,H,N*Z] of a network by DDIM; gradients flow through its steps."""
         sampler = self.acting(network, self.settings["n_ddim_steps"])
         return sampler.sample({"state": state}, noise, deterministic=True).trajectories
 
     def offline_loss(self, batch: Batch, draws: Draws) -> tuple[Array, dict[str, Array]]:
-        """L_off and its parts, scalars."""
+        """Returns L_off and its parts, scalars."""
         s = self.settings
         recon, kl = self.vae_losses(batch, draws.vae_noise)
         parts = {"diffusion_loss": self.diffusion_loss(batch, draws), "vae_recon_loss": recon, "vae_kl_loss": kl}
@@ -241,12 +241,12 @@ class LatentDiffusionRL:
     # ---------- stage 2 ----------
 
     def q_policy_loss(self, state: Array, latents: Array) -> Array:
-        """Minus the smaller value of sampled latents [B,H,N*Z]; the values' own weights are constants here."""
+        """Returns minus the smaller value of sampled latents [B,H,N*Z]; the values' own weights are constants here."""
         frozen = with_variables(self.q, lambda name, variable: tf.stop_gradient(variable))
         return -tf.reduce_mean(tf.minimum(*frozen({"state": state}, latents)))
 
     def q_loss(self, batch: Batch, draws: Draws) -> Array:
-        """Squared error, a scalar, to r + gamma^k min Q'(s', z'), z' sampled with the averaged weights."""
+        """Returns the squared error, a scalar, to r + gamma^k min Q'(s', z'), z' sampled with the averaged weights."""
         following = self.sampled(batch.next_state, draws.next_noise, self.ema)
         assert batch.rewards is not None and batch.alive is not None
         next_value = tf.minimum(*self.q_target({"state": batch.next_state}, following))
@@ -258,7 +258,7 @@ class LatentDiffusionRL:
     # ---------- stage 3 ----------
 
     def online_loss(self, items: Array, data: Mapping[str, Array]) -> tuple[Array, Array, dict[str, Array]]:
-        """DPPO's loss of all F denoising steps of the samples `items` [b] of a rollout, and that of the values.
+        """Returns DPPO's loss of all F denoising steps of the samples `items` [b] of a rollout, and that of the values.
 
         Args:
             data: state [M,To,..], chains [M,F+1,H,N*Z], old_log_prob [M,F], returns, values, advantages [M].
@@ -293,5 +293,5 @@ class LatentDiffusionRL:
 
 
 def masked_mean(values: Array, mask: Array) -> Array:
-    """Mean of the values [...] whose mask [...] is 1."""
+    """Returns the mean of the values [...] whose mask [...] is 1."""
     return tf.reduce_sum(values * mask) / tf.maximum(tf.reduce_sum(mask), 1)

@@ -129,12 +129,12 @@ DEFAULTS = CONFIG_ROOT / "planning" / "vae_diffusion_rl.yaml"
 
 @functools.cache
 def default_settings() -> Mapping[str, Any]:
-    """Every key with its default."""
+    """Returns every key with its default."""
     return MappingProxyType(read_yaml(DEFAULTS))
 
 
 def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """Every key with its value: the defaults under the variant's.
+    """Returns every key with its value: the defaults under the variant's.
 
     Raises:
         UserError: an unknown key, a class name that is not registered, a number out of its range, or a name that leads
@@ -154,12 +154,12 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def experiment_kinds() -> Mapping[str, schema.Kind]:
-    """What each key of an experiment may be."""
+    """Returns what each key of an experiment may be."""
     return {key: KINDS.get(key) or schema.kind_like(default) for key, default in default_settings().items()}
 
 
 def conform(given: Mapping[str, Any], kinds: Mapping[str, schema.Kind], what: str) -> dict[str, Any]:
-    """The given values, each of its key's type; 1e6 is a whole number as well.
+    """Returns the given values, each of its key's type; 1e6 is a whole number as well.
 
     what: owns the keys.
 
@@ -177,7 +177,7 @@ def conform(given: Mapping[str, Any], kinds: Mapping[str, schema.Kind], what: st
 
 
 def evaluation_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of an evaluation, `load_steps` as a list.
+    """Returns the keys of an evaluation, `load_steps` as a list.
 
     Raises:
         UserError: an unknown or missing key, or a value that is not allowed.
@@ -197,7 +197,7 @@ def evaluation_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asked_by_classes(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """What the named classes ask for beyond the keys. Raises UserError for a name that is not registered."""
+    """Returns what the named classes ask for beyond the keys. Raises UserError for a name that is not registered."""
     asked: dict[str, Any] = {}
     for kind, classes in REGISTRY.items():
         if cfg[kind] not in classes:
@@ -207,7 +207,7 @@ def asked_by_classes(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_settings(cfg: Mapping[str, Any]) -> None:
-    """Raise UserError for a value that is not allowed, or values that do not go together."""
+    """Raises UserError for a value that is not allowed, or values that do not go together."""
     relations = (*RELATIONS, *(ONLINE if cfg["online_training"] else ()))
     if cfg["use_ddim_sample"] or cfg["use_behavior_cloning"] or cfg["offline_rl"]:
         relations += DDIM
@@ -215,7 +215,7 @@ def check_settings(cfg: Mapping[str, Any]) -> None:
 
 
 def job_name(template: str, cfg: Mapping[str, Any]) -> str:
-    """The text with {keys} replaced by values; widths and precisions have two digits at most."""
+    """Returns the text with {keys} replaced by values; widths and precisions have two digits at most."""
     try:
         if len(template) > FORMAT_LIMIT:
             raise UserError(f"job_name has {len(template)} characters: {FORMAT_LIMIT} are allowed")
@@ -232,7 +232,7 @@ def job_name(template: str, cfg: Mapping[str, Any]) -> str:
 
 
 def help_on_keys(evaluation: bool = False) -> str:
-    """The keys of an experiment (or of an evaluation) with their defaults and meanings."""
+    """Returns the keys of an experiment (or of an evaluation) with their defaults and meanings."""
     meaning, values = comments(DEFAULTS), dict(default_settings())
     if evaluation:
         meaning |= meanings(EVALUATION)
@@ -251,7 +251,7 @@ LAYERS = ("trajectory_layers", "backbone_layers")
 
 
 def recorded_facts(checkpoint: Any, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and sizes that a checkpoint records, of the types and ranges that they have in an experiment.
+    """Returns settings and sizes that a checkpoint records, of the types and ranges that they have in an experiment.
 
     Raises:
         UserError: one is not, or declares more than the checkpoint's tensors hold.

@@ -39,7 +39,7 @@ class LatentTrainer:
         self.compile()
 
     def compile(self) -> None:
-        """(Re)build the compiled functions; needed again when stage 3 begins, which trains less."""
+        """(Re)builds the compiled functions; needed again when stage 3 begins, which trains less."""
         critic = self.algorithm.policy.critic
 
         def compiled(function: Any) -> Any:  # nothing here needs autograph, which takes its time
@@ -56,11 +56,11 @@ class LatentTrainer:
     # ---------- stages 0 to 2 ----------
 
     def pretrain_vae(self, batches: Batch, draws: Draws) -> dict[str, np.ndarray]:
-        """n steps of the VAE alone; every array has a leading axis n. Returns losses by name, [n] each."""
+        """Makes n steps of the VAE alone; every array has a leading axis n. Returns losses by name, [n] each."""
         return self._named("vae", self._vae(self._tensors(batches), self._tensors(draws)))
 
     def offline(self, batches: Batch, draws: Draws, decays: np.ndarray) -> dict[str, np.ndarray]:
-        """n steps on L_off (and of Q); `decays` [n] of the averaged weights. Returns losses by name, [n] each."""
+        """Makes n steps on L_off (and of Q); `decays` [n] of the averaged weights. Returns losses by name, [n] each."""
         given = self._tensors(batches), self._tensors(draws), tf.constant(decays, self.algorithm.dtype)
         return self._named("offline", self._offline(*given))
 
@@ -118,12 +118,12 @@ class LatentTrainer:
     # ---------- stage 3 ----------
 
     def load(self, rollout: Mapping[str, np.ndarray]) -> None:
-        """Take a rollout of M samples: state, chains, log_probs [M,F,H,N*Z], returns, values, advantages [M]."""
+        """Takes a rollout of M samples: state, chains, log_probs [M,F,H,N*Z], returns, values, advantages [M]."""
         self.data = {name: tf.constant(array, self.algorithm.dtype) for name, array in rollout.items()}
         self.data["old_log_prob"] = self._reduce(self.data.pop("log_probs"))
 
     def online(self, items: np.ndarray, batch: Batch | None, draws: Draws | None, decay: float) -> dict[str, float]:
-        """One step on L of the samples `items` [b]; batch and draws are of L_off, None where its weight is zero."""
+        """Steps on L of the samples `items` [b]; batch and draws are of L_off, None where its weight is zero."""
         given = [None if each is None else self._tensors(each) for each in (batch, draws)]
         found = self._online(tf.constant(items, tf.int32), self.data, *given, tf.constant(decay, self.algorithm.dtype))
         return dict(zip(self._names["online"], found.numpy().tolist(), strict=True))
@@ -145,7 +145,7 @@ class LatentTrainer:
         return self._stacked("online", {"loss": loss, **watched})
 
     def values(self, state: np.ndarray) -> np.ndarray:
-        """Values [M] of states [M,To,...]."""
+        """Returns the values [M] of states [M,To,...]."""
         return self._values(tf.constant(state, self.algorithm.dtype)).numpy()
 
     # ---------- between ----------

@@ -84,7 +84,7 @@ class VAEDiffusionTraining(TrainingLoop):
             self._pretrain_vae()
 
     def advance(self, end: int) -> tuple[int, Losses]:
-        """The next step or, offline, steps up to where something is due; before them a collection where it is."""
+        """Makes the next step or, offline, steps up to where something is due; collects first where that is due."""
         if self._online_begins():
             self.algorithm.begin_online()
             self.trainer.compile()
@@ -97,7 +97,7 @@ class VAEDiffusionTraining(TrainingLoop):
         return self._every(f"{what}_freq") or self.step == self.total
 
     def is_whole(self) -> bool:
-        """A rollout is not part of the state."""
+        """Says False within a collection: a rollout is not part of the state."""
         return not self.algorithm.online or self._every("rl_collect_freq")
 
     def live(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class VAEDiffusionTraining(TrainingLoop):
         return bool(cfg["online_training"]) and not self.algorithm.online and self.step >= int(cfg["rl_warmup_steps"])
 
     def _steps(self, end: int) -> int:
-        """Make the next steps; how many."""
+        """Makes the next steps; returns how many."""
         cfg = self.cfg
         if self.algorithm.online and self._every("rl_update_freq") and not self.stopped:
             self._note({k: [v] for k, v in self._online_step().items()})
@@ -131,7 +131,7 @@ class VAEDiffusionTraining(TrainingLoop):
         return count
 
     def _decay(self, step: int) -> float:
-        """Of the averaged weights after that step: while stage 1 is young they are a copy."""
+        """Returns the decay of the averaged weights after that step: while stage 1 is young they are a copy."""
         if step % int(self.cfg["update_ema_every"]):
             return KEEP
         young = step < int(self.cfg["step_start_ema"]) and not self.algorithm.online
@@ -156,7 +156,7 @@ class VAEDiffusionTraining(TrainingLoop):
         self.sums = {}
 
     def _draw(self, count: int) -> tuple[Batch, Draws]:
-        """Batches and noise of `count` steps, drawn step by step so that a run in pieces has the same."""
+        """Draws batches and noise of `count` steps, step by step so that a run in pieces has the same."""
         found = [self._draw_one() for _ in range(count)]
         return _joined([batch for batch, _ in found]), _joined([draws for _, draws in found])
 
@@ -178,7 +178,7 @@ class VAEDiffusionTraining(TrainingLoop):
     # ---------- stage 3 ----------
 
     def _collect(self) -> None:
-        """Act with the policy under training, whose log-probabilities the ratio of the updates begins from."""
+        """Acts with the policy under training, whose log-probabilities the ratio of the updates begins from."""
         assert self.venv is not None
         cfg = self.cfg
         if self.actor is None:
@@ -213,7 +213,7 @@ class VAEDiffusionTraining(TrainingLoop):
         self.order, self.stopped = np.arange(0), False
 
     def _load(self, rollout: Rollout, cut: np.ndarray, finals: np.ndarray) -> None:
-        """Advantages by GAE, with the value of the last state where an episode was cut [S,E] rather than ended."""
+        """Computes advantages by GAE, with the value of the last state where an episode was cut [S,E], not ended."""
         cfg, trainer = self.cfg, self.trainer
         state = rollout.observations["state"]
         steps, envs = rollout.rewards.shape
@@ -240,7 +240,7 @@ class VAEDiffusionTraining(TrainingLoop):
         )
 
     def _online_step(self) -> dict[str, float]:
-        """A minibatch of the collection, and with it a batch of the data where L_off has a weight."""
+        """Updates on a minibatch of the collection, and on a batch of the data where L_off has a weight."""
         cfg, size = self.cfg, int(self.cfg["rl_batch_size"])
         samples = int(cfg["rl_collect_steps"]) * int(cfg["rl_num_envs"])
         if len(self.order) < size:
@@ -281,7 +281,7 @@ class VAEDiffusionTraining(TrainingLoop):
     # ---------- state ----------
 
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Everything that decides on the next step, as tensors and JSON values."""
+        """Returns everything that decides on the next step, as tensors and JSON values."""
         tensors = weights(self.algorithm)
         for name, optimizer in self.trainer.optimizers.items():
             tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
@@ -302,7 +302,7 @@ class VAEDiffusionTraining(TrainingLoop):
         return tensors, {**self.facts, "train": state, "online": self.algorithm.online}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on where `state` was taken. Environments that cannot be restored begin new episodes."""
+        """Goes on where `state` was taken. Environments that cannot be restored begin new episodes."""
         state = checkpoint.metadata["train"]
         load_weights(self.algorithm, checkpoint)
         for name, optimizer in self.trainer.optimizers.items():
@@ -327,24 +327,24 @@ METRICS = ("loss", "diffusion_loss", "vae_loss", "vae_recon_loss", "vae_kl_loss"
 
 
 def keep_returns(noise: Any, size: int, dropout: float) -> np.ndarray:
-    """[B,1]: 0 with probability `dropout` (the return is not told), else 1."""
+    """Draws [B,1]: 0 with probability `dropout` (the return is hidden), else 1."""
     return (noise.uniform((size, 1)) >= dropout).astype(np.float32)
 
 
 def weights(algorithm: LatentDiffusionRL) -> dict[str, np.ndarray]:
-    """Of all its networks, under `model.<network>.`."""
+    """Returns the weights of all its networks, under `model.<network>.`."""
     return {f"model.{n}.{k}": v for n, module in algorithm.modules().items() for k, v in state_dict(module).items()}
 
 
 def load_weights(algorithm: LatentDiffusionRL, checkpoint: Checkpoint) -> None:
-    """Inverse of `weights`; also says whether stage 3 had begun."""
+    """Takes back what `weights` returned, and whether stage 3 had begun."""
     for name, module in algorithm.modules().items():
         load_state_dict(module, checkpoint.select(f"model.{name}."))
     algorithm.online = bool(checkpoint.metadata["online"])
 
 
 def _even(steps: int) -> int:
-    """The largest number of steps of a call that divides them."""
+    """Returns the largest number of steps of a call that divides them."""
     return max(n for n in range(1, STEPS_PER_CALL + 1) if steps % n == 0)
 
 
