@@ -97,7 +97,8 @@ class DiffuserTrainer:
         return self._named(self._many[size](*self._tensors((items, t, noise)), average).numpy())
 
     def step(self, micro_batches: Sequence[MicroBatch], number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Makes one step on micro-batches of any sizes, which count alike. Returns what `steps` does, of each of them."""
+        """Makes one step on micro-batches of any sizes, which count alike. Returns what `steps` does, of each of
+        them."""
         count = len(micro_batches)
         if count not in self._one:
             signature = [[self._specs(None)] * count, tf.TensorSpec([], tf.int32)]  # a smaller one is no other program

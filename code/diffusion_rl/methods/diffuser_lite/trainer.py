@@ -49,8 +49,8 @@ class LevelTrainer:
     def update(
         self, x0: Array, x1: Array, t: Array, condition: Array | None, keep: Array | None, rate: Array
     ) -> tuple[Array, Array]:
-        """Makes one step at a learning rate (float64). Graph-safe. Returns the loss and, with `max_norm`, the gradient's
-        norm before clipping."""
+        """Makes one step at a learning rate (float64). Graph-safe. Returns the loss and, with `max_norm`, the
+        gradient's norm before clipping."""
         with tf.GradientTape() as tape:
             loss = self.level.loss(x0, x1, t, condition, keep)
         grads = tape.gradient(loss, self.variables)
