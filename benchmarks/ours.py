@@ -98,16 +98,16 @@ def pretraining() -> Workload:
     from diffusion_rl.methods.pretraining.training import PreTraining
 
     loop = PreTraining(config("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"))
-    loop.epoch = 20  # from where on the average is one
+    loop.step = 19  # epoch 20, from where on the average is one
     epoch = {"items": np.empty(0, np.int64)}
 
     def call() -> None:
         count = w.PRETRAIN_STEPS * w.PRETRAIN_BATCH
         if len(epoch["items"]) < count:
-            epoch["items"] = loop.items[loop.noise.permutation(len(loop.items))]
+            epoch["items"] = loop.items[loop.rng.permutation(len(loop.items))]
         now, epoch["items"] = epoch["items"][:count], epoch["items"][count:]
         items = now.reshape(w.PRETRAIN_STEPS, w.PRETRAIN_BATCH)
-        t, draws = loop._draw(items.shape, loop.noise)
+        t, draws = loop._draw(items.shape, loop.rng)
         loop.trainer.steps(items, t, draws, loop._averaging(len(items)))
 
     return call

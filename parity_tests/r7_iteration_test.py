@@ -108,7 +108,7 @@ def test_iteration(policy, seed, envs, steps, fast):
         cfg = {"seed": 1, "wandb": None, "logdir": folder, "env": env, "train": train, "act_steps": act_steps}
         cfg |= {"cond_steps": size["cond_steps"], "obs_dim": size["obs_dim"], "action_dim": size["action_dim"]}
         cfg["horizon_steps"] = size["horizon_steps"]
-        OnPolicyTraining(cfg, model=model, venv=ScriptedEnv(script, act_steps), noise=tape, observer=seen.append).run()
+        OnPolicyTraining(cfg, model=model, venv=ScriptedEnv(script, act_steps), rng=tape, observer=seen.append).run()
     comparison = Comparison("whole iterations, drawn", 7, "float64")
     comparison.check("chains", seen[0]["chains_trajs"], theirs["chains"])
     comparison.check("values", seen[0]["values_trajs"], theirs["values"])

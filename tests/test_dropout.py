@@ -30,10 +30,10 @@ def pre_training(tmp_path, *overrides):
 
 def test_masks_are_drawn_in_training_at_the_rate_and_not_in_validation(tmp_path):
     loop = pre_training(tmp_path, "+model.network.dropout=0.25")
-    _, masks = loop._draw((50, 32), loop.noise)
+    _, masks = loop._draw((50, 32), loop.rng)
     assert masks.shape == (50, 32, 32) and set(np.unique(masks)) == {0, 1} and abs(masks.mean() - 0.75) < 0.01
-    assert loop._draw((50, 32), loop.noise, training=False)[1].shape[-1] == 0
-    assert pre_training(tmp_path)._draw((50, 32), loop.noise)[1].shape[-1] == 0
+    assert loop._draw((50, 32), loop.rng, training=False)[1].shape[-1] == 0
+    assert pre_training(tmp_path)._draw((50, 32), loop.rng)[1].shape[-1] == 0
 
 
 def test_the_masks_reach_the_network(tmp_path):

@@ -77,13 +77,13 @@ def _run(golden: Golden, folder: Path, fast: bool, roots: Roots) -> dict[str, np
     data = {"dataset": _dataset(golden, folder)} if golden.meta["dataset"] is not None else {}
     if not _pre_training(golden):
         env = ScriptedEnv(golden.subgroup("env"), cfg["act_steps"])
-        loop = loop_class(cfg, venv=env, noise=tape, model=model, observer=records.append, **data)
+        loop = loop_class(cfg, venv=env, rng=tape, model=model, observer=records.append, **data)
         if isinstance(model, GMMPolicy):
             take_recorded_modes(loop.trainer.actor)
         loop.run()
         ours["env_actions"] = np.stack(env.actions) if env.actions else np.zeros(0)
     else:
-        loop = loop_class(cfg, noise=tape, model=model, observer=records.append, **data)
+        loop = loop_class(cfg, rng=tape, model=model, observer=records.append, **data)
         loop.run()
         ours |= {"ema." + k: v for k, v in torch_names.state_dict(loop.ema_model).items()}
     if tape.left_over:

@@ -68,7 +68,7 @@ def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
     frames: list[np.ndarray] = []
 
     def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        draws = loop.trainer.actor.draw(loop.noise, loop.n_envs)
+        draws = loop.trainer.actor.draw(loop.rng, loop.n_envs)
         return loop.trainer.act(obs["state"], draws, deterministic=False).actions, {}
 
     collect(

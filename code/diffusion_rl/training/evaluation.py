@@ -15,6 +15,7 @@ from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.networks.vision import check_images
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 def evaluate(
     actor: Any,
     venv: Any,
-    noise: NoiseSource,
+    rng: Rng,
     n_steps: int,
     options: list[dict[str, Any]],
     on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
@@ -62,7 +63,7 @@ def evaluate(
     observations = venv.reset(options)
 
     def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        draws = actor.draw(noise, venv.n_envs)
+        draws = actor.draw(rng, venv.n_envs)
         decision = actor.act(obs["state"], draws, deterministic=True, rgb=obs.get("rgb"))
         return decision.actions, decision.arrays()
 

@@ -17,11 +17,12 @@ import numpy as np
 from diffusion_rl.config.compose import Config, plain_copy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import BEGAN_ANEW, FINE_TUNING_MAY_CHANGE
 from diffusion_rl.training.evaluation import make_venv, seeded_options
-from diffusion_rl.training.loop import Losses, TrainingLoop, rng_state
+from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
 from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.training.rollout import (
     EpisodeStatistics,
@@ -45,7 +46,7 @@ class FineTuning(TrainingLoop):
 
     Args:
         cfg: the configuration (keys as in the reference).
-        model, venv, noise: given objects instead of those the configuration describes.
+        model, venv, rng: given objects instead of those the configuration describes.
         observer: called once per iteration with everything computed in it; slower, for tests.
     """
 
@@ -60,7 +61,7 @@ class FineTuning(TrainingLoop):
         cfg: Config,
         model: Any = None,
         venv: Any = None,
-        noise: Any = None,
+        rng: Rng | None = None,
         observer: Observer | None = None,
     ):
         self.cfg, self.train, self.observer = cfg, cfg["train"], observer
@@ -68,8 +69,8 @@ class FineTuning(TrainingLoop):
         self.model = model if model is not None else self._build_model()
         self.n_envs = int(cfg["env"]["n_envs"])
         self.venv = venv if venv is not None else make_venv(cfg, self.model, self.seed)
-        self.own_noise = noise is None
-        self.noise = NoiseSource(self.seed) if noise is None else noise
+        self.owns_rng = rng is None
+        self.rng = NoiseSource(self.seed) if rng is None else rng
         self.act_steps, self.n_steps = int(cfg["act_steps"]), int(self.train["n_steps"])
         self.total, self.units, self.env_steps = int(self.train["n_train_itr"]), self.n_steps, 0
         self.observations: dict[str, np.ndarray] | None = None
@@ -224,7 +225,7 @@ class FineTuning(TrainingLoop):
 
         Always the same episodes, drawn apart from the training's: what is saved can be evaluated again exactly.
         """
-        return NoiseSource(self.seed) if self.own_noise else self.noise, self._options(folder, seeded=self.own_noise)
+        return NoiseSource(self.seed) if self.owns_rng else self.rng, self._options(folder, seeded=self.owns_rng)
 
     # ---------- state ----------
 
@@ -245,7 +246,7 @@ class FineTuning(TrainingLoop):
             "train": {
                 "env_steps": self.env_steps,
                 "env_restorable": restorable,
-                "noise": rng_state(self.noise),
+                "noise": rng_state(self.rng),
                 "trainer": self.trainer.state(),
             },
         }
@@ -254,7 +255,7 @@ class FineTuning(TrainingLoop):
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["train"]
         self._restore_training(checkpoint, state)
-        self.noise.restore(state["noise"])
+        restore_rng(self.rng, state["noise"])
         self.step, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
         if state["env_restorable"] and getattr(self.venv, "restorable", False):
             self.venv.set_state(checkpoint.select("train.env."))

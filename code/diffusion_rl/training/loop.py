@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng, StatefulRng
 from diffusion_rl.reports.progress import Progress
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import announce, fitting
@@ -163,6 +164,12 @@ class TrainingLoop(ABC):
                 raise UserError(f"{name} is {worst} in {self.UNIT} {number}: {self.CURE}; {last_good}")
 
 
-def rng_state(rng: Any) -> Any:
+def rng_state(rng: Rng) -> Any:
     """Returns the state of a source of randomness; None for a recorded tape, which has none."""
-    return rng.state() if hasattr(rng, "state") else None
+    return rng.state() if isinstance(rng, StatefulRng) else None
+
+
+def restore_rng(rng: Rng, state: Any) -> None:
+    """Continues a source of randomness where `rng_state` was taken; a recorded tape cannot."""
+    assert isinstance(rng, StatefulRng)
+    rng.restore(state)

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.batching import side_by_side
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.kuka import StackingDataset
 from diffusion_rl.data.normalizers import IdentityNormalizer
 from diffusion_rl.diffusion.inpainting import Conditions
@@ -182,16 +183,16 @@ class StackingPlanner:
         self.diffusion, self.normalizer, self.classifier = diffusion, normalizer, classifier
         self._sample = tf.function(self._plan, autograph=False)
 
-    def plan(self, state: np.ndarray, pair: Pair | None, noise: Any) -> np.ndarray:
+    def plan(self, state: np.ndarray, pair: Pair | None, rng: Rng) -> np.ndarray:
         """Plans [H,39] from a state [39], both in the environment's units.
 
         Args:
             pair: (top, bottom): the block to put upon another; None: whatever the data have.
-            noise: the source of all draws.
+            rng: the source of all draws.
         """
         model = self.diffusion
         known = tf.constant(self.normalizer.normalize(np.asarray(state)[None]), model.dtype)
-        drawn = noise.normal((model.n_timesteps + 1, 1, model.horizon, model.transition_dim))
+        drawn = rng.normal((model.n_timesteps + 1, 1, model.horizon, model.transition_dim))
         wanted = None if pair is None else tf.constant(pair, tf.int32)
         sampled = self._sample(known, tf.constant(drawn, model.dtype), wanted)
         return self.normalizer.unnormalize(sampled.numpy()[0])

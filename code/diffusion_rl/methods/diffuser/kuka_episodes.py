@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.kuka import KukaStacking
 from diffusion_rl.methods.diffuser.kuka import KINDS, StackingPlanner
 from diffusion_rl.methods.diffuser.trainer import MicroBatch
@@ -18,7 +19,7 @@ class StackingTraining(DiffuserTraining):
 
     def _draw(self) -> list[MicroBatch]:
         def item(windows: np.ndarray) -> np.ndarray:
-            return windows * KINDS + self.noise.integers(0, KINDS, (len(windows),))
+            return windows * KINDS + self.rng.integers(0, KINDS, (len(windows),))
 
         return [(item(windows), t, noise) for windows, t, noise in super()._draw()]
 
@@ -30,16 +31,16 @@ class StackingEpisode(NamedTuple):
     count: Count  # type: ignore[assignment]  # hides that of tuples
 
 
-def run_episode(planner: StackingPlanner, env: KukaStacking, count: Count, noise: Any, n_plans: int) -> StackingEpisode:
+def run_episode(planner: StackingPlanner, env: KukaStacking, count: Count, rng: Rng, n_plans: int) -> StackingEpisode:
     """Plans from the current state and follows the plan to its end, `n_plans` times.
 
     Args:
         count: the goal (`tasks.kuka_stacking.draw_task`).
-        noise: the source of all draws.
+        rng: the source of all draws.
     """
-    states = [env.reset(noise)]
+    states = [env.reset(rng)]
     for _ in range(n_plans):
-        for command in planner.plan(states[-1], count.next, noise)[1:]:
+        for command in planner.plan(states[-1], count.next, rng)[1:]:
             states.append(env.step(command))
             count = count.after(states[-1])
         states.append(env.release())

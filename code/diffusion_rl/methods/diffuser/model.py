@@ -18,6 +18,7 @@ import tensorflow as tf
 from diffusion_rl.core.batching import parts, side_by_side
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import keras
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion import process
 from diffusion_rl.diffusion.gaussian import clip
 from diffusion_rl.diffusion.guidance import Guide, best_first
@@ -288,10 +289,10 @@ class Diffuser:
         self.batch_size, self.horizon = batch_size, horizon or diffusion.horizon
         self._sample = tf.function(self._plans, autograph=False)
 
-    def draw(self, noise: Any, n_envs: int) -> np.ndarray:
+    def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
         """Draws what one decision needs, [T+1,E*B,H,D]."""
         rows = n_envs * self.batch_size
-        return noise.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
+        return rng.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
 
     def act(self, conditions: Mapping[int, np.ndarray], noise: np.ndarray) -> Decision:
         """Plans in E environments.

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
@@ -49,7 +50,7 @@ class Episodes:
 def run_episodes(
     planner: Diffuser,
     venv: VectorEnv,
-    noise: Any,
+    rng: Rng,
     dataset: str,
     *,
     seed: int,
@@ -81,7 +82,7 @@ def run_episodes(
     def act(t: int, observations: Observations) -> np.ndarray:
         nonlocal decision
         if not plan:
-            state, draws = observations["state"][:, -1], planner.draw(noise, venv.n_envs)
+            state, draws = observations["state"][:, -1], planner.draw(rng, venv.n_envs)
             decision = watch.time(lambda: planner.act({0: state}, draws))
             show(t, decision)
             chosen = aggregate(decision.actions, how)

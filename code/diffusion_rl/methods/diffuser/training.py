@@ -10,13 +10,14 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
 from diffusion_rl.methods.diffuser.files import normalizer_tensors
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer, MicroBatch
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.loop import Losses, State, TrainingLoop, rng_state
+from diffusion_rl.training.loop import Losses, State, TrainingLoop, restore_rng, rng_state
 from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
@@ -29,7 +30,7 @@ class DiffuserTraining(TrainingLoop):
 
     Args:
         trainer: steps of training.
-        noise: the source of all draws.
+        rng: the source of all draws.
         batch_size, gradient_accumulate_every: windows of a micro-batch, micro-batches of a step.
         n_train_steps, save_freq, label_freq, log_freq, sample_freq: all in steps; a checkpoint saved at step s is
             called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
@@ -49,7 +50,7 @@ class DiffuserTraining(TrainingLoop):
         self,
         trainer: DiffuserTrainer,
         dataset: TrajectoryDataset,
-        noise: Any,
+        rng: Rng,
         *,
         batch_size: int = 32,
         gradient_accumulate_every: int = 2,
@@ -67,9 +68,9 @@ class DiffuserTraining(TrainingLoop):
         merge: bool = True,
         observer: Callable[[int, np.ndarray, dict[str, np.ndarray]], None] | None = None,
     ):
-        self.trainer, self.dataset, self.noise = trainer, dataset, noise
-        self.windows = WindowOrder(len(dataset), batch_size, noise)
-        self.shown = WindowOrder(len(dataset), 1, noise)
+        self.trainer, self.dataset, self.rng = trainer, dataset, rng
+        self.windows = WindowOrder(len(dataset), batch_size, rng)
+        self.shown = WindowOrder(len(dataset), 1, rng)
         self.accumulate, self.total, self.n_reference = gradient_accumulate_every, n_train_steps, n_reference
         self.save_freq, self.label_freq, self.log_freq, self.sample_freq = save_freq, label_freq, log_freq, sample_freq
         self.epoch_steps, self.run_dir, self.print = epoch_steps, run_dir or Nowhere(), say
@@ -145,8 +146,8 @@ class DiffuserTraining(TrainingLoop):
         model, batches = self.trainer.model, []
         for _ in range(self.accumulate):
             items = next(self.windows)
-            t = self.noise.integers(0, model.n_timesteps, (len(items),))
-            batches.append((items, t, self.noise.normal((len(items), model.horizon, model.transition_dim))))
+            t = self.rng.integers(0, model.n_timesteps, (len(items),))
+            batches.append((items, t, self.rng.normal((len(items), model.horizon, model.transition_dim))))
         return batches
 
     def _after(self, step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
@@ -165,7 +166,7 @@ class DiffuserTraining(TrainingLoop):
     # ---------- pictures ----------
 
     def _render_reference(self) -> None:
-        items = self.noise.permutation(len(self.dataset))[: self.n_reference]
+        items = self.rng.permutation(len(self.dataset))[: self.n_reference]
         self.renderer.composite("_sample-reference.png", self._observations(self.dataset.trajectories(items)))
 
     def _render_samples(self, step: int) -> None:
@@ -176,7 +177,7 @@ class DiffuserTraining(TrainingLoop):
             known = {
                 t: tf.constant(window[:, t, model.action_dim :], model.dtype) for t in self.dataset.condition_times
             }
-            samples = self._sample(known, tf.constant(self.noise.normal(shape), model.dtype)).trajectories.numpy()
+            samples = self._sample(known, tf.constant(self.rng.normal(shape), model.dtype)).trajectories.numpy()
             first = np.repeat(window[:, :1], SAMPLES_DRAWN, axis=0).astype(samples.dtype)
             self.renderer.composite(
                 f"sample-{step}-{i}.png", self._observations(np.concatenate([first, samples], axis=1))
@@ -197,7 +198,7 @@ class DiffuserTraining(TrainingLoop):
         tensors |= {"train.order": self.windows.order, "train.shown": self.shown.order}
         tensors |= normalizer_tensors(self.dataset)
         state = {"position": self.windows.position, "shown": self.shown.position}
-        return tensors, {"step": self.step, "train": {**state, "noise": rng_state(self.noise)}}
+        return tensors, {"step": self.step, "train": {**state, "noise": rng_state(self.rng)}}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `state` was taken."""
@@ -207,7 +208,7 @@ class DiffuserTraining(TrainingLoop):
         self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))  # but not its rate: `advance` sets that
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.shown.order, self.shown.position = checkpoint.tensors["train.shown"], int(state["shown"])
-        self.noise.restore(state["noise"])
+        restore_rng(self.rng, state["noise"])
         self.step = int(checkpoint.metadata["step"])
 
     def report(self) -> Iterator[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.methods.diffuser_lite.domains import Targets
 from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
@@ -32,7 +33,7 @@ class LiteEpisodes(FirstEpisodes):
 def run_lite_episodes(
     planner: DiffuserLite,
     venv: VectorEnv,
-    noise: Any,
+    rng: Rng,
     targets: Targets,
     *,
     limit: int,
@@ -54,7 +55,7 @@ def run_lite_episodes(
 
     def act(number: int, observations: Observations) -> np.ndarray:
         state = observations["state"][:, -1]
-        wanted, draws = targets(state, counted if published else returns), planner.draw(noise, venv.n_envs)
+        wanted, draws = targets(state, counted if published else returns), planner.draw(rng, venv.n_envs)
         return watch.time(lambda: planner.act(state, wanted, draws))[:, None]
 
     def on_step(step: Step) -> None:
@@ -67,15 +68,15 @@ def run_lite_episodes(
 
 
 def decision_times(
-    planner: DiffuserLite, noise: Any, n_envs: int, decisions: int = 1000, warm_up: int = 50
+    planner: DiffuserLite, rng: Rng, n_envs: int, decisions: int = 1000, warm_up: int = 50
 ) -> np.ndarray:
     """Measures the seconds of each decision [decisions], from raw observation to action, its draws included."""
-    observations = noise.normal((n_envs, len(planner.means)))
+    observations = rng.normal((n_envs, len(planner.means)))
     targets = np.ones(n_envs, np.float32)
     found = []
     for number in range(warm_up + decisions):
         began = time.perf_counter()
-        planner.act(observations, targets, planner.draw(noise, n_envs))
+        planner.act(observations, targets, planner.draw(rng, n_envs))
         if number >= warm_up:
             found.append(time.perf_counter() - began)
     return np.array(found)

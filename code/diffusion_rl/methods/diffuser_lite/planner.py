@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion import rectified_flow
 from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel
 from diffusion_rl.methods.diffuser_lite.program import Program
@@ -55,10 +56,10 @@ class DiffuserLite:
         self._runs: dict[tuple[int, int], Callable[..., np.ndarray]] = {}  # by numbers of environments and returns
         self._told: tuple[bytes, list[Array]] = b"", []  # returns that were wanted last, and what they mean
 
-    def draw(self, noise: Any, n_envs: int) -> list[np.ndarray]:
+    def draw(self, rng: Rng, n_envs: int) -> list[np.ndarray]:
         """Draws what one decision needs: noise of each level [E,H,O], of the first one [E*C,H,O]."""
         rows = [n_envs * (self.acting.candidates if i == 0 else 1) for i in range(len(self.levels))]
-        return [noise.normal((n, *level.shape)) for n, level in zip(rows, self.levels, strict=True)]
+        return [rng.normal((n, *level.shape)) for n, level in zip(rows, self.levels, strict=True)]
 
     def act(self, observations: np.ndarray, targets: np.ndarray, noise: Sequence[np.ndarray]) -> np.ndarray:
         """Returns actions [E,A] for observations [E,O] in the environment's units, aiming at returns [E]."""

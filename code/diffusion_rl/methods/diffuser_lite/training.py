@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.diffusion.rectified_flow import time_grid
@@ -25,7 +26,7 @@ from diffusion_rl.methods.diffuser_lite.trainer import (
     cosine_rate,
 )
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.loop import Losses, State, TrainingLoop, rng_state
+from diffusion_rl.training.loop import Losses, State, TrainingLoop, restore_rng, rng_state
 from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
@@ -37,7 +38,7 @@ class LiteLoop(TrainingLoop):
 
     Args:
         names: of the losses.
-        noise: the source of all draws.
+        rng: the source of all draws.
         steps: of the whole training, however often it is interrupted.
         log_interval, save_interval: in steps.
         run_dir: where everything goes.
@@ -49,7 +50,7 @@ class LiteLoop(TrainingLoop):
     def __init__(
         self,
         names: Sequence[str],
-        noise: Any,
+        rng: Rng,
         *,
         steps: int,
         log_interval: int,
@@ -57,7 +58,7 @@ class LiteLoop(TrainingLoop):
         run_dir: RunDir | Nowhere | None = None,
         record: Callable[[dict[str, Any]], None] = print,
     ):
-        self.names, self.noise, self.total = list(names), noise, steps
+        self.names, self.rng, self.total = list(names), rng, steps
         self.log_interval, self.save_interval, self.record = log_interval, save_interval, record
         self.run_dir = run_dir or Nowhere()
         self.sums = np.zeros(len(self.names))  # of the losses since the last log line
@@ -98,7 +99,7 @@ class LiteLoop(TrainingLoop):
         for name, part in self.parts():
             found = part.state() if isinstance(part, AdamW) else state_dict(part)
             tensors |= {f"{name}.{k}": v for k, v in found.items()}
-        facts = {"step": self.step, "steps": self.total, "noise": rng_state(self.noise)}
+        facts = {"step": self.step, "steps": self.total, "noise": rng_state(self.rng)}
         if self.windows is not None:
             tensors["train.order"], facts["position"] = self.windows.order, self.windows.position
         return tensors, facts
@@ -108,7 +109,7 @@ class LiteLoop(TrainingLoop):
             found = checkpoint.select(name + ".")
             part.restore(found) if isinstance(part, AdamW) else load_state_dict(part, found)
         self.sums = checkpoint.tensors["train.sums"].copy()
-        self.noise.restore(checkpoint.metadata["noise"])
+        restore_rng(self.rng, checkpoint.metadata["noise"])
         if self.windows is not None:
             self.windows.order = checkpoint.tensors["train.order"]
             self.windows.position = int(checkpoint.metadata["position"])
@@ -123,10 +124,10 @@ def level_parts(levels: Sequence[LevelTrainer]) -> Iterator[tuple[str, Any]]:
             yield f"level{i}.optimizer.{name}", optimizer
 
 
-def draw_level(noise: Any, level: PlanLevel, batch: int, with_noise: bool = True, with_drop: bool = True) -> LevelDraws:
+def draw_level(rng: Rng, level: PlanLevel, batch: int, with_noise: bool = True, with_drop: bool = True) -> LevelDraws:
     """Draws what an update of a level needs, in the reference's order."""
-    states = noise.normal((batch, *level.shape)) if with_noise else np.zeros((batch, 0))
-    return LevelDraws(states, noise.uniform((batch,)), noise.uniform((batch,)) if with_drop else np.zeros(batch))
+    states = rng.normal((batch, *level.shape)) if with_noise else np.zeros((batch, 0))
+    return LevelDraws(states, rng.uniform((batch,)), rng.uniform((batch,)) if with_drop else np.zeros(batch))
 
 
 class PlanTraining(LiteLoop):
@@ -144,7 +145,7 @@ class PlanTraining(LiteLoop):
         self,
         trainer: LiteTrainer,
         data: PlanDataset,
-        noise: Any,
+        rng: Rng,
         *,
         batch_size: int,
         rate: float,
@@ -152,11 +153,11 @@ class PlanTraining(LiteLoop):
         **options: Any,
     ):
         names = [f"loss{i}" for i in range(len(trainer.levels))]
-        super().__init__([*names, "invdyn_loss"], noise, **options)
+        super().__init__([*names, "invdyn_loss"], rng, **options)
         assert trainer.inverse is not None
         self.trainer, self.data, self.rate, self.invdyn_steps = trainer, data, rate, invdyn_steps
         self.inverse = trainer.inverse
-        self.windows = WindowOrder(len(data), batch_size, noise)
+        self.windows = WindowOrder(len(data), batch_size, rng)
 
     def updates(self, count: int) -> np.ndarray:
         """Makes updates on batches of one size that train the same: ends early where the next one differs."""
@@ -167,7 +168,7 @@ class PlanTraining(LiteLoop):
         for number in range(self.step, self.step + count):
             found = next(self.windows)
             items.append(self.data.at(found))
-            draws.append([draw_level(self.noise, each.level, len(found)) for each in self.trainer.levels])
+            draws.append([draw_level(self.rng, each.level, len(found)) for each in self.trainer.levels])
             if with_inverse:
                 kept.append(self._dropout(len(found)))
             rates.append(cosine_rate(self.rate, number, self.total))
@@ -179,7 +180,7 @@ class PlanTraining(LiteLoop):
     def _dropout(self, batch: int) -> np.ndarray:
         inverse = self.inverse.inverse
         pairs = self.trainer.levels[-1].level.shape[0] - 1
-        return self.noise.uniform((batch, pairs, inverse.hidden_dim)) >= inverse.dropout
+        return self.rng.uniform((batch, pairs, inverse.hidden_dim)) >= inverse.dropout
 
     def _next_size(self) -> int:
         left = len(self.windows.order) - self.windows.position
@@ -205,10 +206,8 @@ class Pairs:
 class Reflow(LiteLoop):
     """Straightens the flow: the levels are trained on pairs, every fifth update without returns, at a constant rate."""
 
-    def __init__(
-        self, trainer: ReflowTrainer, pairs: Pairs, noise: Any, *, batch_size: int, rate: float, **options: Any
-    ):
-        super().__init__([f"loss{i}" for i in range(len(trainer.levels))], noise, **options)
+    def __init__(self, trainer: ReflowTrainer, pairs: Pairs, rng: Rng, *, batch_size: int, rate: float, **options: Any):
+        super().__init__([f"loss{i}" for i in range(len(trainer.levels))], rng, **options)
         self.trainer, self.pairs, self.batch_size, self.rate = trainer, pairs, batch_size, rate
 
     def updates(self, count: int) -> np.ndarray:
@@ -219,9 +218,9 @@ class Reflow(LiteLoop):
         drawn, draws = list[tuple[np.ndarray, np.ndarray | None]](), []
         for i, each in enumerate(self.trainer.levels):
             source = self.pairs.conditional[i] if conditional else self.pairs.unconditional[i]
-            rows = self.noise.integers(0, len(source), (self.batch_size,))
+            rows = self.rng.integers(0, len(source), (self.batch_size,))
             drawn.append((_take(source, rows), _take(self.pairs.returns[i], rows) if conditional else None))
-            draws.append(draw_level(self.noise, each.level, self.batch_size, False, conditional))
+            draws.append(draw_level(self.rng, each.level, self.batch_size, False, conditional))
         return self.trainer.step(drawn, draws, self.rate)
 
     def parts(self) -> Iterator[tuple[str, Any]]:
@@ -262,7 +261,7 @@ class Generation:
 
     def run(
         self,
-        noise: Any,
+        rng: Rng,
         conditional: int,
         unconditional: int,
         write: Callable[[int, int, np.ndarray, np.ndarray | None], None],
@@ -285,7 +284,7 @@ class Generation:
                 for kind in (0, 1):
                     if sizes[kind] <= 0:
                         continue
-                    drawn = tf.constant(noise.normal((self.batch_size, *level.shape)), level.dtype)
+                    drawn = tf.constant(rng.normal((self.batch_size, *level.shape)), level.dtype)
                     plans = self._compiled(i, 1.0 - kind)(drawn, states, returns)
                     pairs = np.stack([plans.numpy(), drawn.numpy()], axis=1)[: sizes[kind]]
                     write(i, made[kind], pairs, returns.numpy()[: sizes[kind]] if kind == 0 else None)
@@ -305,11 +304,11 @@ class QLearning(LiteLoop):
     windows: WindowOrder
 
     def __init__(
-        self, trainer: IQLTrainer, transitions: Sequence[np.ndarray], noise: Any, *, batch_size: int, **options: Any
+        self, trainer: IQLTrainer, transitions: Sequence[np.ndarray], rng: Rng, *, batch_size: int, **options: Any
     ):
-        super().__init__(["loss_v", "loss_q"], noise, **options)
+        super().__init__(["loss_v", "loss_q"], rng, **options)
         self.trainer, self.transitions = trainer, list(transitions)
-        self.windows = WindowOrder(len(self.transitions[0]), batch_size, noise)
+        self.windows = WindowOrder(len(self.transitions[0]), batch_size, rng)
 
     def updates(self, count: int) -> np.ndarray:
         return np.array([self._one() for _ in range(count)])

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import keras
 from diffusion_rl.core.returns import td_lambda
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings
 from diffusion_rl.methods.off_policy.rwr import WeightedDenoising, WeightedLikelihood
 from diffusion_rl.networks.layers import Array, variables_of
@@ -85,7 +86,7 @@ class AdvantageWeighted(OffPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         """Draws rows for the critic, from as many as there are steps, though rows are E times as many (quirk
         64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
@@ -96,7 +97,7 @@ class AdvantageWeighted(OffPolicy):
         batch = data.online.at(draws["rows"])
         return {"loss_critic": step("critic", lambda: self.loss_critic({"state": batch.obs}, batch.returns))}
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {"rows": rows.online(b)} | self.draw_loss(rng, b)
 

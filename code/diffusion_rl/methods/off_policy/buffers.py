@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.replay import ReplayBuffer
 
 
@@ -24,7 +24,7 @@ class Rows:
     `last` keeps the latest draw of each kind: an actor may be trained on the critics' last batch.
     """
 
-    def __init__(self, buffers: Buffers, rng: Any, n_envs: int):
+    def __init__(self, buffers: Buffers, rng: Rng, n_envs: int):
         self.buffers, self.rng, self.n_envs = buffers, rng, n_envs
         self.last: dict[str, np.ndarray] = {}
         self._order, self._used = np.arange(0), 0

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.off_policy.algorithm import Experience, Part, Phase, Progress, Settings, mixed
 from diffusion_rl.methods.off_policy.sac import SoftActorCritic
@@ -143,7 +144,7 @@ class CalQL(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, online = int(settings["batch_size"]), bool(settings["train_online"])
         draws = {"offline_rows": rows.offline(b // 2 if online else b)}
         if online:

@@ -27,6 +27,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -115,12 +116,12 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         actions = self.sample(cond, noise, deterministic=True)
         return tf.clip_by_value(actions + size * tf.cast(exploration, self.dtype), -1.0, 1.0)
 
-    def _action_draws(self, rng: Any, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
+    def _action_draws(self, rng: Rng, batch: int, times: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
         """Draws what `explored` takes, so many times."""
         chain = rng.normal((*times, *self.noise_shape(batch)), floatx())
         return chain, rng.normal((*times, batch, self.horizon_steps, self.action_dim), floatx())
 
-    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+    def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
         return dict(zip(("noise", "exploration"), self._action_draws(rng, batch), strict=True))
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
@@ -168,7 +169,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- updates ----------
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": np.stack([rows.online(b) for _ in range(CRITIC_STEPS)])}
         draws["next_noise"], draws["next_exploration"] = self._action_draws(rng, b, (CRITIC_STEPS,))
@@ -195,7 +196,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         self.n_updates.assign_add([1])
         return losses
 
-    def draw_temperature(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_temperature(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, n = int(settings["entropy_states"]), int(settings["entropy_samples"])
         return {"rows": rows.online(b), **self.draw_action(rng, b * n, False, settings)}
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.optimizers import clip_by_global_norm
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part, Settings, bellman_error, follow
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -90,7 +91,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": rows.online(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part, Settings, bellman_error, follow
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
@@ -71,7 +72,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, horizon = int(settings["batch_size"]), self.horizon_steps
         return {
             "rows": rows.online(b),

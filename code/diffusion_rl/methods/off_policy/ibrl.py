@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
 from diffusion_rl.methods.off_policy.rlpd import EnsembleCritics
 from diffusion_rl.networks.layers import Array, clone, variables_of
@@ -108,7 +109,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
@@ -126,7 +127,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.last["online"],
@@ -144,7 +145,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+    def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
         draws = {"pair": self.draw_pair(rng), "noise": rng.normal((2, *self.noise_shape(batch)), floatx())}
         return draws if deterministic else draws | {"keep": draw_masks(self.network, rng, (2, batch))}
 

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error, follow
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -93,7 +94,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
@@ -118,7 +119,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- acting ----------
 
-    def draw_action(self, rng: Any, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
+    def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
         return {"noise": rng.normal(self.noise_shape(settings["eval_sample_num"] * batch), floatx())}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:

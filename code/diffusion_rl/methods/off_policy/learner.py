@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import named_parameters
 from diffusion_rl.methods.off_policy.algorithm import Part, Phase, Settings
 
@@ -60,7 +61,7 @@ class Learner:
 
     # ---------- acting ----------
 
-    def act(self, state: np.ndarray, rng: Any, deterministic: bool) -> np.ndarray:
+    def act(self, state: np.ndarray, rng: Rng, deterministic: bool) -> np.ndarray:
         """Decides on action chunks [E,H,A] for observations [E,To,O], with draws from `rng`."""
         draws = self.policy.draw_action(rng, len(state), deterministic, self.settings)
         decided = self._act(tf.constant(state, self.policy.dtype), _tensors(draws), deterministic)
@@ -74,7 +75,7 @@ class Learner:
 
     # ---------- updating ----------
 
-    def run(self, phase: Phase, rng: Any, rows: Any, after: Callable[[int, Losses], None]) -> Losses:
+    def run(self, phase: Phase, rng: Rng, rows: Any, after: Callable[[int, Losses], None]) -> Losses:
         """Runs all updates of a phase; `after(number, losses)` is called after each compiled call.
 
         Args:

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, Part, Phase, Progress, Settings, follow, mixed
 from diffusion_rl.methods.off_policy.sac import SoftPolicy
 from diffusion_rl.networks.critics import CriticEnsemble
@@ -36,7 +37,7 @@ class EnsembleCritics:
         self.target_networks = CriticEnsemble([critic] * n_critics)
         self.ensemble_params = CriticEnsemble([critic] * n_critics)
 
-    def draw_pair(self, rng: Any) -> np.ndarray:
+    def draw_pair(self, rng: Rng) -> np.ndarray:
         """Draws the indices [2] of two different critics."""
         return rng.permutation(self.n_critics)[:2]
 
@@ -119,7 +120,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "offline_rows": rows.offline(b // 2),
@@ -136,7 +137,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"]) // 2 * 2
         return {
             "offline_rows": rows.last["offline"],

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings
 from diffusion_rl.networks.layers import Array, variables_of
@@ -54,7 +55,7 @@ class RewardWeighted(OffPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Any, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
         places = rows.shuffled(int(settings["batch_size"]))
         return {"rows": places} | self.draw_loss(rng, len(places))
 
@@ -69,7 +70,7 @@ class RewardWeighted(OffPolicy):
 class WeightedDenoising(ExploringDiffusionPolicy):
     """A diffusion policy with the weighted loss; arguments of `ExploringDiffusionPolicy`."""
 
-    def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
+    def draw_loss(self, rng: Rng, b: int) -> dict[str, Any]:
         """Draws step and noise of the denoising loss for b rows."""
         return {
             "t": rng.integers(0, self.denoising_steps, (b,)),
@@ -94,7 +95,7 @@ class WeightedLikelihood(ExploringGaussianPolicy):
         super().__init__(network=actor, **kwargs)
         self.actor = self.network
 
-    def draw_loss(self, rng: Any, b: int) -> dict[str, Any]:
+    def draw_loss(self, rng: Rng, b: int) -> dict[str, Any]:
         """Draws nothing: the likelihood is exact."""
         return {}
 

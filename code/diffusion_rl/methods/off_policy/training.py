@@ -16,6 +16,7 @@ from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.returns import rewards_to_go
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.off_policy.algorithm import Experience, Progress
@@ -53,11 +54,11 @@ class OffPolicyTraining(FineTuning):
         cfg: Config,
         model: Any = None,
         venv: Any = None,
-        noise: Any = None,
+        rng: Rng | None = None,
         observer: Observer | None = None,
         dataset: Any = None,
     ):
-        super().__init__(cfg, model, venv, noise, observer)
+        super().__init__(cfg, model, venv, rng, observer)
         self.KIND = self.model.KIND
         self.experience: Experience = self.model.experience(self.train)
         self.buffers = Buffers(self._new_buffer())
@@ -131,7 +132,7 @@ class OffPolicyTraining(FineTuning):
             n_steps = MOST_STEPS if kept.n_episodes else 0
         observations, firsts = self._start(self._options(folder))
         at_random = kept.explores and self.itr < int(self.train["n_explore_steps"])
-        decide = self._at_random if at_random else self._decisions(self.noise, deterministic=False)
+        decide = self._at_random if at_random else self._decisions(self.rng, deterministic=False)
         rollout = collect(
             self.venv, decide, n_steps, observations, firsts, self.act_steps, on_step, self._store, kept.n_episodes
         )
@@ -159,7 +160,7 @@ class OffPolicyTraining(FineTuning):
             n_episodes=n_episodes,
         )
 
-    def _decisions(self, rng: Any, deterministic: bool) -> Decide:
+    def _decisions(self, rng: Rng, deterministic: bool) -> Decide:
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             actions = self.trainer.act(obs["state"], rng, deterministic)
             return actions, {"actions": actions} if self.experience.whole_episodes else {}
@@ -168,7 +169,7 @@ class OffPolicyTraining(FineTuning):
 
     def _at_random(self, obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         shape = (self.n_envs, self.act_steps, self.cfg["action_dim"])
-        return self.noise.uniform(shape, -1.0, 1.0, floatx()), {}
+        return self.rng.uniform(shape, -1.0, 1.0, floatx()), {}
 
     def _store(self, observations: Observations, actions: np.ndarray, result: Any) -> None:
         """Keeps transitions. A truncation is followed by the old episode's last observation, not the new one's
@@ -213,13 +214,13 @@ class OffPolicyTraining(FineTuning):
         summary: dict[str, Any] = {"updates": 0}
         lengths = [end - start for _, start, end in rollout.episodes()]
         progress = Progress(self.itr, rollout.rewards.size, self.buffers.online.size, lengths[0] if lengths else 0)
-        rows = Rows(self.buffers, self.noise, self.n_envs)
+        rows = Rows(self.buffers, self.rng, self.n_envs)
         for phase in self.model.phases(self.train, progress):
             if phase.n <= 0:
                 continue
             if phase.before is not None:
                 summary |= getattr(self.model, phase.before)(self.buffers, self.train, self.n_envs)
-            found = self.trainer.run(phase, self.noise, rows, lambda n, some: self._after(some, folder))
+            found = self.trainer.run(phase, self.rng, rows, lambda n, some: self._after(some, folder))
             losses |= found
             summary["updates"] += phase.n
         summary |= {name: float(values[-1]) for name, values in losses.items()}

@@ -42,6 +42,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import clip
 from diffusion_rl.methods.on_policy.dppo import DPPO, DPPOTrainer
 from diffusion_rl.methods.on_policy.ppo import Gradients, Losses, PerRow
@@ -189,7 +190,7 @@ class DPOERTrainer(DPPOTrainer):
         self._refresh = tf.function(self._published_entropy)
         self._tune = tf.function(self._temperature_step)
 
-    def draw(self, rng: Any, rows: int) -> Any:
+    def draw(self, rng: Rng, rows: int) -> Any:
         """Draws noise for an estimate that is due: published, of chunks [B',H,A]; corrected, of whole chains."""
         p = self.policy
         if not self.published:

@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.on_policy import dppo_fast
 from diffusion_rl.methods.on_policy.ppo import (
     ClippedPPO,
@@ -221,7 +222,7 @@ class DPPOTrainer(PPOTrainer):
 
     # ---------- minibatches ----------
 
-    def draw(self, rng: Any, rows: int) -> Any:
+    def draw(self, rng: Rng, rows: int) -> Any:
         """Draws the noise of the pre-trained policy's chains [steps + 1, B, H, A], where behaviour cloning is added."""
         return rng.normal(self.actor.noise_shape(rows), floatx()) if self.use_bc_loss else None
 

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.exact_likelihood import (
     VPSDE,
     integrate,
@@ -158,7 +159,7 @@ class ExactDPPOTrainer(PPOTrainer):
 
     # ---------- log-probabilities ----------
 
-    def draw(self, rng: Any, rows: int) -> np.ndarray:
+    def draw(self, rng: Rng, rows: int) -> np.ndarray:
         """Draws probes of the divergence [B*P,H,A]."""
         p = self.policy
         shape = (rows * p.n_probes, p.horizon_steps, p.action_dim)
@@ -167,7 +168,7 @@ class ExactDPPOTrainer(PPOTrainer):
         return (2 * rng.integers(0, 2, shape) - 1).astype(floatx())
 
     def old_log_probs(
-        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
+        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Rng, rgb: np.ndarray | None = None
     ) -> np.ndarray:
         """Integrates the log-probabilities [N] now, with the weights that collected."""
         arrays = (state, decisions["actions"], self.draw(rng, len(state)))

@@ -25,6 +25,7 @@ from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup, clip_by_global_norm
 from diffusion_rl.core.returns import gae
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.networks.vision import RandomShiftsAug
 from diffusion_rl.policies.acting import actor_for
@@ -225,7 +226,7 @@ class PPOTrainer:
     def update(
         self,
         rollout: Rollout,
-        rng: Any,
+        rng: Rng,
         train_actor: bool,
         stop: Callable[[], None] = lambda: None,
         check: Callable[[Mapping[str, float]], None] = lambda losses: None,
@@ -272,7 +273,7 @@ class PPOTrainer:
             return self._values(state).numpy()
         return np.concatenate([self._values(state[cut], tf.constant(rgb[cut])).numpy() for cut in self._cuts(rgb)])
 
-    def shifted(self, rgb: np.ndarray | None, rng: Any) -> np.ndarray | None:
+    def shifted(self, rgb: np.ndarray | None, rng: Rng) -> np.ndarray | None:
         """Shifts images [N,To,C,Hi,Wi] at random, each by its own number of pixels, if `train.augment` says so."""
         if rgb is None or self.augment is None:
             return rgb
@@ -282,7 +283,7 @@ class PPOTrainer:
         return np.concatenate([part.numpy() for part in parts]).reshape(rgb.shape)
 
     def old_log_probs(
-        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Any, rgb: np.ndarray | None = None
+        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Rng, rgb: np.ndarray | None = None
     ) -> np.ndarray:
         """Returns log-probabilities [N,...] of a rollout under the policy that collected it.
 
@@ -345,7 +346,7 @@ class PPOTrainer:
     def minibatches(
         self,
         n_rows: int,
-        rng: Any,
+        rng: Rng,
         train_actor: bool,
         stop: Callable[[], None],
         check: Callable[[Mapping[str, float]], None],
@@ -369,7 +370,7 @@ class PPOTrainer:
                     return losses
         return losses
 
-    def draw(self, rng: Any, rows: int) -> Any:
+    def draw(self, rng: Rng, rows: int) -> Any:
         """Draws what the update of a minibatch of that many rows needs; None if nothing."""
         shape = self.policy.bc_noise_shape(rows) if self.use_bc_loss else None
         return None if shape is None else rng.normal(shape, floatx())

@@ -10,6 +10,7 @@ import numpy as np
 from diffusion_rl.config.compose import Config
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.on_policy.ppo import PPOTrainer
 from diffusion_rl.training.checkpoint import Checkpoint
@@ -27,10 +28,10 @@ class OnPolicyTraining(FineTuning):
         cfg: Config,
         model: Any = None,
         venv: Any = None,
-        noise: Any = None,
+        rng: Rng | None = None,
         observer: Observer | None = None,
     ):
-        super().__init__(cfg, model, venv, noise, observer)
+        super().__init__(cfg, model, venv, rng, observer)
         self.KIND = self.model.KIND
         self.trainer = self._make_trainer(int(cfg.get("reward_horizon", self.act_steps)))
         self.scaler = RunningRewardScaler(self.n_envs) if self.train.get("reward_scale_running", False) else None
@@ -66,7 +67,7 @@ class OnPolicyTraining(FineTuning):
 
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             actor = self.trainer.actor
-            draws = actor.draw(self.noise, self.n_envs)
+            draws = actor.draw(self.rng, self.n_envs)
             decision = actor.act(obs["state"], draws, deterministic=False, rgb=obs.get("rgb"))
             return decision.actions, decision.arrays()
 
@@ -86,7 +87,7 @@ class OnPolicyTraining(FineTuning):
         def check(losses: Mapping[str, float]) -> None:
             self.check_finite(losses, self.itr)
 
-        return self.trainer.update(rollout, self.noise, self._train_actor, folder.stop_if_requested, check)
+        return self.trainer.update(rollout, self.rng, self._train_actor, folder.stop_if_requested, check)
 
     # ---------- state ----------
 

@@ -14,6 +14,7 @@ from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainable, PreTrainer
 from diffusion_rl.networks.mlp import draw_masks
@@ -21,7 +22,7 @@ from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
-from diffusion_rl.training.loop import Losses, TrainingLoop, rng_state
+from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
 from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
 from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.run_facts import compare_policy
@@ -35,7 +36,7 @@ class PreTraining(TrainingLoop):
 
     Args:
         cfg: the configuration (keys as in the reference).
-        model, dataset, noise: given objects instead of those the configuration describes.
+        model, dataset, rng: given objects instead of those the configuration describes.
         observer: called at the end of every epoch with what was computed in it.
     """
 
@@ -47,12 +48,12 @@ class PreTraining(TrainingLoop):
         cfg: Config,
         model: PreTrainable | None = None,
         dataset: Any = None,
-        noise: Any = None,
+        rng: Rng | None = None,
         observer: Observer | None = None,
     ):
         self.cfg, self.train, self.observer = cfg, cfg["train"], observer
         self.seed = int(cfg.get("seed", 42))
-        self.noise = NoiseSource(self.seed) if noise is None else noise
+        self.rng = NoiseSource(self.seed) if rng is None else rng
         self.model = model if model is not None else self._build_model()
         self.dataset = dataset if dataset is not None else instantiate(cfg["train_dataset"])
         self.bounds = normalization_facts(self._bounds_path())
@@ -130,7 +131,7 @@ class PreTraining(TrainingLoop):
 
     def _epoch(self) -> np.ndarray:
         size = int(self.train["batch_size"])
-        order = self.items[self.noise.permutation(len(self.items))]
+        order = self.items[self.rng.permutation(len(self.items))]
         n_full = len(order) // size
         full = order[: n_full * size].reshape(n_full, size)
         batches = [full[i : i + BATCHES_PER_CALL] for i in range(0, n_full, BATCHES_PER_CALL)]
@@ -138,27 +139,27 @@ class PreTraining(TrainingLoop):
             batches.append(order[n_full * size :][None])
         losses = []
         for items in batches:
-            t, noise = self._draw(items.shape, self.noise)
+            t, noise = self._draw(items.shape, self.rng)
             shifts = self._draw_shifts(items.shape)
             losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items)), shifts))
             self.progress.update(len(items), epoch=self.epoch, loss=float(losses[-1][-1]))
             self.run_dir.stop_if_requested()
         return np.concatenate(losses)
 
-    def _draw(self, shape: tuple[int, ...], noise: Any, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, shape: tuple[int, ...], rng: Rng, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Draws denoising steps and noise for windows of that shape; of likelihoods zeros, and dropout's masks."""
         m = self.model
         if not isinstance(m, DiffusionPolicy):
-            masks = draw_masks(m.network, noise, shape) if training else np.zeros((*shape, 0), floatx())
+            masks = draw_masks(m.network, rng, shape) if training else np.zeros((*shape, 0), floatx())
             return np.zeros(shape, np.int64), masks
-        t = noise.integers(0, m.denoising_steps, shape)
-        return t, noise.normal((*shape, m.horizon_steps, m.action_dim), floatx())
+        t = rng.integers(0, m.denoising_steps, shape)
+        return t, rng.normal((*shape, m.horizon_steps, m.action_dim), floatx())
 
     def _draw_shifts(self, shape: tuple[int, ...]) -> np.ndarray | None:
         """Draws shifts of the images of windows of that shape, for networks that augment them."""
         network = self.model.network
         size = network.shifts_shape(1) if hasattr(network, "shifts_shape") else None
-        return None if size is None else self.noise.integers(0, 2 * network.vision.aug.pad + 1, (*shape, *size[1:]))
+        return None if size is None else self.rng.integers(0, 2 * network.vision.aug.pad + 1, (*shape, *size[1:]))
 
     def _averaging(self, n: int) -> np.ndarray:
         """Decides how the average follows each of n batches; in the first epochs it is a plain copy."""
@@ -172,11 +173,11 @@ class PreTraining(TrainingLoop):
         """Returns the mean loss over the held-out windows, always with the same noise; None when it is not due."""
         if not len(self.validation) or self.epoch % int(self.train.get("val_freq", 100)):
             return None
-        size, noise = int(self.train["batch_size"]), NoiseSource(self.seed)
+        size, rng = int(self.train["batch_size"]), NoiseSource(self.seed)
         total = 0.0
         for i in range(0, len(self.validation), size):
             items = self.validation[i : i + size]
-            total += self.trainer.evaluate(items, *self._draw(items.shape, noise, training=False)) * len(items)
+            total += self.trainer.evaluate(items, *self._draw(items.shape, rng, training=False)) * len(items)
         return total / len(self.validation)
 
     def _learning_rate(self) -> float:
@@ -194,7 +195,7 @@ class PreTraining(TrainingLoop):
             "normalization": self.bounds,
             "train": {
                 "schedule": self.trainer.schedule.state(),
-                "noise": rng_state(self.noise),
+                "noise": rng_state(self.rng),
                 "n_batches": self.n_batches,
             },
         }
@@ -212,7 +213,7 @@ class PreTraining(TrainingLoop):
         self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
         self.trainer.schedule.restore(state["schedule"])
         self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
-        self.noise.restore(state["noise"])
+        restore_rng(self.rng, state["noise"])
         self.n_batches, self.step = int(state["n_batches"]), int(checkpoint.metadata["epoch"])
 
     def _observed(self, losses: np.ndarray) -> dict[str, Any]:

@@ -52,10 +52,10 @@ def evaluate_policy(
 
     Seeds and noise depend on `seed` alone: the same weights give the same returns, within training and after it.
     """
-    noise, scale = NoiseSource(int(cfg["seed"])), np.float32(cfg["sample_noise_scale"])
+    rng, scale = NoiseSource(int(cfg["seed"])), np.float32(cfg["sample_noise_scale"])
 
     def act(step: int, observations: Observations) -> np.ndarray:
-        decision = actor.act(observations["state"], scale * actor.draw(noise, venv.n_envs), deterministic=True)
+        decision = actor.act(observations["state"], scale * actor.draw(rng, venv.n_envs), deterministic=True)
         return decode(decision.actions)[:, : venv.act_steps]
 
     groups: list[tuple[np.ndarray, np.ndarray]] = []

@@ -12,6 +12,7 @@ from diffusion_rl.config.compose import plain_copy
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.agent_windows import VAESequenceDataset
 from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
@@ -55,9 +56,9 @@ class VAEDiffusionTraining(TrainingLoop):
     ):
         self.cfg, self.algorithm, self.dataset, self.facts = cfg, algorithm, dataset, dict(facts)
         self.venv, self.eval_venv = venv, eval_venv
-        self.trainer, self.noise = LatentTrainer(algorithm), NoiseSource(int(cfg["seed"]))
+        self.trainer, self.rng = LatentTrainer(algorithm), NoiseSource(int(cfg["seed"]))
         size = int(cfg["batch_size"]) * int(cfg["gradient_accumulate_every"])
-        self.windows = WindowOrder(len(dataset), min(size, len(dataset)), self.noise)
+        self.windows = WindowOrder(len(dataset), min(size, len(dataset)), self.rng)
         self.windows.count -= len(dataset) % self.windows.size  # whole batches: one compiled program
         due = [int(cfg[key]) for key in ("n_train_steps", "log_freq", "save_freq")]
         due += [int(cfg["rl_warmup_steps"])] if cfg["online_training"] else []
@@ -161,18 +162,18 @@ class VAEDiffusionTraining(TrainingLoop):
         return _joined([batch for batch, _ in found]), _joined([draws for _, draws in found])
 
     def _draw_one(self) -> tuple[Batch, Draws]:
-        cfg, p, noise = self.cfg, self.algorithm.policy, self.noise
+        cfg, p, rng = self.cfg, self.algorithm.policy, self.rng
         batch = Batch(**self.dataset.batch(next(self.windows), transitions=bool(cfg["offline_rl"])))
         size = len(batch.state)
         shape = (size, p.horizon_steps, p.action_dim)
         chain = (int(cfg["n_ddim_steps"]) + 1, *shape)
         return batch, Draws(
-            t=noise.integers(0, p.denoising_steps, (size,)),
-            noise=noise.normal(shape),
-            vae_noise=noise.normal(shape),
-            keep=keep_returns(noise, size, cfg["condition_dropout"]) if cfg["returns_condition"] else None,
-            sample_noise=noise.normal(chain) if cfg["use_behavior_cloning"] or cfg["offline_rl"] else None,
-            next_noise=noise.normal(chain) if cfg["offline_rl"] else None,
+            t=rng.integers(0, p.denoising_steps, (size,)),
+            noise=rng.normal(shape),
+            vae_noise=rng.normal(shape),
+            keep=keep_returns(rng, size, cfg["condition_dropout"]) if cfg["returns_condition"] else None,
+            sample_noise=rng.normal(chain) if cfg["use_behavior_cloning"] or cfg["offline_rl"] else None,
+            next_noise=rng.normal(chain) if cfg["offline_rl"] else None,
         )
 
     # ---------- stage 3 ----------
@@ -189,7 +190,7 @@ class VAEDiffusionTraining(TrainingLoop):
         actor, finals = self.actor, list[tuple[np.ndarray, np.ndarray]]()
 
         def decide(seen: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            decision = actor.act(seen["state"], actor.draw(self.noise, len(seen["state"])), deterministic=False)
+            decision = actor.act(seen["state"], actor.draw(self.rng, len(seen["state"])), deterministic=False)
             assert decision.chains is not None
             return self.decode(decision.actions), {"chains": decision.chains, "log_probs": decision.log_probs}
 
@@ -244,7 +245,7 @@ class VAEDiffusionTraining(TrainingLoop):
         cfg, size = self.cfg, int(self.cfg["rl_batch_size"])
         samples = int(cfg["rl_collect_steps"]) * int(cfg["rl_num_envs"])
         if len(self.order) < size:
-            self.order = self.noise.permutation(samples)
+            self.order = self.rng.permutation(samples)
         items, self.order = self.order[:size], self.order[size:]
         batch, draws = self._draw_one() if cfg["offline_rl_weight"] else (None, None)
         found = self.trainer.online(items, batch, draws, self._decay(self.step))
@@ -293,7 +294,7 @@ class VAEDiffusionTraining(TrainingLoop):
             tensors |= {f"train.env.{k}": v for k, v in self.venv.get_state().items()}  # type: ignore[union-attr]
         state = {
             "position": self.windows.position,
-            "noise": self.noise.state(),
+            "noise": self.rng.state(),
             "env_steps": self.env_steps,
             "online": self.algorithm.online,
             "restorable": restorable,
@@ -311,7 +312,7 @@ class VAEDiffusionTraining(TrainingLoop):
             optimizer.learning_rate.assign(rate)
         self.trainer.compile()
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
-        self.noise.restore(state["noise"])
+        self.rng.restore(state["noise"])
         self.step, self.env_steps = int(checkpoint.metadata["itr"]), int(state["env_steps"])
         self.episodes.restore(checkpoint.select("train.episodes."))
         if self.scaler and state["scaler"]:
@@ -326,9 +327,9 @@ class VAEDiffusionTraining(TrainingLoop):
 METRICS = ("loss", "diffusion_loss", "vae_loss", "vae_recon_loss", "vae_kl_loss", "policy_loss", "value_loss")
 
 
-def keep_returns(noise: Any, size: int, dropout: float) -> np.ndarray:
+def keep_returns(rng: Rng, size: int, dropout: float) -> np.ndarray:
     """Draws [B,1]: 0 with probability `dropout` (the return is hidden), else 1."""
-    return (noise.uniform((size, 1)) >= dropout).astype(np.float32)
+    return (rng.uniform((size, 1)) >= dropout).astype(np.float32)
 
 
 def weights(algorithm: LatentDiffusionRL) -> dict[str, np.ndarray]:
