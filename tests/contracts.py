@@ -25,7 +25,6 @@ DEFAULTS = 70  # `.get(key, default)` of configurations, whose defaults belong i
 _KEYS = "its parameters are keys of configurations"
 KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("envs/robomimic_experts.py _transport", "lines of a function"): (67, "to be split"),
-    ("methods/diffuser/training.py DiffuserTraining.__init__", "parameters"): (18, "to take a configuration object"),
     ("networks/gaussian.py GaussianMLP.__init__", "parameters"): (13, _KEYS),
     ("networks/transformer.py GaussianTransformer.__init__", "parameters"): (14, _KEYS),
     ("networks/unet1d.py UNetTrunk.__init__", "parameters"): (13, _KEYS),

@@ -84,3 +84,16 @@ def test_names_of_experiments():
 def test_models_of_actions_have_folders_of_their_own():
     assert options("diffusion", "--diffusion_type", "actions_only").exp_name == "diffusion/actions_H32_T20"
     assert options("diffusion", "--diffusion_type", "actions_only", "--prefix", "mine").exp_name == "mine_H32_T20"
+
+
+def test_a_configuration_from_before_resuming_can_be_resumed(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "diffusion:\n  watch: [[prefix, '']]\n  options: {logbase: logs, prefix: mine, n_train_steps: 100}\n"
+        "plan:\n  watch: [[prefix, '']]\n  options: {logbase: logs, prefix: plans}\n"
+    )
+    assert options("diffusion", config=str(own)).stop_at is None
+    given = options("diffusion", "--stop_at", "10", "--resume", "True", config=str(own))
+    assert (given.stop_at, given.resume) == (10, "True")
+    with pytest.raises(UserError, match="stop_at"):
+        options("plan", "--stop_at", "10", config=str(own))

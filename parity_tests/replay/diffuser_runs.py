@@ -29,7 +29,7 @@ from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.methods.diffuser import options
 from diffusion_rl.methods.diffuser.model import Diffuser
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
-from diffusion_rl.methods.diffuser.training import DiffuserTraining
+from diffusion_rl.methods.diffuser.training import DiffuserSettings, DiffuserTraining
 from diffusion_rl.reports import plan_results
 from diffusion_rl.training.run_dir import Nowhere
 from parity_tests.replay.calls import caster
@@ -267,13 +267,13 @@ def training_run(golden: Golden) -> Outputs:
         trainer,
         data,
         tape,
-        n_train_steps=params["steps"] + 1,  # so that the last save, which the reference has not, is not made
+        # one step more, so that the last save, which the reference has not, is not made
+        DiffuserSettings(n_train_steps=params["steps"] + 1, **options),
         run_dir=Labels(labels),
         say=lambda line: None,
         renderer=pictures,
         merge=False,
         observer=observe,
-        **options,
     )
     for step in range(params["steps"]):
         run.run(until=step + 1)

@@ -36,7 +36,7 @@ from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDi
 from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, parse_command
 from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
-from diffusion_rl.methods.diffuser.training import DiffuserTraining
+from diffusion_rl.methods.diffuser.training import DiffuserSettings, DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.reports import maze_pictures
 from diffusion_rl.reports.contact_sheet import contact_sheet
@@ -94,15 +94,7 @@ def train_model(
         trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay),
         dataset,
         noise,
-        batch_size=options.batch_size,
-        gradient_accumulate_every=options.gradient_accumulate_every,
-        n_train_steps=int(options.n_train_steps),
-        save_freq=options.save_freq,
-        label_freq=max(int(options.n_train_steps // options.n_saves), 1),
-        sample_freq=options.sample_freq,
-        n_reference=options.n_reference,
-        lr_decay_steps=options.lr_decay_steps,
-        epoch_steps=options.n_steps_per_epoch,
+        DiffuserSettings.of(options),
         run_dir=RunDir(options.savepath, files.settings, files, SPELLING),
         say=lambda line: print(line, flush=True),
     )

@@ -95,6 +95,8 @@ KINDS = {
     "vis_freq": schema.STEPS,
     "replan_every": schema.FREQUENCY_OR_OFF,
 }
+#: Options of every training with their defaults, for configurations that were written before them.
+TRAINING = {"resume": "False", "stop_at": None}
 RELATIONS = (
     schema.at_most("n_exec", "horizon"),
     schema.Relation(
@@ -137,7 +139,7 @@ class Options(SimpleNamespace):
 def going_on(options: Options) -> Options:
     """Returns the options of `scripts/resume_training.py`: those of a training that goes on with its latest checkpoint,
     unless they name another one."""
-    if options.resume == "False":
+    if options.resume in (None, "False"):
         options.resume = "latest"
     return options
 
@@ -197,6 +199,7 @@ def parse(
     _check_shape(settings, experiment, config)
     preset, name = _preset(settings, given.pop("preset", None), config), given.pop("exp_name", None)
     values = settings[experiment]["options"] | preset.get(experiment, {})
+    values = (TRAINING if "n_train_steps" in values else {}) | values
     for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
         values |= overrides.get(dataset, {}).get(experiment, {})
     values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only

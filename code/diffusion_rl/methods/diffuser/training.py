@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
 from diffusion_rl.methods.diffuser.files import normalizer_tensors
+from diffusion_rl.methods.diffuser.options import Options
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer, MicroBatch
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.loop import Losses, State, TrainingLoop, restore_rng, rng_state
@@ -25,18 +27,48 @@ DECAYED = 0.1  # of the learning rate
 SAMPLES_DRAWN, PICTURES = 2, 2  # samples of a picture of samples, and how many such pictures
 
 
+@dataclass(frozen=True)
+class DiffuserSettings:
+    """How long a model is trained, on what at a time, and what is due when.
+
+    Attributes:
+        n_train_steps, save_freq, label_freq, log_freq, sample_freq: all in steps; a checkpoint saved at step s is
+            called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
+        batch_size, gradient_accumulate_every: windows of a micro-batch, micro-batches of a step.
+        epoch_steps: steps between two lines that say which epoch begins; 0: no such lines.
+        n_reference: windows of the picture of the data.
+        lr_decay_steps: so many last steps have a tenth of the trainer's learning rate.
+    """
+
+    n_train_steps: int
+    save_freq: int
+    label_freq: int
+    log_freq: int = 100
+    sample_freq: int = 0
+    batch_size: int = 32
+    gradient_accumulate_every: int = 2
+    epoch_steps: int = 0
+    n_reference: int = 8
+    lr_decay_steps: int = 0
+
+    @classmethod
+    def of(cls, options: Options) -> DiffuserSettings:
+        """Returns what the options of an experiment ask for."""
+        same = ("save_freq", "sample_freq", "batch_size", "gradient_accumulate_every", "n_reference", "lr_decay_steps")
+        return cls(
+            n_train_steps=int(options.n_train_steps),
+            label_freq=max(int(options.n_train_steps // options.n_saves), 1),
+            epoch_steps=options.n_steps_per_epoch,
+            **{name: getattr(options, name) for name in same},
+        )
+
+
 class DiffuserTraining(TrainingLoop):
     """Trains a model on a data set.
 
     Args:
         trainer: steps of training.
         rng: the source of all draws.
-        batch_size, gradient_accumulate_every: windows of a micro-batch, micro-batches of a step.
-        n_train_steps, save_freq, label_freq, log_freq, sample_freq: all in steps; a checkpoint saved at step s is
-            called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
-        epoch_steps: steps between two lines that say which epoch begins; 0: no such lines.
-        n_reference: windows of the picture of the data.
-        lr_decay_steps: so many last steps have a tenth of the trainer's learning rate.
         run_dir: where everything goes.
         say: prints a line.
         renderer: draws pictures, `composite(name, observations [n,H,O])`; None: no pictures.
@@ -51,41 +83,34 @@ class DiffuserTraining(TrainingLoop):
         trainer: DiffuserTrainer,
         dataset: TrajectoryDataset,
         rng: Rng,
+        settings: DiffuserSettings,
         *,
-        batch_size: int = 32,
-        gradient_accumulate_every: int = 2,
-        n_train_steps: int,
-        save_freq: int,
-        label_freq: int,
-        log_freq: int = 100,
-        sample_freq: int = 0,
-        n_reference: int = 8,
-        lr_decay_steps: int = 0,
-        epoch_steps: int = 0,
         run_dir: RunDir | Nowhere | None = None,
         say: Callable[[str], None] = print,
         renderer: Any = None,
         merge: bool = True,
         observer: Callable[[int, np.ndarray, dict[str, np.ndarray]], None] | None = None,
     ):
-        self.trainer, self.dataset, self.rng = trainer, dataset, rng
-        self.windows = WindowOrder(len(dataset), batch_size, rng)
+        self.trainer, self.dataset, self.rng, self.settings = trainer, dataset, rng, settings
+        self.windows = WindowOrder(len(dataset), settings.batch_size, rng)
         self.shown = WindowOrder(len(dataset), 1, rng)
-        self.accumulate, self.total, self.n_reference = gradient_accumulate_every, n_train_steps, n_reference
-        self.save_freq, self.label_freq, self.log_freq, self.sample_freq = save_freq, label_freq, log_freq, sample_freq
-        self.epoch_steps, self.run_dir, self.print = epoch_steps, run_dir or Nowhere(), say
+        self.total, self.run_dir, self.print = settings.n_train_steps, run_dir or Nowhere(), say
         self.renderer, self.merge, self.observer = renderer, merge, observer
-        self.learning_rate, self.decays_at = trainer.optimizer.learning_rate.numpy(), n_train_steps - lr_decay_steps
+        self.learning_rate, self.decays_at = (
+            trainer.optimizer.learning_rate.numpy(),
+            self.total - settings.lr_decay_steps,
+        )
         model: Any = trainer.ema_model
-        self._sample: Any = tf.function(model.sample, autograph=False) if sample_freq else None
+        self._sample: Any = tf.function(model.sample, autograph=False) if settings.sample_freq else None
         self._row: dict[str, Any] = {}
 
     # ---------- the loop ----------
 
     def advance(self, end: int) -> tuple[int, Losses]:
         """Trains up to where something is due after a step, or enough steps are together."""
-        if self.epoch_steps and self.step % self.epoch_steps == 0:
-            epoch, epochs = self.step // self.epoch_steps, -(-self.total // self.epoch_steps)
+        epoch_steps = self.settings.epoch_steps
+        if epoch_steps and self.step % epoch_steps == 0:
+            epoch, epochs = self.step // epoch_steps, -(-self.total // epoch_steps)
             self.print(f"Epoch {epoch} / {epochs} | {self.run_dir.path}")
         count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
         factor = DECAYED if self.step >= self.decays_at else 1.0
@@ -102,10 +127,10 @@ class DiffuserTraining(TrainingLoop):
     def label(self, keep: bool) -> int:
         """Names a checkpoint that stays: see `label_freq`; at the end of the training or of a phase by the step."""
         at_end = self.step in (self.total, self.run_dir.stop_at)
-        return self.number // self.label_freq * self.label_freq if keep and not at_end else self.step
+        return self.number // self.settings.label_freq * self.settings.label_freq if keep and not at_end else self.step
 
     def due(self, what: str) -> bool:
-        return self.number % (self.log_freq if what == "log" else self.save_freq) == 0
+        return self.number % (self.settings.log_freq if what == "log" else self.settings.save_freq) == 0
 
     def row(self) -> dict[str, Any]:
         return {"itr": self.number, "kind": "train", **self._row}
@@ -119,9 +144,9 @@ class DiffuserTraining(TrainingLoop):
 
     def _ends(self, n: int, end: int) -> bool:
         """Returns whether n steps from here are a call: something is due after the last, or enough are together."""
-        last = self.step + n - 1
-        due = any(every and last % every == 0 for every in (self.save_freq, self.log_freq, self.sample_freq))
-        due |= bool(self.epoch_steps) and (last + 1) % self.epoch_steps == 0
+        last, s = self.step + n - 1, self.settings
+        due = any(every and last % every == 0 for every in (s.save_freq, s.log_freq, s.sample_freq))
+        due |= bool(s.epoch_steps) and (last + 1) % s.epoch_steps == 0
         return due or n == STEPS_PER_CALL or last + 1 in (end, self.decays_at)
 
     def _steps(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -144,7 +169,7 @@ class DiffuserTraining(TrainingLoop):
     def _draw(self) -> list[MicroBatch]:
         """Draws the micro-batches of one step; step by step, so a run in pieces has the same."""
         model, batches = self.trainer.model, []
-        for _ in range(self.accumulate):
+        for _ in range(self.settings.gradient_accumulate_every):
             items = next(self.windows)
             t = self.rng.integers(0, model.n_timesteps, (len(items),))
             batches.append((items, t, self.rng.normal((len(items), model.horizon, model.transition_dim))))
@@ -153,20 +178,20 @@ class DiffuserTraining(TrainingLoop):
     def _after(self, step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
         """Keeps the last step's mean over its micro-batches (the reference prints half of the last's); draws
         pictures."""
-        n = 1 if self.merge else self.accumulate
+        n = 1 if self.merge else self.settings.gradient_accumulate_every
         self._row = {"loss": float(np.mean(losses[-n:]))} | {k: float(np.mean(v[-n:])) for k, v in infos.items()}
         if self.observer is not None:
             self.observer(step, losses, infos)
-        if self.renderer is not None and self.sample_freq:
+        if self.renderer is not None and self.settings.sample_freq:
             if step == 0:
                 self._render_reference()
-            if step % self.sample_freq == 0:
+            if step % self.settings.sample_freq == 0:
                 self._render_samples(step)
 
     # ---------- pictures ----------
 
     def _render_reference(self) -> None:
-        items = self.rng.permutation(len(self.dataset))[: self.n_reference]
+        items = self.rng.permutation(len(self.dataset))[: self.settings.n_reference]
         self.renderer.composite("_sample-reference.png", self._observations(self.dataset.trajectories(items)))
 
     def _render_samples(self, step: int) -> None:

@@ -351,8 +351,7 @@ class PPOTrainer:
         stop: Callable[[], None],
         check: Callable[[Mapping[str, float]], None],
     ) -> dict[str, list[float]]:
-        """Goes through all rows in each epoch; returns the losses of the minibatches by name. Arguments as of
-        `update`."""
+        """Goes through all rows in each epoch. Arguments as of `update`. Returns the minibatches' losses by name."""
         size, target_kl = int(self.settings["batch_size"]), self.settings.get("target_kl", None)
         losses: dict[str, list[float]] = defaultdict(list)
         for _ in range(int(self.settings["update_epochs"]) if n_rows else 0):
