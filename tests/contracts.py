@@ -31,7 +31,6 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("networks/vision.py VisionDiffusionMLP.__init__", "parameters"): (16, _KEYS),
     ("networks/vision.py GaussianVisionMLP.__init__", "parameters"): (18, _KEYS),
     ("policies/diffusion.py DiffusionPolicy.__init__", "parameters"): (15, _KEYS),
-    ("training/rollout.py collect", "lines of a function"): (66, "to be split"),
 }
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

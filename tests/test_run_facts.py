@@ -26,8 +26,9 @@ from diffusion_rl.methods.diffuser import files
 from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training import run_facts
 from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from diffusion_rl.training.policy_files import normalization_facts, open_checkpoint
+from diffusion_rl.training.policy_files import open_checkpoint
 from diffusion_rl.training.rollout import Rollout, episode_statistics
+from diffusion_rl.training.run_facts import normalization_facts
 
 BOUNDS = {"obs_min": [-1.0] * 11, "obs_max": [1.0] * 11, "action_min": [-1.0] * 3, "action_max": [1.0] * 3}
 

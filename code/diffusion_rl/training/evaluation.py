@@ -34,6 +34,7 @@ from diffusion_rl.training.policy_files import (
     policy_weights,
 )
 from diffusion_rl.training.rollout import (
+    Decide,
     EpisodeStatistics,
     Rollout,
     collect,
@@ -48,26 +49,31 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(
-    actor: Any,
+    decide: Decide,
     venv: Any,
-    rng: Rng,
     n_steps: int,
     options: list[dict[str, Any]],
     on_step: Callable[[int, np.ndarray], None] = lambda step, rewards: None,
+    n_episodes: int | None = None,
 ) -> Rollout:
-    """Resets all environments and acts deterministically for `n_steps` chunks.
+    """Resets all environments and acts for `n_steps` chunks, or until `n_episodes` have ended if that is sooner.
 
     Args:
         options: per environment; a `seed` in each makes the result a function of the weights and the seeds alone.
     """
-    observations = venv.reset(options)
+    observations, firsts = venv.reset(options), np.ones(venv.n_envs)
+    return collect(venv, decide, n_steps, observations, firsts, venv.act_steps, on_step, n_episodes=n_episodes)
+
+
+def deciding(actor: Any, rng: Rng, deterministic: bool) -> Decide:
+    """Returns what lets an actor (`policies.acting`) decide, with draws from `rng`."""
 
     def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        draws = actor.draw(rng, venv.n_envs)
-        decision = actor.act(obs["state"], draws, deterministic=True, rgb=obs.get("rgb"))
+        draws = actor.draw(rng, len(obs["state"]))
+        decision = actor.act(obs["state"], draws, deterministic=deterministic, rgb=obs.get("rgb"))
         return decision.actions, decision.arrays()
 
-    return collect(venv, decide, n_steps, observations, np.ones(venv.n_envs), venv.act_steps, on_step)
+    return decide
 
 
 def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
@@ -119,14 +125,9 @@ class Evaluation:
             for i in range(min(int(cfg.get("render_num", 0)), n_envs)):
                 options[i]["video_path"] = str(logdir / "render" / f"eval_trial-{i}.mp4")
         with Progress(n_steps, "evaluating") as progress:
-            rollout = evaluate(
-                actor_for(self.policy, self.fast),  # type: ignore[arg-type]  # built to be fine-tuned
-                self.venv,
-                NoiseSource(self.seed),
-                n_steps,
-                options,
-                lambda step, rewards: progress.update(1),
-            )
+            actor = actor_for(self.policy, self.fast)  # type: ignore[arg-type]  # built to be fine-tuned
+            decide = deciding(actor, NoiseSource(self.seed), deterministic=True)
+            rollout = evaluate(decide, self.venv, n_steps, options, lambda step, rewards: progress.update(1))
         self.venv.close()
         threshold = success_threshold(cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, cfg["act_steps"], threshold)

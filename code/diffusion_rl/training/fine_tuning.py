@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.config.compose import Config, plain_copy
-from diffusion_rl.config.instantiate import instantiate
-from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import BEGAN_ANEW, FINE_TUNING_MAY_CHANGE
 from diffusion_rl.training.evaluation import make_venv, seeded_options
 from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
-from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.training.policy_files import build_policy, policy_facts
 from diffusion_rl.training.rollout import (
     EpisodeStatistics,
     Rollout,
@@ -32,7 +31,7 @@ from diffusion_rl.training.rollout import (
     success_threshold,
 )
 from diffusion_rl.training.run_dir import RunDir
-from diffusion_rl.training.run_facts import bounds_path, compare_policy
+from diffusion_rl.training.run_facts import bounds_path, normalization_facts
 from diffusion_rl.training.state_files import StateFiles
 
 log = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ class FineTuning(TrainingLoop):
     ):
         self.cfg, self.train, self.observer = cfg, cfg["train"], observer
         self.seed = int(cfg.get("seed", 42))
-        self.model = model if model is not None else self._build_model()
+        self.model = model if model is not None else self._build_policy()
         self.n_envs = int(cfg["env"]["n_envs"])
         self.venv = venv if venv is not None else make_venv(cfg, self.model, self.seed)
         self.owns_rng = rng is None
@@ -76,9 +75,9 @@ class FineTuning(TrainingLoop):
         self.observations: dict[str, np.ndarray] | None = None
         self.done = np.zeros(self.n_envs)
         self.began_anew = False  # goes on, but without the simulators' state
-        self.episodes_ended, self._said = 0, False
+        self.episodes_ended, self._warned = 0, False
         self._row: dict[str, Any] = {}
-        self._tell = True
+        self._logged = True
 
     @property
     def itr(self) -> int:
@@ -89,17 +88,10 @@ class FineTuning(TrainingLoop):
     def number(self) -> int:
         return self.step - 1
 
-    def _build_model(self) -> Any:
-        with initial_weights(NoiseSource(self.seed)):
-            model = instantiate(self.cfg["model"])
-        path = self.cfg["model"].get("network_path")
-        if path:
-            checkpoint = open_checkpoint(path)
-            compare_policy(checkpoint, self.cfg, path, evaluating=False)
-            load_policy(model, checkpoint, path)
-        return model
-
     # ---------- what the loops differ in ----------
+
+    def _build_policy(self) -> Any:
+        return build_policy(self.cfg, self.seed)
 
     @abc.abstractmethod
     def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
@@ -118,14 +110,14 @@ class FineTuning(TrainingLoop):
         """Advances the schedules; returns what to add to the metrics."""
 
     @abc.abstractmethod
-    def _seen(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
+    def _observed(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
         """Returns what the observer gets beside the statistics of the episodes."""
 
     def _live(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the values shown beside the progress after a training iteration."""
         return {}
 
-    def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
+    def _reported(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
         """Returns what the metrics say of episodes: of those within this rollout, unless a loop counts otherwise."""
         return stats
 
@@ -145,17 +137,17 @@ class FineTuning(TrainingLoop):
     def advance(self, end: int) -> tuple[int, Losses]:
         """Makes one iteration, within which losses are looked at."""
         self._row = self._iteration(self.run_dir)  # type: ignore[arg-type]
-        self._tell = self._tells(self._row)
+        self._logged = self._is_logged(self._row)
         return 1, {}
 
     def due(self, what: str) -> bool:
-        return self._tell if what == "log" else self.number % int(self.train["save_model_freq"]) == 0
+        return self._logged if what == "log" else self.number % int(self.train["save_model_freq"]) == 0
 
     def row(self) -> dict[str, Any]:
         return self._row
 
     def live(self) -> dict[str, Any]:
-        if not self._tell:
+        if not self._logged:
             return {}
         row = self._row
         live = {"itr": row["itr"], f"{row['kind']}_return": row["episode_return"]}
@@ -174,15 +166,15 @@ class FineTuning(TrainingLoop):
         self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
         threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, self.act_steps, threshold)
-        told = self._told(rollout, evaluating, stats)
+        reported = self._reported(rollout, evaluating, stats)
         row: dict[str, Any] = {
             "itr": self.itr,
             "kind": "eval" if evaluating else "train",
             "env_steps": self.env_steps,
-            "episodes": told.n_episodes,
-            **told.measured(),
+            "episodes": reported.n_episodes,
+            **reported.measured(),
         }
-        self._note_episodes(stats.n_episodes, told.n_episodes)
+        self._note_episodes(stats.n_episodes, reported.n_episodes)
         if self.began_anew:
             row[BEGAN_ANEW] = True
             self.began_anew = False
@@ -190,15 +182,15 @@ class FineTuning(TrainingLoop):
         row |= {k: v for k, v in update.items() if np.isscalar(v)}
         row |= self._end_iteration()
         if self.observer is not None:
-            self.observer(self._episodes_seen(rollout, stats, evaluating) | self._seen(rollout, update))
+            self.observer(self._observed_episodes(rollout, stats, evaluating) | self._observed(rollout, update))
         return row
 
-    def _note_episodes(self, in_rollout: int, told: int) -> None:
+    def _note_episodes(self, in_rollout: int, reported: int) -> None:
         """Says once when a rollout holds no whole episode."""
-        self.episodes_ended += max(in_rollout, told)
-        if not self.episodes_ended and not self._said and self._counts_rollouts():
+        self.episodes_ended += max(in_rollout, reported)
+        if not self.episodes_ended and not self._warned and self._counts_rollouts():
             log.warning(no_episode_ended(self.n_steps, self.act_steps, "train.n_steps"))
-            self._said = True
+            self._warned = True
 
     def _counts_rollouts(self) -> bool:
         """Returns whether episodes are expected to end within each rollout."""
@@ -272,11 +264,11 @@ class FineTuning(TrainingLoop):
 
     # ---------- watching ----------
 
-    def _tells(self, row: dict[str, Any]) -> bool:
+    def _is_logged(self, row: dict[str, Any]) -> bool:
         """Returns whether this row goes into the metrics."""
         return True
 
-    def _episodes_seen(self, rollout: Rollout, stats: EpisodeStatistics, evaluating: bool) -> dict[str, Any]:
+    def _observed_episodes(self, rollout: Rollout, stats: EpisodeStatistics, evaluating: bool) -> dict[str, Any]:
         return {
             "itr": self.itr,
             "eval_mode": evaluating,

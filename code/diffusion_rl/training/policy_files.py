@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.config.compose import Config
+from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.assets import resolve
-from diffusion_rl.data.normalizers import read_bounds
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
+from diffusion_rl.training.run_facts import compare_policy
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +54,24 @@ def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> 
         raise UserError(f"{what}={path}: no checkpoint in this folder; give a run folder or a checkpoint")
     log.info("%s: %s", what, newest)
     return load_checkpoint(newest)
+
+
+def build_policy(cfg: Config, seed: int, what: str = "base_policy_path") -> Any:
+    """Builds the policy of a configuration, with new weights or those of `model.network_path`.
+
+    what: the setting that names the file, for messages.
+
+    Raises:
+        UserError: there is no such file, or it was trained with another network.
+    """
+    with initial_weights(NoiseSource(seed)):
+        policy = instantiate(cfg["model"])
+    path = cfg["model"].get("network_path")
+    if path:
+        checkpoint = open_checkpoint(path, what)
+        compare_policy(checkpoint, cfg, path, evaluating=False)
+        load_policy(policy, checkpoint, path)
+    return policy
 
 
 def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -133,13 +154,3 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "horizon_steps": policy.horizon_steps,
         "sampling": {name: getattr(policy, name) for name in SAMPLING},
     }
-
-
-def normalization_facts(path: str | Path | None) -> dict[str, list[float]] | None:
-    """Reads the bounds of a normalization file as lists; None where there is no such file.
-
-    Raises UserError for a file without proper bounds.
-    """
-    if not path or not Path(path).is_file():
-        return None
-    return {key: np.asarray(value, np.float64).tolist() for key, value in read_bounds(path).items()}

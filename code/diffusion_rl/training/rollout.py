@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusion_rl.config.instantiate import set_by_user
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs.interface import Observations
+from diffusion_rl.envs.interface import Observations, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,33 @@ class Rollout:
     decisions: dict[str, np.ndarray] = field(default_factory=dict)  # what the policy said, each [S,E,...]
     successes: np.ndarray | None = None  # [S,E] bool, where environments say whether a chunk reached the goal
 
+    @classmethod
+    def beginning(cls, n_steps: int, observations: Observations, firsts: np.ndarray) -> Rollout:
+        """Returns room for `n_steps` after these observations [E,To,...]; firsts [E], 1 where an episode begins."""
+        shape = n_steps, len(firsts)
+        room = {k: np.empty((n_steps, *v.shape), v.dtype) for k, v in observations.items()}
+        rollout = cls(room, observations, np.zeros(shape), np.zeros(shape), np.zeros((n_steps + 1, len(firsts))))
+        rollout.firsts[0] = firsts
+        return rollout
+
+    def decided(self, step: int, observations: Observations, decisions: Mapping[str, np.ndarray]) -> None:
+        """Writes what was acted on in a step [E,To,...], and what the policy decided [E,...]."""
+        for key, value in observations.items():
+            self.observations[key][step] = value
+        for key, value in decisions.items():
+            if step == 0:
+                self.decisions[key] = np.empty((len(self.rewards), *value.shape), value.dtype)
+            self.decisions[key][step] = value
+
+    def answered(self, step: int, result: StepResult) -> None:
+        """Writes what the environments answered in a step."""
+        self.rewards[step], self.terminated[step] = result.rewards, result.terminated
+        self.firsts[step + 1] = result.terminated | result.truncated
+        if "success" in result.infos:
+            if self.successes is None:
+                self.successes = np.zeros(self.rewards.shape, bool)
+            self.successes[step] = result.infos["success"]
+
     def first(self, n: int) -> Rollout:
         """Returns its first n steps; the observations after them are not known."""
         return Rollout(
@@ -50,11 +77,11 @@ class Rollout:
 
         Episodes of a single chunk are not counted, as in the reference.
         """
-        found = []
+        episodes = []
         for env in range(self.rewards.shape[1]):
             starts = np.flatnonzero(self.firsts[:, env] == 1)
-            found += [(env, a, b) for a, b in zip(starts[:-1], starts[1:], strict=True) if b - a > 1]
-        return found
+            episodes += [(env, a, b) for a, b in zip(starts[:-1], starts[1:], strict=True) if b - a > 1]
+        return episodes
 
 
 Decide = Callable[[Observations], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -87,39 +114,19 @@ def collect(
     Raises:
         UserError: an action is NaN or infinite; no simulator sees it.
     """
-    n_envs = len(firsts)
-    rollout = Rollout(
-        observations={k: np.empty((n_steps, *v.shape), v.dtype) for k, v in observations.items()},
-        last_observations=observations,
-        rewards=np.zeros((n_steps, n_envs)),
-        terminated=np.zeros((n_steps, n_envs)),
-        firsts=np.zeros((n_steps + 1, n_envs)),
-    )
-    rollout.firsts[0] = firsts
-    ended = 0
+    rollout, ended = Rollout.beginning(n_steps, observations, firsts), 0
     for step in range(n_steps):
-        actions, keep = decide(observations)
+        actions, decisions = decide(observations)
         if not np.isfinite(actions).all():
             raise UserError(
                 "the policy's actions are not finite: its weights have diverged; lower train.actor_lr, or take an "
                 "earlier checkpoint"
             )
-        for key, value in observations.items():
-            rollout.observations[key][step] = value
-        for key, value in keep.items():
-            if step == 0:
-                rollout.decisions[key] = np.empty((n_steps, *value.shape), value.dtype)
-            rollout.decisions[key][step] = value
+        rollout.decided(step, observations, decisions)
         result = venv.step(actions[:, :act_steps])
         store(observations, actions[:, :act_steps], result)
         observations = result.observations
-        rollout.rewards[step] = result.rewards
-        rollout.terminated[step] = result.terminated
-        if "success" in result.infos:
-            if rollout.successes is None:
-                rollout.successes = np.zeros((n_steps, n_envs), bool)
-            rollout.successes[step] = result.infos["success"]
-        rollout.firsts[step + 1] = result.terminated | result.truncated
+        rollout.answered(step, result)
         on_step(step, rollout.rewards[step])
         ended += int(rollout.firsts[step + 1].sum())
         if n_episodes is not None and ended >= n_episodes:
@@ -236,8 +243,8 @@ def episode_statistics(rollout: Rollout, act_steps: int, threshold: float | None
     """Summarises the whole episodes of a rollout. threshold: see `success_threshold`."""
     places = rollout.episodes()
     episodes = [rollout.rewards[start:end, env] for env, start, end in places]
-    said = rollout.successes
-    successes = [] if said is None else [bool(said[start:end, env].any()) for env, start, end in places]
+    reached = rollout.successes
+    successes = [] if reached is None else [bool(reached[start:end, env].any()) for env, start, end in places]
     return _summary([np.sum(e) for e in episodes], [np.max(e) / act_steps for e in episodes], threshold, successes)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import numpy as np
 from diffusion_rl.config.compose import Config
 from diffusion_rl.config.instantiate import default_arguments, flatten, plain
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.normalizers import read_bounds
 from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.policy_files import normalization_facts
 
 log = logging.getLogger(__name__)
 
@@ -120,3 +121,13 @@ def recorded_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """Returns the configuration that a checkpoint records; {} where it has none."""
     config = checkpoint.metadata.get("config")
     return config if isinstance(config, Mapping) else {}
+
+
+def normalization_facts(path: str | Path | None) -> dict[str, list[float]] | None:
+    """Reads the bounds of a normalization file as lists; None where there is no such file.
+
+    Raises UserError for a file without proper bounds.
+    """
+    if not path or not Path(path).is_file():
+        return None
+    return {key: np.asarray(value, np.float64).tolist() for key, value in read_bounds(path).items()}

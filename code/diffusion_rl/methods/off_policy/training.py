@@ -23,7 +23,8 @@ from diffusion_rl.methods.off_policy.algorithm import Experience, Progress
 from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.learner import Learner, Losses
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
+from diffusion_rl.training.evaluation import evaluate
+from diffusion_rl.training.fine_tuning import FineTuning, OnStep
 from diffusion_rl.training.rollout import (
     Decide,
     EpisodeStatistics,
@@ -49,16 +50,8 @@ class OffPolicyTraining(FineTuning):
 
     SHARED_OPERATIONS = True  # an update is one compiled program: threads share its products
 
-    def __init__(
-        self,
-        cfg: Config,
-        model: Any = None,
-        venv: Any = None,
-        rng: Rng | None = None,
-        observer: Observer | None = None,
-        dataset: Any = None,
-    ):
-        super().__init__(cfg, model, venv, rng, observer)
+    def __init__(self, cfg: Config, dataset: Any = None, **parts: Any):
+        super().__init__(cfg, **parts)
         self.KIND = self.model.KIND
         self.experience: Experience = self.model.experience(self.train)
         self.buffers = Buffers(self._new_buffer())
@@ -144,21 +137,12 @@ class OffPolicyTraining(FineTuning):
         return rollout
 
     def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        noise, options = self._evaluation_setting(folder)
-        observations, decide = self.venv.reset(options), self._decisions(noise, deterministic=True)
+        rng, options = self._evaluation_setting(folder)
         n_steps, n_episodes = self.n_steps, None
         if self.experience.counts_episodes:
             n_steps, n_episodes = MOST_STEPS, int(self.train["n_eval_episode"])
-        return collect(
-            self.venv,
-            decide,
-            n_steps,
-            observations,
-            np.ones(self.n_envs),
-            self.act_steps,
-            on_step,
-            n_episodes=n_episodes,
-        )
+        decide = self._decisions(rng, deterministic=True)
+        return evaluate(decide, self.venv, n_steps, options, on_step, n_episodes)
 
     def _decisions(self, rng: Rng, deterministic: bool) -> Decide:
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -254,7 +238,7 @@ class OffPolicyTraining(FineTuning):
 
     # ---------- watching ----------
 
-    def _told(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
+    def _reported(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
         """Returns returns, where iterations are single steps, the training's episodes that have ended since its last
         row."""
         if not self.experience.counts_episodes or self.experience.n_episodes is not None:
@@ -265,16 +249,16 @@ class OffPolicyTraining(FineTuning):
         self.episodes.add(rollout)
         threshold = success_threshold(self.cfg["env"], self.episodes.reached is not None)
         told = self.episodes.statistics(self.act_steps, threshold)
-        if self._tells({"kind": "train"}):
+        if self._is_logged({"kind": "train"}):
             self.episodes.clear()
         return told
 
-    def _tells(self, row: dict[str, Any]) -> bool:
+    def _is_logged(self, row: dict[str, Any]) -> bool:
         return row["kind"] == "eval" or self.itr % int(self.train.get("log_freq", 1)) == 0
 
     def _live(self, row: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name.startswith("loss_")}
 
-    def _seen(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
+    def _observed(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
         rates = {f"{n}_optimizer": lr for n, lr in self.trainer.learning_rates.items()}
         return {"lr": rates | self.model.watched()} | {k: v for k, v in update.items() if not np.isscalar(v)}

@@ -10,12 +10,10 @@ import numpy as np
 from diffusion_rl.config.compose import Config
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
-from diffusion_rl.core.typing import Rng
-from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.on_policy.ppo import PPOTrainer
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.evaluation import evaluate
-from diffusion_rl.training.fine_tuning import FineTuning, Observer, OnStep
+from diffusion_rl.training.evaluation import deciding, evaluate
+from diffusion_rl.training.fine_tuning import FineTuning, OnStep
 from diffusion_rl.training.rollout import Rollout, collect
 from diffusion_rl.training.run_dir import RunDir
 
@@ -23,27 +21,20 @@ from diffusion_rl.training.run_dir import RunDir
 class OnPolicyTraining(FineTuning):
     """`ft_ppo_*` configurations; arguments as in `FineTuning`."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        model: Any = None,
-        venv: Any = None,
-        rng: Rng | None = None,
-        observer: Observer | None = None,
-    ):
-        super().__init__(cfg, model, venv, rng, observer)
+    def __init__(self, cfg: Config, **parts: Any):
+        super().__init__(cfg, **parts)
         self.KIND = self.model.KIND
         self.trainer = self._make_trainer(int(cfg.get("reward_horizon", self.act_steps)))
         self.scaler = RunningRewardScaler(self.n_envs) if self.train.get("reward_scale_running", False) else None
 
-    def _build_model(self) -> Any:
-        model = super()._build_model()
-        if getattr(model, "use_ddim", False) and getattr(model, "eta", ...) is None:
+    def _build_policy(self) -> Any:
+        policy = super()._build_policy()
+        if getattr(policy, "use_ddim", False) and getattr(policy, "eta", ...) is None:
             raise UserError(
                 "model.use_ddim=true explores with the noise of model.eta, which is not set: add "
                 "model.eta._target_=diffusion_rl.networks.eta.EtaFixed model.eta.base_eta=1"
             )
-        return model
+        return policy
 
     def _make_trainer(self, reward_horizon: int) -> PPOTrainer:
         if not hasattr(self.model, "make_trainer"):
@@ -64,19 +55,14 @@ class OnPolicyTraining(FineTuning):
 
     def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
         observations, firsts = self._start(self._options(folder))
-
-        def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-            actor = self.trainer.actor
-            draws = actor.draw(self.rng, self.n_envs)
-            decision = actor.act(obs["state"], draws, deterministic=False, rgb=obs.get("rgb"))
-            return decision.actions, decision.arrays()
-
+        decide = deciding(self.trainer.actor, self.rng, deterministic=False)
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
         return collect(self.venv, decide, self.n_steps, observations, firsts, self.act_steps, on_step)
 
     def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        noise, options = self._evaluation_setting(folder)
-        return evaluate(self.trainer.actor, self.venv, noise, self.n_steps, options, on_step)
+        rng, options = self._evaluation_setting(folder)
+        decide = deciding(self.trainer.actor, rng, deterministic=True)
+        return evaluate(decide, self.venv, self.n_steps, options, on_step)
 
     # ---------- updating ----------
 
@@ -107,7 +93,7 @@ class OnPolicyTraining(FineTuning):
     def _live(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"pg_loss": row.get("pg_loss"), "v_loss": row.get("v_loss"), "kl": row.get("approx_kl")}
 
-    def _seen(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
+    def _observed(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
         seen: dict[str, Any] = {"samples_trajs": rollout.decisions["actions"]}
         if "chains" in rollout.decisions:
             seen["chains_trajs"] = rollout.decisions["chains"]

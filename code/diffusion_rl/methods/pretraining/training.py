@@ -13,7 +13,7 @@ from diffusion_rl.config.compose import Config, plain_copy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import floatx
-from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainable, PreTrainer
@@ -23,9 +23,9 @@ from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
 from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
-from diffusion_rl.training.policy_files import load_policy, normalization_facts, open_checkpoint, policy_facts
+from diffusion_rl.training.policy_files import build_policy, policy_facts
 from diffusion_rl.training.run_dir import RunDir
-from diffusion_rl.training.run_facts import compare_policy
+from diffusion_rl.training.run_facts import normalization_facts
 from diffusion_rl.training.state_files import StateFiles
 
 Observer = Callable[[dict[str, Any]], None]
@@ -54,7 +54,7 @@ class PreTraining(TrainingLoop):
         self.cfg, self.train, self.observer = cfg, cfg["train"], observer
         self.seed = int(cfg.get("seed", 42))
         self.rng = NoiseSource(self.seed) if rng is None else rng
-        self.model = model if model is not None else self._build_model()
+        self.model = model if model is not None else build_policy(cfg, self.seed, "model.network_path")
         self.dataset = dataset if dataset is not None else instantiate(cfg["train_dataset"])
         self.bounds = normalization_facts(self._bounds_path())
         if "obs_dim" in cfg:
@@ -79,16 +79,6 @@ class PreTraining(TrainingLoop):
         self.total, self.n_batches = int(self.train["n_epochs"]), 0
         self.units = math.ceil(len(self.items) / int(self.train["batch_size"]))
         self._losses, self._row = np.zeros(0), dict[str, Any]()
-
-    def _build_model(self) -> PreTrainable:
-        with initial_weights(NoiseSource(self.seed)):
-            model = instantiate(self.cfg["model"])
-        path = self.cfg["model"].get("network_path")
-        if path:
-            checkpoint = open_checkpoint(path, "model.network_path")
-            compare_policy(checkpoint, self.cfg, path, evaluating=False)
-            load_policy(model, checkpoint, path)
-        return model
 
     @property
     def ema_model(self) -> PreTrainable:
