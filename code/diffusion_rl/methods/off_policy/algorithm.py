@@ -30,6 +30,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.ema import ema_update
 from diffusion_rl.core.transitions import Transitions
+from diffusion_rl.methods.off_policy.buffers import Draws
 from diffusion_rl.networks.layers import Array, variables_of
 
 Settings = Mapping[str, Any]
@@ -114,10 +115,17 @@ class OffPolicy:
     """A mixin of policies: what holds unless an algorithm says otherwise."""
 
     KIND: str  # of checkpoints
+    actor: Any
+    critic: Any
 
     def experience(self, settings: Settings) -> Experience:
         """Says how the data are kept."""
         return Experience()
+
+    def parts(self, settings: Settings) -> dict[str, Part]:
+        """Returns what is trained: actor and critic."""
+        modules = {"actor": self.actor, "critic": self.critic}
+        return {name: Part([v for v in variables_of(m) if v.trainable], f"{name}_") for name, m in modules.items()}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
         """Plans updates that draw each new transition `replay_ratio` times; the actor's after the critic's
@@ -145,7 +153,7 @@ def follow(target: Any, source: Any, tau: float) -> None:
         old.assign(ema_update(old, new, 1.0 - tau))
 
 
-def mixed(data: Any, draws: Mapping[str, Array]) -> Transitions:
+def mixed(data: Any, draws: Draws) -> Transitions:
     """Returns a batch of demonstrations (`offline_rows`) followed by replayed transitions (`rows`)."""
     halves = zip(data.offline.at(draws["offline_rows"]), data.online.at(draws["rows"]), strict=True)
     return Transitions(*(None if a is None else tf.concat([a, b], axis=0) for a, b in halves))

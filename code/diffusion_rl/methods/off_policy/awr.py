@@ -17,9 +17,10 @@ import tensorflow as tf
 from diffusion_rl.core.keras import keras
 from diffusion_rl.core.returns import td_lambda
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings
+from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Phase, Progress, Settings
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.methods.off_policy.rwr import WeightedDenoising, WeightedLikelihood
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond
 
 ROWS_AT_ONCE = 20_000  # of a pass over the buffer
@@ -43,10 +44,6 @@ class AdvantageWeighted(OffPolicy):
     def experience(self, settings: Settings) -> Experience:
         names = ("obs", "actions", "rewards", "terminated", "returns", "advantages")
         return Experience(fields=names, counts_steps=True)
-
-    def parts(self, settings: Settings) -> dict[str, Part]:
-        actor = [v for v in variables_of(self.actor) if v.trainable]
-        return {"actor": Part(actor, "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
         """Plans the critic's updates, then the actor's with the advantages that the new critic gives."""
@@ -86,24 +83,22 @@ class AdvantageWeighted(OffPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         """Draws rows for the critic, from as many as there are steps, though rows are E times as many (quirk
         64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
 
     def update_critic(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
+        self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         return {"loss_critic": step("critic", lambda: self.loss_critic({"state": batch.obs}, batch.returns))}
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {"rows": rows.online(b)} | self.draw_loss(rng, b)
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         weights = self.advantage_weights(batch.advantages, settings["beta"], settings["max_adv_weight"])
         clip = settings.get("max_grad_norm")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion_rl.core.typing import Rng
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.data.replay import ReplayBuffer
+
+Draws = Mapping[str, Array]  # everything random of one update or decision, by name
 
 
 @dataclass

@@ -21,6 +21,7 @@ from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.off_policy.algorithm import Experience, Part, Phase, Progress, Settings, mixed
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.methods.off_policy.sac import SoftActorCritic
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -144,7 +145,7 @@ class CalQL(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, online = int(settings["batch_size"]), bool(settings["train_online"])
         draws = {"offline_rows": rows.offline(b // 2 if online else b)}
         if online:
@@ -160,9 +161,7 @@ class CalQL(SoftActorCritic):
             draws["temperature_noise"] = rng.normal(self.noise_shape(b), floatx())
         return draws
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = mixed(data, draws) if settings["train_online"] else data.offline.at(draws["offline_rows"])
         own, alpha = CriticDraws(*(draws[name] for name in CriticDraws._fields)), self.alpha
         losses = {"loss_critic": step("critic", lambda: self.loss_critic(batch, settings["gamma"], own))}

@@ -29,6 +29,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.entropy import mixture_entropy
@@ -124,7 +125,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
         return dict(zip(("noise", "exploration"), self._action_draws(rng, batch), strict=True))
 
-    def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
+    def act(self, cond: Cond, draws: Draws, deterministic: bool, settings: Settings) -> Any:
         if deterministic:
             return self.sample(cond, draws["noise"], deterministic=True)
         return self.explored(cond, draws["noise"], draws["exploration"])
@@ -169,7 +170,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- updates ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": np.stack([rows.online(b) for _ in range(CRITIC_STEPS)])}
         draws["next_noise"], draws["next_exploration"] = self._action_draws(rng, b, (CRITIC_STEPS,))
@@ -178,9 +179,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
             draws["noise"], draws["exploration"] = self._action_draws(rng, b)
         return draws
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         """Steps the critics, each time on another batch; then the actor on the last of these, and the targets."""
         tau, norm = settings["target_ema_rate"], settings.get("max_grad_norm")
         losses = {}
@@ -196,12 +195,12 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         self.n_updates.assign_add([1])
         return losses
 
-    def draw_temperature(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_temperature(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, n = int(settings["entropy_states"]), int(settings["entropy_samples"])
         return {"rows": rows.online(b), **self.draw_action(rng, b * n, False, settings)}
 
     def update_temperature(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
+        self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
         obs = data.online.at(draws["rows"]).obs
         entropy = self.entropy(obs, int(settings["entropy_samples"]), draws["noise"], draws["exploration"])

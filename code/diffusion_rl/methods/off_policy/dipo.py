@@ -17,8 +17,9 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.optimizers import clip_by_global_norm
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part, Settings, bellman_error, follow
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
+from diffusion_rl.networks.layers import Array, clone
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
 
@@ -51,9 +52,6 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
     def copies(self) -> list[keras.layers.Layer]:
         """Returns the networks that start as the pre-trained one."""
         return [self.actor_target]
-
-    def parts(self, settings: Settings) -> dict[str, Part]:
-        return {"actor": Part(variables_of(self.actor), "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
 
     # ---------- losses ----------
 
@@ -91,7 +89,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": rows.online(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:
@@ -102,9 +100,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
             }
         return draws
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         critic = step("critic", lambda: self.loss_critic(batch, settings["gamma"], draws["next_noise"]))
         losses = {"loss_critic": critic}
@@ -114,7 +110,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
         self.update_target_actor(settings["target_ema_rate"])
         return losses
 
-    def update_actor(self, data: Any, draws: dict[str, Array], step: Any, settings: Settings) -> Array:
+    def update_actor(self, data: Any, draws: Draws, step: Any, settings: Settings) -> Array:
         """Improves actions [B,Ta,A], puts them back and imitates them; returns the loss."""
         batch = data.online.at(draws["actor_rows"])
         cond, n_elements = {"state": batch.obs}, batch.actions.shape[1] * batch.actions.shape[2]
@@ -134,5 +130,5 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- acting ----------
 
-    def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
+    def act(self, cond: Cond, draws: Draws, deterministic: bool, settings: Settings) -> Any:
         return self.target_sample(cond, draws["noise"], deterministic)

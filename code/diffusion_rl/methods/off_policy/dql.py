@@ -16,8 +16,9 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part, Settings, bellman_error, follow
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
+from diffusion_rl.networks.layers import Array, clone
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
 
 
@@ -37,9 +38,6 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
         super().__init__(actor=actor, **kwargs)
         self.critic, self.critic_target = critic, clone(critic)
-
-    def parts(self, settings: Settings) -> dict[str, Part]:
-        return {"actor": Part(variables_of(self.actor), "actor_"), "critic": Part(variables_of(self.critic), "critic_")}
 
     # ---------- losses ----------
 
@@ -72,7 +70,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, horizon = int(settings["batch_size"]), self.horizon_steps
         return {
             "rows": rows.online(b),
@@ -83,9 +81,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
             "coin": rng.uniform((), dtype=floatx()),
         }
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         critic = step("critic", lambda: self.loss_critic(batch, settings["gamma"], draws["next_noise"]))
         own = [draws[name] for name in ("noise", "t", "denoising_noise", "coin")]

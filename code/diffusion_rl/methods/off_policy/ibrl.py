@@ -20,6 +20,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.methods.off_policy.rlpd import EnsembleCritics
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.networks.mlp import draw_masks, split_masks
@@ -109,7 +110,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
@@ -119,7 +120,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         }
 
     def update_critic(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
+        self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         own = [draws[name] for name in ("pair", "noise", "keep")]
@@ -127,7 +128,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.last["online"],
@@ -135,9 +136,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
             "keep": draw_masks(self.network, rng, (b,)),
         }
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         obs = data.online.at(draws["rows"]).obs
         loss = step("actor", lambda: self.loss_actor(obs, draws["noise"], draws["keep"]))
         self.update_target_actor(settings["target_ema_rate"])
@@ -149,7 +148,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         draws = {"pair": self.draw_pair(rng), "noise": rng.normal((2, *self.noise_shape(batch)), floatx())}
         return draws if deterministic else draws | {"keep": draw_masks(self.network, rng, (2, batch))}
 
-    def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
+    def act(self, cond: Cond, draws: Draws, deterministic: bool, settings: Settings) -> Any:
         return self.choices(cond, draws["pair"], draws["noise"], deterministic, draws.get("keep"))
 
     def choices(

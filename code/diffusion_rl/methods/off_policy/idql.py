@@ -18,6 +18,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
@@ -94,7 +95,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
@@ -102,9 +103,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
             "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         v = step("critic_v", lambda: self.loss_critic_v(batch))
         q = step("critic_q", lambda: self.loss_critic_q(batch, settings["gamma"]))
@@ -122,7 +121,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Settings) -> dict[str, Any]:
         return {"noise": rng.normal(self.noise_shape(settings["eval_sample_num"] * batch), floatx())}
 
-    def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Settings) -> Any:
+    def act(self, cond: Cond, draws: Draws, deterministic: bool, settings: Settings) -> Any:
         return self.choices(
             cond,
             draws["noise"],

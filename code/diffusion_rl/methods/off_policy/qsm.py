@@ -17,6 +17,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
@@ -75,7 +76,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "rows": rows.online(b),
@@ -84,9 +85,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
             "t": rng.integers(0, self.denoising_steps, (b,)),
         }
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         critic = step("critic", lambda: self.loss_critic(batch, settings["gamma"], draws["next_noise"]))
         actor = step(

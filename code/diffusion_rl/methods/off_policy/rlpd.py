@@ -18,6 +18,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, Part, Phase, Progress, Settings, follow, mixed
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.methods.off_policy.sac import SoftPolicy
 from diffusion_rl.networks.critics import CriticEnsemble
 from diffusion_rl.networks.layers import Array, variables_of
@@ -120,7 +121,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
 
     # ---------- updates ----------
 
-    def draw_critic(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw_critic(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         return {
             "offline_rows": rows.offline(b // 2),
@@ -130,14 +131,14 @@ class RLPD(EnsembleCritics, SoftPolicy):
         }
 
     def update_critic(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
+        self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool
     ) -> dict[str, Array]:
         batch, own = mixed(data, draws), (draws["pair"], draws["noise"])
         loss = step("critic", lambda: self.loss_critic(batch, settings["gamma"], self.alpha, *own))
         self.update_target_critic(settings["target_ema_rate"])
         return {"loss_critic": loss}
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"]) // 2 * 2
         return {
             "offline_rows": rows.last["offline"],
@@ -145,9 +146,7 @@ class RLPD(EnsembleCritics, SoftPolicy):
             "noise": rng.normal((2, *self.noise_shape(b)), floatx()),
         }
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         obs, alpha, noise = mixed(data, draws).obs, self.alpha, draws["noise"]
         actor = step("actor", lambda: self.loss_actor(obs, alpha, noise[0]))
         return {"loss_actor": actor, "loss_temperature": self.step_temperature(obs, noise[1], step, settings)}

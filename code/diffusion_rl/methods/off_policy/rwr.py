@@ -19,6 +19,7 @@ from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, variables_of
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy, ExploringGaussianPolicy
 
@@ -55,13 +56,11 @@ class RewardWeighted(OffPolicy):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         places = rows.shuffled(int(settings["batch_size"]))
         return {"rows": places} | self.draw_loss(rng, len(places))
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
         clip = settings.get("max_grad_norm")
         return {"loss_actor": step("policy", lambda: self.weighted_loss(batch, batch.weights, draws), clip)}
@@ -77,7 +76,7 @@ class WeightedDenoising(ExploringDiffusionPolicy):
             "noise": rng.normal((b, self.horizon_steps, self.action_dim), floatx()),
         }
 
-    def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
+    def weighted_loss(self, batch: Transitions, weights: Array, draws: Draws) -> Array:
         """Averages weight [B] times the chunk's mean error over the batch; draws t [B] and noise [B,H,A]."""
         errors = self.errors(batch.actions, {"state": batch.obs}, draws["t"], draws["noise"])
         return tf.reduce_mean(weights * tf.reduce_mean(errors, axis=[1, 2]))
@@ -99,7 +98,7 @@ class WeightedLikelihood(ExploringGaussianPolicy):
         """Draws nothing: the likelihood is exact."""
         return {}
 
-    def weighted_loss(self, batch: Transitions, weights: Array, draws: dict[str, Array]) -> Array:
+    def weighted_loss(self, batch: Transitions, weights: Array, draws: Draws) -> Array:
         """Returns minus the mean over the batch of weight [B] times the chunk's mean log-probability."""
         mean, std = self.mean_std({"state": batch.obs})
         log_prob = normal_log_prob(tf.reshape(batch.actions, tf.shape(mean)), mean, std)

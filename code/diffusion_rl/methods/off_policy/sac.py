@@ -28,6 +28,7 @@ from diffusion_rl.methods.off_policy.algorithm import (
     bellman_error,
     follow,
 )
+from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.exploring import ExploringGaussianPolicy
 
@@ -129,7 +130,7 @@ class SAC(SoftActorCritic):
 
     # ---------- one update ----------
 
-    def draw(self, rng: Rng, rows: Any, settings: Settings, train_actor: bool) -> dict[str, Any]:
+    def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b = int(settings["batch_size"])
         draws = {"rows": rows.distinct(b), "next_noise": rng.normal(self.noise_shape(b), floatx())}
         if train_actor:
@@ -137,9 +138,7 @@ class SAC(SoftActorCritic):
             draws["actor_noise"] = rng.normal((steps, 2, *self.noise_shape(b)), floatx())
         return draws
 
-    def update(
-        self, data: Any, draws: dict[str, Array], step: Any, settings: Settings, train_actor: bool
-    ) -> dict[str, Array]:
+    def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         """Steps the critic and its target; then several times actor and temperature on the same batch."""
         batch, alpha = data.online.at(draws["rows"]), self.alpha  # its value at the beginning serves throughout
         losses = {
