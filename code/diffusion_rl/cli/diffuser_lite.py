@@ -159,7 +159,7 @@ class Pipeline:
         """Trained values, for tasks that need them."""
         if not self.domain.has_values:
             return None
-        files.load_iql(self.folder, self.iql)
+        files.load_network(self.folder, "iql", self.iql)
         return self.iql.V
 
     @cached_property
@@ -190,7 +190,7 @@ class Pipeline:
         columns = [np.asarray(each, np.float32) for each in columns]
 
         def save(step: int, labels: Sequence[int | str]) -> None:
-            files.save_iql(self.folder, self.iql, labels)
+            files.save_network(self.folder, "iql", self.iql, labels)
 
         self._train(
             lambda **given: QLearning(IQLTrainer(self.iql), columns, self.noise, batch_size=o.iql_batch_size, **given),
@@ -207,7 +207,7 @@ class Pipeline:
             files.save_normalizer(self.folder, self.data.normalizer.arrays)
             files.save_levels(self.folder, "diffusion", self.levels, labels)
             if step - o.save_interval < o.invdyn_gradient_steps:  # trained since the last save
-                files.save_inverse(self.folder, self.inverse, labels)
+                files.save_network(self.folder, "invdyn", self.inverse, labels)
 
         def build(**given: Any) -> LiteLoop:
             sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
@@ -270,7 +270,7 @@ class Pipeline:
         value = None
         if label is not None:
             files.load_levels(self.folder, "reflow" if model == "R2" else "diffusion", self.levels, label)
-            files.load_inverse(self.folder, self.inverse, o.invdyn_ckpt)
+            files.load_network(self.folder, "invdyn", self.inverse, o.invdyn_ckpt)
             value = self.value()
         elif self.domain.has_values:
             value = self.iql.V

@@ -126,18 +126,18 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 def newest_loadable(paths: Iterable[Path]) -> Path | None:
     """Returns the first checkpoint that loads; those before it are skipped, with one warning that names them all."""
     skipped: list[str] = []
-    found = None
+    newest = None
     for path in paths:
         try:
             load_checkpoint(path)
         except UserError as error:
             skipped.append(str(error))
             continue
-        found = path
+        newest = path
         break
     if skipped:
-        log.warning("skipped %s; continuing with %s", "; ".join(skipped), found or "no checkpoint")
-    return found
+        log.warning("skipped %s; continuing with %s", "; ".join(skipped), newest or "no checkpoint")
+    return newest
 
 
 def numbered_checkpoints(directory: str | os.PathLike[str]) -> list[tuple[int, Path]]:

@@ -176,9 +176,9 @@ def refuse_changes(
             f"resume={path}: that run has {shown}, which resuming cannot change: leave it, or start another run"
         )
     changed += [key for key in after if key not in before]
-    told = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in NEUTRAL)]
-    if told:
-        facts = (f"{key}={after.get(key, 'its default')} (was {before.get(key, 'not set')})" for key in told)
+    notable = [key for key in changed if not any(fnmatch.fnmatchcase(key, pattern) for pattern in NEUTRAL)]
+    if notable:
+        facts = (f"{key}={after.get(key, 'its default')} (was {before.get(key, 'not set')})" for key in notable)
         log.warning("resumed with %s", ", ".join(facts))
 
 

@@ -31,6 +31,7 @@ class StateFiles:
 
     starts_over = False  # whether a folder that holds a run may be used for another one
     HINT = ""  # added to the line about a state that is not there
+    FOLDERS = True  # states lie in a folder of their own, in run folders called by dates and seeds
 
     def __init__(
         self, kind: str, settings: Mapping[str, Any], step_key: str = "itr", may_change: Sequence[str] = ("*",)
@@ -39,11 +40,11 @@ class StateFiles:
 
     def folder(self, run: Path) -> Path:
         """Returns where in the run folder the states lie."""
-        return run / "checkpoint"
+        return run / "checkpoint" if self.FOLDERS else run
 
     def home(self, path: Path) -> Path | None:
         """Returns the run folder in which a state goes on; None: in the folder that the settings name."""
-        return path.parent.parent if path.parent.name == "checkpoint" else None
+        return path.parent.parent if self.FOLDERS and path.parent.name == "checkpoint" else None
 
     def path(self, run: Path, number: int, keep: bool) -> Path:
         """Returns the file of a state; `keep` is False for one that goes when a newer one is there."""
@@ -60,7 +61,7 @@ class StateFiles:
     def earlier_runs(self, run: Path) -> list[Path]:
         """Returns folders of the same run name and seed, newest first: log/<suite>/<name>/<date>_<seed>."""
         dated = _DATED.fullmatch(run.name)
-        if dated is None or not run.parent.is_dir():
+        if dated is None or not run.parent.is_dir() or not self.FOLDERS:
             return []
         return sorted((p for p in run.parent.glob(f"*_{dated[1]}") if p.is_dir() and p != run), reverse=True)
 

@@ -41,16 +41,16 @@ class ActionDiffusion(TrajectoryDiffusion):
 
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array) -> Losses:
         """Returns the error of the noise or the clean actions; x, noise [B,H,A], t [B], conditions {0: [B,O]}."""
-        output = side_by_side(self.output, MIN_PART, self.q_sample(x, t, noise), t, self.given(conditions))
+        output = side_by_side(self.output, MIN_PART, self.q_sample(x, t, noise), t, self.context(conditions))
         return self.weighted(output, noise if self.predict_epsilon else x)
 
-    def given(self, conditions: Conditions) -> Array:
+    def context(self, conditions: Conditions) -> Array:
         """Returns the features [B,F]: they do not depend on the denoising step."""
         return self.model.encode(conditions[0])
 
-    def output(self, x: Array, t: Array, given: Array) -> Array:
+    def output(self, x: Array, t: Array, context: Array) -> Array:
         """Maps x [B,H,A], t [B], features of the observation [B,F] to [B,H,A]."""
-        return self.model(x, t, given)
+        return self.model(x, t, context)
 
     def known(self, conditions: Conditions, like: Array) -> Known:
         """Says that no entry of the actions [B,H,A] is known."""

@@ -126,16 +126,12 @@ class ExperimentFiles(StateFiles):
         options: of the experiment; its `savepath` is the folder.
     """
 
+    FOLDERS = False
+
     def __init__(self, options: Options, description: Description):
         kind = _named(DIFFUSIONS, description.diffusion["class"], "diffusion").KIND  # type: ignore[attr-defined]
         super().__init__(kind, experiment_settings(options), "step")
         self.options, self.description = options, description
-
-    def folder(self, run: Path) -> Path:
-        return run
-
-    def home(self, path: Path) -> Path | None:
-        return None
 
     def existing(self, run: Path) -> list[tuple[int, Path]]:
         return list(labelled_states(run).items())
@@ -145,9 +141,6 @@ class ExperimentFiles(StateFiles):
         if states and (newest := states[max(states)]).suffix == ".pt":
             raise UserError(f"{newest} has no optimizer state: train anew under another --prefix")
         return super().newest(run)
-
-    def earlier_runs(self, run: Path) -> list[Path]:
-        return []
 
     def facts(self, number: int) -> dict[str, Any]:
         return {"kind": self.kind, "description": self.description._asdict(), "config": self.options.as_dict()}
@@ -230,7 +223,7 @@ class Experiment(NamedTuple):
 def normalizer_tensors(dataset: TrajectoryDataset) -> dict[str, np.ndarray]:
     """Returns what the normalizers know, for a checkpoint."""
     fitted = dataset.normalizers.items()
-    return {f"normalizer.{field}.{k}": v for field, each in fitted for k, v in each.arrays.items()}
+    return {f"normalizer.{field}.{k}": v for field, normal in fitted for k, v in normal.arrays.items()}
 
 
 def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: str | None = None) -> Experiment:

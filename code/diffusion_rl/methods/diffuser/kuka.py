@@ -68,15 +68,15 @@ class MaskedDiffusion(TrajectoryDiffusion):
 
     # ---------- sampling: `TrajectoryDiffusion.sample`, with what follows in its place ----------
 
-    def given(self, conditions: Conditions) -> Array:
+    def context(self, conditions: Conditions) -> Array:
         """Returns the mask [1,H], the same for all samples."""
         mask = np.zeros((1, self.horizon), self.dtype.as_numpy_dtype)
         mask[0, list(conditions)] = 1
         return tf.constant(mask)
 
-    def output(self, x: Array, t: Array, given: Array) -> Array:
+    def output(self, x: Array, t: Array, context: Array) -> Array:
         """Maps x [B,H,D], t [B], mask [B,H] or [1,H] to noise [B,H,D]."""
-        return self.model(x, t, given)
+        return self.model(x, t, context)
 
     def guided_by(self, guide: StackGuide) -> MaskedDiffusion:
         """Returns the same model, whose samples are guided."""
@@ -84,10 +84,10 @@ class MaskedDiffusion(TrajectoryDiffusion):
         guided.guide = guide
         return guided
 
-    def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
+    def p_mean_variance(self, x: Array, t: Array, context: Any = None) -> tuple[Array, Array, Array]:
         """Returns the mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1}; a guide moves the mean by its
         gradient at x_t."""
-        mean, variance, log_variance = super().p_mean_variance(x, t, given)
+        mean, variance, log_variance = super().p_mean_variance(x, t, context)
         if self.guide is not None:
             mean += STEP * tf.exp(0.5 * log_variance) * self.guide.gradient(x, t)
         return mean, variance, log_variance
@@ -106,9 +106,9 @@ class StackClassification(NoisyTrajectories):
         """
         logits = side_by_side(self.model, MIN_PART, self.q_sample(x, t, noise), t)
         loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
-        said = tf.cast(logits > 0, labels.dtype)
-        found = tf.math.divide_no_nan(tf.reduce_sum(said * labels), tf.reduce_sum(labels))
-        return loss, {"accuracy": tf.reduce_mean(tf.cast(said == labels, loss.dtype)), "found": found}
+        predicted = tf.cast(logits > 0, labels.dtype)
+        recall = tf.math.divide_no_nan(tf.reduce_sum(predicted * labels), tf.reduce_sum(labels))
+        return loss, {"accuracy": tf.reduce_mean(tf.cast(predicted == labels, loss.dtype)), "found": recall}
 
 
 class StackGuide:

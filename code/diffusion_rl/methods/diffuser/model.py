@@ -88,8 +88,8 @@ class NoisyTrajectories:
     @property
     def dtype(self) -> tf.DType:
         """Returns the type of the weights, and so of everything computed with them."""
-        found = variables_of(self.model)
-        return found[0].dtype if found else tf.float32
+        variables = variables_of(self.model)
+        return variables[0].dtype if variables else tf.float32
 
     def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
         """Returns x_t of clean trajectories [B,H,D] at steps t [B]."""
@@ -147,11 +147,11 @@ class TrajectoryDiffusion(NoisyTrajectories):
         variance, log_variance = process.entries(s.ddpm_var, t, x.dtype), process.posterior_log_variance(s, t, x.dtype)
         return process.posterior_mean(s, x, t, x0), variance, log_variance
 
-    def given(self, conditions: Conditions) -> Any:
+    def context(self, conditions: Conditions) -> Any:
         """Returns what the network sees of the conditions besides the trajectory itself; here nothing."""
         return None
 
-    def output(self, x: Array, t: Array, given: Any) -> Array:
+    def output(self, x: Array, t: Array, context: Any) -> Array:
         """Returns the network's output [B,H,D]."""
         return self.model(x, t)
 
@@ -159,19 +159,19 @@ class TrajectoryDiffusion(NoisyTrajectories):
         """Returns the entries of trajectories [B,H,D] that the conditions fix."""
         return Known.of(conditions, like.shape[1], self.action_dim, like)
 
-    def p_mean_variance(self, x: Array, t: Array, given: Any = None) -> tuple[Array, Array, Array]:
+    def p_mean_variance(self, x: Array, t: Array, context: Any = None) -> tuple[Array, Array, Array]:
         """Returns the mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1} given x_t alone."""
-        x0 = self.predict_x0(x, t, self.output(x, t, given))
+        x0 = self.predict_x0(x, t, self.output(x, t, context))
         return self.posterior(clip(x0, 1.0 if self.clip_denoised else None), x, t)
 
     def step(
-        self, x: Array, t: Array, noise: Array, known: Known, guide: Guide | None, given: Any = None
+        self, x: Array, t: Array, noise: Array, known: Known, guide: Guide | None, context: Any = None
     ) -> tuple[Array, Array]:
         """Returns x_{t-1} [B,H,D] without the known entries in place, and the values [B] that led to it."""
         values = tf.zeros(tf.shape(x)[:1], x.dtype)
         if guide is not None:
             x, values = guide.ascend(x, t, self.variance(t, x.dtype), known.put)
-        mean, _, log_variance = self.p_mean_variance(x, t, given)
+        mean, _, log_variance = self.p_mean_variance(x, t, context)
         drawn = tf.cast(t > 0, x.dtype)[:, None, None] * noise
         return mean + tf.exp(0.5 * log_variance) * drawn, values
 
@@ -192,11 +192,11 @@ class TrajectoryDiffusion(NoisyTrajectories):
             groups: of samples that are sorted by value each by itself.
         """
         with shared_matrices():
-            each = []
+            samples = []
             for cut in parts(noise.shape[1], MIN_PART):  # side by side
                 known = {time: o if o.shape[0] == 1 else o[cut] for time, o in conditions.items()}
-                each.append(self._denoise(known, noise[:, cut], guide, with_chain))
-        x, values, chain = (tf.concat(column, axis=0) for column in zip(*each, strict=True))
+                samples.append(self._denoise(known, noise[:, cut], guide, with_chain))
+        x, values, chain = (tf.concat(column, axis=0) for column in zip(*samples, strict=True))
         if guide is not None:
             values, x = best_first(values, x, groups)
         return Plans(x, values, chain if with_chain else None)
@@ -205,7 +205,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         self, conditions: Conditions, noise: Array, guide: Guide | None, with_chain: bool
     ) -> tuple[Array, Array, Array]:
         """Returns trajectories [B,H,D] in the order of the noise, values [B], chains [B,T+1,H,D] (or no entries)."""
-        known, given = self.known(conditions, noise[0]), self.given(conditions)
+        known, context = self.known(conditions, noise[0]), self.context(conditions)
         steps, first = self.n_timesteps, tf.zeros([1], tf.int32)
         chain = tf.TensorArray(noise.dtype, size=steps + 1 if with_chain else 0, element_shape=noise.shape[1:])
 
@@ -213,7 +213,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
             t = tf.fill([1], steps - 1 - i)
             if guide is not None:
                 x, values = guide.where_allowed(x, t, self.variance(t, x.dtype), known.put, values)
-            before, (x, _) = x, self.step(x, t, noise[i + 1], known, None, given)
+            before, (x, _) = x, self.step(x, t, noise[i + 1], known, None, context)
             x = tf.ensure_shape(known.put(x), noise.shape[1:])  # a batch of one loses its shape on the way
             return i + 1, x, before, values, chain.write(i + 1, x) if with_chain else chain
 
@@ -306,7 +306,7 @@ class Diffuser:
             t: tf.constant(np.repeat(self.normalizers["observations"].normalize(o), self.batch_size, axis=0), dtype)
             for t, o in conditions.items()
         }
-        trajectories, values = (each.numpy() for each in self._sample(known, tf.constant(noise, dtype), n_envs))
+        trajectories, values = (tensor.numpy() for tensor in self._sample(known, tf.constant(noise, dtype), n_envs))
         plans = trajectories.reshape(n_envs, self.batch_size, *trajectories.shape[1:])
         actions = self.normalizers["actions"].unnormalize(plans[..., : self.diffusion.action_dim])
         observations = plans[..., self.diffusion.action_dim :]

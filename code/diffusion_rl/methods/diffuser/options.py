@@ -193,17 +193,17 @@ def parse(
         UserError: an unknown flag, a flag given twice or without a value, a value of another type or out of its range,
             a name that leads out of `logbase`, an unknown configuration.
     """
-    given = pairs(arguments)
-    dataset, config = given.pop("dataset", dataset), given.pop("config", config)
+    flags = pairs(arguments)
+    dataset, config = flags.pop("dataset", dataset), flags.pop("config", config)
     settings = read_config(config)
     _check_shape(settings, experiment, config)
-    preset, name = _preset(settings, given.pop("preset", None), config), given.pop("exp_name", None)
+    preset, name = _preset(settings, flags.pop("preset", None), config), flags.pop("exp_name", None)
     values = settings[experiment]["options"] | preset.get(experiment, {})
     values = (TRAINING if "n_train_steps" in values else {}) | values
     for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
         values |= overrides.get(dataset, {}).get(experiment, {})
     values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only
-    override(values, given, KINDS, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
+    override(values, flags, KINDS, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
     if values.get("diffusion_type") == "actions_only" and values.get("prefix") == "diffusion/defaults":
         values["prefix"] = "diffusion/actions"  # the two kinds of model never share a folder
     values |= {key: expand(value, values) for key, value in values.items() if _is_deferred(value)}
@@ -259,9 +259,9 @@ def _check_shape(settings: Mapping[str, Any], experiment: str, config: str) -> N
     if not _is_options(own.get("options")) or "logbase" not in own["options"]:
         raise UserError(f"--config {config}: {experiment} needs options, a mapping, with logbase among them")
     presets = settings.get("presets", {})
-    preset_overrides = [each.get("overrides", {}) for each in presets.values()] if _nested(presets) else [None]
+    preset_overrides = [preset.get("overrides", {}) for preset in presets.values()] if _nested(presets) else [None]
     for what, groups in (("presets", [presets]), ("overrides", [settings.get("overrides", {}), *preset_overrides])):
-        changed = [group for each in groups if isinstance(each, dict) for group in each.values()]
+        changed = [change for group in groups if isinstance(group, dict) for change in group.values()]
         if not all(map(_nested, groups)) or not all(map(_nested, changed)):
             raise UserError(f"--config {config}: {what} must be mappings of experiments to options")
     if _is_own(config):

@@ -115,26 +115,26 @@ class DiffuserTrainer:
         items, t, noise = batch
         return tf.constant(items, tf.int32), tf.constant(t, tf.int32), tf.constant(noise, self.model.dtype)
 
-    def _named(self, found: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        return found[:, 0], {name: found[:, i + 1] for i, name in enumerate(self.names)}
+    def _named(self, results: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        return results[:, 0], {name: results[:, i + 1] for i, name in enumerate(self.names)}
 
     def _train_steps(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
         n = tf.shape(items)[0]
-        found = tf.TensorArray(self.model.dtype, size=n)
+        results = tf.TensorArray(self.model.dtype, size=n)
         for i in tf.range(n):
-            found = found.write(i, self._micro_batches([(items[i], t[i], noise[i])], average[i])[0])
-        return found.stack()
+            results = results.write(i, self._micro_batches([(items[i], t[i], noise[i])], average[i])[0])
+        return results.stack()
 
     def _micro_batches(self, batches: Sequence[tuple[Array, Array, Array]], average: Array) -> Array:
-        gradients, found = [], []
+        gradients, results = [], []
         for batch in batches:
             with tf.GradientTape() as tape:
                 loss, infos = self.loss(*batch)
             gradients.append(tape.gradient(loss, self.variables))
             self.names = list(infos)
-            found.append(tf.stack([loss, *infos.values()]))
+            results.append(tf.stack([loss, *infos.values()]))
         if len(batches) > 1:
-            gradients = [[sum(each) / len(batches) for each in zip(*gradients, strict=True)]]
+            gradients = [[sum(parts) / len(batches) for parts in zip(*gradients, strict=True)]]
         self.optimizer.apply(gradients[0])
         follow(self.averaged, self.variables, average, self.ema_decay)
-        return tf.stack(found)
+        return tf.stack(results)

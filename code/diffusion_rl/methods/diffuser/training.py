@@ -152,19 +152,19 @@ class DiffuserTraining(TrainingLoop):
     def _steps(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Trains `count` steps; results [n] of each step, or of each micro-batch where these are not merged."""
         steps = [self._draw() for _ in range(count)]
-        found, alike, first = [], list[MicroBatch](), self.step
+        results, alike, first = [], list[MicroBatch](), self.step
         for number, micro_batches in enumerate(steps, start=self.step):
             if self.merge and all(len(batch[0]) == self.windows.size for batch in micro_batches):
                 alike.append(_joined(micro_batches))
                 continue
             if alike:
-                found.append(self.trainer.steps(alike, first))
-            found.append(self.trainer.step(micro_batches, number))
+                results.append(self.trainer.steps(alike, first))
+            results.append(self.trainer.step(micro_batches, number))
             alike, first = [], number + 1
         if alike:
-            found.append(self.trainer.steps(alike, first))
-        losses = np.concatenate([losses for losses, _ in found])
-        return losses, {name: np.concatenate([infos[name] for _, infos in found]) for name in self.trainer.names}
+            results.append(self.trainer.steps(alike, first))
+        losses = np.concatenate([losses for losses, _ in results])
+        return losses, {name: np.concatenate([infos[name] for _, infos in results]) for name in self.trainer.names}
 
     def _draw(self) -> list[MicroBatch]:
         """Draws the micro-batches of one step; step by step, so a run in pieces has the same."""

@@ -73,10 +73,10 @@ def decision_times(
     """Measures the seconds of each decision [decisions], from raw observation to action, its draws included."""
     observations = rng.normal((n_envs, len(planner.means)))
     targets = np.ones(n_envs, np.float32)
-    found = []
+    seconds = []
     for number in range(warm_up + decisions):
         began = time.perf_counter()
         planner.act(observations, targets, planner.draw(rng, n_envs))
         if number >= warm_up:
-            found.append(time.perf_counter() - began)
-    return np.array(found)
+            seconds.append(time.perf_counter() - began)
+    return np.array(seconds)

@@ -27,16 +27,15 @@ from diffusion_rl.data.episodes import read_npz
 from diffusion_rl.data.hdf5 import open_hdf5
 from diffusion_rl.interop.torch_checkpoint import read_pt, write_pt
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.methods.diffuser_lite.iql import IQL
 from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.methods.diffuser_lite.training import Pairs
-from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.training.checkpoint import Checkpoint, checkpoint_metadata, require_finite, require_kind
 from diffusion_rl.training.continuation import refuse_changes
 from diffusion_rl.training.state_files import StateFiles
 
 KIND = "diffuser_lite"  # of states of training
 LATEST = "latest"
+PREFIXES = {"invdyn": "model.", "iql": ""}  # of our names for weights, which the authors' files do without
 
 
 # ---------- weights ----------
@@ -61,27 +60,18 @@ def load_levels(folder: Path, name: str, levels: Sequence[PlanLevel], label: int
             load_state_dict(network, data[part])
 
 
-def save_inverse(folder: Path, inverse: InverseDynamics, labels: Sequence[int | str]) -> None:
-    data = {name.removeprefix("model."): value for name, value in state_dict(inverse).items()}
-    _write_all(folder, "invdyn", data, labels)
+def save_network(folder: Path, name: str, network: Any, labels: Sequence[int | str]) -> None:
+    """Writes `<name>_ckpt_<label>.pt` of "invdyn", the inverse dynamics, or "iql"."""
+    data = {key.removeprefix(PREFIXES[name]): value for key, value in state_dict(network).items()}
+    _write_all(folder, name, data, labels)
 
 
-def load_inverse(folder: Path, inverse: InverseDynamics, label: int | str) -> None:
-    path = checkpoint_path(folder, "invdyn", label)
+def load_network(folder: Path, name: str, network: Any, label: int | str = LATEST) -> None:
+    """Fills "invdyn" or "iql". Raises UserError for a missing file, or one of another network."""
+    path = checkpoint_path(folder, name, label)
     data = _weights(path)
     require_finite(data, path)
-    load_state_dict(inverse, {f"model.{name}": value for name, value in data.items()})
-
-
-def save_iql(folder: Path, iql: IQL, labels: Sequence[int | str]) -> None:
-    _write_all(folder, "iql", state_dict(iql), labels)
-
-
-def load_iql(folder: Path, iql: IQL, label: int | str = LATEST) -> None:
-    path = checkpoint_path(folder, "iql", label)
-    data = _weights(path)
-    require_finite(data, path)
-    load_state_dict(iql, data)
+    load_state_dict(network, {PREFIXES[name] + key: value for key, value in data.items()})
 
 
 def _weights(path: Path) -> dict[str, Any]:
@@ -153,7 +143,7 @@ class PipelineFiles(StateFiles):
         backup: copies the results elsewhere.
     """
 
-    starts_over = True
+    starts_over, FOLDERS = True, False
     HINT = "; states of single steps are kept with keep_states=true"
 
     def __init__(
@@ -172,9 +162,6 @@ class PipelineFiles(StateFiles):
     def folder(self, run: Path) -> Path:
         return self.task_folder
 
-    def home(self, path: Path) -> Path | None:
-        return None
-
     def path(self, run: Path, number: int, keep: bool) -> Path:
         return state_path(self.task_folder, self.mode, number if keep and self.settings["keep_states"] else None)
 
@@ -184,9 +171,6 @@ class PipelineFiles(StateFiles):
         if latest.is_file():
             states.append((checkpoint_metadata(latest).get("step", sys.maxsize), latest))
         return sorted(states, key=lambda state: state[0])
-
-    def earlier_runs(self, run: Path) -> list[Path]:
-        return []
 
     def facts(self, number: int) -> dict[str, Any]:
         return {"kind": KIND, "mode": self.mode, "options": settled(self.settings)}
@@ -294,19 +278,19 @@ def pairs_to_write(
     names = {True: folder / "traj_cond_dataset.h5", False: folder / "traj_uncond_dataset.h5"}
     temporary = {kind: path.with_name(f".{path.name}.writing") for kind, path in names.items()}
     try:
-        with h5py.File(temporary[True], "w") as told, h5py.File(temporary[False], "w") as untold:
+        with h5py.File(temporary[True], "w") as with_returns, h5py.File(temporary[False], "w") as without:
             for i, level in enumerate(levels):
-                told.create_dataset(f"traj_cond_dataset_{i}", (conditional, 2, *level.shape), dtype)
-                told.create_dataset(f"condition_dataset_{i}", (conditional, 1), "float32")
-                untold.create_dataset(f"traj_uncond_dataset_{i}", (unconditional, 2, *level.shape), dtype)
+                with_returns.create_dataset(f"traj_cond_dataset_{i}", (conditional, 2, *level.shape), dtype)
+                with_returns.create_dataset(f"condition_dataset_{i}", (conditional, 1), "float32")
+                without.create_dataset(f"traj_uncond_dataset_{i}", (unconditional, 2, *level.shape), dtype)
 
             def write(level: int, first: int, pairs: np.ndarray, returns: np.ndarray | None) -> None:
                 rows = slice(first, first + len(pairs))
                 if returns is None:
-                    untold[f"traj_uncond_dataset_{level}"][rows] = pairs
+                    without[f"traj_uncond_dataset_{level}"][rows] = pairs
                 else:
-                    told[f"traj_cond_dataset_{level}"][rows] = pairs
-                    told[f"condition_dataset_{level}"][rows] = returns
+                    with_returns[f"traj_cond_dataset_{level}"][rows] = pairs
+                    with_returns[f"condition_dataset_{level}"][rows] = returns
 
             yield write
         for kind, path in names.items():
@@ -324,11 +308,11 @@ def pairs_to_read(folder: Path, levels: Sequence[PlanLevel]) -> Iterator[Pairs]:
     paths = [folder / name for name in ("traj_cond_dataset.h5", "traj_uncond_dataset.h5")]
     if missing := [path for path in paths if not path.is_file()]:
         raise UserError(f"no {missing[0]}: run mode=prepare_dataset first")
-    with open_hdf5(paths[0]) as told, open_hdf5(paths[1]) as untold:
+    with open_hdf5(paths[0]) as with_returns, open_hdf5(paths[1]) as without:
         counted = range(len(levels))
-        conditional = [told.array(f"traj_cond_dataset_{i}") for i in counted]
-        returns = [told.array(f"condition_dataset_{i}") for i in counted]
-        unconditional = [untold.array(f"traj_uncond_dataset_{i}") for i in counted]
+        conditional = [with_returns.array(f"traj_cond_dataset_{i}") for i in counted]
+        returns = [with_returns.array(f"condition_dataset_{i}") for i in counted]
+        unconditional = [without.array(f"traj_uncond_dataset_{i}") for i in counted]
         for i, level in enumerate(levels):
             if any(pairs[i].shape[1:] != (2, *level.shape) for pairs in (conditional, unconditional)):
                 raise UserError(f"{folder}: the pairs are of other levels: run mode=prepare_dataset")

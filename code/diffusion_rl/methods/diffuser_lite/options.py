@@ -116,13 +116,13 @@ def help_text(script: str, arguments: Sequence[str]) -> str:
     return f"{usage}\n\nOptions with their values:\n{help_rows(values, meaning)}"
 
 
-def _values(kind: str, given: dict[str, str]) -> dict[str, Any]:
+def _values(kind: str, assigned: dict[str, str]) -> dict[str, Any]:
     """Returns every option of a domain with its value, flat; `task` is the name of the task."""
     values = read_yaml(FOLDER / f"{kind}.yaml")
-    values["task"] = given.pop("task", values["task"])
+    values["task"] = assigned.pop("task", values["task"])
     values |= flatten({"task": {"return_scale": None} | read_task(values["task"])})
-    override(values, given, KINDS, YAML, kind, ("task",))
-    if values.get("task.diffusion_ckpt") is not None and "diffusion_ckpt" not in given:
+    override(values, assigned, KINDS, YAML, kind, ("task",))
+    if values.get("task.diffusion_ckpt") is not None and "diffusion_ckpt" not in assigned:
         values["diffusion_ckpt"] = values["task.diffusion_ckpt"]
     schema.check_ranges(
         values, KINDS if kind != "mujoco" else KINDS | {"mode": schema.one_of(*MODES)}, schema.PAIRS, RELATIONS
@@ -137,7 +137,7 @@ def _values(kind: str, given: dict[str, str]) -> dict[str, Any]:
 
 def read_task(name: str) -> dict[str, Any]:
     """Reads task/<name>.yaml."""
-    known = sorted(each.stem for each in (FOLDER / "task").glob("*.yaml"))
+    known = sorted(path.stem for path in (FOLDER / "task").glob("*.yaml"))
     if name not in known:
         raise UserError(f"task={schema.shown(name)}: no such task; there are {', '.join(known)}")
     return read_yaml(FOLDER / "task" / f"{name}.yaml")

@@ -54,7 +54,7 @@ class DiffuserLite:
         self.value: Any = value
         self.grid = rectified_flow.time_grid(acting.steps)
         self._runs: dict[tuple[int, int], Callable[..., np.ndarray]] = {}  # by numbers of environments and returns
-        self._told: tuple[bytes, list[Array]] = b"", []  # returns that were wanted last, and what they mean
+        self._wanted: tuple[bytes, list[Array]] = b"", []  # the last returns to aim at, and their tables
 
     def draw(self, rng: Rng, n_envs: int) -> list[np.ndarray]:
         """Draws what one decision needs: noise of each level [E,H,O], of the first one [E*C,H,O]."""
@@ -64,16 +64,16 @@ class DiffuserLite:
     def act(self, observations: np.ndarray, targets: np.ndarray, noise: Sequence[np.ndarray]) -> np.ndarray:
         """Returns actions [E,A] for observations [E,O] in the environment's units, aiming at returns [E]."""
         if self.runtime == "plain":
-            tensors = (tf.constant(each, self.levels[0].dtype) for each in (observations, targets, *noise))
+            tensors = (tf.constant(array, self.levels[0].dtype) for array in (observations, targets, *noise))
             state, wanted, *draws = tensors
             return self.plan(state, wanted, draws).numpy()
         wanted = targets[:1] if (targets == targets[0]).all() else targets
-        if wanted.tobytes() != self._told[0]:
-            self._told = wanted.tobytes(), self._tables(tf.constant(wanted, self.levels[0].dtype))
+        if wanted.tobytes() != self._wanted[0]:
+            self._wanted = wanted.tobytes(), self._tables(tf.constant(wanted, self.levels[0].dtype))
         sizes = len(observations), len(wanted)
         if sizes not in self._runs:
             self._runs[sizes] = self._run(*sizes)
-        return self._runs[sizes](observations, self._told[1], noise)
+        return self._runs[sizes](observations, self._wanted[1], noise)
 
     @cached_property
     def _program(self) -> Program:

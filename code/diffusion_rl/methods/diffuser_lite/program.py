@@ -50,22 +50,22 @@ class LevelProgram:
 
     def tables(self, returns: Array) -> Array:
         """Returns what returns [U,1] and the times of the steps do to the layers, [K parts,G U,1,D]."""
-        network, told = self.network.diffusion, self.network.condition(returns)
+        network, embedded = self.network.diffusion, self.network.condition(returns)
         if self.kinds == 2 or self.guidance == 0:
-            told = tf.concat([*[told] * (self.kinds - 1), tf.zeros_like(told)], axis=0)
-        times = tf.repeat(tf.constant(self.steps.times, told.dtype), tf.shape(told)[0])
-        rows = network.modulation(times, tf.tile(told, [len(self.steps.times), 1]))
-        found = tf.reshape(rows, [len(self.steps.times), -1, network.parts, 1, network.d_model])
-        return tf.reshape(tf.transpose(found, [0, 2, 1, 3, 4]), [self.table_shape(1)[0], -1, 1, network.d_model])
+            embedded = tf.concat([*[embedded] * (self.kinds - 1), tf.zeros_like(embedded)], axis=0)
+        times = tf.repeat(tf.constant(self.steps.times, embedded.dtype), tf.shape(embedded)[0])
+        rows = network.modulation(times, tf.tile(embedded, [len(self.steps.times), 1]))
+        tables = tf.reshape(rows, [len(self.steps.times), -1, network.parts, 1, network.d_model])
+        return tf.reshape(tf.transpose(tables, [0, 2, 1, 3, 4]), [self.table_shape(1)[0], -1, 1, network.d_model])
 
     def sample(self, noise: Array, first: Array, last: Array | None, table: Array) -> Array:
         """Samples states [E,wanted,O], the second to the wanted one, from noise [E,H,O] between known states [E,O]."""
         before, after = first[:, None], [] if last is None else [last[:, None]]
-        x, count, each = noise[:, self.unknown], len(self.steps.times), self.network.diffusion.parts
+        x, count, size = noise[:, self.unknown], len(self.steps.times), self.network.diffusion.parts
         parts = tf.unstack(table)
         for k in range(count):
             states = self.wanted if k + 1 == count else self.unknown
-            output = self._output(tf.concat([before, x, *after], axis=1), parts[k * each : k * each + each], states)
+            output = self._output(tf.concat([before, x, *after], axis=1), parts[k * size : (k + 1) * size], states)
             moved = x[:, : states.stop - states.start]
             x = float(self.steps.keep[k]) * moved + float(self.steps.gain[k]) * output
         return x
@@ -146,7 +146,7 @@ class Program:
         concrete = compiled.get_concrete_function(*self.specs(n_envs, n_returns))
 
         def act(observations: np.ndarray, tables: Sequence[Array], noise: Sequence[np.ndarray]) -> np.ndarray:
-            draws = [tf.constant(each, self.dtype) for each in noise]
+            draws = [tf.constant(array, self.dtype) for array in noise]
             return concrete(tf.constant(observations, self.dtype), list(tables), draws).numpy()
 
         return act
@@ -161,7 +161,7 @@ class Program:
             model = tf.lite.TFLiteConverter.from_concrete_functions([concrete], self.inverse).convert()
             interpreter = tf.lite.Interpreter(model_content=model, num_threads=threads)
             interpreter.allocate_tensors()
-        inputs = {each["name"].split("_")[-1].split(":")[0]: each["index"] for each in interpreter.get_input_details()}
+        inputs = {i["name"].split("_")[-1].split(":")[0]: i["index"] for i in interpreter.get_input_details()}
         output = interpreter.get_output_details()[0]["index"]
         held: list[Any] = [None]  # the tables that the interpreter has
 

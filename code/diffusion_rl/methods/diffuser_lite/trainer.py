@@ -116,8 +116,8 @@ class PlanSource:
         padding: np.ndarray | None = None,
     ):
         self.observations, self.actions = tf.constant(observations, dtype), tf.constant(actions, dtype)
-        self.rows = [tf.constant(each, tf.int32) for each in rows]
-        self.conditions = [tf.constant(each, dtype) for each in conditions]
+        self.rows = [tf.constant(windows, tf.int32) for windows in rows]
+        self.conditions = [tf.constant(returns, dtype) for returns in conditions]
         self.padding = None if padding is None else tf.constant(1 - padding, dtype)
 
     def plans(self, level: int, windows: Array) -> tuple[Array, Array]:
@@ -173,7 +173,7 @@ class LiteTrainer:
         Returns:
             the losses of the levels, and of the inverse dynamics where they are trained, [n,L] or [n,L+1].
         """
-        tensors = [tuple(tf.constant(part, self.dtype) for part in each) for each in draws]
+        tensors = [tuple(tf.constant(part, self.dtype) for part in level) for level in draws]
         losses = self._levels(tf.constant(windows, tf.int32), tensors, tf.constant(rates, tf.float64))
         if kept is None:
             return losses.numpy()
@@ -183,8 +183,8 @@ class LiteTrainer:
     def _run_levels(self, windows: Array, draws: Any, rates: Array) -> Array:
         def update(i: Array) -> Array:
             losses = []
-            for number, (trainer, each) in enumerate(zip(self.levels, draws, strict=True)):
-                noise, t, uniform = (part[i] for part in each)
+            for number, (trainer, drawn) in enumerate(zip(self.levels, draws, strict=True)):
+                noise, t, uniform = (part[i] for part in drawn)
                 states, returns = self.source.plans(number, windows[i, number])
                 keep = trainer.level.network.condition.keep(uniform)
                 losses.append(trainer.update(states, noise, t, returns, keep, rates[i])[0])
@@ -206,8 +206,8 @@ class LiteTrainer:
     def _repeat(self, update: Callable[[Array], Array], n: Array) -> Array:
         """Stacks update(0), update(1), …."""
 
-        def body(i: Array, found: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
-            return i + 1, found.write(i, update(i))
+        def body(i: Array, results: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
+            return i + 1, results.write(i, update(i))
 
         start = tf.constant(0), tf.TensorArray(self.dtype, size=n)
         return tf.while_loop(lambda i, _: i < n, body, start, parallel_iterations=1)[1].stack()
@@ -233,16 +233,16 @@ class ReflowTrainer:
             the losses.
         """
         dtype, arguments = self.levels[0].level.dtype, []
-        for (plans, returns), each in zip(pairs, draws, strict=True):
-            told = [] if returns is None else [returns, each.uniform]
-            arguments.append([tf.constant(x, dtype) for x in (plans[:, 0], plans[:, 1], each.t, *told)])
+        for (plans, returns), drawn in zip(pairs, draws, strict=True):
+            conditions = [] if returns is None else [returns, drawn.uniform]
+            arguments.append([tf.constant(x, dtype) for x in (plans[:, 0], plans[:, 1], drawn.t, *conditions)])
         return self._update(arguments, tf.constant(rate, tf.float64)).numpy().tolist()
 
     def _one(self, arguments: Sequence[Sequence[Array]], rate: Array) -> Array:
         losses = []
-        for trainer, (x0, x1, t, *told) in zip(self.levels, arguments, strict=True):
+        for trainer, (x0, x1, t, *conditions) in zip(self.levels, arguments, strict=True):
             condition, keep = None, None
-            if told:
-                condition, keep = told[0], trainer.level.network.condition.keep(told[1])
+            if conditions:
+                condition, keep = conditions[0], trainer.level.network.condition.keep(conditions[1])
             losses.append(trainer.update(x0, x1, t, condition, keep, rate)[0])
         return tf.stack(losses)

@@ -97,8 +97,8 @@ class LiteLoop(TrainingLoop):
     def state(self) -> State:
         tensors: dict[str, np.ndarray] = {"train.sums": self.sums.copy()}
         for name, part in self.parts():
-            found = part.state() if isinstance(part, AdamW) else state_dict(part)
-            tensors |= {f"{name}.{k}": v for k, v in found.items()}
+            state = part.state() if isinstance(part, AdamW) else state_dict(part)
+            tensors |= {f"{name}.{k}": v for k, v in state.items()}
         facts = {"step": self.step, "steps": self.total, "noise": rng_state(self.rng)}
         if self.windows is not None:
             tensors["train.order"], facts["position"] = self.windows.order, self.windows.position
@@ -106,8 +106,8 @@ class LiteLoop(TrainingLoop):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         for name, part in self.parts():
-            found = checkpoint.select(name + ".")
-            part.restore(found) if isinstance(part, AdamW) else load_state_dict(part, found)
+            state = checkpoint.select(name + ".")
+            part.restore(state) if isinstance(part, AdamW) else load_state_dict(part, state)
         self.sums = checkpoint.tensors["train.sums"].copy()
         restore_rng(self.rng, checkpoint.metadata["noise"])
         if self.windows is not None:
@@ -166,13 +166,13 @@ class PlanTraining(LiteLoop):
             count = min(count, self.invdyn_steps - self.step)
         items, draws, kept, rates = [], [], [], []
         for number in range(self.step, self.step + count):
-            found = next(self.windows)
-            items.append(self.data.at(found))
-            draws.append([draw_level(self.rng, each.level, len(found)) for each in self.trainer.levels])
+            batch = next(self.windows)
+            items.append(self.data.at(batch))
+            draws.append([draw_level(self.rng, trainer.level, len(batch)) for trainer in self.trainer.levels])
             if with_inverse:
-                kept.append(self._dropout(len(found)))
+                kept.append(self._dropout(len(batch)))
             rates.append(cosine_rate(self.rate, number, self.total))
-            if self._next_size() != len(found):
+            if self._next_size() != len(batch):
                 break
         stacked = [LevelDraws(*map(np.stack, zip(*level, strict=True))) for level in zip(*draws, strict=True)]
         return self.trainer.steps(np.stack(items), stacked, np.stack(kept) if kept else None, rates)
@@ -216,11 +216,11 @@ class Reflow(LiteLoop):
     def _one(self, number: int) -> list[float]:
         conditional = number % UNCONDITIONAL_EVERY != 0
         drawn, draws = list[tuple[np.ndarray, np.ndarray | None]](), []
-        for i, each in enumerate(self.trainer.levels):
+        for i, trainer in enumerate(self.trainer.levels):
             source = self.pairs.conditional[i] if conditional else self.pairs.unconditional[i]
             rows = self.rng.integers(0, len(source), (self.batch_size,))
             drawn.append((_take(source, rows), _take(self.pairs.returns[i], rows) if conditional else None))
-            draws.append(draw_level(self.rng, each.level, self.batch_size, False, conditional))
+            draws.append(draw_level(self.rng, trainer.level, self.batch_size, False, conditional))
         return self.trainer.step(drawn, draws, self.rate)
 
     def parts(self) -> Iterator[tuple[str, Any]]:
@@ -315,7 +315,7 @@ class QLearning(LiteLoop):
 
     def _one(self) -> list[float]:
         items = next(self.windows)
-        batch = [tf.constant(each[items]) for each in self.transitions]
+        batch = [tf.constant(column[items]) for column in self.transitions]
         return [float(loss) for loss in self.trainer.compiled(*batch)]
 
     def parts(self) -> Iterator[tuple[str, Any]]:

@@ -144,7 +144,7 @@ class OffPolicy:
 def bellman_error(q: tuple[Array, ...], batch: Transitions, next_value: Array, gamma: float) -> Array:
     """Sums over critics [B] the mean squared distance to r + gamma (1 - terminated) V(o'), which has no gradient."""
     target = tf.stop_gradient(batch.rewards + gamma * next_value * (1.0 - batch.terminated))
-    return tf.add_n([tf.reduce_mean(tf.square(each - target)) for each in q])
+    return tf.add_n([tf.reduce_mean(tf.square(value - target)) for value in q])
 
 
 def follow(target: Any, source: Any, tau: float) -> None:

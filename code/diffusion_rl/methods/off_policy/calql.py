@@ -124,9 +124,9 @@ class CalQL(SoftActorCritic):
         entries = [[tf.reshape(q, [-1, n]) - density] for q in random]
         for obs, noise in zip((batch.obs, batch.next_obs), tf.unstack(draws.noise), strict=True):
             actions, log_prob = self.drawn({"state": obs}, noise)
-            for found, q in zip(entries, self.critic({"state": obs}, actions), strict=True):
-                found.append(tf.maximum(q, batch.returns)[:, None] - log_prob)  # [B,1] - [B], quirk 44
-        return [tf.reduce_logsumexp(tf.concat(found, axis=1), axis=1) for found in entries]
+            for values, q in zip(entries, self.critic({"state": obs}, actions), strict=True):
+                values.append(tf.maximum(q, batch.returns)[:, None] - log_prob)  # [B,1] - [B], quirk 44
+        return [tf.reduce_logsumexp(tf.concat(values, axis=1), axis=1) for values in entries]
 
     def drawn(self, cond: Cond, noise: Array) -> tuple[Array, Array]:
         """Samples actions [B,H,A] without a gradient (but where the noise was clipped), their log-density [B]

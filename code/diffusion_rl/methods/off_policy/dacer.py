@@ -186,8 +186,8 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         for k in range(CRITIC_STEPS):
             batch = data.online.at(draws["rows"][k])
             own = [draws[name][k] for name in ("next_noise", "next_exploration", "z")]
-            given = (batch, *self.targets(batch, settings["gamma"], *own), self.update_std_scale(batch, tau))
-            losses["loss_critic"] = step("critic", lambda given=given: self.loss_critic(*given), norm)
+            inputs = (batch, *self.targets(batch, settings["gamma"], *own), self.update_std_scale(batch, tau))
+            losses["loss_critic"] = step("critic", lambda inputs=inputs: self.loss_critic(*inputs), norm)
         if train_actor:
             own = [draws["noise"], draws["exploration"]]
             losses["loss_actor"] = step("actor", lambda: self.loss_actor(batch.obs, *own), norm)

@@ -97,7 +97,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         """Returns all critics' Bellman error. pair [2]: the target critics that count; noise, keep: of `proposals`."""
         following = {"state": batch.next_obs}
         actions = self.proposals(following, self.target_actor, noise, deterministic=False, keep=keep)
-        values = [self.smaller(self.target_networks, following, each, pair) for each in actions]
+        values = [self.smaller(self.target_networks, following, chunk, pair) for chunk in actions]
         return self.ensemble_error(batch, tf.maximum(*values), gamma)
 
     def loss_actor(self, obs: Array, noise: Array, keep: Array | None = None) -> Array:
@@ -162,7 +162,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
             pair: [2] which critics;  noise: [2,B,H*A];  keep: [2,B,W].
         """
         actions = self.proposals(cond, self.network, noise, deterministic, keep)
-        imitated, learned = (self.smaller(self.critic_networks, cond, each, pair) for each in actions)
+        imitated, learned = (self.smaller(self.critic_networks, cond, chunk, pair) for chunk in actions)
         if deterministic or not self.soft_action_sample:
             return tf.where((imitated > learned)[:, None, None], *actions)
         beta = self.soft_action_sample_beta  # softmax of exp(beta Q), where exp(beta Q) may be too large

@@ -67,7 +67,7 @@ class Learner:
         decided = self._act(tf.constant(state, self.policy.dtype), _tensors(draws), deterministic)
         if not isinstance(decided, tuple):
             return decided.numpy()
-        candidates, weights = (each.numpy() for each in decided)
+        candidates, weights = (tensor.numpy() for tensor in decided)
         return candidates[np.arange(len(candidates)), rng.choose(weights)]
 
     def _decide(self, state: tf.Tensor, draws: dict[str, tf.Tensor], deterministic: bool) -> Any:
@@ -85,17 +85,17 @@ class Learner:
         Returns:
             by name the losses [n] of the updates.
         """
-        found: list[Losses] = []
+        losses: list[Losses] = []
         done = 0
         together = min(phase.n, UPDATES_PER_CALL)
         while done < phase.n:
             count = together if phase.n - done >= together else 1
             draw = getattr(self.policy, phase.draw)
             drawn = [draw(rng, rows, self.settings, phase.train_actor) for _ in range(count)]
-            found.append(self._call(phase, drawn))
+            losses.append(self._call(phase, drawn))
             done += count
-            after(count, found[-1])
-        return {name: np.concatenate([losses[name] for losses in found]) for name in (found[0] if found else ())}
+            after(count, losses[-1])
+        return {name: np.concatenate([call[name] for call in losses]) for name in (losses[0] if losses else ())}
 
     def _call(self, phase: Phase, drawn: Sequence[Draws]) -> Losses:
         key = phase.update, phase.train_actor
@@ -113,10 +113,10 @@ class Learner:
             losses = tf.TensorArray(self.policy.dtype, size=n, element_shape=[MOST_LOSSES])
             for u in tf.range(n):
                 one = {name: draw[u] for name, draw in draws.items()}
-                found = update(self.data, one, self.optimizers, self.settings, phase.train_actor)
-                self._note(phase, found)
-                values = tf.stack([tf.cast(v, self.policy.dtype) for v in found.values()])
-                losses = losses.write(u, tf.pad(values, [[0, MOST_LOSSES - len(found)]]))
+                results = update(self.data, one, self.optimizers, self.settings, phase.train_actor)
+                self._note(phase, results)
+                values = tf.stack([tf.cast(v, self.policy.dtype) for v in results.values()])
+                losses = losses.write(u, tf.pad(values, [[0, MOST_LOSSES - len(results)]]))
             return losses.stack()
 
         return loop
@@ -129,7 +129,7 @@ class Learner:
 
     def _apart(self) -> dict[str, tf.Variable]:
         """Returns what is trained but is not in the policy's state_dict."""
-        known = {id(each.variable) for each in named_parameters(self.policy)}
+        known = {id(parameter.variable) for parameter in named_parameters(self.policy)}
         return {
             f"train.{name}.{i}": variable
             for name, part in self.parts.items()

@@ -204,8 +204,7 @@ class OffPolicyTraining(FineTuning):
                 continue
             if phase.before is not None:
                 summary |= getattr(self.model, phase.before)(self.buffers, self.train, self.n_envs)
-            found = self.trainer.run(phase, self.rng, rows, lambda n, some: self._after(some, folder))
-            losses |= found
+            losses |= self.trainer.run(phase, self.rng, rows, lambda n, latest: self._after(latest, folder))
             summary["updates"] += phase.n
         summary |= {name: float(values[-1]) for name, values in losses.items()}
         self.iterations_trained += 1
@@ -248,10 +247,10 @@ class OffPolicyTraining(FineTuning):
             return stats
         self.episodes.add(rollout)
         threshold = success_threshold(self.cfg["env"], self.episodes.reached is not None)
-        told = self.episodes.statistics(self.act_steps, threshold)
+        statistics = self.episodes.statistics(self.act_steps, threshold)
         if self._is_logged({"kind": "train"}):
             self.episodes.clear()
-        return told
+        return statistics
 
     def _is_logged(self, row: dict[str, Any]) -> bool:
         return row["kind"] == "eval" or self.itr % int(self.train.get("log_freq", 1)) == 0

@@ -238,8 +238,8 @@ class DPOERTrainer(DPPOTrainer):
     # ---------- between iterations ----------
 
     def watched(self) -> dict[str, float]:
-        found = {"entropy": self.entropy, "temperature": self.policy.temperature}
-        return super().watched() | {name: float(value.numpy()) for name, value in found.items()}
+        values = {"entropy": self.entropy, "temperature": self.policy.temperature}
+        return super().watched() | {name: float(value.numpy()) for name, value in values.items()}
 
     def tensors(self) -> dict[str, np.ndarray]:
         own = {f"optimizer.temperature.{k}": v for k, v in self.temperature_optimizer.state().items()}

@@ -387,9 +387,9 @@ class PPOTrainer:
             the parts of the loss by name, as floats.
         """
         self.actor.weights_changed()
-        given = None if draws is None else tf.constant(draws, self.policy.dtype)
+        noise = None if draws is None else tf.constant(draws, self.policy.dtype)
         stepped = tuple(name for name in self.trained if self.steps(name, train_actor, number))
-        losses = self._step(tf.constant(rows, tf.int32), self.data, given, stepped, self.complete(number))
+        losses = self._step(tf.constant(rows, tf.int32), self.data, noise, stepped, self.complete(number))
         return dict(zip(self.loss_names, losses.numpy().tolist(), strict=True))
 
     def steps(self, name: str, train_actor: bool, number: int) -> bool:
@@ -433,8 +433,8 @@ class PPOTrainer:
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
         """Returns the parts of the loss of rows [B], straight from the algorithm's definition."""
         names = (self.SAMPLES, "returns", "values", "advantages", "old_log_prob")
-        given = (tf.gather(data[name], rows) for name in names)
-        return self.policy.loss(observations(data, rows), *given, use_bc_loss=draws is not None, bc_noise=draws)
+        columns = (tf.gather(data[name], rows) for name in names)
+        return self.policy.loss(observations(data, rows), *columns, use_bc_loss=draws is not None, bc_noise=draws)
 
     # ---------- between iterations ----------
 

@@ -62,7 +62,7 @@ def evaluate_policy(
     while len(groups) * venv.n_envs < int(cfg["num_eval"]):
         first = EVALUATION_SEED + int(cfg["seed"]) + len(groups) * venv.n_envs
         groups.append(_episodes(act, venv, first, int(cfg["max_path_length"])))
-    by_agent, won = (np.concatenate(each)[: int(cfg["num_eval"])] for each in zip(*groups, strict=True))
+    by_agent, won = (np.concatenate(group)[: int(cfg["num_eval"])] for group in zip(*groups, strict=True))
     return AgentReturns(by_agent.mean(axis=1), by_agent, None if np.isnan(won).any() else won)
 
 
@@ -88,16 +88,16 @@ def result_path(folder: Path, step: int, cfg: Mapping[str, Any]) -> Path:
     return folder / "results" / f"{name}.json"
 
 
-def write_result(folder: Path, step: int, found: AgentReturns, cfg: Mapping[str, Any]) -> Path:
+def write_result(folder: Path, step: int, episodes: AgentReturns, cfg: Mapping[str, Any]) -> Path:
     """Writes means and deviations over episodes, by agent."""
     path = result_path(folder, step, cfg)
     facts: dict[str, Any] = {
-        "average_ep_reward": found.by_agent.mean(axis=0).tolist(),
-        "std_ep_reward": found.by_agent.std(axis=0).tolist(),
-        "episodes": len(found.returns),
+        "average_ep_reward": episodes.by_agent.mean(axis=0).tolist(),
+        "std_ep_reward": episodes.by_agent.std(axis=0).tolist(),
+        "episodes": len(episodes.returns),
         "step": step,
     }
-    if found.won is not None:
-        facts["win_rate"] = float(found.won.mean())
+    if episodes.won is not None:
+        facts["win_rate"] = float(episodes.won.mean())
     write_json(path, facts)
     return path

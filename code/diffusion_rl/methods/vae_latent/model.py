@@ -36,6 +36,11 @@ from diffusion_rl.networks.latent import (
 )
 from diffusion_rl.networks.layers import Array, clone, copy_weights, with_variables
 
+POLICY = (  # settings that the policy takes under the same names
+    *("gamma_denoising", "clip_ploss_coef", "clip_ploss_coef_base", "clip_ploss_coef_rate", "predict_epsilon"),
+    *("randn_clip_value", "min_sampling_denoising_std", "min_logprob_denoising_std"),
+)
+
 
 class Sizes(NamedTuple):
     """N, O, A, H, To, and whether actions are discrete (A of them, one-hot)."""
@@ -115,10 +120,7 @@ class LatentDiffusionRL:
         )
         dims = [s["value_hidden_dim"]] * 2
         self.policy = DPPO(
-            gamma_denoising=s["gamma_denoising"],
-            clip_ploss_coef=s["clip_ploss_coef"],
-            clip_ploss_coef_base=s["clip_ploss_coef_base"],
-            clip_ploss_coef_rate=s["clip_ploss_coef_rate"],
+            **{key: s[key] for key in POLICY},
             actor=network,
             critic=CriticObs(sizes.steps * sizes.row, dims, activation_type="ReLU"),
             ft_denoising_steps=s["ft_denoising_steps"] or s["n_diffusion_steps"],
@@ -126,22 +128,13 @@ class LatentDiffusionRL:
             obs_dim=sizes.row,
             action_dim=n * s["vae_latent_dim"],
             denoising_steps=s["n_diffusion_steps"],
-            predict_epsilon=s["predict_epsilon"],
             denoised_clip_value=s["latent_clip"],
-            randn_clip_value=s["randn_clip_value"],
-            min_sampling_denoising_std=s["min_sampling_denoising_std"],
-            min_logprob_denoising_std=s["min_logprob_denoising_std"],
         )
         self.ema = clone(network)
         self.online = False  # whether stage 3 has begun
         if s["offline_rl"]:
-            self.q = CriticObsAct(
-                sizes.steps * sizes.row,
-                dims,
-                n * s["vae_latent_dim"],
-                sizes.horizon,
-                activation_type="ReLU",
-            )
+            latent_dim = n * s["vae_latent_dim"]
+            self.q = CriticObsAct(sizes.steps * sizes.row, dims, latent_dim, sizes.horizon, activation_type="ReLU")
             self.q_target = clone(self.q)
 
     @property
@@ -151,8 +144,8 @@ class LatentDiffusionRL:
     def modules(self) -> dict[str, Any]:
         """Returns everything with weights, by name."""
         p = self.policy
-        found = {"vae": self.vae, "base": p.actor, "network": p.actor_ft, "ema": self.ema, "critic": p.critic}
-        return found | ({"q": self.q, "q_target": self.q_target} if self.settings["offline_rl"] else {})
+        modules = {"vae": self.vae, "base": p.actor, "network": p.actor_ft, "ema": self.ema, "critic": p.critic}
+        return modules | ({"q": self.q, "q_target": self.q_target} if self.settings["offline_rl"] else {})
 
     def begin_online(self) -> None:
         """Lets the average of stage 1 become the pre-trained policy and the start of fine-tuning."""
@@ -184,13 +177,13 @@ class LatentDiffusionRL:
         mean, log_variance = self.vae.encode(tf.reshape(actions, [-1, self.sizes.action_dim]))
         if self.settings["sample_latents"]:
             mean = self.vae.reparameterize(mean, log_variance, tf.reshape(noise, [-1, z]))
-        found = tf.reshape(mean, [-1, self.sizes.horizon, self.sizes.n_agents * z])
-        return tf.stop_gradient(found) if self.settings["detach_latents"] else found
+        latents = tf.reshape(mean, [-1, self.sizes.horizon, self.sizes.n_agents * z])
+        return tf.stop_gradient(latents) if self.settings["detach_latents"] else latents
 
     def decode(self, latents: Array) -> Array:
         """Decodes latents [B,H,N*Z] to actions (discrete: logits) [B,H,N*A]."""
-        found = self.vae.decode(tf.reshape(latents, [-1, self.vae.latent_dim]))
-        return tf.reshape(found, [-1, self.sizes.horizon, self.sizes.n_agents * self.sizes.action_dim])
+        actions = self.vae.decode(tf.reshape(latents, [-1, self.vae.latent_dim]))
+        return tf.reshape(actions, [-1, self.sizes.horizon, self.sizes.n_agents * self.sizes.action_dim])
 
     # ---------- stages 0 and 1 ----------
 

@@ -158,16 +158,16 @@ def experiment_kinds() -> Mapping[str, schema.Kind]:
     return {key: KINDS.get(key) or schema.kind_like(default) for key, default in default_settings().items()}
 
 
-def conform(given: Mapping[str, Any], kinds: Mapping[str, schema.Kind], what: str) -> dict[str, Any]:
-    """Returns the given values, each of its key's type; 1e6 is a whole number as well.
+def conform(values: Mapping[str, Any], kinds: Mapping[str, schema.Kind], what: str) -> dict[str, Any]:
+    """Returns the values, each of its key's type; 1e6 is a whole number as well.
 
     what: owns the keys.
 
     Raises:
         UserError: an unknown key, or a value of another type.
     """
-    conformed = dict(given)
-    for key, value in given.items():
+    conformed = dict(values)
+    for key, value in values.items():
         if key in kinds:
             schema.check_kind(key, value, kinds[key], schema.FILE)
             conformed[key] = as_whole(value, kinds[key])
@@ -184,16 +184,16 @@ def evaluation_settings(variant: Mapping[str, Any]) -> dict[str, Any]:
     """
     kinds = {key: option.kind for key, option in EVALUATION.items()}
     kinds |= {key: experiment_kinds()[key] for key in (*EVALUATION_KEYS, "evaluator")}
-    given = dict(variant)
-    if isinstance(given.get("load_steps"), int | float):
-        given["load_steps"] = [given["load_steps"]]
-    given = {"overwrite": False} | conform(given, kinds, "an evaluation")
-    if missing := [key for key in ("log_dir", "load_steps") if key not in given]:
+    values = dict(variant)
+    if isinstance(values.get("load_steps"), int | float):
+        values["load_steps"] = [values["load_steps"]]
+    values = {"overwrite": False} | conform(values, kinds, "an evaluation")
+    if missing := [key for key in ("log_dir", "load_steps") if key not in values]:
         raise UserError(f"an evaluation needs {missing[0]}")
-    schema.check_ranges(given, kinds, schema.FILE)
-    if not Path(given["log_dir"]).is_dir():
-        raise UserError(f"log_dir: {given['log_dir']}: no such folder")
-    return given
+    schema.check_ranges(values, kinds, schema.FILE)
+    if not Path(values["log_dir"]).is_dir():
+        raise UserError(f"log_dir: {values['log_dir']}: no such folder")
+    return values
 
 
 def asked_by_classes(cfg: Mapping[str, Any]) -> dict[str, Any]:

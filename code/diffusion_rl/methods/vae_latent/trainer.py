@@ -61,16 +61,16 @@ class LatentTrainer:
 
     def offline(self, batches: Batch, draws: Draws, decays: np.ndarray) -> dict[str, np.ndarray]:
         """Makes n steps on L_off (and of Q); `decays` [n] of the averaged weights. Returns losses by name, [n] each."""
-        given = self._tensors(batches), self._tensors(draws), tf.constant(decays, self.algorithm.dtype)
-        return self._named("offline", self._offline(*given))
+        inputs = self._tensors(batches), self._tensors(draws), tf.constant(decays, self.algorithm.dtype)
+        return self._named("offline", self._offline(*inputs))
 
     def _many(self, step: Any, *inputs: Any) -> Array:
-        def one(i: Array, found: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
-            return i + 1, found.write(i, step(*(_at(given, i) for given in inputs)))
+        def one(i: Array, results: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
+            return i + 1, results.write(i, step(*(_at(value, i) for value in inputs)))
 
         n = tf.shape(inputs[0].state)[0]
-        found = tf.TensorArray(self.algorithm.dtype, size=n)
-        return tf.while_loop(lambda i, _: i < n, one, (0, found), parallel_iterations=1)[1].stack()
+        results = tf.TensorArray(self.algorithm.dtype, size=n)
+        return tf.while_loop(lambda i, _: i < n, one, (0, results), parallel_iterations=1)[1].stack()
 
     def _vae_step(self, batch: Batch, draws: Draws) -> Array:
         a = self.algorithm
@@ -124,9 +124,11 @@ class LatentTrainer:
 
     def online(self, items: np.ndarray, batch: Batch | None, draws: Draws | None, decay: float) -> dict[str, float]:
         """Steps on L of the samples `items` [b]; batch and draws are of L_off, None where its weight is zero."""
-        given = [None if each is None else self._tensors(each) for each in (batch, draws)]
-        found = self._online(tf.constant(items, tf.int32), self.data, *given, tf.constant(decay, self.algorithm.dtype))
-        return dict(zip(self._names["online"], found.numpy().tolist(), strict=True))
+        inputs = [None if arrays is None else self._tensors(arrays) for arrays in (batch, draws)]
+        losses = self._online(
+            tf.constant(items, tf.int32), self.data, *inputs, tf.constant(decay, self.algorithm.dtype)
+        )
+        return dict(zip(self._names["online"], losses.numpy().tolist(), strict=True))
 
     def _online_step(self, items: Array, data: dict[str, Array], batch: Any, draws: Any, decay: Array) -> Array:
         a, s = self.algorithm, self.algorithm.settings
@@ -153,19 +155,20 @@ class LatentTrainer:
     def _tensors(self, arrays: Any) -> Any:
         dtype = self.algorithm.dtype
         kinds = {name: tf.int32 if name == "t" else dtype for name in arrays._fields}
-        found = arrays._asdict().items()
-        return type(arrays)(**{k: None if v is None else tf.constant(v, kinds[k]) for k, v in found})
+        items = arrays._asdict().items()
+        return type(arrays)(**{k: None if v is None else tf.constant(v, kinds[k]) for k, v in items})
 
     def _stacked(self, what: str, parts: dict[str, Array]) -> Array:
         self._names[what] = list(parts)
         return tf.stack(list(parts.values()))
 
-    def _named(self, what: str, found: Array) -> dict[str, np.ndarray]:
-        return dict(zip(self._names[what], found.numpy().T, strict=True))
+    def _named(self, what: str, losses: Array) -> dict[str, np.ndarray]:
+        return dict(zip(self._names[what], losses.numpy().T, strict=True))
 
 
-def _at(given: Any, i: Array) -> Any:
-    if isinstance(given, tuple):
-        kind: Any = type(given)
-        return kind(*(None if each is None else each[i] for each in given))
-    return given[i]
+def _at(value: Any, i: Array) -> Any:
+    """Returns entry i of an array, or of each array of a named tuple."""
+    if isinstance(value, tuple):
+        kind: Any = type(value)
+        return kind(*(None if array is None else array[i] for array in value))
+    return value[i]

@@ -158,8 +158,8 @@ class VAEDiffusionTraining(TrainingLoop):
 
     def _draw(self, count: int) -> tuple[Batch, Draws]:
         """Draws batches and noise of `count` steps, step by step so that a run in pieces has the same."""
-        found = [self._draw_one() for _ in range(count)]
-        return _joined([batch for batch, _ in found]), _joined([draws for _, draws in found])
+        drawn = [self._draw_one() for _ in range(count)]
+        return _joined([batch for batch, _ in drawn]), _joined([draws for _, draws in drawn])
 
     def _draw_one(self) -> tuple[Batch, Draws]:
         cfg, p, rng = self.cfg, self.algorithm.policy, self.rng
@@ -248,10 +248,10 @@ class VAEDiffusionTraining(TrainingLoop):
             self.order = self.rng.permutation(samples)
         items, self.order = self.order[:size], self.order[size:]
         batch, draws = self._draw_one() if cfg["offline_rl_weight"] else (None, None)
-        found = self.trainer.online(items, batch, draws, self._decay(self.step))
-        if cfg["target_kl"] is not None and found["approx_kl"] > float(cfg["target_kl"]):
+        losses = self.trainer.online(items, batch, draws, self._decay(self.step))
+        if cfg["target_kl"] is not None and losses["approx_kl"] > float(cfg["target_kl"]):
             self.stopped = True
-        return found
+        return losses
 
     # ---------- watching ----------
 
@@ -272,12 +272,12 @@ class VAEDiffusionTraining(TrainingLoop):
         if self.evaluating is None:
             self.evaluating = evaluating_actor(self.algorithm, cfg)
         self.evaluating.weights_changed()
-        found = evaluate_policy(self.decode, self.eval_venv, cfg, self.evaluating)
-        path = write_result(self.run_dir.path, self.step, found, cfg)
-        mean = float(np.mean(found.returns))
+        episodes = evaluate_policy(self.decode, self.eval_venv, cfg, self.evaluating)
+        path = write_result(self.run_dir.path, self.step, episodes, cfg)
+        mean = float(np.mean(episodes.returns))
         row = {"itr": self.step, "kind": "eval", "env_steps": self.env_steps, "episode_return": mean}
-        self.run_dir.log({**row, "std_return": float(np.std(found.returns)), "episodes": len(found.returns)})
-        self.progress.note(f"step {self.step}: mean return {mean:.3f} of {len(found.returns)} episodes, {path}")
+        self.run_dir.log({**row, "std_return": float(np.std(episodes.returns)), "episodes": len(episodes.returns)})
+        self.progress.note(f"step {self.step}: mean return {mean:.3f} of {len(episodes.returns)} episodes, {path}")
 
     # ---------- state ----------
 
