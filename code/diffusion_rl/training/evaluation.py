@@ -186,8 +186,7 @@ def model_of(checkpoint: Checkpoint, model: Config) -> Config:
 
 
 def fine_tuned_steps(checkpoint: Any, asked: int, path: Any) -> int:
-    """Returns how many denoising steps of this checkpoint are fine-tuned; `asked`: the configuration's number (0: not
-    said)."""
+    """Returns how many denoising steps are fine-tuned; `asked`: the configuration's number (0: it has none)."""
     if not is_fine_tuned(policy_weights(checkpoint)):
         if asked:
             log.warning("%s is a pre-trained policy: ft_denoising_steps=%d changes nothing", path, asked)

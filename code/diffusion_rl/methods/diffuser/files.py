@@ -274,8 +274,7 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
 
 
 def labelled_states(folder: Path) -> dict[int, Path]:
-    """Returns checkpoints of an experiment's folder by their labels, ascending; ours are preferred to those of
-    PyTorch."""
+    """Returns an experiment's checkpoints by their labels, ascending; ours are preferred to those of PyTorch."""
     states: dict[int, Path] = {}
     for path in sorted(folder.glob("state_*"), reverse=True):  # .safetensors after .pt
         if match := re.fullmatch(r"state_(\d+)\.(pt|safetensors)", path.name):

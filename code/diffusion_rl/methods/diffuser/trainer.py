@@ -65,8 +65,7 @@ class DiffuserTrainer:
         return self.model.loss(x, conditions, t, noise, tf.gather(self._values, items))
 
     def rows(self, items: Array) -> Array:
-        """Returns the rows of the data in windows `items` [B]: [B,H]; beyond the end of an episode the last row,
-        padding."""
+        """Returns rows [B,H] of the data in windows `items` [B]; after an episode's end the last row, padding."""
         ends = tf.gather(self._rows, items)
         window = ends[:, :1] + tf.range(self.horizon)[None]
         return tf.where(window < ends[:, 1:], window, self._transitions.shape[0] - 1)
@@ -97,8 +96,7 @@ class DiffuserTrainer:
         return self._named(self._many[size](*self._tensors((items, t, noise)), average).numpy())
 
     def step(self, micro_batches: Sequence[MicroBatch], number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Makes one step on micro-batches of any sizes, which count alike. Returns what `steps` does, of each of
-        them."""
+        """Makes one step on micro-batches of any sizes, which count alike. Returns what `steps` does, of each."""
         count = len(micro_batches)
         if count not in self._one:
             signature = [[self._specs(None)] * count, tf.TensorSpec([], tf.int32)]  # a smaller one is no other program

@@ -176,8 +176,7 @@ class DiffuserTraining(TrainingLoop):
         return batches
 
     def _after(self, step: int, losses: np.ndarray, infos: dict[str, np.ndarray]) -> None:
-        """Keeps the last step's mean over its micro-batches (the reference prints half of the last's); draws
-        pictures."""
+        """Keeps the last step's mean over micro-batches (the reference prints half of the last's); draws pictures."""
         n = 1 if self.merge else self.settings.gradient_accumulate_every
         self._row = {"loss": float(np.mean(losses[-n:]))} | {k: float(np.mean(v[-n:])) for k, v in infos.items()}
         if self.observer is not None:

@@ -112,8 +112,7 @@ def labels_of(step: int, save_interval: int, keep_every: int | None) -> list[int
 
 
 def state_path(folder: Path, mode: str, step: int | None = None) -> Path:
-    """Returns `train_state_<mode>.safetensors`, the latest; `train_state_<mode>_<step>.safetensors`, where states are
-    kept."""
+    """Returns `train_state_<mode>.safetensors`, the latest, or the same with `_<step>`, where states are kept."""
     return folder / f"train_state_{mode}{'' if step is None else f'_{step}'}.safetensors"
 
 
@@ -259,8 +258,7 @@ def save_normalizer(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """Returns the means and deviations of the observations; the authors' checkpoints have none, so `otherwise` fits
-    them."""
+    """Loads means and deviations of observations; the authors' checkpoints have none, so `otherwise` fits them."""
     path = folder / "normalizer.npz"
     return read_npz(path) if path.is_file() else otherwise()
 
@@ -272,8 +270,7 @@ def load_normalizer(folder: Path, otherwise: Callable[[], Mapping[str, np.ndarra
 def pairs_to_write(
     folder: Path, levels: Sequence[PlanLevel], conditional: int, unconditional: int, dtype: str
 ) -> Iterator[Callable[[int, int, np.ndarray, np.ndarray | None], None]]:
-    """Opens files that take their names when the block has ended well; gives the function that `Generation.run`
-    calls."""
+    """Opens files that take their names when the block ends well; gives the function that `Generation.run` calls."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {True: folder / "traj_cond_dataset.h5", False: folder / "traj_uncond_dataset.h5"}
     temporary = {kind: path.with_name(f".{path.name}.writing") for kind, path in names.items()}

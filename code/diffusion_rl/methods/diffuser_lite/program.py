@@ -110,8 +110,7 @@ class Program:
         return [part.tables(returns[:, None]) for part in self.parts]
 
     def act(self, observations: Array, tables: Sequence[Array], noise: Sequence[Array]) -> Array:
-        """Decides on actions [E,A] for observations [E,O]; noise as of `DiffuserLite.draw`. Graph-safe, shapes
-        known."""
+        """Decides on actions [E,A] for observations [E,O]; noise of `DiffuserLite.draw`. Graph-safe, shapes known."""
         state = (observations - tf.constant(self.means, self.dtype)) * tf.constant(1 / self.stds, self.dtype)
         following: Array | None = None
         for i, (part, table, draws) in enumerate(zip(self.parts, tables, noise, strict=True)):

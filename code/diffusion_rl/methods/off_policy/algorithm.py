@@ -128,8 +128,7 @@ class OffPolicy:
         return {name: Part([v for v in variables_of(m) if v.trainable], f"{name}_") for name, m in modules.items()}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plans updates that draw each new transition `replay_ratio` times; the actor's after the critic's
-        warm-up."""
+        """Plans updates that draw each new transition `replay_ratio` times; the actor's after the warm-up."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [Phase(n, progress.itr >= settings["n_critic_warmup_itr"])]
 

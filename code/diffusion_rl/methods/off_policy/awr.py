@@ -69,8 +69,7 @@ class AdvantageWeighted(OffPolicy):
         return {"td_trajs": targets, "values_trajs": values, "advantages_trajs": advantages.reshape(-1)}
 
     def loss_critic(self, cond: Cond, targets: Array) -> Array:
-        """Averages the squared distance of values [B,1] and targets [B], each of which meets every value (quirk
-        43)."""
+        """Averages the squared distance of values [B,1] and targets [B]: each target meets every value (quirk 43)."""
         return tf.reduce_mean(tf.square(self.critic(cond) - targets))
 
     @staticmethod
@@ -84,8 +83,7 @@ class AdvantageWeighted(OffPolicy):
     # ---------- updates ----------
 
     def draw_critic(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
-        """Draws rows for the critic, from as many as there are steps, though rows are E times as many (quirk
-        64)."""
+        """Draws rows for the critic, from as many as there are steps, though rows are E times as many (quirk 64)."""
         return {"rows": rows.online(int(settings["batch_size"]), steps_only=True)}
 
     def update_critic(

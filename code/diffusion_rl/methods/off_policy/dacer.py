@@ -89,8 +89,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plans steps of critics that draw each new transition `replay_ratio` times, the temperature's among
-        them."""
+        """Plans steps of critics that draw a new transition `replay_ratio` times, the temperature's among them."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"]) // CRITIC_STEPS
         if progress.itr < settings["n_critic_warmup_itr"]:
             return [Phase(n, False)]
@@ -111,8 +110,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     # ---------- acting ----------
 
     def explored(self, cond: Cond, noise: Array, exploration: Array) -> Array:
-        """Samples chunks [B,H,A] with noise of the learned size. noise [K+1,B,H,A], exploration [B,H,A]
-        normal."""
+        """Samples chunks [B,H,A] with noise of the learned size; noise [K+1,B,H,A], exploration [B,H,A] normal."""
         size = tf.cast(tf.exp(tf.stop_gradient(self._log_alpha)), self.dtype) * self.exploration_scale
         actions = self.sample(cond, noise, deterministic=True)
         return tf.clip_by_value(actions + size * tf.cast(exploration, self.dtype), -1.0, 1.0)

@@ -73,8 +73,7 @@ class IBRL(EnsembleCritics, OffPolicy, ExploringGaussianPolicy):
         return {"actor": Part(self.trainable(), "actor_"), "critic": Part(critics, "critic_")}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plans in every so many iterations the critics' updates, then the actor's on the last of their
-        batches."""
+        """Plans in every so many iterations the critics' updates, then the actor's on the last of their batches."""
         if progress.itr <= settings["n_explore_steps"] or progress.itr % settings["update_freq"]:
             return []
         critics = Phase(settings["critic_num_update"], True, "update_critic", "draw_critic")

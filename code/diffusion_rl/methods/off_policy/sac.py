@@ -110,8 +110,7 @@ class SAC(SoftActorCritic):
         }
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
-        """Plans an update in every so many iterations (each a step of one environment), of the actor in
-        fewer."""
+        """Plans an update in every so many iterations (each a step of one environment), of the actor in fewer."""
         every, every_actor = (
             max(1, int(settings["batch_size"] / settings[f"{part}_replay_ratio"])) for part in ("critic", "actor")
         )

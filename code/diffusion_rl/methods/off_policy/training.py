@@ -156,8 +156,7 @@ class OffPolicyTraining(FineTuning):
         return self.rng.uniform(shape, -1.0, 1.0, floatx()), {}
 
     def _store(self, observations: Observations, actions: np.ndarray, result: Any) -> None:
-        """Keeps transitions. A truncation is followed by the old episode's last observation, not the new one's
-        first."""
+        """Keeps transitions. A truncation is followed by the old episode's last observation, not a new one's first."""
         if self.experience.whole_episodes:
             return
         following, truncated = np.array(result.observations["state"]), np.asarray(result.truncated, bool)
@@ -238,8 +237,7 @@ class OffPolicyTraining(FineTuning):
     # ---------- watching ----------
 
     def _reported(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
-        """Returns returns, where iterations are single steps, the training's episodes that have ended since its last
-        row."""
+        """Returns the training's episodes that ended since its last row, where iterations are single steps."""
         if not self.experience.counts_episodes or self.experience.n_episodes is not None:
             return stats
         if evaluating:

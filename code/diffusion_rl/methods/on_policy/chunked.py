@@ -16,8 +16,7 @@ from diffusion_rl.networks.layers import Array
 
 
 def chunks(rows: int, largest: int) -> tuple[int, int, int]:
-    """Returns number and size of the chunks of about `largest` rows, and the rows of padding that the last one
-    takes."""
+    """Returns number and size of chunks of about `largest` rows, and the rows of padding that the last one takes."""
     if tf.config.list_logical_devices("GPU"):
         return 1, rows, 0
     n_chunks = max(1, round(rows / largest))

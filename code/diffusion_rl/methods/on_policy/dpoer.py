@@ -124,8 +124,7 @@ class DPOER(DPPO):
     def step_policy_loss(
         self, log_prob: Array, old_log_prob: Array, advantages: Array, denoising_inds: Array
     ) -> PerRow:
-        """Returns the clipped loss of denoising steps, all arguments [B]; as published with the entropy's bonus
-        inside."""
+        """Returns the clipped loss of denoising steps, all arguments [B]; as published with the entropy's bonus."""
         loss, ratio, approx_kl, outside = super().step_policy_loss(log_prob, old_log_prob, advantages, denoising_inds)
         if self.mode == "published":
             bound = self.clip_range(denoising_inds)

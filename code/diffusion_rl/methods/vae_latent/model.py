@@ -199,8 +199,7 @@ class LatentDiffusionRL:
         return masked_mean(errors, mask), masked_mean(kl_to_standard_normal(mean, log_variance), mask)
 
     def diffusion_loss(self, batch: Batch, draws: Draws) -> Array:
-        """Returns the squared error, a scalar, of the noise predicted for latents of H actions (Ho et al. 2020, eq.
-        14)."""
+        """Returns the squared error, a scalar, of the noise of latents of H actions (Ho et al. 2020, eq. 14)."""
         p, cond = self.policy, {"state": batch.state}
         if self.settings["returns_condition"]:
             cond |= {"returns": batch.returns, "keep": draws.keep}
