@@ -32,7 +32,7 @@ KINDS = 3  # of what is known of a window
 
 
 def known_states(horizon: int) -> np.ndarray:
-    """Returns what may be known of a window, each equally likely: its first state, its last, both; [KINDS,H] of 0, 1."""
+    """Returns what can be known of a window (first state, last, both; equally likely): [KINDS,H] of 0 and 1."""
     masks = np.zeros((KINDS, horizon), np.float32)
     masks[[0, 2], 0] = masks[[1, 2], -1] = 1
     return masks
@@ -84,7 +84,7 @@ class MaskedDiffusion(TrajectoryDiffusion):
         return guided
 
     def p_mean_variance(self, x: Array, t: Array, context: Any = None) -> tuple[Array, Array, Array]:
-        """Returns mean [B,H,D], variance and log-variance [B,1,1] of x_{t-1}; a guide's gradient at x_t moves the mean."""
+        """Returns mean [B,H,D], variance, log-variance [B,1,1] of x_{t-1}; a guide moves the mean by its gradient."""
         mean, variance, log_variance = super().p_mean_variance(x, t, context)
         if self.guide is not None:
             mean += STEP * tf.exp(0.5 * log_variance) * self.guide.gradient(x, t)
