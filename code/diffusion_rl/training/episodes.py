@@ -92,6 +92,11 @@ def run(
     return episodes
 
 
+def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
+    """Seeds environments: number i starts from seed + i."""
+    return [{"seed": seed + i} for i in range(n_envs)]
+
+
 class Alone:
     """A single simulator as E = 1 environments without ends.
 

@@ -24,6 +24,7 @@ from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 from diffusion_rl.reports.metrics import MetricsWriter
 from diffusion_rl.reports.progress import Progress
 from diffusion_rl.training.checkpoint import Checkpoint
+from diffusion_rl.training.episodes import seeded_options
 from diffusion_rl.training.policy_files import (
     GAUSSIAN_SAMPLING,
     SAMPLING,
@@ -74,11 +75,6 @@ def deciding(actor: Any, rng: Rng, deterministic: bool) -> Decide:
         return decision.actions, decision.arrays()
 
     return decide
-
-
-def seeded_options(seed: int, n_envs: int) -> list[dict[str, Any]]:
-    """Seeds environments: number i starts from seed + i."""
-    return [{"seed": seed + i} for i in range(n_envs)]
 
 
 def make_venv(cfg: Config, policy: Any, seed: int) -> VectorEnv:

@@ -20,7 +20,8 @@ from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import BEGAN_ANEW, FINE_TUNING_MAY_CHANGE
-from diffusion_rl.training.evaluation import make_venv, seeded_options
+from diffusion_rl.training.episodes import seeded_options
+from diffusion_rl.training.evaluation import make_venv
 from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
 from diffusion_rl.training.policy_files import build_policy, policy_facts
 from diffusion_rl.training.rollout import (

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.core.typing import Rng, StatefulRng
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.reports.progress import Progress
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import announce, fitting
@@ -162,6 +164,22 @@ class TrainingLoop(ABC):
                 worst = values[~np.isfinite(values)][0]
                 last_good = self.run_dir.last_good()
                 raise UserError(f"{name} is {worst} in {self.UNIT} {number}: {self.CURE}; {last_good}")
+
+
+def part_tensors(parts: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns what networks and optimizers hold, as `<name of the part>.<name in it>`."""
+    return {f"{name}.{k}": v for name, part in parts.items() for k, v in _held_by(part).items()}
+
+
+def restore_parts(parts: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Takes back what `part_tensors` returned."""
+    for name, part in parts.items():
+        tensors = checkpoint.select(f"{name}.")
+        part.restore(tensors) if isinstance(part, AdamW) else load_state_dict(part, tensors)
+
+
+def _held_by(part: Any) -> dict[str, np.ndarray]:
+    return part.state() if isinstance(part, AdamW) else state_dict(part)
 
 
 def rng_state(rng: Rng) -> Any:

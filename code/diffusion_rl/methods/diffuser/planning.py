@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
 from diffusion_rl.tasks.registry import normalized_score
-from diffusion_rl.training.episodes import Step, Stopwatch, run
+from diffusion_rl.training.episodes import Step, Stopwatch, run, seeded_options
 
 
 @dataclass
@@ -73,7 +72,7 @@ def run_episodes(
         say: called after every step with its number, the rewards [E], the returns so far [E] and the decision.
         show: called with the number of a step at which a plan was made, and the decision.
     """
-    options: list[dict[str, Any]] = [{"seed": seed + i} for i in range(venv.n_envs)]
+    options = seeded_options(seed, venv.n_envs)
     options[0] |= {"video_path": video} if video else {}
     watch, spreads, sizes = Stopwatch(), list[np.ndarray](), list[np.ndarray]()
     plan: list[np.ndarray] = []

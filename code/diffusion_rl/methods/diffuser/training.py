@@ -14,12 +14,12 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.data.windows import WindowOrder
-from diffusion_rl.interop.torch_names import load_state_dict, named_parameters, state_dict
+from diffusion_rl.interop.torch_names import named_parameters
 from diffusion_rl.methods.diffuser.files import normalizer_tensors
 from diffusion_rl.methods.diffuser.options import Options
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer, MicroBatch
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.loop import Losses, State, TrainingLoop, restore_rng, rng_state
+from diffusion_rl.training.loop import Losses, State, TrainingLoop, part_tensors, restore_parts, restore_rng, rng_state
 from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
@@ -213,12 +213,15 @@ class DiffuserTraining(TrainingLoop):
 
     # ---------- state ----------
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Returns networks and optimizer under their names in checkpoints."""
+        trainer = self.trainer
+        return {"model": trainer.model, "ema": trainer.ema_model, "optimizer.network": trainer.optimizer}
+
     def state(self) -> State:
         """Returns weights, their average, the optimizer, and everything that decides on the next step."""
-        trainer = self.trainer
-        tensors = {f"model.{k}": v for k, v in state_dict(trainer.model).items()}
-        tensors |= {f"ema.{k}": v for k, v in state_dict(trainer.ema_model).items()}
-        tensors |= {f"optimizer.network.{k}": v for k, v in trainer.optimizer.state().items()}
+        tensors = part_tensors(self.parts)
         tensors |= {"train.order": self.windows.order, "train.shown": self.shown.order}
         tensors |= normalizer_tensors(self.dataset)
         state = {"position": self.windows.position, "shown": self.shown.position}
@@ -227,9 +230,7 @@ class DiffuserTraining(TrainingLoop):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `state` was taken."""
         state = checkpoint.metadata["train"]
-        load_state_dict(self.trainer.model, checkpoint.select("model."))
-        load_state_dict(self.trainer.ema_model, checkpoint.select("ema."))
-        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))  # but not its rate: `advance` sets that
+        restore_parts(self.parts, checkpoint)  # but not the learning rate: `advance` sets that
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.shown.order, self.shown.position = checkpoint.tensors["train.shown"], int(state["shown"])
         restore_rng(self.rng, state["noise"])

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.data.windows import WindowOrder
 from diffusion_rl.diffusion.rectified_flow import time_grid
-from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.diffuser_lite.iql import IQLTrainer
 from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
 from diffusion_rl.methods.diffuser_lite.trainer import (
@@ -26,7 +24,7 @@ from diffusion_rl.methods.diffuser_lite.trainer import (
     cosine_rate,
 )
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.loop import Losses, State, TrainingLoop, restore_rng, rng_state
+from diffusion_rl.training.loop import Losses, State, TrainingLoop, part_tensors, restore_parts, restore_rng, rng_state
 from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
@@ -95,19 +93,14 @@ class LiteLoop(TrainingLoop):
         """Returns modules and optimizers whose state decides on the next update, by name."""
 
     def state(self) -> State:
-        tensors: dict[str, np.ndarray] = {"train.sums": self.sums.copy()}
-        for name, part in self.parts():
-            state = part.state() if isinstance(part, AdamW) else state_dict(part)
-            tensors |= {f"{name}.{k}": v for k, v in state.items()}
+        tensors = {"train.sums": self.sums.copy(), **part_tensors(dict(self.parts()))}
         facts = {"step": self.step, "steps": self.total, "noise": rng_state(self.rng)}
         if self.windows is not None:
             tensors["train.order"], facts["position"] = self.windows.order, self.windows.position
         return tensors, facts
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        for name, part in self.parts():
-            state = checkpoint.select(name + ".")
-            part.restore(state) if isinstance(part, AdamW) else load_state_dict(part, state)
+        restore_parts(dict(self.parts()), checkpoint)
         self.sums = checkpoint.tensors["train.sums"].copy()
         restore_rng(self.rng, checkpoint.metadata["noise"])
         if self.windows is not None:

@@ -15,14 +15,13 @@ from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainable, PreTrainer
 from diffusion_rl.networks.mlp import draw_masks
 from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
-from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
+from diffusion_rl.training.loop import Losses, TrainingLoop, part_tensors, restore_parts, restore_rng, rng_state
 from diffusion_rl.training.policy_files import build_policy, policy_facts
 from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.run_facts import normalization_facts
@@ -175,10 +174,12 @@ class PreTraining(TrainingLoop):
 
     # ---------- state ----------
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Returns networks and optimizer under their names in checkpoints."""
+        return {"model": self.model, "ema": self.ema_model, "optimizer.network": self.trainer.optimizer}
+
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        tensors = {f"model.{k}": v for k, v in state_dict(self.model).items()}
-        tensors |= {f"ema.{k}": v for k, v in state_dict(self.ema_model).items()}
-        tensors |= {f"optimizer.network.{k}": v for k, v in self.trainer.optimizer.state().items()}
         metadata = {
             "kind": self.model.KIND,
             **policy_facts(self.model),
@@ -189,7 +190,7 @@ class PreTraining(TrainingLoop):
                 "n_batches": self.n_batches,
             },
         }
-        return tensors, metadata
+        return part_tensors(self.parts), metadata
 
     def _bounds_path(self) -> Path | None:
         """Returns where the bounds of the training data stand: beside them."""
@@ -198,9 +199,7 @@ class PreTraining(TrainingLoop):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["train"]
-        load_state_dict(self.model, checkpoint.select("model."))
-        load_state_dict(self.ema_model, checkpoint.select("ema."))
-        self.trainer.optimizer.restore(checkpoint.select("optimizer.network."))
+        restore_parts(self.parts, checkpoint)
         self.trainer.schedule.restore(state["schedule"])
         self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
         restore_rng(self.rng, state["noise"])

@@ -16,7 +16,7 @@ from diffusion_rl.envs.interface import Observations
 from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
 from diffusion_rl.methods.vae_latent.model import LatentDiffusionRL
 from diffusion_rl.policies.acting import DiffusionActor
-from diffusion_rl.training.episodes import Act, Step, run
+from diffusion_rl.training.episodes import Act, Step, run, seeded_options
 
 EVALUATION_SEED = 10_000_019  # apart from those of training
 
@@ -77,7 +77,7 @@ def _episodes(act: Act, venv: AgentHistoryEnv, seed: int, limit: int) -> tuple[n
         if "won" in infos:
             won[:] = (won == 1) | (step.alive & infos["won"])
 
-    run(act, venv, venv.reset([{"seed": seed + i} for i in range(venv.n_envs)]), limit, on_step)
+    run(act, venv, venv.reset(seeded_options(seed, venv.n_envs)), limit, on_step)
     return totals, won
 
 

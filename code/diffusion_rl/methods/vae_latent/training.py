@@ -15,7 +15,6 @@ from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.agent_windows import VAESequenceDataset
 from diffusion_rl.data.windows import WindowOrder
-from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.vae_latent.evaluation import decoder, evaluate_policy, evaluating_actor, write_result
 from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
 from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL
@@ -23,7 +22,7 @@ from diffusion_rl.methods.vae_latent.trainer import COPY, KEEP, LatentTrainer
 from diffusion_rl.policies.acting import DiffusionActor
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import LATENT_MAY_CHANGE, Spelling
-from diffusion_rl.training.loop import Losses, TrainingLoop
+from diffusion_rl.training.loop import Losses, TrainingLoop, part_tensors, restore_parts
 from diffusion_rl.training.rollout import Rollout, RunningEpisodes, collect
 from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.state_files import StateFiles
@@ -284,8 +283,7 @@ class VAEDiffusionTraining(TrainingLoop):
     def state(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns everything that decides on the next step, as tensors and JSON values."""
         tensors = weights(self.algorithm)
-        for name, optimizer in self.trainer.optimizers.items():
-            tensors |= {f"optimizer.{name}.{k}": v for k, v in optimizer.state().items()}
+        tensors |= part_tensors({f"optimizer.{name}": optimizer for name, optimizer in self.trainer.optimizers.items()})
         tensors |= {f"normalizer.{k}": v for k, v in self.dataset.normalizer.tensors().items()}
         tensors |= {"train.order": self.windows.order, "train.firsts": self.firsts}
         tensors |= {f"train.episodes.{k}": v for k, v in self.episodes.state().items()}
@@ -334,14 +332,17 @@ def keep_returns(rng: Rng, size: int, dropout: float) -> np.ndarray:
 
 def weights(algorithm: LatentDiffusionRL) -> dict[str, np.ndarray]:
     """Returns the weights of all its networks, under `model.<network>.`."""
-    return {f"model.{n}.{k}": v for n, module in algorithm.modules().items() for k, v in state_dict(module).items()}
+    return part_tensors(_modules(algorithm))
 
 
 def load_weights(algorithm: LatentDiffusionRL, checkpoint: Checkpoint) -> None:
     """Takes back what `weights` returned, and whether stage 3 had begun."""
-    for name, module in algorithm.modules().items():
-        load_state_dict(module, checkpoint.select(f"model.{name}."))
+    restore_parts(_modules(algorithm), checkpoint)
     algorithm.online = bool(checkpoint.metadata["online"])
+
+
+def _modules(algorithm: LatentDiffusionRL) -> dict[str, Any]:
+    return {f"model.{name}": module for name, module in algorithm.modules().items()}
 
 
 def _even(steps: int) -> int:
