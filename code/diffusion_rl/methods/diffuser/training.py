@@ -213,7 +213,6 @@ class DiffuserTraining(TrainingLoop):
 
     # ---------- state ----------
 
-    @property
     def parts(self) -> dict[str, Any]:
         """Returns networks and optimizer under their names in checkpoints."""
         trainer = self.trainer
@@ -221,7 +220,7 @@ class DiffuserTraining(TrainingLoop):
 
     def state(self) -> State:
         """Returns weights, their average, the optimizer, and everything that decides on the next step."""
-        tensors = part_tensors(self.parts)
+        tensors = part_tensors(self.parts())
         tensors |= {"train.order": self.windows.order, "train.shown": self.shown.order}
         tensors |= normalizer_tensors(self.dataset)
         state = {"position": self.windows.position, "shown": self.shown.position}
@@ -230,7 +229,7 @@ class DiffuserTraining(TrainingLoop):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `state` was taken."""
         state = checkpoint.metadata["train"]
-        restore_parts(self.parts, checkpoint)  # but not the learning rate: `advance` sets that
+        restore_parts(self.parts(), checkpoint)  # but not the learning rate: `advance` sets that
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.shown.order, self.shown.position = checkpoint.tensors["train.shown"], int(state["shown"])
         restore_rng(self.rng, state["noise"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,18 +89,18 @@ class LiteLoop(TrainingLoop):
         """Makes `count` updates; returns losses [count, names], of which the last names may be missing."""
 
     @abstractmethod
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        """Returns modules and optimizers whose state decides on the next update, by name."""
+    def parts(self) -> dict[str, Any]:
+        """Returns networks and optimizers under their names in states."""
 
     def state(self) -> State:
-        tensors = {"train.sums": self.sums.copy(), **part_tensors(dict(self.parts()))}
+        tensors = {"train.sums": self.sums.copy(), **part_tensors(self.parts())}
         facts = {"step": self.step, "steps": self.total, "noise": rng_state(self.rng)}
         if self.windows is not None:
             tensors["train.order"], facts["position"] = self.windows.order, self.windows.position
         return tensors, facts
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        restore_parts(dict(self.parts()), checkpoint)
+        restore_parts(self.parts(), checkpoint)
         self.sums = checkpoint.tensors["train.sums"].copy()
         restore_rng(self.rng, checkpoint.metadata["noise"])
         if self.windows is not None:
@@ -109,12 +109,13 @@ class LiteLoop(TrainingLoop):
         self.step = int(checkpoint.metadata["step"])
 
 
-def level_parts(levels: Sequence[LevelTrainer]) -> Iterator[tuple[str, Any]]:
+def level_parts(levels: Sequence[LevelTrainer]) -> dict[str, Any]:
+    """Returns networks and optimizers of the levels."""
+    parts: dict[str, Any] = {}
     for i, trainer in enumerate(levels):
-        yield f"level{i}.model", trainer.level.network
-        yield f"level{i}.model_ema", trainer.level.ema
-        for name, optimizer in trainer.optimizers.items():
-            yield f"level{i}.optimizer.{name}", optimizer
+        parts |= {f"level{i}.model": trainer.level.network, f"level{i}.model_ema": trainer.level.ema}
+        parts |= {f"level{i}.optimizer.{name}": optimizer for name, optimizer in trainer.optimizers.items()}
+    return parts
 
 
 def draw_level(rng: Rng, level: PlanLevel, batch: int, with_noise: bool = True, with_drop: bool = True) -> LevelDraws:
@@ -179,10 +180,9 @@ class PlanTraining(LiteLoop):
         left = len(self.windows.order) - self.windows.position
         return min(left if left > 0 else self.windows.count, self.windows.size)
 
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        yield from level_parts(self.trainer.levels)
-        yield "invdyn.model", self.inverse.inverse
-        yield "invdyn.optimizer", self.inverse.optimizer
+    def parts(self) -> dict[str, Any]:
+        inverse = {"invdyn.model": self.inverse.inverse, "invdyn.optimizer": self.inverse.optimizer}
+        return level_parts(self.trainer.levels) | inverse
 
 
 class Pairs:
@@ -216,7 +216,7 @@ class Reflow(LiteLoop):
             draws.append(draw_level(self.rng, trainer.level, self.batch_size, False, conditional))
         return self.trainer.step(drawn, draws, self.rate)
 
-    def parts(self) -> Iterator[tuple[str, Any]]:
+    def parts(self) -> dict[str, Any]:
         return level_parts(self.trainer.levels)
 
 
@@ -311,7 +311,6 @@ class QLearning(LiteLoop):
         batch = [tf.constant(column[items]) for column in self.transitions]
         return [float(loss) for loss in self.trainer.compiled(*batch)]
 
-    def parts(self) -> Iterator[tuple[str, Any]]:
-        yield "iql", self.trainer.iql
-        for name, optimizer in self.trainer.optimizers.items():
-            yield f"optimizer.{name}", optimizer
+    def parts(self) -> dict[str, Any]:
+        optimizers = {f"optimizer.{name}": optimizer for name, optimizer in self.trainer.optimizers.items()}
+        return {"iql": self.trainer.iql, **optimizers}

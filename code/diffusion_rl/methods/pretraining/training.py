@@ -174,7 +174,6 @@ class PreTraining(TrainingLoop):
 
     # ---------- state ----------
 
-    @property
     def parts(self) -> dict[str, Any]:
         """Returns networks and optimizer under their names in checkpoints."""
         return {"model": self.model, "ema": self.ema_model, "optimizer.network": self.trainer.optimizer}
@@ -190,7 +189,7 @@ class PreTraining(TrainingLoop):
                 "n_batches": self.n_batches,
             },
         }
-        return part_tensors(self.parts), metadata
+        return part_tensors(self.parts()), metadata
 
     def _bounds_path(self) -> Path | None:
         """Returns where the bounds of the training data stand: beside them."""
@@ -199,7 +198,7 @@ class PreTraining(TrainingLoop):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.metadata["train"]
-        restore_parts(self.parts, checkpoint)
+        restore_parts(self.parts(), checkpoint)
         self.trainer.schedule.restore(state["schedule"])
         self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
         restore_rng(self.rng, state["noise"])
