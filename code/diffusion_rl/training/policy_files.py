@@ -77,7 +77,7 @@ def build_policy(cfg: Config, seed: int, what: str = "base_policy_path") -> Any:
 def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Returns the weights to act with: the averaged ones of a pre-trained diffusion policy, else the model's.
 
-    (Of pre-trained Gaussian and mixture policies the reference takes the last weights, not the average.)
+    (The reference takes the last weights, not the average, of pre-trained Gaussian and mixture policies.)
     """
     last = checkpoint.metadata.get("kind") in (GaussianPolicy.KIND, GMMPolicy.KIND)
     first, second = ("model.", "ema.") if last else ("ema.", "model.")

@@ -1,7 +1,7 @@
 """Diffuser (Janner et al. 2022, arXiv:2205.09991): plan by denoising whole trajectories, guided by a value.
 
 A trajectory is H transitions of D = A + O numbers, actions first, normalised. Entries that are known (the current
-observation, a goal) are put back after every step. Of many samples the one of the highest value is acted upon.
+observation, a goal) are put back after every step. The best of many samples by value is acted on.
 
 Shape letters: B batch, T denoising steps, H horizon, A action, O observation, D = A + O. Everything random is an
 argument: `noise[0]` is x_T and `noise[1 + i]` belongs to the i-th step, the last one's being multiplied by zero.
@@ -118,8 +118,8 @@ class TrajectoryDiffusion(NoisyTrajectories):
     def loss(self, x: Array, conditions: Conditions, t: Array, noise: Array) -> Losses:
         """Returns the error of the noise or the clean trajectory; x, noise [B,H,D], t [B] integers.
 
-        The known entries of the clean trajectory are exact by construction, so their error is zero. Of predicted noise
-        nothing is known: all of its entries count (the reference overwrites them with observations).
+        The known entries of the clean trajectory are exact by construction, so their error is zero. Predicted noise
+        counts in all of its entries, none of which is known (the reference overwrites them with observations).
         """
         noisy = apply_conditions(self.q_sample(x, t, noise), conditions, self.action_dim)
         output = side_by_side(self.model, MIN_PART, noisy, t)

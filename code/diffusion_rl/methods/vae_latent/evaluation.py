@@ -23,7 +23,7 @@ EVALUATION_SEED = 10_000_019  # apart from those of training
 
 @dataclass(frozen=True)
 class AgentReturns:
-    """Of n episodes: returns [n] (means over the agents), of each agent [n,N], and whether they were won [n]."""
+    """Results of n episodes: returns [n] (means over agents), of each agent [n,N], and whether they were won [n]."""
 
     returns: np.ndarray
     by_agent: np.ndarray
