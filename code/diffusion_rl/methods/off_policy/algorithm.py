@@ -115,8 +115,8 @@ class OffPolicy:
     """A mixin of policies: what holds unless an algorithm says otherwise."""
 
     KIND: str  # of checkpoints
+    CRITICS = ("critic", "critic_target")  # names of the trained critics and of their target
     actor: Any
-    critic: Any
 
     def experience(self, settings: Settings) -> Experience:
         """Says how the data are kept."""
@@ -124,13 +124,24 @@ class OffPolicy:
 
     def parts(self, settings: Settings) -> dict[str, Part]:
         """Returns what is trained: actor and critic."""
-        modules = {"actor": self.actor, "critic": self.critic}
+        modules = {"actor": self.actor, "critic": getattr(self, self.CRITICS[0])}
         return {name: Part([v for v in variables_of(m) if v.trainable], f"{name}_") for name, m in modules.items()}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
         """Plans updates that draw each new transition `replay_ratio` times; the actor's after the warm-up."""
         n = int(progress.transitions / settings["batch_size"] * settings["replay_ratio"])
         return [Phase(n, progress.itr >= settings["n_critic_warmup_itr"])]
+
+    def double_q_error(self, batch: Transitions, next_actions: Array, gamma: float) -> Array:
+        """Returns the Bellman error, a scalar, of two critics in one with r + gamma min_i Q_i'(o', a'), a' [B,H,A]."""
+        critics, target = (getattr(self, name) for name in self.CRITICS)
+        next_q = tf.minimum(*target({"state": batch.next_obs}, next_actions))
+        return bellman_error(critics({"state": batch.obs}, batch.actions), batch, next_q, gamma)
+
+    def update_target_critic(self, tau: float) -> None:
+        """Moves the critics' target towards them."""
+        critics, target = (getattr(self, name) for name in self.CRITICS)
+        follow(target, critics, tau)
 
     def watched(self) -> dict[str, float]:
         """Returns numbers for the metrics beside the losses."""

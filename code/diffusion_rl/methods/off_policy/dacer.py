@@ -28,9 +28,9 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings, follow
+from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Phase, Progress, Settings
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.networks.layers import Array, clone
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.entropy import mixture_entropy
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
@@ -82,11 +82,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
 
     def parts(self, settings: Settings) -> dict[str, Part]:
         self._log_alpha = tf.Variable(np.log(settings["init_temperature"]), dtype=tf.float64)
-        return {
-            "actor": Part(variables_of(self.actor), "actor_"),
-            "critic": Part(variables_of(self.critic), "critic_"),
-            "log_alpha": Part([self._log_alpha], "temperature_", constant=True),
-        }
+        return super().parts(settings) | {"log_alpha": Part([self._log_alpha], "temperature_", constant=True)}
 
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
         """Plans steps of critics that draw a new transition `replay_ratio` times, the temperature's among them."""
@@ -189,7 +185,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
         if train_actor:
             own = [draws["noise"], draws["exploration"]]
             losses["loss_actor"] = step("actor", lambda: self.loss_actor(batch.obs, *own), norm)
-        follow(self.critic_target, self.critic, tau)
+        self.update_target_critic(tau)
         self.n_updates.assign_add([1])
         return losses
 

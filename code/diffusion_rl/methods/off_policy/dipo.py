@@ -17,7 +17,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.optimizers import clip_by_global_norm
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings, follow
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone
 from diffusion_rl.policies.diffusion import Cond
@@ -61,9 +61,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
         """Returns the Bellman error of both critics. noise [K+1,B,H,A]."""
-        following = {"state": batch.next_obs}
-        next_q = tf.minimum(*self.critic_target(following, self.target_sample(following, noise)))
-        return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
+        return self.double_q_error(batch, self.target_sample({"state": batch.next_obs}, noise), gamma)
 
     def improve(self, cond: Cond, actions: Array, lr: float, n_steps: int, max_norm: float) -> Array:
         """Returns actions [B,Ta,A] after `n_steps` of Adam up the smaller critic.
@@ -80,9 +78,6 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
             scale = tf.sqrt(v) / (1 - b2**k) ** 0.5 + EPSILON
             actions = tf.clip_by_value(actions - lr / (1 - b1**k) * m / scale, -1.0, 1.0)
         return actions
-
-    def update_target_critic(self, tau: float) -> None:
-        follow(self.critic_target, self.critic, tau)
 
     def update_target_actor(self, tau: float) -> None:
         follow(self.actor_target, self.actor, tau)

@@ -16,7 +16,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
@@ -43,9 +43,7 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
         """Returns the Bellman error of both critics. noise [K+1,B,H,A]."""
-        following = {"state": batch.next_obs}
-        next_q = tf.minimum(*self.critic_target(following, self.sample(following, noise)))
-        return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, next_q, gamma)
+        return self.double_q_error(batch, self.sample({"state": batch.next_obs}, noise), gamma)
 
     def loss_actor(
         self, obs: Array, eta: float, act_steps: int, noise: Array, t: Array, denoising_noise: Array, coin: Array
@@ -64,9 +62,6 @@ class DQL(OffPolicy, ExploringDiffusionPolicy):
         value = tf.reduce_mean(tf.where(heads, q1, q2))
         scale = tf.stop_gradient(tf.reduce_mean(tf.abs(tf.where(heads, q2, q1))))
         return self.loss(actions, cond, t, denoising_noise) - eta * value / scale
-
-    def update_target_critic(self, tau: float) -> None:
-        follow(self.critic_target, self.critic, tau)
 
     # ---------- one update ----------
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -49,6 +49,7 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     KIND = "idql"
     LABEL = "IDQL"
+    CRITICS = ("critic_q", "target_q")
     TRAIN_KEYS = (
         "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_tau eval_sample_num "
         "eval_deterministic use_expectile_exploration"
@@ -89,9 +90,6 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
         """Returns the Bellman error of both critics with the state value, a scalar."""
         q = self.critic_q({"state": batch.obs}, batch.actions)
         return bellman_error(q, batch, self.value({"state": batch.next_obs}), gamma)
-
-    def update_target_critic(self, tau: float) -> None:
-        follow(self.target_q, self.critic_q, tau)
 
     # ---------- one update ----------
 

@@ -16,9 +16,9 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Part, Settings, bellman_error, follow
+from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Settings
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.networks.layers import Array, clone
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
 
@@ -34,6 +34,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     KIND = "qsm"
     LABEL = "QSM"
+    CRITICS = ("critic_q", "target_q")
     TRAIN_KEYS = "actor critic n_critic_warmup_itr max_grad_norm replay_ratio critic_tau q_grad_coeff"
 
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, **kwargs: Any):
@@ -42,10 +43,6 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     def experience(self, settings: Settings) -> Experience:
         return Experience(counts_steps=True, acts_on_last=True)
-
-    def parts(self, settings: Settings) -> dict[str, Part]:
-        critic = variables_of(self.critic_q)
-        return {"actor": Part(variables_of(self.actor), "actor_"), "critic": Part(critic, "critic_")}
 
     # ---------- losses ----------
 
@@ -67,12 +64,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     def loss_critic(self, batch: Transitions, gamma: float, noise: Array) -> Array:
         """Returns the Bellman error of both critics. noise [K+1,B,H,A]."""
-        following = {"state": batch.next_obs}
-        next_q = tf.minimum(*self.target_q(following, self.sample(following, noise)))
-        return bellman_error(self.critic_q({"state": batch.obs}, batch.actions), batch, next_q, gamma)
-
-    def update_target_critic(self, tau: float) -> None:
-        follow(self.target_q, self.critic_q, tau)
+        return self.double_q_error(batch, self.sample({"state": batch.next_obs}, noise), gamma)
 
     # ---------- one update ----------
 

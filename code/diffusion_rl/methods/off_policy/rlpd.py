@@ -17,7 +17,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.off_policy.algorithm import Experience, Part, Phase, Progress, Settings, follow, mixed
+from diffusion_rl.methods.off_policy.algorithm import Experience, Part, Phase, Progress, Settings, mixed
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.methods.off_policy.sac import SoftPolicy
 from diffusion_rl.networks.critics import CriticEnsemble
@@ -30,6 +30,8 @@ class EnsembleCritics:
     As in the reference all members begin alike, and the modules of its list `critic_networks` are never trained: what
     is trained is `ensemble_params`, which began as their copy.
     """
+
+    CRITICS = ("ensemble_params", "target_networks")
 
     def init_critics(self, critic: keras.layers.Layer, n_critics: int) -> None:
         """Builds the critics, when the policy is built."""
@@ -50,9 +52,6 @@ class EnsembleCritics:
         """Averages over critics and batch the squared distance to r + gamma (1 - terminated) V(o'); next_value [B]."""
         target = tf.stop_gradient(batch.rewards + gamma * (1.0 - batch.terminated) * next_value)
         return tf.reduce_mean(tf.square(self.ensemble_params({"state": batch.obs}, batch.actions) - target))
-
-    def update_target_critic(self, tau: float) -> None:
-        follow(self.target_networks, self.ensemble_params, tau)
 
 
 class RLPD(EnsembleCritics, SoftPolicy):

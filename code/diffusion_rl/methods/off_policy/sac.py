@@ -26,7 +26,6 @@ from diffusion_rl.methods.off_policy.algorithm import (
     Progress,
     Settings,
     bellman_error,
-    follow,
 )
 from diffusion_rl.methods.off_policy.buffers import Draws, Rows
 from diffusion_rl.networks.layers import Array, clone, variables_of
@@ -74,6 +73,8 @@ class SoftActorCritic(SoftPolicy):
         horizon_steps: H; the rest as in `GaussianPolicy` (`tanh_output` squashes samples).
     """
 
+    CRITICS = ("critic", "target_critic")
+
     def __init__(self, actor: keras.layers.Layer, critic: keras.layers.Layer, horizon_steps: int, **kwargs: Any):
         super().__init__(actor, horizon_steps, **kwargs)
         self.critic, self.target_critic = critic, clone(critic)
@@ -82,10 +83,6 @@ class SoftActorCritic(SoftPolicy):
         """Returns the mean of alpha log pi - min Q at reparametrised actions; obs [B,To,O]."""
         actions, log_prob = self.sample({"state": obs}, noise)
         return tf.reduce_mean(alpha * log_prob - tf.minimum(*self.critic({"state": obs}, actions)))
-
-    def update_target_critic(self, tau: float) -> None:
-        """Moves the targets: target <- (1 - tau) target + tau critic."""
-        follow(self.target_critic, self.critic, tau)
 
 
 class SAC(SoftActorCritic):
