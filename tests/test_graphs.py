@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,7 +221,8 @@ def test_pre_training_fast_equals_plain(blocks, predict_epsilon):
                 "weight_decay": 1e-3,
                 "batch_size": b,
             }
-            trainer = PreTrainer(policy, states, actions, windows, 2, train, 0.9)
+            data = SimpleNamespace(states=states, actions=actions, indices=windows, cond_steps=2, images=None)
+            trainer = PreTrainer(policy, data, train, 0.9)
             assert trainer.folds == fast
             with traced_only(fast):
                 losses = trainer.steps(items, t, noise, average)

@@ -1,6 +1,7 @@
 """U-Net, transformer, Gaussian and mixture policies: sizes, refusals, compiled training, choice of modes."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,7 +89,8 @@ def test_training_lowers_the_loss(name, steps):
     schedule = {"first_cycle_steps": 10, "warmup_steps": 0, "min_lr": 1e-2}
     train = {"learning_rate": 1e-2, "weight_decay": 1e-6, "batch_size": 6, "lr_scheduler": schedule, "ent_coef": 0.01}
     policy = policy_of(name)
-    trainer = PreTrainer(policy, states, actions, windows, TO, train, 0.9)
+    data = SimpleNamespace(states=states, actions=actions, indices=windows, cond_steps=TO, images=None)
+    trainer = PreTrainer(policy, data, train, 0.9)
     items = np.tile(np.arange(6), (steps, 1))
     t = np.tile(noise.integers(0, 5, (6,)), (steps, 1))
     draws = np.tile(noise.normal((6, H, A)), (steps, 1, 1, 1))

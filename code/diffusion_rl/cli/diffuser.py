@@ -296,7 +296,7 @@ def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, in
     """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
     for i in range(len(found.returns)):
         own = beside(folder, i)
-        facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i])}
+        facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i]) - 1}
         write_json(own / "rollout.json", {**facts, "term": bool(found.terminated[i]), **epochs})
     write_json(folder / "action_stats.json", found.action_statistics())
     write_json(folder / "latency.json", {"batch_size": options.batch_size, "n_envs": options.n_envs, **found.latency()})

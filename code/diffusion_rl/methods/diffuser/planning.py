@@ -12,24 +12,21 @@ from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
 from diffusion_rl.tasks.registry import normalized_score
-from diffusion_rl.training.episodes import Step, Stopwatch, run, seeded_options
+from diffusion_rl.training.episodes import FirstEpisodes, Step, Stopwatch, run, seeded_options
 
 
 @dataclass
-class Episodes:
+class Episodes(FirstEpisodes):
     """One episode of each of E environments.
 
     Attributes:
-        returns, scores: [E];  steps: number of the last step [E];  terminated: whether it ended before the limit [E].
+        scores: [E], normalised returns.
         seconds: of each decision, without the first.
         spreads, sizes: of each executed decision the standard deviation of the first action over the samples and its
             mean magnitude, [A] each.
     """
 
-    returns: np.ndarray
     scores: np.ndarray
-    steps: np.ndarray
-    terminated: np.ndarray
     seconds: list[float]
     spreads: list[np.ndarray]
     sizes: list[np.ndarray]
@@ -96,4 +93,4 @@ def run_episodes(
 
     episodes = run(act, venv, venv.reset(options), max_episode_length, on_step)
     scores = np.asarray(normalized_score(dataset, episodes.returns))
-    return Episodes(episodes.returns, scores, episodes.steps - 1, episodes.terminated, watch.seconds, spreads, sizes)
+    return Episodes(**vars(episodes), scores=scores, seconds=watch.seconds, spreads=spreads, sizes=sizes)

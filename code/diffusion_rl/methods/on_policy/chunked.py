@@ -26,6 +26,11 @@ def chunks(rows: int, largest: int) -> tuple[int, int, int]:
     return n_chunks, size, n_chunks * size - rows
 
 
+def padded(values: Array, padding: int) -> Array:
+    """Appends rows of zeros to values [B,...]."""
+    return tf.pad(values, [[0, padding]] + [[0, 0]] * (len(values.shape) - 1))
+
+
 def accumulate(
     one_chunk: Callable[[Array], tuple[list[Array], Array]],
     n_chunks: int,

@@ -29,7 +29,7 @@ from diffusion_rl.diffusion.exact_likelihood import (
     standard_normal_log_prob,
     time_grid,
 )
-from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, mapped
+from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, mapped, padded
 from diffusion_rl.methods.on_policy.ppo import ClippedPPO, Gradients, Losses, PPOTrainer
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond, FineTunedDiffusionPolicy
@@ -176,7 +176,7 @@ class ExactDPPOTrainer(PPOTrainer):
 
     def _exact_log_probs(self, state: Array, samples: Array, probes: Array) -> Array:
         n_chunks, size, padding = chunks(state.shape[0], CHUNK)
-        per_row = [self._padded(x, padding) for x in (state, samples, self._by_row(probes))]
+        per_row = [padded(x, padding) for x in (state, samples, self._by_row(probes))]
 
         def one_chunk(start: Array) -> Array:
             state_c, samples_c, probes_c = (x[start : start + size] for x in per_row)
@@ -194,10 +194,6 @@ class ExactDPPOTrainer(PPOTrainer):
         p = self.policy
         return tf.reshape(probes, [-1, p.n_probes, p.horizon_steps, p.action_dim])
 
-    @staticmethod
-    def _padded(x: Array, padding: int) -> Array:
-        return tf.pad(x, [[0, padding]] + [[0, 0]] * (len(x.shape) - 1))
-
     # ---------- updating ----------
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
@@ -214,7 +210,7 @@ class ExactDPPOTrainer(PPOTrainer):
         state, samples, old, advantages = (tf.gather(data[name], rows) for name in names)
         n_chunks, size, padding = chunks(b, CHUNK)
         arrays = (state, samples, self._by_row(draws), old, p.normalised(advantages), tf.ones([b], p.dtype))
-        per_row = [self._padded(x, padding) for x in arrays]
+        per_row = [padded(x, padding) for x in arrays]
         actor, critic = self.trained["actor"], self.trained["critic"]
 
         def one_chunk(start: Array) -> tuple[list[Array], Array]:

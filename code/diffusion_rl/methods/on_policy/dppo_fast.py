@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import tensorflow as tf
 
 from diffusion_rl.diffusion.gaussian import normal_log_prob
-from diffusion_rl.methods.on_policy.chunked import accumulate, chunks
+from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, padded
 from diffusion_rl.methods.on_policy.ppo import Gradients, Losses, chunk_log_prob
 from diffusion_rl.networks import folded
 from diffusion_rl.networks.layers import Array, variables_of
@@ -78,7 +78,7 @@ class FastGradients:
         advantages = p.step_advantages(tf.gather(data["advantages"], sample), step)
         old_log_prob = tf.gather(tf.reshape(data["old_log_prob"], [-1]), rows)
         n_chunks, size, padding = chunks(b, CHUNK)
-        per_row = [tf.pad(v, [[0, padding]]) for v in (sample, step, advantages, old_log_prob, tf.ones([b], p.dtype))]
+        per_row = [padded(v, padding) for v in (sample, step, advantages, old_log_prob, tf.ones([b], p.dtype))]
         with tf.GradientTape() as outer:
             weights = folded.fold_actor(p.actor_ft, self.timesteps)
         constants = [tf.stop_gradient(w) for w in weights]
@@ -134,7 +134,7 @@ class FastGradients:
             per_row = [tf.gather(v, sample) for v in (states, data["returns"], data["values"])]
             per_row.append(tf.ones([b], p.dtype))
         n_chunks, size, padding = chunks(min(n, b), CHUNK)
-        per_row = [tf.pad(v, [[0, padding]] + [[0, 0]] * (len(v.shape) - 1)) for v in per_row]
+        per_row = [padded(v, padding) for v in per_row]
         with tf.GradientTape() as outer:
             weights = folded.fold_critic(p.critic)
         constants = [tf.stop_gradient(w) for w in weights]

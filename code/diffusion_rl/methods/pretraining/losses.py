@@ -35,37 +35,21 @@ class PreTrainer:
 
     Args:
         policy: trained in place; `ema_network` is its average.
-        states, actions: [N,O] and [N,A] of all trajectories, one after the other.
-        windows: [M,2] (first step of the window, steps since its episode began).
-        images: [N,C,Hi,Wi] bytes, of which the last `img_cond_steps` are seen; None: the network does not see.
-        train, ema: those nodes of the configuration.
+        dataset: `states` [N,O] and `actions` [N,A] of all trajectories, one after the other; `indices` [M,2] of its
+            windows (first step, steps since the episode began); `images` [N,C,Hi,Wi], bytes, or None.
+        train: that node of the configuration.
     """
 
-    def __init__(
-        self,
-        policy: PreTrainable,
-        states: np.ndarray,
-        actions: np.ndarray,
-        windows: np.ndarray,
-        cond_steps: int,
-        train: Mapping[str, Any],
-        ema_decay: float,
-        images: np.ndarray | None = None,
-        img_cond_steps: int = 1,
-    ):
-        self.img_cond_steps = img_cond_steps
-        self.policy, self.cond_steps, self.ema_decay = policy, cond_steps, float(ema_decay)
+    def __init__(self, policy: PreTrainable, dataset: Any, train: Mapping[str, Any], ema_decay: float):
+        self.policy, self.dataset, self.ema_decay = policy, dataset, float(ema_decay)
         self.ent_coef = float(train.get("ent_coef", 0))
         self.ema_network = clone(policy.network)
         self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
         self.schedule = CosineWarmupRestarts.of(train, rate="learning_rate")
         self.optimizer = AdamW(self.variables, self.schedule.lr, train["weight_decay"])
-        self.data = (
-            tf.constant(states, policy.dtype),
-            tf.constant(actions, policy.dtype),
-            tf.constant(windows, tf.int32),
-        )
-        self.images = None if images is None else tf.constant(images)
+        arrays = ((dataset.states, policy.dtype), (dataset.actions, policy.dtype), (dataset.indices, tf.int32))
+        self.data = tuple(tf.constant(array, dtype) for array, dtype in arrays)
+        self.images = None if dataset.images is None else tf.constant(dataset.images)
         self.folds = bool(train.get("fast", True)) and can_fold(policy.network)
         if isinstance(policy, DiffusionPolicy):
             policy.fast = self.folds
@@ -88,9 +72,9 @@ class PreTrainer:
         def history(steps: int) -> Array:  # an episode's first observation fills a short history
             return start - tf.minimum(tf.reverse(tf.range(steps), [0])[None], since_begin)
 
-        cond = {"state": tf.gather(states, history(self.cond_steps))}
+        cond = {"state": tf.gather(states, history(self.dataset.cond_steps))}
         if self.images is not None:
-            cond["rgb"] = tf.gather(self.images, history(self.img_cond_steps))
+            cond["rgb"] = tf.gather(self.images, history(self.dataset.img_cond_steps))
             cond = self.policy.network.encode(cond, shifts if shifts.shape[-1] else None)
         return chunk, cond, t, noise
 

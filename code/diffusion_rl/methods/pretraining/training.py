@@ -64,17 +64,7 @@ class PreTraining(TrainingLoop):
         self.items, self.validation = np.arange(len(self.dataset)), np.empty(0, np.int64)
         if float(self.train.get("train_split", 1)) < 1:
             self.items, self.validation = self.dataset.split(float(self.train["train_split"]), NoiseSource(self.seed))
-        self.trainer = PreTrainer(
-            self.model,
-            self.dataset.states,
-            self.dataset.actions,
-            self.dataset.indices,
-            self.dataset.cond_steps,
-            self.train,
-            cfg["ema"]["decay"],
-            self.dataset.images,
-            self.dataset.img_cond_steps,
-        )
+        self.trainer = PreTrainer(self.model, self.dataset, self.train, cfg["ema"]["decay"])
         self.total, self.n_batches = int(self.train["n_epochs"]), 0
         self.units = math.ceil(len(self.items) / int(self.train["batch_size"]))
         self._losses, self._row = np.zeros(0), dict[str, Any]()
