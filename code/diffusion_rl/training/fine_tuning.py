@@ -95,15 +95,15 @@ class FineTuning(TrainingLoop):
         return build_policy(self.cfg, self.seed)
 
     @abc.abstractmethod
-    def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
+    def _collect(self, on_step: OnStep) -> Rollout:
         """Acts in the environments for one iteration."""
 
     @abc.abstractmethod
-    def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
+    def _evaluate(self, on_step: OnStep) -> Rollout:
         """Acts deterministically."""
 
     @abc.abstractmethod
-    def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
+    def _update(self, rollout: Rollout) -> dict[str, Any]:
         """Trains on what there is; scalars go into the metrics, everything to the observer."""
 
     @abc.abstractmethod
@@ -137,7 +137,7 @@ class FineTuning(TrainingLoop):
 
     def advance(self, end: int) -> tuple[int, Losses]:
         """Makes one iteration, within which losses are looked at."""
-        self._row = self._iteration(self.run_dir)  # type: ignore[arg-type]
+        self._row = self._iteration()
         self._logged = self._is_logged(self._row)
         return 1, {}
 
@@ -156,14 +156,14 @@ class FineTuning(TrainingLoop):
             live |= self._live(row)
         return {k: v for k, v in live.items() if v is not None}
 
-    def _iteration(self, folder: RunDir) -> dict[str, Any]:
+    def _iteration(self) -> dict[str, Any]:
         evaluating = self._evaluating()
 
         def on_step(step: int, rewards: np.ndarray) -> None:
             self.progress.update(1 if step < self.n_steps else 0)
-            folder.stop_if_requested()
+            self.run_dir.stop_if_requested()
 
-        rollout = self._evaluate(folder, on_step) if evaluating else self._collect(folder, on_step)
+        rollout = self._evaluate(on_step) if evaluating else self._collect(on_step)
         self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
         threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, self.act_steps, threshold)
@@ -179,7 +179,7 @@ class FineTuning(TrainingLoop):
         if self.began_anew:
             row[BEGAN_ANEW] = True
             self.began_anew = False
-        update = {} if evaluating else self._update(rollout, folder)
+        update = {} if evaluating else self._update(rollout)
         row |= {k: v for k, v in update.items() if np.isscalar(v)}
         row |= self._end_iteration()
         if self.observer is not None:
@@ -203,22 +203,22 @@ class FineTuning(TrainingLoop):
             return self.venv.reset(options), np.ones(self.n_envs)
         return self.observations, self.done
 
-    def _options(self, folder: RunDir, seeded: bool = False) -> list[dict[str, Any]]:
+    def _options(self, seeded: bool = False) -> list[dict[str, Any]]:
         """Returns the options of the environments' resets."""
         options: list[dict[str, Any]] = seeded_options(self.seed, self.n_envs) if seeded else []
         options = options or [{} for _ in range(self.n_envs)]
         render = self.train.get("render", {})
         if self.cfg["env"].get("save_video", False) and self.itr % int(render.get("freq", 1)) == 0:
             for i in range(min(int(render.get("num", 0)), self.n_envs)):
-                options[i]["video_path"] = str(folder.path / "render" / f"itr-{self.itr}_trial-{i}.mp4")
+                options[i]["video_path"] = str(self.run_dir.path / "render" / f"itr-{self.itr}_trial-{i}.mp4")
         return options
 
-    def _evaluation_setting(self, folder: RunDir) -> tuple[Any, list[dict[str, Any]]]:
+    def _evaluation_setting(self) -> tuple[Any, list[dict[str, Any]]]:
         """Returns rng and options of an evaluation.
 
         Always the same episodes, drawn apart from the training's: what is saved can be evaluated again exactly.
         """
-        return NoiseSource(self.seed) if self.owns_rng else self.rng, self._options(folder, seeded=self.owns_rng)
+        return NoiseSource(self.seed) if self.owns_rng else self.rng, self._options(seeded=self.owns_rng)
 
     # ---------- state ----------
 

@@ -34,7 +34,6 @@ from diffusion_rl.training.rollout import (
     no_episode_ended,
     success_threshold,
 )
-from diffusion_rl.training.run_dir import RunDir
 
 MOST_STEPS = 100_000  # of a collection or evaluation that is counted in episodes
 HELD_SECONDS = 5.0  # between two states held for a signal, where iterations are as short as one step
@@ -119,11 +118,11 @@ class OffPolicyTraining(FineTuning):
                 return False
         return super()._evaluating()
 
-    def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
+    def _collect(self, on_step: OnStep) -> Rollout:
         kept, n_steps = self.experience, self.n_steps
         if kept.n_episodes is not None:
             n_steps = MOST_STEPS if kept.n_episodes else 0
-        observations, firsts = self._start(self._options(folder))
+        observations, firsts = self._start(self._options())
         at_random = kept.explores and self.itr < int(self.train["n_explore_steps"])
         decide = self._at_random if at_random else self._decisions(self.rng, deterministic=False)
         rollout = collect(
@@ -136,8 +135,8 @@ class OffPolicyTraining(FineTuning):
         self.env_steps += rollout.rewards.size * self.act_steps
         return rollout
 
-    def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        rng, options = self._evaluation_setting(folder)
+    def _evaluate(self, on_step: OnStep) -> Rollout:
+        rng, options = self._evaluation_setting()
         n_steps, n_episodes = self.n_steps, None
         if self.experience.counts_episodes:
             n_steps, n_episodes = MOST_STEPS, int(self.train["n_eval_episode"])
@@ -191,7 +190,7 @@ class OffPolicyTraining(FineTuning):
 
     # ---------- updating ----------
 
-    def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
+    def _update(self, rollout: Rollout) -> dict[str, Any]:
         self.buffers.online.flush()
         losses: Losses = {}
         summary: dict[str, Any] = {"updates": 0}
@@ -203,17 +202,17 @@ class OffPolicyTraining(FineTuning):
                 continue
             if phase.before is not None:
                 summary |= getattr(self.model, phase.before)(self.buffers, self.train, self.n_envs)
-            losses |= self.trainer.run(phase, self.rng, rows, lambda n, latest: self._after(latest, folder))
+            losses |= self.trainer.run(phase, self.rng, rows, lambda n, latest: self._after(latest))
             summary["updates"] += phase.n
         summary |= {name: float(values[-1]) for name, values in losses.items()}
         self.iterations_trained += 1
         self.updates += summary["updates"]
         return summary | self.model.watched() | {"losses": losses}
 
-    def _after(self, losses: Losses, folder: RunDir) -> None:
+    def _after(self, losses: Losses) -> None:
         """Checks the losses and stops if that was asked for, between compiled calls."""
         self.check_finite({name: values[-1] for name, values in losses.items()}, self.itr)
-        folder.stop_if_requested()
+        self.run_dir.stop_if_requested()
 
     def _end_iteration(self) -> dict[str, Any]:
         self.trainer.end_iteration()

@@ -15,7 +15,6 @@ from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.evaluation import deciding, evaluate
 from diffusion_rl.training.fine_tuning import FineTuning, OnStep
 from diffusion_rl.training.rollout import Rollout, collect
-from diffusion_rl.training.run_dir import RunDir
 
 
 class OnPolicyTraining(FineTuning):
@@ -53,27 +52,27 @@ class OnPolicyTraining(FineTuning):
 
     # ---------- collecting ----------
 
-    def _collect(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        observations, firsts = self._start(self._options(folder))
+    def _collect(self, on_step: OnStep) -> Rollout:
+        observations, firsts = self._start(self._options())
         decide = deciding(self.trainer.actor, self.rng, deterministic=False)
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
         return collect(self.venv, decide, self.n_steps, observations, firsts, self.act_steps, on_step)
 
-    def _evaluate(self, folder: RunDir, on_step: OnStep) -> Rollout:
-        rng, options = self._evaluation_setting(folder)
+    def _evaluate(self, on_step: OnStep) -> Rollout:
+        rng, options = self._evaluation_setting()
         decide = deciding(self.trainer.actor, rng, deterministic=True)
         return evaluate(decide, self.venv, self.n_steps, options, on_step)
 
     # ---------- updating ----------
 
-    def _update(self, rollout: Rollout, folder: RunDir) -> dict[str, Any]:
+    def _update(self, rollout: Rollout) -> dict[str, Any]:
         if self.scaler is not None:
             rollout.rewards = self.scaler(reward=rollout.rewards.T, first=rollout.firsts[:-1].T).T
 
         def check(losses: Mapping[str, float]) -> None:
             self.check_finite(losses, self.itr)
 
-        return self.trainer.update(rollout, self.rng, self._train_actor, folder.stop_if_requested, check)
+        return self.trainer.update(rollout, self.rng, self._train_actor, self.run_dir.stop_if_requested, check)
 
     # ---------- state ----------
 
