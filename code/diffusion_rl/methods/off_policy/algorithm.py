@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.methods.off_policy.buffers import Draws
 from diffusion_rl.networks.layers import Array, variables_of
@@ -159,8 +159,7 @@ def bellman_error(q: tuple[Array, ...], batch: Transitions, next_value: Array, g
 
 def follow(target: Any, source: Any, tau: float) -> None:
     """Moves a target towards its source, weight by weight: target <- (1 - tau) target + tau source."""
-    for old, new in zip(variables_of(target), variables_of(source), strict=True):
-        old.assign(ema_update(old, new, 1.0 - tau))
+    average_into(variables_of(target), variables_of(source), 1.0 - tau)
 
 
 def mixed(data: Any, draws: Draws) -> Transitions:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.ema import ema_update
+from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.methods.on_policy.ppo import chunk_log_prob
 from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL
@@ -98,8 +98,7 @@ class LatentTrainer:
             tape.watch(q.variables)
             loss = a.q_loss(batch, draws)
         q.apply(tape.gradient(loss, q.variables))
-        for old, new in zip(variables_of(a.q_target), variables_of(a.q), strict=True):
-            old.assign(ema_update(old, new, 1 - a.settings["target_update_tau"]))
+        average_into(variables_of(a.q_target), q.variables, 1 - a.settings["target_update_tau"])
         return loss
 
     def _apply(self, grads: dict[str, list[Array]]) -> None:
@@ -111,9 +110,7 @@ class LatentTrainer:
             clipped = clipped[count:]
 
     def _average(self, decay: Array) -> None:
-        a = self.algorithm
-        for mean, variable in zip(variables_of(a.ema), variables_of(a.policy.actor_ft), strict=True):
-            mean.assign(ema_update(mean, variable, decay))
+        average_into(variables_of(self.algorithm.ema), variables_of(self.algorithm.policy.actor_ft), decay)
 
     # ---------- stage 3 ----------
 
