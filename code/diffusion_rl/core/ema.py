@@ -13,7 +13,7 @@ def ema_update(old: Any, new: Any, decay: float) -> Any:
     return old * decay + (1 - decay) * new
 
 
-def average_into(averaged: Sequence[Any], variables: Sequence[Any], decay: Any) -> None:
+def average_into(averaged: Sequence[Any], variables: Sequence[Any], decay: float) -> None:
     """Move each averaged variable towards its original."""
     for mean, variable in zip(averaged, variables, strict=True):
         mean.assign(ema_update(mean, variable, decay))
