@@ -16,6 +16,7 @@ and what it says of itself (literals, which `config.declared` reads without impo
                  for actor_lr, actor_lr_scheduler and actor_weight_decay
     EXPORTABLE   False: it acts by more than its policy, so that no export would act as it does
     ACTS_WITH    the part of its checkpoints that acts; left out: the policy's network
+    CRITICS      names of its critics and of their target; left out: critic and critic_target
 
 `settings` is the `train` node of the configuration throughout, `rng` the source of random numbers.
 """
