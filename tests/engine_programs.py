@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -21,6 +21,7 @@ from tests.test_vae_diffusion import SMALL as VAE
 
 from diffusion_rl.cli import diffuser, diffuser_lite, vae
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.methods.diffuser_lite.domains import DOMAINS
 
 TASK = "hopper-medium-v2"
 DIFFUSER = [
@@ -122,7 +123,7 @@ PROGRAMS = {
 def surroundings(data: Path) -> None:
     """What all of them need of this process: where data are, small levels, nothing compiled."""
     os.environ["D4RL_DATASET_DIR"] = str(data)
-    diffuser_lite.HORIZONS["mujoco"] = [3, 3]
+    DOMAINS["mujoco"] = replace(DOMAINS["mujoco"], horizons=(3, 3))
     tf.config.run_functions_eagerly(True)
 
 

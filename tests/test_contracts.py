@@ -22,7 +22,7 @@ BROKEN = {
         "methods.diffuser.action_only -> diffusion_rl.methods.diffuser_lite.files",
     ),
     "circles": ("core/errors.py", "import diffusion_rl.core.files", ".errors"),
-    "tensorflow": ("tasks/scores.py", "import tensorflow", "tasks.scores -> tensorflow"),
+    "tensorflow": ("tasks/registry.py", "import tensorflow", "tasks.registry -> tensorflow"),
     "hydra": ("data/replay.py", "import difflib", "data.replay -> difflib"),
     "signals": ("methods/diffuser/planning.py", "import signal", "methods.diffuser.planning -> signal"),
 }

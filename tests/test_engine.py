@@ -15,10 +15,11 @@ import tensorflow as tf
 from tests.engine_programs import PROGRAMS, prepare, surroundings
 from tests.small_runs import assert_same_checkpoint, rows
 
-from diffusion_rl.cli import diffuser_lite, figures
+from diffusion_rl.cli import figures
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.methods.diffuser_lite.domains import DOMAINS
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from diffusion_rl.training.loop import TrainingLoop
 from diffusion_rl.training.run_dir import RunDir
@@ -31,12 +32,12 @@ every_program = pytest.mark.parametrize("name", PROGRAMS)
 def data(tmp_path_factory):
     """A folder with everything that the programs read."""
     folder, before = tmp_path_factory.mktemp("engine"), os.environ.get("D4RL_DATASET_DIR")
-    horizons = diffuser_lite.HORIZONS["mujoco"]
+    domain = DOMAINS["mujoco"]
     surroundings(folder)
     prepare(folder)
     yield folder
     tf.config.run_functions_eagerly(False)
-    diffuser_lite.HORIZONS["mujoco"] = horizons
+    DOMAINS["mujoco"] = domain
     if before is None:
         del os.environ["D4RL_DATASET_DIR"]
     else:

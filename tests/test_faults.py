@@ -31,6 +31,7 @@ from tests.small_runs import (
 )
 
 from diffusion_rl.cli import app
+from diffusion_rl.cli.status import line_for_user
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
@@ -269,7 +270,7 @@ def test_a_disk_that_is_full_from_the_start(disk, base):
     fill(disk, 0)
     with pytest.raises((UserError, OSError)) as full:
         run(FINE_TUNE, disk / "run", f"base_policy_path={base}", PLAIN)
-    assert app.command_line.line_for_user(full.value, []) and "No space" in str(full.value)
+    assert line_for_user(full.value) and "No space" in str(full.value)
     assert not [p for p in disk.rglob("*") if p.is_file() and p.name != "filler" and p.stat().st_size]
 
 

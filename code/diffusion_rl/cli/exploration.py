@@ -61,19 +61,15 @@ def positions(states: np.ndarray, bounds: MinMaxNormalizer) -> np.ndarray:
 def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
     """Paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an obstacle."""
     from diffusion_rl.methods.on_policy.training import OnPolicyTraining  # TensorFlow, which other figures do not need
+    from diffusion_rl.training.evaluation import deciding
     from diffusion_rl.training.rollout import collect
 
     loop = OnPolicyTraining(config)
     venv: Any = loop.venv  # that of the task avoiding
     frames: list[np.ndarray] = []
-
-    def decide(obs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        draws = loop.trainer.actor.draw(loop.rng, loop.n_envs)
-        return loop.trainer.act(obs["state"], draws, deterministic=False).actions, {}
-
     collect(
         venv,
-        decide,
+        deciding(loop.trainer.actor, loop.rng, deterministic=False),
         loop.n_steps,
         venv.reset(),
         np.ones(loop.n_envs),

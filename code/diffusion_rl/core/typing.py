@@ -45,7 +45,7 @@ class Rng(Protocol):
 
 @runtime_checkable
 class StatefulRng(Rng, Protocol):
-    """Can also say where its stream stands, as JSON values, and continue there: what a training resumes with."""
+    """Can also say where its stream stands, as JSON values, and continue there: what a training goes on with."""
 
     def state(self) -> dict[str, Any]:
         """Returns the whole state as JSON values."""

@@ -97,7 +97,7 @@ def step_of(row: Mapping[str, Any]) -> int | None:
 class MetricsWriter:
     """Appends rows to `run_dir/metrics.jsonl` and `metrics.csv`, to TensorBoard and to wandb.
 
-    run_dir      the run folder; rows already there (a resumed run) are kept
+    run_dir      the run folder; rows already there (of a run that goes on) are kept
     tensorboard  write event files to `run_dir/tensorboard`
     wandb        None, or a mapping with `entity`, `project`, `run` and `mode` (all optional). The package is imported
                  only if there is such a mapping and its mode is not "disabled".
@@ -142,7 +142,7 @@ class MetricsWriter:
             self._wandb.log(_tagged(plain), step=step_of(plain))
 
     def truncate(self, after_itr: int) -> None:
-        """Drop the rows of iterations later than `after_itr`: a resumed run writes them again."""
+        """Drop the rows of iterations later than `after_itr`: a run that goes on writes them again."""
         kept = [row for row in self.rows if (step := step_of(row)) is None or step <= after_itr]
         if len(kept) == len(self.rows):
             return
@@ -305,7 +305,7 @@ def _start_wandb(run_dir: Path, settings: Mapping[str, Any] | None, config: Mapp
         import wandb
     except ImportError:
         raise UserError("wandb is configured but not installed: pip install -e '.[wandb]', or wandb=null") from None
-    # The run's identity lies in the run folder, so that a resumed run continues the same wandb run.
+    # The run's identity lies in the run folder, so that a run that goes on continues the same wandb run.
     id_path = run_dir / "wandb_id"
     if not id_path.exists():
         id_path.write_text(secrets.token_hex(4) + "\n")
