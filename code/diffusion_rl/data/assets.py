@@ -25,7 +25,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import require_file
+from diffusion_rl.core.files import atomic_file, require_file
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
@@ -122,13 +122,8 @@ def _local_copy(asset: Asset) -> Path | None:
 
 
 def _install(source: Path, destination: Path) -> Path:
-    partial = destination.with_name(destination.name + ".part")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial)
-        partial.replace(destination)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+    with atomic_file(destination) as target, open(source, "rb") as file:
+        shutil.copyfileobj(file, target)
     return destination
 
 

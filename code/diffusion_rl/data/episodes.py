@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -84,28 +84,45 @@ def bounds_of(episodes: Episodes) -> MinMaxNormalizer:
 
 def scale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
     """Maps states and actions to [-1, 1]."""
-
-    def scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
-
-    return replace(
-        episodes,
-        states=scale(episodes.states, bounds.obs_min, bounds.obs_max),
-        actions=scale(episodes.actions, bounds.action_min, bounds.action_max),
-    )
+    return _mapped(episodes, bounds, lambda x, low, span: 2 * (x - low) / span - 1)
 
 
 def unscale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
     """Maps states and actions back to the source's units."""
+    return _mapped(episodes, bounds, lambda x, low, span: (x + 1) / 2 * span + low)
 
-    def unscale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        return (x + 1) / 2 * (high - low + _RANGE_EPSILON) + low
+
+def _mapped(episodes: Episodes, bounds: MinMaxNormalizer, function: Callable[..., np.ndarray]) -> Episodes:
+    """Applies function(x, low, span) to states and actions, where `span` is the width of their range."""
+
+    def apply(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return function(x, low, high - low + _RANGE_EPSILON)
 
     return replace(
         episodes,
-        states=unscale(episodes.states, bounds.obs_min, bounds.obs_max),
-        actions=unscale(episodes.actions, bounds.action_min, bounds.action_max),
+        states=apply(episodes.states, bounds.obs_min, bounds.obs_max),
+        actions=apply(episodes.actions, bounds.action_min, bounds.action_max),
     )
+
+
+def join(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> Episodes:
+    """Joins single episodes, {field of `Episodes`: [L,…]}, one after the other.
+
+    Args:
+        name: of the data, for messages.
+
+    Raises:
+        UserError: there are none, they differ in shape, or they are no data to learn from (see `check`).
+    """
+    if not parts:
+        raise UserError(f"{name}: no episodes in it")
+    for key in parts[0]:
+        if len({part[key].shape[1:] for part in parts}) != 1:
+            raise UserError(f"{name}: episodes differ in the shape of their {key}")
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    episodes = Episodes(traj_lengths=np.array([len(part["actions"]) for part in parts]), **columns)
+    check(episodes, name)
+    return episodes
 
 
 def split_episodes(
@@ -128,6 +145,12 @@ def split_episodes(
         raise UserError(f"{name}: no terminal and no time-out in {len(done)} transitions, so no episode is complete")
     kept = {k: np.asarray(v)[: ends[-1]] for k, v in raw.items()}
     return Episodes(traj_lengths=np.diff(np.concatenate([[0], ends])), **kept)
+
+
+def save_scaled(directory: str | os.PathLike, raw: Episodes) -> None:
+    """Writes `train.npz`, scaled to [-1, 1] by the ranges of these episodes, and `normalization.npz`."""
+    bounds = bounds_of(raw)
+    save_episodes(directory, {"train": scale_episodes(raw, bounds)}, bounds)
 
 
 def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, scaled: bool = False) -> Episodes:

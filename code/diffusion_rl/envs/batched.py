@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.chunks import ChunkHistory, ChunkOutcome
-from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult, require_one_each
 
 
 class BatchedVectorEnv(abc.ABC):
@@ -56,8 +56,7 @@ class BatchedVectorEnv(abc.ABC):
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Seeds environment i with seeds[i]; it takes effect with the next reset."""
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        require_one_each("seeds", seeds, self.n_envs)
         for row, seed in enumerate(seeds):
             self._reseed(row, seed)
 
@@ -70,12 +69,21 @@ class BatchedVectorEnv(abc.ABC):
         """Execute chunks [N, Ta, A] of raw actions in these environments."""
 
     @abc.abstractmethod
-    def get_state(self) -> dict[str, np.ndarray]:
-        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Returns the simulator's state by name, a row for each environment, not copied."""
 
-    @abc.abstractmethod
+    def _all_arrays(self) -> dict[str, np.ndarray]:
+        return self._arrays() | {"chunk_steps": self._history.count, "history": self._history.frames}
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Returns the complete state as numeric arrays; a run that restores it continues bit for bit."""
+        return {name: array.copy() for name, array in self._all_arrays().items()}
+
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        """Take over a state that has the names and shapes of `get_state`."""
+        """Takes over a state that has the names and shapes of `get_state`."""
+        for name, array in self._all_arrays().items():
+            array[...] = state[name]
+        self._started[:] = True
 
     def recorder(self, path: str) -> Any:
         """Something that writes the states given to its `add` as a video, until its `close`. Raises UserError where
@@ -86,8 +94,7 @@ class BatchedVectorEnv(abc.ABC):
         """Begin new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),
         `video_path` (record from here on until its next reset)."""
         options = [{}] * self.n_envs if options is None else options
-        if len(options) != self.n_envs:
-            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        require_one_each("options", options, self.n_envs)
         for row, option in enumerate(options):
             if option.get("seed") is not None:
                 self._reseed(row, option["seed"])

@@ -29,6 +29,12 @@ class StepOutcomes:
     limit_known: np.ndarray
     limit_hit: np.ndarray
 
+    @classmethod
+    def unending(cls, observations: np.ndarray, rewards: np.ndarray) -> StepOutcomes:
+        """Returns observations [E,Ta,O] and rewards [E,Ta] of episodes that never end by themselves."""
+        never = np.zeros(rewards.shape, bool)
+        return cls(observations, rewards, never, never, never)
+
 
 @dataclass
 class ChunkOutcome:

@@ -76,16 +76,9 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         touching = np.concatenate([arms.touching[:, None], after.touching[:, :-1]], axis=1)
         collided = self.collided[rows, None] | np.logical_or.accumulate(touching, axis=1)
         modes = self._modes_along(self._modes[rows], tools)
-        outcome = self._history.advance(
-            rows,
-            StepOutcomes(
-                observations=self._observe(setpoints[:, :-1], tools[:, :-1]),
-                rewards=self._rewards(tools[:, :-1], modes[:, :-1], collided),
-                done=np.zeros(collided.shape, dtype=bool),
-                limit_known=np.zeros(collided.shape, dtype=bool),
-                limit_hit=np.zeros(collided.shape, dtype=bool),
-            ),
-        )
+        observations = self._observe(setpoints[:, :-1], tools[:, :-1])
+        rewards = self._rewards(tools[:, :-1], modes[:, :-1], collided)
+        outcome = self._history.advance(rows, StepOutcomes.unending(observations, rewards))
         last = (np.arange(len(rows)), outcome.executed - 1)
         self._arms[rows] = after[last]
         self._setpoints[rows], self._modes[rows] = setpoints[:, 1:][last], modes[:, 1:][last]
@@ -120,18 +113,9 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         self.collided[rows] = False
         return self._observe(self._setpoints[rows], self._arms.tool[rows])
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {name: array.copy() for name, array in self._state().items()}
-
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
-        for name, array in self._state().items():
-            array[...] = state[name]
-        self._started[:] = True
-
-    def _state(self) -> dict[str, np.ndarray]:
-        own = {"setpoints": self._setpoints, "modes": self._modes, "collided": self.collided}
-        history = {"chunk_steps": self._history.count, "history": self._history.frames}
-        return own | history | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
+    def _arrays(self) -> dict[str, np.ndarray]:
+        episode = {"setpoints": self._setpoints, "modes": self._modes, "collided": self.collided}
+        return episode | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
 
     def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for

@@ -104,6 +104,12 @@ class EnvRequest:
         return float(seconds)
 
 
+def require_one_each(what: str, values: Sequence[Any], n_envs: int) -> None:
+    """Raises ValueError unless there is one value for each environment."""
+    if len(values) != n_envs:
+        raise ValueError(f"{len(values)} {what} for {n_envs} environments")
+
+
 def unknown(name: str, known: Sequence[str]) -> UserError:
     """The error about an environment that is none of the known ones; it names those that are spelled alike."""
     close = near_words(name, known, cutoff=0.5)

@@ -405,30 +405,22 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._elapsed[rows] = 0
         return self._normalize(self.physics.observe(self._states[rows]))
 
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"physics": self._states, "warmstart": self._warmstarts, "elapsed_steps": self._elapsed}
+
     def get_state(self) -> dict[str, np.ndarray]:
-        return {
-            "physics": self._states.copy(),
-            "warmstart": self._warmstarts.copy(),
-            "elapsed_steps": self._elapsed.copy(),
-            "chunk_steps": self._history.count.copy(),
-            "history": self._history.frames.copy(),
-            "started": self._started.copy(),
-            "random": np.stack([_pack_generator(self._rngs[row]) for row in range(self.n_envs)]),
-        }
+        generators = np.stack([_pack_generator(self._rngs[row]) for row in range(self.n_envs)])
+        return super().get_state() | {"started": self._started.copy(), "random": generators}
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        self._states[:] = state["physics"]
-        self._warmstarts[:] = state["warmstart"]
-        self._elapsed[:] = state["elapsed_steps"]
-        self._history.count[:] = state["chunk_steps"]
-        self._history.frames[:] = state["history"]
+        super()._restore(state)
         self._started[:] = state["started"]
         self._rngs = dict(enumerate(map(_unpack_generator, np.asarray(state["random"]))))
 
     def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
-        load = functools.partial(load_model, task_of(self.name) or self.name)
+        load = functools.partial(load_model, require(self.name))
         tracking = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING.value, "trackbodyid": 1, "distance": 4.0}
         camera = tracking | {"elevation": -15.0}
         return StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))

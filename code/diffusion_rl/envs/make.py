@@ -46,7 +46,7 @@ def make_vector_env(
     n_envs, threads: override the configured ones. Raises UserError for unknown names, wrong dimensions, or more
     environments than this machine has room for.
     """
-    config = _plain(env_cfg)
+    config = dict(plain(env_cfg))  # its interpolations resolved: workers do not know OmegaConf
     config |= {} if threads is None else {"threads": threads}
     name, count = str(config["name"]), config["n_envs"] if n_envs is None else n_envs
     engine = config.get("engine", "mujoco")
@@ -78,11 +78,6 @@ def make_vector_env(
         venv.close()
         raise
     return venv
-
-
-def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The node as plain dicts, its interpolations resolved, so that workers need not know OmegaConf."""
-    return dict(plain(env_cfg))
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:

@@ -13,7 +13,9 @@ Shape letters: E environments, S setpoints, T = 35 S milliseconds.
 from __future__ import annotations
 
 import importlib.util
+import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,60 +56,9 @@ TABLE_Z = -0.019
 FLANGE, TOOL = 0.107, 0.105  # m along the last link's axis to the hand, from there to the tool
 HAND_TURN = (0.92388, 0.0, 0.0, -0.382683)
 ROD_CENTRE, ROD_HALF_LENGTH = 0.075, 0.15  # from the hand
-#: mass, centre, quaternion and principal inertias of link 1 to 7
-LINKS = (
-    (
-        2.77281,
-        (1.1399e-05, -0.0312655, -0.0693733),
-        (0.98466, 0.174481, -1.018e-4, 3.477e-4),
-        (0.0164224, 0.0153969, 0.00546286),
-    ),
-    (
-        2.7996,
-        (-1.31766e-05, -0.0703216, 0.0311782),
-        (0.57484, 0.818266, -6.058e-5, -6.616e-5),
-        (0.016787, 0.0157415, 0.00553027),
-    ),
-    (
-        2.14603,
-        (0.0443483, 0.0249283, -0.03813),
-        (0.0615263, 0.349824, 0.234291, 0.904956),
-        (0.00915257, 0.00896477, 0.00384742),
-    ),
-    (
-        2.18807,
-        (-0.0385503, 0.0395256, 0.0247162),
-        (0.813566, 0.465041, 0.309792, 0.160858),
-        (0.00946899, 0.00928491, 0.00396694),
-    ),
-    (
-        3.19545,
-        (-6.36776e-05, 0.0384124, -0.10997),
-        (0.990767, -0.135571, 9.631e-4, 6.944e-4),
-        (0.0278873, 0.0268823, 0.00569569),
-    ),
-    (
-        1.35761,
-        (0.0510023, 0.00693267, 0.00616899),
-        (-0.0460841, 0.754362, 0.044494, 0.653325),
-        (0.00412168, 0.0033698, 0.00213304),
-    ),
-    (
-        0.417345,
-        (0.0103614, 0.0103596, 0.0791078),
-        (0.63547, 0.278021, -0.670462, 0.263369),
-        (6.37671e-4, 5.28056e-4, 2.79577e-4),
-    ),
-)
-#: name, mass, position of its centre and inertias of what hangs at the hand: the flange's drive, the hand, two fingers
-HAND_PARTS = (
-    ("drive", 0.1, (0, 0, 0), (0.1, 0.1, 0.1)),
-    ("palm", 0.670782, (0, -0.00061547, 0.0239295), (0.00227632, 0.000456542, 0.00206087)),
-    ("left_finger", 0.0218754, (0, 0.0119585, 0.0821816), (5.7e-6, 5.6e-6, 1.6e-6)),
-    ("left_tip", 0.01, (0, 0.0085, 0.1144), (0.01, 0.01, 0.01)),
-    ("right_finger", 0.0218754, (0, -0.0119585, 0.0821816), (5.7e-6, 5.6e-6, 1.6e-6)),
-    ("right_tip", 0.01, (0, -0.0085, 0.1144), (0.01, 0.01, 0.01)),
-)
+#: Of link 1 to 7, and of what hangs at the hand (the flange's drive, the hand, two fingers): mass, centre, quaternion
+#: `turn` and principal inertias.
+_LINKS = Path(__file__).parent / "assets" / "panda_links.json"
 
 
 def assets() -> Path:
@@ -135,16 +86,17 @@ def load_model(visible: bool = False) -> mujoco.MjModel:
             looks = child.tag == "geom" and child.get("group") == "1" or child.tag in ("mesh", "material")
             if child.tag in ("geom", "mesh", "material", "camera") and not (visible and looks):
                 parent.remove(child)
-    for i, (mass, centre, turn, inertia) in enumerate(LINKS):
-        link = root.find(f".//body[@name='link{i + 1}']")
+    bodies = json.loads(_LINKS.read_text())
+    for number, facts in enumerate(bodies["links"], 1):
+        link = root.find(f".//body[@name='link{number}']")
         assert link is not None
         for old in link.findall("inertial"):
             link.remove(old)
-        link.insert(0, _inertial(mass, centre, inertia, turn))
+        link.insert(0, _inertial(**facts))
         link.find("joint").attrib.pop("damping")  # type: ignore[union-attr]
     for motor, torque in zip(root.iter("motor"), LARGEST_TORQUE, strict=True):
         motor.set("ctrlrange", f"{-torque} {torque}")
-    _add_hand(root)
+    _add_hand(root, bodies["hand"])
     _add_scene(root, visible)
     return mujoco.MjModel.from_xml_string(ElementTree.tostring(root, encoding="unicode"))
 
@@ -153,21 +105,21 @@ def _text(values: Any) -> str:
     return " ".join(str(float(value)) for value in values)
 
 
-def _inertial(mass: float, centre: Any, inertia: Any, turn: Any = (1, 0, 0, 0)) -> ElementTree.Element:
+def _inertial(mass: float, centre: Sequence, inertia: Sequence, turn: Sequence = (1, 0, 0, 0)) -> ElementTree.Element:
     return ElementTree.Element(
         "inertial", mass=str(mass), pos=_text(centre), quat=_text(turn), diaginertia=_text(inertia)
     )
 
 
-def _add_hand(root: ElementTree.Element) -> None:
+def _add_hand(root: ElementTree.Element, parts: Sequence[dict[str, Any]]) -> None:
     hand = root.find(".//body[@name='right_hand']")
     assert hand is not None
     hand.set("pos", _text((0, 0, FLANGE)))
     hand.set("quat", _text(HAND_TURN))
     for child in list(hand):
         hand.remove(child)
-    for name, mass, centre, inertia in HAND_PARTS:
-        ElementTree.SubElement(hand, "body", name=name).append(_inertial(mass, centre, inertia))
+    for facts in parts:
+        ElementTree.SubElement(hand, "body", name=facts.pop("name")).append(_inertial(**facts))
     ElementTree.SubElement(hand, "body", name="tool", pos=_text((0, 0, TOOL)))
     rod = ElementTree.SubElement(hand, "body", name="rod")
     size = _text((ROD_RADIUS, ROD_HALF_LENGTH))

@@ -13,6 +13,7 @@ letters: E environments, Ta actions of a chunk, To history, N agents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,13 @@ EPISODES_OF_A_SEED = 1_000_003  # seeds further apart than this many episodes sh
 
 
 class ToyAgentsVectorEnv(BatchedVectorEnv):
-    """E environments of N agents side by side; episodes that end are followed by the next ones."""
+    """E environments of N agents side by side; episodes that end are followed by the next ones.
+
+    Args:
+        discrete: actions are one-hot moves [5] instead of velocities [2].
+        seeds: of the environments [E]; 0 … E-1 by default.
+        chunks: `act_steps` and `n_obs_steps` of `BatchedVectorEnv`.
+    """
 
     def __init__(
         self,
@@ -35,10 +42,9 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         n_agents: int = 2,
         *,
         discrete: bool = False,
-        act_steps: int = 1,
-        n_obs_steps: int = 1,
         max_episode_steps: int | None = EPISODE_STEPS,
         seeds: Sequence[int] | None = None,
+        **chunks: Any,
     ):
         if n_agents < 1:
             raise UserError(f"n_agents {n_agents}: at least one agent is needed")
@@ -48,11 +54,10 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
             n_envs,
             n_agents * self.obs_dim,
             n_agents * (len(MOVES) if discrete else 2),
-            act_steps=act_steps,
-            n_obs_steps=n_obs_steps,
             max_episode_steps=max_episode_steps,
             reset_within_step=True,
             full_observations=True,
+            **chunks,
         )
         self._positions = np.zeros((n_envs, n_agents, 2))
         self._goals = np.zeros((n_envs, n_agents, 2))
@@ -68,9 +73,9 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         positions, now = np.empty_like(velocities), self._positions[rows]
         for t in range(actions.shape[1]):
             positions[:, t] = now = np.clip(now + STEP * velocities[:, t], -1, 1)
-        nothing, goals = np.zeros(actions.shape[:2], bool), self._goals[rows]
-        gave = self._observe(positions, goals), self._rewards(positions, goals)
-        outcome = self._history.advance(rows, StepOutcomes(*gave, nothing, nothing, nothing))
+        goals = self._goals[rows]
+        steps = StepOutcomes.unending(self._observe(positions, goals), self._rewards(positions, goals))
+        outcome = self._history.advance(rows, steps)
         self._positions[rows] = positions[np.arange(len(rows)), outcome.executed - 1]
         return outcome
 
@@ -98,17 +103,8 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         self._episodes[rows] += 1
         return self._observe(self._positions[rows, None], self._goals[rows])[:, 0]
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {name: array.copy() for name, array in self._state().items()}
-
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
-        for name, array in self._state().items():
-            array[...] = state[name]
-        self._started[:] = True
-
-    def _state(self) -> dict[str, np.ndarray]:
-        own = {"positions": self._positions, "goals": self._goals, "seeds": self._seeds, "episodes": self._episodes}
-        return own | {"chunk_steps": self._history.count, "history": self._history.frames}
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"positions": self._positions, "goals": self._goals, "seeds": self._seeds, "episodes": self._episodes}
 
 
 def controller(observations: np.ndarray, noise: np.ndarray, speed: float, turn: float, discrete: bool) -> np.ndarray:

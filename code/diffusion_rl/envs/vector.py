@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult
+from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult, require_one_each
 from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
@@ -57,14 +57,12 @@ class MultiStepVectorEnv(abc.ABC):
         """Make the environments."""
 
     def seed(self, seeds: Sequence[int]) -> None:
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        require_one_each("seeds", seeds, self.n_envs)
         self._seeds = list(seeds)
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         options = [{}] * self.n_envs if options is None else options
-        if len(options) != self.n_envs:
-            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        require_one_each("options", options, self.n_envs)
         answers = self._call("reset", [(seed, dict(option)) for seed, option in zip(self._seeds, options, strict=True)])
         self._seeds = [None] * self.n_envs  # the next reset goes on with the environments' own random streams
         return _stack(answers)

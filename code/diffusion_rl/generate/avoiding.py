@@ -19,7 +19,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.data.episodes import Episodes, bounds_of, save_episodes, scale_episodes
+from diffusion_rl.data.episodes import Episodes, save_scaled
 from diffusion_rl.data.sources import d3il
 from diffusion_rl.data.sources.d3il import Demonstration
 from diffusion_rl.envs.panda import ArmStates, PandaPhysics
@@ -158,6 +158,5 @@ def save(demonstrations: Sequence[Demonstration], out_dir: Path) -> Episodes:
     """Write train.npz and normalization.npz, scaled to [-1, 1] by these demonstrations' own ranges; returns them in
     their own units."""
     raw = d3il.as_episodes(demonstrations)
-    normalization = bounds_of(raw)
-    save_episodes(out_dir, {"train": scale_episodes(raw, normalization)}, normalization)
+    save_scaled(out_dir, raw)
     return raw

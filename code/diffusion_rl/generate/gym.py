@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.config.schema import require_range, require_seed
+from diffusion_rl.config.schema import require_range
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, require_file, require_writable
 from diffusion_rl.core.noise import NoiseSource, initial_weights
@@ -34,6 +34,7 @@ from diffusion_rl.data.episodes import (
 )
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.generate.gym_settings import EXPERT_RETURN, MEDIUM_RETURN, Settings
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.off_policy.algorithm import Phase
 from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
@@ -41,51 +42,10 @@ from diffusion_rl.methods.off_policy.learner import Learner
 from diffusion_rl.methods.off_policy.sac import SAC
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
-from diffusion_rl.tasks.registry import D4RL_STEPS, TASKS
+from diffusion_rl.tasks.registry import D4RL_STEPS
 
-#: Of the policies: about D4RL's medium ones, and a little below its experts.
-MEDIUM_RETURN, EXPERT_RETURN = (
-    {task.name: task.made_returns[i] for task in TASKS if task.made_returns} for i in (0, 1)
-)
-FLAVOURS = ("medium", "expert", "medium-replay", "medium-expert")
 MAX_FILE_BYTES = 8_000_000
 MANTISSA_BITS = 15  # kept of the normalised states and actions: an error below 2e-5, and a quarter less to ship
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train; the reference's SAC hyper-parameters except that many environments share each update."""
-
-    seed: int = 0
-    n_envs: int = 10
-    n_eval_envs: int = 16
-    batch_size: int = 256
-    replay_ratio: float = 0.5  # gradient steps for each environment step
-    updates_per_call: int = 32
-    explore_steps: int = 10_000  # uniformly random actions before the first gradient step
-    buffer_size: int = 1_000_000
-    max_updates: int = 500_000
-    eval_every: int = 2_500  # gradient steps between evaluations
-    hidden: int = 256  # width of the two hidden layers of every network
-    critic_layernorm: bool = False  # steadier where the plain critics overestimate (Ball et al. 2023)
-
-    def check(self) -> None:
-        """Raise UserError for a number that cannot work."""
-        require_seed(self.seed)
-        for name in ("n_envs", "n_eval_envs", "hidden", "updates_per_call"):
-            require_range(_option(name), getattr(self, name), 1, 10_000)
-        for name in ("batch_size", "eval_every"):
-            require_range(_option(name), getattr(self, name), 1)
-        require_range("--explore-steps", self.explore_steps, 0)
-        require_range("--replay-ratio", self.replay_ratio, above=0)
-        require_range("--buffer-size", self.buffer_size, self.batch_size, 100_000_000)
-        require_range("--max-updates (which --eval-every must fit into)", self.max_updates, self.eval_every)
-        first = self.explore_steps + self.updates_per_call / self.replay_ratio
-        require_range("--batch-size (with these --explore-steps)", self.batch_size, 1, int(first))
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:

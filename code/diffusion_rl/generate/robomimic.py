@@ -17,7 +17,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import require_writable
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.npz import read_npz, write_npz
-from diffusion_rl.data.episodes import Episodes, bounds_of, load_episodes, save_episodes, scale_episodes
+from diffusion_rl.data.episodes import Episodes, join, load_episodes, save_episodes, save_scaled
 from diffusion_rl.data.normalizers import MinMaxNormalizer, read_bounds
 from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import robomimic
@@ -60,6 +60,12 @@ class Demonstration:
     actions: np.ndarray
     rewards: np.ndarray
     simulator: np.ndarray
+
+    def episode(self) -> dict[str, np.ndarray]:
+        """Returns the fields of `Episodes` that it has, [L,…] float32; success does not end an episode."""
+        fields = {"states": self.states, "actions": self.actions, "rewards": self.rewards}
+        arrays = {name: array.astype(np.float32) for name, array in fields.items()}
+        return arrays | {"terminals": np.zeros(len(self.actions), bool)}
 
 
 def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimic:
@@ -117,17 +123,10 @@ def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings)
     """Write train.npz, normalization.npz and the simulator's states, from which pictures can be made."""
     if not demonstrations:
         raise UserError("no episode succeeded: lower --noise or raise --attempts")
-    raw = Episodes(
-        states=np.concatenate([one.states for one in demonstrations]).astype(np.float32),
-        actions=np.concatenate([one.actions for one in demonstrations]).astype(np.float32),
-        rewards=np.concatenate([one.rewards for one in demonstrations]).astype(np.float32),
-        traj_lengths=np.array([len(one.actions) for one in demonstrations]),
-        terminals=np.zeros(sum(len(one.actions) for one in demonstrations), bool),  # success ends no episode
-    )
-    normalization = bounds_of(raw)
-    save_episodes(out_dir, {"train": scale_episodes(raw, normalization)}, normalization)
-    flat = np.concatenate([one.simulator for one in demonstrations]).astype(np.float32)
-    write_npz(out_dir / SIMULATOR_FILE, {"states": flat, "seed": np.array(settings.seed)})
+    raw = join([demonstration.episode() for demonstration in demonstrations], "demonstrations")
+    save_scaled(out_dir, raw)
+    simulator = np.concatenate([demonstration.simulator for demonstration in demonstrations]).astype(np.float32)
+    write_npz(out_dir / SIMULATOR_FILE, {"states": simulator, "seed": np.array(settings.seed)})
     return raw
 
 

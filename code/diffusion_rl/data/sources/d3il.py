@@ -18,7 +18,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError, one_line
 from diffusion_rl.core.files import read_bytes
 from diffusion_rl.core.pickles import Interpreter, Refused
-from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.episodes import Episodes, join
 from diffusion_rl.tasks.avoiding import modes_of
 
 #: What DPPO pre-trains on: the gap of the third row is one of these two, those of the first rows are 1 and 2.
@@ -84,14 +84,8 @@ def as_episodes(demonstrations: Sequence[Demonstration]) -> Episodes:
     """One after the other, in their own units, float32."""
     if not demonstrations:
         raise UserError("no demonstration takes the gaps asked for")
-    lengths = np.array([len(d.actions) for d in demonstrations])
-    episodes = Episodes(
-        states=np.concatenate([d.states for d in demonstrations]).astype(np.float32),
-        actions=np.concatenate([d.actions for d in demonstrations]).astype(np.float32),
-        traj_lengths=lengths,
-    )
-    check(episodes, "demonstrations")
-    return episodes
+    parts = [{"states": d.states, "actions": d.actions} for d in demonstrations]
+    return join([{k: x.astype(np.float32) for k, x in part.items()} for part in parts], "demonstrations")
 
 
 class _Type:
