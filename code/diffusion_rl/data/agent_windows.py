@@ -55,7 +55,7 @@ class AgentNormalizer:
 
     @classmethod
     def fit(cls, data: AgentEpisodes, name: str, shared: bool = True) -> AgentNormalizer:
-        """Fit normalizers of that name (`data.normalizers`) on all rows."""
+        """Fits normalizers of that name (`data.normalizers`) on all rows."""
         dims = data.obs_dim, data.action_dim
         fields = data.episodes.states, data.episodes.actions
         rows = [x.reshape(-1, dim) if shared else x for x, dim in zip(fields, dims, strict=True)]
@@ -64,15 +64,15 @@ class AgentNormalizer:
         return cls(observations, actions, *dims, shared)
 
     def normalize_obs(self, x: np.ndarray) -> np.ndarray:
-        """[...,N*O]"""
+        """Returns [...,N*O]"""
         return self._apply(x, self.obs_dim, self.observations.normalize)
 
     def normalize_actions(self, x: np.ndarray) -> np.ndarray:
-        """[...,N*A]"""
+        """Returns [...,N*A]"""
         return self._apply(x, self.action_dim, self.actions.normalize)
 
     def unnormalize_actions(self, x: np.ndarray) -> np.ndarray:
-        """[...,N*A]"""
+        """Returns [...,N*A]"""
         return self._apply(x, self.action_dim, self.actions.unnormalize)
 
     def _apply(self, x: np.ndarray, dim: int, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -81,7 +81,7 @@ class AgentNormalizer:
         return function(x.reshape(shape)).reshape(x.shape).astype(np.float32)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All that was fitted."""
+        """Returns all that was fitted."""
         found = {f"observations.{k}": v for k, v in self.observations.arrays.items()}
         return found | {f"actions.{k}": v for k, v in self.actions.arrays.items()}
 
@@ -160,7 +160,7 @@ class VAESequenceDataset:
     # ---------- batches ----------
 
     def past(self, row: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        """What the policy sees at `row` [...] of episodes that begin at `begin` [...]: [...,hh+1,N*(A+O)]."""
+        """Returns what the policy sees at `row` [...] of episodes that begin at `begin` [...]: [...,hh+1,N*(A+O)]."""
         rows = row[..., None] + np.arange(-self.history_horizon, 0)
         before = (rows < begin[..., None])[..., None]
         first = 0 if self.use_zero_padding else self.present[begin][..., None, :]
@@ -246,7 +246,7 @@ class VAESequenceDataset:
 
 
 def agent_rows(actions: np.ndarray, observations: np.ndarray, n_agents: int) -> np.ndarray:
-    """[...,N*A] and [...,N*O] -> [...,N*(A+O)], agent by agent its action and its observation."""
+    """Returns [...,N*A] and [...,N*O] -> [...,N*(A+O)], agent by agent its action and its observation."""
     lead = actions.shape[:-1]
     parts = (x.reshape(*lead, n_agents, x.shape[-1] // n_agents) for x in (actions, observations))
     return np.concatenate(list(parts), axis=-1).reshape(*lead, actions.shape[-1] + observations.shape[-1])

@@ -52,7 +52,7 @@ def data_dir() -> Path:
 
 
 def manifest(path: Path | None = None) -> dict[str, Asset]:
-    """The files that can be fetched, by name."""
+    """Returns the files that can be fetched, by name."""
     path = path or Path(__file__).with_name("assets.json")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def manifest(path: Path | None = None) -> dict[str, Asset]:
 
 
 def resolve(path: str | os.PathLike, assets: Mapping[str, Asset] | None = None) -> Path:
-    """The file itself if it exists, else the manifest's file for it (fetched if need be), else UserError.
+    """Returns the file itself if it exists, else the manifest's file for it (fetched if need be), else UserError.
 
     `path` may be absolute, relative to the current directory, relative to the data directory, or a manifest name.
     """
@@ -92,7 +92,7 @@ def _cure(path: Path) -> str:
 
 
 def fetch(asset: Asset, report: Report | None = None) -> Path:
-    """The asset's path below the data directory, fetched and checked if it is not there yet."""
+    """Returns the asset's path below the data directory, fetched and checked if it is not there yet."""
     destination = data_dir() / asset.destination
     if destination.is_file():
         return destination
@@ -152,7 +152,7 @@ class _Incomplete(Exception):
 
 
 def _download(url: str, partial: Path, size: int | None, report: Report) -> None:
-    """Fetch `url` into `partial`, continuing what is there; tries again as long as bytes keep coming."""
+    """Fetches `url` into `partial`, continuing what is there; tries again as long as bytes keep coming."""
     attempts = 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.episodes import Episodes, bounds_of, save_episodes, scale_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import load
@@ -36,11 +37,11 @@ def convert(
     max_episodes: int | None = None,
     val_split: float = 0.0,
     keep_unrewarded: bool = False,
-    noise: NoiseSource | NoiseTape | None = None,
+    rng: Rng | None = None,
 ) -> Converted:
-    """Scale to [-1, 1] and split by whole episodes.
+    """Scales to [-1, 1] and split by whole episodes.
 
-    max_episodes: take the first ones only. val_split: share of them for validation, drawn with `noise`.
+    max_episodes: take the first ones only. val_split: share of them for validation, drawn with `rng`.
     keep_unrewarded: keep episodes whose rewards add up to nothing positive, which the reference leaves out.
     """
     if not 0.0 <= val_split < 1.0:
@@ -52,7 +53,7 @@ def convert(
     in_train = np.ones(len(chosen), bool)
     if val_split:
         in_train[:] = False
-        in_train[(noise or NoiseSource(0)).permutation(len(chosen))[:n_train]] = True
+        in_train[(rng or NoiseSource(0)).permutation(len(chosen))[:n_train]] = True
     keep = np.ones(len(chosen), bool)
     if not keep_unrewarded and episodes.rewards is not None:
         keep = episodes.returns[chosen] > 0
@@ -76,7 +77,7 @@ def convert_file(
     cameras: Sequence[str] = (),
     **options: Any,
 ) -> Converted:
-    """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
+    """Reads `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
 
     kitchen_goal: [30]; the source is one of Minari's kitchen sets and gets D4RL's observations with this goal.
     cameras: whose pictures to take from a file of robomimic.

@@ -69,7 +69,7 @@ class Episodes:
         return Episodes(traj_lengths=lengths, **chosen)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that are there, by their names in the file."""
+        """Returns the arrays that are there, by their names in the file."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -128,7 +128,7 @@ def join(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> Episodes:
 def split_episodes(
     raw: Mapping[str, np.ndarray], timeouts: np.ndarray | None, name: str, limit: int | None = None
 ) -> Episodes:
-    """Cut flat arrays into episodes at terminals and time-outs; what follows the last end is dropped.
+    """Cuts flat arrays into episodes at terminals and time-outs; what follows the last end is dropped.
 
     raw: states [N,O], actions [N,A], rewards [N], terminals [N]; timeouts [N] or None. `name` is for error messages.
     limit: steps after which an episode is over, where no time-outs are recorded.
@@ -154,7 +154,7 @@ def save_scaled(directory: str | os.PathLike, raw: Episodes) -> None:
 
 
 def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, scaled: bool = False) -> Episodes:
-    """Read and check a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; that others are left out is
+    """Reads and check a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; that others are left out is
     said in a line.
 
     scaled: states and actions must be in [-1, 1] (see `check_scaled`).
@@ -185,7 +185,7 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, sc
 
 
 def load_unscaled(directory: str | os.PathLike) -> Episodes:
-    """The episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
+    """Returns the episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
     directory = Path(directory)
     episodes = load_episodes(directory / "train.npz", scaled=True)
     dims = episodes.states.shape[1], episodes.actions.shape[1]
@@ -196,7 +196,7 @@ _DIMENSIONS = {"states": 2, "actions": 2, "images": 4}  # of the arrays; the oth
 
 
 def check(episodes: Episodes, name: str) -> None:
-    """Raise UserError, naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
+    """Raises UserError, naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
     if not len(episodes.states):
         raise UserError(f"{name}: no transitions in it")
     for key, array in episodes.arrays().items():
@@ -225,7 +225,7 @@ def _whole(x: np.ndarray) -> bool:
 
 
 def _check_terminals(episodes: Episodes, name: str) -> None:
-    """Raise UserError where an episode goes on after a terminal; warn of several at its end, as success that lasts."""
+    """Raises UserError where an episode goes on after a terminal; warn of several at its end, as success that lasts."""
     if episodes.terminals is None:
         return
     inside = inner_terminals(episodes)
@@ -247,7 +247,7 @@ def inner_terminals(episodes: Episodes) -> np.ndarray:
 
 
 def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
-    """Raise UserError where states or actions go beyond `limit`; warn where they go beyond 1, as those do that were
+    """Raises UserError where states or actions go beyond `limit`; warn where they go beyond 1, as those do that were
     scaled with the ranges of other data."""
     for key in ("states", "actions"):
         array = getattr(episodes, key)
@@ -266,7 +266,7 @@ def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
 def save_episodes(
     directory: str | os.PathLike, episodes: Mapping[str, Episodes], normalization: MinMaxNormalizer
 ) -> list[Path]:
-    """Write `<split>.npz` for each split and `normalization.npz`; each file appears whole or not at all."""
+    """Writes `<split>.npz` for each split and `normalization.npz`; each file appears whole or not at all."""
     directory = Path(directory)
     paths = [write_npz(directory / f"{split}.npz", e.arrays()) for split, e in episodes.items()]
     return [*paths, write_npz(directory / "normalization.npz", asdict(normalization))]

@@ -31,7 +31,7 @@ _SMALL_CHUNK = 1 << 16  # bytes; zlib expands to 1032 times as many at most
 
 @contextlib.contextmanager
 def open_hdf5(path: str | os.PathLike[str], what: str = "an HDF5 file") -> Iterator[Group]:
-    """The root of a file; `what` it should be, for messages.
+    """Returns the root of a file; `what` it should be, for messages.
 
     Raises:
         UserError: no such file, no HDF5, or damaged.
@@ -44,7 +44,7 @@ def open_hdf5(path: str | os.PathLike[str], what: str = "an HDF5 file") -> Itera
 
 
 def write_hdf5(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write compressed arrays whole or not at all. Raises UserError where that is impossible.
+    """Writes compressed arrays whole or not at all. Raises UserError where that is impossible.
 
     The file is made in memory: where a disk is full, the library cannot close what it has begun to write there.
     """
@@ -77,7 +77,7 @@ class Group:
         return self._find(name) is not None
 
     def group(self, name: str) -> Group | None:
-        """The group of that name ("a/b"); None where there is none, or something else."""
+        """Returns the group of that name ("a/b"); None where there is none, or something else."""
         node = self._find(name)
         return Group(node, self._place(name), self._allowance) if isinstance(node, h5py.Group) else None
 
@@ -86,7 +86,7 @@ class Group:
         return isinstance(self._find(name), h5py.Dataset)
 
     def array(self, name: str) -> Array:
-        """The array of that name ("a/b"). Raises UserError where there is none, or something else."""
+        """Returns the array of that name ("a/b"). Raises UserError where there is none, or something else."""
         where = self._place(name)
         node = self._find(name)
         if not isinstance(node, h5py.Dataset):
@@ -95,7 +95,7 @@ class Group:
             return Array(node, where, self._allowance)
 
     def _find(self, name: str) -> Any:
-        """The node, links within the file followed one by one; None where nothing has this name."""
+        """Returns the node, links within the file followed one by one; None where nothing has this name."""
         with reading(self._place(name), _CURE):
             node, parts = self._node, name.split("/")
             for _ in range(_MOST_LINKS * len(parts)):
@@ -131,14 +131,14 @@ class Array:
 
     @property
     def stored(self) -> h5py.Dataset:
-        """The data set itself, to read single rows of."""
+        """Returns the data set itself, to read single rows of."""
         return self._node
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def read(self) -> np.ndarray:
-        """All of it. Raises UserError where it claims to be larger than the file can hold, or is damaged."""
+        """Returns all of it. Raises UserError where it claims to be larger than the file can hold, or is damaged."""
         with reading(self.where, _CURE):
             size = _bytes(self.shape, self.dtype)
             self._allowance.take(size, self._node.name)
@@ -146,7 +146,7 @@ class Array:
             return self._node[()]
 
     def _require_written(self, size: int) -> None:
-        """Raise UserError unless all of its `size` bytes were written, as such or compressed."""
+        """Raises UserError unless all of its `size` bytes were written, as such or compressed."""
         node = self._node
         filters = self._filters()
         if not filters and (there := node.id.get_storage_size()) < size:
@@ -163,7 +163,7 @@ class Array:
         return filters
 
     def _require_chunks(self, size: int) -> None:
-        """Raise UserError unless every chunk is there, and none expands to more than its `size` in bytes."""
+        """Raises UserError unless every chunk is there, and none expands to more than its `size` in bytes."""
         self._allowance.take(size, f"a chunk of {self._node.name}")
         expected = math.prod(-(-n // chunk) for n, chunk in zip(self.shape, self._node.chunks, strict=True))
         if (there := self._node.id.get_num_chunks()) < expected:

@@ -45,16 +45,16 @@ class MinMaxNormalizer:
         return self.action_min.shape[0]
 
     def normalize_obs(self, obs: np.ndarray) -> np.ndarray:
-        """[..., O] raw -> [..., O] normalised."""
+        """Returns [..., O] raw -> [..., O] normalised."""
         return 2 * ((obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 0.5)
 
     def unnormalize_action(self, action: np.ndarray) -> np.ndarray:
-        """[..., A] in [-1, 1] -> [..., A] in the units of the environment."""
+        """Returns [..., A] in [-1, 1] -> [..., A] in the units of the environment."""
         action = (action + 1) / 2
         return action * (self.action_max - self.action_min) + self.action_min
 
     def as_lists(self) -> dict[str, list[float]]:
-        """The bounds as JSON values, for the metadata of a checkpoint."""
+        """Returns the bounds as JSON values, for the metadata of a checkpoint."""
         return {key: np.asarray(getattr(self, key), dtype=np.float64).tolist() for key in KEYS}
 
     @classmethod
@@ -64,7 +64,7 @@ class MinMaxNormalizer:
 
     @classmethod
     def from_npz(cls, path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> MinMaxNormalizer:
-        """Read the bounds from `normalization.npz`; with obs_dim or action_dim given, hold the file to them.
+        """Reads the bounds from `normalization.npz`; with obs_dim or action_dim given, hold the file to them.
 
         Raises UserError as `read_bounds` does.
         """
@@ -72,8 +72,8 @@ class MinMaxNormalizer:
 
 
 def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> dict[str, np.ndarray]:
-    """The bounds in a `normalization.npz`, by their names in `KEYS`: finite vectors of these dimensions, none below its
-    other end.
+    """Returns the bounds in a `normalization.npz`, by their names in `KEYS`: finite vectors of these dimensions, none
+    below its other end.
 
     Raises:
         UserError: the file is missing or unreadable, or it holds anything else.
@@ -124,7 +124,7 @@ class IdentityNormalizer:
         return cls({})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] as in the data -> [...,D] as the networks see it."""
+        """Returns [...,D] as in the data -> [...,D] as the networks see it."""
         return x
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
@@ -143,11 +143,11 @@ class GaussianNormalizer(IdentityNormalizer):
         return cls({"means": x.mean(axis=0), "stds": np.where(stds == 0, np.ones_like(stds), stds)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return (x - self.arrays["means"]) / self.arrays["stds"]
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return x * self.arrays["stds"] + self.arrays["means"]
 
 
@@ -166,11 +166,11 @@ class LimitsNormalizer(IdentityNormalizer):
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"])) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 1e-4) -> np.ndarray:
-        """[...,D] -> [...,D]; all of it is clipped to +-1 if some of it is further outside than the tolerance."""
+        """Returns [...,D] -> [...,D]; all of it is clipped to +-1 if some of it is further outside than the tolerance."""
         if x.size and np.abs(x).max() > 1 + tolerance:
             x = np.clip(x, -1, 1)
         return (x + 1) / 2.0 * (self.arrays["maxs"] - self.arrays["mins"]) + self.arrays["mins"]
@@ -201,11 +201,11 @@ class WideLimitsNormalizer(LimitsNormalizer):
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"] + self.WIDER)) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return super().unnormalize(x, tolerance)
 
 
@@ -222,13 +222,13 @@ class CDFNormalizer(IdentityNormalizer):
         return cls(arrays)
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return self._by_column(
             x, lambda i, y: 2 * np.interp(y, self._at("values", i), self._at("probabilities", i)) - 1
         )
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Returns [...,D] -> [...,D]"""
         return self._by_column(
             x, lambda i, y: np.interp((y + 1) / 2.0, self._at("probabilities", i), self._at("values", i))
         )

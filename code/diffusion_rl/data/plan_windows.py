@@ -48,7 +48,7 @@ def locomotion(flat: Flat, states: np.ndarray, longest: int, penalty: float | No
 
 
 def kitchen(flat: Flat, states: np.ndarray, longest: int, penalty: float | None = None) -> Segments:
-    """The same, but an unfinished last episode is kept; the last state and reward go on in the padding."""
+    """Returns the same, but an unfinished last episode is kept; the last state and reward go on in the padding."""
     done = flat["terminals"].astype(bool) | flat["timeouts"].astype(bool)
     done[-1] = True
     ends, rewards = np.flatnonzero(done), flat["rewards"].astype(np.float32)
@@ -127,7 +127,7 @@ class PlanDataset:
         return max(map(len, self.windows))
 
     def _windows(self, span: int) -> np.ndarray:
-        """[M,2]: episode and first step; windows may run into the padding."""
+        """Returns [M,2]: episode and first step; windows may run into the padding."""
         return np.stack(windows_of(np.minimum(self.segments.lengths, self.longest - span + 1)), axis=1)
 
     def at(self, items: np.ndarray) -> np.ndarray:
@@ -165,7 +165,7 @@ class PlanDataset:
 def conditions(
     data: PlanDataset, level: int, scale: float, values: np.ndarray | None = None, chunk: int = 20000
 ) -> np.ndarray:
-    """What the plans of a level's windows are told of their returns, [M].
+    """Returns what the plans of a level's windows are told of their returns, [M].
 
     Locomotion: the return in units of `scale`. Kitchen and AntMaze need the values of all rows of `states`, [N+P]; at
     the first level it is a discounted sum whose last reward is a value, at the others how many tasks are done on
@@ -197,7 +197,7 @@ def _kitchen_returns(rewards: np.ndarray, last: np.ndarray, discount: float, fir
 
 
 def _antmaze_returns(rewards: np.ndarray, last: np.ndarray, discount: float, first: bool) -> np.ndarray:
-    """The same; rewards after the first success do not count."""
+    """Returns the same; rewards after the first success do not count."""
     success = rewards + 1
     before = (np.cumsum(success, axis=1) == 0).astype(np.float32)
     mask = np.concatenate([np.ones_like(before[:, :1]), before[:, :-1]], axis=1)

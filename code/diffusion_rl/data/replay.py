@@ -31,14 +31,14 @@ class ReplayBuffer:
         self._write = tf.function(self._scatter, reduce_retracing=True)
 
     def add(self, **rows: np.ndarray) -> None:
-        """Append rows: of each field that the environment gives, [n, …]. Fields left out are zero."""
+        """Appends rows: of each field that the environment gives, [n, …]. Fields left out are zero."""
         n = len(rows["obs"])
         for name, store in self.stores.items():
             value = rows.get(name, np.zeros((n, *store.shape[1:]), floatx()))
             self._waiting[name].append(np.array(value, floatx()))
 
     def flush(self) -> None:
-        """Move what was added into the variables."""
+        """Moves what was added into the variables."""
         if not self._waiting["obs"]:
             return
         rows = {k: np.concatenate(v)[-self.capacity :] for k, v in self._waiting.items()}
@@ -53,7 +53,7 @@ class ReplayBuffer:
             self.stores[name].scatter_update(tf.IndexedSlices(values, where))
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forgets everything."""
         self.size = self._next = 0
         self._waiting = {k: [] for k in self._waiting}
 
@@ -82,11 +82,11 @@ class ReplayBuffer:
         self._write(self.places(np.arange(self.size - len(values), self.size)), {name: values})
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All rows, oldest first, by field."""
+        """Returns all rows, oldest first, by field."""
         return {name: self.read(name) for name in self.stores}
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Hold exactly these rows."""
+        """Holds exactly these rows."""
         self.clear()
         self.add(**tensors)
         self.flush()

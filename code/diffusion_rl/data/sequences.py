@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.data.episodes import Episodes, load_episodes
 from diffusion_rl.data.windows import discounted_returns, windows_of
@@ -124,7 +124,7 @@ class SequenceDataset:
         return Batch(self.actions[start[:, None] + np.arange(self.horizon_steps)], conditions)
 
     def item(self, index: int) -> Any:
-        """One window without the leading B."""
+        """Returns one window without the leading B."""
         return _first(self.gather([index]))
 
     @staticmethod
@@ -133,7 +133,7 @@ class SequenceDataset:
         back = np.arange(steps - 1, -1, -1)
         return start[:, None] - np.minimum(back[None, :], since_start[:, None])
 
-    def split(self, fraction: float, noise: NoiseSource | NoiseTape) -> tuple[np.ndarray, np.ndarray]:
+    def split(self, fraction: float, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
         """Window numbers (training [n], validation [M-n]), disjoint and complete, n = int(M * fraction).
 
         Windows are drawn without regard to episodes, so neighbouring windows overlap across the two parts. (The
@@ -141,7 +141,7 @@ class SequenceDataset:
         """
         if not 0.0 < fraction <= 1.0:
             raise UserError(f"train_split={fraction} must be above 0 and at most 1")
-        order = noise.permutation(len(self))
+        order = rng.permutation(len(self))
         n = int(len(self) * fraction)
         if n == 0:
             raise UserError(f"train_split={fraction} leaves nothing of {len(self)} windows to train on")

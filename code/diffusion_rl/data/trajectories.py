@@ -74,7 +74,8 @@ class TrajectoryDataset:
         return rewards
 
     def _windows(self, use_padding: bool) -> np.ndarray:
-        """[M,2]: episode and first step. The last possible start of every episode is left out, as in the reference."""
+        """Returns [M,2]: episode and first step. The last possible start of every episode is left out, as in the
+        reference."""
         counts = np.minimum(self.path_lengths - 1, self.max_path_length - self.horizon)
         counts = counts if use_padding else np.minimum(counts, self.path_lengths - self.horizon)
         return np.stack(windows_of(counts), axis=1)
@@ -109,12 +110,12 @@ class TrajectoryDataset:
 
 
 def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, IdentityNormalizer]:
-    """A normalizer of that name for each field."""
+    """Returns a normalizer of that name for each field."""
     return {key: normalizer(name).fit(rows) for key, rows in fields.items()}
 
 
 def without_last_steps(episodes: Episodes) -> Episodes:
-    """Every episode without its last step: Maze2D's, whose last step already belongs to the next goal."""
+    """Returns every episode without its last step: Maze2D's, whose last step already belongs to the next goal."""
     lengths = np.asarray(episodes.traj_lengths)
     keep = np.ones(len(episodes.states), bool)
     keep[episodes.starts + lengths - 1] = False
@@ -123,7 +124,7 @@ def without_last_steps(episodes: Episodes) -> Episodes:
 
 
 def leaving_goal(observations: np.ndarray, goal: np.ndarray, distance: float = 0.5) -> np.ndarray:
-    """[N] bool: the position [N,:2] is within `distance` of the goal and at the next step it no longer is."""
+    """Returns [N] bool: the position [N,:2] is within `distance` of the goal and at the next step it no longer is."""
     at_goal = np.linalg.norm(observations[:, :2] - goal, axis=-1) < distance
     return np.append(at_goal[:-1] & ~at_goal[1:], False)
 

@@ -62,11 +62,11 @@ class BatchedVectorEnv(abc.ABC):
 
     @abc.abstractmethod
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
-        """Put these environments to the start of an episode; their first observations [N, O], normalised."""
+        """Puts these environments to the start of an episode; their first observations [N, O], normalised."""
 
     @abc.abstractmethod
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
-        """Execute chunks [N, Ta, A] of raw actions in these environments."""
+        """Executes chunks [N, Ta, A] of raw actions in these environments."""
 
     @abc.abstractmethod
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -91,7 +91,7 @@ class BatchedVectorEnv(abc.ABC):
         raise UserError(f"{self.name}: its episodes cannot be filmed, leave {path} out")
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),
+        """Begins new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),
         `video_path` (record from here on until its next reset)."""
         options = [{}] * self.n_envs if options is None else options
         require_one_each("options", options, self.n_envs)
@@ -105,14 +105,14 @@ class BatchedVectorEnv(abc.ABC):
         return {"state": self._history.frames.copy()}
 
     def _reseed(self, row: int, seed: int) -> None:  # noqa: B027 - not abstract: nothing may be random
-        """Seed one environment."""
+        """Seeds one environment."""
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E, Ta, A] of normalised actions."""
+        """Executes chunks [E, Ta, A] of normalised actions."""
         return self.step_subset(np.arange(self.n_envs), actions)
 
     def step_subset(self, indices: np.ndarray, actions: np.ndarray) -> StepResult:
-        """Execute chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
+        """Executes chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
         actions = np.asarray(actions)
         if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.action_dim:
             raise ValueError(f"actions have shape {actions.shape}, expected ({len(indices)}, Ta, {self.action_dim})")
@@ -164,5 +164,5 @@ class BatchedVectorEnv(abc.ABC):
             self._stop_video(row)
 
     def close(self) -> None:
-        """End videos."""
+        """Ends videos."""
         self._stop_videos()

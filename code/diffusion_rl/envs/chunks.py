@@ -65,7 +65,7 @@ class ChunkHistory:
         self.frames = np.zeros((n_envs, n_obs_steps, obs_dim))
 
     def start(self, rows: np.ndarray, observations: np.ndarray) -> None:
-        """Begin new episodes in `rows` [N] with their first observations [N, O], which also fill the history."""
+        """Begins new episodes in `rows` [N] with their first observations [N, O], which also fill the history."""
         n_rows = len(observations)
         no_rewards, one_step = np.zeros((n_rows, 1)), np.ones(n_rows)
         require_finite(self.name, observations[:, None], no_rewards, rows, executed=one_step, before=-one_step)
@@ -73,7 +73,7 @@ class ChunkHistory:
         self.frames[rows] = observations[:, None]
 
     def advance(self, rows: np.ndarray, steps: StepOutcomes) -> ChunkOutcome:
-        """Account for one chunk in the environments `rows` [N] (arrays of `steps` have N rows)."""
+        """Accounts for one chunk in the environments `rows` [N] (arrays of `steps` have N rows)."""
         n_rows, chunk = steps.rewards.shape
         terminated, truncated = self._flags(self.count[rows], steps)
         ended = terminated | truncated
@@ -105,7 +105,8 @@ class ChunkHistory:
 
 
 def _sum_executed(rewards: np.ndarray, executed: np.ndarray) -> np.ndarray:
-    """[N] sums of the first `executed` rewards of each row, added up in the order of numpy's sum over exactly those."""
+    """Returns [N] sums of the first `executed` rewards of each row, added up in the order of numpy's sum over exactly
+    those."""
     total = rewards.sum(axis=1)
     for row in np.flatnonzero(executed < rewards.shape[1]):
         total[row] = rewards[row, : executed[row]].sum()

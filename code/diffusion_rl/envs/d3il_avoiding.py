@@ -87,7 +87,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return outcome
 
     def _modes_along(self, first: np.ndarray, tools: np.ndarray) -> np.ndarray:
-        """[N, Ta+1, 3] gaps taken up to each position [N, Ta+1, 2], from those of the first [N, 3]."""
+        """Returns [N, Ta+1, 3] gaps taken up to each position [N, Ta+1, 2], from those of the first [N, 3]."""
         modes = np.empty((*tools.shape[:2], first.shape[1]), dtype=first.dtype)
         modes[:, 0] = first
         for t in range(1, tools.shape[1]):
@@ -102,7 +102,8 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return np.where(collided | outside, PENALTY, earned)
 
     def _observe(self, setpoints: np.ndarray, tools: np.ndarray) -> np.ndarray:
-        """[..., 4] normalised observations of setpoints and positions [..., 2]; positions have single precision."""
+        """Returns [..., 4] normalised observations of setpoints and positions [..., 2]; positions have single
+        precision."""
         return self._normalize(np.concatenate([setpoints, tools.astype(np.float32)], axis=-1))
 
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
@@ -123,7 +124,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return StateRecorder(functools.partial(panda.load_model, visible=True), CAMERA, path, FPS)
 
     def _watch(self, rows: np.ndarray, after: panda.ArmStates, executed: np.ndarray) -> None:
-        """Hand the states to videos and window."""
+        """Hands the states to videos and window."""
         watchers = [*self._recorders.items(), *([(0, self._viewer)] if self._viewer else [])]
         for row, watcher in watchers:
             for i in np.flatnonzero(rows == row):
@@ -131,7 +132,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
                     watcher.add(np.concatenate([[0.0], after.position[i, t], after.velocity[i, t]]))
 
     def close(self) -> None:
-        """End videos and the window."""
+        """Ends videos and the window."""
         super().close()
         if self._viewer is not None:
             self._viewer.close()

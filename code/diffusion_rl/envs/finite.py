@@ -11,7 +11,7 @@ from diffusion_rl.core.errors import UserError
 
 
 def fault(what: str, values: Any, step: int) -> str | None:
-    """Say which entry of `values` is NaN or infinite; None if none is. step: of the episode, 0 for its reset."""
+    """Says which entry of `values` is NaN or infinite; None if none is. step: of the episode, 0 for its reset."""
     values = np.asarray(values)
     if values.dtype.kind != "f":
         return None
@@ -32,7 +32,7 @@ def require_finite(
     executed: Sequence[int] | np.ndarray,
     before: Sequence[int] | np.ndarray,
 ) -> None:
-    """Raise UserError naming environment, step and entry if an executed step gave NaN or infinity.
+    """Raises UserError naming environment, step and entry if an executed step gave NaN or infinity.
 
     Args:
         name: of the environments.

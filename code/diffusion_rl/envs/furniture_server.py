@@ -56,14 +56,14 @@ class Simulation:
         return {"obs_dim": self._observations[0].shape[-1], "action_dim": self._actions[0].shape[-1]}
 
     def reset(self) -> dict[str, np.ndarray]:
-        """Begin episodes everywhere: `state` [E, O]."""
+        """Begins episodes everywhere: `state` [E, O]."""
         observation = self.env.reset()
         self._tensor = observation["robot_state"]
         self._assembled = 0.0
         return {"state": self._state(observation)}
 
     def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        """Execute actions [E, Ta, A], all of them: `state` [E, O], `rewards` [E], `truncated` [E] at the time limit.
+        """Executes actions [E, Ta, A], all of them: `state` [E, O], `rewards` [E], `truncated` [E] at the time limit.
 
         An episode goes on after its last pair is assembled.
         """
@@ -90,7 +90,7 @@ def _array(tensor: Any) -> np.ndarray:
 
 
 def build(options: dict[str, Any]) -> Simulation:
-    """The simulation that `options` (JSON of envs/furniture.py) describe. Needs isaacgym and furniture_bench."""
+    """Returns the simulation that `options` (JSON of envs/furniture.py) describe. Needs isaacgym and furniture_bench."""
     from furniture_bench.controllers.control_utils import proprioceptive_quat_to_6d_rotation
     from furniture_bench.envs.furniture_rl_sim_env import FurnitureRLSimEnv
     from furniture_bench.envs.observation import DEFAULT_STATE_OBS
@@ -120,7 +120,7 @@ def build(options: dict[str, Any]) -> Simulation:
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """The reference's statistics as arrays."""
+    """Returns the reference's statistics as arrays."""
     import torch  # not before isaacgym, which would refuse to be imported
 
     tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,7 +128,7 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 def serve(connection: Connection) -> None:
-    """Answer calls until the other end hangs up."""
+    """Answers calls until the other end hangs up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other end's to handle
     try:
         simulation = build(json.loads(str(unpack(connection.recv_bytes())["options"])))

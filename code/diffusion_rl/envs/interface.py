@@ -111,7 +111,7 @@ def require_one_each(what: str, values: Sequence[Any], n_envs: int) -> None:
 
 
 def unknown(name: str, known: Sequence[str]) -> UserError:
-    """The error about an environment that is none of the known ones; it names those that are spelled alike."""
+    """Returns the error about an environment that is none of the known ones; it names those that are spelled alike."""
     close = near_words(name, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
     return UserError(f"environment {name!r} is unknown: {hint}")

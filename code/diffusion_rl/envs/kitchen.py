@@ -58,7 +58,7 @@ _OBJECT_NOISE = np.repeat([0.005, 0.0005, 0.005, 0.1, 0.005, 0.1, 0.005], [2, 6,
 
 
 def require(name: str) -> None:
-    """Raise UserError if `name` is no kitchen task or its simulator is not installed."""
+    """Raises UserError if `name` is no kitchen task or its simulator is not installed."""
     _elements_of(name)
     if importlib.util.find_spec("gymnasium_robotics") is None:
         raise UserError(f"{name} needs gymnasium-robotics: pip install -e '.[kitchen]' (see installation/kitchen.md)")
@@ -76,7 +76,7 @@ def _elements_of(name: str) -> tuple[str, ...]:
 
 
 def goal_of(name: str) -> np.ndarray:
-    """The last half [30] of the observations of a task. Raises UserError for an unknown one."""
+    """Returns the last half [30] of the observations of a task. Raises UserError for an unknown one."""
     goal = np.zeros(N_ROBOT + N_OBJECTS)
     for element in _elements_of(name):
         where, target = ELEMENTS[element]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.tasks.kuka_stacking import BLOCKS, JOINTS, blocks_of
 
 MODELS = {
@@ -28,7 +29,7 @@ TRIES = 1000  # to find a free place
 
 
 def import_pybullet() -> Any:
-    """The module. Raises UserError if it is not installed."""
+    """Returns the module. Raises UserError if it is not installed."""
     try:
         import pybullet
     except ImportError as error:
@@ -58,8 +59,8 @@ class KukaStacking:
         self.held: dict[int, int] = {}  # constraint by block
         self.loaded = False
 
-    def reset(self, noise: Any) -> np.ndarray:
-        """The arm upright and the blocks at drawn places, [39]; `noise` is the source of the draws."""
+    def reset(self, rng: Rng) -> np.ndarray:
+        """Returns the arm upright and the blocks at drawn places, [39]; `rng` draws them."""
         if not self.loaded:  # loading takes most of a reset's time
             self._call("resetSimulation")
             self.arm, self.floor = (self._load(part, fixed=True) for part in ("arm", "floor"))
@@ -75,12 +76,12 @@ class KukaStacking:
             self._let_go(block)
         for joint in self.joints:
             self._call("resetJointState", self.arm, joint, 0.0)
-        self._place(noise)
+        self._place(rng)
         self.flags = np.zeros(BLOCKS)
         return self.state()
 
     def step(self, command: np.ndarray) -> np.ndarray:
-        """The state [39] after a command [39] was followed for `PHYSICS_STEPS`."""
+        """Returns the state [39] after a command [39] was followed for `PHYSICS_STEPS`."""
         gains = [1.0] * JOINTS
         targets = {"targetPositions": command[:JOINTS].tolist(), "positionGains": gains}
         self._call("setJointMotorControlArray", self.arm, self.joints, self.p.POSITION_CONTROL, **targets)
@@ -96,7 +97,8 @@ class KukaStacking:
         return self.state()
 
     def release(self) -> np.ndarray:
-        """The state [39] at the end of a plan: blocks count as loose, and are at the next command unless it says so."""
+        """Returns the state [39] at the end of a plan: blocks count as loose, and are at the next command unless it
+        says so."""
         self.flags = np.zeros(BLOCKS)
         return self.state()
 
@@ -124,7 +126,7 @@ class KukaStacking:
         except self.p.error as error:
             raise UserError(f"PyBullet cannot read {self.models[part]} ({error}): take the original file") from error
 
-    def _place(self, noise: Any) -> None:
+    def _place(self, rng: Rng) -> None:
         """Blocks on a circle around the arm, none on another."""
         top, taken = self._call("getAABB", self.floor)[1][2], list[tuple[np.ndarray, np.ndarray]]()
         for block in self.blocks:  # out of the way of those that are placed before them
@@ -133,7 +135,7 @@ class KukaStacking:
         for block in self.blocks:
             height = -self._call("getAABB", block)[0][2]  # of its middle above what it lies on
             for _ in range(TRIES):
-                direction = noise.uniform((2,), -1, 1, np.float64)
+                direction = rng.uniform((2,), -1, 1, np.float64)
                 x, y = RADIUS * direction / np.linalg.norm(direction)
                 self._call("resetBasePositionAndOrientation", block, [x, y, top + height], [0, 0, 0, 1])
                 low, high = (np.array(corner) for corner in self._call("getAABB", block))
@@ -144,7 +146,7 @@ class KukaStacking:
                 raise UserError(f"the blocks of {self.models['block']} are too large to lie beside each other")
 
     def _hang(self, block: int) -> None:
-        """Fix a block to the hand where it is."""
+        """Fixes a block to the hand where it is."""
         hand = self._call("getLinkState", self.arm, HAND, computeForwardKinematics=True)[:2]
         pose = self._call("getBasePositionAndOrientation", block)
         position, turn = self.p.multiplyTransforms(*self.p.invertTransform(*hand), *pose)

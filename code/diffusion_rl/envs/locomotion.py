@@ -74,13 +74,13 @@ TASKS = {
 
 
 def task_of(name: str) -> str | None:
-    """The task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
+    """Returns the task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
     match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(LOCOMOTION_DATA)})-v[02]", name)
     return match.group(1) if match else None
 
 
 def require(name: str) -> str:
-    """The task behind a D4RL name. Raises UserError for other names."""
+    """Returns the task behind a D4RL name. Raises UserError for other names."""
     task = task_of(name)
     if task is None:
         raise unknown(name, known_names())
@@ -109,7 +109,7 @@ def single(recipe: EnvRecipe) -> gymnasium.Env:
 
 
 def load_model(task: str) -> mujoco.MjModel:
-    """The task's model with the bodies of MuJoCo 2.1.0."""
+    """Returns the task's model with the bodies of MuJoCo 2.1.0."""
     if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5):
         raise UserError(
             f"mujoco {mujoco.__version__} no longer follows the physics of D4RL's data: "
@@ -122,7 +122,7 @@ def load_model(task: str) -> mujoco.MjModel:
 
 
 def restore_bodies(model: mujoco.MjModel, task: str) -> None:
-    """Give `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place."""
+    """Gives `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place."""
     for name, values in json.loads(_BODIES.read_text())[task].items():
         getattr(model, name)[:] = values
     mujoco.mj_setConst(model, mujoco.MjData(model))
@@ -152,7 +152,7 @@ class D4RLTerms(gymnasium.Wrapper):
 
 
 def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any) -> gymnasium.Env:
-    """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
+    """Returns one environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
 
     time_limit: D4RL's; kwargs go to gymnasium's class.
     """
@@ -164,7 +164,7 @@ def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: 
 
 
 def _make_roll() -> Callable[..., Any]:
-    """A single-threaded `mujoco.rollout.Rollout.rollout`, or plain steps in versions before it (mujoco < 3.3)."""
+    """Returns a single-threaded `mujoco.rollout.Rollout.rollout`, or plain steps in versions before it (mujoco < 3.3)."""
     if hasattr(rollout, "Rollout"):
         return rollout.Rollout(nthread=0).rollout
     return _roll_by_steps
@@ -180,7 +180,7 @@ def _roll_by_steps(
     state: np.ndarray,
     **_: Any,
 ) -> None:
-    """What `Rollout.rollout` does with one row, in Python."""
+    """Returns what `Rollout.rollout` does with one row, in Python."""
     model, data = models[0], datas[0]
     mujoco.mj_setState(model, data, states[0], _PHYSICS)
     data.qacc_warmstart[:] = initial_warmstart[0]
@@ -226,7 +226,8 @@ class LocomotionPhysics:
         return self.model.nu
 
     def first_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in order."""
+        """Returns a random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in
+        order."""
         noise = self.task.reset_noise
         qpos = self._init_qpos + rng.uniform(-noise, noise, size=self.model.nq)
         if self.task.gaussian_velocity:
@@ -236,7 +237,8 @@ class LocomotionPhysics:
         return self.state_from(qpos, qvel)
 
     def state_from(self, qpos: np.ndarray, qvel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The state [1+nq+nv] and warm start [nv] of a simulation freshly put to these positions and velocities."""
+        """Returns the state [1+nq+nv] and warm start [nv] of a simulation freshly put to these positions and
+        velocities."""
         data = self._datas[0]
         mujoco.mj_resetData(self.model, data)
         data.qpos[:] = qpos
@@ -255,7 +257,7 @@ class LocomotionPhysics:
         return np.concatenate([states[..., 2 : 1 + nq], velocity], axis=-1)
 
     def step(self, states: np.ndarray, warmstarts: np.ndarray, actions: np.ndarray) -> Trajectory:
-        """Execute actions [E, Ta, A] from states [E, 1+nq+nv] and warm starts [E, nv], neither of which is changed."""
+        """Executes actions [E, Ta, A] from states [E, 1+nq+nv] and warm starts [E, nv], neither of which is changed."""
         skip = self.task.frame_skip
         controls = np.repeat(np.asarray(actions, dtype=np.float64), skip, axis=1)
         substeps = np.empty((*controls.shape[:2], self.state_size))
@@ -283,7 +285,7 @@ class LocomotionPhysics:
         substeps: np.ndarray,
         warm: np.ndarray,
     ) -> None:
-        """Roll out one row after the other, with the interpreter lock released for the whole chunk of each.
+        """Rolls out one row after the other, with the interpreter lock released for the whole chunk of each.
 
         MuJoCo's own threaded rollout of all rows at once would keep no row's warm start, without which the next chunk
         is not bit for bit what single steps give. Row by row on Python's threads is as fast.
@@ -306,7 +308,7 @@ class LocomotionPhysics:
             warm[row] = data.qacc_warmstart
 
     def _rewards(self, positions: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """[E, Ta] from forward positions [E, Ta+1]; the order of operations is gymnasium's."""
+        """Returns [E, Ta] from forward positions [E, Ta+1]; the order of operations is gymnasium's."""
         velocity = (positions[:, 1:] - positions[:, :-1]) / self.dt
         cost = self.task.ctrl_cost * np.sum(np.square(actions), axis=-1)
         return (velocity + self.task.alive_bonus if self.task.alive_bonus else velocity) - cost
@@ -376,8 +378,8 @@ class LocomotionVectorEnv(BatchedVectorEnv):
     def _warmstarts_after(
         self, indices: np.ndarray, raw: np.ndarray, executed: np.ndarray, trajectory: Trajectory
     ) -> np.ndarray:
-        """[N, nv] warm starts after the executed actions. Where a chunk ended early and nothing resets, the executed
-        part runs once more to learn it."""
+        """Returns [N, nv] warm starts after the executed actions. Where a chunk ended early and nothing resets, the
+        executed part runs once more to learn it."""
         warmstarts = trajectory.warmstarts.copy()
         early = np.flatnonzero(executed < raw.shape[1]) if not self.reset_within_step else ()
         for row in early:
@@ -386,7 +388,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         return warmstarts
 
     def _outcomes(self, indices: np.ndarray, trajectory: Trajectory) -> StepOutcomes:
-        """The raw trajectory under D4RL's time limit, observations normalised."""
+        """Returns the raw trajectory under D4RL's time limit, observations normalised."""
         unhealthy = trajectory.unhealthy
         expired = np.zeros_like(unhealthy)
         if self.d4rl_time_limit is not None:
@@ -432,13 +434,13 @@ class LocomotionVectorEnv(BatchedVectorEnv):
                     self._recorders[int(row)].add(state)
 
     def close(self) -> None:
-        """End videos and threads."""
+        """Ends videos and threads."""
         super().close()
         self.physics.close()
 
 
 def known_names() -> list[str]:
-    """The D4RL names of locomotion environments."""
+    """Returns the D4RL names of locomotion environments."""
     return [f"{task}-{flavour}-v2" for task in TASKS for flavour in LOCOMOTION_DATA]
 
 
@@ -451,7 +453,7 @@ _WORD = 2**64 - 1
 
 
 def _pack_generator(rng: np.random.Generator) -> np.ndarray:
-    """The state of a PCG64 generator as 6 uint64: two 128-bit numbers in halves, and the buffered 32 bits."""
+    """Returns the state of a PCG64 generator as 6 uint64: two 128-bit numbers in halves, and the buffered 32 bits."""
     state = rng.bit_generator.state
     value, increment = state["state"]["state"], state["state"]["inc"]
     words = [value >> 64, value & _WORD, increment >> 64, increment & _WORD, state["has_uint32"], state["uinteger"]]

@@ -47,7 +47,7 @@ class SpreadVectorEnv:
         self._seeds = list(seeds)
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere. options[i]: `seed`."""
+        """Begins new episodes everywhere. options[i]: `seed`."""
         for row, option in enumerate(options or []):
             self._seeds[row] = option.get("seed", self._seeds[row])
         for row in range(self.n_envs):
@@ -55,7 +55,7 @@ class SpreadVectorEnv:
         return {"state": self._last[:, None].copy()}
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
+        """Executes chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
         chunk, rows = actions.shape[1], np.arange(self.n_envs)
         frames = np.empty((self.n_envs, chunk, self._last.shape[1]))
         rewards, executed = np.zeros((self.n_envs, len(self.agents))), np.zeros(self.n_envs, np.int64)

@@ -59,7 +59,7 @@ class LowdimWrapper(gymnasium.Wrapper):
         return {"state": gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)}
 
     def observe(self, raw: Any) -> Observations:
-        """The policy's view of a raw observation."""
+        """Returns the policy's view of a raw observation."""
         return {"state": self._state(raw)}
 
     def _state(self, raw: Any) -> np.ndarray:
@@ -149,7 +149,7 @@ class MultiStep:
         self._recorder: Any = None
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> Observations:
-        """Begin an episode, {key: [To, ...]}. options: `seed`, `video_path` (record this episode), and the
+        """Begins an episode, {key: [To, ...]}. options: `seed`, `video_path` (record this episode), and the
         environment's own."""
         options = dict(options or {})
         self._stop_video()
@@ -166,7 +166,7 @@ class MultiStep:
         return self._stacked()
 
     def step(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, bool, bool, dict[str, Any]]:
-        """Execute actions [Ta, A] (or one, [A]) until the episode ends: observations {key: [To, ...]}, reward,
+        """Executes actions [Ta, A] (or one, [A]) until the episode ends: observations {key: [To, ...]}, reward,
         terminated, truncated, info.
 
         info: each key's last To values; `executed_steps`; `full_obs` if asked for, {key: [executed, ...]};
@@ -217,7 +217,7 @@ class MultiStep:
         return terminated, not terminated and (truncated or over)
 
     def _frame(self, raw: Any) -> Observations:
-        """The entries that the observation space names; copies, since some simulators reuse their arrays."""
+        """Returns the entries that the observation space names; copies, since some simulators reuse their arrays."""
         return {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
 
     def _stacked(self) -> Observations:
@@ -248,7 +248,7 @@ class MultiStep:
 
 
 def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], first: int) -> None:
-    """Raise UserError if an observation or a reward of the steps `first`, `first` + 1, ... is NaN or infinite."""
+    """Raises UserError if an observation or a reward of the steps `first`, `first` + 1, ... is NaN or infinite."""
     if math.isfinite(sum(rewards)) and all(_are_finite([frame[key] for frame in frames]) for key in frames[0]):
         return
     for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):

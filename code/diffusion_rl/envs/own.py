@@ -47,7 +47,7 @@ def single(recipe: EnvRecipe) -> OwnEnv:
 
 
 def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | None = None) -> OwnEnv:
-    """Build the environment registered as `name`. render: able to film. obs_dim: see `OwnEnv`."""
+    """Builds the environment registered as `name`. render: able to film. obs_dim: see `OwnEnv`."""
     rendering: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
     try:
         env = gymnasium.make(name, disable_env_checker=True, **rendering, **kwargs)
@@ -142,7 +142,7 @@ class OwnEnv(gymnasium.Wrapper):
             self.observation_space = Dict({PICTURE: Box(0, 255, shape, np.uint8), STATE: self.observation_space})
 
     def _chosen(self, spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> dict[str, tuple[int, ...]]:
-        """The shapes of the entries that make the state."""
+        """Returns the shapes of the entries that make the state."""
         vectors = {key: one.shape for key, one in spaces.items() if isinstance(one, Box) and len(one.shape) < 2}
         if self._is_dict and STATE not in spaces:
             _require_fit(vectors, spaces, obs_dim)
@@ -184,7 +184,7 @@ class OwnEnv(gymnasium.Wrapper):
 
 
 def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> None:
-    """Raise UserError if the vectors of a Dict, joined, are none or not `obs_dim` entries."""
+    """Raises UserError if the vectors of a Dict, joined, are none or not `obs_dim` entries."""
     listed = ", ".join(f"{key} {list(one.shape) if isinstance(one, Box) else one}" for key, one in spaces.items())
     size = sum(int(np.prod(shape)) for shape in vectors.values())
     if not vectors:
@@ -219,7 +219,7 @@ def _unusable(space: gymnasium.Space) -> str:
 
 
 def _channels_first(picture: np.ndarray) -> np.ndarray:
-    """[Hi,Wi,C] -> [C,Hi,Wi]; what has its channels first already is left."""
+    """Returns [Hi,Wi,C] -> [C,Hi,Wi]; what has its channels first already is left."""
     last = picture.ndim == 3 and picture.shape[-1] < min(picture.shape[:2])
     return np.moveaxis(picture, -1, 0) if last else picture
 

@@ -62,7 +62,8 @@ _LINKS = Path(__file__).parent / "assets" / "panda_links.json"
 
 
 def assets() -> Path:
-    """The Panda's folder in the robosuite package, which is not imported. Raises UserError if it is not installed."""
+    """Returns the Panda's folder in the robosuite package, which is not imported. Raises UserError if it is not
+    installed."""
     found = importlib.util.find_spec("robosuite")
     if found is None or not found.submodule_search_locations:
         raise UserError('the Panda model comes with robosuite: pip install -e ".[d3il]" (see installation/d3il.md)')
@@ -70,7 +71,7 @@ def assets() -> Path:
 
 
 def load_model(visible: bool = False) -> mujoco.MjModel:
-    """The robot among the obstacles; `visible` adds the looks of the arm, the finish line and light.
+    """Returns the robot among the obstacles; `visible` adds the looks of the arm, the finish line and light.
 
     Of the robot only the rod touches anything: obstacles and, where the outstretched arm sags, the table.
     """
@@ -210,7 +211,7 @@ class InverseKinematics:
 
 
 def _rotation_error(turn: np.ndarray) -> np.ndarray:
-    """[E, 3] vector part of the quaternion from orientations [E, 3, 3] to the tool pointing down, (0, 1, 0, 0).
+    """Returns [E, 3] vector part of the quaternion from orientations [E, 3, 3] to the tool pointing down, (0, 1, 0, 0).
 
     With the orientation's quaternion (w, x, y, z), x >= 0, that is (w, z, -y).
     """
@@ -223,7 +224,7 @@ def _rotation_error(turn: np.ndarray) -> np.ndarray:
 
 
 def _solve_clipped(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solve A x = b for symmetric A [E, 6, 6] whose eigenvalues are first clipped to `EIGENVALUES`; b [E, 6].
+    """Solves A x = b for symmetric A [E, 6, 6] whose eigenvalues are first clipped to `EIGENVALUES`; b [E, 6].
 
     None is ever large (the arm is short). Only rows with a small one need the eigenvectors, which are slow.
     """
@@ -273,7 +274,7 @@ class ArmStates:
             array[index] = getattr(other, name)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, not copied."""
+        """Returns the arrays by name, not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -310,7 +311,7 @@ class PandaPhysics:
         return after
 
     def _simulate(self, pulls: np.ndarray) -> None:
-        """Step through [T, 7] what the joint controller pulls with apart from the present position and velocity."""
+        """Steps through [T, 7] what the joint controller pulls with apart from the present position and velocity."""
         model, data, step = self.model, self._data, mujoco.mj_step
         position, velocity, bias, torque = data.qpos, data.qvel, data.qfrc_bias, data.ctrl
         for pull in pulls:
@@ -324,7 +325,7 @@ class PandaPhysics:
         data.qacc_warmstart[:] = state.warmstart
 
     def _read(self, state: ArmStates) -> None:
-        """Copy what the simulation knows into a state without the axis E."""
+        """Copys what the simulation knows into a state without the axis E."""
         data = self._data
         state.position[...], state.velocity[...], state.bias[...] = data.qpos, data.qvel, data.qfrc_bias
         state.warmstart[...] = data.qacc_warmstart

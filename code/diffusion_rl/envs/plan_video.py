@@ -22,7 +22,7 @@ def planned_states(physics: LocomotionPhysics, observations: np.ndarray, start: 
 
 
 def film_plan(env: LocomotionVectorEnv, row: int, observations: np.ndarray, actions: np.ndarray, path: Path) -> None:
-    """Film a plan, observations [H,O] and actions [H,A], made in the present state of one environment.
+    """Films a plan, observations [H,O] and actions [H,A], made in the present state of one environment.
 
     Raises UserError where videos cannot be made.
     """

@@ -18,12 +18,12 @@ _preloaded = ["diffusion_rl.envs.worker"]
 
 
 def preload(*modules: str) -> None:
-    """Share the memory and the time of importing these; takes effect if no process has been started yet."""
+    """Shares the memory and the time of importing these; takes effect if no process has been started yet."""
     _preloaded.extend(module for module in modules if module not in _preloaded)
 
 
 def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Run target(connection, *arguments) in a new process; returns it and our end of the connection.
+    """Runs target(connection, *arguments) in a new process; returns it and our end of the connection.
 
     The process comes from a fork server that never imported TensorFlow (forking after TensorFlow has started threads
     is unsafe, and software rendering in a process with TensorFlow crashes) and does not import the main script.
@@ -39,7 +39,8 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Co
 
 
 def in_one_line(trace: str, name: str = "") -> str:
-    """The text of a traceback as "Type: first line of its message [name, file:line]", at most about 300 characters."""
+    """Returns the text of a traceback as "Type: first line of its message [name, file:line]", at most about 300
+    characters."""
     lines = trace.strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
     last = frames[-1] if frames else -1
@@ -55,7 +56,7 @@ def in_one_line(trace: str, name: str = "") -> str:
 
 @contextlib.contextmanager
 def _hidden_main_module() -> Iterator[None]:
-    """Keep a new process from importing the main script anew, which would load TensorFlow into it."""
+    """Keeps a new process from importing the main script anew, which would load TensorFlow into it."""
     main = sys.modules["__main__"]
     kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__dict__.pop("__file__", None)

@@ -46,7 +46,7 @@ PROCESS_GB["TwoArmTransport"] = (0.65, 1.0)
 
 
 def activate() -> None:
-    """Make `import robomimic` find the subset in changed_robomimic/, in this process. Calling it again does nothing.
+    """Makes `import robomimic` find the subset in changed_robomimic/, in this process. Calling it again does nothing.
 
     Raises UserError if another robomimic is already imported, or installed in another version than the subset's, or
     if robosuite is missing or another version.
@@ -76,7 +76,7 @@ def _check_version(package: str, wanted: str, required: bool) -> None:
 
 
 def read_env_meta(path: str | Path) -> dict[str, Any]:
-    """The description of an environment. A relative path is looked for here, then in the repository."""
+    """Returns the description of an environment. A relative path is looked for here, then in the repository."""
     candidates = [Path(path), REPOSITORY / path]
     found = next((one for one in candidates if one.is_file()), None)
     if found is None:
@@ -97,8 +97,8 @@ def make_simulator(
     seed: int,
     reflections: bool = False,
 ) -> Any:
-    """A robomimic environment (`EnvRobosuite`) of `meta`. What it draws when it is made (the size of Lift's cube)
-    follows from `seed`. reflections: robosuite's pixels exactly, but for more than twice the time."""
+    """Returns a robomimic environment (`EnvRobosuite`) of `meta`. What it draws when it is made (the size of Lift's
+    cube) follows from `seed`. reflections: robosuite's pixels exactly, but for more than twice the time."""
     activate()
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
@@ -173,7 +173,7 @@ class Robomimic(gymnasium.Env):
         return self.show(self.init_state), {}
 
     def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
-        """The observation of a flat simulator state, in which the simulation goes on."""
+        """Returns the observation of a flat simulator state, in which the simulation goes on."""
         return self._pick(self.base.reset_to({"states": state}))
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -222,7 +222,7 @@ class RobomimicRecipe:
 
     @property
     def name(self) -> str:
-        """The task's, in robosuite."""
+        """Returns the task's, in robosuite."""
         return str(self.meta["env_name"])
 
     def __call__(self) -> MultiStep:
@@ -251,7 +251,7 @@ def vector(request: EnvRequest) -> ProcessVectorEnv:
 def recipes(
     env_cfg: Mapping[str, Any], seeds: Sequence[int], normalizer: MinMaxNormalizer | None, chunks: dict[str, Any]
 ) -> list[RobomimicRecipe]:
-    """What builds the environments of the `env` node `env_cfg`, one for each seed.
+    """Returns what builds the environments of the `env` node `env_cfg`, one for each seed.
 
     Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video`, `reflections` and `wrappers.robomimic_lowdim` or
     `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`, `render_hw`,
@@ -281,6 +281,6 @@ def recipes(
 
 
 def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:
-    """Raise UserError if `n_envs` processes need more GB than are `available` (default: what the system says)."""
+    """Raises UserError if `n_envs` processes need more GB than are `available` (default: what the system says)."""
     each = f"{env_name} environment" + (" with pictures" if pictures else "")
     room.require_memory(n_envs, PROCESS_GB.get(env_name, (0.65, 1.0))[pictures], each, available)

@@ -38,7 +38,8 @@ class Arm:
         return np.array(self.sim.data.site_xpos[self._site])
 
     def action(self, target: np.ndarray, across: np.ndarray | None = None) -> np.ndarray:
-        """One step towards `target` [3], pointing down, the fingers closing along `across` [3] (None: as they are)."""
+        """Returns one step towards `target` [3], pointing down, the fingers closing along `across` [3] (None: as they
+        are)."""
         approach = self.sim.data.site_xmat[self._site].reshape(3, 3)[:, 2]
         turn = np.cross(approach, DOWN)
         if across is not None:
@@ -56,19 +57,19 @@ class Arm:
             yield self.action(target(), None if across is None else across())
 
     def stay(self, steps: int, across: Point | None = None) -> Plan:
-        """Hold the place, for the fingers to open or close."""
+        """Holds the place, for the fingers to open or close."""
         here = self.position
         for _ in range(steps):
             yield self.action(here, None if across is None else across())
 
     def wait(self, until: Callable[[], bool], across: Point | None = None) -> Plan:
-        """Hold the place until something is the case."""
+        """Holds the place until something is the case."""
         here = self.position
         while not until():
             yield self.action(here, None if across is None else across())
 
     def grasp(self, target: Point, across: Point | None = None, above: float = 0.1) -> Plan:
-        """Come from above, close the fingers, and lift."""
+        """Comes from above, close the fingers, and lift."""
         self.grip = OPEN
         yield from self.go(lambda: target() + [0, 0, above], across, near=0.02)
         yield from self.go(target, across)
@@ -81,13 +82,13 @@ class Arm:
         yield from self.go(lambda: goal, near=0.02)
 
     def release(self) -> Plan:
-        """Open the fingers."""
+        """Opens the fingers."""
         self.grip = OPEN
         yield from self.stay(5)
 
 
 def plans(task: str, env: Any, speed: float = 1.0) -> list[Plan]:
-    """The plan of every arm for `task` in robosuite's `env`, just reset."""
+    """Returns the plan of every arm for `task` in robosuite's `env`, just reset."""
     makers = {"lift": _lift, "can": _can, "square": _square, "transport": _transport}
     return makers[task](env, [Arm(env, i, speed) for i in range(len(env.robots))])
 

@@ -16,7 +16,7 @@ ROW_GB = 3e-6  # of one environment of a batch: its state and its random stream
 
 
 def require_processes(count: int) -> None:
-    """Raise UserError if `count` more processes, one for each environment, do not fit on this machine."""
+    """Raises UserError if `count` more processes, one for each environment, do not fit on this machine."""
     require_memory(count, PROCESS_GB)
     for what, most in _process_limits():
         if count > most:
@@ -29,7 +29,7 @@ def require_processes(count: int) -> None:
 
 
 def require_memory(count: int, each_gb: float, each: str = "environment", free: float | None = None) -> None:
-    """Raise UserError if `count` environments (`each` names one) of `each_gb` do not fit into `free` GB of memory
+    """Raises UserError if `count` environments (`each` names one) of `each_gb` do not fit into `free` GB of memory
     (default: what the system says)."""
     free = _available_gb() if free is None else free
     if free is not None and count * each_gb > free:
@@ -53,7 +53,7 @@ def _available_gb() -> float | None:
 
 
 def _process_limits() -> Iterator[tuple[str, int]]:
-    """What limits the number of processes, and to how many."""
+    """Returns what limits the number of processes, and to how many."""
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if most != resource.RLIM_INFINITY:
         yield "ulimit -u", most

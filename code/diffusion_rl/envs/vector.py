@@ -54,7 +54,7 @@ class MultiStepVectorEnv(abc.ABC):
 
     @abc.abstractmethod
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        """Make the environments."""
+        """Makes the environments."""
 
     def seed(self, seeds: Sequence[int]) -> None:
         require_one_each("seeds", seeds, self.n_envs)
@@ -203,7 +203,7 @@ def _stack(observations: Sequence[Observations]) -> Observations:
 
 
 def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str, Any]], chunk: int) -> dict[str, Any]:
-    """The infos of StepResult from those of the single environments."""
+    """Returns the infos of StepResult from those of the single environments."""
     merged: dict[str, Any] = {"executed_steps": np.array([info["executed_steps"] for info in infos], dtype=np.int64)}
     if any("final_obs" in info for info in infos):
         pairs = zip(infos, observations, strict=True)

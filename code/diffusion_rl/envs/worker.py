@@ -23,7 +23,8 @@ BY_CONFIGURATION = ("furniture", "robomimic")  # simulators of which a name alon
 
 
 def simulator_named(name: str) -> str:
-    """The module of `envs` that builds the environments of this name: those that nobody knows are the user's own."""
+    """Returns the module of `envs` that builds the environments of this name: those that nobody knows are the user's
+    own."""
     task = task_named(name)
     return task.simulator if task and task.simulator and task.simulator not in BY_CONFIGURATION else "own"
 
@@ -49,7 +50,7 @@ class EnvRecipe:
 
     @classmethod
     def of(cls, request: EnvRequest, simulator: str) -> EnvRecipe:
-        """What builds one of the environments that are asked for."""
+        """Returns what builds one of the environments that are asked for."""
         return cls(
             name=request.name,
             kwargs=dict(request.config.get("specific") or {}),
@@ -84,7 +85,7 @@ class Spaces(NamedTuple):
 
 
 def spaces(env: MultiStep) -> Spaces:
-    """What the environment shows and takes. Raises UserError where its actions are not vectors of numbers."""
+    """Returns what the environment shows and takes. Raises UserError where its actions are not vectors of numbers."""
     space, action = env.env.observation_space, env.env.action_space
     shapes = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"state": space}
     if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
@@ -97,7 +98,7 @@ def spaces(env: MultiStep) -> Spaces:
 
 
 def call(env: MultiStep, method: str, arguments: tuple) -> Any:
-    """What a method of `env` returns; of a chunk's info only `CHUNK_KEYS`, since the rest may be anything, and
+    """Returns what a method of `env` returns; of a chunk's info only `CHUNK_KEYS`, since the rest may be anything, and
     `succeeded` where the environment says so."""
     answer = getattr(env, method)(*arguments)
     if method != "step":
@@ -108,7 +109,7 @@ def call(env: MultiStep, method: str, arguments: tuple) -> Any:
 
 
 def serve(connection: Connection, build: Callable[[], MultiStep]) -> None:
-    """Answer (method, arguments) until the other end hangs up: ("ok", result), ("refused", line of a UserError) or
+    """Answers (method, arguments) until the other end hangs up: ("ok", result), ("refused", line of a UserError) or
     ("error", traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it hangs up when it ends
     env: MultiStep | None = None

@@ -23,6 +23,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, require_file, require_writable
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.npz import read_npz, write_npz
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import (
     Episodes,
@@ -57,7 +58,7 @@ def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
 
 
 def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
-    """The reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
+    """Returns the reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
     dims = [settings.hidden, settings.hidden]
     common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": dims, "activation_type": "ReLU"}
     with initial_weights(NoiseSource(settings.seed)):
@@ -69,18 +70,18 @@ def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
 class Sampler:
     """Draws stochastic actions [E,1,A] for raw observations [E,1,O], without retracing for the same E."""
 
-    def __init__(self, policy: SAC, noise: NoiseSource, action_dim: int):
-        self.noise, self.action_dim = noise, action_dim
-        self._sample = tf.function(lambda obs, eps: policy.sample({"state": obs}, eps)[0])
+    def __init__(self, policy: SAC, rng: Rng, action_dim: int):
+        self.rng, self.action_dim = rng, action_dim
+        self._sample = tf.function(lambda obs, noise: policy.sample({"state": obs}, noise)[0])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Draws actions [E,1,A] for raw observations [E,1,O]."""
-        eps = self.noise.normal((len(obs), self.action_dim))
-        return self._sample(tf.constant(obs, tf.float32), tf.constant(eps)).numpy()
+        noise = self.rng.normal((len(obs), self.action_dim))
+        return self._sample(tf.constant(obs, tf.float32), tf.constant(noise)).numpy()
 
 
 def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int, int], bool]) -> Episodes:
-    """Whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
+    """Returns whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
 
     Once `enough(ended episodes, transitions so far)` holds, no episode is begun, but those still running are finished
     and kept, so that short ones are not over-represented.
@@ -131,7 +132,7 @@ def statistics(episodes: Episodes) -> dict[str, Any]:
 
 
 def train(task: str, target_return: float, settings: Settings, work_dir: Path) -> Path:
-    """Train until an evaluated return reaches `target_return` (or to `max_updates`).
+    """Trains until an evaluated return reaches `target_return` (or to `max_updates`).
 
     Returns the file of the actor whose evaluation came nearest to the target: early in training returns jump, and the
     first that reaches a medium return may be far above it. Every evaluated actor is kept in `work_dir`, and in
@@ -141,8 +142,8 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     envs = make_envs(task, settings.n_envs, settings.seed)
     eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
-    noise = NoiseSource(settings.seed + 1)
-    sampler = Sampler(policy, noise, envs.action_dim)
+    rng = NoiseSource(settings.seed + 1)
+    sampler = Sampler(policy, rng, envs.action_dim)
     collector = Collector(envs, sampler, settings)
     buffers = Buffers(collector.buffer)
     learner = Learner(policy, sac_settings(settings, envs.action_dim), buffers)
@@ -150,8 +151,8 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     while updates < settings.max_updates:
         collector.collect(settings.updates_per_call / settings.replay_ratio)
         collector.buffer.flush()
-        rows = Rows(buffers, noise, settings.n_envs)
-        losses = learner.run(Phase(settings.updates_per_call), noise, rows, lambda count, found: None)
+        rows = Rows(buffers, rng, settings.n_envs)
+        losses = learner.run(Phase(settings.updates_per_call), rng, rows, lambda count, losses: None)
         updates += settings.updates_per_call
         if updates % settings.eval_every >= settings.updates_per_call:
             continue
@@ -200,7 +201,7 @@ class Collector:
         self._owed += steps
         while self._owed > 0:
             if self.env_steps < self.settings.explore_steps:
-                actions = self.sampler.noise.uniform((self.envs.n_envs, 1, self.envs.action_dim), -1.0, 1.0)
+                actions = self.sampler.rng.uniform((self.envs.n_envs, 1, self.envs.action_dim), -1.0, 1.0)
             else:
                 actions = self.sampler(self.obs)
             result = self.envs.step(actions)
@@ -220,12 +221,12 @@ class Collector:
             self._owed -= self.envs.n_envs
 
     def episodes(self) -> Episodes:
-        """The complete episodes in the buffer, environment by environment; it must not have overflowed."""
+        """Returns the complete episodes in the buffer, environment by environment; it must not have overflowed."""
         rows, ended = self.buffer.tensors(), np.stack(self._ended)  # [steps,E]
         kept = np.cumsum(ended[::-1], axis=0)[::-1] > 0  # not after the last end of an environment
 
         def column(field: np.ndarray) -> np.ndarray:
-            """One environment after the other."""
+            """Returns one environment after the other."""
             by_step = field.reshape(*ended.shape, *field.shape[1:])
             return np.swapaxes(by_step, 0, 1)[kept.T]
 
@@ -240,18 +241,18 @@ class Collector:
 
 
 def thinned(episodes: Episodes, transitions: int) -> Episodes:
-    """Every n-th episode, so many that there are about that many transitions."""
+    """Returns every n-th episode, so many that there are about that many transitions."""
     return episodes.select(np.arange(0, len(episodes.traj_lengths), max(round(len(episodes.states) / transitions), 1)))
 
 
 def joined(first: Episodes, second: Episodes) -> Episodes:
-    """The episodes of both."""
+    """Returns the episodes of both."""
     other = second.arrays()
     return Episodes(**{name: np.concatenate([array, other[name]]) for name, array in first.arrays().items()})
 
 
 def sac_settings(settings: Settings, action_dim: int) -> dict[str, Any]:
-    """The `train` node of SAC with one actor step for each of the critic's."""
+    """Returns the `train` node of SAC with one actor step for each of the critic's."""
     return {
         "gamma": 0.99,
         "actor_lr": 3e-4,
@@ -275,7 +276,7 @@ def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:
 
 
 def save_actor(path: Path, policy: SAC) -> None:
-    """The actor's weights under the reference's names."""
+    """Returns the actor's weights under the reference's names."""
     write_npz(path, state_dict(policy.network))
 
 
@@ -338,7 +339,7 @@ def make(
 
 
 def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:
-    """Write train.npz and normalization.npz; what is in them."""
+    """Writes train.npz and normalization.npz; what is in them."""
     normalization = bounds_of(raw)
     scaled = scale_episodes(raw, normalization)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))

@@ -32,7 +32,7 @@ class Settings:
     critic_layernorm: bool = False  # steadier where the plain critics overestimate (Ball et al. 2023)
 
     def check(self) -> None:
-        """Raise UserError for a number that cannot work."""
+        """Raises UserError for a number that cannot work."""
         require_seed(self.seed)
         for name in ("n_envs", "n_eval_envs", "hidden", "updates_per_call"):
             require_range(_option(name), getattr(self, name), 1, 10_000)

@@ -20,7 +20,7 @@ EPISODE_STEPS = 25
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Record episodes into `<data>/mpe/simple_spread/<quality>/seed_0_data/`; prints their mean return."""
+    """Records episodes into `<data>/mpe/simple_spread/<quality>/seed_0_data/`; prints their mean return."""
     parser = Arguments(description="Data of simple_spread by scripted agents.")
     parser.add_argument("--quality", choices=QUALITIES, default="medium", help="how good the agents are")
     parser.add_argument("--episodes", type=int, default=1000, help="of 25 steps")
@@ -39,11 +39,11 @@ def main(arguments: Sequence[str]) -> None:
 
 def record(episodes: int, push: float, deviation: float) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
     """Arrays [T,…] of each agent by name, episode after episode, and the episodes' returns (means over agents)."""
-    env, noise = SpreadVectorEnv(episodes, seeds=range(episodes)), NoiseSource(0)
+    env, rng = SpreadVectorEnv(episodes, seeds=range(episodes)), NoiseSource(0)
     seen, rows = env.reset()["state"][:, -1], []
     for step in range(EPISODE_STEPS):
         observations = seen.reshape(episodes, N_AGENTS, -1)
-        drift = deviation * noise.normal((episodes, N_AGENTS, 2))
+        drift = deviation * rng.normal((episodes, N_AGENTS, 2))
         actions = scripted(observations, drift, push)
         result = env.step(actions.reshape(episodes, 1, -1))
         last = np.full((episodes, N_AGENTS), step == EPISODE_STEPS - 1)

@@ -45,7 +45,7 @@ class Settings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise UserError for a number that cannot work."""
+        """Raises UserError for a number that cannot work."""
         require_range("--attempts", self.attempts, 1)
         require_range("--noise", self.noise, 0)
         require_range("--speed", self.speed, above=0, most=1)
@@ -69,7 +69,7 @@ class Demonstration:
 
 
 def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimic:
-    """The task with observations as in the data sets: with `pictures` the robot's own state and all cameras."""
+    """Returns the task with observations as in the data sets: with `pictures` the robot's own state and all cameras."""
     meta = robomimic.read_env_meta(f"cfg/robomimic/env_meta/{task}{'-img' if pictures else ''}.json")
     keys = low_dim_keys(len(meta["env_kwargs"]["robots"]), with_object=not pictures)
     cameras = [f"{camera}{IMAGE_SUFFIX}" for camera in meta["env_kwargs"]["camera_names"]] if pictures else []
@@ -78,7 +78,7 @@ def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimi
 
 
 def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settings) -> tuple[Demonstration, bool]:
-    """One episode of the expert, until shortly after success or to the time limit; and whether it succeeded."""
+    """Returns one episode of the expert, until shortly after success or to the time limit; and whether it succeeded."""
     observation, _ = env.reset(seed=seed)
     simulator, draws = env.base.env, NoiseSource(seed)
     arms = plans(task, simulator, settings.speed)
@@ -105,7 +105,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
 
 
 def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstration]:
-    """The successful ones of `settings.attempts` episodes, seeded one after the other."""
+    """Returns the successful ones of `settings.attempts` episodes, seeded one after the other."""
     settings.check()
     env, succeeded = make_env(task, settings.seed), 0
     for i in range(settings.attempts):
@@ -120,7 +120,7 @@ def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstra
 
 
 def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings) -> Episodes:
-    """Write train.npz, normalization.npz and the simulator's states, from which pictures can be made."""
+    """Writes train.npz, normalization.npz and the simulator's states, from which pictures can be made."""
     if not demonstrations:
         raise UserError("no episode succeeded: lower --noise or raise --attempts")
     raw = join([demonstration.episode() for demonstration in demonstrations], "demonstrations")
@@ -131,7 +131,7 @@ def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings)
 
 
 def render(task: str, source: Path, out_dir: Path, report: Report) -> None:
-    """Write the data set of `source` as one of pictures [N,C,Hi,Wi] and the robot's own state.
+    """Writes the data set of `source` as one of pictures [N,C,Hi,Wi] and the robot's own state.
 
     Every simulator state that `save` wrote is set in a simulator with cameras; actions and rewards stay.
     """

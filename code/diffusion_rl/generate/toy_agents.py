@@ -16,10 +16,10 @@ SPEED, TURN, NOISE = 0.4, 0.6, 0.3  # mean return -17 with two agents; straight 
 def toy_data(n_agents: int = 2, discrete: bool = False) -> AgentEpisodes:
     """400 episodes, always the same."""
     env = ToyAgentsVectorEnv(EPISODES, n_agents, discrete=discrete, seeds=range(SEED, SEED + EPISODES))
-    noise, shape = NoiseSource(SEED), (EPISODES, n_agents, 2)
+    rng, shape = NoiseSource(SEED), (EPISODES, n_agents, 2)
     observations, rows = env.reset()["state"][:, -1], list[tuple[np.ndarray, ...]]()
     for _ in range(EPISODE_STEPS):
-        drift = NOISE * noise.normal(shape)
+        drift = NOISE * rng.normal(shape)
         actions = controller(observations.reshape(EPISODES, n_agents, -1), drift, SPEED, TURN, discrete)
         result = env.step(actions.reshape(EPISODES, 1, -1))
         rows.append((observations, actions.reshape(EPISODES, -1), result.rewards))

@@ -52,7 +52,7 @@ class TaskSpec:
 
 
 def _locomotion(name: str, scales: tuple[float, float, float], **facts: Any) -> TaskSpec:
-    """A locomotion task. scales: of returns, for the data medium-expert, medium-replay and medium."""
+    """Returns a locomotion task. scales: of returns, for the data medium-expert, medium-replay and medium."""
     files = {f"{name}-{data}-v2": f"gym_mujoco_v2/{name}_{data.replace('-', '_')}-v2.hdf5" for data in LOCOMOTION_DATA}
     kinds = ("medium-expert", "medium-replay", "medium")  # longer names come first
     return TaskSpec(
@@ -149,12 +149,12 @@ TASKS = (
 
 
 def task_named(name: str) -> TaskSpec | None:
-    """The task that a name of an environment or of a data set belongs to; None: one of the user's own."""
+    """Returns the task that a name of an environment or of a data set belongs to; None: one of the user's own."""
     return next((task for task in TASKS if task.covers(name)), None)
 
 
 def tasks_of(**facts: Any) -> list[TaskSpec]:
-    """The tasks with these facts: `tasks_of(simulator="locomotion")`."""
+    """Returns the tasks with these facts: `tasks_of(simulator="locomotion")`."""
     return [task for task in TASKS if all(getattr(task, key) == value for key, value in facts.items())]
 
 

@@ -19,8 +19,8 @@ def load(
     cameras: Sequence[str] = (),
     max_episodes: int | None = None,
 ) -> tuple[Episodes, MinMaxNormalizer]:
-    """Complete episodes and the ranges of everything in a D4RL, Minari or robomimic HDF5 file (or Minari's folder), or
-    in an npz of unscaled arrays; the layout is recognised.
+    """Returns complete episodes and the ranges of everything in a D4RL, Minari or robomimic HDF5 file (or Minari's
+    folder), or in an npz of unscaled arrays; the layout is recognised.
 
     obs_keys: for observations that are dictionaries, what to concatenate, in this order. cameras, max_episodes: of
     robomimic's files, whose ranges are those of the episodes that are read.

@@ -33,7 +33,7 @@ def load(
     discrete: bool = False,
     say: Callable[[str], None] = print,
 ) -> AgentEpisodes:
-    """The episodes of a data set; what was found is told.
+    """Returns the episodes of a data set; what was found is told.
 
     Args:
         root: the folder that holds <kind>/; None: that of the data which ship with this repository.

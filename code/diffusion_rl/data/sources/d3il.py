@@ -37,22 +37,23 @@ class Demonstration:
 
     @property
     def states(self) -> np.ndarray:
-        """[T-1, 4] what the policy sees."""
+        """Returns [T-1, 4] what the policy sees."""
         return np.concatenate([self.setpoints, self.positions], axis=1)[:-1]
 
     @property
     def actions(self) -> np.ndarray:
-        """[T-1, 2] changes of the setpoint."""
+        """Returns [T-1, 2] changes of the setpoint."""
         return np.diff(self.setpoints, axis=0)
 
     @property
     def modes(self) -> tuple[int, ...]:
-        """The gaps it takes, as the reference's filter counts them."""
+        """Returns the gaps it takes, as the reference's filter counts them."""
         return modes_of(self.positions, FILTER_TOLERANCE)
 
 
 def read_folder(folder: str | Path) -> list[Demonstration]:
-    """All demonstrations of a folder, by name. Raises UserError if there is none, or for a file that is not one."""
+    """Returns all demonstrations of a folder, by name. Raises UserError if there is none, or for a file that is not
+    one."""
     files = sorted(Path(folder).glob("*.pkl"))
     if not files:
         raise UserError(f"{folder} holds no .pkl files: give the folder of D3IL's avoiding recordings")
@@ -60,7 +61,7 @@ def read_folder(folder: str | Path) -> list[Demonstration]:
 
 
 def read(path: Path) -> Demonstration:
-    """One demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
+    """Returns one demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
     content = _load(path)
     robot = content.get("robot") if isinstance(content, dict) else None
     recorded = [robot.get(key) for key in ("des_c_pos", "c_pos")] if isinstance(robot, dict) else []
@@ -76,12 +77,12 @@ def read(path: Path) -> Demonstration:
 def select(
     demonstrations: Sequence[Demonstration], desired: Sequence[int], required: Sequence[int] = REQUIRED
 ) -> list[Demonstration]:
-    """Those that take all the `required` gaps of the first rows and one of the `desired` ones of the third."""
+    """Returns those that take all the `required` gaps of the first rows and one of the `desired` ones of the third."""
     return [d for d in demonstrations if set(required) <= set(d.modes[:2]) and d.modes[2] in desired]
 
 
 def as_episodes(demonstrations: Sequence[Demonstration]) -> Episodes:
-    """One after the other, in their own units, float32."""
+    """Returns one after the other, in their own units, float32."""
     if not demonstrations:
         raise UserError("no demonstration takes the gaps asked for")
     parts = [{"states": d.states, "actions": d.actions} for d in demonstrations]
@@ -146,7 +147,7 @@ class _Arrays(Interpreter):
 
 
 def _load(path: Path) -> Any:
-    """What a pickle of dictionaries and arrays holds."""
+    """Returns what a pickle of dictionaries and arrays holds."""
     payload = read_bytes(path)
     try:
         return _with_arrays(_Arrays().run(payload))
@@ -155,7 +156,7 @@ def _load(path: Path) -> Any:
 
 
 def _with_arrays(content: Any) -> Any:
-    """Put the arrays in the place of what stands for them, in each dictionary once, however often it is referred to."""
+    """Puts the arrays in the place of what stands for them, in each dictionary once, however often it is referred to."""
     pending, seen = [content], set()
     while pending:
         node = pending.pop()

@@ -28,7 +28,7 @@ def recognises(file: Group) -> bool:
 
 
 def file_in(folder: Path) -> Path:
-    """The data file in a Minari data set's folder."""
+    """Returns the data file in a Minari data set's folder."""
     for candidate in (folder / "main_data.hdf5", folder / "data" / "main_data.hdf5"):
         if candidate.is_file():
             return candidate
@@ -47,7 +47,7 @@ def read(file: Group, obs_keys: Sequence[str] = ()) -> Episodes:
 
 
 def _require_continuous(where: str) -> None:
-    """Raise UserError where the `metadata.json` beside the file says that actions are of a discrete space.
+    """Raises UserError where the `metadata.json` beside the file says that actions are of a discrete space.
 
     Attributes of the file, which older data sets have instead, are not read: in a damaged file the library may never
     end to look for a text. The actions' type tells as much (see `data.episodes.check`).
@@ -90,12 +90,12 @@ def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> dict[str, np.nda
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
-    """[L,…] -> [L,D]"""
+    """Returns [L,…] -> [L,D]"""
     return x.reshape(len(x), -1) if len(x) else x.reshape(0, 1)
 
 
 def _observations(group: Group, where: str, obs_keys: Sequence[str]) -> list[Array]:
-    """What a state consists of: the array `observations`, or those of `obs_keys` in the group of that name."""
+    """Returns what a state consists of: the array `observations`, or those of `obs_keys` in the group of that name."""
     parts = group.group("observations")
     if parts is None:
         return [group.array("observations")]

@@ -20,7 +20,8 @@ IMAGE_SUFFIX = "_image"
 
 
 def low_dim_keys(n_arms: int, with_object: bool) -> list[str]:
-    """The entries of the state, in order: pose of each arm's hand and its fingers, and what else there is to know."""
+    """Returns the entries of the state, in order: pose of each arm's hand and its fingers, and what else there is to
+    know."""
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
     return [f"robot{i}_{part}" for i in range(n_arms) for part in parts] + ["object"] * with_object
 
