@@ -46,13 +46,13 @@ class Asset:
 
 
 def data_dir() -> Path:
-    """DPPO_DATA_DIR, by default `data/` of the repository."""
+    """Returns the data directory: DPPO_DATA_DIR, by default `data/` of the repository."""
     configured = os.environ.get("DPPO_DATA_DIR")
     return Path(configured).expanduser() if configured else Path(__file__).resolve().parents[3] / "data"
 
 
 def manifest(path: Path | None = None) -> dict[str, Asset]:
-    """Returns the files that can be fetched, by name."""
+    """Reads which files can be fetched, by name."""
     path = path or Path(__file__).with_name("assets.json")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +62,7 @@ def manifest(path: Path | None = None) -> dict[str, Asset]:
 
 
 def resolve(path: str | os.PathLike, assets: Mapping[str, Asset] | None = None) -> Path:
-    """Returns the file itself if it exists, else the manifest's file for it (fetched if need be), else UserError.
+    """Finds a file: itself if it exists, else the manifest's file for it, fetched if need be.
 
     `path` may be absolute, relative to the current directory, relative to the data directory, or a manifest name.
     """
@@ -92,7 +92,7 @@ def _cure(path: Path) -> str:
 
 
 def fetch(asset: Asset, report: Report | None = None) -> Path:
-    """Returns the asset's path below the data directory, fetched and checked if it is not there yet."""
+    """Returns the asset's path below the data directory; fetches and checks it first if it is not there."""
     destination = data_dir() / asset.destination
     if destination.is_file():
         return destination
@@ -197,7 +197,7 @@ def _attempt(url: str, partial: Path, size: int | None, report: Report) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
+    """Returns the hexadecimal digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(_CHUNK):

@@ -39,7 +39,7 @@ def convert(
     keep_unrewarded: bool = False,
     rng: Rng | None = None,
 ) -> Converted:
-    """Scales to [-1, 1] and split by whole episodes.
+    """Scales to [-1, 1] and splits by whole episodes.
 
     max_episodes: take the first ones only. val_split: share of them for validation, drawn with `rng`.
     keep_unrewarded: keep episodes whose rewards add up to nothing positive, which the reference leaves out.
@@ -77,7 +77,7 @@ def convert_file(
     cameras: Sequence[str] = (),
     **options: Any,
 ) -> Converted:
-    """Reads `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
+    """Reads `source`, converts it, and writes `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
 
     kitchen_goal: [30]; the source is one of Minari's kitchen sets and gets D4RL's observations with this goal.
     cameras: whose pictures to take from a file of robomimic.
@@ -92,8 +92,10 @@ def convert_file(
 
 
 def kitchen_states(states: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Observations of FrankaKitchen-v1 [N, 59], positions and velocities of robot and objects, as D4RL's [N, 60]:
-    both positions and the goal [30]."""
+    """Turns observations of FrankaKitchen-v1 [N,59] into D4RL's [N,60].
+
+    Those are positions and velocities of robot and objects; these both positions and the goal [30].
+    """
     if states.shape[1:] != (59,):
         raise UserError(f"observations have {states.shape[1:]} entries, those of Minari's kitchen sets have 59")
     return np.concatenate([states[:, :9], states[:, 18:39], np.tile(goal, (len(states), 1))], axis=1)

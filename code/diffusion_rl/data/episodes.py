@@ -41,12 +41,12 @@ class Episodes:
 
     @property
     def starts(self) -> np.ndarray:
-        """First row of each episode [T]."""
+        """Returns the first row of each episode [T]."""
         return np.concatenate([[0], np.cumsum(self.traj_lengths)[:-1]]).astype(np.int64)
 
     @property
     def returns(self) -> np.ndarray:
-        """Undiscounted return of each episode [T], float64. Needs rewards."""
+        """Returns the undiscounted return of each episode [T], float64. Needs rewards."""
         so_far = np.concatenate([[0.0], np.cumsum(np.asarray(self.rewards), dtype=np.float64)])
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
@@ -69,7 +69,7 @@ class Episodes:
         return Episodes(traj_lengths=lengths, **chosen)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the arrays that are there, by their names in the file."""
+        """Returns the arrays that are present, by their names in the file."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -154,8 +154,8 @@ def save_scaled(directory: str | os.PathLike, raw: Episodes) -> None:
 
 
 def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, scaled: bool = False) -> Episodes:
-    """Reads and check a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; that others are left out is
-    said in a line.
+    """Reads and checks a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; logs how many are left
+    out.
 
     scaled: states and actions must be in [-1, 1] (see `check_scaled`).
     """
@@ -185,7 +185,7 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, sc
 
 
 def load_unscaled(directory: str | os.PathLike) -> Episodes:
-    """Returns the episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
+    """Reads the episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
     directory = Path(directory)
     episodes = load_episodes(directory / "train.npz", scaled=True)
     dims = episodes.states.shape[1], episodes.actions.shape[1]
@@ -196,7 +196,7 @@ _DIMENSIONS = {"states": 2, "actions": 2, "images": 4}  # of the arrays; the oth
 
 
 def check(episodes: Episodes, name: str) -> None:
-    """Raises UserError, naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
+    """Raises UserError naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
     if not len(episodes.states):
         raise UserError(f"{name}: no transitions in it")
     for key, array in episodes.arrays().items():
@@ -225,7 +225,7 @@ def _whole(x: np.ndarray) -> bool:
 
 
 def _check_terminals(episodes: Episodes, name: str) -> None:
-    """Raises UserError where an episode goes on after a terminal; warn of several at its end, as success that lasts."""
+    """Raises UserError where an episode goes on after a terminal; warns of several at its end (lasting success)."""
     if episodes.terminals is None:
         return
     inside = inner_terminals(episodes)
@@ -247,8 +247,8 @@ def inner_terminals(episodes: Episodes) -> np.ndarray:
 
 
 def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
-    """Raises UserError where states or actions go beyond `limit`; warn where they go beyond 1, as those do that were
-    scaled with the ranges of other data."""
+    """Raises UserError where states or actions exceed `limit`; warns where they exceed 1, as when they were scaled with
+    the ranges of other data."""
     for key in ("states", "actions"):
         array = getattr(episodes, key)
         low, high = array.min(axis=0), array.max(axis=0)

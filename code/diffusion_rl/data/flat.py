@@ -14,7 +14,7 @@ FIELDS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
 def read_flat(path: Path) -> dict[str, np.ndarray] | None:
-    """Returns the arrays of a file in D4RL's layout; None where it has another."""
+    """Reads the arrays of a file in D4RL's layout; None where it has another."""
     with open_hdf5(path) as file:
         if not d4rl.recognises(file):
             return None
@@ -24,7 +24,7 @@ def read_flat(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def flat_of(episodes: Episodes) -> dict[str, np.ndarray]:
-    """Returns complete episodes with rewards as flat arrays; one that is not terminated ends with a time-out."""
+    """Turns complete episodes with rewards into flat arrays; one that is not terminated ends with a time-out."""
     count, rewards = len(episodes.states), episodes.require_rewards("the data set")
     terminals = np.zeros(count, bool) if episodes.terminals is None else np.asarray(episodes.terminals, bool)
     timeouts = np.zeros(count, bool)
@@ -34,7 +34,7 @@ def flat_of(episodes: Episodes) -> dict[str, np.ndarray]:
 
 
 def transitions(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows with the row after them, without those that a time-out ends: for Q-learning.
+    """Returns rows with the row after each, for Q-learning, without those that a time-out ends.
 
     Returns:
         "observations" [M,O], "actions" [M,A], "rewards" [M], "following" [M,O], "terminals" [M].

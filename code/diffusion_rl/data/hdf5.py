@@ -31,10 +31,14 @@ _SMALL_CHUNK = 1 << 16  # bytes; zlib expands to 1032 times as many at most
 
 @contextlib.contextmanager
 def open_hdf5(path: str | os.PathLike[str], what: str = "an HDF5 file") -> Iterator[Group]:
-    """Returns the root of a file; `what` it should be, for messages.
+    """Opens the root of a file.
+
+    Args:
+        what: it should be, for messages.
 
     Raises:
         UserError: no such file, no HDF5, or damaged.
+
     """
     path = require_file(path)
     with reading(path, _CURE, f"is not {what}, or it is damaged"):
@@ -69,7 +73,7 @@ class Group:
         return f"{self.where}{': ' if self._node.name == '/' else '/'}{name}"
 
     def names(self) -> list[str]:
-        """Names of what is in it, sorted."""
+        """Lists what is in it, sorted."""
         with reading(self.where, _CURE):
             return sorted(self._node)
 
@@ -77,7 +81,7 @@ class Group:
         return self._find(name) is not None
 
     def group(self, name: str) -> Group | None:
-        """Returns the group of that name ("a/b"); None where there is none, or something else."""
+        """Returns the group of that name ("a/b"); None where there is none or something else."""
         node = self._find(name)
         return Group(node, self._place(name), self._allowance) if isinstance(node, h5py.Group) else None
 
@@ -86,7 +90,7 @@ class Group:
         return isinstance(self._find(name), h5py.Dataset)
 
     def array(self, name: str) -> Array:
-        """Returns the array of that name ("a/b"). Raises UserError where there is none, or something else."""
+        """Returns the array of that name ("a/b"). Raises UserError where there is none or something else."""
         where = self._place(name)
         node = self._find(name)
         if not isinstance(node, h5py.Dataset):
@@ -95,7 +99,7 @@ class Group:
             return Array(node, where, self._allowance)
 
     def _find(self, name: str) -> Any:
-        """Returns the node, links within the file followed one by one; None where nothing has this name."""
+        """Finds a node, following links within the file one by one; None where nothing has this name."""
         with reading(self._place(name), _CURE):
             node, parts = self._node, name.split("/")
             for _ in range(_MOST_LINKS * len(parts)):
@@ -131,14 +135,14 @@ class Array:
 
     @property
     def stored(self) -> h5py.Dataset:
-        """Returns the data set itself, to read single rows of."""
+        """Returns the data set of h5py, to read single rows of."""
         return self._node
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def read(self) -> np.ndarray:
-        """Returns all of it. Raises UserError where it claims to be larger than the file can hold, or is damaged."""
+        """Reads all of it. Raises UserError where it claims to be larger than the file can hold, or is damaged."""
         with reading(self.where, _CURE):
             size = _bytes(self.shape, self.dtype)
             self._allowance.take(size, self._node.name)
@@ -155,7 +159,7 @@ class Array:
             self._require_chunks(_bytes(node.chunks, self.dtype))
 
     def _filters(self) -> list[int]:
-        """Numbers of the filters that its chunks went through. Raises UserError for others than those of `_FILTERS`."""
+        """Returns the numbers of its chunks' filters. Raises UserError for others than those of `_FILTERS`."""
         plan = self._node.id.get_create_plist()
         filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())] if self._node.chunks else []
         if not set(filters) <= _FILTERS or len(set(filters)) < len(filters):
@@ -183,5 +187,5 @@ class Array:
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Size of an array, in Python's integers, which do not overflow."""
+    """Returns the size of an array in Python's integers, which do not overflow."""
     return math.prod(map(int, shape)) * dtype.itemsize

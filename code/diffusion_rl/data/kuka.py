@@ -20,7 +20,7 @@ EVERY, LONGEST = 2, 300  # frames: one out of so many, and at most so many of th
 
 
 def read_trajectories(folder: str | Path) -> list[np.ndarray]:
-    """Returns every second state of each file, 300 at most, in the order of the files' names: float64 [T,39].
+    """Reads every second state of each file, at most 300, in the order of the files' names: float64 [T,39].
 
     Raises:
         UserError: there are no such files, or one of them holds anything but finite numbers [T,39].

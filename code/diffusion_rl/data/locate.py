@@ -62,7 +62,7 @@ def _d4rl_folder() -> Path:
 
 
 def _d4rl_paths(name: str) -> Iterator[Path]:
-    """Where a file of D4RL may lie: under D4RL's name for it, or the data set's own."""
+    """Yields where a file of D4RL may lie: under D4RL's name for it, or the data set's own."""
     if remote := d4rl_file(name):
         yield _d4rl_folder() / Path(remote).name
     yield _d4rl_folder() / f"{name}.hdf5"

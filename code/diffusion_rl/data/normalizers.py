@@ -45,11 +45,11 @@ class MinMaxNormalizer:
         return self.action_min.shape[0]
 
     def normalize_obs(self, obs: np.ndarray) -> np.ndarray:
-        """Returns [..., O] raw -> [..., O] normalised."""
+        """Maps raw observations [...,O] to normalised ones."""
         return 2 * ((obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 0.5)
 
     def unnormalize_action(self, action: np.ndarray) -> np.ndarray:
-        """Returns [..., A] in [-1, 1] -> [..., A] in the units of the environment."""
+        """Maps actions [...,A] in [-1, 1] to the environment's units."""
         action = (action + 1) / 2
         return action * (self.action_max - self.action_min) + self.action_min
 
@@ -64,7 +64,7 @@ class MinMaxNormalizer:
 
     @classmethod
     def from_npz(cls, path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> MinMaxNormalizer:
-        """Reads the bounds from `normalization.npz`; with obs_dim or action_dim given, hold the file to them.
+        """Reads the bounds from `normalization.npz`.
 
         Raises UserError as `read_bounds` does.
         """
@@ -72,8 +72,10 @@ class MinMaxNormalizer:
 
 
 def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> dict[str, np.ndarray]:
-    """Returns the bounds in a `normalization.npz`, by their names in `KEYS`: finite vectors of these dimensions, none
-    below its other end.
+    """Reads the bounds of a `normalization.npz` by their names in `KEYS`: finite vectors, none below its other end.
+
+    Args:
+        obs_dim, action_dim: sizes that they must have; None: any.
 
     Raises:
         UserError: the file is missing or unreadable, or it holds anything else.
@@ -120,11 +122,11 @@ class IdentityNormalizer:
 
     @classmethod
     def fit(cls, x: np.ndarray) -> IdentityNormalizer:
-        """x [N,D]"""
+        """Fits on rows [N,D]."""
         return cls({})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] as in the data -> [...,D] as the networks see it."""
+        """Maps data [...,D] to what the networks see."""
         return x
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
@@ -137,17 +139,17 @@ class GaussianNormalizer(IdentityNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> GaussianNormalizer:
-        """x [N,D]"""
+        """Fits means and deviations on rows [N,D]."""
         x = x.astype(np.float32)
         stds = x.std(axis=0)
         return cls({"means": x.mean(axis=0), "stds": np.where(stds == 0, np.ones_like(stds), stds)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Shifts and scales [...,D]."""
         return (x - self.arrays["means"]) / self.arrays["stds"]
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Inverts `normalize`, [...,D]."""
         return x * self.arrays["stds"] + self.arrays["means"]
 
 
@@ -156,7 +158,7 @@ class LimitsNormalizer(IdentityNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> LimitsNormalizer:
-        """x [N,D]. Raises UserError for an entry that is constant."""
+        """Fits the range of rows [N,D]. Raises UserError for an entry that is constant."""
         constant = np.flatnonzero(x.min(axis=0) == x.max(axis=0))
         if len(constant):
             raise UserError(
@@ -166,11 +168,11 @@ class LimitsNormalizer(IdentityNormalizer):
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Maps the range [...,D] to [-1, 1]."""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"])) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 1e-4) -> np.ndarray:
-        """Returns [...,D] -> [...,D]; all of it is clipped to +-1 if some of it is further outside than the tolerance."""
+        """Inverts `normalize`, [...,D]; clips all of it to +-1 if some of it is further outside than the tolerance."""
         if x.size and np.abs(x).max() > 1 + tolerance:
             x = np.clip(x, -1, 1)
         return (x + 1) / 2.0 * (self.arrays["maxs"] - self.arrays["mins"]) + self.arrays["mins"]
@@ -181,7 +183,7 @@ class SafeLimitsNormalizer(LimitsNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> SafeLimitsNormalizer:
-        """x [N,D]"""
+        """Fits the range of rows [N,D]."""
         mins, maxs = x.min(axis=0), x.max(axis=0)
         wider = (mins == maxs).astype(mins.dtype)
         return cls({"mins": mins - wider, "maxs": maxs + wider})
@@ -197,15 +199,15 @@ class WideLimitsNormalizer(LimitsNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> WideLimitsNormalizer:
-        """x [N,D]"""
+        """Fits the range of rows [N,D]."""
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Maps the widened range [...,D] to [-1, 1]."""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"] + self.WIDER)) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Clips [...,D] to +-1 and maps it to the range that is not widened."""
         return super().unnormalize(x, tolerance)
 
 
@@ -214,7 +216,7 @@ class CDFNormalizer(IdentityNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> CDFNormalizer:
-        """x [N,D]"""
+        """Fits the distribution of each entry of rows [N,D]."""
         arrays: Arrays = {}
         for i, column in enumerate(x.astype(np.float32).T):
             values, counts = np.unique(column, return_counts=True)
@@ -222,13 +224,13 @@ class CDFNormalizer(IdentityNormalizer):
         return cls(arrays)
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Maps [...,D] to each entry's share of smaller values, from -1 to 1."""
         return self._by_column(
             x, lambda i, y: 2 * np.interp(y, self._at("values", i), self._at("probabilities", i)) - 1
         )
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """Returns [...,D] -> [...,D]"""
+        """Inverts `normalize`, [...,D]."""
         return self._by_column(
             x, lambda i, y: np.interp((y + 1) / 2.0, self._at("probabilities", i), self._at("values", i))
         )

@@ -33,8 +33,11 @@ class Segments(NamedTuple):
 
 
 def locomotion(flat: Flat, states: np.ndarray, longest: int, penalty: float | None = -100) -> Segments:
-    """Episodes end at a terminal or a time-out; what follows the last end is dropped. The last reward of one that ended
-    before its time is replaced by the penalty. Padding is zero after normalisation."""
+    """Cuts episodes at terminals and time-outs and drops what follows the last end.
+
+    Replaces the last reward of an episode that ended before its time by the penalty. Padding is zero after
+    normalisation.
+    """
     terminals, timeouts = flat["terminals"].astype(bool), flat["timeouts"].astype(bool)
     ends = np.flatnonzero(terminals | timeouts)
     if not len(ends):
@@ -48,7 +51,7 @@ def locomotion(flat: Flat, states: np.ndarray, longest: int, penalty: float | No
 
 
 def kitchen(flat: Flat, states: np.ndarray, longest: int, penalty: float | None = None) -> Segments:
-    """Returns the same, but an unfinished last episode is kept; the last state and reward go on in the padding."""
+    """Cuts episodes at terminals, time-outs and the end of the data; padding repeats the last state and reward."""
     done = flat["terminals"].astype(bool) | flat["timeouts"].astype(bool)
     done[-1] = True
     ends, rewards = np.flatnonzero(done), flat["rewards"].astype(np.float32)
@@ -57,9 +60,12 @@ def kitchen(flat: Flat, states: np.ndarray, longest: int, penalty: float | None 
 
 
 def antmaze(flat: Flat, states: np.ndarray, longest: int, penalty: float | None = -100) -> Segments:
-    """Rewards are -1 until the goal and 0 at it. A segment ends where the goal is left and at time-outs; what follows
-    the last end is dropped. The last reward of one that took all the time is replaced by the penalty. In the padding
-    the first state of the next segment stands (where the original's padding is one row late), and reward 0."""
+    """Cuts segments where the goal is left and at time-outs, and drops what follows the last end.
+
+    Rewards are -1 until the goal and 0 at it; the last one of a segment that took all the time is replaced by the
+    penalty. Padding is the first state of the next segment (where the original's padding is one row late), and
+    reward 0.
+    """
     timeouts = flat["timeouts"].astype(bool)
     done = flat["terminals"].astype(bool) | timeouts
     begins = np.flatnonzero((done[:-1] & ~done[1:]) | timeouts[:-1]) + 1
@@ -127,11 +133,11 @@ class PlanDataset:
         return max(map(len, self.windows))
 
     def _windows(self, span: int) -> np.ndarray:
-        """Returns [M,2]: episode and first step; windows may run into the padding."""
+        """Returns episode and first step of each window, [M,2]; windows may run into the padding."""
         return np.stack(windows_of(np.minimum(self.segments.lengths, self.longest - span + 1)), axis=1)
 
     def at(self, items: np.ndarray) -> np.ndarray:
-        """Windows of each level at items [B]: [L,B].
+        """Returns the windows of each level at items [B]: [L,B].
 
         The places are found in floating point, in the reference's order: for some numbers of windows n the last level
         gets window k - 1 at item k, because n (k / n) is a little less than k.
@@ -140,7 +146,7 @@ class PlanDataset:
         return np.stack([(len(each) * fractions).astype(np.int64) for each in self.windows])
 
     def rows(self, level: int, windows: np.ndarray | None = None, stride: int = 1) -> np.ndarray:
-        """Rows of `states`, `actions` and `rewards` in windows of a level (all of them by default): [B,H]."""
+        """Returns the rows of `states`, `actions` and `rewards` in windows of a level (default: all of them), [B,H]."""
         chosen = self.windows[level] if windows is None else self.windows[level][windows]
         starts, lengths = self.segments.starts[chosen[:, 0]], self.segments.lengths[chosen[:, 0]]
         rows, inside = window_rows(starts + chosen[:, 1], starts + lengths, self.spans[level], stride)
@@ -148,13 +154,13 @@ class PlanDataset:
         return np.where(inside, rows, padding)
 
     def returns(self, level: int) -> np.ndarray:
-        """Discounted rewards from each window's first step to the end of its padded episode, [M]."""
+        """Sums discounted rewards from each window's first step to the end of its padded episode, [M]."""
         chosen = self.windows[level]
         return self.row_returns[self.segments.starts[chosen[:, 0]] + chosen[:, 1]]
 
     @cached_property
     def row_returns(self) -> np.ndarray:
-        """Discounted rewards from each row of the data to the end of its padded episode, [N]."""
+        """Sums discounted rewards from each row of the data to the end of its padded episode, [N]."""
         segments = self.segments
         padded = [(self.discount ** np.arange(self.longest - length)).sum() for length in segments.lengths]
         after = segments.padded_rewards.astype(np.float64) * np.array(padded)
@@ -165,7 +171,7 @@ class PlanDataset:
 def conditions(
     data: PlanDataset, level: int, scale: float, values: np.ndarray | None = None, chunk: int = 20000
 ) -> np.ndarray:
-    """Returns what the plans of a level's windows are told of their returns, [M].
+    """Returns what the plans of a level's windows are conditioned on, [M].
 
     Locomotion: the return in units of `scale`. Kitchen and AntMaze need the values of all rows of `states`, [N+P]; at
     the first level it is a discounted sum whose last reward is a value, at the others how many tasks are done on
@@ -188,7 +194,7 @@ def _discounts(discount: float, count: int) -> np.ndarray:
 
 
 def _kitchen_returns(rewards: np.ndarray, last: np.ndarray, discount: float, first: bool) -> np.ndarray:
-    """Of rewards [B,H] and the value of the last state [B]."""
+    """Returns what plans are conditioned on, [B], for rewards [B,H] and the value of the last state [B]."""
     rewards = rewards / np.float32(4)
     if not first:
         return rewards.mean(axis=1)
@@ -197,7 +203,7 @@ def _kitchen_returns(rewards: np.ndarray, last: np.ndarray, discount: float, fir
 
 
 def _antmaze_returns(rewards: np.ndarray, last: np.ndarray, discount: float, first: bool) -> np.ndarray:
-    """Returns the same; rewards after the first success do not count."""
+    """Returns what plans are conditioned on, [B]; rewards [B,H] after the first success do not count."""
     success = rewards + 1
     before = (np.cumsum(success, axis=1) == 0).astype(np.float32)
     mask = np.concatenate([np.ones_like(before[:, :1]), before[:, :-1]], axis=1)

@@ -107,7 +107,7 @@ class SequenceDataset:
         return len(self.indices)
 
     def require_dims(self, obs_dim: int, action_dim: int) -> None:
-        """UserError unless the data set has these dimensions."""
+        """Raises UserError unless the data set has these dimensions."""
         found = (self.states.shape[1], self.actions.shape[1])
         if found != (obs_dim, action_dim):
             raise UserError(
@@ -116,7 +116,7 @@ class SequenceDataset:
             )
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Windows number `indices` [B] (0 … M-1): actions [B,H,A], conditions [B,To,…]."""
+        """Returns windows number `indices` [B] (0 … M-1): actions [B,H,A], conditions [B,To,…]."""
         start, since_start = self.indices[np.asarray(indices)].T
         conditions = {"state": self.states[self._history(start, since_start, self.cond_steps)]}
         if self.images is not None:
@@ -129,12 +129,12 @@ class SequenceDataset:
 
     @staticmethod
     def _history(start: np.ndarray, since_start: np.ndarray, steps: int) -> np.ndarray:
-        """Rows [B,steps] of the observations up to `start`, the first of the episode repeated."""
+        """Returns the rows [B,steps] of the observations up to `start`, the first of the episode repeated."""
         back = np.arange(steps - 1, -1, -1)
         return start[:, None] - np.minimum(back[None, :], since_start[:, None])
 
     def split(self, fraction: float, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
-        """Window numbers (training [n], validation [M-n]), disjoint and complete, n = int(M * fraction).
+        """Draws window numbers for training [n] and validation [M-n], disjoint and complete, n = int(M * fraction).
 
         Windows are drawn without regard to episodes, so neighbouring windows overlap across the two parts. (The
         reference draws the training part this way too, but then returns all windows for validation.)
@@ -189,7 +189,7 @@ class QLearningDataset(SequenceDataset):
         return self.traj_lengths - self.horizon_steps + 1 - cut
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:  # type: ignore[override]  # holds more
-        """Windows number `indices` [B]."""
+        """Returns the transitions of windows number `indices` [B]."""
         indices = np.asarray(indices) % len(self)
         actions, conditions = super().gather(indices)
         start, since_start = self.indices[indices].T

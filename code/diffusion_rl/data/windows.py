@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 
 
 def windows_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers the windows of episodes that have so many each [T]: their episodes and first steps within them, [M]."""
+    """Lists the windows of episodes that have `counts` [T] each: their episodes and first steps within these, [M]."""
     counts = np.maximum(counts, 0)
     episodes = np.repeat(np.arange(len(counts)), counts)
     return episodes, np.arange(len(episodes)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def window_rows(first: np.ndarray, end: np.ndarray, length: int, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Gives the rows of windows, and which of them lie within their episodes: [...,H] and bool [...,H].
+    """Returns the rows of windows [...,H], and which of them lie within their episodes, bool [...,H].
 
     Args:
         first, end: [...], the window's first row and the row after its episode's last one.

@@ -62,7 +62,7 @@ class BatchedVectorEnv(abc.ABC):
 
     @abc.abstractmethod
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
-        """Puts these environments to the start of an episode; their first observations [N, O], normalised."""
+        """Puts these environments at the start of an episode and returns their first observations [N,O], normalised."""
 
     @abc.abstractmethod
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
@@ -86,13 +86,19 @@ class BatchedVectorEnv(abc.ABC):
         self._started[:] = True
 
     def recorder(self, path: str) -> Any:
-        """Something that writes the states given to its `add` as a video, until its `close`. Raises UserError where
-        there is nothing to see."""
+        """Returns an object that films the states given to its `add` until its `close`.
+
+        Raises:
+            UserError: there is nothing to see in this environment.
+        """
         raise UserError(f"{self.name}: its episodes cannot be filmed, leave {path} out")
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begins new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),
-        `video_path` (record from here on until its next reset)."""
+        """Begins new episodes everywhere and returns their observations {"state": [E,To,O]}.
+
+        Args:
+            options: of environment i: `seed` (seeds it anew), `video_path` (films it until its next reset).
+        """
         options = [{}] * self.n_envs if options is None else options
         require_one_each("options", options, self.n_envs)
         for row, option in enumerate(options):
@@ -144,7 +150,11 @@ class BatchedVectorEnv(abc.ABC):
         return observations if self.normalizer is None else self.normalizer.normalize_obs(observations)
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken (a video being recorded ends). Raises UserError if it does not fit."""
+        """Continues where `get_state` was taken; a video being recorded ends.
+
+        Raises:
+            UserError: the state is that of other environments.
+        """
         for key, array in self.get_state().items():
             if key not in state or np.shape(state[key]) != array.shape:
                 found = f"shape {np.shape(state[key])}" if key in state else "nothing"

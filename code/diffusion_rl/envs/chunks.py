@@ -73,7 +73,7 @@ class ChunkHistory:
         self.frames[rows] = observations[:, None]
 
     def advance(self, rows: np.ndarray, steps: StepOutcomes) -> ChunkOutcome:
-        """Accounts for one chunk in the environments `rows` [N] (arrays of `steps` have N rows)."""
+        """Accounts for one chunk in the environments `rows` [N]; arrays of `steps` and of the result have N rows."""
         n_rows, chunk = steps.rewards.shape
         terminated, truncated = self._flags(self.count[rows], steps)
         ended = terminated | truncated
@@ -97,7 +97,7 @@ class ChunkHistory:
         )
 
     def _flags(self, count: np.ndarray, steps: StepOutcomes) -> tuple[np.ndarray, np.ndarray]:
-        """terminated, truncated [N, Ta] of each single step; the environment's own time limit has the last word."""
+        """Returns terminated and truncated [N,Ta] of each step; the environment's own time limit takes precedence."""
         limit = np.inf if self.max_episode_steps is None else self.max_episode_steps
         over = count[:, None] + 1 + np.arange(steps.done.shape[1]) >= limit
         truncated = np.where(steps.limit_known, steps.limit_hit, over & ~steps.done)
@@ -105,8 +105,8 @@ class ChunkHistory:
 
 
 def _sum_executed(rewards: np.ndarray, executed: np.ndarray) -> np.ndarray:
-    """Returns [N] sums of the first `executed` rewards of each row, added up in the order of numpy's sum over exactly
-    those."""
+    """Sums the first `executed` [N] rewards of each row [N,Ta] in the order in which numpy would sum exactly those,
+    [N]."""
     total = rewards.sum(axis=1)
     for row in np.flatnonzero(executed < rewards.shape[1]):
         total[row] = rewards[row, : executed[row]].sum()

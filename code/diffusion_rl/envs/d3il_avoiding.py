@@ -87,7 +87,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return outcome
 
     def _modes_along(self, first: np.ndarray, tools: np.ndarray) -> np.ndarray:
-        """Returns [N, Ta+1, 3] gaps taken up to each position [N, Ta+1, 2], from those of the first [N, 3]."""
+        """Returns the gaps [N,Ta+1,3] taken up to each position [N,Ta+1,2], from those of the first position [N,3]."""
         modes = np.empty((*tools.shape[:2], first.shape[1]), dtype=first.dtype)
         modes[:, 0] = first
         for t in range(1, tools.shape[1]):
@@ -102,8 +102,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return np.where(collided | outside, PENALTY, earned)
 
     def _observe(self, setpoints: np.ndarray, tools: np.ndarray) -> np.ndarray:
-        """Returns [..., 4] normalised observations of setpoints and positions [..., 2]; positions have single
-        precision."""
+        """Returns normalised observations [...,4] of setpoints and positions (these in single precision) [...,2]."""
         return self._normalize(np.concatenate([setpoints, tools.astype(np.float32)], axis=-1))
 
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
@@ -124,7 +123,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return StateRecorder(functools.partial(panda.load_model, visible=True), CAMERA, path, FPS)
 
     def _watch(self, rows: np.ndarray, after: panda.ArmStates, executed: np.ndarray) -> None:
-        """Hands the states to videos and window."""
+        """Sends the new states to videos and window."""
         watchers = [*self._recorders.items(), *([(0, self._viewer)] if self._viewer else [])]
         for row, watcher in watchers:
             for i in np.flatnonzero(rows == row):

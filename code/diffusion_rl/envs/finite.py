@@ -11,7 +11,12 @@ from diffusion_rl.core.errors import UserError
 
 
 def fault(what: str, values: Any, step: int) -> str | None:
-    """Says which entry of `values` is NaN or infinite; None if none is. step: of the episode, 0 for its reset."""
+    """Says which entry of `values` is NaN or infinite; None if all are finite.
+
+    Args:
+        what: a name for the values.
+        step: of the episode; 0 for its reset.
+    """
     values = np.asarray(values)
     if values.dtype.kind != "f":
         return None

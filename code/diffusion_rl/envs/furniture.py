@@ -74,7 +74,7 @@ class FurnitureVectorEnv:
         self.action_dim = int(spaces["action_dim"])
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """Returns the simulator has no seeds."""
+        """Does nothing: the simulator has no seeds."""
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         self._count = -1
@@ -94,8 +94,16 @@ class FurnitureVectorEnv:
         return StepResult(observations, rewards, over, over, {"executed_steps": executed})
 
     def _observations(self, answer: dict[str, np.ndarray], rewards: np.ndarray, steps: int) -> Observations:
-        """Returns what a chunk of `steps` actions (or a reset: the one before the first) led to. Raises UserError if it
-        is not finite."""
+        """Returns the observations [E,1,O] after `steps` actions.
+
+        Args:
+            answer: the simulator's, `state` [E,O].
+            rewards: [E].
+            steps: actions of the chunk; 1 after a reset, which counts as the step before the first.
+
+        Raises:
+            UserError: an observation or reward is not finite.
+        """
         rows, self._count = np.arange(self.n_envs), self._count + steps
         before, shown = np.full(self.n_envs, self._count - 1), answer["state"][:, None]
         require_finite(self.name, shown, rewards[:, None], rows, np.ones(self.n_envs), before)
@@ -132,7 +140,7 @@ class FurnitureVectorEnv:
 
 
 def _interpreter() -> str:
-    """Returns the interpreter that has the simulator."""
+    """Finds the Python interpreter that has the simulator. Raises UserError if there is none."""
     named = os.environ.get(INTERPRETER)
     if not named:
         raise UserError(
@@ -145,7 +153,7 @@ def _interpreter() -> str:
 
 
 def _start(interpreter: str) -> tuple[subprocess.Popen, Any]:
-    """Runs the server; returns it and our end of the pipe."""
+    """Starts the server; returns its process and our end of the pipe."""
     ours, theirs = multiprocessing.Pipe()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     process = subprocess.Popen(

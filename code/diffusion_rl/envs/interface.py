@@ -58,10 +58,10 @@ class VectorEnv(Protocol):
         """Executes chunks [E, Ta, A] of normalised actions."""
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything needed to go on bit for bit, if `restorable`."""
+        """Returns everything needed to continue bit for bit, if `restorable`."""
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Goes on where `get_state` was taken."""
+        """Continues where `get_state` was taken."""
 
     def close(self) -> None:
         """Releases processes, threads and files."""
@@ -91,7 +91,7 @@ class EnvRequest:
 
     @property
     def time_limit(self) -> int | None:
-        """D4RL's limit of steps, if the configuration names no other."""
+        """Returns the configured `d4rl_time_limit` in steps; without one, D4RL's own."""
         task = task_named(self.name)
         return self.config.get("d4rl_time_limit", task.episode_steps if task else None)
 
@@ -111,7 +111,7 @@ def require_one_each(what: str, values: Sequence[Any], n_envs: int) -> None:
 
 
 def unknown(name: str, known: Sequence[str]) -> UserError:
-    """Returns the error about an environment that is none of the known ones; it names those that are spelled alike."""
+    """Returns the error about an unknown environment; it names known ones that are spelled alike."""
     close = near_words(name, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
     return UserError(f"environment {name!r} is unknown: {hint}")

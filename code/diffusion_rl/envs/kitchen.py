@@ -76,7 +76,7 @@ def _elements_of(name: str) -> tuple[str, ...]:
 
 
 def goal_of(name: str) -> np.ndarray:
-    """Returns the last half [30] of the observations of a task. Raises UserError for an unknown one."""
+    """Returns the goal [30], the last half of a task's observations. Raises UserError for an unknown task."""
     goal = np.zeros(N_ROBOT + N_OBJECTS)
     for element in _elements_of(name):
         where, target = ELEMENTS[element]

@@ -29,7 +29,7 @@ TRIES = 1000  # to find a free place
 
 
 def import_pybullet() -> Any:
-    """Returns the module. Raises UserError if it is not installed."""
+    """Imports PyBullet. Raises UserError if it is not installed."""
     try:
         import pybullet
     except ImportError as error:
@@ -60,7 +60,7 @@ class KukaStacking:
         self.loaded = False
 
     def reset(self, rng: Rng) -> np.ndarray:
-        """Returns the arm upright and the blocks at drawn places, [39]; `rng` draws them."""
+        """Puts the arm upright and the blocks at places drawn from `rng`; returns the state [39]."""
         if not self.loaded:  # loading takes most of a reset's time
             self._call("resetSimulation")
             self.arm, self.floor = (self._load(part, fixed=True) for part in ("arm", "floor"))
@@ -81,7 +81,7 @@ class KukaStacking:
         return self.state()
 
     def step(self, command: np.ndarray) -> np.ndarray:
-        """Returns the state [39] after a command [39] was followed for `PHYSICS_STEPS`."""
+        """Follows a command [39] for `PHYSICS_STEPS`; returns the state [39]."""
         gains = [1.0] * JOINTS
         targets = {"targetPositions": command[:JOINTS].tolist(), "positionGains": gains}
         self._call("setJointMotorControlArray", self.arm, self.joints, self.p.POSITION_CONTROL, **targets)
@@ -97,8 +97,8 @@ class KukaStacking:
         return self.state()
 
     def release(self) -> np.ndarray:
-        """Returns the state [39] at the end of a plan: blocks count as loose, and are at the next command unless it
-        says so."""
+        """Returns the state [39] at the end of a plan, in which blocks count as loose. The next command may hold them
+        again."""
         self.flags = np.zeros(BLOCKS)
         return self.state()
 
@@ -127,7 +127,7 @@ class KukaStacking:
             raise UserError(f"PyBullet cannot read {self.models[part]} ({error}): take the original file") from error
 
     def _place(self, rng: Rng) -> None:
-        """Blocks on a circle around the arm, none on another."""
+        """Places the blocks on a circle around the arm so that none touches another."""
         top, taken = self._call("getAABB", self.floor)[1][2], list[tuple[np.ndarray, np.ndarray]]()
         for block in self.blocks:  # out of the way of those that are placed before them
             self._call("resetBasePositionAndOrientation", block, [10.0 + block, 0, 0], [0, 0, 0, 1])

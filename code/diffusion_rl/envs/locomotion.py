@@ -74,13 +74,13 @@ TASKS = {
 
 
 def task_of(name: str) -> str | None:
-    """Returns the task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
+    """Finds the task of a D4RL name ("hopper-medium-v2" -> "hopper"); None if the name is no locomotion one."""
     match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(LOCOMOTION_DATA)})-v[02]", name)
     return match.group(1) if match else None
 
 
 def require(name: str) -> str:
-    """Returns the task behind a D4RL name. Raises UserError for other names."""
+    """Finds the task of a D4RL name. Raises UserError for other names."""
     task = task_of(name)
     if task is None:
         raise unknown(name, known_names())
@@ -109,7 +109,7 @@ def single(recipe: EnvRecipe) -> gymnasium.Env:
 
 
 def load_model(task: str) -> mujoco.MjModel:
-    """Returns the task's model with the bodies of MuJoCo 2.1.0."""
+    """Loads the task's model with the bodies of MuJoCo 2.1.0."""
     if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5):
         raise UserError(
             f"mujoco {mujoco.__version__} no longer follows the physics of D4RL's data: "
@@ -152,7 +152,7 @@ class D4RLTerms(gymnasium.Wrapper):
 
 
 def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any) -> gymnasium.Env:
-    """Returns one environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
+    """Builds one environment of a D4RL name, stepped by gymnasium's own class; the batched engine is tested against it.
 
     time_limit: D4RL's; kwargs go to gymnasium's class.
     """
@@ -164,7 +164,7 @@ def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: 
 
 
 def _make_roll() -> Callable[..., Any]:
-    """Returns a single-threaded `mujoco.rollout.Rollout.rollout`, or plain steps in versions before it (mujoco < 3.3)."""
+    """Returns a single-threaded `mujoco.rollout.Rollout.rollout`; before mujoco 3.3, which has none, plain steps."""
     if hasattr(rollout, "Rollout"):
         return rollout.Rollout(nthread=0).rollout
     return _roll_by_steps
@@ -180,7 +180,7 @@ def _roll_by_steps(
     state: np.ndarray,
     **_: Any,
 ) -> None:
-    """Returns what `Rollout.rollout` does with one row, in Python."""
+    """Does with one row what `Rollout.rollout` does, in Python."""
     model, data = models[0], datas[0]
     mujoco.mj_setState(model, data, states[0], _PHYSICS)
     data.qacc_warmstart[:] = initial_warmstart[0]
@@ -226,8 +226,7 @@ class LocomotionPhysics:
         return self.model.nu
 
     def first_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Returns a random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in
-        order."""
+        """Draws a first state [1+nq+nv] and its warm start [nv] as gymnasium's `reset` does, in the same order."""
         noise = self.task.reset_noise
         qpos = self._init_qpos + rng.uniform(-noise, noise, size=self.model.nq)
         if self.task.gaussian_velocity:
@@ -237,8 +236,7 @@ class LocomotionPhysics:
         return self.state_from(qpos, qvel)
 
     def state_from(self, qpos: np.ndarray, qvel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the state [1+nq+nv] and warm start [nv] of a simulation freshly put to these positions and
-        velocities."""
+        """Returns the state [1+nq+nv] and warm start [nv] of a new simulation at positions [nq] and velocities [nv]."""
         data = self._datas[0]
         mujoco.mj_resetData(self.model, data)
         data.qpos[:] = qpos
@@ -249,7 +247,7 @@ class LocomotionPhysics:
         return state, data.qacc_warmstart.copy()
 
     def observe(self, states: np.ndarray) -> np.ndarray:
-        """Observations [..., O] of states [..., 1+nq+nv]: positions without the forward one, velocities."""
+        """Returns observations [...,O] of states [...,1+nq+nv]: positions without the forward one, velocities."""
         nq, clip = self.model.nq, self.task.velocity_clip
         velocity = states[..., 1 + nq : 1 + nq + self.model.nv]
         if clip is not None:
@@ -308,12 +306,13 @@ class LocomotionPhysics:
             warm[row] = data.qacc_warmstart
 
     def _rewards(self, positions: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Returns [E, Ta] from forward positions [E, Ta+1]; the order of operations is gymnasium's."""
+        """Returns rewards [E,Ta] for forward positions [E,Ta+1]; the order of operations is gymnasium's."""
         velocity = (positions[:, 1:] - positions[:, :-1]) / self.dt
         cost = self.task.ctrl_cost * np.sum(np.square(actions), axis=-1)
         return (velocity + self.task.alive_bonus if self.task.alive_bonus else velocity) - cost
 
     def _unhealthy(self, states: np.ndarray) -> np.ndarray:
+        """Whether states [...,1+nq+nv] leave the healthy ranges, bool [...]."""
         task = self.task
         healthy = np.ones(states.shape[:-1], dtype=bool)
         if task.state_bound is not None:
@@ -378,8 +377,10 @@ class LocomotionVectorEnv(BatchedVectorEnv):
     def _warmstarts_after(
         self, indices: np.ndarray, raw: np.ndarray, executed: np.ndarray, trajectory: Trajectory
     ) -> np.ndarray:
-        """Returns [N, nv] warm starts after the executed actions. Where a chunk ended early and nothing resets, the
-        executed part runs once more to learn it."""
+        """Returns the warm starts [N,nv] after the executed actions.
+
+        Where a chunk ended early and nothing resets, its executed part runs once more to learn them.
+        """
         warmstarts = trajectory.warmstarts.copy()
         early = np.flatnonzero(executed < raw.shape[1]) if not self.reset_within_step else ()
         for row in early:
@@ -388,7 +389,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         return warmstarts
 
     def _outcomes(self, indices: np.ndarray, trajectory: Trajectory) -> StepOutcomes:
-        """Returns the raw trajectory under D4RL's time limit, observations normalised."""
+        """Puts the trajectory under D4RL's time limit and normalises its observations."""
         unhealthy = trajectory.unhealthy
         expired = np.zeros_like(unhealthy)
         if self.d4rl_time_limit is not None:
@@ -440,12 +441,12 @@ class LocomotionVectorEnv(BatchedVectorEnv):
 
 
 def known_names() -> list[str]:
-    """Returns the D4RL names of locomotion environments."""
+    """Lists the D4RL names of locomotion environments."""
     return [f"{task}-{flavour}-v2" for task in TASKS for flavour in LOCOMOTION_DATA]
 
 
 def _generator(seed: int) -> np.random.Generator:
-    """gymnasium's generator for a seed."""
+    """Returns the generator that gymnasium makes of a seed."""
     return gymnasium.utils.seeding.np_random(int(seed))[0]
 
 
@@ -453,7 +454,7 @@ _WORD = 2**64 - 1
 
 
 def _pack_generator(rng: np.random.Generator) -> np.ndarray:
-    """Returns the state of a PCG64 generator as 6 uint64: two 128-bit numbers in halves, and the buffered 32 bits."""
+    """Packs the state of a PCG64 generator into uint64 [6]: two 128-bit numbers in halves, and the buffered 32 bits."""
     state = rng.bit_generator.state
     value, increment = state["state"]["state"], state["state"]["inc"]
     words = [value >> 64, value & _WORD, increment >> 64, increment & _WORD, state["has_uint32"], state["uinteger"]]
@@ -461,6 +462,7 @@ def _pack_generator(rng: np.random.Generator) -> np.ndarray:
 
 
 def _unpack_generator(words: np.ndarray) -> np.random.Generator:
+    """Inverts `_pack_generator`."""
     numbers = [int(word) for word in words]
     generator = np.random.Generator(np.random.PCG64(0))
     generator.bit_generator.state = {

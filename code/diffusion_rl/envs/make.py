@@ -81,7 +81,7 @@ def make_vector_env(
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:
-    """Returns the bounds named by the low-dimensional wrapper of the configuration, None if it has no such wrapper."""
+    """Reads the bounds named by the low-dimensional wrapper of the configuration; None if it has no such wrapper."""
     for wrapper, options in wrappers.items():
         if wrapper.endswith(("_lowdim", "_image")) and options and options.get("normalization_path"):
             return MinMaxNormalizer.from_npz(options["normalization_path"], obs_dim, action_dim)
@@ -89,7 +89,7 @@ def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> M
 
 
 def _simulator(request: EnvRequest) -> str:
-    """Returns the module that builds what is asked for: by the configuration, or else by the name."""
+    """Finds the module that builds the environments: by the configuration, or else by the name."""
     if request.config.get("env_type") == "furniture":
         return "furniture"
     if any(wrapper in (request.config.get("wrappers") or {}) for wrapper in robomimic.WRAPPERS):
@@ -98,7 +98,7 @@ def _simulator(request: EnvRequest) -> str:
 
 
 def _made(request: EnvRequest, simulator: str, engine: str) -> VectorEnv:
-    """Returns all environments together where that can be and is asked for, or else in processes."""
+    """Builds all environments together where that is possible and asked for, or else in processes."""
     module = importlib.import_module(f"{__package__}.{simulator}")
     if hasattr(module, "vector") and (engine == "mujoco" or not hasattr(module, "single")):
         return module.vector(request)
@@ -110,7 +110,7 @@ def _made(request: EnvRequest, simulator: str, engine: str) -> VectorEnv:
 
 
 def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> None:
-    """Returns one clear line if the configuration's dimensions are not the environment's."""
+    """Raises UserError if the configuration's dimensions are not the environment's."""
     state = venv.obs_spec.get("state")
     if state is not None and tuple(state) != (obs_dim,):
         found = state[0] if len(state) == 1 else state

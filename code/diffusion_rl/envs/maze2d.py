@@ -32,7 +32,7 @@ OFFSET = -0.2  # of the walls
 
 
 def size_of(name: str) -> str:
-    """ "umaze", "medium" or "large" of "maze2d-umaze-v1". Raises UserError for other names."""
+    """Finds "umaze", "medium" or "large" in "maze2d-umaze-v1". Raises UserError for other names."""
     size = name.removeprefix("maze2d-").split("-")[0]
     if not name.startswith("maze2d-") or size not in LAYOUTS:
         raise UserError(f"{name!r} is no maze: there are {', '.join(f'maze2d-{each}-v1' for each in LAYOUTS)}")
@@ -40,7 +40,7 @@ def size_of(name: str) -> str:
 
 
 def goal_of(name: str) -> np.ndarray:
-    """Returns the fixed goal of a data set's maze, [2]."""
+    """Returns the fixed goal [2] of a data set's maze."""
     return np.argwhere(_cells(size_of(name)) == "G")[0].astype(float)
 
 
@@ -74,7 +74,7 @@ class Maze2D:
         return self.observation()
 
     def draw_target(self, rng: Rng) -> None:
-        """Another goal: a free cell."""
+        """Draws another goal from the free cells."""
         self.target = self.free[rng.integers(0, len(self.free), (1,))[0]].astype(float)
 
     def observation(self) -> np.ndarray:
@@ -109,7 +109,7 @@ class Maze2D:
 
 
 def _xml(cells: np.ndarray) -> str:
-    """Returns a ball on two sliding joints among boxes."""
+    """Returns MuJoCo's model of the maze: a ball on two sliding joints among boxes."""
     walls = "".join(
         f'<geom type="box" pos="{row + OFFSET} {column + OFFSET} 0" size="0.5 0.5 0.2"/>'
         for row, column in np.argwhere(cells == "#")

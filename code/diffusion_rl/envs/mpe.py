@@ -106,7 +106,7 @@ class SpreadVectorEnv:
 
 
 def make_mpe_env(dataset: str, seeds: Sequence[int], act_steps: int, max_path_length: int) -> SpreadVectorEnv:
-    """`simple_spread-<quality>`. Raises UserError for other scenarios."""
+    """Builds the environments of `simple_spread-<quality>`. Raises UserError for other scenarios."""
     scenario = dataset.rpartition("-")[0] or dataset
     if scenario != "simple_spread":
         raise UserError(f"dataset {dataset}: of the multi-particle environments there is simple_spread-<quality>")
@@ -114,7 +114,7 @@ def make_mpe_env(dataset: str, seeds: Sequence[int], act_steps: int, max_path_le
 
 
 def scripted(observations: np.ndarray, noise: np.ndarray, push: float) -> np.ndarray:
-    """Agents that each go to the landmark that a joint assignment of least total distance gives them.
+    """Moves each agent to the landmark that the joint assignment with the least total distance gives it.
 
     Args:
         observations: [E,N,18] (velocity 2, position 2, ways to the landmarks 6, ways to the others 4, messages 4).

@@ -59,7 +59,7 @@ class LowdimWrapper(gymnasium.Wrapper):
         return {"state": gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)}
 
     def observe(self, raw: Any) -> Observations:
-        """Returns the policy's view of a raw observation."""
+        """Returns what the policy sees of a raw observation."""
         return {"state": self._state(raw)}
 
     def _state(self, raw: Any) -> np.ndarray:
@@ -149,8 +149,11 @@ class MultiStep:
         self._recorder: Any = None
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> Observations:
-        """Begins an episode, {key: [To, ...]}. options: `seed`, `video_path` (record this episode), and the
-        environment's own."""
+        """Begins an episode and returns its observations {key: [To,...]}.
+
+        Args:
+            options: `seed`, `video_path` (films this episode), and the environment's own.
+        """
         options = dict(options or {})
         self._stop_video()
         seed = options.pop("seed", None) if seed is None else seed
@@ -166,13 +169,15 @@ class MultiStep:
         return self._stacked()
 
     def step(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, bool, bool, dict[str, Any]]:
-        """Executes actions [Ta, A] (or one, [A]) until the episode ends: observations {key: [To, ...]}, reward,
-        terminated, truncated, info.
+        """Executes actions [Ta,A] (or one, [A]) until the episode ends.
 
-        info: each key's last To values; `executed_steps`; `full_obs` if asked for, {key: [executed, ...]};
-        `final_obs` where a truncated episode was followed by a reset.
+        Returns:
+            observations {key: [To,...]}, reward, terminated, truncated, and info: the last To values of each of the
+            environment's keys; `executed_steps`; `full_obs` {key: [executed,...]} if asked for; `final_obs` where a
+            truncated episode was followed by a reset.
 
-        Raises UserError if an observation or a reward is NaN or infinite.
+        Raises:
+            UserError: an observation or a reward is NaN or infinite.
         """
         if not self._frames:
             raise RuntimeError("step before the first reset")
@@ -217,7 +222,7 @@ class MultiStep:
         return terminated, not terminated and (truncated or over)
 
     def _frame(self, raw: Any) -> Observations:
-        """Returns the entries that the observation space names; copies, since some simulators reuse their arrays."""
+        """Copies the entries that the observation space names, since some simulators reuse their arrays."""
         return {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
 
     def _stacked(self) -> Observations:
@@ -248,7 +253,7 @@ class MultiStep:
 
 
 def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], first: int) -> None:
-    """Raises UserError if an observation or a reward of the steps `first`, `first` + 1, ... is NaN or infinite."""
+    """Raises UserError if an observation or a reward of the steps `first`, `first` + 1, … is NaN or infinite."""
     if math.isfinite(sum(rewards)) and all(_are_finite([frame[key] for frame in frames]) for key in frames[0]):
         return
     for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):

@@ -47,7 +47,12 @@ def single(recipe: EnvRecipe) -> OwnEnv:
 
 
 def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | None = None) -> OwnEnv:
-    """Builds the environment registered as `name`. render: able to film. obs_dim: see `OwnEnv`."""
+    """Builds the environment registered as `name`.
+
+    Args:
+        render: whether it must be able to film.
+        obs_dim: as of `OwnEnv`.
+    """
     rendering: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
     try:
         env = gymnasium.make(name, disable_env_checker=True, **rendering, **kwargs)
@@ -59,7 +64,7 @@ def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | 
 
 
 def _with_current_interface(env: gymnasium.Env) -> gymnasium.Env:
-    """`env` with `CurrentInterface` around the user's part of it, below the wrappers of gymnasium."""
+    """Puts `CurrentInterface` around the user's part of an environment, below the wrappers of gymnasium."""
     outer: Any = None
     inner: Any = env
     while type(inner).__module__.startswith("gymnasium.wrappers"):
@@ -184,7 +189,7 @@ class OwnEnv(gymnasium.Wrapper):
 
 
 def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> None:
-    """Raises UserError if the vectors of a Dict, joined, are none or not `obs_dim` entries."""
+    """Raises UserError if the joined vectors of a Dict are none or not `obs_dim` entries."""
     listed = ", ".join(f"{key} {list(one.shape) if isinstance(one, Box) else one}" for key, one in spaces.items())
     size = sum(int(np.prod(shape)) for shape in vectors.values())
     if not vectors:
@@ -197,7 +202,7 @@ def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Spac
 
 
 def _picture_kind(space: Any) -> str:
-    """numpy's letter for the type of the pictures. Raises UserError if they are neither bytes nor numbers in [0, 1]."""
+    """Returns numpy's letter for the type of the pictures. Raises UserError if they are neither bytes nor in [0, 1]."""
     if not (space.dtype == np.uint8 or (space.dtype.kind == "f" and np.max(space.high) <= 1)):
         raise UserError(
             f"its picture {PICTURE!r} must be bytes (uint8) or numbers in [0, 1], its space says {space.dtype} up to "
@@ -207,6 +212,7 @@ def _picture_kind(space: Any) -> str:
 
 
 def _unusable(space: gymnasium.Space) -> str:
+    """Says why observations of this space cannot be used."""
     if not isinstance(space, Box):
         return f"observations must be arrays or a dict of arrays (gymnasium Box or Dict), its are {space}"
     shape = list(space.shape)
@@ -219,18 +225,19 @@ def _unusable(space: gymnasium.Space) -> str:
 
 
 def _channels_first(picture: np.ndarray) -> np.ndarray:
-    """Returns [Hi,Wi,C] -> [C,Hi,Wi]; what has its channels first already is left."""
+    """Turns [Hi,Wi,C] into [C,Hi,Wi]; a picture that has its channels first stays as it is."""
     last = picture.ndim == 3 and picture.shape[-1] < min(picture.shape[:2])
     return np.moveaxis(picture, -1, 0) if last else picture
 
 
 def _require_shape(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
+    """Raises UserError if an array has another shape than the observation space says."""
     if array.shape != shape:
         raise UserError(f"{what} has shape {list(array.shape)}, its observation_space says {list(shape)}")
 
 
 def _numbers(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """`value` as an array of floating-point numbers of that shape."""
+    """Returns `value` as an array of floating-point numbers. Raises UserError if it has another shape than `shape`."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise UserError(f"{what} has dtype {array.dtype}: an array of numbers is needed")
@@ -239,7 +246,7 @@ def _numbers(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def _reward(value: Any) -> Any:
-    """`value`, a number or an array that holds one, as a scalar of its own type."""
+    """Returns a number, or an array that holds one, as a scalar of its own type. Raises UserError for anything else."""
     if isinstance(value, float):  # numpy's own of double precision is one, too
         return value
     array = np.asarray(value)

@@ -62,8 +62,7 @@ _LINKS = Path(__file__).parent / "assets" / "panda_links.json"
 
 
 def assets() -> Path:
-    """Returns the Panda's folder in the robosuite package, which is not imported. Raises UserError if it is not
-    installed."""
+    """Finds the Panda's folder in robosuite, without importing it. Raises UserError if robosuite is not installed."""
     found = importlib.util.find_spec("robosuite")
     if found is None or not found.submodule_search_locations:
         raise UserError('the Panda model comes with robosuite: pip install -e ".[d3il]" (see installation/d3il.md)')
@@ -71,7 +70,7 @@ def assets() -> Path:
 
 
 def load_model(visible: bool = False) -> mujoco.MjModel:
-    """Returns the robot among the obstacles; `visible` adds the looks of the arm, the finish line and light.
+    """Loads the robot among the obstacles; `visible` adds the looks of the arm, the finish line and light.
 
     Of the robot only the rod touches anything: obstacles and, where the outstretched arm sags, the table.
     """
@@ -159,8 +158,8 @@ class Kinematics:
         self._hand = turn.reshape(3, 3)
 
     def __call__(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Joint angles [E, 7] -> the tool's position [E, 3], orientation [E, 3, 3] and Jacobian [E, 6, 7] (linear
-        before angular velocity)."""
+        """Computes the tool's position [E,3], orientation [E,3,3] and Jacobian [E,6,7] (linear before angular velocity)
+        for joint angles [E,7]."""
         cos, sin = np.cos(q)[..., None], np.sin(q)[..., None]
         links = np.empty((len(q), JOINTS, 4, 4))
         links[...] = self._frames
@@ -186,7 +185,8 @@ class InverseKinematics:
         self._kinematics = kinematics
 
     def follow(self, q: np.ndarray, setpoints: np.ndarray) -> np.ndarray:
-        """Targets [E, T, 7] after each millisecond, from targets q [E, 7], for setpoints [E, S, 2] of 35 ms each."""
+        """Returns the targets [E,T,7] after each millisecond, from targets q [E,7], for setpoints [E,S,2] of 35 ms
+        each."""
         targets = np.empty((len(q), setpoints.shape[1] * MILLISECONDS, JOINTS))
         goals = np.concatenate([setpoints, np.full((*setpoints.shape[:2], 1), HEIGHT)], axis=-1)
         for t in range(targets.shape[1]):
@@ -196,7 +196,7 @@ class InverseKinematics:
         return targets
 
     def _velocity(self, q: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """Joint velocities [E, 7] for goals [E, 3]."""
+        """Returns joint velocities [E,7] at joint angles q [E,7] for goals [E,3]."""
         position, turn, jacobian = self._kinematics(q)
         wanted = np.empty((len(q), 6))
         wanted[:, :3] = POSITION_GAIN * np.clip(goal - position, -LARGEST_POSITION_ERROR, LARGEST_POSITION_ERROR)
@@ -211,7 +211,8 @@ class InverseKinematics:
 
 
 def _rotation_error(turn: np.ndarray) -> np.ndarray:
-    """Returns [E, 3] vector part of the quaternion from orientations [E, 3, 3] to the tool pointing down, (0, 1, 0, 0).
+    """Returns the vector part [E,3] of the quaternion from orientations [E,3,3] to the tool pointing down, (0, 1, 0,
+    0).
 
     With the orientation's quaternion (w, x, y, z), x >= 0, that is (w, z, -y).
     """
@@ -224,7 +225,7 @@ def _rotation_error(turn: np.ndarray) -> np.ndarray:
 
 
 def _solve_clipped(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solves A x = b for symmetric A [E, 6, 6] whose eigenvalues are first clipped to `EIGENVALUES`; b [E, 6].
+    """Solves A x = b for symmetric A [E,6,6] whose eigenvalues are first clipped to `EIGENVALUES`; b, x [E,6].
 
     None is ever large (the arm is short). Only rows with a small one need the eigenvectors, which are slow.
     """
@@ -259,7 +260,7 @@ class ArmStates:
 
     @classmethod
     def empty(cls, *shape: int) -> ArmStates:
-        """Zeros with these leading axes."""
+        """Returns zeros with these leading axes."""
         joints = {name: np.zeros((*shape, JOINTS)) for name in ("position", "velocity", "bias", "warmstart", "target")}
         return cls(**joints, tool=np.zeros((*shape, 2)), touching=np.zeros(shape, dtype=bool))
 
@@ -297,7 +298,7 @@ class PandaPhysics:
         self._read(self.start)
 
     def move(self, states: ArmStates, setpoints: np.ndarray) -> ArmStates:
-        """From states [E] towards setpoints [E, S, 2], 35 ms each: the states [E, S] after each."""
+        """Moves from states [E] towards setpoints [E,S,2], 35 ms each; returns the states [E,S] after each."""
         targets = self._kinematics.follow(states.target, setpoints)
         before = np.concatenate([states.target[:, None], targets[:, :-1]], axis=1)
         pulls = STIFFNESS * targets + DAMPING * ((targets - before) / DT)
@@ -325,7 +326,7 @@ class PandaPhysics:
         data.qacc_warmstart[:] = state.warmstart
 
     def _read(self, state: ArmStates) -> None:
-        """Copys what the simulation knows into a state without the axis E."""
+        """Copies the simulation's state into a state without the axis E."""
         data = self._data
         state.position[...], state.velocity[...], state.bias[...] = data.qpos, data.qvel, data.qfrc_bias
         state.warmstart[...] = data.qacc_warmstart

@@ -13,7 +13,8 @@ from diffusion_rl.envs.locomotion import LocomotionPhysics, LocomotionVectorEnv
 
 
 def planned_states(physics: LocomotionPhysics, observations: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """States [H,1+nq+nv] of planned observations [H,O]; the forward position, which none has, begins at `start`."""
+    """Returns states [H,1+nq+nv] of planned observations [H,O]; the forward position, which they lack, begins at
+    `start`."""
     nq = physics.model.nq
     states = np.zeros((len(observations), physics.state_size))
     states[:, 2 : 1 + nq], states[:, 1 + nq :] = observations[:, : nq - 1], observations[:, nq - 1 :]

@@ -18,12 +18,12 @@ _preloaded = ["diffusion_rl.envs.worker"]
 
 
 def preload(*modules: str) -> None:
-    """Shares the memory and the time of importing these; takes effect if no process has been started yet."""
+    """Makes the fork server import these modules once for all processes; has no effect after the first start."""
     _preloaded.extend(module for module in modules if module not in _preloaded)
 
 
 def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Runs target(connection, *arguments) in a new process; returns it and our end of the connection.
+    """Runs target(connection, *arguments) in a new process; returns the process and our end of the connection.
 
     The process comes from a fork server that never imported TensorFlow (forking after TensorFlow has started threads
     is unsafe, and software rendering in a process with TensorFlow crashes) and does not import the main script.
@@ -39,8 +39,7 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Co
 
 
 def in_one_line(trace: str, name: str = "") -> str:
-    """Returns the text of a traceback as "Type: first line of its message [name, file:line]", at most about 300
-    characters."""
+    """Shortens a traceback to "Type: first line of its message [name, file:line]", at most about 300 characters."""
     lines = trace.strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
     last = frames[-1] if frames else -1

@@ -46,10 +46,12 @@ PROCESS_GB["TwoArmTransport"] = (0.65, 1.0)
 
 
 def activate() -> None:
-    """Makes `import robomimic` find the subset in changed_robomimic/, in this process. Calling it again does nothing.
+    """Puts the subset in changed_robomimic/ on the import path of this process as `robomimic`. Further calls do
+    nothing.
 
-    Raises UserError if another robomimic is already imported, or installed in another version than the subset's, or
-    if robosuite is missing or another version.
+    Raises:
+        UserError: another robomimic is imported or installed in another version than the subset's; robosuite is missing
+            or another version.
     """
     loaded = sys.modules.get("robomimic")
     if loaded is not None and SUBSET not in Path(str(loaded.__file__)).parents:
@@ -76,7 +78,7 @@ def _check_version(package: str, wanted: str, required: bool) -> None:
 
 
 def read_env_meta(path: str | Path) -> dict[str, Any]:
-    """Returns the description of an environment. A relative path is looked for here, then in the repository."""
+    """Reads the description of an environment. Looks for a relative path here, then in the repository."""
     candidates = [Path(path), REPOSITORY / path]
     found = next((one for one in candidates if one.is_file()), None)
     if found is None:
@@ -97,8 +99,16 @@ def make_simulator(
     seed: int,
     reflections: bool = False,
 ) -> Any:
-    """Returns a robomimic environment (`EnvRobosuite`) of `meta`. What it draws when it is made (the size of Lift's
-    cube) follows from `seed`. reflections: robosuite's pixels exactly, but for more than twice the time."""
+    """Makes a robomimic environment (`EnvRobosuite`).
+
+    Args:
+        meta: its description (see `read_env_meta`).
+        seed: of what it draws when it is made (the size of Lift's cube).
+        reflections: renders robosuite's pixels exactly, in more than twice the time.
+
+    Raises:
+        UserError: pictures cannot be rendered here.
+    """
     activate()
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
@@ -173,7 +183,7 @@ class Robomimic(gymnasium.Env):
         return self.show(self.init_state), {}
 
     def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the observation of a flat simulator state, in which the simulation goes on."""
+        """Puts the simulation into a flat state; returns its observation."""
         return self._pick(self.base.reset_to({"states": state}))
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -222,7 +232,7 @@ class RobomimicRecipe:
 
     @property
     def name(self) -> str:
-        """Returns the task's, in robosuite."""
+        """Returns the name of the task in robosuite."""
         return str(self.meta["env_name"])
 
     def __call__(self) -> MultiStep:
@@ -251,7 +261,7 @@ def vector(request: EnvRequest) -> ProcessVectorEnv:
 def recipes(
     env_cfg: Mapping[str, Any], seeds: Sequence[int], normalizer: MinMaxNormalizer | None, chunks: dict[str, Any]
 ) -> list[RobomimicRecipe]:
-    """Returns what builds the environments of the `env` node `env_cfg`, one for each seed.
+    """Returns the recipes of the environments of an `env` node, one for each seed.
 
     Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video`, `reflections` and `wrappers.robomimic_lowdim` or
     `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`, `render_hw`,
@@ -281,6 +291,6 @@ def recipes(
 
 
 def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:
-    """Raises UserError if `n_envs` processes need more GB than are `available` (default: what the system says)."""
+    """Raises UserError if `n_envs` processes need more GB than are `available` (default: the free memory)."""
     each = f"{env_name} environment" + (" with pictures" if pictures else "")
     room.require_memory(n_envs, PROCESS_GB.get(env_name, (0.65, 1.0))[pictures], each, available)

@@ -34,12 +34,12 @@ class Arm:
 
     @property
     def position(self) -> np.ndarray:
-        """Of the point between the finger tips [3]."""
+        """Returns the point between the finger tips [3]."""
         return np.array(self.sim.data.site_xpos[self._site])
 
     def action(self, target: np.ndarray, across: np.ndarray | None = None) -> np.ndarray:
-        """Returns one step towards `target` [3], pointing down, the fingers closing along `across` [3] (None: as they
-        are)."""
+        """Returns the action [7] towards `target` [3], pointing down, the fingers closing along `across` [3] (None: no
+        turn)."""
         approach = self.sim.data.site_xmat[self._site].reshape(3, 3)[:, 2]
         turn = np.cross(approach, DOWN)
         if across is not None:
@@ -50,26 +50,26 @@ class Arm:
         return np.concatenate([move, np.clip(turn / RADIANS, -self.speed, self.speed), [self.grip]])
 
     def go(self, target: Point, across: Point | None = None, near: float = NEAR) -> Plan:
-        """Until the gripper is `near` a target that may move."""
+        """Moves until the gripper is `near` (metres) a target that may move."""
         for _ in range(PATIENCE):
             if np.linalg.norm(target() - self.position) < near:
                 return
             yield self.action(target(), None if across is None else across())
 
     def stay(self, steps: int, across: Point | None = None) -> Plan:
-        """Holds the place, for the fingers to open or close."""
+        """Holds the place for some steps, while the fingers open or close."""
         here = self.position
         for _ in range(steps):
             yield self.action(here, None if across is None else across())
 
     def wait(self, until: Callable[[], bool], across: Point | None = None) -> Plan:
-        """Holds the place until something is the case."""
+        """Holds the place until `until` returns true."""
         here = self.position
         while not until():
             yield self.action(here, None if across is None else across())
 
     def grasp(self, target: Point, across: Point | None = None, above: float = 0.1) -> Plan:
-        """Comes from above, close the fingers, and lift."""
+        """Comes from above and closes the fingers."""
         self.grip = OPEN
         yield from self.go(lambda: target() + [0, 0, above], across, near=0.02)
         yield from self.go(target, across)
@@ -77,7 +77,7 @@ class Arm:
         yield from self.stay(8, across)
 
     def lift(self, height: float) -> Plan:
-        """Straight up by so many metres."""
+        """Moves straight up by `height` metres."""
         goal = self.position + [0, 0, height]
         yield from self.go(lambda: goal, near=0.02)
 
@@ -134,7 +134,7 @@ def _square(env: Any, arms: list[Arm]) -> list[Plan]:
         return np.array(env.sim.data.site_xpos[site])
 
     def along() -> np.ndarray:
-        """From the nut's centre to its handle."""
+        """Returns the way from the nut's centre to its handle [3]."""
         return (handle() - centre()) * [1, 1, 0]
 
     def across() -> np.ndarray:
@@ -150,7 +150,7 @@ def _square(env: Any, arms: list[Arm]) -> list[Plan]:
         square = np.array([-np.sin(quarter * np.pi / 2), np.cos(quarter * np.pi / 2), 0.0])
 
         def over(height: float) -> Point:
-            """Where the gripper has to be for the nut to hang over the peg."""
+            """Returns where the gripper has to be for the nut to hang over the peg."""
             return lambda: arm.position + (peg() - centre()) * [1, 1, 0] + [0, 0, peg()[2] + height - centre()[2]]
 
         yield from arm.go(over(0.2), lambda: square, near=0.005)

@@ -29,8 +29,12 @@ def require_processes(count: int) -> None:
 
 
 def require_memory(count: int, each_gb: float, each: str = "environment", free: float | None = None) -> None:
-    """Raises UserError if `count` environments (`each` names one) of `each_gb` do not fit into `free` GB of memory
-    (default: what the system says)."""
+    """Raises UserError if `count` environments of `each_gb` do not fit into the memory.
+
+    Args:
+        each: a name for one of them.
+        free: GB of memory; None: what the system says.
+    """
     free = _available_gb() if free is None else free
     if free is not None and count * each_gb > free:
         size = f"{each_gb:.1f} GB" if each_gb >= 0.1 else f"{each_gb * 1e6:,.0f} kB"
@@ -43,7 +47,7 @@ def _too_many(count: int, reason: str, most: int) -> UserError:
 
 
 def _available_gb() -> float | None:
-    """Free memory; None where the system does not say."""
+    """Returns the free memory in GB; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -53,7 +57,7 @@ def _available_gb() -> float | None:
 
 
 def _process_limits() -> Iterator[tuple[str, int]]:
-    """Returns what limits the number of processes, and to how many."""
+    """Yields what limits the number of processes, and to how many."""
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if most != resource.RLIM_INFINITY:
         yield "ulimit -u", most

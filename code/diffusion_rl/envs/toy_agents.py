@@ -83,14 +83,14 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         return MOVES[actions.argmax(axis=-1)] if self.discrete else actions
 
     def _rewards(self, positions: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        """Returns [E,Ta] from positions [E,Ta,N,2] and goals [E,N,2]."""
+        """Returns rewards [E,Ta] for positions [E,Ta,N,2] and goals [E,N,2]."""
         distance = np.linalg.norm(goals[:, None] - positions, axis=-1).mean(axis=-1)
         apart = np.linalg.norm(positions[..., :, None, :] - positions[..., None, :, :], axis=-1)
         pairs = np.triu(np.ones((self.n_agents, self.n_agents), bool), 1)
         return -distance - PENALTY * (apart[..., pairs] < TOUCHING).sum(axis=-1)
 
     def _observe(self, positions: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        """Returns [E,Ta,N*O] from positions [E,Ta,N,2] and goals [E,N,2]."""
+        """Returns observations [E,Ta,N*O] for positions [E,Ta,N,2] and goals [E,N,2]."""
         others = [np.delete(positions, i, axis=-2) - positions[..., i : i + 1, :] for i in range(self.n_agents)]
         ways = np.stack([x.reshape(*x.shape[:-2], -1) for x in others], axis=-2)
         rows = np.concatenate([positions, goals[:, None] - positions, ways], axis=-1)
@@ -108,7 +108,7 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
 
 
 def controller(observations: np.ndarray, noise: np.ndarray, speed: float, turn: float, discrete: bool) -> np.ndarray:
-    """Scripted agents: towards the goal with at most `speed`, off by `turn` radians, plus noise.
+    """Drives agents towards their goals with at most `speed`, off their way by `turn` radians, with noise.
 
     Args:
         observations: [E,N,O];  noise: [E,N,2], added to the velocity.

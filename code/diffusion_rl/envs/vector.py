@@ -54,7 +54,7 @@ class MultiStepVectorEnv(abc.ABC):
 
     @abc.abstractmethod
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        """Makes the environments."""
+        """Makes the lanes of all environments."""
 
     def seed(self, seeds: Sequence[int]) -> None:
         require_one_each("seeds", seeds, self.n_envs)
@@ -144,12 +144,13 @@ class _ProcessLane:
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
     def send(self, method: str, arguments: tuple) -> None:
-        """Asks it to do something."""
+        """Asks for a method of the environment."""
         self._asked = method
         self._connection.send((method, arguments))
 
     def receive(self) -> tuple[str, Any]:
-        """("ok", result), ("refused", line) or ("error", traceback). Raises TimeoutError if it takes too long."""
+        """Returns ("ok", result), ("refused", line) or ("error", traceback). Raises TimeoutError if that takes too
+        long."""
         if not self._poll.poll(self._timeout * 1000):
             raise TimeoutError(
                 f"no answer to {self._asked} for {self._timeout:g} s (process {self._process.pid}); mend it, or raise "
@@ -158,7 +159,7 @@ class _ProcessLane:
         return self._connection.recv()
 
     def exit_code(self) -> int | None:
-        """How its process ended."""
+        """Returns the exit code of its process; None if that still runs."""
         self._process.join(timeout=5)
         return self._process.exitcode
 
@@ -167,7 +168,7 @@ class _ProcessLane:
         self._connection.close()
 
     def wait(self, seconds: float) -> None:
-        """Waits until it has ended; after so many seconds end it."""
+        """Waits so many seconds until the process has ended, then kills it."""
         self._process.join(timeout=seconds)
         if self._process.is_alive():
             self._process.kill()
@@ -203,7 +204,7 @@ def _stack(observations: Sequence[Observations]) -> Observations:
 
 
 def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str, Any]], chunk: int) -> dict[str, Any]:
-    """Returns the infos of StepResult from those of the single environments."""
+    """Joins the infos of single environments to those of `StepResult`."""
     merged: dict[str, Any] = {"executed_steps": np.array([info["executed_steps"] for info in infos], dtype=np.int64)}
     if any("final_obs" in info for info in infos):
         pairs = zip(infos, observations, strict=True)
@@ -216,7 +217,7 @@ def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str,
 
 
 def _repeat_last(frames: Observations, length: int) -> Observations:
-    """Frames {key: [n, ...]} -> {key: [length, ...]}."""
+    """Extends frames {key: [n,...]} to {key: [length,...]} by repeating the last one."""
     return {
         key: np.concatenate([values, np.repeat(values[-1:], length - len(values), axis=0)])
         for key, values in frames.items()

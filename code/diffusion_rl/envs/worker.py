@@ -23,8 +23,7 @@ BY_CONFIGURATION = ("furniture", "robomimic")  # simulators of which a name alon
 
 
 def simulator_named(name: str) -> str:
-    """Returns the module of `envs` that builds the environments of this name: those that nobody knows are the user's
-    own."""
+    """Finds the module of `envs` that builds the environments of this name; unknown names are the user's own."""
     task = task_named(name)
     return task.simulator if task and task.simulator and task.simulator not in BY_CONFIGURATION else "own"
 
@@ -50,7 +49,7 @@ class EnvRecipe:
 
     @classmethod
     def of(cls, request: EnvRequest, simulator: str) -> EnvRecipe:
-        """Returns what builds one of the environments that are asked for."""
+        """Returns the recipe of each environment of a request."""
         return cls(
             name=request.name,
             kwargs=dict(request.config.get("specific") or {}),
@@ -64,7 +63,7 @@ class EnvRecipe:
 
     @property
     def render_mode(self) -> str | None:
-        """For gymnasium's constructors."""
+        """Returns the `render_mode` for gymnasium's constructors."""
         return "rgb_array" if self.render else None
 
     def __call__(self) -> MultiStep:
@@ -98,8 +97,10 @@ def spaces(env: MultiStep) -> Spaces:
 
 
 def call(env: MultiStep, method: str, arguments: tuple) -> Any:
-    """Returns what a method of `env` returns; of a chunk's info only `CHUNK_KEYS`, since the rest may be anything, and
-    `succeeded` where the environment says so."""
+    """Calls a method of `env` and returns its answer.
+
+    Keeps of a chunk's info only `CHUNK_KEYS`, since the rest may be anything, and `succeeded` where it is known.
+    """
     answer = getattr(env, method)(*arguments)
     if method != "step":
         return answer
@@ -109,7 +110,7 @@ def call(env: MultiStep, method: str, arguments: tuple) -> Any:
 
 
 def serve(connection: Connection, build: Callable[[], MultiStep]) -> None:
-    """Answers (method, arguments) until the other end hangs up: ("ok", result), ("refused", line of a UserError) or
+    """Answers (method, arguments) until the other end is closed: ("ok", result), ("refused", line of a UserError) or
     ("error", traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it hangs up when it ends
     env: MultiStep | None = None

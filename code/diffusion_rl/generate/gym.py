@@ -50,7 +50,7 @@ MANTISSA_BITS = 15  # kept of the normalised states and actions: an error below 
 
 
 def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
-    """Unnormalised environments in which the time limit is a truncation, never a termination."""
+    """Builds raw environments in which the time limit is a truncation, never a termination."""
     seeds = range(seed, seed + n_envs)
     return LocomotionVectorEnv(
         f"{task}-medium-v2", n_envs, max_episode_steps=D4RL_STEPS, d4rl_time_limit=None, seeds=seeds, threads=1
@@ -58,7 +58,7 @@ def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
 
 
 def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
-    """Returns the reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
+    """Builds the reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
     dims = [settings.hidden, settings.hidden]
     common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": dims, "activation_type": "ReLU"}
     with initial_weights(NoiseSource(settings.seed)):
@@ -81,7 +81,7 @@ class Sampler:
 
 
 def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int, int], bool]) -> Episodes:
-    """Returns whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
+    """Collects whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
 
     Once `enough(ended episodes, transitions so far)` holds, no episode is begun, but those still running are finished
     and kept, so that short ones are not over-represented.
@@ -113,7 +113,7 @@ def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int,
 
 
 def statistics(episodes: Episodes) -> dict[str, Any]:
-    """Numbers for the README: episodes, transitions, returns and lengths."""
+    """Returns numbers for the README: episodes, transitions, returns and lengths."""
     returns, lengths = episodes.returns, np.asarray(episodes.traj_lengths)
     quantiles = {f"q{percent:02d}": np.quantile(returns, percent / 100) for percent in (5, 25, 50, 75, 95)}
     spread = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()} | quantiles
@@ -175,12 +175,12 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
 
 
 def actor_file(work_dir: Path, updates: int) -> Path:
-    """Where `train` keeps the actor evaluated after that many gradient steps."""
+    """Returns where `train` keeps the actor evaluated after that many gradient steps."""
     return work_dir / f"actor_{updates:07d}.npz"
 
 
 def replay_file(work_dir: Path) -> Path:
-    """Where `train` keeps what was collected up to a medium return, in the environment's units."""
+    """Returns where `train` keeps what was collected up to a medium return, in the environment's units."""
     return work_dir / "replay.npz"
 
 
@@ -197,7 +197,7 @@ class Collector:
         self._ended: list[np.ndarray] = []  # of each step, [E]
 
     def collect(self, steps: float) -> None:
-        """`steps` environment steps (fractions are carried over), after the exploration steps the first time."""
+        """Executes `steps` environment steps (fractions are carried over), at first also the exploration steps."""
         self._owed += steps
         while self._owed > 0:
             if self.env_steps < self.settings.explore_steps:
@@ -226,7 +226,7 @@ class Collector:
         kept = np.cumsum(ended[::-1], axis=0)[::-1] > 0  # not after the last end of an environment
 
         def column(field: np.ndarray) -> np.ndarray:
-            """Returns one environment after the other."""
+            """Orders a field [steps*E,…] environment by environment."""
             by_step = field.reshape(*ended.shape, *field.shape[1:])
             return np.swapaxes(by_step, 0, 1)[kept.T]
 
@@ -241,12 +241,12 @@ class Collector:
 
 
 def thinned(episodes: Episodes, transitions: int) -> Episodes:
-    """Returns every n-th episode, so many that there are about that many transitions."""
+    """Takes every n-th episode, so that about that many transitions remain."""
     return episodes.select(np.arange(0, len(episodes.traj_lengths), max(round(len(episodes.states) / transitions), 1)))
 
 
 def joined(first: Episodes, second: Episodes) -> Episodes:
-    """Returns the episodes of both."""
+    """Joins the episodes of both."""
     other = second.arrays()
     return Episodes(**{name: np.concatenate([array, other[name]]) for name, array in first.arrays().items()})
 
@@ -276,7 +276,7 @@ def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:
 
 
 def save_actor(path: Path, policy: SAC) -> None:
-    """Returns the actor's weights under the reference's names."""
+    """Writes the actor's weights under the reference's names."""
     write_npz(path, state_dict(policy.network))
 
 
@@ -288,7 +288,7 @@ def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
 
 
 def record(task: str, actor: Path, transitions: int, settings: Settings) -> Episodes:
-    """Episodes of the stochastic policy, until there are that many transitions."""
+    """Collects episodes of the stochastic policy until there are that many transitions."""
     envs = make_envs(task, 50, settings.seed + 20_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
     load_state_dict(policy.network, read_npz(actor))
@@ -307,7 +307,7 @@ def make(
     replay: Path | None = None,
     target_return: float | None = None,
 ) -> Episodes:
-    """Data of one of D4RL's flavours, in the environment's units.
+    """Makes data of one of D4RL's kinds, in the environment's units.
 
     medium, expert: episodes of such a policy. medium-replay: what a training has met until it was of medium return.
     medium-expert: the medium data that are there, and as many transitions of an expert.
@@ -339,7 +339,7 @@ def make(
 
 
 def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:
-    """Writes train.npz and normalization.npz; what is in them."""
+    """Writes train.npz and normalization.npz; returns statistics of the data."""
     normalization = bounds_of(raw)
     scaled = scale_episodes(raw, normalization)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def record(episodes: int, push: float, deviation: float) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
-    """Arrays [T,…] of each agent by name, episode after episode, and the episodes' returns (means over agents)."""
+    """Returns each agent's arrays [T,…] by name, episode after episode, and the episodes' mean returns over agents."""
     env, rng = SpreadVectorEnv(episodes, seeds=range(episodes)), NoiseSource(0)
     seen, rows = env.reset()["state"][:, -1], []
     for step in range(EPISODE_STEPS):

@@ -69,7 +69,7 @@ class Demonstration:
 
 
 def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimic:
-    """Returns the task with observations as in the data sets: with `pictures` the robot's own state and all cameras."""
+    """Builds the task with the observations of the data sets; with `pictures` the robot's own state and all cameras."""
     meta = robomimic.read_env_meta(f"cfg/robomimic/env_meta/{task}{'-img' if pictures else ''}.json")
     keys = low_dim_keys(len(meta["env_kwargs"]["robots"]), with_object=not pictures)
     cameras = [f"{camera}{IMAGE_SUFFIX}" for camera in meta["env_kwargs"]["camera_names"]] if pictures else []
@@ -78,7 +78,8 @@ def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimi
 
 
 def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settings) -> tuple[Demonstration, bool]:
-    """Returns one episode of the expert, until shortly after success or to the time limit; and whether it succeeded."""
+    """Runs one episode of the expert until shortly after success or the time limit; returns it and whether it
+    succeeded."""
     observation, _ = env.reset(seed=seed)
     simulator, draws = env.base.env, NoiseSource(seed)
     arms = plans(task, simulator, settings.speed)
@@ -105,7 +106,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
 
 
 def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstration]:
-    """Returns the successful ones of `settings.attempts` episodes, seeded one after the other."""
+    """Yields the successful ones of `settings.attempts` episodes, seeded one after the other."""
     settings.check()
     env, succeeded = make_env(task, settings.seed), 0
     for i in range(settings.attempts):

@@ -14,7 +14,7 @@ SPEED, TURN, NOISE = 0.4, 0.6, 0.3  # mean return -17 with two agents; straight 
 
 
 def toy_data(n_agents: int = 2, discrete: bool = False) -> AgentEpisodes:
-    """400 episodes, always the same."""
+    """Makes 400 episodes, always the same ones."""
     env = ToyAgentsVectorEnv(EPISODES, n_agents, discrete=discrete, seeds=range(SEED, SEED + EPISODES))
     rng, shape = NoiseSource(SEED), (EPISODES, n_agents, 2)
     observations, rows = env.reset()["state"][:, -1], list[tuple[np.ndarray, ...]]()

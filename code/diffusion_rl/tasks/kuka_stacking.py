@@ -26,12 +26,12 @@ Pair = tuple[int, int]
 
 
 def blocks_of(states: np.ndarray) -> np.ndarray:
-    """Returns [...,39] -> [...,4,8]"""
+    """Splits the blocks [...,4,8] from states [...,39]."""
     return states[..., JOINTS:].reshape(*states.shape[:-1], BLOCKS, BLOCK_DIM)
 
 
 def stacked(states: np.ndarray) -> np.ndarray:
-    """Which pairs stand in states [...,39], attached or not, as bool [...,12]: what the classifier learns.
+    """Whether each pair stands in states [...,39], attached or not, bool [...,12]; the classifier learns this.
 
     Block i is above j if it is higher, by however little, and less than 10 cm away in the plane.
     """
@@ -40,9 +40,11 @@ def stacked(states: np.ndarray) -> np.ndarray:
 
 
 def standing(state: np.ndarray) -> list[Pair]:
-    """Returns the pairs that a reward is given for, in their order, of a state [39]: both blocks are loose, less than
-    20 cm apart in the plane and more than 5 cm in height. (The reference looks twice whether block i is loose and never
-    whether j is.)"""
+    """Returns the pairs of a state [39] that earn a reward, in their order.
+
+    Both blocks are loose, less than 20 cm apart in the plane and more than 5 cm in height. (The reference looks twice
+    whether block i is loose and never whether j is.)
+    """
     blocks = blocks_of(state)
     loose, position = blocks[:, -1] <= 0.5, blocks[:, :3]
     return [
@@ -73,13 +75,12 @@ class Count(NamedTuple):
 
     @property
     def next(self) -> Pair | None:
-        """Returns the pair to build, if one is asked for (the last one where all stand)."""
+        """Returns the pair to build (the last one where all stand); None if no order is asked for."""
         return None if self.wanted is None else self.wanted[min(len(self.seen), len(self.wanted) - 1)]
 
     @property
     def total(self) -> float:
-        """Returns the return so far, at most 3: blocks below the top of the highest tower, or the share of what was
-        wanted."""
+        """Returns the return so far, at most 3: blocks below the top of the highest tower, or the share of `wanted`."""
         if self.wanted is None:
             return float(max(sum(i == top for i, _ in self.seen) for top in range(BLOCKS)))
         return BEST_RETURN * len(self.seen) / len(self.wanted)
@@ -94,8 +95,11 @@ class Count(NamedTuple):
 
 
 def draw_task(task: str, rng: Rng) -> Count:
-    """Returns a new episode's goal: none; a tower of all blocks in a drawn order; or drawn pairs, no block of which
-    moves twice or once another is to lie on it."""
+    """Draws a new episode's goal.
+
+    It is none (unconditional), a tower of all blocks in a drawn order (conditional), or drawn pairs, no block of which
+    moves twice or once another is to lie on it (rearrangement).
+    """
     if task == "unconditional":
         return Count()
     if task == "conditional":

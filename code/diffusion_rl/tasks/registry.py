@@ -149,12 +149,12 @@ TASKS = (
 
 
 def task_named(name: str) -> TaskSpec | None:
-    """Returns the task that a name of an environment or of a data set belongs to; None: one of the user's own."""
+    """Finds the task that an environment's or data set's name belongs to; None: one of the user's own."""
     return next((task for task in TASKS if task.covers(name)), None)
 
 
 def tasks_of(**facts: Any) -> list[TaskSpec]:
-    """Returns the tasks with these facts: `tasks_of(simulator="locomotion")`."""
+    """Finds the tasks with these facts: `tasks_of(simulator="locomotion")`."""
     return [task for task in TASKS if all(getattr(task, key) == value for key, value in facts.items())]
 
 
@@ -183,7 +183,7 @@ def same_task(one: str, other: str) -> bool | None:
 
 
 def d4rl_file(dataset: str) -> str | None:
-    """Where D4RL keeps a data set, relative to `D4RL_FILES`; None for names that it does not have."""
+    """Finds where D4RL keeps a data set, relative to `D4RL_FILES`; None for names that it does not have."""
     return next((task.d4rl_files[dataset] for task in TASKS if dataset in task.d4rl_files), None)
 
 

@@ -19,11 +19,15 @@ def load(
     cameras: Sequence[str] = (),
     max_episodes: int | None = None,
 ) -> tuple[Episodes, MinMaxNormalizer]:
-    """Returns complete episodes and the ranges of everything in a D4RL, Minari or robomimic HDF5 file (or Minari's
-    folder), or in an npz of unscaled arrays; the layout is recognised.
+    """Reads complete episodes and the ranges of everything in a file, whose layout is recognised.
 
-    obs_keys: for observations that are dictionaries, what to concatenate, in this order. cameras, max_episodes: of
-    robomimic's files, whose ranges are those of the episodes that are read.
+    Args:
+        path: HDF5 of D4RL, Minari (or Minari's folder) or robomimic, or an npz of unscaled arrays.
+        obs_keys: which entries of dictionary observations to concatenate, in this order.
+        cameras, max_episodes: of robomimic's files, whose ranges are those of the episodes that are read.
+
+    Raises:
+        UserError: the layout is none of these, or the data are damaged.
     """
     path = Path(path)
     if os.path.isdir(path):

@@ -37,12 +37,12 @@ class Demonstration:
 
     @property
     def states(self) -> np.ndarray:
-        """Returns [T-1, 4] what the policy sees."""
+        """Returns what the policy sees, [T-1,4]."""
         return np.concatenate([self.setpoints, self.positions], axis=1)[:-1]
 
     @property
     def actions(self) -> np.ndarray:
-        """Returns [T-1, 2] changes of the setpoint."""
+        """Returns the changes of the setpoint, [T-1,2]."""
         return np.diff(self.setpoints, axis=0)
 
     @property
@@ -52,8 +52,7 @@ class Demonstration:
 
 
 def read_folder(folder: str | Path) -> list[Demonstration]:
-    """Returns all demonstrations of a folder, by name. Raises UserError if there is none, or for a file that is not
-    one."""
+    """Reads all demonstrations of a folder, by name. Raises UserError if there is none, or one is damaged."""
     files = sorted(Path(folder).glob("*.pkl"))
     if not files:
         raise UserError(f"{folder} holds no .pkl files: give the folder of D3IL's avoiding recordings")
@@ -61,7 +60,7 @@ def read_folder(folder: str | Path) -> list[Demonstration]:
 
 
 def read(path: Path) -> Demonstration:
-    """Returns one demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
+    """Reads one demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
     content = _load(path)
     robot = content.get("robot") if isinstance(content, dict) else None
     recorded = [robot.get(key) for key in ("des_c_pos", "c_pos")] if isinstance(robot, dict) else []
@@ -77,12 +76,12 @@ def read(path: Path) -> Demonstration:
 def select(
     demonstrations: Sequence[Demonstration], desired: Sequence[int], required: Sequence[int] = REQUIRED
 ) -> list[Demonstration]:
-    """Returns those that take all the `required` gaps of the first rows and one of the `desired` ones of the third."""
+    """Selects those that take all `required` gaps of the first rows and one of the `desired` ones of the third."""
     return [d for d in demonstrations if set(required) <= set(d.modes[:2]) and d.modes[2] in desired]
 
 
 def as_episodes(demonstrations: Sequence[Demonstration]) -> Episodes:
-    """Returns one after the other, in their own units, float32."""
+    """Joins demonstrations in their own units, float32."""
     if not demonstrations:
         raise UserError("no demonstration takes the gaps asked for")
     parts = [{"states": d.states, "actions": d.actions} for d in demonstrations]
@@ -147,7 +146,7 @@ class _Arrays(Interpreter):
 
 
 def _load(path: Path) -> Any:
-    """Returns what a pickle of dictionaries and arrays holds."""
+    """Reads a pickle of dictionaries and arrays."""
     payload = read_bytes(path)
     try:
         return _with_arrays(_Arrays().run(payload))
@@ -156,7 +155,7 @@ def _load(path: Path) -> Any:
 
 
 def _with_arrays(content: Any) -> Any:
-    """Puts the arrays in the place of what stands for them, in each dictionary once, however often it is referred to."""
+    """Replaces what stands for arrays by the arrays, once in each dictionary, however often it is referred to."""
     pending, seen = [content], set()
     while pending:
         node = pending.pop()

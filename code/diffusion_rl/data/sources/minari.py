@@ -28,7 +28,7 @@ def recognises(file: Group) -> bool:
 
 
 def file_in(folder: Path) -> Path:
-    """Returns the data file in a Minari data set's folder."""
+    """Finds the data file in a Minari data set's folder."""
     for candidate in (folder / "main_data.hdf5", folder / "data" / "main_data.hdf5"):
         if candidate.is_file():
             return candidate
@@ -36,7 +36,7 @@ def file_in(folder: Path) -> Path:
 
 
 def read(file: Group, obs_keys: Sequence[str] = ()) -> Episodes:
-    """Episodes in numerical order; `obs_keys` choose from dictionary observations."""
+    """Reads episodes in numerical order; `obs_keys` choose from dictionary observations."""
     _require_continuous(file.where)
     matches = sorted(filter(None, map(_EPISODE.fullmatch, file.names())), key=lambda match: int(match[1]))
     parts = [_episode(file, match[0], obs_keys) for match in matches]
@@ -90,12 +90,12 @@ def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> dict[str, np.nda
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
-    """Returns [L,…] -> [L,D]"""
+    """Flattens [L,…] to [L,D]."""
     return x.reshape(len(x), -1) if len(x) else x.reshape(0, 1)
 
 
 def _observations(group: Group, where: str, obs_keys: Sequence[str]) -> list[Array]:
-    """Returns what a state consists of: the array `observations`, or those of `obs_keys` in the group of that name."""
+    """Finds the arrays of a state: `observations`, or those of `obs_keys` in the group of that name."""
     parts = group.group("observations")
     if parts is None:
         return [group.array("observations")]

@@ -20,8 +20,7 @@ IMAGE_SUFFIX = "_image"
 
 
 def low_dim_keys(n_arms: int, with_object: bool) -> list[str]:
-    """Returns the entries of the state, in order: pose of each arm's hand and its fingers, and what else there is to
-    know."""
+    """Lists the entries of the state, in order: pose of each arm's hand and its fingers, and the object."""
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
     return [f"robot{i}_{part}" for i in range(n_arms) for part in parts] + ["object"] * with_object
 
@@ -33,7 +32,7 @@ def recognises(file: Group) -> bool:
 
 
 def _demos(data: Group) -> list[str]:
-    """Names of the demonstrations in numerical order."""
+    """Lists the demonstrations in numerical order."""
     matches = sorted(filter(None, map(_DEMO.fullmatch, data.names())), key=lambda match: int(match[1]))
     return [match[0] for match in matches if data.group(match[0]) is not None]
 
@@ -41,7 +40,7 @@ def _demos(data: Group) -> list[str]:
 def read(
     file: Group, obs_keys: Sequence[str] = (), cameras: Sequence[str] = (), max_episodes: int | None = None
 ) -> Episodes:
-    """Demonstrations in numerical order, the first `max_episodes`.
+    """Reads demonstrations in numerical order, at most `max_episodes`.
 
     obs_keys: entries of the state; by default those that the reference takes, `object` only where there are no
     cameras. cameras: whose pictures to read, one after the other in the channels.
