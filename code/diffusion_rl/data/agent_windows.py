@@ -82,8 +82,8 @@ class AgentNormalizer:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Returns the fitted arrays by name."""
-        found = {f"observations.{k}": v for k, v in self.observations.arrays.items()}
-        return found | {f"actions.{k}": v for k, v in self.actions.arrays.items()}
+        parts = {"observations": self.observations, "actions": self.actions}
+        return {f"{part}.{key}": array for part, fitted in parts.items() for key, array in fitted.arrays.items()}
 
     @classmethod
     def of(
@@ -178,7 +178,7 @@ class VAESequenceDataset:
         inside = within[..., None]
         beyond = 0 if self.use_zero_padding else self.actions[end - 1][..., None, :]
         actions = np.where(inside, self.actions[np.minimum(future, end[..., None] - 1)], beyond)
-        found = {
+        window = {
             "state": self.past(row, begin),
             "actions": actions,
             "mask": inside,
@@ -193,10 +193,10 @@ class VAESequenceDataset:
             )
             last = np.minimum(row + self.act_steps, end) - 1
             following = np.minimum(last + 1, end - 1)  # where an episode was cut, its last state stands for the next
-            found["rewards"] = earned.sum(axis=-1, keepdims=True)
-            found["alive"] = (self.discount**self.act_steps * ~self.terminals[last])[..., None]
-            found["next_state"] = self.past(following, begin)
-        return {name: array.astype(np.float32) for name, array in found.items()}
+            window["rewards"] = earned.sum(axis=-1, keepdims=True)
+            window["alive"] = (self.discount**self.act_steps * ~self.terminals[last])[..., None]
+            window["next_state"] = self.past(following, begin)
+        return {name: array.astype(np.float32) for name, array in window.items()}
 
     # ---------- single items, under the names of the original ----------
 

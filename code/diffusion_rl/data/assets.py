@@ -66,21 +66,21 @@ def resolve(path: str | os.PathLike, assets: Mapping[str, Asset] | None = None) 
 
     `path` may be absolute, relative to the current directory, relative to the data directory, or a manifest name.
     """
-    given = Path(path).expanduser()
-    for candidate in (given, data_dir() / given):
+    file = Path(path).expanduser()
+    for candidate in (file, data_dir() / file):
         if os.path.isfile(candidate):
             return candidate
     assets = manifest() if assets is None else assets
-    asset = assets.get(str(path)) or _by_destination(given, assets)
+    asset = assets.get(str(path)) or _by_destination(file, assets)
     if asset is None:
-        return require_file(given, f"no such file: {given}; {_cure(given)}")  # which it is not: says what it is
+        return require_file(file, f"no such file: {file}; {_cure(file)}")  # which it is not: says what it is
     return fetch(asset)
 
 
 def _by_destination(path: Path, assets: Mapping[str, Asset]) -> Asset | None:
-    wanted = os.path.abspath(path)
+    absolute = os.path.abspath(path)
     for asset in assets.values():
-        if wanted == os.path.abspath(data_dir() / asset.destination) or path == Path(asset.destination):
+        if absolute == os.path.abspath(data_dir() / asset.destination) or path == Path(asset.destination):
             return asset
     return None
 
@@ -206,11 +206,11 @@ def sha256(path: Path) -> str:
 
 
 def _require_hash(path: Path, asset: Asset, delete: bool) -> None:
-    found = sha256(path)
-    if found != asset.sha256:
+    digest = sha256(path)
+    if digest != asset.sha256:
         if delete:
             path.unlink()
-        raise UserError(f"{path.name}: sha256 is {found}, expected {asset.sha256}")
+        raise UserError(f"{path.name}: sha256 is {digest}, expected {asset.sha256}")
 
 
 class _Progress:

@@ -40,5 +40,5 @@ def transitions(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "observations" [M,O], "actions" [M,A], "rewards" [M], "following" [M,O], "terminals" [M].
     """
     kept = np.flatnonzero(~flat["timeouts"][:-1].astype(bool))
-    found = {field: flat[field][kept] for field in FIELDS[:-1]}
-    return found | {"following": flat["observations"][kept + 1]}
+    rows = {field: flat[field][kept] for field in FIELDS[:-1]}
+    return rows | {"following": flat["observations"][kept + 1]}

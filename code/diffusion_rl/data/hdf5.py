@@ -112,7 +112,7 @@ class Group:
                 elif kind == h5py.h5l.TYPE_SOFT:
                     target = node.id.links.get_val(part).decode()
                     node = node.file if target.startswith("/") else node
-                    parts = [each for each in target.split("/") if each not in ("", ".")] + parts
+                    parts = [name for name in target.split("/") if name not in ("", ".")] + parts
                 else:
                     raise UserError(f"{self._place(name)} lies in another file: copy it into this one")
                 if not parts:

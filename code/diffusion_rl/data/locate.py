@@ -27,7 +27,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
     D4RL_DATASET_DIR, then among the data that ship with this repository.
 
     Raises:
-        UserError: there are none; where to get them is said.
+        UserError: there are none; the message says where to get them.
     """
     if data_dir:
         return _read(Path(data_dir))

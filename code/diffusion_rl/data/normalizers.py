@@ -84,18 +84,18 @@ def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | 
     bounds = read_npz(path, KEYS, f"no such file: {path} (the normalization file does not exist): {cure}")
     if missing := [key for key in KEYS if key not in bounds]:
         raise UserError(f"normalization file {path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
-    for kind, wanted in (("obs", obs_dim), ("action", action_dim)):
-        _check_bounds(path, kind, bounds[f"{kind}_min"], bounds[f"{kind}_max"], wanted)
+    for kind, dim in (("obs", obs_dim), ("action", action_dim)):
+        _check_bounds(path, kind, bounds[f"{kind}_min"], bounds[f"{kind}_max"], dim)
     return {key: bounds[key] for key in KEYS}
 
 
-def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray, wanted: int | None) -> None:
+def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray, dim: int | None) -> None:
     for key, bound in ((f"{kind}_min", low), (f"{kind}_max", high)):
         if bound.ndim != 1 or not len(bound):
             raise UserError(f"normalization file {path}: {key} must be a vector, it has shape {bound.shape}")
-        if wanted is not None and bound.shape != (wanted,):
+        if dim is not None and bound.shape != (dim,):
             raise UserError(
-                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={wanted} is wanted here: "
+                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={dim} is dim here: "
                 f"take the file of this task or set {kind}_dim={len(bound)}"
             )
         if not np.isfinite(bound).all():

@@ -1,4 +1,4 @@
-"""Data sets of DiffuserLite: windows of several lengths in the same episodes, and the returns that plans are told.
+"""Data sets of DiffuserLite: windows of several lengths in the same episodes, and the returns that condition plans.
 
 Shape letters: N rows of the data, P episodes, L levels, M windows of a level, B batch, H states, O observation.
 """
@@ -143,7 +143,7 @@ class PlanDataset:
         gets window k - 1 at item k, because n (k / n) is a little less than k.
         """
         fractions = np.asarray(items) / len(self.windows[-1])
-        return np.stack([(len(each) * fractions).astype(np.int64) for each in self.windows])
+        return np.stack([(len(windows) * fractions).astype(np.int64) for windows in self.windows])
 
     def rows(self, level: int, windows: np.ndarray | None = None, stride: int = 1) -> np.ndarray:
         """Returns the rows of `states`, `actions` and `rewards` in windows of a level (default: all of them), [B,H]."""
@@ -181,12 +181,12 @@ def conditions(
         return data.returns(level) / np.float32(scale)
     if values is None:
         raise UserError(f"{data.kind} plans need values: run mode=iql_training first")
-    found = []
+    parts = []
     for start in range(0, len(data.windows[level]), chunk):  # the windows of the first level are long
         rows = data.rows(level, np.arange(start, min(start + chunk, len(data.windows[level]))))
-        told = _kitchen_returns if data.kind == "kitchen" else _antmaze_returns
-        found.append(told(data.rewards[rows], values[rows[:, -1]], data.discount, level == 0))
-    return np.concatenate(found)
+        returns_of = _kitchen_returns if data.kind == "kitchen" else _antmaze_returns
+        parts.append(returns_of(data.rewards[rows], values[rows[:, -1]], data.discount, level == 0))
+    return np.concatenate(parts)
 
 
 def _discounts(discount: float, count: int) -> np.ndarray:

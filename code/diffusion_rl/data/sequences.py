@@ -46,7 +46,7 @@ class SequenceDataset:
 
     History that would reach before the episode repeats its first observation; the most recent stands last. Episodes
     shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used (-1:
-    all). What is left out is said in a line.
+    all). What is left out is logged.
 
     Attributes: states [N,O] float32, actions [N,A] float32, traj_lengths [T], indices [M,2] int64 (row of the first
     action, steps since the episode's beginning), images [N,C,Hi,Wi] as stored or None.
@@ -108,10 +108,10 @@ class SequenceDataset:
 
     def require_dims(self, obs_dim: int, action_dim: int) -> None:
         """Raises UserError unless the data set has these dimensions."""
-        found = (self.states.shape[1], self.actions.shape[1])
-        if found != (obs_dim, action_dim):
+        dims = (self.states.shape[1], self.actions.shape[1])
+        if dims != (obs_dim, action_dim):
             raise UserError(
-                f"{self.dataset_path} has obs_dim={found[0]} and action_dim={found[1]}, "
+                f"{self.dataset_path} has obs_dim={dims[0]} and action_dim={dims[1]}, "
                 f"the configuration says obs_dim={obs_dim} and action_dim={action_dim}"
             )
 

@@ -16,7 +16,7 @@ _CONSTANT = 1e-5  # a range below this, in raw units, is blown up by the scaling
 
 
 def validate(directory: str | os.PathLike) -> Iterator[str]:
-    """Yields lines about `train.npz`, `val.npz` (if any) and `normalization.npz`. Raises UserError for what is wrong."""
+    """Yields lines about `train.npz`, `val.npz` (if any) and `normalization.npz`. Raises UserError for any fault."""
     directory = Path(directory)
     if not os.path.isdir(directory):
         raise UserError(f"no such folder: {directory}")

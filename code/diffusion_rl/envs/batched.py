@@ -157,9 +157,9 @@ class BatchedVectorEnv(abc.ABC):
         """
         for key, array in self.get_state().items():
             if key not in state or np.shape(state[key]) != array.shape:
-                found = f"shape {np.shape(state[key])}" if key in state else "nothing"
+                saved = f"shape {np.shape(state[key])}" if key in state else "nothing"
                 raise UserError(
-                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {found}; "
+                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {saved}; "
                     "go on with the env settings the state was saved with"
                 )
         self._stop_videos()

@@ -50,6 +50,6 @@ def require_finite(
     for i, row in enumerate(rows):
         for t in range(int(executed[i])):
             step = int(before[i]) + t + 1
-            found = fault("observation", observations[i, t], step) or fault("reward", rewards[i, t], step)
-            if found:
-                raise UserError(f"environment {row} ({name}): {found}")
+            line = fault("observation", observations[i, t], step) or fault("reward", rewards[i, t], step)
+            if line:
+                raise UserError(f"environment {row} ({name}): {line}")

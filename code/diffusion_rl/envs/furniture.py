@@ -20,7 +20,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.finite import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
-from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult
+from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult, Unrestorable
 from diffusion_rl.envs.processes import in_one_line
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
@@ -35,7 +35,7 @@ def vector(request: EnvRequest) -> FurnitureVectorEnv:
     return FurnitureVectorEnv(config.get("specific") or {}, count, request.act_steps, config["max_episode_steps"])
 
 
-class FurnitureVectorEnv:
+class FurnitureVectorEnv(Unrestorable):
     """E copies of one piece of furniture, behind the `VectorEnv` interface.
 
     specific: `furniture`, `randomness`, `normalization_path`, `sparse_reward`, `headless`, `gpu_id` of the reference's
@@ -43,8 +43,6 @@ class FurnitureVectorEnv:
     which counts as terminated and truncated, and go on until the next reset. Raises UserError where the simulator or
     the statistics are missing.
     """
-
-    restorable = False
 
     def __init__(self, specific: Mapping[str, Any], n_envs: int, act_steps: int, max_episode_steps: int):
         if specific.get("obs_steps", 1) != 1:
@@ -109,13 +107,6 @@ class FurnitureVectorEnv:
         require_finite(self.name, shown, rewards[:, None], rows, np.ones(self.n_envs), before)
         return {"state": shown}
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        if state:
-            raise UserError("Furniture-Bench cannot be restored: a run goes on with new episodes")
-
     def close(self) -> None:
         self._connection.close()
         try:
@@ -146,10 +137,10 @@ def _interpreter() -> str:
         raise UserError(
             f"Furniture-Bench needs IsaacGym in a Python 3.8 of its own: set {INTERPRETER} to that interpreter ({PAGE})"
         )
-    found = shutil.which(named)
-    if found is None:
+    interpreter = shutil.which(named)
+    if interpreter is None:
         raise UserError(f"{INTERPRETER}={named} is no executable: name the Python 3.8 that has IsaacGym ({PAGE})")
-    return found
+    return interpreter
 
 
 def _start(interpreter: str) -> tuple[subprocess.Popen, Any]:

@@ -67,6 +67,20 @@ class VectorEnv(Protocol):
         """Releases processes, threads and files."""
 
 
+class Unrestorable:
+    """The part of `VectorEnv` of environments whose simulators cannot be saved."""
+
+    restorable = False
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Raises UserError for a state, which is that of other environments."""
+        if state:
+            raise UserError("these environments cannot be restored: a run goes on with new episodes (see env.engine)")
+
+
 @dataclass(frozen=True)
 class EnvRequest:
     """What a simulator is asked to build.

@@ -104,7 +104,7 @@ class KukaStacking:
 
     def state(self) -> np.ndarray:
         """Returns the state [39]: joints, then position, orientation and flag of each block."""
-        joints = [each[0] for each in self._call("getJointStates", self.arm, self.joints)]
+        joints = [joint[0] for joint in self._call("getJointStates", self.arm, self.joints)]
         poses = [np.concatenate(self._call("getBasePositionAndOrientation", block)) for block in self.blocks]
         return np.concatenate([joints, *(np.append(pose, flag) for pose, flag in zip(poses, self.flags, strict=True))])
 

@@ -291,16 +291,16 @@ class LocomotionPhysics:
         data, roll = self._datas[thread], self._rolls[thread]
         models, datas, sensors = [self.model], [data], np.empty((1, controls.shape[1], self.model.nsensordata))
         for row in rows:
-            one = slice(row, row + 1)
+            single = slice(row, row + 1)
             roll(
                 models,
                 datas,
-                states[one],
-                controls[one],
+                states[single],
+                controls[single],
                 skip_checks=True,
                 nstep=controls.shape[1],
-                initial_warmstart=warmstarts[one],
-                state=substeps[one],
+                initial_warmstart=warmstarts[single],
+                state=substeps[single],
                 sensordata=sensors,
             )
             warm[row] = data.qacc_warmstart

@@ -113,10 +113,10 @@ def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> No
     """Raises UserError if the configuration's dimensions are not the environment's."""
     state = venv.obs_spec.get("state")
     if state is not None and tuple(state) != (obs_dim,):
-        found = state[0] if len(state) == 1 else state
+        size = state[0] if len(state) == 1 else state
         raise UserError(
-            f"obs_dim={obs_dim} is wrong for {name}: its observations have {found} entries, set obs_dim={found}"
+            f"obs_dim={obs_dim} is wrong for {name}: its observations have {size} entries, set obs_dim={size}"
         )
     if venv.action_dim != action_dim:
-        found = venv.action_dim
-        raise UserError(f"action_dim={action_dim} is wrong for {name}, which has {found}: set action_dim={found}")
+        size = venv.action_dim
+        raise UserError(f"action_dim={action_dim} is wrong for {name}, which has {size}: set action_dim={size}")

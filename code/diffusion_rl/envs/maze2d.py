@@ -35,7 +35,7 @@ def size_of(name: str) -> str:
     """Finds "umaze", "medium" or "large" in "maze2d-umaze-v1". Raises UserError for other names."""
     size = name.removeprefix("maze2d-").split("-")[0]
     if not name.startswith("maze2d-") or size not in LAYOUTS:
-        raise UserError(f"{name!r} is no maze: there are {', '.join(f'maze2d-{each}-v1' for each in LAYOUTS)}")
+        raise UserError(f"{name!r} is no maze: there are {', '.join(f'maze2d-{size}-v1' for size in LAYOUTS)}")
     return size
 
 

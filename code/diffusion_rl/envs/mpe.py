@@ -15,15 +15,13 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.finite import require_finite
-from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult, Unrestorable
 
 N_AGENTS = 3
 
 
-class SpreadVectorEnv:
-    """E environments in this process behind the `VectorEnv` interface, agents side by side. They cannot be restored."""
-
-    restorable = False
+class SpreadVectorEnv(Unrestorable):
+    """E environments in this process behind the `VectorEnv` interface, agents side by side."""
 
     def __init__(self, n_envs: int, *, act_steps: int = 1, max_episode_steps: int = 25, seeds: Sequence[int]):
         try:
@@ -93,12 +91,6 @@ class SpreadVectorEnv:
 
     def _flat(self, seen: dict[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([seen[agent] for agent in self.agents])
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        pass
 
     def close(self) -> None:
         for env in self._envs:

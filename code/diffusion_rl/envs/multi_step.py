@@ -259,8 +259,8 @@ def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], firs
     for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):
         named = [(f"observation {key!r}", values) for key, values in frame.items()]
         for what, values in [*named, ("reward", reward)]:
-            if found := finite.fault(what, values, step):
-                raise UserError(found)
+            if fault := finite.fault(what, values, step):
+                raise UserError(fault)
 
 
 def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
@@ -269,8 +269,8 @@ def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
 
 def _either(before: bool | None, success: Any) -> bool | None:
     """Whether a step up to now has succeeded. success: a number or an array of them; what is none says nothing."""
-    said = np.asarray(success)
-    return bool(before) or bool((said > 0).any()) if said.dtype.kind in "biuf" else before
+    values = np.asarray(success)
+    return bool(before) or bool((values > 0).any()) if values.dtype.kind in "biuf" else before
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

@@ -42,25 +42,15 @@ def require(name: str) -> None:
 
 
 def single(recipe: EnvRecipe) -> OwnEnv:
-    """Builds the environment of a recipe."""
-    return make_own(recipe.name, recipe.kwargs, recipe.render, recipe.obs_dim)
-
-
-def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | None = None) -> OwnEnv:
-    """Builds the environment registered as `name`.
-
-    Args:
-        render: whether it must be able to film.
-        obs_dim: as of `OwnEnv`.
-    """
-    rendering: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
+    """Builds the environment of a recipe. Raises UserError if it is to be filmed and cannot be."""
+    rendering: dict[str, Any] = {"render_mode": recipe.render_mode} if recipe.render else {}
     try:
-        env = gymnasium.make(name, disable_env_checker=True, **rendering, **kwargs)
+        env = gymnasium.make(recipe.name, disable_env_checker=True, **rendering, **recipe.kwargs)
     except TypeError as error:
         if "unexpected keyword argument 'render_mode'" not in str(error):
             raise
         raise UserError("env.save_video=true: its constructor takes no render_mode, so it cannot be filmed") from error
-    return OwnEnv(_with_current_interface(env), obs_dim)
+    return OwnEnv(_with_current_interface(env), recipe.obs_dim)
 
 
 def _with_current_interface(env: gymnasium.Env) -> gymnasium.Env:
@@ -85,8 +75,9 @@ class CurrentInterface(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         parameters = inspect.signature(env.reset).parameters.values()
-        takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
-        names = {one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)}
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = {parameter.name for parameter in parameters if parameter.kind in named}
         self._takes = {"seed", "options"} if takes_all else names
 
     @property
@@ -120,7 +111,7 @@ class OwnEnv(gymnasium.Wrapper):
     the observation space. info["is_success"] is also known as info["success"].
 
     Attributes:
-        notes: what the user should be told.
+        notes: warnings for the user.
 
     Raises:
         UserError: observations that no policy of this package can take.
@@ -148,7 +139,7 @@ class OwnEnv(gymnasium.Wrapper):
 
     def _chosen(self, spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the entries that make the state."""
-        vectors = {key: one.shape for key, one in spaces.items() if isinstance(one, Box) and len(one.shape) < 2}
+        vectors = {key: space.shape for key, space in spaces.items() if isinstance(space, Box) and len(space.shape) < 2}
         if self._is_dict and STATE not in spaces:
             _require_fit(vectors, spaces, obs_dim)
         elif STATE not in vectors:
@@ -190,7 +181,7 @@ class OwnEnv(gymnasium.Wrapper):
 
 def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> None:
     """Raises UserError if the joined vectors of a Dict are none or not `obs_dim` entries."""
-    listed = ", ".join(f"{key} {list(one.shape) if isinstance(one, Box) else one}" for key, one in spaces.items())
+    listed = ", ".join(f"{key} {list(s.shape) if isinstance(s, Box) else s}" for key, s in spaces.items())
     size = sum(int(np.prod(shape)) for shape in vectors.values())
     if not vectors:
         raise UserError(f"its observations are a Dict without a vector ({listed}): add one as {STATE!r}")

@@ -63,10 +63,10 @@ _LINKS = Path(__file__).parent / "assets" / "panda_links.json"
 
 def assets() -> Path:
     """Finds the Panda's folder in robosuite, without importing it. Raises UserError if robosuite is not installed."""
-    found = importlib.util.find_spec("robosuite")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("robosuite")
+    if package is None or not package.submodule_search_locations:
         raise UserError('the Panda model comes with robosuite: pip install -e ".[d3il]" (see installation/d3il.md)')
-    return Path(next(iter(found.submodule_search_locations))) / "models" / "assets" / "robots" / "panda"
+    return Path(next(iter(package.submodule_search_locations))) / "models" / "assets" / "robots" / "panda"
 
 
 def load_model(visible: bool = False) -> mujoco.MjModel:
@@ -198,14 +198,14 @@ class InverseKinematics:
     def _velocity(self, q: np.ndarray, goal: np.ndarray) -> np.ndarray:
         """Returns joint velocities [E,7] at joint angles q [E,7] for goals [E,3]."""
         position, turn, jacobian = self._kinematics(q)
-        wanted = np.empty((len(q), 6))
-        wanted[:, :3] = POSITION_GAIN * np.clip(goal - position, -LARGEST_POSITION_ERROR, LARGEST_POSITION_ERROR)
+        twist = np.empty((len(q), 6))
+        twist[:, :3] = POSITION_GAIN * np.clip(goal - position, -LARGEST_POSITION_ERROR, LARGEST_POSITION_ERROR)
         error = np.clip(_rotation_error(turn), -LARGEST_ROTATION_ERROR, LARGEST_ROTATION_ERROR)
-        wanted[:, 3:] = ROTATION_GAIN * error
+        twist[:, 3:] = ROTATION_GAIN * error
         rest = REST_GAIN * np.clip(REST - q, -LARGEST_REST_ERROR, LARGEST_REST_ERROR)
-        wanted -= (jacobian @ rest[..., None])[..., 0]
+        twist -= (jacobian @ rest[..., None])[..., 0]
         transposed = jacobian.transpose(0, 2, 1)
-        velocity = (transposed @ _solve_clipped(jacobian @ transposed, wanted)[..., None])[..., 0] + rest
+        velocity = (transposed @ _solve_clipped(jacobian @ transposed, twist)[..., None])[..., 0] + rest
         speed = np.sqrt(np.sum(velocity * velocity, axis=-1, keepdims=True))
         return velocity * (LARGEST_SPEED / np.maximum(speed, LARGEST_SPEED))
 

@@ -45,12 +45,12 @@ def in_one_line(trace: str, name: str = "") -> str:
     last = frames[-1] if frames else -1
     cause = next((line for line in lines[last + 1 :] if not line.startswith(" ")), "").removesuffix(":").strip()
     place = re.match(r'  File "(.+)", line (\d+)', lines[last]) if frames else None
-    found = [name] if name else []
+    places = [name] if name else []
     if place:
         path = place[1] if len(place[1]) <= LONGEST_PATH else "…" + place[1][-LONGEST_PATH:]
-        found.append(f"{path}:{place[2]}")
+        places.append(f"{path}:{place[2]}")
     cause = cause if len(cause) <= LONGEST_CAUSE else cause[:LONGEST_CAUSE] + "…"
-    return f"{cause} [{', '.join(found)}]"
+    return f"{cause} [{', '.join(places)}]"
 
 
 @contextlib.contextmanager

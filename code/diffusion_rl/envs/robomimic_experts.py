@@ -126,7 +126,7 @@ def _can(env: Any, arms: list[Arm]) -> list[Plan]:
 
 
 def _square(env: Any, arms: list[Arm]) -> list[Plan]:
-    nut = next(one for one in env.nuts if "Square" in one.name)
+    nut = next(nut for nut in env.nuts if "Square" in nut.name)
     site = env.sim.model.site_name2id(nut.important_sites["handle"])
     centre, peg = _body(env, nut.root_body), _body(env, "peg1")
 

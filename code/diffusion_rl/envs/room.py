@@ -28,17 +28,17 @@ def require_processes(count: int) -> None:
         raise _too_many(count, reason, fitting)
 
 
-def require_memory(count: int, each_gb: float, each: str = "environment", free: float | None = None) -> None:
+def require_memory(count: int, each_gb: float, kind: str = "environment", free: float | None = None) -> None:
     """Raises UserError if `count` environments of `each_gb` do not fit into the memory.
 
     Args:
-        each: a name for one of them.
+        kind: a name for one of them.
         free: GB of memory; None: what the system says.
     """
     free = _available_gb() if free is None else free
     if free is not None and count * each_gb > free:
         size = f"{each_gb:.1f} GB" if each_gb >= 0.1 else f"{each_gb * 1e6:,.0f} kB"
-        reason = f"each {each} takes about {size}, {count * each_gb:,.0f} GB in all, and {free:.1f} GB are free:"
+        reason = f"each {kind} takes about {size}, {count * each_gb:,.0f} GB in all, and {free:.1f} GB are free:"
         raise _too_many(count, reason, int(free / each_gb))
 
 
@@ -52,8 +52,8 @@ def _available_gb() -> float | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) / 2**20 if found else None
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(kilobytes) / 2**20 if kilobytes else None
 
 
 def _process_limits() -> Iterator[tuple[str, int]]:

@@ -98,8 +98,8 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
 
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
         for row in rows:
-            draws = NoiseSource(int(self._seeds[row]) * EPISODES_OF_A_SEED + int(self._episodes[row]))
-            self._positions[row], self._goals[row] = draws.uniform((2, self.n_agents, 2), -1, 1, np.float64)
+            rng = NoiseSource(int(self._seeds[row]) * EPISODES_OF_A_SEED + int(self._episodes[row]))
+            self._positions[row], self._goals[row] = rng.uniform((2, self.n_agents, 2), -1, 1, np.float64)
         self._episodes[rows] += 1
         return self._observe(self._positions[rows, None], self._goals[rows])[:, 0]
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult, require_one_each
+from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult, Unrestorable, require_one_each
 from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,11 @@ log = logging.getLogger(__name__)
 CLOSING_SECONDS = 5.0  # that all processes together may take to end
 
 
-class MultiStepVectorEnv(abc.ABC):
+class MultiStepVectorEnv(Unrestorable, abc.ABC):
     """E `MultiStep` environments behind the `VectorEnv` interface, each behind a lane: here, or in a process.
 
-    builders[i] makes environment i. Subclasses say what a lane is. The simulators cannot be saved: `restorable` is
-    false, `get_state` is empty.
+    builders[i] makes environment i. Subclasses say what a lane is.
     """
-
-    restorable = False
 
     def __init__(self, builders: Sequence[Callable[[], MultiStep]], act_steps: int, seeds: Sequence[int] | None = None):
         self.n_envs = len(builders)
@@ -85,13 +82,6 @@ class MultiStepVectorEnv(abc.ABC):
             np.array(truncated, dtype=bool),
             merged,
         )
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        if state:
-            raise UserError("these environments cannot be restored: a run goes on with new episodes (see env.engine)")
 
     def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         for i, lane in enumerate(self._lanes):
@@ -200,7 +190,7 @@ class ProcessVectorEnv(MultiStepVectorEnv):
 
 
 def _stack(observations: Sequence[Observations]) -> Observations:
-    return {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+    return {key: np.stack([frame[key] for frame in observations]) for key in observations[0]}
 
 
 def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str, Any]], chunk: int) -> dict[str, Any]:

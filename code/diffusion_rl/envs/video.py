@@ -58,7 +58,7 @@ def _opencv(path: str, fps: int) -> tuple[Any, Any] | None:
             writer.append(cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size))
         writer[0].write(frame[..., ::-1])
 
-    return write, lambda: [one.release() for one in writer]
+    return write, lambda: [opened.release() for opened in writer]
 
 
 def _missing() -> tuple[Any, Any]:

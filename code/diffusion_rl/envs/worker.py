@@ -76,7 +76,7 @@ class EnvRecipe:
 
 
 class Spaces(NamedTuple):
-    """observations: the shape of each;  action_dim: A;  notes: what the user should be told."""
+    """observations: the shape of each;  action_dim: A;  notes: warnings for the user."""
 
     observations: dict[str, tuple[int, ...]]
     action_dim: int

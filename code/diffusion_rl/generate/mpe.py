@@ -25,16 +25,16 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--quality", choices=QUALITIES, default="medium", help="how good the agents are")
     parser.add_argument("--episodes", type=int, default=1000, help="of 25 steps")
     parser.add_argument("--data_dir", help="default: where the data of this repository are")
-    given = parser.parse_args(list(arguments))
-    require_range("--episodes", given.episodes, 1, 1_000_000)
-    folder = Path(given.data_dir or data_dir()) / "mpe" / "simple_spread" / given.quality / "seed_0_data"
+    options = parser.parse_args(list(arguments))
+    require_range("--episodes", options.episodes, 1, 1_000_000)
+    folder = Path(options.data_dir or data_dir()) / "mpe" / "simple_spread" / options.quality / "seed_0_data"
     require_writable(folder / "obs_0.npy")
-    fields, returns = record(given.episodes, *QUALITIES[given.quality])
+    fields, returns = record(options.episodes, *QUALITIES[options.quality])
     for name, arrays in fields.items():
         for agent, array in enumerate(arrays):
             with atomic_file(folder / f"{name}_{agent}.npy") as file:
                 np.save(file, array, allow_pickle=False)
-    print(f"{folder}: {given.episodes} episodes, mean return {returns.mean():.2f} +/- {returns.std():.2f}")
+    print(f"{folder}: {options.episodes} episodes, mean return {returns.mean():.2f} +/- {returns.std():.2f}")
 
 
 def record(episodes: int, push: float, deviation: float) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:

@@ -81,7 +81,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
     """Runs one episode of the expert until shortly after success or the time limit; returns it and whether it
     succeeded."""
     observation, _ = env.reset(seed=seed)
-    simulator, draws = env.base.env, NoiseSource(seed)
+    simulator, rng = env.base.env, NoiseSource(seed)
     arms = plans(task, simulator, settings.speed)
     actions = [np.array([0, 0, 0, 0, 0, 0, -1.0]) for _ in arms]
     wander = np.zeros((len(arms), 6))
@@ -91,7 +91,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
         for i, plan in enumerate(arms):
             at_rest = np.concatenate([np.zeros(6), actions[i][6:]])
             actions[i] = next(plan, at_rest)
-        fresh = draws.normal(wander.shape, np.float64)
+        fresh = rng.normal(wander.shape, np.float64)
         wander = MEMORY * wander + settings.noise * np.sqrt(1 - MEMORY**2) * fresh
         action = np.concatenate([np.append(a[:6] + w, a[6]) for a, w in zip(actions, wander, strict=True)]).clip(-1, 1)
         state = np.concatenate([observation[key] for key in env.keys])

@@ -111,7 +111,7 @@ def draw_task(task: str, rng: Rng) -> Count:
 def _rearrangement(rng: Rng) -> Sequence[Pair]:
     tops, bottoms, pairs = list(range(BLOCKS)), list(range(BLOCKS)), list[Pair]()
     while tops:
-        bottom, top = (each[int(rng.integers(0, len(each), (1,))[0])] for each in (bottoms, tops))
+        bottom, top = (blocks[int(rng.integers(0, len(blocks), (1,))[0])] for blocks in (bottoms, tops))
         if top != bottom:
             pairs.append((top, bottom))
             bottoms.remove(bottom)

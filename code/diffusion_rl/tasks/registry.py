@@ -174,11 +174,11 @@ def dims_of(name: str) -> tuple[int, int]:
     return task.dims
 
 
-def same_task(one: str, other: str) -> bool | None:
+def same_task(name: str, other: str) -> bool | None:
     """Whether two names of environments or data sets are of one task; None where that cannot be known."""
-    if one == other:
+    if name == other:
         return True
-    tasks = task_named(one), task_named(other)
+    tasks = task_named(name), task_named(other)
     return None if None in tasks else tasks[0] == tasks[1]
 
 

@@ -44,8 +44,8 @@ def load(
         if robomimic.recognises(file):
             episodes = robomimic.read(file, obs_keys, cameras, max_episodes)
             return episodes, bounds_of(episodes)
-        found = listed(file.names())
+        names = listed(file.names())
     raise UserError(
         f"{path}: neither D4RL's layout (observations, actions, rewards, terminals), Minari's (episode_0, …) nor "
-        f"robomimic's (data/demo_0, …); found {found}"
+        f"robomimic's (data/demo_0, …); found {names}"
     )
