@@ -233,11 +233,9 @@ class RobomimicRecipe:
         return str(self.meta["env_name"])
 
     def __call__(self) -> MultiStep:
-        keys = {
-            "low_dim_keys": list(self.wrapper["low_dim_keys"]),
-            "image_keys": list(self.wrapper.get("image_keys") or []),
-        }
-        base = make_simulator(self.meta, **keys, render=self.render, seed=self.seed, reflections=self.reflections)
+        keys, image_keys = list(self.wrapper["low_dim_keys"]), list(self.wrapper.get("image_keys") or [])
+        modalities = {"low_dim_keys": keys, "image_keys": image_keys}
+        base = make_simulator(self.meta, **modalities, render=self.render, seed=self.seed, reflections=self.reflections)
         options = {ours: self.wrapper[name] for name, ours in _OPTIONS.items() if self.wrapper.get(name) is not None}
         env: gymnasium.Env = Robomimic(base, [*keys, *image_keys], **options)
         clamp = bool(self.wrapper.get("clamp_obs"))
