@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs.finite import require_finite
+from diffusion_rl.envs.chunks import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
 from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult, Unrestorable
 from diffusion_rl.envs.processes import in_one_line

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs.finite import require_finite
+from diffusion_rl.envs.chunks import require_finite
 from diffusion_rl.envs.interface import Observations, StepResult, Unrestorable
 
 N_AGENTS = 3

@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import finite
+from diffusion_rl.envs import chunks
 from diffusion_rl.envs.interface import Observations
 
 STATE, PICTURE = "state", "rgb"  # entries of observations
@@ -259,8 +259,8 @@ def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], firs
     for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):
         named = [(f"observation {key!r}", values) for key, values in frame.items()]
         for what, values in [*named, ("reward", reward)]:
-            if fault := finite.fault(what, values, step):
-                raise UserError(fault)
+            if line := chunks.fault(what, values, step):
+                raise UserError(line)
 
 
 def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
