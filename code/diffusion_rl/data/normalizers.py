@@ -95,7 +95,7 @@ def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray
             raise UserError(f"normalization file {path}: {key} must be a vector, it has shape {bound.shape}")
         if dim is not None and bound.shape != (dim,):
             raise UserError(
-                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={dim} is dim here: "
+                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={dim} is wanted here: "
                 f"take the file of this task or set {kind}_dim={len(bound)}"
             )
         if not np.isfinite(bound).all():
