@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled
-from diffusion_rl.data.flat import flat_of, read_flat
+from diffusion_rl.data.plan_windows import flat_of, read_flat
 from diffusion_rl.tasks.registry import D4RL_FILES, d4rl_file
 
 Say = Callable[[str], None]
@@ -46,7 +46,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
 
 
 def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[str, np.ndarray]:
-    """Finds the rows of a data set as flat arrays (see `data.flat`).
+    """Finds the rows of a data set as flat arrays (see `data.plan_windows`).
 
     Of a file in D4RL's layout these are all rows; of anything else that `find_episodes` finds, complete episodes.
     """

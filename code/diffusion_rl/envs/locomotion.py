@@ -29,6 +29,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
 from diffusion_rl.envs.interface import EnvRequest, unknown
+from diffusion_rl.envs.multi_step import D4RLTerms
 from diffusion_rl.envs.worker import EnvRecipe
 from diffusion_rl.tasks.registry import D4RL_STEPS, LOCOMOTION_DATA
 
@@ -126,29 +127,6 @@ def restore_bodies(model: mujoco.MjModel, task: str) -> None:
     for name, values in json.loads(_BODIES.read_text())[task].items():
         getattr(model, name)[:] = values
     mujoco.mj_setConst(model, mujoco.MjData(model))
-
-
-class D4RLTerms(gymnasium.Wrapper):
-    """What D4RL adds to a single environment: clipped actions, and a time limit that says so in gym's old way."""
-
-    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_STEPS):
-        super().__init__(env)
-        self.time_limit = time_limit
-        self._elapsed = 0
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Begins an episode; returns its observation [O]."""
-        self._elapsed = 0
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
-        """Executes an action [A], clipped to +-1; the time limit ends an episode as terminated."""
-        observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
-        self._elapsed += 1
-        if self.time_limit is not None and self._elapsed >= self.time_limit:
-            info["TimeLimit.truncated"] = not terminated
-            terminated = True
-        return observation, reward, terminated, False, info
 
 
 def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any) -> gymnasium.Env:

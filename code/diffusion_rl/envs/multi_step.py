@@ -27,6 +27,29 @@ CHUNK_KEYS = ("executed_steps", "final_obs", "full_obs")
 REWARD_AGGREGATES: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}
 
 
+class D4RLTerms(gymnasium.Wrapper):
+    """Clips actions to [-1, 1] and ends episodes at a time limit as D4RL does: terminated, with gym's old info."""
+
+    def __init__(self, env: gymnasium.Env, time_limit: int | None):
+        super().__init__(env)
+        self.time_limit = time_limit
+        self._elapsed = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins an episode; returns its observation [O]."""
+        self._elapsed = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        """Executes an action [A], clipped to +-1; the time limit ends an episode as terminated."""
+        observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
+        self._elapsed += 1
+        if self.time_limit is not None and self._elapsed >= self.time_limit:
+            info["TimeLimit.truncated"] = not terminated
+            terminated = True
+        return observation, reward, terminated, False, info
+
+
 class LowdimWrapper(gymnasium.Wrapper):
     """Observations as {"state": [O]}, normalised and clamped; actions taken in [-1, 1].
 
