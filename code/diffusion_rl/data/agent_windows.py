@@ -39,7 +39,7 @@ class AgentEpisodes:
 
 
 class AgentNormalizer:
-    """Observations and actions as the networks see them, and back.
+    """Maps observations and actions to what the networks see, and back.
 
     Args:
         observations, actions: fitted on single agents' rows (`shared`), or on those of all agents side by side.

@@ -214,7 +214,7 @@ def _require_hash(path: Path, asset: Asset, delete: bool) -> None:
 
 
 class _Progress:
-    """A line on the terminal with percentage, rate and time left; elsewhere one line every ten seconds."""
+    """Shows percentage, rate and time left in a line of the terminal; elsewhere prints a line every ten seconds."""
 
     def __init__(self, label: str):
         self.label, self.start, self.last = label, time.monotonic(), 0.0

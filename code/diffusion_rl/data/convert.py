@@ -1,4 +1,4 @@
-"""From episodes of any source to the npz contract: choose, split, scale, write.
+"""Converts episodes of any source to the npz contract: choose, split, scale, write.
 
 The steps and their order are the reference's: ranges come from the whole source, then the first episodes are taken,
 then training ones drawn, then episodes without reward left out.
@@ -23,7 +23,7 @@ from diffusion_rl.data.sources import load
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` made: the splits, the statistics and how many episodes had no reward."""
+    """The result of `convert`: the splits, the statistics and how many episodes had no reward."""
 
     splits: dict[str, Episodes]
     normalization: MinMaxNormalizer

@@ -1,4 +1,4 @@
-"""HDF5 files of other people, of which nothing is read before it is known how large it is.
+"""HDF5 files of unknown origin: nothing is read before its size is known.
 
 What an `open_hdf5` gives are groups and arrays that look only at the file itself: external links, external storage and
 virtual data sets, which lie in other files, are refused, and so are arrays that were not written as a whole and chunks
@@ -121,7 +121,7 @@ class Group:
 
 
 class Array:
-    """An array of numbers in a file, not read yet: its `shape`, its `dtype`, `len`, and `read`."""
+    """An array of numbers in a file that is read only by `read`; has a `shape`, a `dtype` and `len`."""
 
     def __init__(self, node: h5py.Dataset, where: str, allowance: Allowance):
         self._node, self.where, self._allowance = node, where, allowance

@@ -42,7 +42,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 class StackingDataset(TrajectoryDataset):
-    """Windows of H normalised states, each whole inside its trajectory, and which pairs of blocks stand in them.
+    """Windows of H normalised states, whole inside their trajectories, and which pairs of blocks stand in them.
 
     The range that the normalizer maps to [-1, 1] includes 0 where a trajectory has fewer than 300 states: the
     reference takes it from arrays padded with zeros.

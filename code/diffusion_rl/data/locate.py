@@ -1,4 +1,4 @@
-"""Where the data sets of D4RL's tasks and their home-made likes are on this machine, found by name.
+"""Finds the data sets of D4RL's tasks, and home-made ones like them, on this machine by name.
 
 Environment: D4RL_DATASET_DIR   the folder of D4RL's own files (default: ~/.d4rl/datasets)
 """

@@ -135,7 +135,7 @@ class IdentityNormalizer:
 
 
 class GaussianNormalizer(IdentityNormalizer):
-    """Mean 0 and deviation 1; an entry that is constant in the data is only shifted."""
+    """Scales to mean 0 and deviation 1; only shifts an entry that is constant in the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> GaussianNormalizer:
@@ -154,7 +154,7 @@ class GaussianNormalizer(IdentityNormalizer):
 
 
 class LimitsNormalizer(IdentityNormalizer):
-    """The data's range to [-1, 1]."""
+    """Maps the data's range to [-1, 1]."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> LimitsNormalizer:
@@ -179,7 +179,7 @@ class LimitsNormalizer(IdentityNormalizer):
 
 
 class SafeLimitsNormalizer(LimitsNormalizer):
-    """The data's range to [-1, 1]; that of an entry that is constant in the data is widened by 1 on both sides."""
+    """Maps the data's range to [-1, 1], widened by 1 on both sides for an entry that is constant in the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> SafeLimitsNormalizer:
@@ -190,7 +190,7 @@ class SafeLimitsNormalizer(LimitsNormalizer):
 
 
 class WideLimitsNormalizer(LimitsNormalizer):
-    """The data's range and 1e-5 more to [-1, 1], so that constant entries need no other treatment: Kuka's.
+    """Maps the data's range plus 1e-5 to [-1, 1], so that constant entries need no special case (Kuka).
 
     The way back is without the 1e-5, as in the reference, and clips everything to [-1, 1].
     """
@@ -212,7 +212,7 @@ class WideLimitsNormalizer(LimitsNormalizer):
 
 
 class CDFNormalizer(IdentityNormalizer):
-    """Every entry uniform in [-1, 1] by its empirical distribution; what lies outside of the data is clipped."""
+    """Maps every entry to a uniform one in [-1, 1] by its empirical distribution; clips what lies outside of the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> CDFNormalizer:

@@ -56,7 +56,7 @@ def transitions(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Segments(NamedTuple):
-    """Episodes in flat arrays, and what a window sees that runs over an episode's end.
+    """Episodes in flat arrays, and their padding: what a window sees after an episode's end.
 
     Row N + p of the extended arrays is the padding of episode p.
     """

@@ -1,4 +1,4 @@
-"""Data sets of Diffuser: windows of H transitions, actions first, with what is known of them and their returns.
+"""Data sets of Diffuser: windows of H transitions, actions first, their known states and their returns.
 
 Shape letters: N transitions, M windows, B batch, H horizon, A action, O observation, D = A + O, L length of an episode.
 """

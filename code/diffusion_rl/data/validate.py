@@ -1,4 +1,4 @@
-"""What is in a data set's folder, and whether it can be trained on."""
+"""Describes a data set's folder and checks whether it can be trained on."""
 
 from __future__ import annotations
 

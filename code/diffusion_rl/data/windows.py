@@ -1,4 +1,4 @@
-"""Windows over episodes that stand one after the other in flat arrays: which there are, their rows, their returns.
+"""Windows over episodes in flat arrays, one after the other: their numbers, rows and returns.
 
 Shape letters: N rows, T episodes, M windows, B batch, H rows of a window.
 """

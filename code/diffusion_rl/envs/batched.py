@@ -1,4 +1,4 @@
-"""What vector environments share that keep their simulators' states as rows of arrays.
+"""The base of vector environments that keep their simulators' states as rows of arrays.
 
 Shape letters: E environments, N of them, Ta actions of a chunk, To history, O observation, A action.
 """

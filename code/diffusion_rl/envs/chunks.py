@@ -18,7 +18,7 @@ from diffusion_rl.core.errors import UserError
 
 @dataclass
 class StepOutcomes:
-    """What stepping every action of the chunk gave, whether or not the chunk ended before.
+    """The outcomes of all actions of a chunk, those after an early end included.
 
     observations [E, Ta, O]; rewards [E, Ta]; done [E, Ta] bool.
     limit_known [E, Ta] bool: the environment itself says whether its time limit cut the episode at this step
@@ -52,7 +52,7 @@ class ChunkOutcome:
 
 
 class ChunkHistory:
-    """Step counters and observation histories of E environments of one name.
+    """Counts the steps and keeps the observation histories of E environments of one name.
 
     Raises UserError where an observation or a reward that counts is NaN or infinite.
     """

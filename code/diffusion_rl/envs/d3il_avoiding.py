@@ -47,10 +47,15 @@ def vector(request: EnvRequest) -> AvoidingVectorEnv:
 
 
 class AvoidingVectorEnv(BatchedVectorEnv):
-    """E avoiding tasks. name: avoiding-m5 to avoiding-m8. render: show environment 0 in a window. chunks: as
-    `BatchedVectorEnv`'s.
+    """E avoiding tasks.
 
-    Raises UserError for an unknown name, or if there is no display.
+    Args:
+        name: avoiding-m5 to avoiding-m8.
+        render: show environment 0 in a window.
+        chunks: arguments of `BatchedVectorEnv`.
+
+    Raises:
+        UserError: the name is unknown, or there is no display.
     """
 
     def __init__(self, name: str, n_envs: int, *, render: bool = False, **chunks: Any):

@@ -35,7 +35,7 @@ def unpack(message: bytes) -> dict[str, np.ndarray]:
 
 
 class Simulation:
-    """Chunks of normalised actions on Furniture-Bench's batched environment.
+    """Executes chunks of normalised actions on Furniture-Bench's batched environment.
 
     env: FurnitureRLSimEnv. to_6d: proprioception with the orientation as a quaternion -> with six of its matrix's
     entries. statistics: arrays `stats.{observations,actions}.{min,max}` [1, O or A]. sparse_reward: a reward for every

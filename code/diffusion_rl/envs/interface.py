@@ -1,4 +1,4 @@
-"""What is asked of a vector environment. Shape letters: E environments, Ta actions of a chunk, To history."""
+"""The interface of vector environments. Shape letters: E environments, Ta actions of a chunk, To history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_TIMEOUT = 10**6
 
 @dataclass
 class StepResult:
-    """What one chunk of actions gave.
+    """The result of one chunk of actions.
 
     observations: {key: [E, To, ...]}, already those of the new episode where `reset_within_step` began one.
     rewards: [E] float64, summed over the executed part of the chunk.
@@ -68,7 +68,7 @@ class VectorEnv(Protocol):
 
 
 class Unrestorable:
-    """The part of `VectorEnv` of environments whose simulators cannot be saved."""
+    """Implements saving and restoring for environments whose simulators cannot be saved."""
 
     restorable = False
 
@@ -83,7 +83,7 @@ class Unrestorable:
 
 @dataclass(frozen=True)
 class EnvRequest:
-    """What a simulator is asked to build.
+    """The description of the environments that a simulator builds.
 
     Attributes:
         name: of the environments.

@@ -38,7 +38,7 @@ def import_pybullet() -> Any:
 
 
 class KukaStacking:
-    """One arm and its blocks.
+    """Simulates one arm and its blocks.
 
     Args:
         urdf_dir: where `MODELS` are.

@@ -47,7 +47,7 @@ _PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 
 @dataclass(frozen=True)
 class Task:
-    """What tells the three tasks apart (gym's `-v2` classes).
+    """The differences between the three tasks (gym's `-v2` classes).
 
     gymnasium_id: its single-environment twin; xml, frame_skip: the model and the simulator steps per action;
     ctrl_cost, alive_bonus, reset_noise: weights; gaussian_velocity: reset velocities are normal instead of uniform;
@@ -170,8 +170,8 @@ def _roll_by_steps(
 
 @dataclass
 class Trajectory:
-    """What the simulator did with a chunk: states [E, Ta, 1+nq+nv], warmstarts [E, nv] after its last action,
-    observations [E, Ta, O], rewards [E, Ta], unhealthy [E, Ta] bool."""
+    """The simulated chunk: states [E,Ta,1+nq+nv], warmstarts [E,nv] after its last action, observations [E,Ta,O],
+    rewards [E,Ta], unhealthy [E,Ta] bool."""
 
     states: np.ndarray
     warmstarts: np.ndarray

@@ -1,4 +1,4 @@
-"""From the `env` node of a configuration to a vector environment.
+"""Builds vector environments from the `env` node of a configuration.
 
 Every simulator is a module of this folder, named in `tasks.registry`, with one of these functions or both:
 

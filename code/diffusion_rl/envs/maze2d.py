@@ -49,7 +49,7 @@ def _cells(size: str) -> np.ndarray:
 
 
 class Maze2D:
-    """One maze.
+    """Simulates one maze.
 
     Args:
         name: "maze2d-umaze-v1" and the like.

@@ -51,7 +51,7 @@ class D4RLTerms(gymnasium.Wrapper):
 
 
 class LowdimWrapper(gymnasium.Wrapper):
-    """Observations as {"state": [O]}, normalised and clamped; actions taken in [-1, 1].
+    """Shows observations as {"state": [O]}, normalised and clamped; takes actions in [-1, 1].
 
     normalizer: None for raw values. keys: entries of a dict observation to concatenate, None for a plain vector.
     clamp: clip the normalised state to [-1, 1] (raw states are never clipped). never_terminates: drop the
@@ -104,7 +104,7 @@ class LowdimWrapper(gymnasium.Wrapper):
 
 
 class ImageWrapper(LowdimWrapper):
-    """LowdimWrapper plus {"rgb": [C, Hi, Wi]}: the cameras `image_keys` stacked on the channel axis, in 0 … 255.
+    """Adds {"rgb": [C,Hi,Wi]} to `LowdimWrapper`: the cameras `image_keys` stacked on the channel axis, in 0 … 255.
 
     Pictures are bytes, which stay bytes, or numbers in [0, 1].
     """

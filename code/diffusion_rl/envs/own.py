@@ -66,7 +66,7 @@ def _with_current_interface(env: gymnasium.Env) -> gymnasium.Env:
 
 
 class CurrentInterface(gymnasium.Wrapper):
-    """gymnasium's present interface around an environment that may have an older one.
+    """Gives gymnasium's present interface to an environment that may have an older one.
 
     Its `reset` may take neither seed nor options and return the observation alone; its `step` may return gym's four
     values (observation, reward, done, info).
@@ -104,7 +104,7 @@ class CurrentInterface(gymnasium.Wrapper):
 
 
 class OwnEnv(gymnasium.Wrapper):
-    """Observations as one vector, or as {"state": vector, "rgb": picture [C, Hi, Wi]}; rewards as numbers.
+    """Shows observations as one vector, or as {"state": vector, "rgb": picture [C,Hi,Wi]}, and rewards as numbers.
 
     A Dict of observations may have "state" and "rgb" (also [Hi, Wi, C]); of any other the vectors are joined in the
     space's order, if that gives `obs_dim` entries (None: whatever it gives). What `step` and `reset` return is held to

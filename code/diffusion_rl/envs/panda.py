@@ -143,7 +143,7 @@ def _add_scene(root: ElementTree.Element, visible: bool) -> None:
 
 
 class Kinematics:
-    """Where the tool is for given joint angles, of many arms at once. The frames are read from the model."""
+    """Computes where the tool is for joint angles of many arms at once. The frames are read from the model."""
 
     def __init__(self, model: mujoco.MjModel):
         frames = np.zeros((JOINTS, 4, 4))
@@ -179,7 +179,7 @@ class Kinematics:
 
 
 class InverseKinematics:
-    """Joint targets on the way to setpoints of the tool: damped least squares with a pull to a rest posture."""
+    """Moves joint targets towards setpoints of the tool: damped least squares with a pull to a rest posture."""
 
     def __init__(self, kinematics: Kinematics):
         self._kinematics = kinematics
@@ -243,7 +243,7 @@ def _solve_clipped(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @dataclass
 class ArmStates:
-    """Everything about E arms; the arrays may have more axes between E and the last.
+    """The states of E arms; the arrays may have more axes between E and the last.
 
     position, velocity [E, 7] of the joints; bias [E, 7] forces of gravity and motion a millisecond ago, warmstart
     [E, 7] of the constraint solver, target [E, 7] of the inverse kinematics; tool [E, 2] in x, y, a millisecond ago, as

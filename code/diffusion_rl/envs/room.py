@@ -1,4 +1,4 @@
-"""How many environments this machine has room for."""
+"""Checks how many environments this machine has room for."""
 
 from __future__ import annotations
 

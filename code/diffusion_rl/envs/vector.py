@@ -25,7 +25,7 @@ CLOSING_SECONDS = 5.0  # that all processes together may take to end
 
 
 class MultiStepVectorEnv(Unrestorable, abc.ABC):
-    """E `MultiStep` environments behind the `VectorEnv` interface, each behind a lane: here, or in a process.
+    """Steps E `MultiStep` environments, each at the other end of a lane: a process, or an object in this process.
 
     builders[i] makes environment i. Subclasses say what a lane is.
     """
@@ -125,7 +125,7 @@ class MultiStepVectorEnv(Unrestorable, abc.ABC):
 
 
 class _ProcessLane:
-    """The way to an environment in a process of its own, which may take `timeout` seconds to answer."""
+    """Talks to an environment in a process of its own, which may take `timeout` seconds to answer."""
 
     def __init__(self, build: Callable[[], MultiStep], timeout: float):
         self._process, self._connection = processes.start(worker.serve, build)
@@ -166,7 +166,7 @@ class _ProcessLane:
 
 
 class ProcessVectorEnv(MultiStepVectorEnv):
-    """Every environment in a process of its own; one that fails, dies or stands still is reported in one line.
+    """Runs every environment in a process of its own; reports in one line one that fails, dies or does not answer.
 
     The processes know nothing of the main script (see processes.py): what `builders` name must be importable.
     timeout: seconds after which one that does not answer is reported. Raises UserError if this machine has no room for

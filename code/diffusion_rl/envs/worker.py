@@ -1,4 +1,4 @@
-"""What runs in the worker processes of `ProcessVectorEnv`. Imports no TensorFlow."""
+"""The worker processes of `ProcessVectorEnv`. Imports no TensorFlow."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class EnvRecipe:
 
 
 class Spaces(NamedTuple):
-    """observations: the shape of each;  action_dim: A;  notes: warnings for the user."""
+    """observations: {entry: shape}; action_dim: A; notes: warnings for the user."""
 
     observations: dict[str, tuple[int, ...]]
     action_dim: int

@@ -46,7 +46,7 @@ def follow(setpoints: Sequence[np.ndarray], physics: PandaPhysics | None = None)
 
 @dataclass(frozen=True)
 class Replay:
-    """How one recording goes in our simulator: errors of the position in mm, the last y in m."""
+    """Describes one recording in our simulator: errors of the position in mm, the last y in m."""
 
     demonstration: str
     modes: str

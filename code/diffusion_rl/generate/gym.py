@@ -185,7 +185,7 @@ def replay_file(work_dir: Path) -> Path:
 
 
 class Collector:
-    """Steps the environments into the replay buffer."""
+    """Steps the environments and fills the replay buffer."""
 
     def __init__(self, envs: LocomotionVectorEnv, sampler: Sampler, settings: Settings):
         self.envs, self.sampler, self.settings = envs, sampler, settings

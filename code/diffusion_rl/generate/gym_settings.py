@@ -1,4 +1,4 @@
-"""What home-made data for the locomotion tasks are made with (`generate.gym`); it does without TensorFlow."""
+"""Settings for making data of the locomotion tasks (`generate.gym`), without TensorFlow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FLAVOURS = ("medium", "expert", "medium-replay", "medium-expert")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the reference's SAC hyper-parameters except that many environments share each update."""
+    """The settings of the training: the reference's SAC hyper-parameters, but many environments share each update."""
 
     seed: int = 0
     n_envs: int = 10

@@ -1,4 +1,4 @@
-"""Where things stand in D3IL's avoiding task (Jia et al. 2024, arXiv:2402.14606), and which way a path took.
+"""The places of D3IL's avoiding task (Jia et al. 2024, arXiv:2402.14606), and the ways that paths take.
 
 The end effector starts below, between two sides (y = -0.28), and is to cross a line above (y > 0.4), past three rows of
 cylinders. Which gap of each row it takes is its mode, numbered through: row 1 has 0 (left of the obstacle, smaller x)

@@ -1,4 +1,4 @@
-"""The state of the Kuka stacking task (Janner et al. 2022, section 5.3), and what its rewards count.
+"""The state of the Kuka stacking task (Janner et al. 2022, section 5.3), and its rewards.
 
   state [39]: the arm's 7 joints (rad), then 8 numbers for each of 4 blocks: position (m), quaternion (xyzw), and
       whether it hangs on the arm (1) or not (0)
@@ -63,7 +63,7 @@ def _above(position: np.ndarray, i: int, j: int) -> np.ndarray:
 
 
 class Count(NamedTuple):
-    """What an episode has been rewarded for so far.
+    """Counts what an episode has been rewarded for.
 
     Attributes:
         wanted: pairs in the order they are to be built in; None: any tower.

@@ -1,4 +1,4 @@
-"""The tasks: what is known of each before anything runs, once.
+"""The registry of tasks: every fact of a task that is known before anything runs.
 
 A new task is a `TaskSpec` here, a module in `envs/` (see `envs.make`) and a configuration.
 """
@@ -18,7 +18,7 @@ LOCOMOTION_DATA = ("random", "medium", "expert", "medium-replay", "full-replay",
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task, whose environments and data sets have names that begin alike.
+    """A task. The names of its environments and data sets begin with its own.
 
     Attributes:
         name: with which they begin: "hopper" of "hopper-medium-v2".

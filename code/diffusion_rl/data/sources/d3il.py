@@ -29,7 +29,7 @@ FILTER_TOLERANCE = 0.01  # m; nearness to a row, in the reference's filter
 
 @dataclass(frozen=True)
 class Demonstration:
-    """setpoints, positions [T, 2]: of the tool, each pair at the moment when the setpoint is given."""
+    """setpoints, positions [T,2] of the tool, each pair at the moment when the setpoint is given."""
 
     name: str
     setpoints: np.ndarray
@@ -89,7 +89,7 @@ def as_episodes(demonstrations: Sequence[Demonstration]) -> Episodes:
 
 
 class _Type:
-    """Stands for a numpy dtype: a number of so many bytes, in this or that byte order."""
+    """Stands for a numpy dtype: a letter, a number of bytes, and a byte order."""
 
     def __init__(self, code: Any):
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code):
@@ -103,7 +103,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for a numpy array, which is there once its state is."""
+    """Stands for a numpy array, whose content follows in the pickle."""
 
     content: np.ndarray | None = None
 
