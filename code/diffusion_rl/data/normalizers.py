@@ -212,7 +212,7 @@ class WideLimitsNormalizer(LimitsNormalizer):
 
 
 class CDFNormalizer(IdentityNormalizer):
-    """Maps every entry to a uniform one in [-1, 1] by its empirical distribution; clips what lies outside of the data."""
+    """Maps every entry to a uniform one in [-1, 1] by its empirical distribution; clips what lies outside the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> CDFNormalizer:
