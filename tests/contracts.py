@@ -24,7 +24,6 @@ DEFAULTS = 64  # `.get(key, default)` of configurations, whose defaults belong i
 
 _KEYS = "its parameters are keys of configurations"
 KNOWN: dict[tuple[str, str], tuple[int, str]] = {
-    ("envs/robomimic_experts.py _transport", "lines of a function"): (67, "to be split"),
     ("networks/gaussian.py GaussianMLP.__init__", "parameters"): (13, _KEYS),
     ("networks/transformer.py GaussianTransformer.__init__", "parameters"): (14, _KEYS),
     ("networks/unet1d.py UNetTrunk.__init__", "parameters"): (13, _KEYS),

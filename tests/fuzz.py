@@ -34,7 +34,8 @@ from diffusion_rl.cli import experiments
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.core.npz import read_npy, read_npz
-from diffusion_rl.data import flat, kuka, sources
+from diffusion_rl.data import kuka, sources
+from diffusion_rl.data import plan_windows as flat
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import d3il

@@ -41,6 +41,7 @@ PROGRAMS = {
     "script/export_policy.py": r"--format",
     "script/make_figures.py": r"learning_curve",
     "script/dataset/convert.py": r"--max-episodes",
+    "script/dataset/make_gym_data.py": r"--replay-ratio",
     "script/dataset/make_maze2d_data.py": r"--steps",
     "script/dataset/ship_policy.py": r"--half",
 }

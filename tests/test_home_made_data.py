@@ -72,7 +72,7 @@ def test_numbers_that_cannot_work_are_refused_before_anything_starts(changes, op
 def test_a_buffer_becomes_the_complete_episodes_of_each_environment():
     settings = home_made.Settings(n_envs=3, explore_steps=300, buffer_size=1000)
     envs = home_made.make_envs("hopper", 3, 0)
-    sampler = SimpleNamespace(noise=NoiseSource(0))  # asked for random actions only
+    sampler = SimpleNamespace(rng=NoiseSource(0))  # asked for random actions only
     collector = home_made.Collector(envs, sampler, settings)
     collector.collect(0)
     rows, ended = collector.buffer.tensors(), np.stack(collector._ended)

@@ -14,8 +14,11 @@ gymnasium_robotics = pytest.importorskip("gymnasium_robotics", reason='needs pip
 
 from diffusion_rl.config.compose import REPOSITORY, compose  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
-from diffusion_rl.envs.kitchen import ELEMENTS, EPISODE_STEPS, TASKS, Kitchen, goal_of  # noqa: E402
+from diffusion_rl.envs.kitchen import ELEMENTS, TASKS, Kitchen, goal_of  # noqa: E402
 from diffusion_rl.envs.make import make_vector_env  # noqa: E402
+from diffusion_rl.tasks.registry import steps_of  # noqa: E402
+
+EPISODE_STEPS = steps_of("kitchen")
 
 STILL = np.zeros(9)
 SECONDS_OF_A_STEP = 0.08  # 40 steps of 2 ms

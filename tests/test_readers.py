@@ -18,7 +18,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, read_bytes, read_json, require_file, require_writable
 from diffusion_rl.core.npz import read_npy, read_npz
 from diffusion_rl.core.pickles import Interpreter, Refused
-from diffusion_rl.data import flat, kuka, sources
+from diffusion_rl.data import kuka, sources
+from diffusion_rl.data import plan_windows as flat
 from diffusion_rl.data.episodes import Episodes, load_episodes, load_unscaled
 from diffusion_rl.data.hdf5 import open_hdf5, write_hdf5
 from diffusion_rl.data.normalizers import MinMaxNormalizer

@@ -82,11 +82,11 @@ def test_conversion_by_hand(tmp_path):
 
 def test_split_by_episodes(tmp_path):
     episodes, normalization = load(minari_file(tmp_path / "m"))
-    converted = convert(episodes, normalization, val_split=0.5, noise=NoiseTape([np.arange(11)[::-1]]))
+    converted = convert(episodes, normalization, val_split=0.5, rng=NoiseTape([np.arange(11)[::-1]]))
     first = [int(np.rint((s[0] + 1) / 2 * 102 / 10)) for s in converted.splits["train"].states[::3]]
     assert first == [6, 7, 8, 9, 10]  # int(11 * 0.5) episodes, drawn from the back, kept in their order
     assert len(converted.splits["val"].traj_lengths) == 6
-    few = convert(episodes, normalization, max_episodes=4, val_split=0.25, noise=NoiseSource(0))
+    few = convert(episodes, normalization, max_episodes=4, val_split=0.25, rng=NoiseSource(0))
     assert [len(few.splits[k].traj_lengths) for k in ("train", "val")] == [3, 1]
 
 

@@ -21,8 +21,8 @@ from diffusion_rl.data.agent_windows import AgentEpisodes, AgentNormalizer, VAES
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.sources import agents
 from diffusion_rl.envs.toy_agents import ToyAgentsVectorEnv, controller
-from diffusion_rl.generate import mpe
-from diffusion_rl.generate.toy_agents import toy_data
+from diffusion_rl.generate import agents as mpe
+from diffusion_rl.generate.agents import toy_data
 from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
 from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionRL, Sizes
 from diffusion_rl.methods.vae_latent.training import METRICS, keep_returns

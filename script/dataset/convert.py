@@ -41,7 +41,7 @@ def main() -> None:
         max_episodes=args.max_episodes,
         val_split=args.val_split,
         keep_unrewarded=args.keep_unrewarded,
-        noise=NoiseSource(args.seed),
+        rng=NoiseSource(args.seed),
     )
     if converted.skipped:
         print(f"left out {converted.skipped} episodes without positive return (--keep-unrewarded keeps them)")

@@ -14,31 +14,33 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
-import tensorflow as tf  # noqa: E402
-
 from diffusion_rl.cli.status import exit_status  # noqa: E402
 from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
-from diffusion_rl.core.threads import silence_compiler  # noqa: E402
 from diffusion_rl.data.assets import data_dir  # noqa: E402
-from diffusion_rl.generate import gym as home_made  # noqa: E402
+from diffusion_rl.generate.gym_settings import FLAVOURS, MEDIUM_RETURN, Settings  # noqa: E402
 
 
 def main() -> None:
     parser = Arguments(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("task", choices=sorted(home_made.MEDIUM_RETURN))
-    parser.add_argument("--flavour", choices=home_made.FLAVOURS, default="medium")
+    parser.add_argument("task", choices=sorted(MEDIUM_RETURN))
+    parser.add_argument("--flavour", choices=FLAVOURS, default="medium")
     parser.add_argument("--work-dir", type=Path, help="actors and training log (default: log/home-made/<task>)")
     parser.add_argument("--out-dir", type=Path, help="default: <data directory>/gym/<task>-<flavour>-v2")
     parser.add_argument("--target-return", type=float, help="default: about D4RL's policy of that flavour")
     parser.add_argument("--actor", type=Path, help="roll this actor out instead of training one")
     parser.add_argument("--replay", type=Path, help="of an earlier training, for medium-replay")
     parser.add_argument("--transitions", type=int, default=100_000)
-    for field in dataclasses.fields(home_made.Settings):
+    for field in dataclasses.fields(Settings):
         kind = {"action": "store_true"} if isinstance(field.default, bool) else {"type": type(field.default)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, **kind)
     args = vars(parser.parse_args())
-    settings = home_made.Settings(**{f.name: args[f.name] for f in dataclasses.fields(home_made.Settings)})
+    settings = Settings(**{f.name: args[f.name] for f in dataclasses.fields(Settings)})
+    import tensorflow as tf  # after --help, which need not wait for it
+
+    from diffusion_rl.core.threads import silence_compiler
+    from diffusion_rl.generate import gym as home_made
+
     tf.config.threading.set_intra_op_parallelism_threads(1)  # the networks are small: more threads only wait
     tf.config.threading.set_inter_op_parallelism_threads(1)
     silence_compiler()

@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))  # a checkout that is not installed
 
 from diffusion_rl.cli import commands  # noqa: E402
-from diffusion_rl.generate import mpe  # noqa: E402
+from diffusion_rl.generate import agents  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(commands.run(mpe.main))
+    sys.exit(commands.run(agents.main))

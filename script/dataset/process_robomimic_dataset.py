@@ -36,7 +36,7 @@ def main() -> None:
         max_episodes=None if args.max_episodes == -1 else args.max_episodes,
         val_split=args.val_split,
         keep_unrewarded=True,
-        noise=NoiseSource(args.seed),
+        rng=NoiseSource(args.seed),
     )
     for line in validate(args.save_dir):
         print(line)

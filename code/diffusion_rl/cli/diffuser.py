@@ -21,7 +21,7 @@ from diffusion_rl.diffusion.guidance import Guide
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.envs.maze2d import Maze2D
-from diffusion_rl.envs.plan_video import film_plan
+from diffusion_rl.envs.video import film_plan
 from diffusion_rl.methods.diffuser.files import (
     Description,
     Experiment,

@@ -16,9 +16,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
-from diffusion_rl.data.flat import transitions
 from diffusion_rl.data.locate import find_flat
-from diffusion_rl.data.plan_windows import PlanDataset, conditions
+from diffusion_rl.data.plan_windows import PlanDataset, conditions, transitions
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.methods.diffuser_lite import files
 from diffusion_rl.methods.diffuser_lite.acting import decision_times, run_lite_episodes

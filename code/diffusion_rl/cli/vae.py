@@ -36,7 +36,7 @@ def load_data(cfg: Mapping[str, Any]) -> Any:
 
     kind, name = cfg["env_type"], str(cfg["dataset"])
     if kind == "toy":
-        from diffusion_rl.generate.toy_agents import toy_data
+        from diffusion_rl.generate.agents import toy_data
 
         return toy_data(int(cfg["n_agents"]), name.startswith("toy-discrete"))
     if kind == "d4rl":

@@ -39,7 +39,7 @@ class AgentEpisodes:
 
 
 class AgentNormalizer:
-    """Observations and actions as the networks see them, and back.
+    """Maps observations and actions to what the networks see, and back.
 
     Args:
         observations, actions: fitted on single agents' rows (`shared`), or on those of all agents side by side.
@@ -55,7 +55,7 @@ class AgentNormalizer:
 
     @classmethod
     def fit(cls, data: AgentEpisodes, name: str, shared: bool = True) -> AgentNormalizer:
-        """Fit normalizers of that name (`data.normalizers`) on all rows."""
+        """Fits normalizers of a name (see `data.normalizers`) on all rows."""
         dims = data.obs_dim, data.action_dim
         fields = data.episodes.states, data.episodes.actions
         rows = [x.reshape(-1, dim) if shared else x for x, dim in zip(fields, dims, strict=True)]
@@ -64,15 +64,15 @@ class AgentNormalizer:
         return cls(observations, actions, *dims, shared)
 
     def normalize_obs(self, x: np.ndarray) -> np.ndarray:
-        """[...,N*O]"""
+        """Normalises observations [...,N*O]."""
         return self._apply(x, self.obs_dim, self.observations.normalize)
 
     def normalize_actions(self, x: np.ndarray) -> np.ndarray:
-        """[...,N*A]"""
+        """Normalises actions [...,N*A]."""
         return self._apply(x, self.action_dim, self.actions.normalize)
 
     def unnormalize_actions(self, x: np.ndarray) -> np.ndarray:
-        """[...,N*A]"""
+        """Maps actions [...,N*A] back to the environment's units."""
         return self._apply(x, self.action_dim, self.actions.unnormalize)
 
     def _apply(self, x: np.ndarray, dim: int, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -81,15 +81,15 @@ class AgentNormalizer:
         return function(x.reshape(shape)).reshape(x.shape).astype(np.float32)
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All that was fitted."""
-        found = {f"observations.{k}": v for k, v in self.observations.arrays.items()}
-        return found | {f"actions.{k}": v for k, v in self.actions.arrays.items()}
+        """Returns the fitted arrays by name."""
+        parts = {"observations": self.observations, "actions": self.actions}
+        return {f"{part}.{key}": array for part, fitted in parts.items() for key, array in fitted.arrays.items()}
 
     @classmethod
     def of(
         cls, tensors: Mapping[str, np.ndarray], name: str, obs_dim: int, action_dim: int, discrete: bool, shared: bool
     ) -> AgentNormalizer:
-        """Inverse of `tensors`."""
+        """Inverts `tensors`."""
 
         def part(prefix: str, kind: str) -> IdentityNormalizer:
             return normalizer(kind)({k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)})
@@ -160,7 +160,7 @@ class VAESequenceDataset:
     # ---------- batches ----------
 
     def past(self, row: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        """What the policy sees at `row` [...] of episodes that begin at `begin` [...]: [...,hh+1,N*(A+O)]."""
+        """Returns what the policy sees at `row` [...] of episodes that begin at `begin` [...]: [...,hh+1,N*(A+O)]."""
         rows = row[..., None] + np.arange(-self.history_horizon, 0)
         before = (rows < begin[..., None])[..., None]
         first = 0 if self.use_zero_padding else self.present[begin][..., None, :]
@@ -168,7 +168,8 @@ class VAESequenceDataset:
         return np.concatenate([history, self.present[row][..., None, :]], axis=-2).astype(np.float32)
 
     def batch(self, items: np.ndarray, transitions: bool = False) -> dict[str, np.ndarray]:
-        """Windows `items` [...]: state [...,hh+1,N*(A+O)], actions [...,H,N*A], mask [...,H,1], returns [...,1].
+        """Returns windows `items` [...]: state [...,hh+1,N*(A+O)], actions [...,H,N*A], mask [...,H,1], returns
+        [...,1].
 
         With `transitions` also those of Q-learning: rewards, alive [...,1], next_state.
         """
@@ -177,7 +178,7 @@ class VAESequenceDataset:
         inside = within[..., None]
         beyond = 0 if self.use_zero_padding else self.actions[end - 1][..., None, :]
         actions = np.where(inside, self.actions[np.minimum(future, end[..., None] - 1)], beyond)
-        found = {
+        window = {
             "state": self.past(row, begin),
             "actions": actions,
             "mask": inside,
@@ -192,15 +193,15 @@ class VAESequenceDataset:
             )
             last = np.minimum(row + self.act_steps, end) - 1
             following = np.minimum(last + 1, end - 1)  # where an episode was cut, its last state stands for the next
-            found["rewards"] = earned.sum(axis=-1, keepdims=True)
-            found["alive"] = (self.discount**self.act_steps * ~self.terminals[last])[..., None]
-            found["next_state"] = self.past(following, begin)
-        return {name: array.astype(np.float32) for name, array in found.items()}
+            window["rewards"] = earned.sum(axis=-1, keepdims=True)
+            window["alive"] = (self.discount**self.act_steps * ~self.terminals[last])[..., None]
+            window["next_state"] = self.past(following, begin)
+        return {name: array.astype(np.float32) for name, array in window.items()}
 
     # ---------- single items, under the names of the original ----------
 
     def __getitem__(self, item: int) -> dict[str, np.ndarray]:
-        """Window number `item` as [hh+H,N,…] arrays; see the shapes in the table below.
+        """Returns window number `item` under the names of the original.
 
         x [hh+H,N,A'+O]                   actions (an index where they are discrete: A' = 1), then observations
         actions, observations, next_observations, rewards, dones, legal_actions [hh+H,N,…]
@@ -246,7 +247,7 @@ class VAESequenceDataset:
 
 
 def agent_rows(actions: np.ndarray, observations: np.ndarray, n_agents: int) -> np.ndarray:
-    """[...,N*A] and [...,N*O] -> [...,N*(A+O)], agent by agent its action and its observation."""
+    """Joins actions [...,N*A] and observations [...,N*O] to [...,N*(A+O)], agent by agent."""
     lead = actions.shape[:-1]
     parts = (x.reshape(*lead, n_agents, x.shape[-1] // n_agents) for x in (actions, observations))
     return np.concatenate(list(parts), axis=-1).reshape(*lead, actions.shape[-1] + observations.shape[-1])

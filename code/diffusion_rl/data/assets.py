@@ -25,7 +25,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import require_file
+from diffusion_rl.core.files import atomic_file, require_file
 
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0  # seconds without a byte
@@ -46,13 +46,13 @@ class Asset:
 
 
 def data_dir() -> Path:
-    """DPPO_DATA_DIR, by default `data/` of the repository."""
+    """Returns the data directory: DPPO_DATA_DIR, by default `data/` of the repository."""
     configured = os.environ.get("DPPO_DATA_DIR")
     return Path(configured).expanduser() if configured else Path(__file__).resolve().parents[3] / "data"
 
 
 def manifest(path: Path | None = None) -> dict[str, Asset]:
-    """The files that can be fetched, by name."""
+    """Reads which files can be fetched, by name."""
     path = path or Path(__file__).with_name("assets.json")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -62,25 +62,25 @@ def manifest(path: Path | None = None) -> dict[str, Asset]:
 
 
 def resolve(path: str | os.PathLike, assets: Mapping[str, Asset] | None = None) -> Path:
-    """The file itself if it exists, else the manifest's file for it (fetched if need be), else UserError.
+    """Finds a file: itself if it exists, else the manifest's file for it, fetched if need be.
 
     `path` may be absolute, relative to the current directory, relative to the data directory, or a manifest name.
     """
-    given = Path(path).expanduser()
-    for candidate in (given, data_dir() / given):
+    file = Path(path).expanduser()
+    for candidate in (file, data_dir() / file):
         if os.path.isfile(candidate):
             return candidate
     assets = manifest() if assets is None else assets
-    asset = assets.get(str(path)) or _by_destination(given, assets)
+    asset = assets.get(str(path)) or _by_destination(file, assets)
     if asset is None:
-        return require_file(given, f"no such file: {given}; {_cure(given)}")  # which it is not: says what it is
+        return require_file(file, f"no such file: {file}; {_cure(file)}")  # which it is not: says what it is
     return fetch(asset)
 
 
 def _by_destination(path: Path, assets: Mapping[str, Asset]) -> Asset | None:
-    wanted = os.path.abspath(path)
+    absolute = os.path.abspath(path)
     for asset in assets.values():
-        if wanted == os.path.abspath(data_dir() / asset.destination) or path == Path(asset.destination):
+        if absolute == os.path.abspath(data_dir() / asset.destination) or path == Path(asset.destination):
             return asset
     return None
 
@@ -92,7 +92,7 @@ def _cure(path: Path) -> str:
 
 
 def fetch(asset: Asset, report: Report | None = None) -> Path:
-    """The asset's path below the data directory, fetched and checked if it is not there yet."""
+    """Returns the asset's path below the data directory; fetches and checks it first if it is not there."""
     destination = data_dir() / asset.destination
     if destination.is_file():
         return destination
@@ -122,13 +122,8 @@ def _local_copy(asset: Asset) -> Path | None:
 
 
 def _install(source: Path, destination: Path) -> Path:
-    partial = destination.with_name(destination.name + ".part")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, partial)
-        partial.replace(destination)
-    except OSError as error:
-        raise UserError(f"cannot write {destination}: {error.strerror or error}") from error
+    with atomic_file(destination) as target, open(source, "rb") as file:
+        shutil.copyfileobj(file, target)
     return destination
 
 
@@ -157,7 +152,7 @@ class _Incomplete(Exception):
 
 
 def _download(url: str, partial: Path, size: int | None, report: Report) -> None:
-    """Fetch `url` into `partial`, continuing what is there; tries again as long as bytes keep coming."""
+    """Fetches `url` into `partial`, continuing what is there; tries again as long as bytes keep coming."""
     attempts = 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0
@@ -202,7 +197,7 @@ def _attempt(url: str, partial: Path, size: int | None, report: Report) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
+    """Returns the hexadecimal digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(_CHUNK):
@@ -211,15 +206,15 @@ def sha256(path: Path) -> str:
 
 
 def _require_hash(path: Path, asset: Asset, delete: bool) -> None:
-    found = sha256(path)
-    if found != asset.sha256:
+    digest = sha256(path)
+    if digest != asset.sha256:
         if delete:
             path.unlink()
-        raise UserError(f"{path.name}: sha256 is {found}, expected {asset.sha256}")
+        raise UserError(f"{path.name}: sha256 is {digest}, expected {asset.sha256}")
 
 
 class _Progress:
-    """A line on the terminal with percentage, rate and time left; elsewhere one line every ten seconds."""
+    """Shows percentage, rate and time left in a line of the terminal; elsewhere prints a line every ten seconds."""
 
     def __init__(self, label: str):
         self.label, self.start, self.last = label, time.monotonic(), 0.0

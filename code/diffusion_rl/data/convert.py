@@ -1,4 +1,4 @@
-"""From episodes of any source to the npz contract: choose, split, scale, write.
+"""Converts episodes of any source to the npz contract: choose, split, scale, write.
 
 The steps and their order are the reference's: ranges come from the whole source, then the first episodes are taken,
 then training ones drawn, then episodes without reward left out.
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.episodes import Episodes, bounds_of, save_episodes, scale_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources import load
@@ -22,7 +23,7 @@ from diffusion_rl.data.sources import load
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` made: the splits, the statistics and how many episodes had no reward."""
+    """The result of `convert`: the splits, the statistics and how many episodes had no reward."""
 
     splits: dict[str, Episodes]
     normalization: MinMaxNormalizer
@@ -36,11 +37,11 @@ def convert(
     max_episodes: int | None = None,
     val_split: float = 0.0,
     keep_unrewarded: bool = False,
-    noise: NoiseSource | NoiseTape | None = None,
+    rng: Rng | None = None,
 ) -> Converted:
-    """Scale to [-1, 1] and split by whole episodes.
+    """Scales to [-1, 1] and splits by whole episodes.
 
-    max_episodes: take the first ones only. val_split: share of them for validation, drawn with `noise`.
+    max_episodes: take the first ones only. val_split: share of them for validation, drawn with `rng`.
     keep_unrewarded: keep episodes whose rewards add up to nothing positive, which the reference leaves out.
     """
     if not 0.0 <= val_split < 1.0:
@@ -52,7 +53,7 @@ def convert(
     in_train = np.ones(len(chosen), bool)
     if val_split:
         in_train[:] = False
-        in_train[(noise or NoiseSource(0)).permutation(len(chosen))[:n_train]] = True
+        in_train[(rng or NoiseSource(0)).permutation(len(chosen))[:n_train]] = True
     keep = np.ones(len(chosen), bool)
     if not keep_unrewarded and episodes.rewards is not None:
         keep = episodes.returns[chosen] > 0
@@ -76,7 +77,7 @@ def convert_file(
     cameras: Sequence[str] = (),
     **options: Any,
 ) -> Converted:
-    """Read `source`, convert it, write `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
+    """Reads `source`, converts it, and writes `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
 
     kitchen_goal: [30]; the source is one of Minari's kitchen sets and gets D4RL's observations with this goal.
     cameras: whose pictures to take from a file of robomimic.
@@ -91,8 +92,10 @@ def convert_file(
 
 
 def kitchen_states(states: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    """Observations of FrankaKitchen-v1 [N, 59], positions and velocities of robot and objects, as D4RL's [N, 60]:
-    both positions and the goal [30]."""
+    """Turns observations of FrankaKitchen-v1 [N,59] into D4RL's [N,60].
+
+    Those are positions and velocities of robot and objects; these both positions and the goal [30].
+    """
     if states.shape[1:] != (59,):
         raise UserError(f"observations have {states.shape[1:]} entries, those of Minari's kitchen sets have 59")
     return np.concatenate([states[:, :9], states[:, 18:39], np.tile(goal, (len(states), 1))], axis=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,12 @@ class Episodes:
 
     @property
     def starts(self) -> np.ndarray:
-        """First row of each episode [T]."""
+        """Returns the first row of each episode [T]."""
         return np.concatenate([[0], np.cumsum(self.traj_lengths)[:-1]]).astype(np.int64)
 
     @property
     def returns(self) -> np.ndarray:
-        """Undiscounted return of each episode [T], float64. Needs rewards."""
+        """Returns the undiscounted return of each episode [T], float64. Needs rewards."""
         so_far = np.concatenate([[0.0], np.cumsum(np.asarray(self.rewards), dtype=np.float64)])
         return so_far[self.starts + self.traj_lengths] - so_far[self.starts]
 
@@ -69,7 +69,7 @@ class Episodes:
         return Episodes(traj_lengths=lengths, **chosen)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays that are there, by their names in the file."""
+        """Returns the arrays that are present, by their names in the file."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -84,34 +84,51 @@ def bounds_of(episodes: Episodes) -> MinMaxNormalizer:
 
 def scale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
     """Maps states and actions to [-1, 1]."""
-
-    def scale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        return 2 * (x - low) / (high - low + _RANGE_EPSILON) - 1
-
-    return replace(
-        episodes,
-        states=scale(episodes.states, bounds.obs_min, bounds.obs_max),
-        actions=scale(episodes.actions, bounds.action_min, bounds.action_max),
-    )
+    return _mapped(episodes, bounds, lambda x, low, span: 2 * (x - low) / span - 1)
 
 
 def unscale_episodes(episodes: Episodes, bounds: MinMaxNormalizer) -> Episodes:
     """Maps states and actions back to the source's units."""
+    return _mapped(episodes, bounds, lambda x, low, span: (x + 1) / 2 * span + low)
 
-    def unscale(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        return (x + 1) / 2 * (high - low + _RANGE_EPSILON) + low
+
+def _mapped(episodes: Episodes, bounds: MinMaxNormalizer, function: Callable[..., np.ndarray]) -> Episodes:
+    """Applies function(x, low, span) to states and actions, where `span` is the width of their range."""
+
+    def apply(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return function(x, low, high - low + _RANGE_EPSILON)
 
     return replace(
         episodes,
-        states=unscale(episodes.states, bounds.obs_min, bounds.obs_max),
-        actions=unscale(episodes.actions, bounds.action_min, bounds.action_max),
+        states=apply(episodes.states, bounds.obs_min, bounds.obs_max),
+        actions=apply(episodes.actions, bounds.action_min, bounds.action_max),
     )
+
+
+def join(parts: Sequence[Mapping[str, np.ndarray]], name: str) -> Episodes:
+    """Joins single episodes, {field of `Episodes`: [L,…]}, one after the other.
+
+    Args:
+        name: of the data, for messages.
+
+    Raises:
+        UserError: there are none, they differ in shape, or they are no data to learn from (see `check`).
+    """
+    if not parts:
+        raise UserError(f"{name}: no episodes in it")
+    for key in parts[0]:
+        if len({part[key].shape[1:] for part in parts}) != 1:
+            raise UserError(f"{name}: episodes differ in the shape of their {key}")
+    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    episodes = Episodes(traj_lengths=np.array([len(part["actions"]) for part in parts]), **columns)
+    check(episodes, name)
+    return episodes
 
 
 def split_episodes(
     raw: Mapping[str, np.ndarray], timeouts: np.ndarray | None, name: str, limit: int | None = None
 ) -> Episodes:
-    """Cut flat arrays into episodes at terminals and time-outs; what follows the last end is dropped.
+    """Cuts flat arrays into episodes at terminals and time-outs; what follows the last end is dropped.
 
     raw: states [N,O], actions [N,A], rewards [N], terminals [N]; timeouts [N] or None. `name` is for error messages.
     limit: steps after which an episode is over, where no time-outs are recorded.
@@ -130,9 +147,15 @@ def split_episodes(
     return Episodes(traj_lengths=np.diff(np.concatenate([[0], ends])), **kept)
 
 
+def save_scaled(directory: str | os.PathLike, raw: Episodes) -> None:
+    """Writes `train.npz`, scaled to [-1, 1] by the ranges of these episodes, and `normalization.npz`."""
+    bounds = bounds_of(raw)
+    save_episodes(directory, {"train": scale_episodes(raw, bounds)}, bounds)
+
+
 def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, scaled: bool = False) -> Episodes:
-    """Read and check a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; that others are left out is
-    said in a line.
+    """Reads and checks a `train.npz`/`val.npz`, keeping the first `max_n_episodes` episodes; logs how many are left
+    out.
 
     scaled: states and actions must be in [-1, 1] (see `check_scaled`).
     """
@@ -162,7 +185,7 @@ def load_episodes(path: str | os.PathLike, max_n_episodes: int | None = None, sc
 
 
 def load_unscaled(directory: str | os.PathLike) -> Episodes:
-    """The episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
+    """Reads the episodes of a folder with `train.npz` and `normalization.npz`, in the source's units."""
     directory = Path(directory)
     episodes = load_episodes(directory / "train.npz", scaled=True)
     dims = episodes.states.shape[1], episodes.actions.shape[1]
@@ -173,7 +196,7 @@ _DIMENSIONS = {"states": 2, "actions": 2, "images": 4}  # of the arrays; the oth
 
 
 def check(episodes: Episodes, name: str) -> None:
-    """Raise UserError, naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
+    """Raises UserError naming the first thing wrong: shapes, types, NaN, terminals inside episodes."""
     if not len(episodes.states):
         raise UserError(f"{name}: no transitions in it")
     for key, array in episodes.arrays().items():
@@ -202,7 +225,7 @@ def _whole(x: np.ndarray) -> bool:
 
 
 def _check_terminals(episodes: Episodes, name: str) -> None:
-    """Raise UserError where an episode goes on after a terminal; warn of several at its end, as success that lasts."""
+    """Raises UserError where an episode goes on after a terminal; warns of several at its end (lasting success)."""
     if episodes.terminals is None:
         return
     inside = inner_terminals(episodes)
@@ -224,8 +247,8 @@ def inner_terminals(episodes: Episodes) -> np.ndarray:
 
 
 def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
-    """Raise UserError where states or actions go beyond `limit`; warn where they go beyond 1, as those do that were
-    scaled with the ranges of other data."""
+    """Raises UserError where states or actions exceed `limit`; warns where they exceed 1, as when they were scaled with
+    the ranges of other data."""
     for key in ("states", "actions"):
         array = getattr(episodes, key)
         low, high = array.min(axis=0), array.max(axis=0)
@@ -243,7 +266,7 @@ def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
 def save_episodes(
     directory: str | os.PathLike, episodes: Mapping[str, Episodes], normalization: MinMaxNormalizer
 ) -> list[Path]:
-    """Write `<split>.npz` for each split and `normalization.npz`; each file appears whole or not at all."""
+    """Writes `<split>.npz` for each split and `normalization.npz`; each file appears whole or not at all."""
     directory = Path(directory)
     paths = [write_npz(directory / f"{split}.npz", e.arrays()) for split, e in episodes.items()]
     return [*paths, write_npz(directory / "normalization.npz", asdict(normalization))]

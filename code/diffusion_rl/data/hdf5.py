@@ -1,4 +1,4 @@
-"""HDF5 files of other people, of which nothing is read before it is known how large it is.
+"""HDF5 files of unknown origin: nothing is read before its size is known.
 
 What an `open_hdf5` gives are groups and arrays that look only at the file itself: external links, external storage and
 virtual data sets, which lie in other files, are refused, and so are arrays that were not written as a whole and chunks
@@ -31,10 +31,14 @@ _SMALL_CHUNK = 1 << 16  # bytes; zlib expands to 1032 times as many at most
 
 @contextlib.contextmanager
 def open_hdf5(path: str | os.PathLike[str], what: str = "an HDF5 file") -> Iterator[Group]:
-    """The root of a file; `what` it should be, for messages.
+    """Opens the root of a file.
+
+    Args:
+        what: it should be, for messages.
 
     Raises:
         UserError: no such file, no HDF5, or damaged.
+
     """
     path = require_file(path)
     with reading(path, _CURE, f"is not {what}, or it is damaged"):
@@ -44,7 +48,7 @@ def open_hdf5(path: str | os.PathLike[str], what: str = "an HDF5 file") -> Itera
 
 
 def write_hdf5(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write compressed arrays whole or not at all. Raises UserError where that is impossible.
+    """Writes compressed arrays whole or not at all. Raises UserError where that is impossible.
 
     The file is made in memory: where a disk is full, the library cannot close what it has begun to write there.
     """
@@ -69,7 +73,7 @@ class Group:
         return f"{self.where}{': ' if self._node.name == '/' else '/'}{name}"
 
     def names(self) -> list[str]:
-        """Names of what is in it, sorted."""
+        """Lists what is in it, sorted."""
         with reading(self.where, _CURE):
             return sorted(self._node)
 
@@ -77,7 +81,7 @@ class Group:
         return self._find(name) is not None
 
     def group(self, name: str) -> Group | None:
-        """The group of that name ("a/b"); None where there is none, or something else."""
+        """Returns the group of that name ("a/b"); None where there is none or something else."""
         node = self._find(name)
         return Group(node, self._place(name), self._allowance) if isinstance(node, h5py.Group) else None
 
@@ -86,7 +90,7 @@ class Group:
         return isinstance(self._find(name), h5py.Dataset)
 
     def array(self, name: str) -> Array:
-        """The array of that name ("a/b"). Raises UserError where there is none, or something else."""
+        """Returns the array of that name ("a/b"). Raises UserError where there is none or something else."""
         where = self._place(name)
         node = self._find(name)
         if not isinstance(node, h5py.Dataset):
@@ -95,7 +99,7 @@ class Group:
             return Array(node, where, self._allowance)
 
     def _find(self, name: str) -> Any:
-        """The node, links within the file followed one by one; None where nothing has this name."""
+        """Finds a node, following links within the file one by one; None where nothing has this name."""
         with reading(self._place(name), _CURE):
             node, parts = self._node, name.split("/")
             for _ in range(_MOST_LINKS * len(parts)):
@@ -108,7 +112,7 @@ class Group:
                 elif kind == h5py.h5l.TYPE_SOFT:
                     target = node.id.links.get_val(part).decode()
                     node = node.file if target.startswith("/") else node
-                    parts = [each for each in target.split("/") if each not in ("", ".")] + parts
+                    parts = [name for name in target.split("/") if name not in ("", ".")] + parts
                 else:
                     raise UserError(f"{self._place(name)} lies in another file: copy it into this one")
                 if not parts:
@@ -117,7 +121,7 @@ class Group:
 
 
 class Array:
-    """An array of numbers in a file, not read yet: its `shape`, its `dtype`, `len`, and `read`."""
+    """An array of numbers in a file that is read only by `read`; has a `shape`, a `dtype` and `len`."""
 
     def __init__(self, node: h5py.Dataset, where: str, allowance: Allowance):
         self._node, self.where, self._allowance = node, where, allowance
@@ -131,14 +135,14 @@ class Array:
 
     @property
     def stored(self) -> h5py.Dataset:
-        """The data set itself, to read single rows of."""
+        """Returns the data set of h5py, to read single rows of."""
         return self._node
 
     def __len__(self) -> int:
         return int(self.shape[0])
 
     def read(self) -> np.ndarray:
-        """All of it. Raises UserError where it claims to be larger than the file can hold, or is damaged."""
+        """Reads all of it. Raises UserError where it claims to be larger than the file can hold, or is damaged."""
         with reading(self.where, _CURE):
             size = _bytes(self.shape, self.dtype)
             self._allowance.take(size, self._node.name)
@@ -146,7 +150,7 @@ class Array:
             return self._node[()]
 
     def _require_written(self, size: int) -> None:
-        """Raise UserError unless all of its `size` bytes were written, as such or compressed."""
+        """Raises UserError unless all of its `size` bytes were written, as such or compressed."""
         node = self._node
         filters = self._filters()
         if not filters and (there := node.id.get_storage_size()) < size:
@@ -155,7 +159,7 @@ class Array:
             self._require_chunks(_bytes(node.chunks, self.dtype))
 
     def _filters(self) -> list[int]:
-        """Numbers of the filters that its chunks went through. Raises UserError for others than those of `_FILTERS`."""
+        """Returns the numbers of its chunks' filters. Raises UserError for others than those of `_FILTERS`."""
         plan = self._node.id.get_create_plist()
         filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())] if self._node.chunks else []
         if not set(filters) <= _FILTERS or len(set(filters)) < len(filters):
@@ -163,7 +167,7 @@ class Array:
         return filters
 
     def _require_chunks(self, size: int) -> None:
-        """Raise UserError unless every chunk is there, and none expands to more than its `size` in bytes."""
+        """Raises UserError unless every chunk is there, and none expands to more than its `size` in bytes."""
         self._allowance.take(size, f"a chunk of {self._node.name}")
         expected = math.prod(-(-n // chunk) for n, chunk in zip(self.shape, self._node.chunks, strict=True))
         if (there := self._node.id.get_num_chunks()) < expected:
@@ -183,5 +187,5 @@ class Array:
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Size of an array, in Python's integers, which do not overflow."""
+    """Returns the size of an array in Python's integers, which do not overflow."""
     return math.prod(map(int, shape)) * dtype.itemsize

@@ -20,7 +20,7 @@ EVERY, LONGEST = 2, 300  # frames: one out of so many, and at most so many of th
 
 
 def read_trajectories(folder: str | Path) -> list[np.ndarray]:
-    """Every second state of each file, 300 at most, in the order of the files' names: float64 [T,39].
+    """Reads every second state of each file, at most 300, in the order of the files' names: float64 [T,39].
 
     Raises:
         UserError: there are no such files, or one of them holds anything but finite numbers [T,39].
@@ -42,7 +42,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 class StackingDataset(TrajectoryDataset):
-    """Windows of H normalised states, each whole inside its trajectory, and which pairs of blocks stand in them.
+    """Windows of H normalised states, whole inside their trajectories, and which pairs of blocks stand in them.
 
     The range that the normalizer maps to [-1, 1] includes 0 where a trajectory has fewer than 300 states: the
     reference takes it from arrays padded with zeros.
@@ -55,17 +55,17 @@ class StackingDataset(TrajectoryDataset):
     def __init__(self, trajectories: list[np.ndarray], horizon: int):
         self.horizon, self.normalizer = horizon, WideLimitsNormalizer.__name__
         self.observation_dim, self.action_dim = STATE_DIM, 0
-        self.path_lengths = np.array([len(each) for each in trajectories], np.int64)
+        self.path_lengths = np.array([len(states) for states in trajectories], np.int64)
         self.starts = np.cumsum(self.path_lengths) - self.path_lengths
-        ends = [bound for each in trajectories for bound in (each.min(axis=0), each.max(axis=0))]
+        ends = [bound for states in trajectories for bound in (states.min(axis=0), states.max(axis=0))]
         padding = np.zeros((1, STATE_DIM))
         if self.path_lengths.min() < LONGEST:
             ends.append(padding[0])
         fitted = WideLimitsNormalizer.fit(np.stack(ends))
         self.normalizers = {"observations": fitted, "actions": IdentityNormalizer({})}
         rows = [*trajectories, padding]  # the last row is padding, which these windows never reach
-        self.transitions = np.concatenate([fitted.normalize(each).astype(np.float32) for each in rows])
-        self.labels = np.concatenate([stacked(each) for each in rows])  # [N+1,12]
+        self.transitions = np.concatenate([fitted.normalize(states).astype(np.float32) for states in rows])
+        self.labels = np.concatenate([stacked(states) for states in rows])  # [N+1,12]
         self.condition_times, self.values, self.rewards = (), None, np.zeros(len(self.transitions) - 1, np.float32)
         episodes, firsts = windows_of(self.path_lengths - horizon + 1)
         if not len(episodes):

@@ -1,4 +1,4 @@
-"""Where the data sets of D4RL's tasks and their home-made likes are on this machine, found by name.
+"""Finds the data sets of D4RL's tasks, and home-made ones like them, on this machine by name.
 
 Environment: D4RL_DATASET_DIR   the folder of D4RL's own files (default: ~/.d4rl/datasets)
 """
@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled
-from diffusion_rl.data.flat import flat_of, read_flat
+from diffusion_rl.data.plan_windows import flat_of, read_flat
 from diffusion_rl.tasks.registry import D4RL_FILES, d4rl_file
 
 Say = Callable[[str], None]
@@ -27,7 +27,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
     D4RL_DATASET_DIR, then among the data that ship with this repository.
 
     Raises:
-        UserError: there are none; where to get them is said.
+        UserError: there are none; the message says where to get them.
     """
     if data_dir:
         return _read(Path(data_dir))
@@ -46,7 +46,7 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
 
 
 def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[str, np.ndarray]:
-    """Finds the rows of a data set as flat arrays (see `data.flat`).
+    """Finds the rows of a data set as flat arrays (see `data.plan_windows`).
 
     Of a file in D4RL's layout these are all rows; of anything else that `find_episodes` finds, complete episodes.
     """
@@ -62,7 +62,7 @@ def _d4rl_folder() -> Path:
 
 
 def _d4rl_paths(name: str) -> Iterator[Path]:
-    """Where a file of D4RL may lie: under D4RL's name for it, or the data set's own."""
+    """Yields where a file of D4RL may lie: under D4RL's name for it, or the data set's own."""
     if remote := d4rl_file(name):
         yield _d4rl_folder() / Path(remote).name
     yield _d4rl_folder() / f"{name}.hdf5"

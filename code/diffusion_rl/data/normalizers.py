@@ -45,16 +45,16 @@ class MinMaxNormalizer:
         return self.action_min.shape[0]
 
     def normalize_obs(self, obs: np.ndarray) -> np.ndarray:
-        """[..., O] raw -> [..., O] normalised."""
+        """Maps raw observations [...,O] to normalised ones."""
         return 2 * ((obs - self.obs_min) / (self.obs_max - self.obs_min + 1e-6) - 0.5)
 
     def unnormalize_action(self, action: np.ndarray) -> np.ndarray:
-        """[..., A] in [-1, 1] -> [..., A] in the units of the environment."""
+        """Maps actions [...,A] in [-1, 1] to the environment's units."""
         action = (action + 1) / 2
         return action * (self.action_max - self.action_min) + self.action_min
 
     def as_lists(self) -> dict[str, list[float]]:
-        """The bounds as JSON values, for the metadata of a checkpoint."""
+        """Returns the bounds as JSON values, for the metadata of a checkpoint."""
         return {key: np.asarray(getattr(self, key), dtype=np.float64).tolist() for key in KEYS}
 
     @classmethod
@@ -64,7 +64,7 @@ class MinMaxNormalizer:
 
     @classmethod
     def from_npz(cls, path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> MinMaxNormalizer:
-        """Read the bounds from `normalization.npz`; with obs_dim or action_dim given, hold the file to them.
+        """Reads the bounds from `normalization.npz`.
 
         Raises UserError as `read_bounds` does.
         """
@@ -72,8 +72,10 @@ class MinMaxNormalizer:
 
 
 def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> dict[str, np.ndarray]:
-    """The bounds in a `normalization.npz`, by their names in `KEYS`: finite vectors of these dimensions, none below its
-    other end.
+    """Reads the bounds of a `normalization.npz` by their names in `KEYS`: finite vectors, none below its other end.
+
+    Args:
+        obs_dim, action_dim: sizes that they must have; None: any.
 
     Raises:
         UserError: the file is missing or unreadable, or it holds anything else.
@@ -82,18 +84,18 @@ def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | 
     bounds = read_npz(path, KEYS, f"no such file: {path} (the normalization file does not exist): {cure}")
     if missing := [key for key in KEYS if key not in bounds]:
         raise UserError(f"normalization file {path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
-    for kind, wanted in (("obs", obs_dim), ("action", action_dim)):
-        _check_bounds(path, kind, bounds[f"{kind}_min"], bounds[f"{kind}_max"], wanted)
+    for kind, dim in (("obs", obs_dim), ("action", action_dim)):
+        _check_bounds(path, kind, bounds[f"{kind}_min"], bounds[f"{kind}_max"], dim)
     return {key: bounds[key] for key in KEYS}
 
 
-def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray, wanted: int | None) -> None:
+def _check_bounds(path: str | Path, kind: str, low: np.ndarray, high: np.ndarray, dim: int | None) -> None:
     for key, bound in ((f"{kind}_min", low), (f"{kind}_max", high)):
         if bound.ndim != 1 or not len(bound):
             raise UserError(f"normalization file {path}: {key} must be a vector, it has shape {bound.shape}")
-        if wanted is not None and bound.shape != (wanted,):
+        if dim is not None and bound.shape != (dim,):
             raise UserError(
-                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={wanted} is wanted here: "
+                f"normalization file {path} is for {kind}_dim={len(bound)}, but {kind}_dim={dim} is wanted here: "
                 f"take the file of this task or set {kind}_dim={len(bound)}"
             )
         if not np.isfinite(bound).all():
@@ -120,11 +122,11 @@ class IdentityNormalizer:
 
     @classmethod
     def fit(cls, x: np.ndarray) -> IdentityNormalizer:
-        """x [N,D]"""
+        """Fits on rows [N,D]."""
         return cls({})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] as in the data -> [...,D] as the networks see it."""
+        """Maps data [...,D] to what the networks see."""
         return x
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
@@ -133,30 +135,30 @@ class IdentityNormalizer:
 
 
 class GaussianNormalizer(IdentityNormalizer):
-    """Mean 0 and deviation 1; an entry that is constant in the data is only shifted."""
+    """Scales to mean 0 and deviation 1; only shifts an entry that is constant in the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> GaussianNormalizer:
-        """x [N,D]"""
+        """Fits means and deviations on rows [N,D]."""
         x = x.astype(np.float32)
         stds = x.std(axis=0)
         return cls({"means": x.mean(axis=0), "stds": np.where(stds == 0, np.ones_like(stds), stds)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Shifts and scales [...,D]."""
         return (x - self.arrays["means"]) / self.arrays["stds"]
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Inverts `normalize`, [...,D]."""
         return x * self.arrays["stds"] + self.arrays["means"]
 
 
 class LimitsNormalizer(IdentityNormalizer):
-    """The data's range to [-1, 1]."""
+    """Maps the data's range to [-1, 1]."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> LimitsNormalizer:
-        """x [N,D]. Raises UserError for an entry that is constant."""
+        """Fits the range of rows [N,D]. Raises UserError for an entry that is constant."""
         constant = np.flatnonzero(x.min(axis=0) == x.max(axis=0))
         if len(constant):
             raise UserError(
@@ -166,29 +168,29 @@ class LimitsNormalizer(IdentityNormalizer):
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Maps the range [...,D] to [-1, 1]."""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"])) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 1e-4) -> np.ndarray:
-        """[...,D] -> [...,D]; all of it is clipped to +-1 if some of it is further outside than the tolerance."""
+        """Inverts `normalize`, [...,D]; clips all of it to +-1 if some of it is further outside than the tolerance."""
         if x.size and np.abs(x).max() > 1 + tolerance:
             x = np.clip(x, -1, 1)
         return (x + 1) / 2.0 * (self.arrays["maxs"] - self.arrays["mins"]) + self.arrays["mins"]
 
 
 class SafeLimitsNormalizer(LimitsNormalizer):
-    """The data's range to [-1, 1]; that of an entry that is constant in the data is widened by 1 on both sides."""
+    """Maps the data's range to [-1, 1], widened by 1 on both sides for an entry that is constant in the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> SafeLimitsNormalizer:
-        """x [N,D]"""
+        """Fits the range of rows [N,D]."""
         mins, maxs = x.min(axis=0), x.max(axis=0)
         wider = (mins == maxs).astype(mins.dtype)
         return cls({"mins": mins - wider, "maxs": maxs + wider})
 
 
 class WideLimitsNormalizer(LimitsNormalizer):
-    """The data's range and 1e-5 more to [-1, 1], so that constant entries need no other treatment: Kuka's.
+    """Maps the data's range plus 1e-5 to [-1, 1], so that constant entries need no special case (Kuka).
 
     The way back is without the 1e-5, as in the reference, and clips everything to [-1, 1].
     """
@@ -197,24 +199,24 @@ class WideLimitsNormalizer(LimitsNormalizer):
 
     @classmethod
     def fit(cls, x: np.ndarray) -> WideLimitsNormalizer:
-        """x [N,D]"""
+        """Fits the range of rows [N,D]."""
         return cls({"mins": x.min(axis=0), "maxs": x.max(axis=0)})
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Maps the widened range [...,D] to [-1, 1]."""
         return 2 * ((x - self.arrays["mins"]) / (self.arrays["maxs"] - self.arrays["mins"] + self.WIDER)) - 1
 
     def unnormalize(self, x: np.ndarray, tolerance: float = 0.0) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Clips [...,D] to +-1 and maps it to the range that is not widened."""
         return super().unnormalize(x, tolerance)
 
 
 class CDFNormalizer(IdentityNormalizer):
-    """Every entry uniform in [-1, 1] by its empirical distribution; what lies outside of the data is clipped."""
+    """Maps every entry to a uniform one in [-1, 1] by its empirical distribution; clips what lies outside the data."""
 
     @classmethod
     def fit(cls, x: np.ndarray) -> CDFNormalizer:
-        """x [N,D]"""
+        """Fits the distribution of each entry of rows [N,D]."""
         arrays: Arrays = {}
         for i, column in enumerate(x.astype(np.float32).T):
             values, counts = np.unique(column, return_counts=True)
@@ -222,13 +224,13 @@ class CDFNormalizer(IdentityNormalizer):
         return cls(arrays)
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Maps [...,D] to each entry's share of smaller values, from -1 to 1."""
         return self._by_column(
             x, lambda i, y: 2 * np.interp(y, self._at("values", i), self._at("probabilities", i)) - 1
         )
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
-        """[...,D] -> [...,D]"""
+        """Inverts `normalize`, [...,D]."""
         return self._by_column(
             x, lambda i, y: np.interp((y + 1) / 2.0, self._at("probabilities", i), self._at("values", i))
         )

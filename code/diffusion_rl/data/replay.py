@@ -31,14 +31,14 @@ class ReplayBuffer:
         self._write = tf.function(self._scatter, reduce_retracing=True)
 
     def add(self, **rows: np.ndarray) -> None:
-        """Append rows: of each field that the environment gives, [n, …]. Fields left out are zero."""
+        """Appends rows [n,…] of fields; the fields left out are zero."""
         n = len(rows["obs"])
         for name, store in self.stores.items():
             value = rows.get(name, np.zeros((n, *store.shape[1:]), floatx()))
             self._waiting[name].append(np.array(value, floatx()))
 
     def flush(self) -> None:
-        """Move what was added into the variables."""
+        """Moves the waiting rows into the variables."""
         if not self._waiting["obs"]:
             return
         rows = {k: np.concatenate(v)[-self.capacity :] for k, v in self._waiting.items()}
@@ -53,12 +53,12 @@ class ReplayBuffer:
             self.stores[name].scatter_update(tf.IndexedSlices(values, where))
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Removes all rows."""
         self.size = self._next = 0
         self._waiting = {k: [] for k in self._waiting}
 
     def places(self, ages: np.ndarray) -> np.ndarray:
-        """Places [n] int32 in the variables of rows given by age [n] (0 = oldest)."""
+        """Returns the places [n] int32 in the variables of rows given by age [n] (0 = oldest)."""
         oldest = self._next if self.size == self.capacity else 0
         return ((oldest + ages) % self.capacity).astype(np.int32)
 
@@ -82,17 +82,17 @@ class ReplayBuffer:
         self._write(self.places(np.arange(self.size - len(values), self.size)), {name: values})
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """All rows, oldest first, by field."""
+        """Returns all rows [size,…], oldest first, by field."""
         return {name: self.read(name) for name in self.stores}
 
     def restore(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Hold exactly these rows."""
+        """Replaces the contents by these rows [n,…]."""
         self.clear()
         self.add(**tensors)
         self.flush()
 
 
 def fields(names: tuple[str, ...], obs_shape: tuple[int, ...], action_shape: tuple[int, ...]) -> dict[str, tuple]:
-    """Shapes of these fields of `Transitions`: observations [To,O], actions [Ta,A], numbers."""
+    """Returns the shapes of these fields of `Transitions`: observations [To,O], actions [Ta,A], numbers."""
     shapes: dict[str, tuple[int, ...]] = {"obs": obs_shape, "next_obs": obs_shape, "actions": action_shape}
     return {name: () if name in SCALARS else shapes[name] for name in names}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.noise import NoiseSource, NoiseTape
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.assets import resolve
 from diffusion_rl.data.episodes import Episodes, load_episodes
 from diffusion_rl.data.windows import discounted_returns, windows_of
@@ -46,7 +46,7 @@ class SequenceDataset:
 
     History that would reach before the episode repeats its first observation; the most recent stands last. Episodes
     shorter than the horizon have no window (`n_short_episodes` counts them). The first `max_n_episodes` are used (-1:
-    all). What is left out is said in a line.
+    all). What is left out is logged.
 
     Attributes: states [N,O] float32, actions [N,A] float32, traj_lengths [T], indices [M,2] int64 (row of the first
     action, steps since the episode's beginning), images [N,C,Hi,Wi] as stored or None.
@@ -107,16 +107,16 @@ class SequenceDataset:
         return len(self.indices)
 
     def require_dims(self, obs_dim: int, action_dim: int) -> None:
-        """UserError unless the data set has these dimensions."""
-        found = (self.states.shape[1], self.actions.shape[1])
-        if found != (obs_dim, action_dim):
+        """Raises UserError unless the data set has these dimensions."""
+        dims = (self.states.shape[1], self.actions.shape[1])
+        if dims != (obs_dim, action_dim):
             raise UserError(
-                f"{self.dataset_path} has obs_dim={found[0]} and action_dim={found[1]}, "
+                f"{self.dataset_path} has obs_dim={dims[0]} and action_dim={dims[1]}, "
                 f"the configuration says obs_dim={obs_dim} and action_dim={action_dim}"
             )
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Windows number `indices` [B] (0 … M-1): actions [B,H,A], conditions [B,To,…]."""
+        """Returns windows number `indices` [B] (0 … M-1): actions [B,H,A], conditions [B,To,…]."""
         start, since_start = self.indices[np.asarray(indices)].T
         conditions = {"state": self.states[self._history(start, since_start, self.cond_steps)]}
         if self.images is not None:
@@ -124,24 +124,24 @@ class SequenceDataset:
         return Batch(self.actions[start[:, None] + np.arange(self.horizon_steps)], conditions)
 
     def item(self, index: int) -> Any:
-        """One window without the leading B."""
+        """Returns one window without the leading B."""
         return _first(self.gather([index]))
 
     @staticmethod
     def _history(start: np.ndarray, since_start: np.ndarray, steps: int) -> np.ndarray:
-        """Rows [B,steps] of the observations up to `start`, the first of the episode repeated."""
+        """Returns the rows [B,steps] of the observations up to `start`, the first of the episode repeated."""
         back = np.arange(steps - 1, -1, -1)
         return start[:, None] - np.minimum(back[None, :], since_start[:, None])
 
-    def split(self, fraction: float, noise: NoiseSource | NoiseTape) -> tuple[np.ndarray, np.ndarray]:
-        """Window numbers (training [n], validation [M-n]), disjoint and complete, n = int(M * fraction).
+    def split(self, fraction: float, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
+        """Draws window numbers for training [n] and validation [M-n], disjoint and complete, n = int(M * fraction).
 
         Windows are drawn without regard to episodes, so neighbouring windows overlap across the two parts. (The
         reference draws the training part this way too, but then returns all windows for validation.)
         """
         if not 0.0 < fraction <= 1.0:
             raise UserError(f"train_split={fraction} must be above 0 and at most 1")
-        order = noise.permutation(len(self))
+        order = rng.permutation(len(self))
         n = int(len(self) * fraction)
         if n == 0:
             raise UserError(f"train_split={fraction} leaves nothing of {len(self)} windows to train on")
@@ -189,7 +189,7 @@ class QLearningDataset(SequenceDataset):
         return self.traj_lengths - self.horizon_steps + 1 - cut
 
     def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:  # type: ignore[override]  # holds more
-        """Windows number `indices` [B]."""
+        """Returns the transitions of windows number `indices` [B]."""
         indices = np.asarray(indices) % len(self)
         actions, conditions = super().gather(indices)
         start, since_start = self.indices[indices].T

@@ -1,4 +1,4 @@
-"""Data sets of Diffuser: windows of H transitions, actions first, with what is known of them and their returns.
+"""Data sets of Diffuser: windows of H transitions, actions first, their known states and their returns.
 
 Shape letters: N transitions, M windows, B batch, H horizon, A action, O observation, D = A + O, L length of an episode.
 """
@@ -74,13 +74,14 @@ class TrajectoryDataset:
         return rewards
 
     def _windows(self, use_padding: bool) -> np.ndarray:
-        """[M,2]: episode and first step. The last possible start of every episode is left out, as in the reference."""
+        """Returns episode and first step of each window, [M,2]; the last possible start of every episode is left out,
+        as in the reference."""
         counts = np.minimum(self.path_lengths - 1, self.max_path_length - self.horizon)
         counts = counts if use_padding else np.minimum(counts, self.path_lengths - self.horizon)
         return np.stack(windows_of(counts), axis=1)
 
     def _values(self, discount: float, normed: bool) -> np.ndarray:
-        """Discounted sum of the rewards from a window's first step to the end of its episode."""
+        """Sums discounted rewards from each window's first step to the end of its episode, [M,1]."""
         values = discounted_returns(self.rewards.astype(np.float64), self.path_lengths, discount)[self.first_rows]
         if normed:
             low, high = (float(np.float32(bound)) for bound in (values.min(), values.max()))
@@ -90,31 +91,31 @@ class TrajectoryDataset:
 
     @property
     def first_rows(self) -> np.ndarray:
-        """Row of `transitions` at which each window begins, [M]."""
+        """Returns the row of `transitions` at which each window begins, [M]."""
         return self.starts[self.windows[:, 0]] + self.windows[:, 1]
 
     @property
     def end_rows(self) -> np.ndarray:
-        """Row after the last one of each window's episode, [M]."""
+        """Returns the row after the last one of each window's episode, [M]."""
         return (self.starts + self.path_lengths)[self.windows[:, 0]]
 
     def rows(self, items: np.ndarray) -> np.ndarray:
-        """Rows of `transitions` in windows `items` [B]: [B,H]."""
+        """Returns the rows of `transitions` in windows `items` [B], [B,H]."""
         rows, inside = window_rows(self.first_rows[items], self.end_rows[items], self.horizon)
         return np.where(inside, rows, len(self.transitions) - 1)
 
     def trajectories(self, items: np.ndarray) -> np.ndarray:
-        """Windows `items` [B]: [B,H,D]."""
+        """Returns windows `items` [B], [B,H,D]."""
         return self.transitions[self.rows(items)]
 
 
 def fit(fields: dict[str, np.ndarray], name: str) -> dict[str, IdentityNormalizer]:
-    """A normalizer of that name for each field."""
+    """Fits a normalizer of that name for each field [N,D]."""
     return {key: normalizer(name).fit(rows) for key, rows in fields.items()}
 
 
 def without_last_steps(episodes: Episodes) -> Episodes:
-    """Every episode without its last step: Maze2D's, whose last step already belongs to the next goal."""
+    """Drops the last step of every episode: in Maze2D it already belongs to the next goal."""
     lengths = np.asarray(episodes.traj_lengths)
     keep = np.ones(len(episodes.states), bool)
     keep[episodes.starts + lengths - 1] = False
@@ -123,7 +124,7 @@ def without_last_steps(episodes: Episodes) -> Episodes:
 
 
 def leaving_goal(observations: np.ndarray, goal: np.ndarray, distance: float = 0.5) -> np.ndarray:
-    """[N] bool: the position [N,:2] is within `distance` of the goal and at the next step it no longer is."""
+    """Whether the position [N,:2] is within `distance` of the goal but no longer at the next step, bool [N]."""
     at_goal = np.linalg.norm(observations[:, :2] - goal, axis=-1) < distance
     return np.append(at_goal[:-1] & ~at_goal[1:], False)
 

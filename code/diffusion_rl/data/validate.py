@@ -1,4 +1,4 @@
-"""What is in a data set's folder, and whether it can be trained on."""
+"""Describes a data set's folder and checks whether it can be trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CONSTANT = 1e-5  # a range below this, in raw units, is blown up by the scaling
 
 
 def validate(directory: str | os.PathLike) -> Iterator[str]:
-    """Lines about `train.npz`, `val.npz` (if any) and `normalization.npz`; UserError at the first thing wrong."""
+    """Yields lines about `train.npz`, `val.npz` (if any) and `normalization.npz`. Raises UserError for any fault."""
     directory = Path(directory)
     if not os.path.isdir(directory):
         raise UserError(f"no such folder: {directory}")
@@ -31,7 +31,7 @@ def validate(directory: str | os.PathLike) -> Iterator[str]:
 
 
 def _dims(episodes: Episodes) -> tuple[int, int]:
-    """O and A."""
+    """Returns the sizes O and A."""
     return episodes.states.shape[1], episodes.actions.shape[1]
 
 

@@ -1,4 +1,4 @@
-"""Windows over episodes that stand one after the other in flat arrays: which there are, their rows, their returns.
+"""Windows over episodes in flat arrays, one after the other: their numbers, rows and returns.
 
 Shape letters: N rows, T episodes, M windows, B batch, H rows of a window.
 """
@@ -6,24 +6,24 @@ Shape letters: N rows, T episodes, M windows, B batch, H rows of a window.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 
 log = logging.getLogger(__name__)
 
 
 def windows_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the windows of episodes that have so many each [T]: their episodes and first steps within them, [M]."""
+    """Lists the windows of episodes that have `counts` [T] each: their episodes and first steps within these, [M]."""
     counts = np.maximum(counts, 0)
     episodes = np.repeat(np.arange(len(counts)), counts)
     return episodes, np.arange(len(episodes)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def window_rows(first: np.ndarray, end: np.ndarray, length: int, stride: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Give the rows of windows, and which of them lie within their episodes: [...,H] and bool [...,H].
+    """Returns the rows of windows [...,H], and which of them lie within their episodes, bool [...,H].
 
     Args:
         first, end: [...], the window's first row and the row after its episode's last one.
@@ -77,10 +77,10 @@ class WindowOrder:
 
     Args:
         count, size: of the windows, of a batch.
-        rng: the source of the draws.
+        rng: draws the order of each pass.
     """
 
-    def __init__(self, count: int, size: int, rng: Any):
+    def __init__(self, count: int, size: int, rng: Rng):
         self.count, self.size, self.rng = count, size, rng
         self.order, self.position = np.arange(0), 0
 

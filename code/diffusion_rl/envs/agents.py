@@ -52,12 +52,12 @@ def make_agent_env(
             f"env_type {env_type}: its simulator is not supported here, only its data are; train with "
             "online_training false and eval_freq 0"
         )
-    expected, found = (n_agents * obs_dim, n_agents * action_dim), (venv.obs_spec["state"][0], venv.action_dim)
-    if expected != found:
+    expected, actual = (n_agents * obs_dim, n_agents * action_dim), (venv.obs_spec["state"][0], venv.action_dim)
+    if expected != actual:
         venv.close()
         raise UserError(
             f"{dataset}: the data have {expected[0]} observations and {expected[1]} actions of {n_agents} agents, the "
-            f"environment {found[0]} and {found[1]}; check dataset and n_agents"
+            f"environment {actual[0]} and {actual[1]}; check dataset and n_agents"
         )
     return venv
 

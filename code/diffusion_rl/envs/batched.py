@@ -1,4 +1,4 @@
-"""What vector environments share that keep their simulators' states as rows of arrays.
+"""The base of vector environments that keep their simulators' states as rows of arrays.
 
 Shape letters: E environments, N of them, Ta actions of a chunk, To history, O observation, A action.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.envs.chunks import ChunkHistory, ChunkOutcome
-from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.envs.interface import Observations, StepResult, require_one_each
 
 
 class BatchedVectorEnv(abc.ABC):
@@ -56,38 +56,51 @@ class BatchedVectorEnv(abc.ABC):
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Seeds environment i with seeds[i]; it takes effect with the next reset."""
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        require_one_each("seeds", seeds, self.n_envs)
         for row, seed in enumerate(seeds):
             self._reseed(row, seed)
 
     @abc.abstractmethod
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
-        """Put these environments to the start of an episode; their first observations [N, O], normalised."""
+        """Puts these environments at the start of an episode and returns their first observations [N,O], normalised."""
 
     @abc.abstractmethod
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
-        """Execute chunks [N, Ta, A] of raw actions in these environments."""
+        """Executes chunks [N, Ta, A] of raw actions in these environments."""
 
     @abc.abstractmethod
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """Returns the simulator's state by name, a row for each environment, not copied."""
+
+    def _all_arrays(self) -> dict[str, np.ndarray]:
+        return self._arrays() | {"chunk_steps": self._history.count, "history": self._history.frames}
+
     def get_state(self) -> dict[str, np.ndarray]:
-        """The complete state as numeric arrays; a run that restores it goes on bit for bit."""
+        """Returns the complete state as numeric arrays; a run that restores it continues bit for bit."""
+        return {name: array.copy() for name, array in self._all_arrays().items()}
 
-    @abc.abstractmethod
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        """Take over a state that has the names and shapes of `get_state`."""
+        """Takes over a state that has the names and shapes of `get_state`."""
+        for name, array in self._all_arrays().items():
+            array[...] = state[name]
+        self._started[:] = True
 
     def recorder(self, path: str) -> Any:
-        """Something that writes the states given to its `add` as a video, until its `close`. Raises UserError where
-        there is nothing to see."""
+        """Returns an object that films the states given to its `add` until its `close`.
+
+        Raises:
+            UserError: there is nothing to see in this environment.
+        """
         raise UserError(f"{self.name}: its episodes cannot be filmed, leave {path} out")
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere. options[i]: `seed` (this environment anew, where anything is random),
-        `video_path` (record from here on until its next reset)."""
+        """Begins new episodes everywhere and returns their observations {"state": [E,To,O]}.
+
+        Args:
+            options: of environment i: `seed` (seeds it anew), `video_path` (films it until its next reset).
+        """
         options = [{}] * self.n_envs if options is None else options
-        if len(options) != self.n_envs:
-            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        require_one_each("options", options, self.n_envs)
         for row, option in enumerate(options):
             if option.get("seed") is not None:
                 self._reseed(row, option["seed"])
@@ -98,14 +111,14 @@ class BatchedVectorEnv(abc.ABC):
         return {"state": self._history.frames.copy()}
 
     def _reseed(self, row: int, seed: int) -> None:  # noqa: B027 - not abstract: nothing may be random
-        """Seed one environment."""
+        """Seeds one environment."""
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E, Ta, A] of normalised actions."""
+        """Executes chunks [E, Ta, A] of normalised actions."""
         return self.step_subset(np.arange(self.n_envs), actions)
 
     def step_subset(self, indices: np.ndarray, actions: np.ndarray) -> StepResult:
-        """Execute chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
+        """Executes chunks [N, Ta, A] in the environments `indices` [N] only; the result has N rows."""
         actions = np.asarray(actions)
         if actions.ndim != 3 or actions.shape[0] != len(indices) or actions.shape[2] != self.action_dim:
             raise ValueError(f"actions have shape {actions.shape}, expected ({len(indices)}, Ta, {self.action_dim})")
@@ -137,12 +150,16 @@ class BatchedVectorEnv(abc.ABC):
         return observations if self.normalizer is None else self.normalizer.normalize_obs(observations)
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on where `get_state` was taken (a video being recorded ends). Raises UserError if it does not fit."""
+        """Continues where `get_state` was taken; a video being recorded ends.
+
+        Raises:
+            UserError: the state is that of other environments.
+        """
         for key, array in self.get_state().items():
             if key not in state or np.shape(state[key]) != array.shape:
-                found = f"shape {np.shape(state[key])}" if key in state else "nothing"
+                saved = f"shape {np.shape(state[key])}" if key in state else "nothing"
                 raise UserError(
-                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {found}; "
+                    f"saved state of {self.name}: {key} should have shape {array.shape}, found {saved}; "
                     "go on with the env settings the state was saved with"
                 )
         self._stop_videos()
@@ -157,5 +174,5 @@ class BatchedVectorEnv(abc.ABC):
             self._stop_video(row)
 
     def close(self) -> None:
-        """End videos."""
+        """Ends videos."""
         self._stop_videos()

@@ -47,10 +47,15 @@ def vector(request: EnvRequest) -> AvoidingVectorEnv:
 
 
 class AvoidingVectorEnv(BatchedVectorEnv):
-    """E avoiding tasks. name: avoiding-m5 to avoiding-m8. render: show environment 0 in a window. chunks: as
-    `BatchedVectorEnv`'s.
+    """E avoiding tasks.
 
-    Raises UserError for an unknown name, or if there is no display.
+    Args:
+        name: avoiding-m5 to avoiding-m8.
+        render: show environment 0 in a window.
+        chunks: arguments of `BatchedVectorEnv`.
+
+    Raises:
+        UserError: the name is unknown, or there is no display.
     """
 
     def __init__(self, name: str, n_envs: int, *, render: bool = False, **chunks: Any):
@@ -76,16 +81,9 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         touching = np.concatenate([arms.touching[:, None], after.touching[:, :-1]], axis=1)
         collided = self.collided[rows, None] | np.logical_or.accumulate(touching, axis=1)
         modes = self._modes_along(self._modes[rows], tools)
-        outcome = self._history.advance(
-            rows,
-            StepOutcomes(
-                observations=self._observe(setpoints[:, :-1], tools[:, :-1]),
-                rewards=self._rewards(tools[:, :-1], modes[:, :-1], collided),
-                done=np.zeros(collided.shape, dtype=bool),
-                limit_known=np.zeros(collided.shape, dtype=bool),
-                limit_hit=np.zeros(collided.shape, dtype=bool),
-            ),
-        )
+        observations = self._observe(setpoints[:, :-1], tools[:, :-1])
+        rewards = self._rewards(tools[:, :-1], modes[:, :-1], collided)
+        outcome = self._history.advance(rows, StepOutcomes.unending(observations, rewards))
         last = (np.arange(len(rows)), outcome.executed - 1)
         self._arms[rows] = after[last]
         self._setpoints[rows], self._modes[rows] = setpoints[:, 1:][last], modes[:, 1:][last]
@@ -94,7 +92,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return outcome
 
     def _modes_along(self, first: np.ndarray, tools: np.ndarray) -> np.ndarray:
-        """[N, Ta+1, 3] gaps taken up to each position [N, Ta+1, 2], from those of the first [N, 3]."""
+        """Returns the gaps [N,Ta+1,3] taken up to each position [N,Ta+1,2], from those of the first position [N,3]."""
         modes = np.empty((*tools.shape[:2], first.shape[1]), dtype=first.dtype)
         modes[:, 0] = first
         for t in range(1, tools.shape[1]):
@@ -109,7 +107,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return np.where(collided | outside, PENALTY, earned)
 
     def _observe(self, setpoints: np.ndarray, tools: np.ndarray) -> np.ndarray:
-        """[..., 4] normalised observations of setpoints and positions [..., 2]; positions have single precision."""
+        """Returns normalised observations [...,4] of setpoints and positions (these in single precision) [...,2]."""
         return self._normalize(np.concatenate([setpoints, tools.astype(np.float32)], axis=-1))
 
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
@@ -120,18 +118,9 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         self.collided[rows] = False
         return self._observe(self._setpoints[rows], self._arms.tool[rows])
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {name: array.copy() for name, array in self._state().items()}
-
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
-        for name, array in self._state().items():
-            array[...] = state[name]
-        self._started[:] = True
-
-    def _state(self) -> dict[str, np.ndarray]:
-        own = {"setpoints": self._setpoints, "modes": self._modes, "collided": self.collided}
-        history = {"chunk_steps": self._history.count, "history": self._history.frames}
-        return own | history | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
+    def _arrays(self) -> dict[str, np.ndarray]:
+        episode = {"setpoints": self._setpoints, "modes": self._modes, "collided": self.collided}
+        return episode | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
 
     def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
@@ -139,7 +128,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         return StateRecorder(functools.partial(panda.load_model, visible=True), CAMERA, path, FPS)
 
     def _watch(self, rows: np.ndarray, after: panda.ArmStates, executed: np.ndarray) -> None:
-        """Hand the states to videos and window."""
+        """Sends the new states to videos and window."""
         watchers = [*self._recorders.items(), *([(0, self._viewer)] if self._viewer else [])]
         for row, watcher in watchers:
             for i in np.flatnonzero(rows == row):
@@ -147,7 +136,7 @@ class AvoidingVectorEnv(BatchedVectorEnv):
                     watcher.add(np.concatenate([[0.0], after.position[i, t], after.velocity[i, t]]))
 
     def close(self) -> None:
-        """End videos and the window."""
+        """Ends videos and the window."""
         super().close()
         if self._viewer is not None:
             self._viewer.close()

@@ -25,7 +25,7 @@ PACKAGES = ("gym", "mujoco_py", "d4rl")
 
 
 def missing() -> str | None:
-    """What keeps the original simulators from running here; None if nothing does."""
+    """Says what keeps the original simulators from running here; None if nothing does."""
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"

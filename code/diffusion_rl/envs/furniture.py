@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs.finite import require_finite
+from diffusion_rl.envs.chunks import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
-from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult
+from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult, Unrestorable
 from diffusion_rl.envs.processes import in_one_line
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
@@ -35,7 +35,7 @@ def vector(request: EnvRequest) -> FurnitureVectorEnv:
     return FurnitureVectorEnv(config.get("specific") or {}, count, request.act_steps, config["max_episode_steps"])
 
 
-class FurnitureVectorEnv:
+class FurnitureVectorEnv(Unrestorable):
     """E copies of one piece of furniture, behind the `VectorEnv` interface.
 
     specific: `furniture`, `randomness`, `normalization_path`, `sparse_reward`, `headless`, `gpu_id` of the reference's
@@ -43,8 +43,6 @@ class FurnitureVectorEnv:
     which counts as terminated and truncated, and go on until the next reset. Raises UserError where the simulator or
     the statistics are missing.
     """
-
-    restorable = False
 
     def __init__(self, specific: Mapping[str, Any], n_envs: int, act_steps: int, max_episode_steps: int):
         if specific.get("obs_steps", 1) != 1:
@@ -74,7 +72,7 @@ class FurnitureVectorEnv:
         self.action_dim = int(spaces["action_dim"])
 
     def seed(self, seeds: Sequence[int]) -> None:
-        """The simulator has no seeds."""
+        """Does nothing: the simulator has no seeds."""
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         self._count = -1
@@ -94,19 +92,20 @@ class FurnitureVectorEnv:
         return StepResult(observations, rewards, over, over, {"executed_steps": executed})
 
     def _observations(self, answer: dict[str, np.ndarray], rewards: np.ndarray, steps: int) -> Observations:
-        """What a chunk of `steps` actions (or a reset: the one before the first) led to. Raises UserError if it is not
-        finite."""
+        """Returns the observations [E,1,O] after `steps` actions.
+
+        Args:
+            answer: the simulator's, `state` [E,O].
+            rewards: [E].
+            steps: actions of the chunk; 1 after a reset, which counts as the step before the first.
+
+        Raises:
+            UserError: an observation or reward is not finite.
+        """
         rows, self._count = np.arange(self.n_envs), self._count + steps
         before, shown = np.full(self.n_envs, self._count - 1), answer["state"][:, None]
         require_finite(self.name, shown, rewards[:, None], rows, np.ones(self.n_envs), before)
         return {"state": shown}
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        if state:
-            raise UserError("Furniture-Bench cannot be restored: a run goes on with new episodes")
 
     def close(self) -> None:
         self._connection.close()
@@ -132,20 +131,20 @@ class FurnitureVectorEnv:
 
 
 def _interpreter() -> str:
-    """The interpreter that has the simulator."""
+    """Finds the Python interpreter that has the simulator. Raises UserError if there is none."""
     named = os.environ.get(INTERPRETER)
     if not named:
         raise UserError(
             f"Furniture-Bench needs IsaacGym in a Python 3.8 of its own: set {INTERPRETER} to that interpreter ({PAGE})"
         )
-    found = shutil.which(named)
-    if found is None:
+    interpreter = shutil.which(named)
+    if interpreter is None:
         raise UserError(f"{INTERPRETER}={named} is no executable: name the Python 3.8 that has IsaacGym ({PAGE})")
-    return found
+    return interpreter
 
 
 def _start(interpreter: str) -> tuple[subprocess.Popen, Any]:
-    """Run the server; returns it and our end of the pipe."""
+    """Starts the server; returns its process and our end of the pipe."""
     ours, theirs = multiprocessing.Pipe()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     process = subprocess.Popen(

@@ -22,20 +22,20 @@ CLAMP = 5.0  # of normalised observations
 
 
 def pack(**arrays: Any) -> bytes:
-    """dict[str, np.ndarray], numbers and text as bytes that any numpy reads."""
+    """Turns arrays, numbers and texts by name into bytes that any numpy reads."""
     buffer = io.BytesIO()
     np.savez(buffer, **{key: np.asarray(value) for key, value in arrays.items()})  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
 def unpack(message: bytes) -> dict[str, np.ndarray]:
-    """{name: array} of `pack`. Never runs code."""
+    """Returns the arrays by name that `pack` wrote. Never runs code."""
     with np.load(io.BytesIO(message), allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
 
 
 class Simulation:
-    """Chunks of normalised actions on Furniture-Bench's batched environment.
+    """Executes chunks of normalised actions on Furniture-Bench's batched environment.
 
     env: FurnitureRLSimEnv. to_6d: proprioception with the orientation as a quaternion -> with six of its matrix's
     entries. statistics: arrays `stats.{observations,actions}.{min,max}` [1, O or A]. sparse_reward: a reward for every
@@ -52,20 +52,23 @@ class Simulation:
         self._tensor: Any = None  # one of the simulator's, to make others like it
 
     def spaces(self) -> dict[str, int]:
-        """O and A."""
+        """Returns the sizes O and A of observation and action."""
         return {"obs_dim": self._observations[0].shape[-1], "action_dim": self._actions[0].shape[-1]}
 
     def reset(self) -> dict[str, np.ndarray]:
-        """Begin episodes everywhere: `state` [E, O]."""
+        """Begins episodes everywhere; returns `state` [E,O]."""
         observation = self.env.reset()
         self._tensor = observation["robot_state"]
         self._assembled = 0.0
         return {"state": self._state(observation)}
 
     def step(self, actions: np.ndarray) -> dict[str, np.ndarray]:
-        """Execute actions [E, Ta, A], all of them: `state` [E, O], `rewards` [E], `truncated` [E] at the time limit.
+        """Executes all actions [E,Ta,A] of a chunk.
 
-        An episode goes on after its last pair is assembled.
+        An episode continues after its last pair is assembled.
+
+        Returns:
+            `state` [E,O], `rewards` [E], `truncated` [E] at the time limit.
         """
         low, high = self._actions
         chunk = self._tensor.new_tensor((actions + 1) / 2 * (high - low) + low)
@@ -90,7 +93,7 @@ def _array(tensor: Any) -> np.ndarray:
 
 
 def build(options: dict[str, Any]) -> Simulation:
-    """The simulation that `options` (JSON of envs/furniture.py) describe. Needs isaacgym and furniture_bench."""
+    """Builds the simulation that `options` (JSON of envs/furniture.py) describe. Needs isaacgym and furniture_bench."""
     from furniture_bench.controllers.control_utils import proprioceptive_quat_to_6d_rotation
     from furniture_bench.envs.furniture_rl_sim_env import FurnitureRLSimEnv
     from furniture_bench.envs.observation import DEFAULT_STATE_OBS
@@ -120,7 +123,7 @@ def build(options: dict[str, Any]) -> Simulation:
 
 
 def load(path: str) -> dict[str, np.ndarray]:
-    """The reference's statistics as arrays."""
+    """Reads the reference's statistics as arrays."""
     import torch  # not before isaacgym, which would refuse to be imported
 
     tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -128,7 +131,7 @@ def load(path: str) -> dict[str, np.ndarray]:
 
 
 def serve(connection: Connection) -> None:
-    """Answer calls until the other end hangs up."""
+    """Answers calls until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other end's to handle
     try:
         simulation = build(json.loads(str(unpack(connection.recv_bytes())["options"])))

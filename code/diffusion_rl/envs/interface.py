@@ -1,4 +1,4 @@
-"""What is asked of a vector environment. Shape letters: E environments, Ta actions of a chunk, To history."""
+"""The interface of vector environments. Shape letters: E environments, Ta actions of a chunk, To history."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_TIMEOUT = 10**6
 
 @dataclass
 class StepResult:
-    """What one chunk of actions gave.
+    """The result of one chunk of actions.
 
     observations: {key: [E, To, ...]}, already those of the new episode where `reset_within_step` began one.
     rewards: [E] float64, summed over the executed part of the chunk.
@@ -58,18 +58,32 @@ class VectorEnv(Protocol):
         """Executes chunks [E, Ta, A] of normalised actions."""
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything needed to go on bit for bit, if `restorable`."""
+        """Returns everything needed to continue bit for bit, if `restorable`."""
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Goes on where `get_state` was taken."""
+        """Continues where `get_state` was taken."""
 
     def close(self) -> None:
         """Releases processes, threads and files."""
 
 
+class Unrestorable:
+    """Implements saving and restoring for environments whose simulators cannot be saved."""
+
+    restorable = False
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Raises UserError for a state, which is that of other environments."""
+        if state:
+            raise UserError("these environments cannot be restored: a run goes on with new episodes (see env.engine)")
+
+
 @dataclass(frozen=True)
 class EnvRequest:
-    """What a simulator is asked to build.
+    """The description of the environments that a simulator builds.
 
     Attributes:
         name: of the environments.
@@ -91,7 +105,7 @@ class EnvRequest:
 
     @property
     def time_limit(self) -> int | None:
-        """D4RL's limit of steps, if the configuration names no other."""
+        """Returns the configured `d4rl_time_limit` in steps; without one, D4RL's own."""
         task = task_named(self.name)
         return self.config.get("d4rl_time_limit", task.episode_steps if task else None)
 
@@ -104,8 +118,14 @@ class EnvRequest:
         return float(seconds)
 
 
+def require_one_each(what: str, values: Sequence[Any], n_envs: int) -> None:
+    """Raises ValueError unless there is one value for each environment."""
+    if len(values) != n_envs:
+        raise ValueError(f"{len(values)} {what} for {n_envs} environments")
+
+
 def unknown(name: str, known: Sequence[str]) -> UserError:
-    """The error about an environment that is none of the known ones; it names those that are spelled alike."""
+    """Returns the error about an unknown environment; it names known ones that are spelled alike."""
     close = near_words(name, known, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "give a D4RL name (hopper-medium-v2) or a gymnasium id"
     return UserError(f"environment {name!r} is unknown: {hint}")

@@ -31,10 +31,9 @@ import gymnasium
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.multi_step import D4RLTerms
 from diffusion_rl.envs.worker import EnvRecipe
-from diffusion_rl.tasks.registry import steps_of
 
-EPISODE_STEPS = steps_of("kitchen")
 N_ROBOT, N_OBJECTS = 9, 21
 
 _LIGHT_SLIDER = ("microwave", "kettle", "light switch", "slide cabinet")
@@ -58,15 +57,15 @@ _OBJECT_NOISE = np.repeat([0.005, 0.0005, 0.005, 0.1, 0.005, 0.1, 0.005], [2, 6,
 
 
 def require(name: str) -> None:
-    """Raise UserError if `name` is no kitchen task or its simulator is not installed."""
+    """Raises UserError if `name` is no kitchen task or its simulator is not installed."""
     _elements_of(name)
     if importlib.util.find_spec("gymnasium_robotics") is None:
         raise UserError(f"{name} needs gymnasium-robotics: pip install -e '.[kitchen]' (see installation/kitchen.md)")
 
 
-def single(recipe: EnvRecipe) -> Kitchen:
+def single(recipe: EnvRecipe) -> gymnasium.Env:
     """Builds the environment of a recipe."""
-    return Kitchen(recipe.name, time_limit=recipe.d4rl_time_limit, render_mode=recipe.render_mode, **recipe.kwargs)
+    return D4RLTerms(Kitchen(recipe.name, render_mode=recipe.render_mode, **recipe.kwargs), recipe.d4rl_time_limit)
 
 
 def _elements_of(name: str) -> tuple[str, ...]:
@@ -76,7 +75,7 @@ def _elements_of(name: str) -> tuple[str, ...]:
 
 
 def goal_of(name: str) -> np.ndarray:
-    """The last half [30] of the observations of a task. Raises UserError for an unknown one."""
+    """Returns the goal [30], the last half of a task's observations. Raises UserError for an unknown task."""
     goal = np.zeros(N_ROBOT + N_OBJECTS)
     for element in _elements_of(name):
         where, target = ELEMENTS[element]
@@ -87,7 +86,7 @@ def goal_of(name: str) -> np.ndarray:
 class Kitchen(gymnasium.Env):
     """One kitchen under its D4RL name. `kwargs` go to gymnasium-robotics' FrankaKitchen."""
 
-    def __init__(self, name: str, time_limit: int | None = EPISODE_STEPS, **kwargs: Any):
+    def __init__(self, name: str, **kwargs: Any):
         require(name)
         with contextlib.redirect_stderr(io.StringIO()):  # it announces changes to the rewards of other environments
             from gymnasium_robotics.envs.franka_kitchen import KitchenEnv
@@ -97,8 +96,6 @@ class Kitchen(gymnasium.Env):
         self.goal = goal_of(name)
         self.elements = TASKS[name]
         self.remaining = set(self.elements)
-        self.time_limit = time_limit
-        self._elapsed = 0
         self.observation_space = gymnasium.spaces.Box(-8.0, 8.0, (2 * len(self.goal),), np.float64)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (N_ROBOT,), np.float64)
 
@@ -106,21 +103,15 @@ class Kitchen(gymnasium.Env):
         """Begins an episode; returns its observation [O]."""
         observed, _ = self._env.reset(seed=seed)
         self.remaining = set(self.elements)
-        self._elapsed = 0
         return self._observe(observed), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Executes an action [A]; the reward counts what it completed. All done, or the time limit, ends it."""
+        """Executes an action [A]; the reward counts what it completed. The episode ends when all is done."""
         observed, *_ = self._env.step(action)
         observation = self._observe(observed)
         completed = {element for element in self.remaining if self._is_complete(element, observation)}
         self.remaining -= completed
-        self._elapsed += 1
-        terminated, info = not self.remaining, {}
-        if self.time_limit is not None and self._elapsed >= self.time_limit:
-            info["TimeLimit.truncated"] = not terminated
-            terminated = True
-        return observation, float(len(completed)), terminated, False, info
+        return observation, float(len(completed)), not self.remaining, False, {}
 
     def _observe(self, observed: dict[str, Any]) -> np.ndarray:
         objects = self._env.data.qpos[N_ROBOT:].copy()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.tasks.kuka_stacking import BLOCKS, JOINTS, blocks_of
 
 MODELS = {
@@ -28,7 +29,7 @@ TRIES = 1000  # to find a free place
 
 
 def import_pybullet() -> Any:
-    """The module. Raises UserError if it is not installed."""
+    """Imports PyBullet. Raises UserError if it is not installed."""
     try:
         import pybullet
     except ImportError as error:
@@ -37,7 +38,7 @@ def import_pybullet() -> Any:
 
 
 class KukaStacking:
-    """One arm and its blocks.
+    """Simulates one arm and its blocks.
 
     Args:
         urdf_dir: where `MODELS` are.
@@ -58,8 +59,8 @@ class KukaStacking:
         self.held: dict[int, int] = {}  # constraint by block
         self.loaded = False
 
-    def reset(self, noise: Any) -> np.ndarray:
-        """The arm upright and the blocks at drawn places, [39]; `noise` is the source of the draws."""
+    def reset(self, rng: Rng) -> np.ndarray:
+        """Puts the arm upright and the blocks at places drawn from `rng`; returns the state [39]."""
         if not self.loaded:  # loading takes most of a reset's time
             self._call("resetSimulation")
             self.arm, self.floor = (self._load(part, fixed=True) for part in ("arm", "floor"))
@@ -75,12 +76,12 @@ class KukaStacking:
             self._let_go(block)
         for joint in self.joints:
             self._call("resetJointState", self.arm, joint, 0.0)
-        self._place(noise)
+        self._place(rng)
         self.flags = np.zeros(BLOCKS)
         return self.state()
 
     def step(self, command: np.ndarray) -> np.ndarray:
-        """The state [39] after a command [39] was followed for `PHYSICS_STEPS`."""
+        """Follows a command [39] for `PHYSICS_STEPS`; returns the state [39]."""
         gains = [1.0] * JOINTS
         targets = {"targetPositions": command[:JOINTS].tolist(), "positionGains": gains}
         self._call("setJointMotorControlArray", self.arm, self.joints, self.p.POSITION_CONTROL, **targets)
@@ -96,13 +97,14 @@ class KukaStacking:
         return self.state()
 
     def release(self) -> np.ndarray:
-        """The state [39] at the end of a plan: blocks count as loose, and are at the next command unless it says so."""
+        """Returns the state [39] at the end of a plan, in which blocks count as loose. The next command may hold them
+        again."""
         self.flags = np.zeros(BLOCKS)
         return self.state()
 
     def state(self) -> np.ndarray:
         """Returns the state [39]: joints, then position, orientation and flag of each block."""
-        joints = [each[0] for each in self._call("getJointStates", self.arm, self.joints)]
+        joints = [joint[0] for joint in self._call("getJointStates", self.arm, self.joints)]
         poses = [np.concatenate(self._call("getBasePositionAndOrientation", block)) for block in self.blocks]
         return np.concatenate([joints, *(np.append(pose, flag) for pose, flag in zip(poses, self.flags, strict=True))])
 
@@ -124,8 +126,8 @@ class KukaStacking:
         except self.p.error as error:
             raise UserError(f"PyBullet cannot read {self.models[part]} ({error}): take the original file") from error
 
-    def _place(self, noise: Any) -> None:
-        """Blocks on a circle around the arm, none on another."""
+    def _place(self, rng: Rng) -> None:
+        """Places the blocks on a circle around the arm so that none touches another."""
         top, taken = self._call("getAABB", self.floor)[1][2], list[tuple[np.ndarray, np.ndarray]]()
         for block in self.blocks:  # out of the way of those that are placed before them
             self._call("resetBasePositionAndOrientation", block, [10.0 + block, 0, 0], [0, 0, 0, 1])
@@ -133,7 +135,7 @@ class KukaStacking:
         for block in self.blocks:
             height = -self._call("getAABB", block)[0][2]  # of its middle above what it lies on
             for _ in range(TRIES):
-                direction = noise.uniform((2,), -1, 1, np.float64)
+                direction = rng.uniform((2,), -1, 1, np.float64)
                 x, y = RADIUS * direction / np.linalg.norm(direction)
                 self._call("resetBasePositionAndOrientation", block, [x, y, top + height], [0, 0, 0, 1])
                 low, high = (np.array(corner) for corner in self._call("getAABB", block))
@@ -144,7 +146,7 @@ class KukaStacking:
                 raise UserError(f"the blocks of {self.models['block']} are too large to lie beside each other")
 
     def _hang(self, block: int) -> None:
-        """Fix a block to the hand where it is."""
+        """Fixes a block to the hand where it is."""
         hand = self._call("getLinkState", self.arm, HAND, computeForwardKinematics=True)[:2]
         pose = self._call("getBasePositionAndOrientation", block)
         position, turn = self.p.multiplyTransforms(*self.p.invertTransform(*hand), *pose)

@@ -29,6 +29,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.batched import BatchedVectorEnv
 from diffusion_rl.envs.chunks import ChunkOutcome, StepOutcomes
 from diffusion_rl.envs.interface import EnvRequest, unknown
+from diffusion_rl.envs.multi_step import D4RLTerms
 from diffusion_rl.envs.worker import EnvRecipe
 from diffusion_rl.tasks.registry import D4RL_STEPS, LOCOMOTION_DATA
 
@@ -46,7 +47,7 @@ _PHYSICS = mujoco.mjtState.mjSTATE_FULLPHYSICS.value
 
 @dataclass(frozen=True)
 class Task:
-    """What tells the three tasks apart (gym's `-v2` classes).
+    """The differences between the three tasks (gym's `-v2` classes).
 
     gymnasium_id: its single-environment twin; xml, frame_skip: the model and the simulator steps per action;
     ctrl_cost, alive_bonus, reset_noise: weights; gaussian_velocity: reset velocities are normal instead of uniform;
@@ -74,13 +75,13 @@ TASKS = {
 
 
 def task_of(name: str) -> str | None:
-    """The task behind a D4RL name ("hopper-medium-v2" -> "hopper"), None if the name is no locomotion one."""
+    """Finds the task of a D4RL name ("hopper-medium-v2" -> "hopper"); None if the name is no locomotion one."""
     match = re.fullmatch(rf"({'|'.join(TASKS)})-({'|'.join(LOCOMOTION_DATA)})-v[02]", name)
     return match.group(1) if match else None
 
 
 def require(name: str) -> str:
-    """The task behind a D4RL name. Raises UserError for other names."""
+    """Finds the task of a D4RL name. Raises UserError for other names."""
     task = task_of(name)
     if task is None:
         raise unknown(name, known_names())
@@ -109,7 +110,7 @@ def single(recipe: EnvRecipe) -> gymnasium.Env:
 
 
 def load_model(task: str) -> mujoco.MjModel:
-    """The task's model with the bodies of MuJoCo 2.1.0."""
+    """Loads the task's model with the bodies of MuJoCo 2.1.0."""
     if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5):
         raise UserError(
             f"mujoco {mujoco.__version__} no longer follows the physics of D4RL's data: "
@@ -122,37 +123,14 @@ def load_model(task: str) -> mujoco.MjModel:
 
 
 def restore_bodies(model: mujoco.MjModel, task: str) -> None:
-    """Give `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place."""
+    """Gives `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place."""
     for name, values in json.loads(_BODIES.read_text())[task].items():
         getattr(model, name)[:] = values
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
 
-class D4RLTerms(gymnasium.Wrapper):
-    """What D4RL adds to a single environment: clipped actions, and a time limit that says so in gym's old way."""
-
-    def __init__(self, env: gymnasium.Env, time_limit: int | None = D4RL_STEPS):
-        super().__init__(env)
-        self.time_limit = time_limit
-        self._elapsed = 0
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        """Begins an episode; returns its observation [O]."""
-        self._elapsed = 0
-        return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
-        """Executes an action [A], clipped to +-1; the time limit ends an episode as terminated."""
-        observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
-        self._elapsed += 1
-        if self.time_limit is not None and self._elapsed >= self.time_limit:
-            info["TimeLimit.truncated"] = not terminated
-            terminated = True
-        return observation, reward, terminated, False, info
-
-
 def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: Any) -> gymnasium.Env:
-    """One environment of a D4RL name, stepped by gymnasium's own class; what the batched engine is held to.
+    """Builds one environment of a D4RL name, stepped by gymnasium's own class; the batched engine is tested against it.
 
     time_limit: D4RL's; kwargs go to gymnasium's class.
     """
@@ -164,7 +142,7 @@ def single_locomotion(name: str, time_limit: int | None = D4RL_STEPS, **kwargs: 
 
 
 def _make_roll() -> Callable[..., Any]:
-    """A single-threaded `mujoco.rollout.Rollout.rollout`, or plain steps in versions before it (mujoco < 3.3)."""
+    """Returns a single-threaded `mujoco.rollout.Rollout.rollout`; before mujoco 3.3, which has none, plain steps."""
     if hasattr(rollout, "Rollout"):
         return rollout.Rollout(nthread=0).rollout
     return _roll_by_steps
@@ -180,7 +158,7 @@ def _roll_by_steps(
     state: np.ndarray,
     **_: Any,
 ) -> None:
-    """What `Rollout.rollout` does with one row, in Python."""
+    """Does with one row what `Rollout.rollout` does, in Python."""
     model, data = models[0], datas[0]
     mujoco.mj_setState(model, data, states[0], _PHYSICS)
     data.qacc_warmstart[:] = initial_warmstart[0]
@@ -192,8 +170,8 @@ def _roll_by_steps(
 
 @dataclass
 class Trajectory:
-    """What the simulator did with a chunk: states [E, Ta, 1+nq+nv], warmstarts [E, nv] after its last action,
-    observations [E, Ta, O], rewards [E, Ta], unhealthy [E, Ta] bool."""
+    """The simulated chunk: states [E,Ta,1+nq+nv], warmstarts [E,nv] after its last action, observations [E,Ta,O],
+    rewards [E,Ta], unhealthy [E,Ta] bool."""
 
     states: np.ndarray
     warmstarts: np.ndarray
@@ -226,7 +204,7 @@ class LocomotionPhysics:
         return self.model.nu
 
     def first_state(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """A random first state [1+nq+nv] and its warm start [nv]; draws what gymnasium's `reset` draws, in order."""
+        """Draws a first state [1+nq+nv] and its warm start [nv] as gymnasium's `reset` does, in the same order."""
         noise = self.task.reset_noise
         qpos = self._init_qpos + rng.uniform(-noise, noise, size=self.model.nq)
         if self.task.gaussian_velocity:
@@ -236,7 +214,7 @@ class LocomotionPhysics:
         return self.state_from(qpos, qvel)
 
     def state_from(self, qpos: np.ndarray, qvel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The state [1+nq+nv] and warm start [nv] of a simulation freshly put to these positions and velocities."""
+        """Returns the state [1+nq+nv] and warm start [nv] of a new simulation at positions [nq] and velocities [nv]."""
         data = self._datas[0]
         mujoco.mj_resetData(self.model, data)
         data.qpos[:] = qpos
@@ -247,7 +225,7 @@ class LocomotionPhysics:
         return state, data.qacc_warmstart.copy()
 
     def observe(self, states: np.ndarray) -> np.ndarray:
-        """Observations [..., O] of states [..., 1+nq+nv]: positions without the forward one, velocities."""
+        """Returns observations [...,O] of states [...,1+nq+nv]: positions without the forward one, velocities."""
         nq, clip = self.model.nq, self.task.velocity_clip
         velocity = states[..., 1 + nq : 1 + nq + self.model.nv]
         if clip is not None:
@@ -255,7 +233,7 @@ class LocomotionPhysics:
         return np.concatenate([states[..., 2 : 1 + nq], velocity], axis=-1)
 
     def step(self, states: np.ndarray, warmstarts: np.ndarray, actions: np.ndarray) -> Trajectory:
-        """Execute actions [E, Ta, A] from states [E, 1+nq+nv] and warm starts [E, nv], neither of which is changed."""
+        """Executes actions [E, Ta, A] from states [E, 1+nq+nv] and warm starts [E, nv], neither of which is changed."""
         skip = self.task.frame_skip
         controls = np.repeat(np.asarray(actions, dtype=np.float64), skip, axis=1)
         substeps = np.empty((*controls.shape[:2], self.state_size))
@@ -283,7 +261,7 @@ class LocomotionPhysics:
         substeps: np.ndarray,
         warm: np.ndarray,
     ) -> None:
-        """Roll out one row after the other, with the interpreter lock released for the whole chunk of each.
+        """Rolls out one row after the other, with the interpreter lock released for the whole chunk of each.
 
         MuJoCo's own threaded rollout of all rows at once would keep no row's warm start, without which the next chunk
         is not bit for bit what single steps give. Row by row on Python's threads is as fast.
@@ -291,27 +269,28 @@ class LocomotionPhysics:
         data, roll = self._datas[thread], self._rolls[thread]
         models, datas, sensors = [self.model], [data], np.empty((1, controls.shape[1], self.model.nsensordata))
         for row in rows:
-            one = slice(row, row + 1)
+            single = slice(row, row + 1)
             roll(
                 models,
                 datas,
-                states[one],
-                controls[one],
+                states[single],
+                controls[single],
                 skip_checks=True,
                 nstep=controls.shape[1],
-                initial_warmstart=warmstarts[one],
-                state=substeps[one],
+                initial_warmstart=warmstarts[single],
+                state=substeps[single],
                 sensordata=sensors,
             )
             warm[row] = data.qacc_warmstart
 
     def _rewards(self, positions: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """[E, Ta] from forward positions [E, Ta+1]; the order of operations is gymnasium's."""
+        """Returns rewards [E,Ta] for forward positions [E,Ta+1]; the order of operations is gymnasium's."""
         velocity = (positions[:, 1:] - positions[:, :-1]) / self.dt
         cost = self.task.ctrl_cost * np.sum(np.square(actions), axis=-1)
         return (velocity + self.task.alive_bonus if self.task.alive_bonus else velocity) - cost
 
     def _unhealthy(self, states: np.ndarray) -> np.ndarray:
+        """Whether states [...,1+nq+nv] leave the healthy ranges, bool [...]."""
         task = self.task
         healthy = np.ones(states.shape[:-1], dtype=bool)
         if task.state_bound is not None:
@@ -376,8 +355,10 @@ class LocomotionVectorEnv(BatchedVectorEnv):
     def _warmstarts_after(
         self, indices: np.ndarray, raw: np.ndarray, executed: np.ndarray, trajectory: Trajectory
     ) -> np.ndarray:
-        """[N, nv] warm starts after the executed actions. Where a chunk ended early and nothing resets, the executed
-        part runs once more to learn it."""
+        """Returns the warm starts [N,nv] after the executed actions.
+
+        Where a chunk ended early and nothing resets, its executed part runs once more to learn them.
+        """
         warmstarts = trajectory.warmstarts.copy()
         early = np.flatnonzero(executed < raw.shape[1]) if not self.reset_within_step else ()
         for row in early:
@@ -386,7 +367,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         return warmstarts
 
     def _outcomes(self, indices: np.ndarray, trajectory: Trajectory) -> StepOutcomes:
-        """The raw trajectory under D4RL's time limit, observations normalised."""
+        """Puts the trajectory under D4RL's time limit and normalises its observations."""
         unhealthy = trajectory.unhealthy
         expired = np.zeros_like(unhealthy)
         if self.d4rl_time_limit is not None:
@@ -405,30 +386,22 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._elapsed[rows] = 0
         return self._normalize(self.physics.observe(self._states[rows]))
 
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"physics": self._states, "warmstart": self._warmstarts, "elapsed_steps": self._elapsed}
+
     def get_state(self) -> dict[str, np.ndarray]:
-        return {
-            "physics": self._states.copy(),
-            "warmstart": self._warmstarts.copy(),
-            "elapsed_steps": self._elapsed.copy(),
-            "chunk_steps": self._history.count.copy(),
-            "history": self._history.frames.copy(),
-            "started": self._started.copy(),
-            "random": np.stack([_pack_generator(self._rngs[row]) for row in range(self.n_envs)]),
-        }
+        generators = np.stack([_pack_generator(self._rngs[row]) for row in range(self.n_envs)])
+        return super().get_state() | {"started": self._started.copy(), "random": generators}
 
     def _restore(self, state: dict[str, np.ndarray]) -> None:
-        self._states[:] = state["physics"]
-        self._warmstarts[:] = state["warmstart"]
-        self._elapsed[:] = state["elapsed_steps"]
-        self._history.count[:] = state["chunk_steps"]
-        self._history.frames[:] = state["history"]
+        super()._restore(state)
         self._started[:] = state["started"]
         self._rngs = dict(enumerate(map(_unpack_generator, np.asarray(state["random"]))))
 
     def recorder(self, path: str) -> Any:
         from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
 
-        load = functools.partial(load_model, task_of(self.name) or self.name)
+        load = functools.partial(load_model, require(self.name))
         tracking = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING.value, "trackbodyid": 1, "distance": 4.0}
         camera = tracking | {"elevation": -15.0}
         return StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))
@@ -440,18 +413,18 @@ class LocomotionVectorEnv(BatchedVectorEnv):
                     self._recorders[int(row)].add(state)
 
     def close(self) -> None:
-        """End videos and threads."""
+        """Ends videos and threads."""
         super().close()
         self.physics.close()
 
 
 def known_names() -> list[str]:
-    """The D4RL names of locomotion environments."""
+    """Lists the D4RL names of locomotion environments."""
     return [f"{task}-{flavour}-v2" for task in TASKS for flavour in LOCOMOTION_DATA]
 
 
 def _generator(seed: int) -> np.random.Generator:
-    """gymnasium's generator for a seed."""
+    """Returns the generator that gymnasium makes of a seed."""
     return gymnasium.utils.seeding.np_random(int(seed))[0]
 
 
@@ -459,7 +432,7 @@ _WORD = 2**64 - 1
 
 
 def _pack_generator(rng: np.random.Generator) -> np.ndarray:
-    """The state of a PCG64 generator as 6 uint64: two 128-bit numbers in halves, and the buffered 32 bits."""
+    """Packs the state of a PCG64 generator into uint64 [6]: two 128-bit numbers in halves, and the buffered 32 bits."""
     state = rng.bit_generator.state
     value, increment = state["state"]["state"], state["state"]["inc"]
     words = [value >> 64, value & _WORD, increment >> 64, increment & _WORD, state["has_uint32"], state["uinteger"]]
@@ -467,6 +440,7 @@ def _pack_generator(rng: np.random.Generator) -> np.ndarray:
 
 
 def _unpack_generator(words: np.ndarray) -> np.random.Generator:
+    """Inverts `_pack_generator`."""
     numbers = [int(word) for word in words]
     generator = np.random.Generator(np.random.PCG64(0))
     generator.bit_generator.state = {

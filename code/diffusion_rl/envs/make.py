@@ -1,4 +1,4 @@
-"""From the `env` node of a configuration to a vector environment.
+"""Builds vector environments from the `env` node of a configuration.
 
 Every simulator is a module of this folder, named in `tasks.registry`, with one of these functions or both:
 
@@ -34,7 +34,7 @@ def make_vector_env(
     n_envs: int | None = None,
     threads: int | None = None,
 ) -> VectorEnv:
-    """Build the environments of a run, environment i seeded with seed + i.
+    """Builds the environments of a run, environment i seeded with seed + i.
 
     env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
     `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
@@ -46,7 +46,7 @@ def make_vector_env(
     n_envs, threads: override the configured ones. Raises UserError for unknown names, wrong dimensions, or more
     environments than this machine has room for.
     """
-    config = _plain(env_cfg)
+    config = dict(plain(env_cfg))  # its interpolations resolved: workers do not know OmegaConf
     config |= {} if threads is None else {"threads": threads}
     name, count = str(config["name"]), config["n_envs"] if n_envs is None else n_envs
     engine = config.get("engine", "mujoco")
@@ -80,13 +80,8 @@ def make_vector_env(
     return venv
 
 
-def _plain(env_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The node as plain dicts, its interpolations resolved, so that workers need not know OmegaConf."""
-    return dict(plain(env_cfg))
-
-
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:
-    """The bounds named by the low-dimensional wrapper of the configuration, None if it has no such wrapper."""
+    """Reads the bounds named by the low-dimensional wrapper of the configuration; None if it has no such wrapper."""
     for wrapper, options in wrappers.items():
         if wrapper.endswith(("_lowdim", "_image")) and options and options.get("normalization_path"):
             return MinMaxNormalizer.from_npz(options["normalization_path"], obs_dim, action_dim)
@@ -94,7 +89,7 @@ def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> M
 
 
 def _simulator(request: EnvRequest) -> str:
-    """The module that builds what is asked for: by the configuration, or else by the name."""
+    """Finds the module that builds the environments: by the configuration, or else by the name."""
     if request.config.get("env_type") == "furniture":
         return "furniture"
     if any(wrapper in (request.config.get("wrappers") or {}) for wrapper in robomimic.WRAPPERS):
@@ -103,7 +98,7 @@ def _simulator(request: EnvRequest) -> str:
 
 
 def _made(request: EnvRequest, simulator: str, engine: str) -> VectorEnv:
-    """All environments together where that can be and is asked for, or else in processes."""
+    """Builds all environments together where that is possible and asked for, or else in processes."""
     module = importlib.import_module(f"{__package__}.{simulator}")
     if hasattr(module, "vector") and (engine == "mujoco" or not hasattr(module, "single")):
         return module.vector(request)
@@ -115,13 +110,13 @@ def _made(request: EnvRequest, simulator: str, engine: str) -> VectorEnv:
 
 
 def _check_dims(name: str, venv: VectorEnv, obs_dim: int, action_dim: int) -> None:
-    """One clear line if the configuration's dimensions are not the environment's."""
+    """Raises UserError if the configuration's dimensions are not the environment's."""
     state = venv.obs_spec.get("state")
     if state is not None and tuple(state) != (obs_dim,):
-        found = state[0] if len(state) == 1 else state
+        size = state[0] if len(state) == 1 else state
         raise UserError(
-            f"obs_dim={obs_dim} is wrong for {name}: its observations have {found} entries, set obs_dim={found}"
+            f"obs_dim={obs_dim} is wrong for {name}: its observations have {size} entries, set obs_dim={size}"
         )
     if venv.action_dim != action_dim:
-        found = venv.action_dim
-        raise UserError(f"action_dim={action_dim} is wrong for {name}, which has {found}: set action_dim={found}")
+        size = venv.action_dim
+        raise UserError(f"action_dim={action_dim} is wrong for {name}, which has {size}: set action_dim={size}")

@@ -7,11 +7,10 @@ within half a cell of the goal. An episode never ends before its limit of steps.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.tasks.registry import steps_of
 
 try:
@@ -33,15 +32,15 @@ OFFSET = -0.2  # of the walls
 
 
 def size_of(name: str) -> str:
-    """ "umaze", "medium" or "large" of "maze2d-umaze-v1". Raises UserError for other names."""
+    """Finds "umaze", "medium" or "large" in "maze2d-umaze-v1". Raises UserError for other names."""
     size = name.removeprefix("maze2d-").split("-")[0]
     if not name.startswith("maze2d-") or size not in LAYOUTS:
-        raise UserError(f"{name!r} is no maze: there are {', '.join(f'maze2d-{each}-v1' for each in LAYOUTS)}")
+        raise UserError(f"{name!r} is no maze: there are {', '.join(f'maze2d-{size}-v1' for size in LAYOUTS)}")
     return size
 
 
 def goal_of(name: str) -> np.ndarray:
-    """The fixed goal of a data set's maze, [2]."""
+    """Returns the fixed goal [2] of a data set's maze."""
     return np.argwhere(_cells(size_of(name)) == "G")[0].astype(float)
 
 
@@ -50,7 +49,7 @@ def _cells(size: str) -> np.ndarray:
 
 
 class Maze2D:
-    """One maze.
+    """Simulates one maze.
 
     Args:
         name: "maze2d-umaze-v1" and the like.
@@ -66,17 +65,17 @@ class Maze2D:
         self._model = mujoco.MjModel.from_xml_string(_xml(self.cells))
         self._data = mujoco.MjData(self._model)
 
-    def reset(self, noise: Any, start: np.ndarray | None = None) -> np.ndarray:
+    def reset(self, rng: Rng, start: np.ndarray | None = None) -> np.ndarray:
         """Begins at rest near a free cell (a drawn one, or `start` [2]); returns the observation [4]."""
         mujoco.mj_resetData(self._model, self._data)
-        cell = self.free[noise.integers(0, len(self.free), (1,))[0]] if start is None else np.asarray(start)
-        self._data.qpos[:] = cell + noise.uniform((2,), -NOISE, NOISE, np.float64)
+        cell = self.free[rng.integers(0, len(self.free), (1,))[0]] if start is None else np.asarray(start)
+        self._data.qpos[:] = cell + rng.uniform((2,), -NOISE, NOISE, np.float64)
         mujoco.mj_forward(self._model, self._data)
         return self.observation()
 
-    def draw_target(self, noise: Any) -> None:
-        """Another goal: a free cell."""
-        self.target = self.free[noise.integers(0, len(self.free), (1,))[0]].astype(float)
+    def draw_target(self, rng: Rng) -> None:
+        """Draws another goal from the free cells."""
+        self.target = self.free[rng.integers(0, len(self.free), (1,))[0]].astype(float)
 
     def observation(self) -> np.ndarray:
         """Returns position and velocity, [4]."""
@@ -110,7 +109,7 @@ class Maze2D:
 
 
 def _xml(cells: np.ndarray) -> str:
-    """A ball on two sliding joints among boxes."""
+    """Returns MuJoCo's model of the maze: a ball on two sliding joints among boxes."""
     walls = "".join(
         f'<geom type="box" pos="{row + OFFSET} {column + OFFSET} 0" size="0.5 0.5 0.2"/>'
         for row, column in np.argwhere(cells == "#")

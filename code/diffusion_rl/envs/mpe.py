@@ -14,16 +14,14 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.envs.finite import require_finite
-from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.envs.chunks import require_finite
+from diffusion_rl.envs.interface import Observations, StepResult, Unrestorable
 
 N_AGENTS = 3
 
 
-class SpreadVectorEnv:
-    """E environments in this process behind the `VectorEnv` interface, agents side by side. They cannot be restored."""
-
-    restorable = False
+class SpreadVectorEnv(Unrestorable):
+    """E environments in this process behind the `VectorEnv` interface, agents side by side."""
 
     def __init__(self, n_envs: int, *, act_steps: int = 1, max_episode_steps: int = 25, seeds: Sequence[int]):
         try:
@@ -47,7 +45,7 @@ class SpreadVectorEnv:
         self._seeds = list(seeds)
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
-        """Begin new episodes everywhere. options[i]: `seed`."""
+        """Begins new episodes everywhere. options[i]: `seed`."""
         for row, option in enumerate(options or []):
             self._seeds[row] = option.get("seed", self._seeds[row])
         for row in range(self.n_envs):
@@ -55,7 +53,7 @@ class SpreadVectorEnv:
         return {"state": self._last[:, None].copy()}
 
     def step(self, actions: np.ndarray) -> StepResult:
-        """Execute chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
+        """Executes chunks [E,Ta,N*A]; episodes that end are followed by the next ones."""
         chunk, rows = actions.shape[1], np.arange(self.n_envs)
         frames = np.empty((self.n_envs, chunk, self._last.shape[1]))
         rewards, executed = np.zeros((self.n_envs, len(self.agents))), np.zeros(self.n_envs, np.int64)
@@ -94,19 +92,13 @@ class SpreadVectorEnv:
     def _flat(self, seen: dict[str, np.ndarray]) -> np.ndarray:
         return np.concatenate([seen[agent] for agent in self.agents])
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        pass
-
     def close(self) -> None:
         for env in self._envs:
             env.close()
 
 
 def make_mpe_env(dataset: str, seeds: Sequence[int], act_steps: int, max_path_length: int) -> SpreadVectorEnv:
-    """`simple_spread-<quality>`. Raises UserError for other scenarios."""
+    """Builds the environments of `simple_spread-<quality>`. Raises UserError for other scenarios."""
     scenario = dataset.rpartition("-")[0] or dataset
     if scenario != "simple_spread":
         raise UserError(f"dataset {dataset}: of the multi-particle environments there is simple_spread-<quality>")
@@ -114,7 +106,7 @@ def make_mpe_env(dataset: str, seeds: Sequence[int], act_steps: int, max_path_le
 
 
 def scripted(observations: np.ndarray, noise: np.ndarray, push: float) -> np.ndarray:
-    """Agents that each go to the landmark that a joint assignment of least total distance gives them.
+    """Moves each agent to the landmark that the joint assignment with the least total distance gives it.
 
     Args:
         observations: [E,N,18] (velocity 2, position 2, ways to the landmarks 6, ways to the others 4, messages 4).

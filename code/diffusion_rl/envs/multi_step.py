@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import finite
+from diffusion_rl.envs import chunks
 from diffusion_rl.envs.interface import Observations
 
 STATE, PICTURE = "state", "rgb"  # entries of observations
@@ -27,8 +27,31 @@ CHUNK_KEYS = ("executed_steps", "final_obs", "full_obs")
 REWARD_AGGREGATES: dict[str, Callable[..., Any]] = {"sum": np.sum, "max": np.max, "min": np.min, "mean": np.mean}
 
 
+class D4RLTerms(gymnasium.Wrapper):
+    """Clips actions to [-1, 1] and ends episodes at a time limit as D4RL does: terminated, with gym's old info."""
+
+    def __init__(self, env: gymnasium.Env, time_limit: int | None):
+        super().__init__(env)
+        self.time_limit = time_limit
+        self._elapsed = 0
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Begins an episode; returns its observation [O]."""
+        self._elapsed = 0
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, Any, bool, bool, dict]:
+        """Executes an action [A], clipped to +-1; the time limit ends an episode as terminated."""
+        observation, reward, terminated, _, info = self.env.step(np.clip(action, -1, 1))
+        self._elapsed += 1
+        if self.time_limit is not None and self._elapsed >= self.time_limit:
+            info["TimeLimit.truncated"] = not terminated
+            terminated = True
+        return observation, reward, terminated, False, info
+
+
 class LowdimWrapper(gymnasium.Wrapper):
-    """Observations as {"state": [O]}, normalised and clamped; actions taken in [-1, 1].
+    """Shows observations as {"state": [O]}, normalised and clamped; takes actions in [-1, 1].
 
     normalizer: None for raw values. keys: entries of a dict observation to concatenate, None for a plain vector.
     clamp: clip the normalised state to [-1, 1] (raw states are never clipped). never_terminates: drop the
@@ -59,7 +82,7 @@ class LowdimWrapper(gymnasium.Wrapper):
         return {"state": gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)}
 
     def observe(self, raw: Any) -> Observations:
-        """The policy's view of a raw observation."""
+        """Returns what the policy sees of a raw observation."""
         return {"state": self._state(raw)}
 
     def _state(self, raw: Any) -> np.ndarray:
@@ -81,7 +104,7 @@ class LowdimWrapper(gymnasium.Wrapper):
 
 
 class ImageWrapper(LowdimWrapper):
-    """LowdimWrapper plus {"rgb": [C, Hi, Wi]}: the cameras `image_keys` stacked on the channel axis, in 0 … 255.
+    """Adds {"rgb": [C,Hi,Wi]} to `LowdimWrapper`: the cameras `image_keys` stacked on the channel axis, in 0 … 255.
 
     Pictures are bytes, which stay bytes, or numbers in [0, 1].
     """
@@ -149,8 +172,11 @@ class MultiStep:
         self._recorder: Any = None
 
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> Observations:
-        """Begin an episode, {key: [To, ...]}. options: `seed`, `video_path` (record this episode), and the
-        environment's own."""
+        """Begins an episode and returns its observations {key: [To,...]}.
+
+        Args:
+            options: `seed`, `video_path` (films this episode), and the environment's own.
+        """
         options = dict(options or {})
         self._stop_video()
         seed = options.pop("seed", None) if seed is None else seed
@@ -166,13 +192,15 @@ class MultiStep:
         return self._stacked()
 
     def step(self, actions: np.ndarray) -> tuple[Observations, np.ndarray, bool, bool, dict[str, Any]]:
-        """Execute actions [Ta, A] (or one, [A]) until the episode ends: observations {key: [To, ...]}, reward,
-        terminated, truncated, info.
+        """Executes actions [Ta,A] (or one, [A]) until the episode ends.
 
-        info: each key's last To values; `executed_steps`; `full_obs` if asked for, {key: [executed, ...]};
-        `final_obs` where a truncated episode was followed by a reset.
+        Returns:
+            observations {key: [To,...]}, reward, terminated, truncated, and info: the last To values of each of the
+            environment's keys; `executed_steps`; `full_obs` {key: [executed,...]} if asked for; `final_obs` where a
+            truncated episode was followed by a reset.
 
-        Raises UserError if an observation or a reward is NaN or infinite.
+        Raises:
+            UserError: an observation or a reward is NaN or infinite.
         """
         if not self._frames:
             raise RuntimeError("step before the first reset")
@@ -217,7 +245,7 @@ class MultiStep:
         return terminated, not terminated and (truncated or over)
 
     def _frame(self, raw: Any) -> Observations:
-        """The entries that the observation space names; copies, since some simulators reuse their arrays."""
+        """Copies the entries that the observation space names, since some simulators reuse their arrays."""
         return {key: np.array(raw[key] if isinstance(raw, Mapping) else raw) for key in self._keys}
 
     def _stacked(self) -> Observations:
@@ -248,14 +276,14 @@ class MultiStep:
 
 
 def _require_finite(frames: Sequence[Observations], rewards: Sequence[Any], first: int) -> None:
-    """Raise UserError if an observation or a reward of the steps `first`, `first` + 1, ... is NaN or infinite."""
+    """Raises UserError if an observation or a reward of the steps `first`, `first` + 1, … is NaN or infinite."""
     if math.isfinite(sum(rewards)) and all(_are_finite([frame[key] for frame in frames]) for key in frames[0]):
         return
     for step, (frame, reward) in enumerate(zip(frames, rewards, strict=True), first):
         named = [(f"observation {key!r}", values) for key, values in frame.items()]
         for what, values in [*named, ("reward", reward)]:
-            if found := finite.fault(what, values, step):
-                raise UserError(found)
+            if line := chunks.fault(what, values, step):
+                raise UserError(line)
 
 
 def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
@@ -264,8 +292,8 @@ def _are_finite(arrays: Sequence[np.ndarray]) -> bool:
 
 def _either(before: bool | None, success: Any) -> bool | None:
     """Whether a step up to now has succeeded. success: a number or an array of them; what is none says nothing."""
-    said = np.asarray(success)
-    return bool(before) or bool((said > 0).any()) if said.dtype.kind in "biuf" else before
+    values = np.asarray(success)
+    return bool(before) or bool((values > 0).any()) if values.dtype.kind in "biuf" else before
 
 
 def _as_array(values: list[Any]) -> np.ndarray:

@@ -42,24 +42,19 @@ def require(name: str) -> None:
 
 
 def single(recipe: EnvRecipe) -> OwnEnv:
-    """Builds the environment of a recipe."""
-    return make_own(recipe.name, recipe.kwargs, recipe.render, recipe.obs_dim)
-
-
-def make_own(name: str, kwargs: Mapping[str, Any], render: bool, obs_dim: int | None = None) -> OwnEnv:
-    """Build the environment registered as `name`. render: able to film. obs_dim: see `OwnEnv`."""
-    rendering: dict[str, Any] = {"render_mode": "rgb_array"} if render else {}
+    """Builds the environment of a recipe. Raises UserError if it is to be filmed and cannot be."""
+    rendering: dict[str, Any] = {"render_mode": recipe.render_mode} if recipe.render else {}
     try:
-        env = gymnasium.make(name, disable_env_checker=True, **rendering, **kwargs)
+        env = gymnasium.make(recipe.name, disable_env_checker=True, **rendering, **recipe.kwargs)
     except TypeError as error:
         if "unexpected keyword argument 'render_mode'" not in str(error):
             raise
         raise UserError("env.save_video=true: its constructor takes no render_mode, so it cannot be filmed") from error
-    return OwnEnv(_with_current_interface(env), obs_dim)
+    return OwnEnv(_with_current_interface(env), recipe.obs_dim)
 
 
 def _with_current_interface(env: gymnasium.Env) -> gymnasium.Env:
-    """`env` with `CurrentInterface` around the user's part of it, below the wrappers of gymnasium."""
+    """Puts `CurrentInterface` around the user's part of an environment, below the wrappers of gymnasium."""
     outer: Any = None
     inner: Any = env
     while type(inner).__module__.startswith("gymnasium.wrappers"):
@@ -71,7 +66,7 @@ def _with_current_interface(env: gymnasium.Env) -> gymnasium.Env:
 
 
 class CurrentInterface(gymnasium.Wrapper):
-    """gymnasium's present interface around an environment that may have an older one.
+    """Gives gymnasium's present interface to an environment that may have an older one.
 
     Its `reset` may take neither seed nor options and return the observation alone; its `step` may return gym's four
     values (observation, reward, done, info).
@@ -80,8 +75,9 @@ class CurrentInterface(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         parameters = inspect.signature(env.reset).parameters.values()
-        takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters)
-        names = {one.name for one in parameters if one.kind in (one.KEYWORD_ONLY, one.POSITIONAL_OR_KEYWORD)}
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = {parameter.name for parameter in parameters if parameter.kind in named}
         self._takes = {"seed", "options"} if takes_all else names
 
     @property
@@ -108,14 +104,14 @@ class CurrentInterface(gymnasium.Wrapper):
 
 
 class OwnEnv(gymnasium.Wrapper):
-    """Observations as one vector, or as {"state": vector, "rgb": picture [C, Hi, Wi]}; rewards as numbers.
+    """Shows observations as one vector, or as {"state": vector, "rgb": picture [C,Hi,Wi]}, and rewards as numbers.
 
     A Dict of observations may have "state" and "rgb" (also [Hi, Wi, C]); of any other the vectors are joined in the
     space's order, if that gives `obs_dim` entries (None: whatever it gives). What `step` and `reset` return is held to
     the observation space. info["is_success"] is also known as info["success"].
 
     Attributes:
-        notes: what the user should be told.
+        notes: warnings for the user.
 
     Raises:
         UserError: observations that no policy of this package can take.
@@ -142,8 +138,8 @@ class OwnEnv(gymnasium.Wrapper):
             self.observation_space = Dict({PICTURE: Box(0, 255, shape, np.uint8), STATE: self.observation_space})
 
     def _chosen(self, spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> dict[str, tuple[int, ...]]:
-        """The shapes of the entries that make the state."""
-        vectors = {key: one.shape for key, one in spaces.items() if isinstance(one, Box) and len(one.shape) < 2}
+        """Returns the shapes of the entries that make the state."""
+        vectors = {key: space.shape for key, space in spaces.items() if isinstance(space, Box) and len(space.shape) < 2}
         if self._is_dict and STATE not in spaces:
             _require_fit(vectors, spaces, obs_dim)
         elif STATE not in vectors:
@@ -184,8 +180,8 @@ class OwnEnv(gymnasium.Wrapper):
 
 
 def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Space], obs_dim: int | None) -> None:
-    """Raise UserError if the vectors of a Dict, joined, are none or not `obs_dim` entries."""
-    listed = ", ".join(f"{key} {list(one.shape) if isinstance(one, Box) else one}" for key, one in spaces.items())
+    """Raises UserError if the joined vectors of a Dict are none or not `obs_dim` entries."""
+    listed = ", ".join(f"{key} {list(s.shape) if isinstance(s, Box) else s}" for key, s in spaces.items())
     size = sum(int(np.prod(shape)) for shape in vectors.values())
     if not vectors:
         raise UserError(f"its observations are a Dict without a vector ({listed}): add one as {STATE!r}")
@@ -197,7 +193,7 @@ def _require_fit(vectors: Mapping[str, Any], spaces: Mapping[str, gymnasium.Spac
 
 
 def _picture_kind(space: Any) -> str:
-    """numpy's letter for the type of the pictures. Raises UserError if they are neither bytes nor numbers in [0, 1]."""
+    """Returns numpy's letter for the type of the pictures. Raises UserError if they are neither bytes nor in [0, 1]."""
     if not (space.dtype == np.uint8 or (space.dtype.kind == "f" and np.max(space.high) <= 1)):
         raise UserError(
             f"its picture {PICTURE!r} must be bytes (uint8) or numbers in [0, 1], its space says {space.dtype} up to "
@@ -207,6 +203,7 @@ def _picture_kind(space: Any) -> str:
 
 
 def _unusable(space: gymnasium.Space) -> str:
+    """Says why observations of this space cannot be used."""
     if not isinstance(space, Box):
         return f"observations must be arrays or a dict of arrays (gymnasium Box or Dict), its are {space}"
     shape = list(space.shape)
@@ -219,18 +216,19 @@ def _unusable(space: gymnasium.Space) -> str:
 
 
 def _channels_first(picture: np.ndarray) -> np.ndarray:
-    """[Hi,Wi,C] -> [C,Hi,Wi]; what has its channels first already is left."""
+    """Turns [Hi,Wi,C] into [C,Hi,Wi]; a picture that has its channels first stays as it is."""
     last = picture.ndim == 3 and picture.shape[-1] < min(picture.shape[:2])
     return np.moveaxis(picture, -1, 0) if last else picture
 
 
 def _require_shape(array: np.ndarray, shape: tuple[int, ...], what: str) -> None:
+    """Raises UserError if an array has another shape than the observation space says."""
     if array.shape != shape:
         raise UserError(f"{what} has shape {list(array.shape)}, its observation_space says {list(shape)}")
 
 
 def _numbers(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """`value` as an array of floating-point numbers of that shape."""
+    """Returns `value` as an array of floating-point numbers. Raises UserError if it has another shape than `shape`."""
     array = np.asarray(value)
     if array.dtype.kind not in "fiub":
         raise UserError(f"{what} has dtype {array.dtype}: an array of numbers is needed")
@@ -239,7 +237,7 @@ def _numbers(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def _reward(value: Any) -> Any:
-    """`value`, a number or an array that holds one, as a scalar of its own type."""
+    """Returns a number, or an array that holds one, as a scalar of its own type. Raises UserError for anything else."""
     if isinstance(value, float):  # numpy's own of double precision is one, too
         return value
     array = np.asarray(value)

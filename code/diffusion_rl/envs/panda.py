@@ -13,7 +13,9 @@ Shape letters: E environments, S setpoints, T = 35 S milliseconds.
 from __future__ import annotations
 
 import importlib.util
+import json
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,72 +56,21 @@ TABLE_Z = -0.019
 FLANGE, TOOL = 0.107, 0.105  # m along the last link's axis to the hand, from there to the tool
 HAND_TURN = (0.92388, 0.0, 0.0, -0.382683)
 ROD_CENTRE, ROD_HALF_LENGTH = 0.075, 0.15  # from the hand
-#: mass, centre, quaternion and principal inertias of link 1 to 7
-LINKS = (
-    (
-        2.77281,
-        (1.1399e-05, -0.0312655, -0.0693733),
-        (0.98466, 0.174481, -1.018e-4, 3.477e-4),
-        (0.0164224, 0.0153969, 0.00546286),
-    ),
-    (
-        2.7996,
-        (-1.31766e-05, -0.0703216, 0.0311782),
-        (0.57484, 0.818266, -6.058e-5, -6.616e-5),
-        (0.016787, 0.0157415, 0.00553027),
-    ),
-    (
-        2.14603,
-        (0.0443483, 0.0249283, -0.03813),
-        (0.0615263, 0.349824, 0.234291, 0.904956),
-        (0.00915257, 0.00896477, 0.00384742),
-    ),
-    (
-        2.18807,
-        (-0.0385503, 0.0395256, 0.0247162),
-        (0.813566, 0.465041, 0.309792, 0.160858),
-        (0.00946899, 0.00928491, 0.00396694),
-    ),
-    (
-        3.19545,
-        (-6.36776e-05, 0.0384124, -0.10997),
-        (0.990767, -0.135571, 9.631e-4, 6.944e-4),
-        (0.0278873, 0.0268823, 0.00569569),
-    ),
-    (
-        1.35761,
-        (0.0510023, 0.00693267, 0.00616899),
-        (-0.0460841, 0.754362, 0.044494, 0.653325),
-        (0.00412168, 0.0033698, 0.00213304),
-    ),
-    (
-        0.417345,
-        (0.0103614, 0.0103596, 0.0791078),
-        (0.63547, 0.278021, -0.670462, 0.263369),
-        (6.37671e-4, 5.28056e-4, 2.79577e-4),
-    ),
-)
-#: name, mass, position of its centre and inertias of what hangs at the hand: the flange's drive, the hand, two fingers
-HAND_PARTS = (
-    ("drive", 0.1, (0, 0, 0), (0.1, 0.1, 0.1)),
-    ("palm", 0.670782, (0, -0.00061547, 0.0239295), (0.00227632, 0.000456542, 0.00206087)),
-    ("left_finger", 0.0218754, (0, 0.0119585, 0.0821816), (5.7e-6, 5.6e-6, 1.6e-6)),
-    ("left_tip", 0.01, (0, 0.0085, 0.1144), (0.01, 0.01, 0.01)),
-    ("right_finger", 0.0218754, (0, -0.0119585, 0.0821816), (5.7e-6, 5.6e-6, 1.6e-6)),
-    ("right_tip", 0.01, (0, -0.0085, 0.1144), (0.01, 0.01, 0.01)),
-)
+#: Of link 1 to 7, and of what hangs at the hand (the flange's drive, the hand, two fingers): mass, centre, quaternion
+#: `turn` and principal inertias.
+_LINKS = Path(__file__).parent / "assets" / "panda_links.json"
 
 
 def assets() -> Path:
-    """The Panda's folder in the robosuite package, which is not imported. Raises UserError if it is not installed."""
-    found = importlib.util.find_spec("robosuite")
-    if found is None or not found.submodule_search_locations:
+    """Finds the Panda's folder in robosuite, without importing it. Raises UserError if robosuite is not installed."""
+    package = importlib.util.find_spec("robosuite")
+    if package is None or not package.submodule_search_locations:
         raise UserError('the Panda model comes with robosuite: pip install -e ".[d3il]" (see installation/d3il.md)')
-    return Path(next(iter(found.submodule_search_locations))) / "models" / "assets" / "robots" / "panda"
+    return Path(next(iter(package.submodule_search_locations))) / "models" / "assets" / "robots" / "panda"
 
 
 def load_model(visible: bool = False) -> mujoco.MjModel:
-    """The robot among the obstacles; `visible` adds the looks of the arm, the finish line and light.
+    """Loads the robot among the obstacles; `visible` adds the looks of the arm, the finish line and light.
 
     Of the robot only the rod touches anything: obstacles and, where the outstretched arm sags, the table.
     """
@@ -135,16 +86,17 @@ def load_model(visible: bool = False) -> mujoco.MjModel:
             looks = child.tag == "geom" and child.get("group") == "1" or child.tag in ("mesh", "material")
             if child.tag in ("geom", "mesh", "material", "camera") and not (visible and looks):
                 parent.remove(child)
-    for i, (mass, centre, turn, inertia) in enumerate(LINKS):
-        link = root.find(f".//body[@name='link{i + 1}']")
+    bodies = json.loads(_LINKS.read_text())
+    for number, facts in enumerate(bodies["links"], 1):
+        link = root.find(f".//body[@name='link{number}']")
         assert link is not None
         for old in link.findall("inertial"):
             link.remove(old)
-        link.insert(0, _inertial(mass, centre, inertia, turn))
+        link.insert(0, _inertial(**facts))
         link.find("joint").attrib.pop("damping")  # type: ignore[union-attr]
     for motor, torque in zip(root.iter("motor"), LARGEST_TORQUE, strict=True):
         motor.set("ctrlrange", f"{-torque} {torque}")
-    _add_hand(root)
+    _add_hand(root, bodies["hand"])
     _add_scene(root, visible)
     return mujoco.MjModel.from_xml_string(ElementTree.tostring(root, encoding="unicode"))
 
@@ -153,21 +105,21 @@ def _text(values: Any) -> str:
     return " ".join(str(float(value)) for value in values)
 
 
-def _inertial(mass: float, centre: Any, inertia: Any, turn: Any = (1, 0, 0, 0)) -> ElementTree.Element:
+def _inertial(mass: float, centre: Sequence, inertia: Sequence, turn: Sequence = (1, 0, 0, 0)) -> ElementTree.Element:
     return ElementTree.Element(
         "inertial", mass=str(mass), pos=_text(centre), quat=_text(turn), diaginertia=_text(inertia)
     )
 
 
-def _add_hand(root: ElementTree.Element) -> None:
+def _add_hand(root: ElementTree.Element, parts: Sequence[dict[str, Any]]) -> None:
     hand = root.find(".//body[@name='right_hand']")
     assert hand is not None
     hand.set("pos", _text((0, 0, FLANGE)))
     hand.set("quat", _text(HAND_TURN))
     for child in list(hand):
         hand.remove(child)
-    for name, mass, centre, inertia in HAND_PARTS:
-        ElementTree.SubElement(hand, "body", name=name).append(_inertial(mass, centre, inertia))
+    for facts in parts:
+        ElementTree.SubElement(hand, "body", name=facts.pop("name")).append(_inertial(**facts))
     ElementTree.SubElement(hand, "body", name="tool", pos=_text((0, 0, TOOL)))
     rod = ElementTree.SubElement(hand, "body", name="rod")
     size = _text((ROD_RADIUS, ROD_HALF_LENGTH))
@@ -191,7 +143,7 @@ def _add_scene(root: ElementTree.Element, visible: bool) -> None:
 
 
 class Kinematics:
-    """Where the tool is for given joint angles, of many arms at once. The frames are read from the model."""
+    """Computes where the tool is for joint angles of many arms at once. The frames are read from the model."""
 
     def __init__(self, model: mujoco.MjModel):
         frames = np.zeros((JOINTS, 4, 4))
@@ -206,8 +158,8 @@ class Kinematics:
         self._hand = turn.reshape(3, 3)
 
     def __call__(self, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Joint angles [E, 7] -> the tool's position [E, 3], orientation [E, 3, 3] and Jacobian [E, 6, 7] (linear
-        before angular velocity)."""
+        """Computes the tool's position [E,3], orientation [E,3,3] and Jacobian [E,6,7] (linear before angular velocity)
+        for joint angles [E,7]."""
         cos, sin = np.cos(q)[..., None], np.sin(q)[..., None]
         links = np.empty((len(q), JOINTS, 4, 4))
         links[...] = self._frames
@@ -227,13 +179,14 @@ class Kinematics:
 
 
 class InverseKinematics:
-    """Joint targets on the way to setpoints of the tool: damped least squares with a pull to a rest posture."""
+    """Moves joint targets towards setpoints of the tool: damped least squares with a pull to a rest posture."""
 
     def __init__(self, kinematics: Kinematics):
         self._kinematics = kinematics
 
     def follow(self, q: np.ndarray, setpoints: np.ndarray) -> np.ndarray:
-        """Targets [E, T, 7] after each millisecond, from targets q [E, 7], for setpoints [E, S, 2] of 35 ms each."""
+        """Returns the targets [E,T,7] after each millisecond, from targets q [E,7], for setpoints [E,S,2] of 35 ms
+        each."""
         targets = np.empty((len(q), setpoints.shape[1] * MILLISECONDS, JOINTS))
         goals = np.concatenate([setpoints, np.full((*setpoints.shape[:2], 1), HEIGHT)], axis=-1)
         for t in range(targets.shape[1]):
@@ -243,22 +196,23 @@ class InverseKinematics:
         return targets
 
     def _velocity(self, q: np.ndarray, goal: np.ndarray) -> np.ndarray:
-        """Joint velocities [E, 7] for goals [E, 3]."""
+        """Returns joint velocities [E,7] at joint angles q [E,7] for goals [E,3]."""
         position, turn, jacobian = self._kinematics(q)
-        wanted = np.empty((len(q), 6))
-        wanted[:, :3] = POSITION_GAIN * np.clip(goal - position, -LARGEST_POSITION_ERROR, LARGEST_POSITION_ERROR)
+        twist = np.empty((len(q), 6))
+        twist[:, :3] = POSITION_GAIN * np.clip(goal - position, -LARGEST_POSITION_ERROR, LARGEST_POSITION_ERROR)
         error = np.clip(_rotation_error(turn), -LARGEST_ROTATION_ERROR, LARGEST_ROTATION_ERROR)
-        wanted[:, 3:] = ROTATION_GAIN * error
+        twist[:, 3:] = ROTATION_GAIN * error
         rest = REST_GAIN * np.clip(REST - q, -LARGEST_REST_ERROR, LARGEST_REST_ERROR)
-        wanted -= (jacobian @ rest[..., None])[..., 0]
+        twist -= (jacobian @ rest[..., None])[..., 0]
         transposed = jacobian.transpose(0, 2, 1)
-        velocity = (transposed @ _solve_clipped(jacobian @ transposed, wanted)[..., None])[..., 0] + rest
+        velocity = (transposed @ _solve_clipped(jacobian @ transposed, twist)[..., None])[..., 0] + rest
         speed = np.sqrt(np.sum(velocity * velocity, axis=-1, keepdims=True))
         return velocity * (LARGEST_SPEED / np.maximum(speed, LARGEST_SPEED))
 
 
 def _rotation_error(turn: np.ndarray) -> np.ndarray:
-    """[E, 3] vector part of the quaternion from orientations [E, 3, 3] to the tool pointing down, (0, 1, 0, 0).
+    """Returns the vector part [E,3] of the quaternion from orientations [E,3,3] to the tool pointing down, (0, 1, 0,
+    0).
 
     With the orientation's quaternion (w, x, y, z), x >= 0, that is (w, z, -y).
     """
@@ -271,7 +225,7 @@ def _rotation_error(turn: np.ndarray) -> np.ndarray:
 
 
 def _solve_clipped(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solve A x = b for symmetric A [E, 6, 6] whose eigenvalues are first clipped to `EIGENVALUES`; b [E, 6].
+    """Solves A x = b for symmetric A [E,6,6] whose eigenvalues are first clipped to `EIGENVALUES`; b, x [E,6].
 
     None is ever large (the arm is short). Only rows with a small one need the eigenvectors, which are slow.
     """
@@ -289,7 +243,7 @@ def _solve_clipped(matrices: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @dataclass
 class ArmStates:
-    """Everything about E arms; the arrays may have more axes between E and the last.
+    """The states of E arms; the arrays may have more axes between E and the last.
 
     position, velocity [E, 7] of the joints; bias [E, 7] forces of gravity and motion a millisecond ago, warmstart
     [E, 7] of the constraint solver, target [E, 7] of the inverse kinematics; tool [E, 2] in x, y, a millisecond ago, as
@@ -306,7 +260,7 @@ class ArmStates:
 
     @classmethod
     def empty(cls, *shape: int) -> ArmStates:
-        """Zeros with these leading axes."""
+        """Returns zeros with these leading axes."""
         joints = {name: np.zeros((*shape, JOINTS)) for name in ("position", "velocity", "bias", "warmstart", "target")}
         return cls(**joints, tool=np.zeros((*shape, 2)), touching=np.zeros(shape, dtype=bool))
 
@@ -321,7 +275,7 @@ class ArmStates:
             array[index] = getattr(other, name)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name, not copied."""
+        """Returns the arrays by name, not copied."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -344,7 +298,7 @@ class PandaPhysics:
         self._read(self.start)
 
     def move(self, states: ArmStates, setpoints: np.ndarray) -> ArmStates:
-        """From states [E] towards setpoints [E, S, 2], 35 ms each: the states [E, S] after each."""
+        """Moves from states [E] towards setpoints [E,S,2], 35 ms each; returns the states [E,S] after each."""
         targets = self._kinematics.follow(states.target, setpoints)
         before = np.concatenate([states.target[:, None], targets[:, :-1]], axis=1)
         pulls = STIFFNESS * targets + DAMPING * ((targets - before) / DT)
@@ -358,7 +312,7 @@ class PandaPhysics:
         return after
 
     def _simulate(self, pulls: np.ndarray) -> None:
-        """Step through [T, 7] what the joint controller pulls with apart from the present position and velocity."""
+        """Steps through [T, 7] what the joint controller pulls with apart from the present position and velocity."""
         model, data, step = self.model, self._data, mujoco.mj_step
         position, velocity, bias, torque = data.qpos, data.qvel, data.qfrc_bias, data.ctrl
         for pull in pulls:
@@ -372,7 +326,7 @@ class PandaPhysics:
         data.qacc_warmstart[:] = state.warmstart
 
     def _read(self, state: ArmStates) -> None:
-        """Copy what the simulation knows into a state without the axis E."""
+        """Copies the simulation's state into a state without the axis E."""
         data = self._data
         state.position[...], state.velocity[...], state.bias[...] = data.qpos, data.qvel, data.qfrc_bias
         state.warmstart[...] = data.qacc_warmstart

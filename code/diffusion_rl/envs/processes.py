@@ -18,12 +18,12 @@ _preloaded = ["diffusion_rl.envs.worker"]
 
 
 def preload(*modules: str) -> None:
-    """Share the memory and the time of importing these; takes effect if no process has been started yet."""
+    """Makes the fork server import these modules once for all processes; has no effect after the first start."""
     _preloaded.extend(module for module in modules if module not in _preloaded)
 
 
 def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Run target(connection, *arguments) in a new process; returns it and our end of the connection.
+    """Runs target(connection, *arguments) in a new process; returns the process and our end of the connection.
 
     The process comes from a fork server that never imported TensorFlow (forking after TensorFlow has started threads
     is unsafe, and software rendering in a process with TensorFlow crashes) and does not import the main script.
@@ -39,23 +39,23 @@ def start(target: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Co
 
 
 def in_one_line(trace: str, name: str = "") -> str:
-    """The text of a traceback as "Type: first line of its message [name, file:line]", at most about 300 characters."""
+    """Shortens a traceback to "Type: first line of its message [name, file:line]", at most about 300 characters."""
     lines = trace.strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
     last = frames[-1] if frames else -1
     cause = next((line for line in lines[last + 1 :] if not line.startswith(" ")), "").removesuffix(":").strip()
     place = re.match(r'  File "(.+)", line (\d+)', lines[last]) if frames else None
-    found = [name] if name else []
+    places = [name] if name else []
     if place:
         path = place[1] if len(place[1]) <= LONGEST_PATH else "…" + place[1][-LONGEST_PATH:]
-        found.append(f"{path}:{place[2]}")
+        places.append(f"{path}:{place[2]}")
     cause = cause if len(cause) <= LONGEST_CAUSE else cause[:LONGEST_CAUSE] + "…"
-    return f"{cause} [{', '.join(found)}]"
+    return f"{cause} [{', '.join(places)}]"
 
 
 @contextlib.contextmanager
 def _hidden_main_module() -> Iterator[None]:
-    """Keep a new process from importing the main script anew, which would load TensorFlow into it."""
+    """Keeps a new process from importing the main script anew, which would load TensorFlow into it."""
     main = sys.modules["__main__"]
     kept: dict[str, Any] = {name: main.__dict__[name] for name in ("__file__", "__spec__") if name in main.__dict__}
     main.__dict__.pop("__file__", None)

@@ -18,7 +18,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ ROBOMIMIC, ROBOSUITE = "0.3.0", "1.4.1"
 WRAPPERS = ("robomimic_lowdim", "robomimic_image")
 FPS = 20  # actions per second, so that videos run at the speed of the simulation
 IMAGE_SUFFIX = "_image"
+_OPTIONS = {"init_state": "init_state", "render_hw": "render_hw", "render_camera_name": "camera"}  # of the wrapper
 
 #: Memory of a process in GB, measured: with states alone, with pictures.
 PROCESS_GB = {"Lift": (0.45, 0.75), "PickPlaceCan": (0.45, 0.75), "NutAssemblySquare": (0.45, 0.75)}
@@ -46,10 +47,12 @@ PROCESS_GB["TwoArmTransport"] = (0.65, 1.0)
 
 
 def activate() -> None:
-    """Make `import robomimic` find the subset in changed_robomimic/, in this process. Calling it again does nothing.
+    """Puts the subset in changed_robomimic/ on the import path of this process as `robomimic`. Further calls do
+    nothing.
 
-    Raises UserError if another robomimic is already imported, or installed in another version than the subset's, or
-    if robosuite is missing or another version.
+    Raises:
+        UserError: another robomimic is imported or installed in another version than the subset's; robosuite is missing
+            or another version.
     """
     loaded = sys.modules.get("robomimic")
     if loaded is not None and SUBSET not in Path(str(loaded.__file__)).parents:
@@ -64,28 +67,27 @@ def activate() -> None:
 
 def _check_version(package: str, wanted: str, required: bool) -> None:
     try:
-        found = importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if required:
             raise UserError(
                 f"{package} is not installed: pip install -e '.[robomimic]' (see installation/robomimic.md)"
             ) from None
         return
-    if found != wanted:
-        raise UserError(f"{package} {found} is installed, {wanted} is needed: pip install '{package}=={wanted}'")
+    if version != wanted:
+        raise UserError(f"{package} {version} is installed, {wanted} is needed: pip install '{package}=={wanted}'")
 
 
 def read_env_meta(path: str | Path) -> dict[str, Any]:
-    """The description of an environment. A relative path is looked for here, then in the repository."""
-    candidates = [Path(path), REPOSITORY / path]
-    found = next((one for one in candidates if one.is_file()), None)
-    if found is None:
+    """Reads the description of an environment. Looks for a relative path here, then in the repository."""
+    file = next((candidate for candidate in (Path(path), REPOSITORY / path) if candidate.is_file()), None)
+    if file is None:
         raise UserError(f"robomimic_env_cfg_path={path}: no such file")
-    meta = read_json(found)
+    meta = read_json(file)
     try:
         return {"env_name": str(meta["env_name"]), "type": int(meta["type"]), "env_kwargs": dict(meta["env_kwargs"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{found}: not a robomimic env_meta file ({type(error).__name__}: {error})") from error
+        raise UserError(f"{file}: not a robomimic env_meta file ({type(error).__name__}: {error})") from error
 
 
 def make_simulator(
@@ -97,8 +99,16 @@ def make_simulator(
     seed: int,
     reflections: bool = False,
 ) -> Any:
-    """A robomimic environment (`EnvRobosuite`) of `meta`. What it draws when it is made (the size of Lift's cube)
-    follows from `seed`. reflections: robosuite's pixels exactly, but for more than twice the time."""
+    """Makes a robomimic environment (`EnvRobosuite`).
+
+    Args:
+        meta: its description (see `read_env_meta`).
+        seed: of what it draws when it is made (the size of Lift's cube).
+        reflections: renders robosuite's pixels exactly, in more than twice the time.
+
+    Raises:
+        UserError: pictures cannot be rendered here.
+    """
     activate()
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
@@ -173,7 +183,7 @@ class Robomimic(gymnasium.Env):
         return self.show(self.init_state), {}
 
     def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
-        """The observation of a flat simulator state, in which the simulation goes on."""
+        """Puts the simulation into a flat state; returns its observation."""
         return self._pick(self.base.reset_to({"states": state}))
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
@@ -211,34 +221,30 @@ class RobomimicRecipe:
 
     meta: dict[str, Any]
     seed: int
-    low_dim_keys: list[str]
-    image_keys: list[str] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-    clamp: bool = False
-    normalizer: MinMaxNormalizer | None = None
-    chunks: dict[str, Any] = field(default_factory=dict)
-    render: bool = False
-    reflections: bool = False
+    wrapper: dict[str, Any]
+    normalizer: MinMaxNormalizer | None
+    chunks: dict[str, Any]
+    render: bool
+    reflections: bool
 
     @property
     def name(self) -> str:
-        """The task's, in robosuite."""
+        """Returns the name of the task in robosuite."""
         return str(self.meta["env_name"])
 
     def __call__(self) -> MultiStep:
-        base = make_simulator(
-            self.meta,
-            low_dim_keys=self.low_dim_keys,
-            image_keys=self.image_keys,
-            render=self.render,
-            seed=self.seed,
-            reflections=self.reflections,
-        )
-        env = Robomimic(base, [*self.low_dim_keys, *self.image_keys], **self.options)
-        common: dict[str, Any] = {"keys": self.low_dim_keys, "clamp": self.clamp, "never_terminates": True}
-        if self.image_keys:
-            return MultiStep(ImageWrapper(env, self.normalizer, image_keys=self.image_keys, **common), **self.chunks)
-        return MultiStep(LowdimWrapper(env, self.normalizer, **common), **self.chunks)
+        keys, image_keys = list(self.wrapper["low_dim_keys"]), list(self.wrapper.get("image_keys") or [])
+        modalities = {"low_dim_keys": keys, "image_keys": image_keys}
+        base = make_simulator(self.meta, **modalities, render=self.render, seed=self.seed, reflections=self.reflections)
+        options = {ours: self.wrapper[name] for name, ours in _OPTIONS.items() if self.wrapper.get(name) is not None}
+        env: gymnasium.Env = Robomimic(base, [*keys, *image_keys], **options)
+        clamp = bool(self.wrapper.get("clamp_obs"))
+        common: dict[str, Any] = {"keys": keys, "clamp": clamp, "never_terminates": True}
+        if image_keys:
+            env = ImageWrapper(env, self.normalizer, image_keys=image_keys, **common)
+        else:
+            env = LowdimWrapper(env, self.normalizer, **common)
+        return MultiStep(env, **self.chunks)
 
 
 def vector(request: EnvRequest) -> ProcessVectorEnv:
@@ -251,7 +257,7 @@ def vector(request: EnvRequest) -> ProcessVectorEnv:
 def recipes(
     env_cfg: Mapping[str, Any], seeds: Sequence[int], normalizer: MinMaxNormalizer | None, chunks: dict[str, Any]
 ) -> list[RobomimicRecipe]:
-    """What builds the environments of the `env` node `env_cfg`, one for each seed.
+    """Returns the recipes of the environments of an `env` node, one for each seed.
 
     Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video`, `reflections` and `wrappers.robomimic_lowdim` or
     `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`, `render_hw`,
@@ -267,20 +273,15 @@ def recipes(
         )
     meta = read_env_meta(path)
     meta["env_kwargs"]["reward_shaping"] = bool(env_cfg.get("reward_shaping", False))
-    image_keys = list(wrapper.get("image_keys") or [])
-    if image_keys:
-        meta["env_kwargs"]["camera_names"] = [key.removesuffix(IMAGE_SUFFIX) for key in image_keys]
-    renames = {"init_state": "init_state", "render_hw": "render_hw", "render_camera_name": "camera"}
-    options = {ours: wrapper[name] for name, ours in renames.items() if wrapper.get(name) is not None}
-    render = bool(env_cfg.get("save_video", False))
-    check_memory(meta["env_name"], len(seeds), bool(image_keys) or render)
-    common: dict[str, Any] = {"clamp": bool(wrapper.get("clamp_obs")), "normalizer": normalizer, "chunks": chunks}
-    common |= {"render": render, "reflections": bool(env_cfg.get("reflections", False))}
-    keys = list(wrapper["low_dim_keys"])
-    return [RobomimicRecipe(meta, seed, keys, image_keys, options, **common) for seed in seeds]
+    cameras = [key.removesuffix(IMAGE_SUFFIX) for key in wrapper.get("image_keys") or []]
+    if cameras:
+        meta["env_kwargs"]["camera_names"] = cameras
+    render, reflections = (bool(env_cfg.get(key, False)) for key in ("save_video", "reflections"))
+    check_memory(meta["env_name"], len(seeds), bool(cameras) or render)
+    return [RobomimicRecipe(meta, seed, wrapper, normalizer, chunks, render, reflections) for seed in seeds]
 
 
 def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:
-    """Raise UserError if `n_envs` processes need more GB than are `available` (default: what the system says)."""
-    each = f"{env_name} environment" + (" with pictures" if pictures else "")
-    room.require_memory(n_envs, PROCESS_GB.get(env_name, (0.65, 1.0))[pictures], each, available)
+    """Raises UserError if `n_envs` processes need more GB than are `available` (default: the free memory)."""
+    kind = f"{env_name} environment" + (" with pictures" if pictures else "")
+    room.require_memory(n_envs, PROCESS_GB.get(env_name, (0.65, 1.0))[pictures], kind, available)

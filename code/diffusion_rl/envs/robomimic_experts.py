@@ -34,11 +34,12 @@ class Arm:
 
     @property
     def position(self) -> np.ndarray:
-        """Of the point between the finger tips [3]."""
+        """Returns the point between the finger tips [3]."""
         return np.array(self.sim.data.site_xpos[self._site])
 
     def action(self, target: np.ndarray, across: np.ndarray | None = None) -> np.ndarray:
-        """One step towards `target` [3], pointing down, the fingers closing along `across` [3] (None: as they are)."""
+        """Returns the action [7] towards `target` [3], pointing down, the fingers closing along `across` [3] (None: no
+        turn)."""
         approach = self.sim.data.site_xmat[self._site].reshape(3, 3)[:, 2]
         turn = np.cross(approach, DOWN)
         if across is not None:
@@ -49,26 +50,26 @@ class Arm:
         return np.concatenate([move, np.clip(turn / RADIANS, -self.speed, self.speed), [self.grip]])
 
     def go(self, target: Point, across: Point | None = None, near: float = NEAR) -> Plan:
-        """Until the gripper is `near` a target that may move."""
+        """Moves until the gripper is `near` (metres) a target that may move."""
         for _ in range(PATIENCE):
             if np.linalg.norm(target() - self.position) < near:
                 return
             yield self.action(target(), None if across is None else across())
 
     def stay(self, steps: int, across: Point | None = None) -> Plan:
-        """Hold the place, for the fingers to open or close."""
+        """Holds the place for some steps, while the fingers open or close."""
         here = self.position
         for _ in range(steps):
             yield self.action(here, None if across is None else across())
 
     def wait(self, until: Callable[[], bool], across: Point | None = None) -> Plan:
-        """Hold the place until something is the case."""
+        """Holds the place until `until` returns true."""
         here = self.position
         while not until():
             yield self.action(here, None if across is None else across())
 
     def grasp(self, target: Point, across: Point | None = None, above: float = 0.1) -> Plan:
-        """Come from above, close the fingers, and lift."""
+        """Comes from above and closes the fingers."""
         self.grip = OPEN
         yield from self.go(lambda: target() + [0, 0, above], across, near=0.02)
         yield from self.go(target, across)
@@ -76,18 +77,18 @@ class Arm:
         yield from self.stay(8, across)
 
     def lift(self, height: float) -> Plan:
-        """Straight up by so many metres."""
+        """Moves straight up by `height` metres."""
         goal = self.position + [0, 0, height]
         yield from self.go(lambda: goal, near=0.02)
 
     def release(self) -> Plan:
-        """Open the fingers."""
+        """Opens the fingers."""
         self.grip = OPEN
         yield from self.stay(5)
 
 
 def plans(task: str, env: Any, speed: float = 1.0) -> list[Plan]:
-    """The plan of every arm for `task` in robosuite's `env`, just reset."""
+    """Returns the plan of every arm for `task` in robosuite's `env`, just reset."""
     makers = {"lift": _lift, "can": _can, "square": _square, "transport": _transport}
     return makers[task](env, [Arm(env, i, speed) for i in range(len(env.robots))])
 
@@ -125,7 +126,7 @@ def _can(env: Any, arms: list[Arm]) -> list[Plan]:
 
 
 def _square(env: Any, arms: list[Arm]) -> list[Plan]:
-    nut = next(one for one in env.nuts if "Square" in one.name)
+    nut = next(nut for nut in env.nuts if "Square" in nut.name)
     site = env.sim.model.site_name2id(nut.important_sites["handle"])
     centre, peg = _body(env, nut.root_body), _body(env, "peg1")
 
@@ -133,7 +134,7 @@ def _square(env: Any, arms: list[Arm]) -> list[Plan]:
         return np.array(env.sim.data.site_xpos[site])
 
     def along() -> np.ndarray:
-        """From the nut's centre to its handle."""
+        """Returns the way from the nut's centre to its handle [3]."""
         return (handle() - centre()) * [1, 1, 0]
 
     def across() -> np.ndarray:
@@ -149,7 +150,7 @@ def _square(env: Any, arms: list[Arm]) -> list[Plan]:
         square = np.array([-np.sin(quarter * np.pi / 2), np.cos(quarter * np.pi / 2), 0.0])
 
         def over(height: float) -> Point:
-            """Where the gripper has to be for the nut to hang over the peg."""
+            """Returns where the gripper has to be for the nut to hang over the peg."""
             return lambda: arm.position + (peg() - centre()) * [1, 1, 0] + [0, 0, peg()[2] + height - centre()[2]]
 
         yield from arm.go(over(0.2), lambda: square, near=0.005)
@@ -161,70 +162,81 @@ def _square(env: Any, arms: list[Arm]) -> list[Plan]:
     return [plan(arms[0])]
 
 
-def _transport(env: Any, arms: list[Arm]) -> list[Plan]:
-    group, sim = env.transport, env.sim
-    giving, taking = arms
-    done: set[str] = set()
+class _Transport:
+    """robosuite's transport: the giving arm clears the lid and offers the payload, the taking arm brings it away."""
 
-    def geom(name: str) -> tuple[Point, Callable[[int], np.ndarray]]:
-        index = sim.model.geom_name2id(name)
-        axes = lambda axis: sim.data.geom_xmat[index].reshape(3, 3)[:, axis]  # noqa: E731
-        return lambda: np.array(sim.data.geom_xpos[index]), axes
+    def __init__(self, env: Any, giving: Arm, taking: Arm):
+        self.group, self.giving, self.taking = env.transport, giving, taking
+        self.lid, self.lid_axis = _geom(env, self.group.lid.handle_geoms[0])
+        handle = next(name for name in self.group.payload.contact_geoms if name.endswith("handle"))
+        self.shaft, self.shaft_axis = _geom(env, handle)
+        self.table = env.sim.data.body_xpos[env.sim.model.body_name2id("table0")][2]
+        self.done: set[str] = set()  # what one arm waits for the other to do
 
-    lid, lid_axis = geom(group.lid.handle_geoms[0])
-    shaft, shaft_axis = geom(next(name for name in group.payload.contact_geoms if name.endswith("handle")))
-    table = sim.data.body_xpos[sim.model.body_name2id("table0")][2]
-    meeting = np.array([0.0, 0.0, table + 0.25])  # of the middle of the payload's handle
-
-    def across() -> np.ndarray:
-        x, y, _ = shaft_axis(2)
+    def across(self) -> np.ndarray:
+        """Returns a direction across the handle [3]."""
+        x, y, _ = self.shaft_axis(2)
         return np.array([-y, x, 0.0])
 
-    def along_x() -> np.ndarray:
-        return np.array([1.0, 0.0, 0.0])
+    def on_shaft(self, offset: float) -> Point:
+        """Finds the point of the handle that lies `offset` metres from its middle towards the taking arm."""
+        return lambda: self.shaft() + offset * self.shaft_axis(2) * np.sign(self.shaft_axis(2)[1])
 
-    def on_shaft(offset: float) -> Point:
-        """A point of the handle, so many metres from its middle towards the taking arm."""
-        return lambda: shaft() + offset * shaft_axis(2) * np.sign(shaft_axis(2)[1])
-
-    def carry(arm: Arm, thing: Point, goal: Point, height: float) -> Plan:
-        """Bring a thing over the goal, down to `height` above it, and let go."""
-        up = arm.position * [1, 1, 0] + [0, 0, table + 0.35]
-        yield from arm.go(lambda: up, along_x, near=0.03)
+    def carry(self, arm: Arm, thing: Point, goal: Point, height: float) -> Plan:
+        """Brings a thing over the goal, down to `height` above it, and lets go."""
+        up = arm.position * [1, 1, 0] + [0, 0, self.table + 0.35]
+        yield from arm.go(lambda: up, _along_x, near=0.03)
 
         def over(above: float) -> Point:
             return lambda: arm.position + (goal() + [0, 0, above] - thing())
 
-        yield from arm.go(over(0.32), along_x, near=0.03)
-        yield from arm.go(over(height), along_x, near=0.03)
+        yield from arm.go(over(0.32), _along_x, near=0.03)
+        yield from arm.go(over(height), _along_x, near=0.03)
         yield from arm.release()
         yield from arm.lift(0.2)
 
-    def give() -> Plan:
-        aside = lid() * [-1, 1, 1] - [0, 0, group.bin_size[2] - 0.02]
-        yield from giving.grasp(lid, lambda: lid_axis(0))
-        yield from giving.lift(0.1)
-        yield from giving.go(lambda: np.array([*aside[:2], giving.position[2]]), near=0.03)
-        yield from giving.go(lambda: aside, near=0.02)
-        yield from giving.release()
-        yield from giving.lift(0.2)
-        yield from giving.grasp(on_shaft(-0.055), across, above=0.25)
-        yield from giving.lift(0.3)
-        yield from giving.go(lambda: giving.position + meeting - shaft(), across, near=0.02)
-        done.add("offered")
-        yield from giving.wait(lambda: "taken" in done)
-        yield from giving.release()
-        yield from giving.lift(0.15)
-        done.add("free")
-        yield from giving.go(lambda: np.array([0.0, -0.4, table + 0.4]), near=0.05)
+    def give(self) -> Plan:
+        """Puts the lid aside and offers the payload."""
+        arm, aside = self.giving, self.lid() * [-1, 1, 1] - [0, 0, self.group.bin_size[2] - 0.02]
+        meeting = np.array([0.0, 0.0, self.table + 0.25])  # of the middle of the payload's handle
+        yield from arm.grasp(self.lid, lambda: self.lid_axis(0))
+        yield from arm.lift(0.1)
+        yield from arm.go(lambda: np.array([*aside[:2], arm.position[2]]), near=0.03)
+        yield from arm.go(lambda: aside, near=0.02)
+        yield from arm.release()
+        yield from arm.lift(0.2)
+        yield from arm.grasp(self.on_shaft(-0.055), self.across, above=0.25)
+        yield from arm.lift(0.3)
+        yield from arm.go(lambda: arm.position + meeting - self.shaft(), self.across, near=0.02)
+        self.done.add("offered")
+        yield from arm.wait(lambda: "taken" in self.done)
+        yield from arm.release()
+        yield from arm.lift(0.15)
+        self.done.add("free")
+        yield from arm.go(lambda: np.array([0.0, -0.4, self.table + 0.4]), near=0.05)
 
-    def take() -> Plan:
-        yield from taking.grasp(lambda: group.trash_pos, along_x, above=0.25)
-        yield from carry(taking, lambda: group.trash_pos, lambda: group.trash_bin_pos, 0.12)
-        yield from taking.wait(lambda: "offered" in done)
-        yield from taking.grasp(on_shaft(0.08), across, above=0.15)
-        done.add("taken")
-        yield from taking.wait(lambda: "free" in done)
-        yield from carry(taking, shaft, lambda: group.target_bin_pos, 0.1)
+    def take(self) -> Plan:
+        """Clears the trash, then takes the payload and brings it to its bin."""
+        arm, group = self.taking, self.group
+        yield from arm.grasp(lambda: group.trash_pos, _along_x, above=0.25)
+        yield from self.carry(arm, lambda: group.trash_pos, lambda: group.trash_bin_pos, 0.12)
+        yield from arm.wait(lambda: "offered" in self.done)
+        yield from arm.grasp(self.on_shaft(0.08), self.across, above=0.15)
+        self.done.add("taken")
+        yield from arm.wait(lambda: "free" in self.done)
+        yield from self.carry(arm, self.shaft, lambda: group.target_bin_pos, 0.1)
 
-    return [give(), take()]
+
+def _transport(env: Any, arms: list[Arm]) -> list[Plan]:
+    transport = _Transport(env, *arms)
+    return [transport.give(), transport.take()]
+
+
+def _along_x() -> np.ndarray:
+    return np.array([1.0, 0.0, 0.0])
+
+
+def _geom(env: Any, name: str) -> tuple[Point, Callable[[int], np.ndarray]]:
+    """Returns functions for the position [3] of a geom, and for the direction [3] of one of its axes."""
+    data, index = env.sim.data, env.sim.model.geom_name2id(name)
+    return lambda: np.array(data.geom_xpos[index]), lambda axis: data.geom_xmat[index].reshape(3, 3)[:, axis]

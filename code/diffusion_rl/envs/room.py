@@ -1,4 +1,4 @@
-"""How many environments this machine has room for."""
+"""Checks how many environments this machine has room for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW_GB = 3e-6  # of one environment of a batch: its state and its random stream
 
 
 def require_processes(count: int) -> None:
-    """Raise UserError if `count` more processes, one for each environment, do not fit on this machine."""
+    """Raises UserError if `count` more processes, one for each environment, do not fit on this machine."""
     require_memory(count, PROCESS_GB)
     for what, most in _process_limits():
         if count > most:
@@ -28,13 +28,17 @@ def require_processes(count: int) -> None:
         raise _too_many(count, reason, fitting)
 
 
-def require_memory(count: int, each_gb: float, each: str = "environment", free: float | None = None) -> None:
-    """Raise UserError if `count` environments (`each` names one) of `each_gb` do not fit into `free` GB of memory
-    (default: what the system says)."""
+def require_memory(count: int, each_gb: float, kind: str = "environment", free: float | None = None) -> None:
+    """Raises UserError if `count` environments of `each_gb` do not fit into the memory.
+
+    Args:
+        kind: a name for one of them.
+        free: GB of memory; None: what the system says.
+    """
     free = _available_gb() if free is None else free
     if free is not None and count * each_gb > free:
         size = f"{each_gb:.1f} GB" if each_gb >= 0.1 else f"{each_gb * 1e6:,.0f} kB"
-        reason = f"each {each} takes about {size}, {count * each_gb:,.0f} GB in all, and {free:.1f} GB are free:"
+        reason = f"each {kind} takes about {size}, {count * each_gb:,.0f} GB in all, and {free:.1f} GB are free:"
         raise _too_many(count, reason, int(free / each_gb))
 
 
@@ -43,17 +47,17 @@ def _too_many(count: int, reason: str, most: int) -> UserError:
 
 
 def _available_gb() -> float | None:
-    """Free memory; None where the system does not say."""
+    """Returns the free memory in GB; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) / 2**20 if found else None
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    return int(kilobytes) / 2**20 if kilobytes else None
 
 
 def _process_limits() -> Iterator[tuple[str, int]]:
-    """What limits the number of processes, and to how many."""
+    """Yields what limits the number of processes, and to how many."""
     most = resource.getrlimit(resource.RLIMIT_NPROC)[0]
     if most != resource.RLIM_INFINITY:
         yield "ulimit -u", most

@@ -13,6 +13,7 @@ letters: E environments, Ta actions of a chunk, To history, N agents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,13 @@ EPISODES_OF_A_SEED = 1_000_003  # seeds further apart than this many episodes sh
 
 
 class ToyAgentsVectorEnv(BatchedVectorEnv):
-    """E environments of N agents side by side; episodes that end are followed by the next ones."""
+    """E environments of N agents side by side; episodes that end are followed by the next ones.
+
+    Args:
+        discrete: actions are one-hot moves [5] instead of velocities [2].
+        seeds: of the environments [E]; 0 … E-1 by default.
+        chunks: `act_steps` and `n_obs_steps` of `BatchedVectorEnv`.
+    """
 
     def __init__(
         self,
@@ -35,10 +42,9 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         n_agents: int = 2,
         *,
         discrete: bool = False,
-        act_steps: int = 1,
-        n_obs_steps: int = 1,
         max_episode_steps: int | None = EPISODE_STEPS,
         seeds: Sequence[int] | None = None,
+        **chunks: Any,
     ):
         if n_agents < 1:
             raise UserError(f"n_agents {n_agents}: at least one agent is needed")
@@ -48,11 +54,10 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
             n_envs,
             n_agents * self.obs_dim,
             n_agents * (len(MOVES) if discrete else 2),
-            act_steps=act_steps,
-            n_obs_steps=n_obs_steps,
             max_episode_steps=max_episode_steps,
             reset_within_step=True,
             full_observations=True,
+            **chunks,
         )
         self._positions = np.zeros((n_envs, n_agents, 2))
         self._goals = np.zeros((n_envs, n_agents, 2))
@@ -68,9 +73,9 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         positions, now = np.empty_like(velocities), self._positions[rows]
         for t in range(actions.shape[1]):
             positions[:, t] = now = np.clip(now + STEP * velocities[:, t], -1, 1)
-        nothing, goals = np.zeros(actions.shape[:2], bool), self._goals[rows]
-        gave = self._observe(positions, goals), self._rewards(positions, goals)
-        outcome = self._history.advance(rows, StepOutcomes(*gave, nothing, nothing, nothing))
+        goals = self._goals[rows]
+        steps = StepOutcomes.unending(self._observe(positions, goals), self._rewards(positions, goals))
+        outcome = self._history.advance(rows, steps)
         self._positions[rows] = positions[np.arange(len(rows)), outcome.executed - 1]
         return outcome
 
@@ -78,14 +83,14 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
         return MOVES[actions.argmax(axis=-1)] if self.discrete else actions
 
     def _rewards(self, positions: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        """[E,Ta] from positions [E,Ta,N,2] and goals [E,N,2]."""
+        """Returns rewards [E,Ta] for positions [E,Ta,N,2] and goals [E,N,2]."""
         distance = np.linalg.norm(goals[:, None] - positions, axis=-1).mean(axis=-1)
         apart = np.linalg.norm(positions[..., :, None, :] - positions[..., None, :, :], axis=-1)
         pairs = np.triu(np.ones((self.n_agents, self.n_agents), bool), 1)
         return -distance - PENALTY * (apart[..., pairs] < TOUCHING).sum(axis=-1)
 
     def _observe(self, positions: np.ndarray, goals: np.ndarray) -> np.ndarray:
-        """[E,Ta,N*O] from positions [E,Ta,N,2] and goals [E,N,2]."""
+        """Returns observations [E,Ta,N*O] for positions [E,Ta,N,2] and goals [E,N,2]."""
         others = [np.delete(positions, i, axis=-2) - positions[..., i : i + 1, :] for i in range(self.n_agents)]
         ways = np.stack([x.reshape(*x.shape[:-2], -1) for x in others], axis=-2)
         rows = np.concatenate([positions, goals[:, None] - positions, ways], axis=-1)
@@ -93,26 +98,17 @@ class ToyAgentsVectorEnv(BatchedVectorEnv):
 
     def _first_observations(self, rows: np.ndarray) -> np.ndarray:
         for row in rows:
-            draws = NoiseSource(int(self._seeds[row]) * EPISODES_OF_A_SEED + int(self._episodes[row]))
-            self._positions[row], self._goals[row] = draws.uniform((2, self.n_agents, 2), -1, 1, np.float64)
+            rng = NoiseSource(int(self._seeds[row]) * EPISODES_OF_A_SEED + int(self._episodes[row]))
+            self._positions[row], self._goals[row] = rng.uniform((2, self.n_agents, 2), -1, 1, np.float64)
         self._episodes[rows] += 1
         return self._observe(self._positions[rows, None], self._goals[rows])[:, 0]
 
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {name: array.copy() for name, array in self._state().items()}
-
-    def _restore(self, state: dict[str, np.ndarray]) -> None:
-        for name, array in self._state().items():
-            array[...] = state[name]
-        self._started[:] = True
-
-    def _state(self) -> dict[str, np.ndarray]:
-        own = {"positions": self._positions, "goals": self._goals, "seeds": self._seeds, "episodes": self._episodes}
-        return own | {"chunk_steps": self._history.count, "history": self._history.frames}
+    def _arrays(self) -> dict[str, np.ndarray]:
+        return {"positions": self._positions, "goals": self._goals, "seeds": self._seeds, "episodes": self._episodes}
 
 
 def controller(observations: np.ndarray, noise: np.ndarray, speed: float, turn: float, discrete: bool) -> np.ndarray:
-    """Scripted agents: towards the goal with at most `speed`, off by `turn` radians, plus noise.
+    """Drives agents towards their goals with at most `speed`, off their way by `turn` radians, with noise.
 
     Args:
         observations: [E,N,O];  noise: [E,N,2], added to the velocity.

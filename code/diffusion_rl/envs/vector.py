@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult
+from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult, Unrestorable, require_one_each
 from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
@@ -24,14 +24,11 @@ log = logging.getLogger(__name__)
 CLOSING_SECONDS = 5.0  # that all processes together may take to end
 
 
-class MultiStepVectorEnv(abc.ABC):
-    """E `MultiStep` environments behind the `VectorEnv` interface, each behind a lane: here, or in a process.
+class MultiStepVectorEnv(Unrestorable, abc.ABC):
+    """Steps E `MultiStep` environments, each at the other end of a lane: a process, or an object in this process.
 
-    builders[i] makes environment i. Subclasses say what a lane is. The simulators cannot be saved: `restorable` is
-    false, `get_state` is empty.
+    builders[i] makes environment i. Subclasses say what a lane is.
     """
-
-    restorable = False
 
     def __init__(self, builders: Sequence[Callable[[], MultiStep]], act_steps: int, seeds: Sequence[int] | None = None):
         self.n_envs = len(builders)
@@ -54,17 +51,15 @@ class MultiStepVectorEnv(abc.ABC):
 
     @abc.abstractmethod
     def _open(self, builders: Sequence[Callable[[], MultiStep]]) -> None:
-        """Make the environments."""
+        """Makes the lanes of all environments."""
 
     def seed(self, seeds: Sequence[int]) -> None:
-        if len(seeds) != self.n_envs:
-            raise ValueError(f"{len(seeds)} seeds for {self.n_envs} environments")
+        require_one_each("seeds", seeds, self.n_envs)
         self._seeds = list(seeds)
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         options = [{}] * self.n_envs if options is None else options
-        if len(options) != self.n_envs:
-            raise ValueError(f"{len(options)} options for {self.n_envs} environments")
+        require_one_each("options", options, self.n_envs)
         answers = self._call("reset", [(seed, dict(option)) for seed, option in zip(self._seeds, options, strict=True)])
         self._seeds = [None] * self.n_envs  # the next reset goes on with the environments' own random streams
         return _stack(answers)
@@ -87,13 +82,6 @@ class MultiStepVectorEnv(abc.ABC):
             np.array(truncated, dtype=bool),
             merged,
         )
-
-    def get_state(self) -> dict[str, np.ndarray]:
-        return {}
-
-    def set_state(self, state: dict[str, np.ndarray]) -> None:
-        if state:
-            raise UserError("these environments cannot be restored: a run goes on with new episodes (see env.engine)")
 
     def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         for i, lane in enumerate(self._lanes):
@@ -137,7 +125,7 @@ class MultiStepVectorEnv(abc.ABC):
 
 
 class _ProcessLane:
-    """The way to an environment in a process of its own, which may take `timeout` seconds to answer."""
+    """Talks to an environment in a process of its own, which may take `timeout` seconds to answer."""
 
     def __init__(self, build: Callable[[], MultiStep], timeout: float):
         self._process, self._connection = processes.start(worker.serve, build)
@@ -146,12 +134,13 @@ class _ProcessLane:
         self._poll.register(self._connection.fileno(), select.POLLIN)
 
     def send(self, method: str, arguments: tuple) -> None:
-        """Asks it to do something."""
+        """Asks for a method of the environment."""
         self._asked = method
         self._connection.send((method, arguments))
 
     def receive(self) -> tuple[str, Any]:
-        """("ok", result), ("refused", line) or ("error", traceback). Raises TimeoutError if it takes too long."""
+        """Returns ("ok", result), ("refused", line) or ("error", traceback). Raises TimeoutError if that takes too
+        long."""
         if not self._poll.poll(self._timeout * 1000):
             raise TimeoutError(
                 f"no answer to {self._asked} for {self._timeout:g} s (process {self._process.pid}); mend it, or raise "
@@ -160,7 +149,7 @@ class _ProcessLane:
         return self._connection.recv()
 
     def exit_code(self) -> int | None:
-        """How its process ended."""
+        """Returns the exit code of its process; None if that still runs."""
         self._process.join(timeout=5)
         return self._process.exitcode
 
@@ -169,7 +158,7 @@ class _ProcessLane:
         self._connection.close()
 
     def wait(self, seconds: float) -> None:
-        """Waits until it has ended; after so many seconds end it."""
+        """Waits so many seconds until the process has ended, then kills it."""
         self._process.join(timeout=seconds)
         if self._process.is_alive():
             self._process.kill()
@@ -177,7 +166,7 @@ class _ProcessLane:
 
 
 class ProcessVectorEnv(MultiStepVectorEnv):
-    """Every environment in a process of its own; one that fails, dies or stands still is reported in one line.
+    """Runs every environment in a process of its own; reports in one line one that fails, dies or does not answer.
 
     The processes know nothing of the main script (see processes.py): what `builders` name must be importable.
     timeout: seconds after which one that does not answer is reported. Raises UserError if this machine has no room for
@@ -201,11 +190,11 @@ class ProcessVectorEnv(MultiStepVectorEnv):
 
 
 def _stack(observations: Sequence[Observations]) -> Observations:
-    return {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+    return {key: np.stack([frame[key] for frame in observations]) for key in observations[0]}
 
 
 def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str, Any]], chunk: int) -> dict[str, Any]:
-    """The infos of StepResult from those of the single environments."""
+    """Joins the infos of single environments to those of `StepResult`."""
     merged: dict[str, Any] = {"executed_steps": np.array([info["executed_steps"] for info in infos], dtype=np.int64)}
     if any("final_obs" in info for info in infos):
         pairs = zip(infos, observations, strict=True)
@@ -218,7 +207,7 @@ def _merge_infos(observations: Sequence[Observations], infos: Sequence[dict[str,
 
 
 def _repeat_last(frames: Observations, length: int) -> Observations:
-    """Frames {key: [n, ...]} -> {key: [length, ...]}."""
+    """Extends frames {key: [n,...]} to {key: [length,...]} by repeating the last one."""
     return {
         key: np.concatenate([values, np.repeat(values[-1:], length - len(values), axis=0)])
         for key, values in frames.items()

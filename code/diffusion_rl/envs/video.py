@@ -7,15 +7,18 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes
+
+if TYPE_CHECKING:
+    from diffusion_rl.envs.locomotion import LocomotionPhysics, LocomotionVectorEnv
 
 _WIDTH, _HEIGHT = 320, 240
 
@@ -58,7 +61,7 @@ def _opencv(path: str, fps: int) -> tuple[Any, Any] | None:
             writer.append(cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), fps, size))
         writer[0].write(frame[..., ::-1])
 
-    return write, lambda: [one.release() for one in writer]
+    return write, lambda: [opened.release() for opened in writer]
 
 
 def _missing() -> tuple[Any, Any]:
@@ -70,42 +73,22 @@ def _missing() -> tuple[Any, Any]:
 Load = Callable[[], Any]  # a function of a module, or a partial of one: it has to reach another process
 
 
-class StateRecorder:
-    """Films states of a MuJoCo model from a helper process.
+class _StateProcess:
+    """A helper process that is sent states of a MuJoCo model; it answers None, or what went wrong.
 
     Rendering has a process of its own because Mesa's software renderer crashes in one that has loaded TensorFlow.
     """
 
-    def __init__(self, load: Load, camera: dict[str, Any], path: str | Path, fps: int):
-        """load: makes the model. camera: attributes of an MjvCamera."""
-        chosen = os.environ.get("MUJOCO_GL")
-        *alternatives, last = [chosen] if chosen else [""] if os.environ.get("DISPLAY") else ["egl", "osmesa"]
-        for backend in alternatives:
-            try:
-                self._begin(load, camera, path, fps, backend)
-            except UserError:
-                continue
-            return
-        self._begin(load, camera, path, fps, last)
+    failure = ""  # of messages, with the reason in the place of {reason}
 
-    def _begin(self, load: Load, camera: dict[str, Any], path: str | Path, fps: int, backend: str) -> None:
-        # `load` in its pickled form: reading it imports MuJoCo, which looks at MUJOCO_GL then and never again
-        arguments = pickle.dumps(load), camera, str(path), fps, backend
-        self._backend = backend
-        self._process, self._connection = processes.start(_film, *arguments)
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        self._process, self._connection = processes.start(target, *arguments)
         self._confirm()
 
     def add(self, state: np.ndarray) -> None:
-        """state: full physics state [1+nq+nv], or several [n,1+nq+nv] to be seen side by side."""
+        """Sends a full physics state [1+nq+nv]."""
         with contextlib.suppress(OSError):  # the process died; closing says why
             self._connection.send(state)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._connection.send(None)
-        self._confirm()
-        self._connection.close()
-        self._process.join()
 
     def _confirm(self) -> None:
         try:
@@ -116,49 +99,87 @@ class StateRecorder:
         if isinstance(problem, UserError):
             raise problem
         if problem is not None:
-            raise UserError(
-                f"env.save_video=true: cannot render here with MUJOCO_GL={self._backend or 'unset'} ({problem}); "
-                "set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library (Debian: libegl1 or libosmesa6)"
-            )
-
-
-class StateViewer:
-    """Shows states of a MuJoCo model in a window, as fast as they come, from a helper process (see StateRecorder).
-
-    Closing the window ends the show, not the run.
-    """
-
-    def __init__(self, load: Load, camera: dict[str, Any]):
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            raise UserError("++env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
-        self._process, self._connection = processes.start(_show, load, camera)
-        self._confirm()
-
-    def add(self, state: np.ndarray) -> None:
-        """state: full physics state [1+nq+nv]."""
-        with contextlib.suppress(OSError):
-            self._connection.send(state)
+            raise UserError(self.failure.format(reason=problem))
 
     def close(self) -> None:
         self._connection.close()
         self._process.join()
 
-    def _confirm(self) -> None:
-        try:
-            problem = self._connection.recv()
-        except (EOFError, OSError):
-            problem = "its process ended"
-        if problem is not None:
-            raise UserError(f"++env.render=true: cannot open a window ({problem}); leave it out, or check DISPLAY")
+
+class StateRecorder(_StateProcess):
+    """Films states of a MuJoCo model; `add` also takes several, [n,1+nq+nv], to be seen side by side.
+
+    Args:
+        load: makes the model.
+        camera: attributes of an MjvCamera.
+        path, fps: of the video.
+
+    Raises:
+        UserError: videos cannot be made here.
+    """
+
+    def __init__(self, load: Load, camera: dict[str, Any], path: str | Path, fps: int):
+        chosen = os.environ.get("MUJOCO_GL")
+        *alternatives, last = [chosen] if chosen else [""] if os.environ.get("DISPLAY") else ["egl", "osmesa"]
+        # `load` in its pickled form: reading it imports MuJoCo, which looks at MUJOCO_GL then and never again
+        arguments = pickle.dumps(load), camera, str(path), fps
+        for backend in alternatives:
+            with contextlib.suppress(UserError):
+                self._begin(*arguments, backend)
+                return
+        self._begin(*arguments, last)
+
+    def _begin(self, load: bytes, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:
+        self.failure = (
+            f"env.save_video=true: cannot render here with MUJOCO_GL={backend or 'unset'} ({{reason}}); "
+            "set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library (Debian: libegl1 or libosmesa6)"
+        )
+        self._start(_film, load, camera, path, fps, backend)
+
+    def close(self) -> None:
+        """Completes the video."""
+        with contextlib.suppress(OSError):
+            self._connection.send(None)
+        self._confirm()
+        super().close()
+
+
+class StateViewer(_StateProcess):
+    """Shows states of a MuJoCo model in a window, as fast as they come.
+
+    Closing the window ends the show, not the run. Arguments as of `StateRecorder`.
+    """
+
+    failure = "++env.render=true: cannot open a window ({reason}); leave it out, or check DISPLAY"
+
+    def __init__(self, load: Load, camera: dict[str, Any]):
+        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise UserError("++env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
+        self._start(_show, load, camera)
+
+
+@contextlib.contextmanager
+def _answering(connection: Connection) -> Iterator[None]:
+    """Surrounds the work of a helper process: answers what goes wrong in a line; ends when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        yield
+    except EOFError:  # the parent is gone
+        pass
+    except Exception as error:
+        line = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
+        with contextlib.suppress(OSError):
+            connection.send(line)
 
 
 def _film(connection: Connection, load: bytes, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:
-    """Runs in the helper process: render each state received until None comes; answer None or what went wrong, once
-    when ready and once when done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """Runs in the helper process: renders each state received until None comes.
+
+    Answers once when ready and once when done.
+    """
     if backend:
         os.environ["MUJOCO_GL"] = backend  # before the first import of mujoco
-    try:
+    with _answering(connection):
         import mujoco
 
         writer, model = VideoWriter(path, fps), pickle.loads(load)()  # noqa: S301  (of the parent process)
@@ -166,29 +187,20 @@ def _film(connection: Connection, load: bytes, camera: dict[str, Any], path: str
         _aim(view, camera)
         renderer = mujoco.Renderer(model, _HEIGHT, _WIDTH)
         connection.send(None)
-        while (state := connection.recv()) is not None:
+        while (states := connection.recv()) is not None:
             frames = []
-            for one in np.atleast_2d(state):
-                mujoco.mj_setState(model, data, one, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-                mujoco.mj_forward(model, data)
+            for state in np.atleast_2d(states):
+                _put(model, data, state)
                 renderer.update_scene(data, view)
                 frames.append(renderer.render())
             writer.add(np.concatenate(frames, axis=1))
         writer.close()
         connection.send(None)
-    except EOFError:  # the parent is gone
-        pass
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            connection.send(
-                error if isinstance(error, UserError) else f"{type(error).__name__}: {error}".split("\n")[0]
-            )
 
 
 def _show(connection: Connection, load: Load, camera: dict[str, Any]) -> None:
-    """Runs in the helper process: show each state received until the other end hangs up or the window is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
+    """Runs in the helper process: shows each state received until the other end hangs up or the window is closed."""
+    with _answering(connection):
         import mujoco
         import mujoco.viewer
 
@@ -198,15 +210,16 @@ def _show(connection: Connection, load: Load, camera: dict[str, Any]) -> None:
             _aim(window.cam, camera)
             connection.send(None)
             while window.is_running():
-                state = connection.recv()
-                mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
-                mujoco.mj_forward(model, data)
+                _put(model, data, connection.recv())
                 window.sync()
-    except EOFError:  # the parent is gone
-        pass
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            connection.send(f"{type(error).__name__}: {error}".split("\n")[0])
+
+
+def _put(model: Any, data: Any, state: np.ndarray) -> None:
+    """Puts a simulation into a full physics state [1+nq+nv]."""
+    import mujoco
+
+    mujoco.mj_setState(model, data, state, mujoco.mjtState.mjSTATE_FULLPHYSICS.value)
+    mujoco.mj_forward(model, data)
 
 
 def _aim(view: Any, camera: dict[str, Any]) -> None:
@@ -215,3 +228,31 @@ def _aim(view: Any, camera: dict[str, Any]) -> None:
             view.lookat[:] = value
         else:
             setattr(view, name, value)
+
+
+# ---------- films of plans: left what was planned, right what the simulator makes of the planned actions ----------
+
+
+def planned_states(physics: LocomotionPhysics, observations: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Returns states [H,1+nq+nv] of planned observations [H,O]; the forward position, which they lack, begins at
+    `start`."""
+    nq = physics.model.nq
+    states = np.zeros((len(observations), physics.state_size))
+    states[:, 2 : 1 + nq], states[:, 1 + nq :] = observations[:, : nq - 1], observations[:, nq - 1 :]
+    states[:, 1] = start[1] + physics.dt * np.append(0, np.cumsum(observations[:-1, nq - 1]))
+    return states
+
+
+def film_plan(env: LocomotionVectorEnv, row: int, observations: np.ndarray, actions: np.ndarray, path: Path) -> None:
+    """Films a plan, observations [H,O] and actions [H,A], made in the present state of one environment.
+
+    Raises UserError where videos cannot be made.
+    """
+    state = env.get_state()
+    start, warm = state["physics"][row], state["warmstart"][row]
+    simulated = env.physics.step(start[None], warm[None], np.clip(actions, -1, 1)[None]).states[0]
+    planned = planned_states(env.physics, observations, start)
+    recorder = env.recorder(str(path))
+    for pair in zip(planned, [start, *simulated[:-1]], strict=True):
+        recorder.add(np.stack(pair))
+    recorder.close()

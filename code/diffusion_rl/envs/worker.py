@@ -1,4 +1,4 @@
-"""What runs in the worker processes of `ProcessVectorEnv`. Imports no TensorFlow."""
+"""The worker processes of `ProcessVectorEnv`. Imports no TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BY_CONFIGURATION = ("furniture", "robomimic")  # simulators of which a name alon
 
 
 def simulator_named(name: str) -> str:
-    """The module of `envs` that builds the environments of this name: those that nobody knows are the user's own."""
+    """Finds the module of `envs` that builds the environments of this name; unknown names are the user's own."""
     task = task_named(name)
     return task.simulator if task and task.simulator and task.simulator not in BY_CONFIGURATION else "own"
 
@@ -49,7 +49,7 @@ class EnvRecipe:
 
     @classmethod
     def of(cls, request: EnvRequest, simulator: str) -> EnvRecipe:
-        """What builds one of the environments that are asked for."""
+        """Returns the recipe of each environment of a request."""
         return cls(
             name=request.name,
             kwargs=dict(request.config.get("specific") or {}),
@@ -63,7 +63,7 @@ class EnvRecipe:
 
     @property
     def render_mode(self) -> str | None:
-        """For gymnasium's constructors."""
+        """Returns the `render_mode` for gymnasium's constructors."""
         return "rgb_array" if self.render else None
 
     def __call__(self) -> MultiStep:
@@ -76,7 +76,7 @@ class EnvRecipe:
 
 
 class Spaces(NamedTuple):
-    """observations: the shape of each;  action_dim: A;  notes: what the user should be told."""
+    """observations: {entry: shape}; action_dim: A; notes: warnings for the user."""
 
     observations: dict[str, tuple[int, ...]]
     action_dim: int
@@ -84,7 +84,7 @@ class Spaces(NamedTuple):
 
 
 def spaces(env: MultiStep) -> Spaces:
-    """What the environment shows and takes. Raises UserError where its actions are not vectors of numbers."""
+    """Returns what the environment shows and takes. Raises UserError where its actions are not vectors of numbers."""
     space, action = env.env.observation_space, env.env.action_space
     shapes = space.spaces if isinstance(space, gymnasium.spaces.Dict) else {"state": space}
     if not isinstance(action, gymnasium.spaces.Box) or len(action.shape) != 1:
@@ -97,8 +97,10 @@ def spaces(env: MultiStep) -> Spaces:
 
 
 def call(env: MultiStep, method: str, arguments: tuple) -> Any:
-    """What a method of `env` returns; of a chunk's info only `CHUNK_KEYS`, since the rest may be anything, and
-    `succeeded` where the environment says so."""
+    """Calls a method of `env` and returns its answer.
+
+    Keeps of a chunk's info only `CHUNK_KEYS`, since the rest may be anything, and `succeeded` where it is known.
+    """
     answer = getattr(env, method)(*arguments)
     if method != "step":
         return answer
@@ -108,7 +110,7 @@ def call(env: MultiStep, method: str, arguments: tuple) -> Any:
 
 
 def serve(connection: Connection, build: Callable[[], MultiStep]) -> None:
-    """Answer (method, arguments) until the other end hangs up: ("ok", result), ("refused", line of a UserError) or
+    """Answers (method, arguments) until the other end is closed: ("ok", result), ("refused", line of a UserError) or
     ("error", traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it hangs up when it ends
     env: MultiStep | None = None

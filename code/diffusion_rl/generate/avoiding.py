@@ -19,7 +19,8 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.data.episodes import Episodes, bounds_of, save_episodes, scale_episodes
+from diffusion_rl.core.typing import Rng
+from diffusion_rl.data.episodes import Episodes, save_scaled
 from diffusion_rl.data.sources import d3il
 from diffusion_rl.data.sources.d3il import Demonstration
 from diffusion_rl.envs.panda import ArmStates, PandaPhysics
@@ -27,7 +28,7 @@ from diffusion_rl.tasks import avoiding
 
 
 def follow(setpoints: Sequence[np.ndarray], physics: PandaPhysics | None = None) -> tuple[list[np.ndarray], np.ndarray]:
-    """Move from the start towards each of the setpoints [T, 2] for 35 ms.
+    """Moves from the start towards each of the setpoints [T,2] for 35 ms.
 
     Returns the positions [T, 2] at the moment when each setpoint is given, and whether the rod ever touched an obstacle
     [E].
@@ -45,7 +46,7 @@ def follow(setpoints: Sequence[np.ndarray], physics: PandaPhysics | None = None)
 
 @dataclass(frozen=True)
 class Replay:
-    """How one recording goes in our simulator: errors of the position in mm, the last y in m."""
+    """Describes one recording in our simulator: errors of the position in mm, the last y in m."""
 
     demonstration: str
     modes: str
@@ -57,7 +58,7 @@ class Replay:
 
 
 def replay(demonstrations: Sequence[Demonstration]) -> list[Replay]:
-    """Give the recorded setpoints to our robot, each for as long as it was held, and compare the positions."""
+    """Gives the recorded setpoints to our robot, each for as long as it was held, and compares the positions."""
     positions, touched = follow([d.setpoints for d in demonstrations])
     rows = []
     for demonstration, ours, contact in zip(demonstrations, positions, touched, strict=True):
@@ -70,7 +71,7 @@ def replay(demonstrations: Sequence[Demonstration]) -> list[Replay]:
 
 
 def write_table(rows: Sequence[Replay], path: Path) -> str:
-    """Write the CSV, return the summary of the rows in words."""
+    """Writes the rows as CSV; returns their summary in words."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([field.name for field in fields(Replay)])
@@ -93,8 +94,8 @@ CLEARANCE = 0.004  # m that the rod keeps from obstacles
 CANDIDATES = 24  # planned at once for one mode; the first that keep their distance are taken
 
 
-def plan(mode: int, n: int, noise: NoiseSource) -> list[np.ndarray]:
-    """n paths of setpoints [T, 2] from the start through the gaps 1, 2 and `mode`, as people steer.
+def plan(mode: int, n: int, rng: Rng) -> list[np.ndarray]:
+    """Draws n paths of setpoints [T,2] from the start through the gaps 1, 2 and `mode`, as people steer.
 
     Corners vary by about a centimetre and are cut; the speed differs from one to the next, and wavers; the beginning is
     hesitant.
@@ -107,18 +108,18 @@ def plan(mode: int, n: int, noise: NoiseSource) -> list[np.ndarray]:
     corners = np.array([*through, GAP[mode], (GAP[mode][0], GOAL_HEIGHT)])
     paths = []
     for _ in range(n):
-        jitter = 0.008 * noise.normal(corners.shape, np.float64).clip(-2, 2)
+        jitter = 0.008 * rng.normal(corners.shape, np.float64).clip(-2, 2)
         jitter[0], jitter[-1, 1] = 0, abs(jitter[-1, 1])
         line = _rounded(corners + jitter)
-        waver = np.convolve(noise.normal((200,), np.float64), np.ones(12) / 12, "same")
-        speeds = LARGEST_ACTION * (noise.uniform((), 0.8, 1.05, np.float64) + 0.25 * waver)
-        wait = int(noise.integers(1, 6, ()))
+        waver = np.convolve(rng.normal((200,), np.float64), np.ones(12) / 12, "same")
+        speeds = LARGEST_ACTION * (rng.uniform((), 0.8, 1.05, np.float64) + 0.25 * waver)
+        wait = int(rng.integers(1, 6, ()))
         paths.append(np.concatenate([np.repeat(line[:1], wait, axis=0), _paced(line, speeds)]))
     return paths
 
 
 def _rounded(corners: np.ndarray, times: int = 4) -> np.ndarray:
-    """Cut the corners of a line [N, 2] at a quarter and three quarters of each piece, again and again (Chaikin)."""
+    """Cuts the corners of a line [N,2] at a quarter and three quarters of each piece, again and again (Chaikin)."""
     for _ in range(times):
         first, second = corners[:-1], corners[1:]
         cut = np.stack([0.75 * first + 0.25 * second, 0.25 * first + 0.75 * second], axis=1).reshape(-1, 2)
@@ -127,7 +128,7 @@ def _rounded(corners: np.ndarray, times: int = 4) -> np.ndarray:
 
 
 def _paced(line: np.ndarray, speeds: np.ndarray) -> np.ndarray:
-    """Points [T, 2] along a line with a distance of speeds[t] between one and the next, getting up to speed first."""
+    """Returns points [T,2] along a line, speeds[t] apart, getting up to speed first."""
     length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
     gone = np.cumsum(speeds * np.minimum(1, 0.35 + 0.13 * np.arange(len(speeds))))
     gone = np.append(gone[gone < length[-1]], length[-1])
@@ -137,10 +138,10 @@ def _paced(line: np.ndarray, speeds: np.ndarray) -> np.ndarray:
 
 
 def make(name: str, per_mode: int, seed: int) -> list[Demonstration]:
-    """Home-made demonstrations of a set of modes ("m1", …), `per_mode` for each of its two, driven in our simulator."""
-    noise, made = NoiseSource(seed), []
+    """Makes demonstrations of a set of modes ("m1", …) in our simulator, `per_mode` for each of its two."""
+    rng, made = NoiseSource(seed), []
     for mode in d3il.MODE_SETS[name]:
-        paths = plan(mode, CANDIDATES * per_mode // 4, noise)
+        paths = plan(mode, CANDIDATES * per_mode // 4, rng)
         positions, touched = follow(paths)
         candidates = [
             Demonstration(f"{name}_mode{mode}", path, where)
@@ -155,9 +156,7 @@ def make(name: str, per_mode: int, seed: int) -> list[Demonstration]:
 
 
 def save(demonstrations: Sequence[Demonstration], out_dir: Path) -> Episodes:
-    """Write train.npz and normalization.npz, scaled to [-1, 1] by these demonstrations' own ranges; returns them in
-    their own units."""
+    """Writes train.npz and normalization.npz, scaled by these demonstrations' own ranges; returns them unscaled."""
     raw = d3il.as_episodes(demonstrations)
-    normalization = bounds_of(raw)
-    save_episodes(out_dir, {"train": scale_episodes(raw, normalization)}, normalization)
+    save_scaled(out_dir, raw)
     return raw

@@ -11,18 +11,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.config.schema import require_range, require_seed
+from diffusion_rl.config.schema import require_range
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, require_file, require_writable
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.npz import read_npz, write_npz
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import (
     Episodes,
@@ -34,6 +35,7 @@ from diffusion_rl.data.episodes import (
 )
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.generate.gym_settings import EXPERT_RETURN, MEDIUM_RETURN, Settings
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.off_policy.algorithm import Phase
 from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
@@ -41,55 +43,14 @@ from diffusion_rl.methods.off_policy.learner import Learner
 from diffusion_rl.methods.off_policy.sac import SAC
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.gaussian import GaussianMLP
-from diffusion_rl.tasks.registry import D4RL_STEPS, TASKS
+from diffusion_rl.tasks.registry import D4RL_STEPS
 
-#: Of the policies: about D4RL's medium ones, and a little below its experts.
-MEDIUM_RETURN, EXPERT_RETURN = (
-    {task.name: task.made_returns[i] for task in TASKS if task.made_returns} for i in (0, 1)
-)
-FLAVOURS = ("medium", "expert", "medium-replay", "medium-expert")
 MAX_FILE_BYTES = 8_000_000
 MANTISSA_BITS = 15  # kept of the normalised states and actions: an error below 2e-5, and a quarter less to ship
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to train; the reference's SAC hyper-parameters except that many environments share each update."""
-
-    seed: int = 0
-    n_envs: int = 10
-    n_eval_envs: int = 16
-    batch_size: int = 256
-    replay_ratio: float = 0.5  # gradient steps for each environment step
-    updates_per_call: int = 32
-    explore_steps: int = 10_000  # uniformly random actions before the first gradient step
-    buffer_size: int = 1_000_000
-    max_updates: int = 500_000
-    eval_every: int = 2_500  # gradient steps between evaluations
-    hidden: int = 256  # width of the two hidden layers of every network
-    critic_layernorm: bool = False  # steadier where the plain critics overestimate (Ball et al. 2023)
-
-    def check(self) -> None:
-        """Raise UserError for a number that cannot work."""
-        require_seed(self.seed)
-        for name in ("n_envs", "n_eval_envs", "hidden", "updates_per_call"):
-            require_range(_option(name), getattr(self, name), 1, 10_000)
-        for name in ("batch_size", "eval_every"):
-            require_range(_option(name), getattr(self, name), 1)
-        require_range("--explore-steps", self.explore_steps, 0)
-        require_range("--replay-ratio", self.replay_ratio, above=0)
-        require_range("--buffer-size", self.buffer_size, self.batch_size, 100_000_000)
-        require_range("--max-updates (which --eval-every must fit into)", self.max_updates, self.eval_every)
-        first = self.explore_steps + self.updates_per_call / self.replay_ratio
-        require_range("--batch-size (with these --explore-steps)", self.batch_size, 1, int(first))
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
-    """Unnormalised environments in which the time limit is a truncation, never a termination."""
+    """Builds raw environments in which the time limit is a truncation, never a termination."""
     seeds = range(seed, seed + n_envs)
     return LocomotionVectorEnv(
         f"{task}-medium-v2", n_envs, max_episode_steps=D4RL_STEPS, d4rl_time_limit=None, seeds=seeds, threads=1
@@ -97,7 +58,7 @@ def make_envs(task: str, n_envs: int, seed: int) -> LocomotionVectorEnv:
 
 
 def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
-    """The reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
+    """Builds the reference's SAC networks: two hidden layers (of 256 by default), ReLU."""
     dims = [settings.hidden, settings.hidden]
     common: dict[str, Any] = {"cond_dim": obs_dim, "mlp_dims": dims, "activation_type": "ReLU"}
     with initial_weights(NoiseSource(settings.seed)):
@@ -109,18 +70,18 @@ def make_policy(obs_dim: int, action_dim: int, settings: Settings) -> SAC:
 class Sampler:
     """Draws stochastic actions [E,1,A] for raw observations [E,1,O], without retracing for the same E."""
 
-    def __init__(self, policy: SAC, noise: NoiseSource, action_dim: int):
-        self.noise, self.action_dim = noise, action_dim
-        self._sample = tf.function(lambda obs, eps: policy.sample({"state": obs}, eps)[0])
+    def __init__(self, policy: SAC, rng: Rng, action_dim: int):
+        self.rng, self.action_dim = rng, action_dim
+        self._sample = tf.function(lambda obs, noise: policy.sample({"state": obs}, noise)[0])
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Draws actions [E,1,A] for raw observations [E,1,O]."""
-        eps = self.noise.normal((len(obs), self.action_dim))
-        return self._sample(tf.constant(obs, tf.float32), tf.constant(eps)).numpy()
+        noise = self.rng.normal((len(obs), self.action_dim))
+        return self._sample(tf.constant(obs, tf.float32), tf.constant(noise)).numpy()
 
 
 def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int, int], bool]) -> Episodes:
-    """Whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
+    """Collects whole episodes of the stochastic policy, from fresh resets, in the order in which they end.
 
     Once `enough(ended episodes, transitions so far)` holds, no episode is begun, but those still running are finished
     and kept, so that short ones are not over-represented.
@@ -152,7 +113,7 @@ def roll_out(sampler: Sampler, envs: LocomotionVectorEnv, enough: Callable[[int,
 
 
 def statistics(episodes: Episodes) -> dict[str, Any]:
-    """Numbers for the README: episodes, transitions, returns and lengths."""
+    """Returns numbers for the README: episodes, transitions, returns and lengths."""
     returns, lengths = episodes.returns, np.asarray(episodes.traj_lengths)
     quantiles = {f"q{percent:02d}": np.quantile(returns, percent / 100) for percent in (5, 25, 50, 75, 95)}
     spread = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()} | quantiles
@@ -171,7 +132,7 @@ def statistics(episodes: Episodes) -> dict[str, Any]:
 
 
 def train(task: str, target_return: float, settings: Settings, work_dir: Path) -> Path:
-    """Train until an evaluated return reaches `target_return` (or to `max_updates`).
+    """Trains until an evaluated return reaches `target_return` (or to `max_updates`).
 
     Returns the file of the actor whose evaluation came nearest to the target: early in training returns jump, and the
     first that reaches a medium return may be far above it. Every evaluated actor is kept in `work_dir`, and in
@@ -181,8 +142,8 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     envs = make_envs(task, settings.n_envs, settings.seed)
     eval_envs = make_envs(task, settings.n_eval_envs, settings.seed + 10_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
-    noise = NoiseSource(settings.seed + 1)
-    sampler = Sampler(policy, noise, envs.action_dim)
+    rng = NoiseSource(settings.seed + 1)
+    sampler = Sampler(policy, rng, envs.action_dim)
     collector = Collector(envs, sampler, settings)
     buffers = Buffers(collector.buffer)
     learner = Learner(policy, sac_settings(settings, envs.action_dim), buffers)
@@ -190,8 +151,8 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
     while updates < settings.max_updates:
         collector.collect(settings.updates_per_call / settings.replay_ratio)
         collector.buffer.flush()
-        rows = Rows(buffers, noise, settings.n_envs)
-        losses = learner.run(Phase(settings.updates_per_call), noise, rows, lambda count, found: None)
+        rows = Rows(buffers, rng, settings.n_envs)
+        losses = learner.run(Phase(settings.updates_per_call), rng, rows, lambda count, losses: None)
         updates += settings.updates_per_call
         if updates % settings.eval_every >= settings.updates_per_call:
             continue
@@ -214,17 +175,17 @@ def train(task: str, target_return: float, settings: Settings, work_dir: Path) -
 
 
 def actor_file(work_dir: Path, updates: int) -> Path:
-    """Where `train` keeps the actor evaluated after that many gradient steps."""
+    """Returns where `train` keeps the actor evaluated after that many gradient steps."""
     return work_dir / f"actor_{updates:07d}.npz"
 
 
 def replay_file(work_dir: Path) -> Path:
-    """Where `train` keeps what was collected up to a medium return, in the environment's units."""
+    """Returns where `train` keeps what was collected up to a medium return, in the environment's units."""
     return work_dir / "replay.npz"
 
 
 class Collector:
-    """Steps the environments into the replay buffer."""
+    """Steps the environments and fills the replay buffer."""
 
     def __init__(self, envs: LocomotionVectorEnv, sampler: Sampler, settings: Settings):
         self.envs, self.sampler, self.settings = envs, sampler, settings
@@ -236,11 +197,11 @@ class Collector:
         self._ended: list[np.ndarray] = []  # of each step, [E]
 
     def collect(self, steps: float) -> None:
-        """`steps` environment steps (fractions are carried over), after the exploration steps the first time."""
+        """Executes `steps` environment steps (fractions are carried over), at first also the exploration steps."""
         self._owed += steps
         while self._owed > 0:
             if self.env_steps < self.settings.explore_steps:
-                actions = self.sampler.noise.uniform((self.envs.n_envs, 1, self.envs.action_dim), -1.0, 1.0)
+                actions = self.sampler.rng.uniform((self.envs.n_envs, 1, self.envs.action_dim), -1.0, 1.0)
             else:
                 actions = self.sampler(self.obs)
             result = self.envs.step(actions)
@@ -260,12 +221,12 @@ class Collector:
             self._owed -= self.envs.n_envs
 
     def episodes(self) -> Episodes:
-        """The complete episodes in the buffer, environment by environment; it must not have overflowed."""
+        """Returns the complete episodes in the buffer, environment by environment; it must not have overflowed."""
         rows, ended = self.buffer.tensors(), np.stack(self._ended)  # [steps,E]
         kept = np.cumsum(ended[::-1], axis=0)[::-1] > 0  # not after the last end of an environment
 
         def column(field: np.ndarray) -> np.ndarray:
-            """One environment after the other."""
+            """Orders a field [steps*E,…] environment by environment."""
             by_step = field.reshape(*ended.shape, *field.shape[1:])
             return np.swapaxes(by_step, 0, 1)[kept.T]
 
@@ -280,18 +241,18 @@ class Collector:
 
 
 def thinned(episodes: Episodes, transitions: int) -> Episodes:
-    """Every n-th episode, so many that there are about that many transitions."""
+    """Takes every n-th episode, so that about that many transitions remain."""
     return episodes.select(np.arange(0, len(episodes.traj_lengths), max(round(len(episodes.states) / transitions), 1)))
 
 
 def joined(first: Episodes, second: Episodes) -> Episodes:
-    """The episodes of both."""
+    """Joins the episodes of both."""
     other = second.arrays()
     return Episodes(**{name: np.concatenate([array, other[name]]) for name, array in first.arrays().items()})
 
 
 def sac_settings(settings: Settings, action_dim: int) -> dict[str, Any]:
-    """The `train` node of SAC with one actor step for each of the critic's."""
+    """Returns the `train` node of SAC with one actor step for each of the critic's."""
     return {
         "gamma": 0.99,
         "actor_lr": 3e-4,
@@ -315,7 +276,7 @@ def _progress_line(row: dict[str, Any], rate: float, settings: Settings) -> str:
 
 
 def save_actor(path: Path, policy: SAC) -> None:
-    """The actor's weights under the reference's names."""
+    """Writes the actor's weights under the reference's names."""
     write_npz(path, state_dict(policy.network))
 
 
@@ -327,7 +288,7 @@ def round_mantissa(x: np.ndarray, bits: int = MANTISSA_BITS) -> np.ndarray:
 
 
 def record(task: str, actor: Path, transitions: int, settings: Settings) -> Episodes:
-    """Episodes of the stochastic policy, until there are that many transitions."""
+    """Collects episodes of the stochastic policy until there are that many transitions."""
     envs = make_envs(task, 50, settings.seed + 20_000)
     policy = make_policy(envs.obs_spec["state"][0], envs.action_dim, settings)
     load_state_dict(policy.network, read_npz(actor))
@@ -346,7 +307,7 @@ def make(
     replay: Path | None = None,
     target_return: float | None = None,
 ) -> Episodes:
-    """Data of one of D4RL's flavours, in the environment's units.
+    """Makes data of one of D4RL's kinds, in the environment's units.
 
     medium, expert: episodes of such a policy. medium-replay: what a training has met until it was of medium return.
     medium-expert: the medium data that are there, and as many transitions of an expert.
@@ -378,7 +339,7 @@ def make(
 
 
 def ship(raw: Episodes, out_dir: Path) -> dict[str, Any]:
-    """Write train.npz and normalization.npz; what is in them."""
+    """Writes train.npz and normalization.npz; returns statistics of the data."""
     normalization = bounds_of(raw)
     scaled = scale_episodes(raw, normalization)
     compact = replace(scaled, states=round_mantissa(scaled.states), actions=round_mantissa(scaled.actions))

@@ -17,7 +17,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import require_writable
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.npz import read_npz, write_npz
-from diffusion_rl.data.episodes import Episodes, bounds_of, load_episodes, save_episodes, scale_episodes
+from diffusion_rl.data.episodes import Episodes, join, load_episodes, save_episodes, save_scaled
 from diffusion_rl.data.normalizers import MinMaxNormalizer, read_bounds
 from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import robomimic
@@ -45,7 +45,7 @@ class Settings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise UserError for a number that cannot work."""
+        """Raises UserError for a number that cannot work."""
         require_range("--attempts", self.attempts, 1)
         require_range("--noise", self.noise, 0)
         require_range("--speed", self.speed, above=0, most=1)
@@ -61,9 +61,15 @@ class Demonstration:
     rewards: np.ndarray
     simulator: np.ndarray
 
+    def episode(self) -> dict[str, np.ndarray]:
+        """Returns the fields of `Episodes` that it has, [L,…] float32; success does not end an episode."""
+        fields = {"states": self.states, "actions": self.actions, "rewards": self.rewards}
+        arrays = {name: array.astype(np.float32) for name, array in fields.items()}
+        return arrays | {"terminals": np.zeros(len(self.actions), bool)}
+
 
 def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimic:
-    """The task with observations as in the data sets: with `pictures` the robot's own state and all cameras."""
+    """Builds the task with the observations of the data sets; with `pictures` the robot's own state and all cameras."""
     meta = robomimic.read_env_meta(f"cfg/robomimic/env_meta/{task}{'-img' if pictures else ''}.json")
     keys = low_dim_keys(len(meta["env_kwargs"]["robots"]), with_object=not pictures)
     cameras = [f"{camera}{IMAGE_SUFFIX}" for camera in meta["env_kwargs"]["camera_names"]] if pictures else []
@@ -72,9 +78,10 @@ def make_env(task: str, seed: int, pictures: bool = False) -> robomimic.Robomimi
 
 
 def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settings) -> tuple[Demonstration, bool]:
-    """One episode of the expert, until shortly after success or to the time limit; and whether it succeeded."""
+    """Runs one episode of the expert until shortly after success or the time limit; returns it and whether it
+    succeeded."""
     observation, _ = env.reset(seed=seed)
-    simulator, draws = env.base.env, NoiseSource(seed)
+    simulator, rng = env.base.env, NoiseSource(seed)
     arms = plans(task, simulator, settings.speed)
     actions = [np.array([0, 0, 0, 0, 0, 0, -1.0]) for _ in arms]
     wander = np.zeros((len(arms), 6))
@@ -84,7 +91,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
         for i, plan in enumerate(arms):
             at_rest = np.concatenate([np.zeros(6), actions[i][6:]])
             actions[i] = next(plan, at_rest)
-        fresh = draws.normal(wander.shape, np.float64)
+        fresh = rng.normal(wander.shape, np.float64)
         wander = MEMORY * wander + settings.noise * np.sqrt(1 - MEMORY**2) * fresh
         action = np.concatenate([np.append(a[:6] + w, a[6]) for a, w in zip(actions, wander, strict=True)]).clip(-1, 1)
         state = np.concatenate([observation[key] for key in env.keys])
@@ -99,7 +106,7 @@ def demonstrate(env: robomimic.Robomimic, task: str, seed: int, settings: Settin
 
 
 def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstration]:
-    """The successful ones of `settings.attempts` episodes, seeded one after the other."""
+    """Yields the successful ones of `settings.attempts` episodes, seeded one after the other."""
     settings.check()
     env, succeeded = make_env(task, settings.seed), 0
     for i in range(settings.attempts):
@@ -114,25 +121,18 @@ def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstra
 
 
 def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings) -> Episodes:
-    """Write train.npz, normalization.npz and the simulator's states, from which pictures can be made."""
+    """Writes train.npz, normalization.npz and the simulator's states, from which pictures can be made."""
     if not demonstrations:
         raise UserError("no episode succeeded: lower --noise or raise --attempts")
-    raw = Episodes(
-        states=np.concatenate([one.states for one in demonstrations]).astype(np.float32),
-        actions=np.concatenate([one.actions for one in demonstrations]).astype(np.float32),
-        rewards=np.concatenate([one.rewards for one in demonstrations]).astype(np.float32),
-        traj_lengths=np.array([len(one.actions) for one in demonstrations]),
-        terminals=np.zeros(sum(len(one.actions) for one in demonstrations), bool),  # success ends no episode
-    )
-    normalization = bounds_of(raw)
-    save_episodes(out_dir, {"train": scale_episodes(raw, normalization)}, normalization)
-    flat = np.concatenate([one.simulator for one in demonstrations]).astype(np.float32)
-    write_npz(out_dir / SIMULATOR_FILE, {"states": flat, "seed": np.array(settings.seed)})
+    raw = join([demonstration.episode() for demonstration in demonstrations], "demonstrations")
+    save_scaled(out_dir, raw)
+    simulator = np.concatenate([demonstration.simulator for demonstration in demonstrations]).astype(np.float32)
+    write_npz(out_dir / SIMULATOR_FILE, {"states": simulator, "seed": np.array(settings.seed)})
     return raw
 
 
 def render(task: str, source: Path, out_dir: Path, report: Report) -> None:
-    """Write the data set of `source` as one of pictures [N,C,Hi,Wi] and the robot's own state.
+    """Writes the data set of `source` as one of pictures [N,C,Hi,Wi] and the robot's own state.
 
     Every simulator state that `save` wrote is set in a simulator with cameras; actions and rewards stay.
     """

@@ -1,1 +1,1 @@
-"""What is known of each task before anything runs: numbers, and the mathematics of goals and rewards."""
+"""The facts of each task that are known before anything runs: numbers, goals and rewards."""

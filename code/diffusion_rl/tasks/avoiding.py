@@ -1,4 +1,4 @@
-"""Where things stand in D3IL's avoiding task (Jia et al. 2024, arXiv:2402.14606), and which way a path took.
+"""The places of D3IL's avoiding task (Jia et al. 2024, arXiv:2402.14606), and the ways that paths take.
 
 The end effector starts below, between two sides (y = -0.28), and is to cross a line above (y > 0.4), past three rows of
 cylinders. Which gap of each row it takes is its mode, numbered through: row 1 has 0 (left of the obstacle, smaller x)
@@ -32,12 +32,12 @@ NOT_PASSED = -1
 
 
 def new_modes(n: int) -> np.ndarray:
-    """[n, 3] modes of paths that have not passed any row."""
+    """Returns the modes [n,3] of paths that have not passed any row."""
     return np.full((n, len(ROWS)), NOT_PASSED)
 
 
 def pass_rows(modes: np.ndarray, positions: np.ndarray, tolerance: float = TOLERANCE) -> None:
-    """Enter into modes [N, 3], in place, the gaps in which positions [N, 2] are, of rows not passed before.
+    """Enters into modes [N,3], in place, the gaps in which positions [N,2] are, of rows not passed before.
 
     A position this near to the first two rows counts as passing them; the third row is passed from its y on.
     """
@@ -49,7 +49,7 @@ def pass_rows(modes: np.ndarray, positions: np.ndarray, tolerance: float = TOLER
 
 
 def modes_of(path: np.ndarray, tolerance: float = TOLERANCE) -> tuple[int, ...]:
-    """The gaps that a path [T, 2] took, NOT_PASSED for rows that it did not reach."""
+    """Returns the gaps that a path [T,2] took, `NOT_PASSED` for rows that it did not reach."""
     modes = new_modes(1)
     for position in path:
         pass_rows(modes, position[None], tolerance)
@@ -57,6 +57,6 @@ def modes_of(path: np.ndarray, tolerance: float = TOLERANCE) -> tuple[int, ...]:
 
 
 def clearance(path: np.ndarray) -> np.ndarray:
-    """[T] distance between rod and nearest obstacle at each position [T, 2]; contact is at 0 and below."""
+    """Returns the distance [T] between rod and nearest obstacle at positions [T,2]; contact is at 0 and below."""
     distance = np.linalg.norm(path[:, None] - OBSTACLES[None, :, :2], axis=-1)
     return (distance - OBSTACLES[:, 2]).min(axis=1) - ROD_RADIUS

@@ -1,4 +1,4 @@
-"""The tasks: what is known of each before anything runs, once.
+"""The registry of tasks: every fact of a task that is known before anything runs.
 
 A new task is a `TaskSpec` here, a module in `envs/` (see `envs.make`) and a configuration.
 """
@@ -18,7 +18,7 @@ LOCOMOTION_DATA = ("random", "medium", "expert", "medium-replay", "full-replay",
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task, whose environments and data sets have names that begin alike.
+    """A task. The names of its environments and data sets begin with its own.
 
     Attributes:
         name: with which they begin: "hopper" of "hopper-medium-v2".
@@ -52,7 +52,7 @@ class TaskSpec:
 
 
 def _locomotion(name: str, scales: tuple[float, float, float], **facts: Any) -> TaskSpec:
-    """A locomotion task. scales: of returns, for the data medium-expert, medium-replay and medium."""
+    """Returns a locomotion task. scales: of returns, for the data medium-expert, medium-replay and medium."""
     files = {f"{name}-{data}-v2": f"gym_mujoco_v2/{name}_{data.replace('-', '_')}-v2.hdf5" for data in LOCOMOTION_DATA}
     kinds = ("medium-expert", "medium-replay", "medium")  # longer names come first
     return TaskSpec(
@@ -149,12 +149,12 @@ TASKS = (
 
 
 def task_named(name: str) -> TaskSpec | None:
-    """The task that a name of an environment or of a data set belongs to; None: one of the user's own."""
+    """Finds the task that an environment's or data set's name belongs to; None: one of the user's own."""
     return next((task for task in TASKS if task.covers(name)), None)
 
 
 def tasks_of(**facts: Any) -> list[TaskSpec]:
-    """The tasks with these facts: `tasks_of(simulator="locomotion")`."""
+    """Finds the tasks with these facts: `tasks_of(simulator="locomotion")`."""
     return [task for task in TASKS if all(getattr(task, key) == value for key, value in facts.items())]
 
 
@@ -174,16 +174,16 @@ def dims_of(name: str) -> tuple[int, int]:
     return task.dims
 
 
-def same_task(one: str, other: str) -> bool | None:
+def same_task(name: str, other: str) -> bool | None:
     """Whether two names of environments or data sets are of one task; None where that cannot be known."""
-    if one == other:
+    if name == other:
         return True
-    tasks = task_named(one), task_named(other)
+    tasks = task_named(name), task_named(other)
     return None if None in tasks else tasks[0] == tasks[1]
 
 
 def d4rl_file(dataset: str) -> str | None:
-    """Where D4RL keeps a data set, relative to `D4RL_FILES`; None for names that it does not have."""
+    """Finds where D4RL keeps a data set, relative to `D4RL_FILES`; None for names that it does not have."""
     return next((task.d4rl_files[dataset] for task in TASKS if dataset in task.d4rl_files), None)
 
 

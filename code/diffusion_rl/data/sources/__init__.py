@@ -19,11 +19,15 @@ def load(
     cameras: Sequence[str] = (),
     max_episodes: int | None = None,
 ) -> tuple[Episodes, MinMaxNormalizer]:
-    """Complete episodes and the ranges of everything in a D4RL, Minari or robomimic HDF5 file (or Minari's folder), or
-    in an npz of unscaled arrays; the layout is recognised.
+    """Reads complete episodes and the ranges of everything in a file, whose layout is recognised.
 
-    obs_keys: for observations that are dictionaries, what to concatenate, in this order. cameras, max_episodes: of
-    robomimic's files, whose ranges are those of the episodes that are read.
+    Args:
+        path: HDF5 of D4RL, Minari (or Minari's folder) or robomimic, or an npz of unscaled arrays.
+        obs_keys: which entries of dictionary observations to concatenate, in this order.
+        cameras, max_episodes: of robomimic's files, whose ranges are those of the episodes that are read.
+
+    Raises:
+        UserError: the layout is none of these, or the data are damaged.
     """
     path = Path(path)
     if os.path.isdir(path):
@@ -40,8 +44,8 @@ def load(
         if robomimic.recognises(file):
             episodes = robomimic.read(file, obs_keys, cameras, max_episodes)
             return episodes, bounds_of(episodes)
-        found = listed(file.names())
+        names = listed(file.names())
     raise UserError(
         f"{path}: neither D4RL's layout (observations, actions, rewards, terminals), Minari's (episode_0, …) nor "
-        f"robomimic's (data/demo_0, …); found {found}"
+        f"robomimic's (data/demo_0, …); found {names}"
     )

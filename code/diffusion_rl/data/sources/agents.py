@@ -33,7 +33,7 @@ def load(
     discrete: bool = False,
     say: Callable[[str], None] = print,
 ) -> AgentEpisodes:
-    """The episodes of a data set; what was found is told.
+    """Reads the episodes of a data set and says what it found.
 
     Args:
         root: the folder that holds <kind>/; None: that of the data which ship with this repository.
@@ -64,7 +64,7 @@ def load(
 
 
 def _mpe(folder: Path, max_path_length: int, discrete: bool) -> AgentEpisodes:
-    """Of all seeds, one after the other."""
+    """Reads the episodes of all seeds, one after the other."""
     seeds = sorted(folder.glob("seed_*_data"), key=lambda path: (len(path.name), path.name))  # 2 before 10
     if not seeds:
         raise UserError(f"{folder} holds no seed_<k>_data folder")
@@ -141,7 +141,7 @@ def _require_continuous(folder: Path, actions: Sequence[np.ndarray]) -> None:
 
 
 def _one_hot(indices: np.ndarray, folder: Path, count: int | None = None) -> np.ndarray:
-    """Indices [T,1] or [T,N] of `count` actions (as many as there are by default) -> [T,…,count]"""
+    """Turns indices [T,1] or [T,N] of `count` actions (default: as many as occur) into [T,…,count]."""
     most = _MOST_ACTIONS if count is None else count
     if not np.isfinite(indices).all() or indices.min() < 0 or indices.max() >= most or (indices % 1).any():
         raise UserError(f"{folder}: actions must be whole numbers from 0 to {most - 1}, to choose among as many")

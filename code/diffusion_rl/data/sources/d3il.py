@@ -18,7 +18,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError, one_line
 from diffusion_rl.core.files import read_bytes
 from diffusion_rl.core.pickles import Interpreter, Refused
-from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.episodes import Episodes, join
 from diffusion_rl.tasks.avoiding import modes_of
 
 #: What DPPO pre-trains on: the gap of the third row is one of these two, those of the first rows are 1 and 2.
@@ -29,7 +29,7 @@ FILTER_TOLERANCE = 0.01  # m; nearness to a row, in the reference's filter
 
 @dataclass(frozen=True)
 class Demonstration:
-    """setpoints, positions [T, 2]: of the tool, each pair at the moment when the setpoint is given."""
+    """setpoints, positions [T,2] of the tool, each pair at the moment when the setpoint is given."""
 
     name: str
     setpoints: np.ndarray
@@ -37,22 +37,22 @@ class Demonstration:
 
     @property
     def states(self) -> np.ndarray:
-        """[T-1, 4] what the policy sees."""
+        """Returns what the policy sees, [T-1,4]."""
         return np.concatenate([self.setpoints, self.positions], axis=1)[:-1]
 
     @property
     def actions(self) -> np.ndarray:
-        """[T-1, 2] changes of the setpoint."""
+        """Returns the changes of the setpoint, [T-1,2]."""
         return np.diff(self.setpoints, axis=0)
 
     @property
     def modes(self) -> tuple[int, ...]:
-        """The gaps it takes, as the reference's filter counts them."""
+        """Returns the gaps it takes, as the reference's filter counts them."""
         return modes_of(self.positions, FILTER_TOLERANCE)
 
 
 def read_folder(folder: str | Path) -> list[Demonstration]:
-    """All demonstrations of a folder, by name. Raises UserError if there is none, or for a file that is not one."""
+    """Reads all demonstrations of a folder, by name. Raises UserError if there is none, or one is damaged."""
     files = sorted(Path(folder).glob("*.pkl"))
     if not files:
         raise UserError(f"{folder} holds no .pkl files: give the folder of D3IL's avoiding recordings")
@@ -60,7 +60,7 @@ def read_folder(folder: str | Path) -> list[Demonstration]:
 
 
 def read(path: Path) -> Demonstration:
-    """One demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
+    """Reads one demonstration. Raises UserError for a file that is not one, or that holds more than arrays."""
     content = _load(path)
     robot = content.get("robot") if isinstance(content, dict) else None
     recorded = [robot.get(key) for key in ("des_c_pos", "c_pos")] if isinstance(robot, dict) else []
@@ -76,26 +76,20 @@ def read(path: Path) -> Demonstration:
 def select(
     demonstrations: Sequence[Demonstration], desired: Sequence[int], required: Sequence[int] = REQUIRED
 ) -> list[Demonstration]:
-    """Those that take all the `required` gaps of the first rows and one of the `desired` ones of the third."""
+    """Selects those that take all `required` gaps of the first rows and one of the `desired` ones of the third."""
     return [d for d in demonstrations if set(required) <= set(d.modes[:2]) and d.modes[2] in desired]
 
 
 def as_episodes(demonstrations: Sequence[Demonstration]) -> Episodes:
-    """One after the other, in their own units, float32."""
+    """Joins demonstrations in their own units, float32."""
     if not demonstrations:
         raise UserError("no demonstration takes the gaps asked for")
-    lengths = np.array([len(d.actions) for d in demonstrations])
-    episodes = Episodes(
-        states=np.concatenate([d.states for d in demonstrations]).astype(np.float32),
-        actions=np.concatenate([d.actions for d in demonstrations]).astype(np.float32),
-        traj_lengths=lengths,
-    )
-    check(episodes, "demonstrations")
-    return episodes
+    parts = [{"states": d.states, "actions": d.actions} for d in demonstrations]
+    return join([{k: x.astype(np.float32) for k, x in part.items()} for part in parts], "demonstrations")
 
 
 class _Type:
-    """Stands for a numpy dtype: a number of so many bytes, in this or that byte order."""
+    """Stands for a numpy dtype: a letter, a number of bytes, and a byte order."""
 
     def __init__(self, code: Any):
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code):
@@ -109,7 +103,7 @@ class _Type:
 
 
 class _Array:
-    """Stands for a numpy array, which is there once its state is."""
+    """Stands for a numpy array, whose content follows in the pickle."""
 
     content: np.ndarray | None = None
 
@@ -152,7 +146,7 @@ class _Arrays(Interpreter):
 
 
 def _load(path: Path) -> Any:
-    """What a pickle of dictionaries and arrays holds."""
+    """Reads a pickle of dictionaries and arrays."""
     payload = read_bytes(path)
     try:
         return _with_arrays(_Arrays().run(payload))
@@ -161,7 +155,7 @@ def _load(path: Path) -> Any:
 
 
 def _with_arrays(content: Any) -> Any:
-    """Put the arrays in the place of what stands for them, in each dictionary once, however often it is referred to."""
+    """Replaces what stands for arrays by the arrays, once in each dictionary, however often it is referred to."""
     pending, seen = [content], set()
     while pending:
         node = pending.pop()

@@ -21,7 +21,7 @@ def recognises(file: Group) -> bool:
 
 
 def read_columns(file: Group, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Arrays of equal length by name, of single numbers [N] but for observations and actions [N,…]."""
+    """Reads arrays of equal length by name: observations and actions [N,…], single numbers [N] otherwise."""
     if missing := [name for name in names if name not in file]:
         raise UserError(f"{file.where}: missing {', '.join(missing)} (found {listed(file.names())})")
     columns = {name: file.array(name) for name in names}

@@ -15,7 +15,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError, listed
 from diffusion_rl.core.files import read_json
-from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.episodes import Episodes, join
 from diffusion_rl.data.hdf5 import Array, Group
 
 _EPISODE = re.compile(r"episode_([0-9]{1,18})")
@@ -28,7 +28,7 @@ def recognises(file: Group) -> bool:
 
 
 def file_in(folder: Path) -> Path:
-    """The data file in a Minari data set's folder."""
+    """Finds the data file in a Minari data set's folder."""
     for candidate in (folder / "main_data.hdf5", folder / "data" / "main_data.hdf5"):
         if candidate.is_file():
             return candidate
@@ -36,24 +36,18 @@ def file_in(folder: Path) -> Path:
 
 
 def read(file: Group, obs_keys: Sequence[str] = ()) -> Episodes:
-    """Episodes in numerical order; `obs_keys` choose from dictionary observations."""
+    """Reads episodes in numerical order; `obs_keys` choose from dictionary observations."""
     _require_continuous(file.where)
     matches = sorted(filter(None, map(_EPISODE.fullmatch, file.names())), key=lambda match: int(match[1]))
     parts = [_episode(file, match[0], obs_keys) for match in matches]
-    parts = [part for part in parts if len(part[1])]
+    parts = [part for part in parts if len(part["actions"])]
     if not parts:
         raise UserError(f"{file.where}: every episode is empty")
-    if len({(p[0].shape[1:], p[1].shape[1:]) for p in parts}) != 1:
-        raise UserError(f"{file.where}: episodes differ in the shape of observations or actions")
-    states, actions, rewards, terminals = (np.concatenate(column) for column in zip(*parts, strict=True))
-    lengths = np.array([len(part[1]) for part in parts])
-    episodes = Episodes(states=states, actions=actions, traj_lengths=lengths, rewards=rewards, terminals=terminals)
-    check(episodes, file.where)
-    return episodes
+    return join(parts, file.where)
 
 
 def _require_continuous(where: str) -> None:
-    """Raise UserError where the `metadata.json` beside the file says that actions are of a discrete space.
+    """Raises UserError where the `metadata.json` beside the file says that actions are of a discrete space.
 
     Attributes of the file, which older data sets have instead, are not read: in a damaged file the library may never
     end to look for a text. The actions' type tells as much (see `data.episodes.check`).
@@ -69,7 +63,7 @@ def _require_continuous(where: str) -> None:
         raise UserError(f"{where}: its actions are of a {kind} space, and only continuous ones are supported")
 
 
-def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> tuple[np.ndarray, ...]:
+def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> dict[str, np.ndarray]:
     where, group = f"{file.where}: {key}", file.group(key)
     if group is None:
         raise UserError(f"{where} is no group: get the file again")
@@ -87,17 +81,21 @@ def _episode(file: Group, key: str, obs_keys: Sequence[str]) -> tuple[np.ndarray
             f"{list(rewards.shape)} and terminations {list(terminals.shape)} do not fit together"
         )
     rows = [_flat(part.read())[:steps] for part in observations]
-    states = rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1)
-    return states, _flat(actions.read()), rewards.read(), terminals.read().astype(bool)
+    return {
+        "states": rows[0] if len(rows) == 1 else np.concatenate(rows, axis=1),
+        "actions": _flat(actions.read()),
+        "rewards": rewards.read(),
+        "terminals": terminals.read().astype(bool),
+    }
 
 
 def _flat(x: np.ndarray) -> np.ndarray:
-    """[L,…] -> [L,D]"""
+    """Flattens [L,…] to [L,D]."""
     return x.reshape(len(x), -1) if len(x) else x.reshape(0, 1)
 
 
 def _observations(group: Group, where: str, obs_keys: Sequence[str]) -> list[Array]:
-    """What a state consists of: the array `observations`, or those of `obs_keys` in the group of that name."""
+    """Finds the arrays of a state: `observations`, or those of `obs_keys` in the group of that name."""
     parts = group.group("observations")
     if parts is None:
         return [group.array("observations")]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffusion_rl.core.errors import UserError, listed
-from diffusion_rl.data.episodes import Episodes, check
+from diffusion_rl.data.episodes import Episodes, join
 from diffusion_rl.data.hdf5 import Group
 
 _DEMO = re.compile(r"demo_([0-9]{1,18})")
@@ -20,7 +20,7 @@ IMAGE_SUFFIX = "_image"
 
 
 def low_dim_keys(n_arms: int, with_object: bool) -> list[str]:
-    """The entries of the state, in order: pose of each arm's hand and its fingers, and what else there is to know."""
+    """Lists the entries of the state, in order: pose of each arm's hand and its fingers, and the object."""
     parts = ("eef_pos", "eef_quat", "gripper_qpos")
     return [f"robot{i}_{part}" for i in range(n_arms) for part in parts] + ["object"] * with_object
 
@@ -32,7 +32,7 @@ def recognises(file: Group) -> bool:
 
 
 def _demos(data: Group) -> list[str]:
-    """Names of the demonstrations in numerical order."""
+    """Lists the demonstrations in numerical order."""
     matches = sorted(filter(None, map(_DEMO.fullmatch, data.names())), key=lambda match: int(match[1]))
     return [match[0] for match in matches if data.group(match[0]) is not None]
 
@@ -40,7 +40,7 @@ def _demos(data: Group) -> list[str]:
 def read(
     file: Group, obs_keys: Sequence[str] = (), cameras: Sequence[str] = (), max_episodes: int | None = None
 ) -> Episodes:
-    """Demonstrations in numerical order, the first `max_episodes`.
+    """Reads demonstrations in numerical order, at most `max_episodes`.
 
     obs_keys: entries of the state; by default those that the reference takes, `object` only where there are no
     cameras. cameras: whose pictures to read, one after the other in the channels.
@@ -54,14 +54,7 @@ def read(
         n_arms = 2 if demos[0] is not None and "obs/robot1_eef_pos" in demos[0] else 1
         obs_keys = low_dim_keys(n_arms, with_object=not cameras)
     parts = [_demo(group, obs_keys, cameras) for group in demos if group is not None]
-    shapes = {key: {part[key].shape[1:] for part in parts} for key in parts[0]}
-    if odd := [key for key, found in shapes.items() if len(found) != 1]:
-        raise UserError(f"{file.where}: demonstrations differ in the shape of their {odd[0]}")
-    columns = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    lengths = np.array([len(part["actions"]) for part in parts])
-    episodes = Episodes(traj_lengths=lengths, terminals=np.zeros(lengths.sum(), bool), **columns)
-    check(episodes, file.where)
-    return episodes
+    return join(parts, file.where)
 
 
 def _demo(group: Group, obs_keys: Sequence[str], cameras: Sequence[str]) -> dict[str, np.ndarray]:
@@ -83,6 +76,7 @@ def _demo(group: Group, obs_keys: Sequence[str], cameras: Sequence[str]) -> dict
         "states": np.concatenate([arrays[f"obs/{key}"].read() for key in obs_keys], axis=1),
         "actions": arrays["actions"].read(),
         "rewards": arrays["rewards"].read(),
+        "terminals": np.zeros(len(arrays["actions"]), bool),
     }
     if cameras:
         columns["images"] = np.concatenate([np.moveaxis(arrays[key].read(), -1, 1) for key in pictures], axis=1)
