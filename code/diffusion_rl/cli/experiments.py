@@ -15,7 +15,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -32,7 +31,7 @@ from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read
 from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
-from diffusion_rl.core.files import atomic_file, read_json
+from diffusion_rl.core.files import read_json, write_json
 from diffusion_rl.reports.progress import duration
 from diffusion_rl.training import signals
 from diffusion_rl.training.locks import child_lock, locked
@@ -292,8 +291,7 @@ class Pool:
 
     def _save(self) -> None:
         facts = {job.variant.stem: {"exit": job.status, "seconds": round(job.seconds, 1)} for job in self.jobs}
-        with atomic_file(self.folder / "status.json") as file:
-            file.write((json.dumps(facts, indent=2) + "\n").encode())
+        write_json(self.folder / "status.json", facts)
 
     def _ended(self, job: Job) -> None:
         what = "done" if job.status == 0 else f"FAILED (exit status {job.status}): {job.last_line()}; see {job.log}"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.cli import app
+from diffusion_rl.cli.figures import with_table
 from diffusion_rl.config.compose import Config, compose_job
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
@@ -29,18 +30,19 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(draw=_draw)
 
 
-def _draw(args: argparse.Namespace, command: str) -> None:
+def _draw(
+    mode: list[str] | None, policy: list[str] | None, paths: int, output: str, override: list[str], command: str
+) -> str:
     panels: list[Panel] = []
-    for modes in args.mode or sorted(MODE_SETS):
-        for policy in args.policy or POLICIES:
-            name = f"d3il/finetune/avoid_{modes}/ft_ppo_{policy}_mlp"
-            config = app.prepare(compose_job(name, [f"env.n_envs={args.paths}", *args.override]))
+    for modes in mode or sorted(MODE_SETS):
+        for name in policy or POLICIES:
+            config_name = f"d3il/finetune/avoid_{modes}/ft_ppo_{name}_mlp"
+            config = app.prepare(compose_job(config_name, [f"env.n_envs={paths}", *override]))
             if not panels or panels[-1].modes != modes:
                 panels.append(demonstrations(modes, config))
-            paths, collided = sample(config)
-            panels.append(Panel(modes, policy, paths, collided))
-    path, numbers = draw(panels, args.output, command)
-    print(f"{numbers}\n{path}\n{path.with_suffix('.csv')}")
+            panels.append(Panel(modes, name, *sample(config)))
+    path, numbers = draw(panels, output, command)
+    return f"{numbers}\n{with_table(path)}"
 
 
 def demonstrations(modes: str, config: Config) -> Panel:

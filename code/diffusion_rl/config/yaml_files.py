@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import atomic_file
+from diffusion_rl.core.files import write_bytes
 
 LARGEST_FILE = 1 << 20  # bytes
 MOST_VALUES = 100_000  # with every alias counted as what it stands for
@@ -75,8 +75,7 @@ def read_yaml(path: Path) -> Any:
 
 def write_yaml(path: Path, node: Mapping[str, Any]) -> None:
     """Write a mapping of plain values, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write(yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())
+    write_bytes(path, yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())
 
 
 def parse_yaml(text: str, where: str) -> Any:

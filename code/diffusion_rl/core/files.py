@@ -168,7 +168,12 @@ def _explain(target: Path, error: OSError) -> str:
     return f"cannot write {target}: {reason}{room}; make room or choose another folder; nothing was overwritten"
 
 
-def write_json(path: Path, facts: Any) -> None:
-    """Sorted and indented, whole or not at all."""
+def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Writes a file whole or not at all (see `atomic_file`)."""
     with atomic_file(path) as file:
-        file.write((json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+        file.write(content)
+
+
+def write_json(path: str | os.PathLike[str], facts: Any) -> None:
+    """Writes values as JSON with sorted keys, indented, whole or not at all."""
+    write_bytes(path, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())

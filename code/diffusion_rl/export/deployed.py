@@ -27,12 +27,8 @@ def noise_shapes(policy: Policy, batch: int | None) -> Shapes:
 
     Diffusion [sampling_steps + 1, B, H, A]; Gaussian [B, H*A]; mixture [B, M, H*A] and [B].
     """
-    if isinstance(policy, DiffusionPolicy):
-        return {"noise": (policy.sampling_steps + 1, batch, policy.horizon_steps, policy.action_dim)}
-    flat = policy.horizon_steps * policy.network.action_dim
-    if isinstance(policy, GMMPolicy):
-        return {"noise": (batch, policy.network.num_modes, flat), "uniform": (batch,)}
-    return {"noise": (batch, flat)}
+    shapes: Shapes = {"noise": policy.noise_shape(batch)}
+    return shapes | {"uniform": (batch,)} if isinstance(policy, GMMPolicy) else shapes
 
 
 def observation_shapes(policy: Policy, obs_dim: int, cond_steps: int, batch: int | None) -> Shapes:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError, one_line
-from diffusion_rl.core.files import atomic_file, read_bytes
+from diffusion_rl.core.files import read_bytes, write_bytes
 from diffusion_rl.core.pickles import Interpreter, Refused, scalar_key
 
 # torch's storage classes, and the newer element types that have none and are kept as untyped bytes.
@@ -322,8 +322,7 @@ def write_pt(path: str | os.PathLike[str], data: Any) -> None:
             stored = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
             _add_record(archive, f"archive/data/{key}", stored.tobytes())
         _add_record(archive, "archive/version", b"3\n")
-    with atomic_file(path) as file:
-        file.write(buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def _add_record(archive: zipfile.ZipFile, name: str, contents: bytes) -> None:

@@ -35,6 +35,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"channel_norm\.", "fn.norm."),
     (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
     (r"(blocks\.\d+|final_conv\.0)\.norm\.", r"\1.block.2."),
+    (r"mha\.in_proj\.", "mha.qkv_proj."),
     (r"attn\.in_proj\.kernel$", "attn.in_proj_weight"),
     (r"attn\.in_proj\.bias$", "attn.in_proj_bias"),
     (r"layers\.(\d+)\.linear\.", r"moduleList.\1.linear_1."),

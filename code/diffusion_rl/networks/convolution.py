@@ -22,8 +22,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
 from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import uniform_variable
 
 TILE = 4  # outputs that share products: more need more points, which costs precision
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # and infinity, always the last one
@@ -227,12 +227,10 @@ class Conv1d(keras.layers.Layer):
         self.stride, self.padding = stride, padding
         self.fast = kernel_size in FAST_KERNELS and stride == 1 and 2 * padding == kernel_size - 1
         bound = 1.0 / math.sqrt(in_dim * kernel_size)
-        self.kernel = tf.Variable(
-            init_noise().uniform((kernel_size, in_dim, out_dim), -bound, bound, dtype=floatx()), name="kernel"
-        )
+        self.kernel = uniform_variable((kernel_size, in_dim, out_dim), bound, "kernel")
         self.has_bias = has_bias
         if has_bias:
-            self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+            self.bias = uniform_variable((out_dim,), bound, "bias")
 
     def call(self, x: Array) -> Array:
         """x [T,B,I] -> [T',B,D], T' = (T + 2 padding - k) // stride + 1"""
@@ -256,10 +254,8 @@ class ConvTranspose1d(keras.layers.Layer):
             )
         self.stride, self.padding = stride, padding
         bound = 1.0 / math.sqrt(out_dim * kernel_size)
-        self.kernel = tf.Variable(
-            init_noise().uniform((kernel_size, out_dim, in_dim), -bound, bound, dtype=floatx()), name="kernel"
-        )
-        self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+        self.kernel = uniform_variable((kernel_size, out_dim, in_dim), bound, "kernel")
+        self.bias = uniform_variable((out_dim,), bound, "bias")
 
     def call(self, x: Array) -> Array:
         """x [T,B,I] -> [T',B,D], T' = (T - 1) stride - 2 padding + k"""

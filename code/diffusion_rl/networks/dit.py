@@ -15,7 +15,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, mish
+from diffusion_rl.networks.layers import Linear, mish, normal_linear, sequential, without_bias
 from diffusion_rl.networks.transformer import SelfAttention
 
 FREQUENCY_SCALE = 16.0
@@ -41,13 +41,6 @@ def silu(x: Array) -> Array:
     return x * tf.sigmoid(x)
 
 
-def run(steps: Sequence[Any], x: Array) -> Array:
-    """Applies layers and functions to x [...], one after the other."""
-    for step in steps:
-        x = step(x)
-    return x
-
-
 @tf.custom_gradient
 def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """Brings x [...,D] to mean 0 and variance 1 over the last axis, without gain and offset."""
@@ -63,27 +56,17 @@ def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def xavier(linear: Linear) -> Linear:
-    """Uniform in +-sqrt(6 / (in + out)), no initial bias."""
+    """Draws a Linear's weights uniformly within +-sqrt(6 / (in + out)), without initial bias. Returns the layer."""
     bound = math.sqrt(6 / sum(linear.kernel.shape))
     linear.kernel.assign(init_noise().uniform(linear.kernel.shape, -bound, bound, dtype=floatx()))
-    return no_bias(linear)
-
-
-def no_bias(linear: Linear) -> Linear:
-    linear.bias.assign(tf.zeros_like(linear.bias))
-    return linear
+    return without_bias(linear)
 
 
 def zeros(in_dim: int, out_dim: int) -> Linear:
+    """Makes a Linear that gives zeros at first."""
     linear = Linear(in_dim, out_dim)
     linear.kernel.assign(tf.zeros_like(linear.kernel))
-    return no_bias(linear)
-
-
-def gaussian(in_dim: int, out_dim: int) -> Linear:
-    linear = Linear(in_dim, out_dim)
-    linear.kernel.assign(EMBEDDING_STD * init_noise().normal((in_dim, out_dim), dtype=floatx()))
-    return no_bias(linear)
+    return without_bias(linear)
 
 
 def position_table(length: int, dim: int, dtype: str | None = None) -> np.ndarray:
@@ -113,7 +96,7 @@ class FourierEmbedding(keras.layers.Layer):
     def call(self, t: Array) -> Array:
         """[B] -> [B,dim]"""
         angles = t[:, None] * (tf.constant(2 * math.pi, t.dtype) * self.freqs)[None]
-        return run(self.mlp, tf.concat([tf.cos(angles), tf.sin(angles)], axis=-1))
+        return sequential(self.mlp, tf.concat([tf.cos(angles), tf.sin(angles)], axis=-1))
 
 
 class DiTBlock(keras.layers.Layer):
@@ -135,7 +118,7 @@ class DiTBlock(keras.layers.Layer):
 
     def call(self, x: Array, t: Array) -> Array:
         """x [B,H,D], t [B,D] -> [B,H,D]"""
-        return self.modulated(x, split_rows(run(self.adaLN_modulation, t), 6))
+        return self.modulated(x, split_rows(sequential(self.adaLN_modulation, t), 6))
 
     def modulated(self, x: Array, parts: Sequence[Array], states: slice | None = None) -> Array:
         """x [B,H,D] and six times [B or 1,1,D] -> [B,states,D]: all of them, or those that are asked for."""
@@ -143,7 +126,7 @@ class DiTBlock(keras.layers.Layer):
         inside = normal(x) * (1 + scale_attn) + shift_attn
         base = x if self.standard_residual else inside
         x = (base if states is None else base[:, states]) + gate_attn * self.attn(inside, states)
-        return x + gate_mlp * run(self.mlp, normal(x) * (1 + scale_mlp) + shift_mlp)
+        return x + gate_mlp * sequential(self.mlp, normal(x) * (1 + scale_mlp) + shift_mlp)
 
 
 class FinalLayer(keras.layers.Layer):
@@ -156,7 +139,7 @@ class FinalLayer(keras.layers.Layer):
 
     def call(self, x: Array, t: Array) -> Array:
         """x [B,H,D], t [B,D] -> [B,H,O]"""
-        return self.modulated(x, split_rows(run(self.adaLN_modulation, t), 2))
+        return self.modulated(x, split_rows(sequential(self.adaLN_modulation, t), 2))
 
     def modulated(self, x: Array, parts: Sequence[Array]) -> Array:
         """x [B,H,D] and two times [B or 1,1,D] -> [B,H,O]"""
@@ -181,7 +164,12 @@ class DiT1d(keras.layers.Layer):
         self.d_model = d_model
         self.map_noise = FourierEmbedding(emb_dim)
         self.x_proj = xavier(Linear(in_dim, d_model))
-        self.map_emb = [gaussian(emb_dim, d_model), mish, gaussian(d_model, d_model), mish]
+        self.map_emb = [
+            normal_linear(emb_dim, d_model, EMBEDDING_STD),
+            mish,
+            normal_linear(d_model, d_model, EMBEDDING_STD),
+            mish,
+        ]
         self.blocks = [DiTBlock(d_model, n_heads, standard_residual) for _ in range(depth)]
         self.final_layer = FinalLayer(d_model, in_dim)
 
@@ -192,9 +180,9 @@ class DiT1d(keras.layers.Layer):
     def modulation(self, t: Array, condition: Array | None = None) -> Array:
         """What time [B] and condition [B,E] do to the layers: shifts, scales and gates, [B,parts D]."""
         embedded = self.map_noise(t)
-        embedded = run(self.map_emb, embedded if condition is None else embedded + condition)
+        embedded = sequential(self.map_emb, embedded if condition is None else embedded + condition)
         layers: list[DiTBlock | FinalLayer] = [*self.blocks, self.final_layer]
-        return tf.concat([run(layer.adaLN_modulation, embedded) for layer in layers], axis=-1)
+        return tf.concat([sequential(layer.adaLN_modulation, embedded) for layer in layers], axis=-1)
 
     @property
     def parts(self) -> int:
@@ -222,8 +210,8 @@ class Perceptron(keras.layers.Layer):
 
     def call(self, x: Array) -> Array:
         """x [...,in] -> [...,out]"""
-        for layer in self.mlp[:-1]:
-            x = run(layer, x)
+        for hidden in self.mlp[:-1]:
+            x = sequential(hidden, x)
         return self.mlp[-1](x)
 
 

@@ -6,8 +6,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.dit import run
-from diffusion_rl.networks.layers import LayerNorm, Linear, mish
+from diffusion_rl.networks.layers import LayerNorm, Linear, mish, sequential
 
 
 def perceptron(in_dim: int, hidden_dim: int) -> list:
@@ -27,7 +26,7 @@ class TwinQ(keras.layers.Layer):
     def both(self, obs: Array, act: Array) -> tuple[Array, Array]:
         """obs [B,O], act [B,A] -> two of [B,1]"""
         x = tf.concat([obs, act], axis=-1)
-        return run(self.Q1, x), run(self.Q2, x)
+        return sequential(self.Q1, x), sequential(self.Q2, x)
 
     def call(self, obs: Array, act: Array) -> Array:
         """The smaller one, [B,1]."""
@@ -43,4 +42,4 @@ class StateValue(keras.layers.Layer):
 
     def call(self, obs: Array) -> Array:
         """[...,O] -> [...,1]"""
-        return run(self.V, obs)
+        return sequential(self.V, obs)

@@ -12,7 +12,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, sinusoidal_embedding
+from diffusion_rl.networks.layers import LayerNorm, Linear, sequential, sinusoidal_embedding
 from diffusion_rl.networks.mlp import MLP
 from diffusion_rl.networks.transformer import SelfAttention
 
@@ -65,11 +65,8 @@ class EncoderLayer(keras.layers.Layer):
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dtype=floatx())
-        self.self_attn, self.linear1, self.linear2 = (
-            SelfAttention(dim, heads),
-            Linear(dim, 2 * dim),
-            Linear(2 * dim, dim),
-        )
+        self.self_attn = SelfAttention(dim, heads)
+        self.linear1, self.linear2 = Linear(dim, 2 * dim), Linear(2 * dim, dim)
         self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
 
     def call(self, x: Array) -> Array:
@@ -149,8 +146,7 @@ class TrajectoryEncoder(keras.layers.Layer):
     def call(self, rows: Array) -> Array:
         """[R,To,A+O] -> [R,C]"""
         x = self.embed(rows) + self.positions[:, : rows.shape[1]] if self.kind == "transformer" else rows
-        for block in self.blocks:
-            x = block(x)
+        x = sequential(self.blocks, x)
         return self.head(tf.reduce_mean(x, axis=1) if self.kind == "transformer" else x[:, -1])
 
 

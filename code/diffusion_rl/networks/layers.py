@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,6 +94,8 @@ class Linear(keras.layers.Layer):
 class LayerNorm(keras.layers.Layer):
     """Normalisation over the last axis with gain and offset; biased variance, epsilon inside the root."""
 
+    axes: tuple[int, ...] = (-1,)
+
     def __init__(self, dim: int, epsilon: float = 1e-5):
         super().__init__(dtype=floatx())
         self.epsilon = epsilon
@@ -102,7 +104,7 @@ class LayerNorm(keras.layers.Layer):
 
     def call(self, x: Array) -> Array:
         """x [...,dim] -> [...,dim]; stacked: [M,B,dim]"""
-        mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+        mean, variance = tf.nn.moments(x, axes=self.axes, keepdims=True)
         gamma, beta = (w if w.shape.rank == 1 else w[:, None] for w in (self.gamma, self.beta))  # stacked: [M,1,dim]
         return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * gamma + beta
 
@@ -121,6 +123,31 @@ def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
     frequencies = np.exp(np.arange(half).astype(tf.as_dtype(dtype).as_numpy_dtype) * -(math.log(10000) / (half - 1)))
     angles = tf.cast(t, dtype)[:, None] * tf.constant(frequencies, dtype)[None]
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
+
+
+def sequential(layers: Iterable[Any], x: Array) -> Array:
+    """Applies layers and functions to x [...], one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def uniform_variable(shape: Sequence[int], bound: float, name: str) -> tf.Variable:
+    """Draws a variable [*shape] uniformly within +-bound."""
+    return tf.Variable(init_noise().uniform(shape, -bound, bound, dtype=floatx()), name=name)
+
+
+def normal_linear(in_dim: int, out_dim: int, std: float) -> Linear:
+    """Makes a Linear whose weights are drawn from N(0, std^2), without initial bias."""
+    linear = Linear(in_dim, out_dim)
+    linear.kernel.assign(init_noise().normal((in_dim, out_dim), dtype=floatx()) * std)
+    return without_bias(linear)
+
+
+def without_bias(linear: Linear) -> Linear:
+    """Sets the bias of a Linear to zero. Returns the layer."""
+    linear.bias.assign(tf.zeros_like(linear.bias))
+    return linear
 
 
 def dropped(x: Array, keep: Array | None, rate: float) -> Array:

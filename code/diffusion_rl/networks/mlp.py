@@ -12,7 +12,15 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array, Rng
-from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, activation, dropped, flatten_state
+from diffusion_rl.networks.layers import (
+    LayerNorm,
+    Linear,
+    TimeEmbedding,
+    activation,
+    dropped,
+    flatten_state,
+    sequential,
+)
 
 
 class MLPLayer(keras.layers.Layer):
@@ -159,9 +167,7 @@ class ResidualMLP(keras.layers.Layer):
 
     def call(self, x: Array) -> Array:
         """x [...,in] -> [...,out]"""
-        for layer in self.layers:
-            x = layer(x)
-        return self.activate_out(x)
+        return self.activate_out(sequential(self.layers, x))
 
 
 class DiffusionMLP(keras.layers.Layer):

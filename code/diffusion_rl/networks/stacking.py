@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, gelu, mish
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, gelu, mish, sequential
 from diffusion_rl.networks.temporal_unet import ResidualTemporalBlock, TemporalUnet
 
 
@@ -35,10 +35,7 @@ class MaskedTemporalUnet(TemporalUnet):
 
     def call(self, x: Array, time: Array, mask: Array) -> Array:  # type: ignore[override]  # one more input
         """x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) -> noise [B,H,D]."""
-        where = mask
-        for step in self.cond_mlp:
-            where = step(where)
-        t = self.time_mlp(time)
+        where, t = sequential(self.cond_mlp, mask), self.time_mlp(time)
         rows = tf.maximum(tf.shape(where)[0], tf.shape(t)[0])
         seen = tf.concat([tf.broadcast_to(each, [rows, each.shape[1]]) for each in (where, t)], axis=-1)
         channel = tf.broadcast_to(mask, tf.shape(x)[:2])[..., None]

@@ -18,7 +18,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish, sequential
 from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
 
 GROUPS = 8  # of every group normalisation
@@ -57,9 +57,7 @@ class ResidualTemporalBlock(keras.layers.Layer):
 
     def call(self, x: Array, t: Array) -> Array:
         """x [H,B,I], t [B,M] or [1,M] -> [H,B,C]"""
-        for step in self.time_mlp:
-            t = step(t)
-        out = self.blocks[1](self.blocks[0](x) + t)
+        out = self.blocks[1](self.blocks[0](x) + sequential(self.time_mlp, t))
         out = out + self.inner_attention(out) if self.attends else out
         return out + (self.residual_conv(x) if self.changes_width else x)
 
@@ -186,9 +184,7 @@ class TemporalUnet(keras.layers.Layer):
         x = self.mid_block2(_optional(self.mid_attn, self.mid_block1(x, t)), t)
         for one, two, attend, double in self.ups:
             x = double(_optional(attend, two(one(tf.concat([x, skips.pop()], axis=-1), t), t)))
-        for layer in self.final_conv:
-            x = layer(x)
-        return tf.transpose(x, [1, 0, 2])
+        return tf.transpose(sequential(self.final_conv, x), [1, 0, 2])
 
 
 class ActionTemporalUnet(TemporalUnet):
@@ -223,9 +219,7 @@ class ActionTemporalUnet(TemporalUnet):
 
     def encode(self, observation: Array) -> Array:
         """[B,O] -> features [B,F]"""
-        for step in self.obs_mlp:
-            observation = step(observation)
-        return observation
+        return sequential(self.obs_mlp, observation)
 
     def call(self, x: Array, time: Array, features: Array) -> Array:  # type: ignore[override]  # one more input
         """x [B,H,A], time [B] integers, features [B,F] of `encode` -> noise or clean actions [B,H,A]."""
@@ -285,9 +279,7 @@ class ValueFunction(keras.layers.Layer):
         x = self.mid_down2(self.mid_block2(x, t))
         x = tf.reshape(tf.transpose(x, [1, 2, 0]), [-1, x.shape[0] * x.shape[2]])  # channel by channel
         x = tf.concat([x, tf.broadcast_to(t, [tf.shape(x)[0], t.shape[1]])], axis=-1)
-        for layer in self.final_block:
-            x = layer(x)
-        return x
+        return sequential(self.final_block, x)
 
 
 def require_horizon(horizon: int, levels: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_noise
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, activation, dropped, flatten_state, variables_of
+from diffusion_rl.networks.layers import LayerNorm, Linear, activation, dropped, flatten_state, sequential, variables_of
 from diffusion_rl.networks.spread import SpreadOwner
 
 _ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
@@ -28,12 +28,15 @@ class SelfAttention(keras.layers.Layer):
     """Multi-head attention of a sequence to itself (Vaswani et al. 2017, eq. 1), without a mask.
 
     One projection gives queries, keys and values, in this order; heads are neighbouring channels.
+
+    Args:
+        linear: makes both projections from their widths.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, linear: Callable[[int, int], Linear] = Linear):
         super().__init__(dtype=floatx())
         self.heads, self.head_dim = heads, dim // heads
-        self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
+        self.in_proj, self.out_proj = linear(dim, 3 * dim), linear(dim, dim)
 
     def call(self, x: Array, asking: slice | None = None, keep: Array | None = None, rate: float = 0.0) -> Array:
         """[B,H,E] -> [B,H,E]; of all positions or those that ask; `keep` [B,N,H,H]: dropout's mask of the weights."""
@@ -199,9 +202,7 @@ class Transformer(keras.layers.Layer):
         masks, rate = iter(keep_masks), self.p_drop_emb
         of_memory, of_positions = (next(masks, None) if rate else None for _ in range(2))
         memory = (self.cond_obs_emb(state) + self.cond_pos_emb[0])[:, None]
-        memory = dropped(memory, of_memory, rate)[:, 0]
-        for step in self.encoder:
-            memory = step(memory)
+        memory = sequential(self.encoder, dropped(memory, of_memory, rate)[:, 0])
         positions = dropped(tf.convert_to_tensor(self.pos_emb), of_positions, rate)
         features = self.ln_f(self.decoder(positions, memory, masks))
         return self.head(features), features

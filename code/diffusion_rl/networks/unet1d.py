@@ -15,7 +15,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d, ConvTranspose1d, GroupNorm
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, activation, flatten_state
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, activation, flatten_state, sequential
 from diffusion_rl.networks.mlp import ResidualMLP
 
 
@@ -74,8 +74,7 @@ class FiLMBlock(keras.layers.Layer):
 
     def call(self, x: Array, cond: Array) -> Array:
         """x [H,B,I], cond [B,G] -> [H,B,C]"""
-        for step in self.cond_encoder:
-            cond = step(cond)
+        cond = sequential(self.cond_encoder, cond)
         out, n = self.blocks[0](x), self.out_dim
         out = cond[:, :n] * out + cond[:, n:] if self.cond_predict_scale else out + cond
         return self.blocks[1](out) + (self.residual_conv(x) if self.changes_width else x)
@@ -196,8 +195,7 @@ class UNetTrunk(keras.layers.Layer):
         for one, two, *down in self.down_modules:
             x = two(one(x, cond), cond)
             skips.append(x)
-            for halve in down:
-                x = halve(x)
+            x = sequential(down, x)
         for block in self.mid_modules:
             x = block(x, cond)
         for one, two, double in self.up_modules:
@@ -209,9 +207,7 @@ class UNetTrunk(keras.layers.Layer):
                     "(or fewer network.dim_mults)"
                 )
             x = double(two(one(tf.concat([x, skip], axis=-1), cond), cond))
-        for layer in self.final_conv:
-            x = layer(x)
-        return tf.transpose(x, [1, 0, 2])
+        return tf.transpose(sequential(self.final_conv, x), [1, 0, 2])
 
 
 class Unet1D(UNetTrunk):

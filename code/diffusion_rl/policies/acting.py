@@ -94,8 +94,7 @@ class GaussianActor(SingleStepActor):
 
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
         """Draws the noise [E,H*A] of one decision."""
-        network = self.policy.network
-        return {"noise": rng.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
+        return {"noise": rng.normal(self.policy.noise_shape(n_envs), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
         """Actions [E,H,A] of the policy."""
@@ -107,10 +106,8 @@ class GMMActor(SingleStepActor):
 
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
         """Draws what picks the modes [E] and the noise [E,M,H*A] of one decision."""
-        network = self.policy.network
         uniform = rng.uniform((n_envs,), dtype=floatx())
-        shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
-        return {"uniform": uniform, "noise": rng.normal(shape, floatx())}
+        return {"uniform": uniform, "noise": rng.normal(self.policy.noise_shape(n_envs), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
         """Actions [E,H,A] of the policy."""
@@ -166,9 +163,8 @@ class DiffusionActor:
         self._folded = None
 
     def noise_shape(self, n_envs: int) -> tuple[int, ...]:
-        """Shape of the noise that one decision takes: [steps + 1, E, H, A]."""
-        p = self.policy
-        return (p.sampling_steps + 1, n_envs, p.horizon_steps, p.action_dim)
+        """Returns the shape of the noise that one decision takes: [sampling_steps+1,E,H,A]."""
+        return self.policy.noise_shape(n_envs)
 
     def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
         """Draws the noise of one decision, [steps+1,E,H,A]."""

@@ -105,6 +105,10 @@ class DiffusionPolicy:
         """Returns the t of each step of a sample, noisiest first, [sampling_steps]."""
         return self.ddim_schedule.ddim_t if self.ddim_schedule else np.arange(self.denoising_steps)[::-1]
 
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise that a sample takes: [sampling_steps+1,B,H,A]."""
+        return (self.sampling_steps + 1, batch, self.horizon_steps, self.action_dim)
+
     def table(self, values: np.ndarray, index: Array) -> Array:
         """Entries of a schedule's table for a batch of indices, as [B,1,1]."""
         return process.entries(values, index, self.dtype)

@@ -44,10 +44,6 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
             self.actor = self.network
         self.min_sampling_denoising_std = float(min_sampling_denoising_std)
 
-    def noise_shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of the noise that a sample takes: [K+1,B,H,A]."""
-        return (self.denoising_steps + 1, batch, self.horizon_steps, self.action_dim)
-
     def sample(
         self,
         cond: Cond,
@@ -91,10 +87,6 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
 
 class ExploringGaussianPolicy(GaussianPolicy):
     """A Gaussian policy that explores by its own spread; arguments as in `GaussianPolicy`."""
-
-    def noise_shape(self, batch: int) -> tuple[int, int]:
-        """Shape of the noise of one sample: [B,H*A]."""
-        return (batch, self.horizon_steps * self.network.action_dim)
 
     def trainable(self) -> list[tf.Variable]:
         """The network's weights that are trained."""

@@ -72,6 +72,10 @@ class GaussianPolicy:
         """The precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise of a sample: [B,H*A]."""
+        return (batch, self.horizon_steps * self.network.action_dim)
+
     def mean_std(
         self,
         cond: Cond,

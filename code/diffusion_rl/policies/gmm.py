@@ -46,6 +46,10 @@ class GMMPolicy:
         """The precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise of a sample: [B,M,H*A]."""
+        return (batch, self.network.num_modes, self.horizon_steps * self.network.action_dim)
+
     def distribution(self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()) -> Any:
         """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`: dropout's."""
         means, stds, logits = self.network(cond, **({"keep_masks": keep_masks} if keep_masks else {}))

@@ -7,7 +7,6 @@ arXiv:2108.13264), computed by rliable.
 from __future__ import annotations
 
 import functools
-import io
 import re
 import textwrap
 from collections.abc import Sequence
@@ -34,8 +33,9 @@ from diffusion_rl.reports.figures import (
     read_run,
     run_labels,
     style_panel,
+    write_figure,
+    write_footer,
 )
-from diffusion_rl.reports.metrics import replace_file
 
 RESAMPLES = 2000
 ALGORITHMS = ("diffusion_rl.methods.on_policy", "diffusion_rl.methods.off_policy")
@@ -178,13 +178,10 @@ def compare(
             raise UserError(f"--task {task}: none of the run folders is of it (they are of {', '.join(found)})")
     groups = group_runs(runs, run_labels(runs, labels) if labels else algorithm_labels(runs))
     panels = [_panel(task, groups, x, y, kind, references) for task in wanted]
-    output.parent.mkdir(parents=True, exist_ok=True)
     heading = f"{y or 'success_rate or episode_return'} against {x}; {CAPTION}"
     numbers = curves_csv([c for panel in panels for c in panel.curves], x, heading, command, centre="iqm")
     numbers += "".join(_published_csv(panel) for panel in panels)
-    replace_file(output.with_suffix(".csv"), numbers.encode())
-    replace_file(output, _draw(panels, x, command))
-    return output, _tables(panels)
+    return write_figure(_draw(panels, x, command), output, numbers, command), _tables(panels)
 
 
 def _panel(
@@ -228,8 +225,7 @@ def _published_csv(panel: Panel) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _draw(panels: Sequence[Panel], x: str, command: str) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _draw(panels: Sequence[Panel], x: str, command: str) -> Any:
     from matplotlib.figure import Figure
 
     names = [name for panel in panels for name in [*(c.label for c in panel.curves), *panel.references]]
@@ -248,10 +244,8 @@ def _draw(panels: Sequence[Panel], x: str, command: str) -> bytes:
     columns = min(len(handles), 3 * len(panels))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
     caption = "\n".join([*_captions(panels), footer_of(command, width=WIDTH * len(panels))])
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})
-    return image.getvalue()
+    write_footer(figure, caption)
+    return figure
 
 
 def _draw_published(axes: Any, task: str, algorithm: str, colour: str) -> None:

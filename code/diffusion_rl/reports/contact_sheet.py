@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 
 GAP = 4  # white pixels between pictures
 
@@ -25,18 +26,10 @@ def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike
     for video, row in zip(videos, rows, strict=True):
         if row.shape != rows[0].shape:
             raise UserError(f"{video}: its frames have another size than those of {videos[0]}; make two sheets")
-    output = Path(output)
-    partial = output.with_name(f".{output.name}.part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sheet = np.concatenate([np.concatenate([row, _white(GAP, row.shape[1])]) for row in rows])
-        imsave(partial, sheet[:-GAP], format="png", metadata={"Description": command})
-        partial.replace(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return output
+    sheet = np.concatenate([np.concatenate([row, _white(GAP, row.shape[1])]) for row in rows])
+    with atomic_file(output) as file:
+        imsave(file, sheet[:-GAP], format="png", metadata={"Description": command})
+    return Path(output)
 
 
 def frames(video: str | os.PathLike) -> list[np.ndarray]:

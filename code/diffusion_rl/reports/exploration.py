@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.reports.metrics import replace_file
+from diffusion_rl.reports.figures import csv_text, write_figure
 from diffusion_rl.tasks import avoiding
 
 X_LIMITS, Y_LIMITS = (0.2, 0.8), (-0.3, 0.5)
@@ -90,7 +88,6 @@ def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tupl
 
     Returns the PNG's path and the numbers as lines of text.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     output = Path(output)
@@ -104,10 +101,7 @@ def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tupl
         numbers = measure(panel, data[panel.modes])
         records.append((panel, numbers))
         _draw_panel(axes[rows.index(panel.modes), columns.index(panel.policy)], panel, numbers)
-    canvas, image = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.print_png(image, metadata={"Description": command})
-    replace_file(output, image.getvalue())
-    replace_file(output.with_suffix(".csv"), _table(records, command).encode())
+    write_figure(figure, output, csv_text(_rows(records), command), command)
     return output, "\n".join(describe(panel, numbers) for panel, numbers in records)
 
 
@@ -135,14 +129,9 @@ def describe(panel: Panel, numbers: Numbers) -> str:
     )
 
 
-def _table(records: Sequence[tuple[Panel, Numbers]], command: str) -> str:
-    text = io.StringIO()
-    if command:
-        text.write(f"# {command}\n")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def _rows(records: Sequence[tuple[Panel, Numbers]]) -> Iterator[Sequence[Any]]:
+    yield COLUMNS
     for panel, n in records:
         taken = " ".join(f"{'-'.join(map(str, way))}:{count}" for way, count in n.taken.items())
         figures = (round(n.finishing, 4), round(n.colliding, 4), round(n.spread, 2), round(n.off_data, 2))
-        writer.writerow([panel.modes, panel.policy, len(panel.paths), n.distinct_modes, *figures, taken])
-    return text.getvalue()
+        yield [panel.modes, panel.policy, len(panel.paths), n.distinct_modes, *figures, taken]

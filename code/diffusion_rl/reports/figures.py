@@ -13,7 +13,8 @@ import numpy as np
 
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.reports.metrics import STEP_KEYS, Row, read_rows, replace_file, step_of
+from diffusion_rl.core.files import write_bytes
+from diffusion_rl.reports.metrics import STEP_KEYS, Row, read_rows, step_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow (pale on white); then three of Tol's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255", "#999933", "#999999")
@@ -209,11 +210,8 @@ def learning_curve(
     if missing:
         folder = groups[missing[0]][0].folder
         raise UserError(f"{folder}: its metrics hold no rows with both {x} and {y}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     heading = f"{y} against {x}; mean over seeds and the 95% interval of the mean (Student's t)"
-    replace_file(output.with_suffix(".csv"), curves_csv(curves, x, heading, command).encode())
-    replace_file(output, _draw(curves, x, y, title, command))
-    return output
+    return write_figure(_draw(curves, x, y, title, command), output, curves_csv(curves, x, heading, command), command)
 
 
 def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[str, str]:
@@ -232,29 +230,25 @@ def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[
 def curves_csv(curves: Sequence[Curve], x: str, heading: str, command: str, centre: str = "mean") -> str:
     """One line a point: centre and interval over seeds, then the value of each seed."""
     seeds = list(dict.fromkeys(seed for curve in curves for seed in curve.seeds))
-    text = io.StringIO()
-    text.write(f"# {heading}\n")
-    text.write(f"# made by: {command}\n" if command else "")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["task", "label", "kind", "itr", x, "n_seeds", centre, "low", "high", *(f"seed_{s}" for s in seeds)])
+    columns = ["task", "label", "kind", "itr", x, "n_seeds", centre, "low", "high", *(f"seed_{s}" for s in seeds)]
+    rows: list[Sequence[Any]] = [columns]
     for curve in curves:
         for point in range(len(curve.itr)):
             column = dict(zip(curve.seeds, curve.values[:, point], strict=True))
-            table.writerow(
+            rows.append(
                 [curve.task, curve.label, curve.kind, curve.itr[point], f"{curve.x[point]:.10g}"]
                 + [int(np.sum(~np.isnan(curve.values[:, point])))]
                 + [_number(value) for value in (curve.mean[point], curve.low[point], curve.high[point])]
                 + [_number(column.get(seed, np.nan)) for seed in seeds]
             )
-    return text.getvalue()
+    return csv_text(rows, command, heading)
 
 
 def _number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.6g}"
 
 
-def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: str) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: str) -> Any:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(curve.task for curve in curves))
@@ -268,11 +262,8 @@ def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: s
     if title and len(tasks) > 1:
         figure.suptitle(title, fontsize=12)
     if command:
-        footer = footer_of(command, width=125 * len(tasks))
-        figure.supxlabel(footer, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})
-    return image.getvalue()
+        write_footer(figure, footer_of(command, width=125 * len(tasks)))
+    return figure
 
 
 def _draw_panel(panel: Any, curves: Sequence[Curve], x: str) -> None:
@@ -344,12 +335,31 @@ def footer_of(command: str, width: int) -> str:
     return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][: width - 2] + " …"])
 
 
-def write_with_table(figure: Any, path: Path, rows: Iterable[Sequence[Any]], command: str, **options: Any) -> None:
-    """The PNG (`options` of savefig) and a CSV of rows beside it, both naming the command, if there is one."""
-    picture, table = io.BytesIO(), io.StringIO()
-    figure.savefig(picture, format="png", metadata={"Description": command}, **options)
-    table.write(f"# made by: {command}\n" if command else "")
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, picture.getvalue())
-    replace_file(path.with_suffix(".csv"), table.getvalue().encode())
+def write_footer(figure: Any, text: str) -> None:
+    """Writes small text below a figure."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
+
+
+def csv_text(rows: Iterable[Sequence[Any]], command: str, heading: str = "") -> str:
+    """Returns rows as CSV, below comments: what they are, and the command that made them."""
+    text = io.StringIO()
+    text.write(f"# {heading}\n" if heading else "")
+    text.write(f"# made by: {command}\n" if command else "")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write_figure(figure: Any, path: Path, table: str, command: str, **options: Any) -> Path:
+    """Writes a figure as PNG, which names the command, and the table of its numbers (CSV) beside it.
+
+    Args:
+        options: of matplotlib's savefig.
+
+    Returns:
+        the path of the PNG.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Description": command, "Software": "diffusion-rl"}, **options)
+    write_bytes(path.with_suffix(".csv"), table.encode())
+    write_bytes(path, picture.getvalue())
+    return path

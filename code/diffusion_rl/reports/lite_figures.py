@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.reports.figures import write_with_table
+from diffusion_rl.reports.figures import csv_text, write_figure
 
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
 DPI = 150
@@ -108,8 +108,7 @@ def _draw(
     for name, points in curves.items():
         extra = [[]] * len(points) if errors is None else [[error] for error in errors[name]]
         rows += [[name, *point, *more] for point, more in zip(points, extra, strict=True)]
-    write_with_table(figure, path, rows, command, dpi=DPI, bbox_inches="tight")
-    return path
+    return write_figure(figure, path, csv_text(rows, command), command, dpi=DPI, bbox_inches="tight")
 
 
 def organize_figures(results: str | Path = "results") -> list[Path]:

@@ -14,7 +14,6 @@ machine itself go down in the middle of one, the torn end is dropped when the ru
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import io
@@ -24,14 +23,14 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import read_bytes
+from diffusion_rl.core.files import read_bytes, write_bytes
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -147,7 +146,7 @@ class MetricsWriter:
         if len(kept) == len(self.rows):
             return
         self._jsonl.close()
-        replace_file(self.jsonl_path, b"".join(_json_line(row) for row in kept))
+        write_bytes(self.jsonl_path, b"".join(_json_line(row) for row in kept))
         self._jsonl = _AppendOnlyFile(self.jsonl_path)
         self.rows = kept
         self._rewrite_csv()
@@ -180,7 +179,7 @@ class MetricsWriter:
             self._csv.close()
         self._columns = list(dict.fromkeys(key for row in self.rows for key in row))
         header = _csv_lines(self._columns, [dict(zip(self._columns, self._columns, strict=True))])
-        replace_file(self.csv_path, header + _csv_lines(self._columns, self.rows))
+        write_bytes(self.csv_path, header + _csv_lines(self._columns, self.rows))
         self._csv = _AppendOnlyFile(self.csv_path)
 
 
@@ -216,38 +215,20 @@ class _AppendOnlyFile:
         if self._fd is None:
             raise ValueError(f"{self._path} has been closed")
         size = os.fstat(self._fd).st_size
-        with _disk_errors(self._path):
-            if os.write(self._fd, record) < len(record):
-                os.ftruncate(self._fd, size)
-                raise OSError(errno.ENOSPC, "short write")
+        try:
+            written = os.write(self._fd, record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            written = 0
+        if written < len(record):
+            os.ftruncate(self._fd, size)
+            raise UserError(f"{self._path}: the disk is full; free some space and run again with resume=auto")
 
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
-
-
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run again with resume=auto") from error
-        raise
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file in one step: a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with _disk_errors(path), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tagged(row: Row) -> dict[str, Value]:

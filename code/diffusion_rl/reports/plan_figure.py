@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.reports.figures import write_with_table
+from diffusion_rl.reports.figures import csv_text, write_figure
 from diffusion_rl.reports.plan_results import experiments
 
 WIDTH = 0.8  # of a group of bars
@@ -78,6 +78,4 @@ def plan_scores(bars: Sequence[Bar], output: str | Path, command: str = "") -> P
     panel.set(ylabel="normalised score")
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    path = Path(output)
-    write_with_table(figure, path, [Bar._fields, *bars], command, dpi=150)
-    return path
+    return write_figure(figure, Path(output), csv_text([Bar._fields, *bars], command), command, dpi=150)
