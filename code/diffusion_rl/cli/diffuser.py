@@ -84,16 +84,16 @@ def train_model(
 ) -> None:
     """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
     options.seed = recorded_seed(options) if options.seed is None else options.seed
-    noise, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
+    rng, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
     try:
-        with initial_weights(noise):
+        with initial_weights(rng):
             model = description.build()
     except TypeError as error:
         raise UserError(f"--model {options.model} is no model for --diffusion {options.diffusion} ({error})") from error
     run = training(
         trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay),
         dataset,
-        noise,
+        rng,
         batch_size=options.batch_size,
         gradient_accumulate_every=options.gradient_accumulate_every,
         n_train_steps=int(options.n_train_steps),
@@ -201,7 +201,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
     options = parse_command("plan_maze2d", arguments)
     where = options.logbase, options.dataset, options.diffusion_loadpath
     experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
-    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
+    folder, rng = Path(options.savepath), NoiseSource(seed_of(options))
     planner = _unguided(experiment, options)
     env = Maze2D(options.dataset)
     score = functools.partial(normalized_score, options.dataset)
@@ -215,10 +215,10 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
         options.save()
         scores, plans, ways, goals = [], [], [], []
         for i in range(options.n_episodes):
-            start, own = env.reset(noise), beside(folder, i)
+            start, own = env.reset(rng), beside(folder, i)
             if options.conditional:
-                env.draw_target(noise)
-            episode = follow_plan(planner, env, noise, start, options.replan_every, say)
+                env.draw_target(rng)
+            episode = follow_plan(planner, env, rng, start, options.replan_every, say)
             scores.append(float(score(episode.episode_return)))
             found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
             plans.append(episode.plans.observations[0])

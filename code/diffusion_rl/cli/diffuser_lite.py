@@ -68,7 +68,7 @@ class Pipeline:
     def __init__(self, options: LiteOptions):
         self.options, self.folder, self.results = options, options.folder, Path(options.results_dir)
         self.kind, self.name, self.domain = options.kind, options.env_name, DOMAINS[options.kind]
-        self.noise = NoiseSource(options.seed)
+        self.rng = NoiseSource(options.seed)
         self.shapes = level_shapes(self.domain.horizons)
         if str(options.device).startswith("cpu"):
             tf.config.set_visible_devices([], "GPU")
@@ -134,7 +134,7 @@ class Pipeline:
         """With new weights."""
         o, width = self.options, self.dims[0]
         network = {k: getattr(o, k) for k in ("emb_dim", "d_model", "n_heads", "depth", "standard_residual")}
-        with initial_weights(self.noise):
+        with initial_weights(self.rng):
             return [
                 PlanLevel(
                     ConditionalDiT(width, **network), each.states, width, i == 0, o.next_obs_loss_weight, o.backbone
@@ -144,13 +144,13 @@ class Pipeline:
 
     @cached_property
     def inverse(self) -> InverseDynamics:
-        with initial_weights(self.noise):
+        with initial_weights(self.rng):
             return InverseDynamics(*self.dims)
 
     @cached_property
     def iql(self) -> IQL:
         o = self.options
-        with initial_weights(self.noise):
+        with initial_weights(self.rng):
             return IQL(
                 *self.dims, discount=o.discount, hidden_dim=o.iql_hidden_dim, target_updates=o.iql_target_updates
             )
@@ -193,7 +193,7 @@ class Pipeline:
             files.save_iql(self.folder, self.iql, labels)
 
         self._train(
-            lambda **given: QLearning(IQLTrainer(self.iql), columns, self.noise, batch_size=o.iql_batch_size, **given),
+            lambda **given: QLearning(IQLTrainer(self.iql), columns, self.rng, batch_size=o.iql_batch_size, **given),
             o.iql_gradient_steps,
             save,
             "iql_loss_log.json",
@@ -211,7 +211,7 @@ class Pipeline:
 
         def build(**given: Any) -> LiteLoop:
             sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
-            return PlanTraining(trainer, self.data, self.noise, rate=o.learning_rate, **sizes, **given)
+            return PlanTraining(trainer, self.data, self.rng, rate=o.learning_rate, **sizes, **given)
 
         self._train(build, o.diffusion_gradient_steps, save, "loss_log.json")
 
@@ -222,7 +222,7 @@ class Pipeline:
         generation = Generation(self.levels, self.data, self.source.plans, batch, steps)
         sizes = o.cond_dataset_size, o.uncond_dataset_size
         with files.pairs_to_write(self.folder, self.levels, *sizes, o.pairs_dtype) as write:
-            generation.run(self.noise, *sizes, write)
+            generation.run(self.rng, *sizes, write)
         self.backup()
 
     def reflow(self) -> None:
@@ -236,7 +236,7 @@ class Pipeline:
         with files.pairs_to_read(self.folder, self.levels) as pairs:
             trainer = ReflowTrainer(self.trainers())
             self._train(
-                lambda **given: Reflow(trainer, pairs, self.noise, batch_size=o.batch_size, rate=o.reflow_lr, **given),
+                lambda **given: Reflow(trainer, pairs, self.rng, batch_size=o.batch_size, rate=o.reflow_lr, **given),
                 o.reflow_gradient_steps,
                 save,
                 "reflow_loss_log.json",
@@ -312,7 +312,7 @@ class Pipeline:
         planner = self.planner(label, fitted["means"], fitted["stds"])
         env = {"name": self.name, "n_envs": o.num_envs, "max_episode_steps": self.limit}
         venv = make_vector_env(env, obs_dim=self.dims[0], action_dim=self.dims[1], act_steps=1, seed=o.seed)
-        noise, returns, seconds = NoiseSource(o.seed), [], []
+        rng, returns, seconds = NoiseSource(o.seed), [], []
         published = self.kind if o.published_accounting else ""
         try:
             for episode in range(o.num_episodes):
@@ -321,7 +321,7 @@ class Pipeline:
                 found = run_lite_episodes(
                     planner,
                     venv,
-                    noise,
+                    rng,
                     self.targets(),
                     limit=self.limit,
                     published=published,
@@ -345,7 +345,7 @@ class Pipeline:
             o.test_model = model
             planner = self.planner(None, np.zeros(width, np.float32), np.ones(width, np.float32))
             for n_envs in (1, o.num_envs):
-                times = decision_times(planner, self.noise, n_envs, o.benchmark_decisions, o.benchmark_warm_up)
+                times = decision_times(planner, self.rng, n_envs, o.benchmark_decisions, o.benchmark_warm_up)
                 median = float(np.median(times))
                 facts = {"model": model, "batch": n_envs, "milliseconds": round(1000 * median, 3)}
                 facts |= {"hz": round(1 / median, 1), "mean_hz": round(1 / float(times.mean()), 1)}

@@ -75,12 +75,12 @@ def plan(arguments: Sequence[str]) -> None:
         require_compatible(experiment, found)
         classifier, epochs = found.model.model, epochs | {"epoch_classifier": found.epoch}
     planner = StackingPlanner(experiment.model, experiment.normalizers["observations"], classifier)
-    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
+    folder, rng = Path(options.savepath), NoiseSource(seed_of(options))
     with contextlib.closing(env), locked(folder, ANOTHER_SUFFIX):
         options.save()
         scores = list[float]()
         for i in range(options.n_episodes):
-            episode = run_episode(planner, env, draw_task(options.task, noise), noise, options.n_plans)
+            episode = run_episode(planner, env, draw_task(options.task, rng), rng, options.n_plans)
             total, own = episode.count.total, beside(folder, i)
             scores.append(total / BEST_RETURN)
             facts = {"return": total, "score": scores[-1], "step": len(episode.states) - 1, "term": False, **epochs}

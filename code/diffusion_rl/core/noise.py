@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.typing import Rng
+
 
 class NoiseSource:
     """Random draws as numpy arrays, with a state that can be saved and restored exactly."""
@@ -120,22 +122,22 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-_init_source: list[NoiseSource] = [NoiseSource(0)]
+_init_rngs: list[Rng] = [NoiseSource(0)]
 
 
-def init_noise() -> NoiseSource:
+def init_rng() -> Rng:
     """The source that networks draw their initial weights from (set it with `initial_weights`)."""
-    return _init_source[-1]
+    return _init_rngs[-1]
 
 
 @contextlib.contextmanager
-def initial_weights(source: NoiseSource) -> Iterator[None]:
-    """Networks built inside this block draw their initial weights from `source`."""
-    _init_source.append(source)
+def initial_weights(rng: Rng) -> Iterator[None]:
+    """Networks built inside this block draw their initial weights from `rng`."""
+    _init_rngs.append(rng)
     try:
         yield
     finally:
-        _init_source.pop()
+        _init_rngs.pop()
 
 
 def normal_inside(shape: Any, dtype: Any) -> Any:
@@ -147,7 +149,7 @@ def normal_inside(shape: Any, dtype: Any) -> Any:
 
 
 def uniform_inside(shape: Any, dtype: Any) -> Any:
-    """The same, uniform in [0, 1)."""
+    """Draws numbers [*shape] uniformly in [0, 1), as `normal_inside` draws."""
     import tensorflow as tf
 
     return tf.random.uniform(shape, dtype=dtype)

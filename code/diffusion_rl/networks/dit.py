@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.layers import Linear, mish, normal_linear, sequential, without_bias
 from diffusion_rl.networks.transformer import SelfAttention
@@ -58,7 +58,7 @@ def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 def xavier(linear: Linear) -> Linear:
     """Draws a Linear's weights uniformly within +-sqrt(6 / (in + out)), without initial bias. Returns the layer."""
     bound = math.sqrt(6 / sum(linear.kernel.shape))
-    linear.kernel.assign(init_noise().uniform(linear.kernel.shape, -bound, bound, dtype=floatx()))
+    linear.kernel.assign(init_rng().uniform(linear.kernel.shape, -bound, bound, dtype=floatx()))
     return without_bias(linear)
 
 
@@ -89,7 +89,7 @@ class FourierEmbedding(keras.layers.Layer):
 
     def __init__(self, dim: int, scale: float = FREQUENCY_SCALE):
         super().__init__(dtype=floatx())
-        drawn = scale * init_noise().normal((dim // 8,), dtype=floatx())
+        drawn = scale * init_rng().normal((dim // 8,), dtype=floatx())
         self.freqs = tf.Variable(drawn, trainable=False, name="freqs")
         self.mlp = [xavier(Linear(dim // 4, dim)), mish, xavier(Linear(dim, dim))]
 

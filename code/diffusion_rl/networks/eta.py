@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.layers import Linear, flatten_state, without_bias
 from diffusion_rl.networks.mlp import MLP
@@ -109,5 +109,5 @@ def _xavier_normal(linear: Linear, gain: float) -> None:
     """Glorot's normal initialisation, so small that the network starts at zero."""
     fan_in, fan_out = linear.kernel.shape
     std = gain * math.sqrt(2.0 / (fan_in + fan_out))
-    linear.kernel.assign(init_noise().normal((fan_in, fan_out), dtype=floatx()) * std)
+    linear.kernel.assign(init_rng().normal((fan_in, fan_out), dtype=floatx()) * std)
     without_bias(linear)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.layers import LayerNorm, Linear, sequential, sinusoidal_embedding
 from diffusion_rl.networks.mlp import MLP
@@ -136,7 +136,7 @@ class TrajectoryEncoder(keras.layers.Layer):
         self.kind, wide = kind, hidden_dim if kind == "transformer" else 2 * hidden_dim
         if kind == "transformer":
             self.embed = Linear(row_dim, hidden_dim)
-            self.positions = tf.Variable(0.02 * init_noise().normal((1, steps, hidden_dim), floatx()), name="positions")
+            self.positions = tf.Variable(0.02 * init_rng().normal((1, steps, hidden_dim), floatx()), name="positions")
             self.blocks = [EncoderLayer(hidden_dim, heads) for _ in range(layers)]
         else:
             widths = [row_dim] + [wide] * (layers - 1)

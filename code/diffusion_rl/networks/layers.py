@@ -1,6 +1,6 @@
 """Layers that own weights, built at construction (every dimension is known), initialised as torch initialises them.
 
-Weights take the dtype of `core.keras.floatx()` and draw their initial values from `core.noise.init_noise()`.
+Weights take the dtype of `core.keras.floatx()` and draw their initial values from `core.noise.init_rng()`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Linear(keras.layers.Layer):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(dtype=floatx())
         bound = 1.0 / math.sqrt(in_dim)
-        draw = init_noise().uniform((in_dim + 1, out_dim), -bound, bound, dtype=floatx())
+        draw = init_rng().uniform((in_dim + 1, out_dim), -bound, bound, dtype=floatx())
         self.kernel = tf.Variable(draw[:-1], name="kernel")
         self.bias = tf.Variable(draw[-1], name="bias")
 
@@ -134,13 +134,13 @@ def sequential(layers: Iterable[Any], x: Array) -> Array:
 
 def uniform_variable(shape: Sequence[int], bound: float, name: str) -> tf.Variable:
     """Draws a variable [*shape] uniformly within +-bound."""
-    return tf.Variable(init_noise().uniform(shape, -bound, bound, dtype=floatx()), name=name)
+    return tf.Variable(init_rng().uniform(shape, -bound, bound, dtype=floatx()), name=name)
 
 
 def normal_linear(in_dim: int, out_dim: int, std: float) -> Linear:
     """Makes a Linear whose weights are drawn from N(0, std^2), without initial bias."""
     linear = Linear(in_dim, out_dim)
-    linear.kernel.assign(init_noise().normal((in_dim, out_dim), dtype=floatx()) * std)
+    linear.kernel.assign(init_rng().normal((in_dim, out_dim), dtype=floatx()) * std)
     return without_bias(linear)
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.layers import LayerNorm, Linear, activation, dropped, flatten_state, sequential, variables_of
 from diffusion_rl.networks.spread import SpreadOwner
@@ -180,7 +180,7 @@ class Transformer(keras.layers.Layer):
             if variable.name.startswith("bias"):
                 variable.assign(tf.zeros_like(variable))
             elif not variable.name.startswith(("gamma", "beta")):
-                variable.assign(INIT_STD * init_noise().normal(variable.shape, floatx()))
+                variable.assign(INIT_STD * init_rng().normal(variable.shape, floatx()))
 
     def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
         """Shapes of the 0/1 dropout masks that training draws, in the order of use: of the embedded observation, of

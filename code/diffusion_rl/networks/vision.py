@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, dropped, flatten_state
@@ -69,7 +69,7 @@ class SpatialEmb(keras.layers.Layer):
     def __init__(self, num_patch: int, patch_dim: int, prop_dim: int, proj_dim: int, dropout: float):
         super().__init__(dtype=floatx())
         self.num_patch, self.prop_dim, self.proj_dim, self.dropout = num_patch, prop_dim, proj_dim, dropout
-        self.weight = tf.Variable(init_noise().normal((1, patch_dim, proj_dim), dtype=floatx()), name="weight")
+        self.weight = tf.Variable(init_rng().normal((1, patch_dim, proj_dim), dtype=floatx()), name="weight")
         self.input_linear = Linear(num_patch + prop_dim, proj_dim)
         self.input_norm = LayerNorm(proj_dim)
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.layers import LayerNorm, gelu, normal_linear, sequential, uniform_variable
 from diffusion_rl.networks.transformer import SelfAttention
@@ -147,7 +147,7 @@ class Vit(keras.layers.Layer):
         else:
             raise UserError(f"unknown embed_style {cfg.embed_style!r}: choose embed1 or embed2")
         self.num_patches = patch_embed.num_patch
-        position = init_noise().normal((1, self.num_patches, cfg.embed_dim), dtype=floatx()) * LINEAR_STD
+        position = init_rng().normal((1, self.num_patches, cfg.embed_dim), dtype=floatx()) * LINEAR_STD
         self.pos_embed = tf.Variable(position, name="pos_embed")
         self.patch_embed = patch_embed
         self.net = [TransformerLayer(cfg.embed_dim, cfg.num_heads) for _ in range(cfg.depth)]
