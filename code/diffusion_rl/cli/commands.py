@@ -56,10 +56,10 @@ def read_results(arguments: Sequence[str]) -> None:
     if options is None:
         return
     dataset = options["dataset"]
-    found = plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS)
-    if not found:
+    experiments = plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS)
+    if not experiments:
         raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
-    for experiment in found:
+    for experiment in experiments:
         print(experiment)
 
 
@@ -83,9 +83,9 @@ def table(arguments: Sequence[str]) -> None:
         own = plan_results.experiments(options["logbase"])
         if not own:
             raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
-        own.sort(key=lambda each: each.guided)  # the last of a data set counts
-        means["Diffuser"] = {each.dataset: round(each.mean, 1) for each in own}
-        errors["Diffuser"] = {each.dataset: round(each.error, 2) for each in own}
+        own.sort(key=lambda experiment: experiment.guided)  # the last of a data set counts
+        means["Diffuser"] = {experiment.dataset: round(experiment.mean, 1) for experiment in own}
+        errors["Diffuser"] = {experiment.dataset: round(experiment.error, 2) for experiment in own}
     labels = _labels(options["labels"]) if options["labels"] else None
     print(plan_results.latex_table(means, errors, labels=labels))
 

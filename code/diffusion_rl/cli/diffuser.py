@@ -220,15 +220,15 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
                 env.draw_target(rng)
             episode = follow_plan(planner, env, rng, start, options.replan_every, say)
             scores.append(float(score(episode.episode_return)))
-            found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
+            facts = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
             plans.append(episode.plans.observations[0])
             ways.append(episode.observations)
             goals.append(env.target)
             maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
             maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
-            write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+            write_json(own / "rollout.json", {**facts, "term": False, "epoch_diffusion": experiment.epoch})
         if options.n_episodes > 1:
-            first = np.stack([each[0] for each in plans])
+            first = np.stack([plan[0] for plan in plans])
             maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
             maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
         print(score_line(np.array(scores), folder))
@@ -250,8 +250,8 @@ def _unguided(experiment: Experiment, options: Options) -> Diffuser:
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
     configure_threads()
-    found = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
-    return found.require_task(options.dataset)
+    experiment = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
+    return experiment.require_task(options.dataset)
 
 
 def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
@@ -275,7 +275,7 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
 
     with contextlib.closing(venv), locked(folder, ANOTHER_SUFFIX):
         options.save()
-        found = run_episodes(
+        episodes = run_episodes(
             planner,
             venv,
             NoiseSource(seed),
@@ -289,7 +289,7 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             say=say,
             show=show,
         )
-        _write(options, folder, found, epochs)
+        _write(options, folder, episodes, epochs)
 
 
 def _film(venv: Any, decision: Decision, path: Path) -> None:
@@ -300,19 +300,20 @@ def _film(venv: Any, decision: Decision, path: Path) -> None:
     contact_sheet([path], path.with_name(path.name.replace("_plan.mp4", ".png")), PICTURES, "planned, simulated")
 
 
-def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:
+def _write(options: Options, folder: Path, episodes: Episodes, epochs: dict[str, int]) -> None:
     """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
-    for i in range(len(found.returns)):
-        own = beside(folder, i)
-        facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i])}
-        write_json(own / "rollout.json", {**facts, "term": bool(found.terminated[i]), **epochs})
-    write_json(folder / "action_stats.json", found.action_statistics())
-    write_json(folder / "latency.json", {"batch_size": options.batch_size, "n_envs": options.n_envs, **found.latency()})
+    for i in range(len(episodes.returns)):
+        facts = {"score": float(episodes.scores[i]), "return": float(episodes.returns[i])}
+        facts |= {"step": int(episodes.steps[i]), "term": bool(episodes.terminated[i])}
+        write_json(beside(folder, i) / "rollout.json", {**facts, **epochs})
+    write_json(folder / "action_stats.json", episodes.action_statistics())
+    sizes = {"batch_size": options.batch_size, "n_envs": options.n_envs}
+    write_json(folder / "latency.json", {**sizes, **episodes.latency()})
     if getattr(options, "text_statistics", False):
-        lines = "".join(f"{k}: {v}\n" for k, v in found.action_statistics().items())
+        lines = "".join(f"{k}: {v}\n" for k, v in episodes.action_statistics().items())
         (folder / "std_mean_actions.txt").write_text(lines)
-    print(score_line(found.scores, folder))
-    for name, value in found.latency().items():
+    print(score_line(episodes.scores, folder))
+    for name, value in episodes.latency().items():
         print(f"{name.replace('_', ' ')}: {value:.2f}")
 
 

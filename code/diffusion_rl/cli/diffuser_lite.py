@@ -115,8 +115,8 @@ class Pipeline:
         penalty = options.get("terminal_penalty", options.get("noreaching_penalty"))
         spans = [shape.span for shape in self.shapes]
         data = PlanDataset(self.flat, self.kind, spans, self.options.discount, penalty)
-        if (found := (data.observation_dim, data.action_dim)) != self.dims:
-            raise UserError(f"the data have (observation, action) widths {found}, {self.name} has {self.dims}")
+        if (dims := (data.observation_dim, data.action_dim)) != self.dims:
+            raise UserError(f"the data have (observation, action) widths {dims}, {self.name} has {self.dims}")
         return data
 
     @property
@@ -137,9 +137,9 @@ class Pipeline:
         with initial_weights(self.rng):
             return [
                 PlanLevel(
-                    ConditionalDiT(width, **network), each.states, width, i == 0, o.next_obs_loss_weight, o.backbone
+                    ConditionalDiT(width, **network), shape.states, width, i == 0, o.next_obs_loss_weight, o.backbone
                 )
-                for i, each in enumerate(self.shapes)
+                for i, shape in enumerate(self.shapes)
             ]
 
     @cached_property
@@ -170,10 +170,10 @@ class Pipeline:
             parts = np.array_split(data.states, max(len(data.states) // 50000, 1))
             values = np.concatenate([value(tf.constant(part)).numpy()[:, 0] for part in parts])
         scale = self.options.task.get("return_scale") or return_scale(self.name)
-        told = [conditions(data, i, scale, values) for i in range(len(self.shapes))]
+        targets = [conditions(data, i, scale, values) for i in range(len(self.shapes))]
         rows = [data.rows(i, stride=shape.stride) for i, shape in enumerate(self.shapes)]
         padding = data.padding if self.options.mask_padding else None
-        return PlanSource(data.states, data.actions, rows, told, tf.float32, padding)
+        return PlanSource(data.states, data.actions, rows, targets, tf.float32, padding)
 
     def trainers(self) -> list[LevelTrainer]:
         return [LevelTrainer(level, self.options.learning_rate, self.options.ema_rate) for level in self.levels]
@@ -187,13 +187,15 @@ class Pipeline:
         states = (normal(rows[name].astype(np.float32)) for name in ("observations", "following"))
         before, after = states
         columns = [before, rows["actions"], rewards[:, None], after, rows["terminals"][:, None]]
-        columns = [np.asarray(each, np.float32) for each in columns]
+        columns = [np.asarray(column, np.float32) for column in columns]
 
         def save(step: int, labels: Sequence[int | str]) -> None:
             files.save_iql(self.folder, self.iql, labels)
 
         self._train(
-            lambda **given: QLearning(IQLTrainer(self.iql), columns, self.rng, batch_size=o.iql_batch_size, **given),
+            lambda **settings: QLearning(
+                IQLTrainer(self.iql), columns, self.rng, batch_size=o.iql_batch_size, **settings
+            ),
             o.iql_gradient_steps,
             save,
             "iql_loss_log.json",
@@ -209,9 +211,9 @@ class Pipeline:
             if step - o.save_interval < o.invdyn_gradient_steps:  # trained since the last save
                 files.save_inverse(self.folder, self.inverse, labels)
 
-        def build(**given: Any) -> LiteLoop:
+        def build(**settings: Any) -> LiteLoop:
             sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
-            return PlanTraining(trainer, self.data, self.rng, rate=o.learning_rate, **sizes, **given)
+            return PlanTraining(trainer, self.data, self.rng, rate=o.learning_rate, **sizes, **settings)
 
         self._train(build, o.diffusion_gradient_steps, save, "loss_log.json")
 
@@ -236,7 +238,9 @@ class Pipeline:
         with files.pairs_to_read(self.folder, self.levels) as pairs:
             trainer = ReflowTrainer(self.trainers())
             self._train(
-                lambda **given: Reflow(trainer, pairs, self.rng, batch_size=o.batch_size, rate=o.reflow_lr, **given),
+                lambda **settings: Reflow(
+                    trainer, pairs, self.rng, batch_size=o.batch_size, rate=o.reflow_lr, **settings
+                ),
                 o.reflow_gradient_steps,
                 save,
                 "reflow_loss_log.json",
@@ -299,8 +303,8 @@ class Pipeline:
         if label == "all" and not steps:
             raise UserError(f"no numbered checkpoint in {self.folder}: run mode={'reflow' if r2 else 'training'} first")
         rows = []
-        for each in steps if label == "all" else [label]:
-            rows.append(self._evaluate(each))
+        for checkpoint in steps if label == "all" else [label]:
+            rows.append(self._evaluate(checkpoint))
             write_json(self.folder / f"inference_results_{o.test_model}.json", rows)
         if label == "all":
             print(lite_figures.plot_scores(rows, self.results / lite_figures.FIGURES))
@@ -318,7 +322,7 @@ class Pipeline:
             for episode in range(o.num_episodes):
                 first = o.seed + episode * o.num_envs
                 resets = [{"seed": first + i} for i in range(o.num_envs)]
-                found = run_lite_episodes(
+                episodes = run_lite_episodes(
                     planner,
                     venv,
                     rng,
@@ -327,8 +331,8 @@ class Pipeline:
                     published=published,
                     reset_options=resets,
                 )
-                returns.append(found.published if published else found.returns)
-                seconds += found.seconds
+                returns.append(episodes.published if published else episodes.returns)
+                seconds += episodes.seconds
         finally:
             venv.close()
         scores = 100 * normalized_score(self.name, np.minimum(np.concatenate(returns), self.domain.best_return))

@@ -76,13 +76,13 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise UserError(f"variables: {key} must be a list of at least one value")
     if (count := math.prod(map(len, variables.values()))) > MOST_RUNS:
         raise UserError(f"these variables make {count} runs: {MOST_RUNS} are allowed, so give fewer values")
-    found = []
+    combined = []
     for i, combination in enumerate(itertools.product(*variables.values())):
         variant = copy.deepcopy(dict(constants))
         for key, value in zip(variables, combination, strict=True):
             _put(variant, key, copy.deepcopy(value))
-        found.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
-    return found
+        combined.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
+    return combined
 
 
 def _put(variant: dict[str, Any], key: str, value: Any) -> None:
@@ -98,10 +98,10 @@ def flat_variant(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A variant's file as it is, or a specification of a single run."""
     if "constants" not in spec and "meta_data" not in spec:
         return dict(spec)
-    found = variants(spec)
-    if len(found) > 1:
-        raise UserError(f"{name} describes {len(found)} runs: start it with run_experiment.py -e {name}")
-    return found[0]
+    runs = variants(spec)
+    if len(runs) > 1:
+        raise UserError(f"{name} describes {len(runs)} runs: start it with run_experiment.py -e {name}")
+    return runs[0]
 
 
 # ---------- one run ----------
@@ -157,8 +157,8 @@ class Job:
         """How far it says it is: the last "n/N" of its output."""
         if self.status is not None:
             return 1.0
-        found = re.findall(r"(\d+)/(\d+)", self.last_line())
-        return min(int(found[-1][0]) / max(int(found[-1][1]), 1), 1.0) if found else 0.0
+        counts = re.findall(r"(\d+)/(\d+)", self.last_line())
+        return min(int(counts[-1][0]) / max(int(counts[-1][1]), 1), 1.0) if counts else 0.0
 
 
 def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
@@ -188,7 +188,7 @@ def style_of(variant: Mapping[str, Any]) -> str:
     return variant.get("arguments") or usual or ("flags" if script.parent.name == "scripts" else "file")
 
 
-def tell_apart(found: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
+def tell_apart(runs: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
     """Variants of which no two write to one folder, where that can be known: of this repository's own scripts.
 
     Where some would, what varies is appended to the name of each run.
@@ -196,20 +196,20 @@ def tell_apart(found: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[
     Raises:
         UserError: they still would, since their values are the same.
     """
-    if len(found) == 1:
-        return found
-    folders = [folder_of(variant, style_of(variant)) for variant in found]
+    if len(runs) == 1:
+        return runs
+    folders = [folder_of(variant, style_of(variant)) for variant in runs]
     if _twice(folders) is not None:
-        for variant in found:
+        for variant in runs:
             parts = [f"{key}_{_at(variant, key)}" for key in varied if key != "seed"]
             append_to_name(variant, style_of(variant), "".join(f"-{_plain(part)}" for part in parts))
-        folders = [folder_of(variant, style_of(variant)) for variant in found]
+        folders = [folder_of(variant, style_of(variant)) for variant in runs]
     if (folder := _twice(folders)) is not None:
-        same = ", ".join(str(i) for i, each in enumerate(folders) if each == folder)
+        same = ", ".join(str(i) for i, other in enumerate(folders) if other == folder)
         raise UserError(
             f"runs {same} would all write to {folder}: they do not differ in {', '.join(varied) or 'anything'}"
         )
-    return found
+    return runs
 
 
 def _twice(folders: Sequence[str | None]) -> str | None:
@@ -335,30 +335,30 @@ def main(arguments: Sequence[str]) -> int:
     parser = experiment_arguments("Run every combination of an experiment's variables.", HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
-    given = parser.parse_args(list(arguments))
-    gpu, spec = gpu_number(given.gpu), read_spec(Path(given.experiment))
-    found = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
+    parsed = parser.parse_args(list(arguments))
+    gpu, spec = gpu_number(parsed.gpu), read_spec(Path(parsed.experiment))
+    runs = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
     root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
-    for variant in found:  # what cannot be started is said before anything is written
+    for variant in runs:  # what cannot be started is said before anything is written
         command = command_of(variant, root / f"{variant['exp_id']}.yaml", gpu)
-        if given.dry_run:
+        if parsed.dry_run:
             print(" ".join(command))
-    if given.dry_run:
+    if parsed.dry_run:
         return 0
-    folder = _last_launch(root, spec) if given.resume else None
+    folder = _last_launch(root, spec) if parsed.resume else None
     if folder is None:
         folder = _new_folder(root)
         write_yaml(folder / "exp_spec_definition.yaml", spec)
-        for variant in found:
+        for variant in runs:
             write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
     with locked(folder, "start it anew without --resume"):
-        return Pool(folder, _jobs(folder, found, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
+        return Pool(folder, _jobs(folder, runs, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
 
 
-def _jobs(folder: Path, found: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
+def _jobs(folder: Path, runs: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
     """The runs of a launch; done are those that ended well as the very variants that they are now."""
     done, jobs = _statuses(folder), []
-    for variant in found:
+    for variant in runs:
         path = folder / f"{variant['exp_id']}.yaml"
         if not path.is_file() or read_spec(path) != variant:
             write_yaml(path, variant)
@@ -390,6 +390,6 @@ def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
 def _statuses(folder: Path) -> dict[str, int]:
     try:
         facts = read_json(folder / "status.json")
-        return {name: 0 for name, each in facts.items() if each["exit"] == 0}
+        return {name: 0 for name, fact in facts.items() if fact["exit"] == 0}
     except (UserError, KeyError, TypeError, AttributeError):
         return {}

@@ -71,9 +71,9 @@ def plan(arguments: Sequence[str]) -> None:
     experiment, classifier = _load(options, MaskedDiffusion, "diffusion"), None
     epochs = {"epoch_diffusion": experiment.epoch}
     if options.task != "unconditional":
-        found = _load(options, StackClassification, "classifier")
-        require_compatible(experiment, found)
-        classifier, epochs = found.model.model, epochs | {"epoch_classifier": found.epoch}
+        guiding = _load(options, StackClassification, "classifier")
+        require_compatible(experiment, guiding)
+        classifier, epochs = guiding.model.model, epochs | {"epoch_classifier": guiding.epoch}
     planner = StackingPlanner(experiment.model, experiment.normalizers["observations"], classifier)
     folder, rng = Path(options.savepath), NoiseSource(seed_of(options))
     with contextlib.closing(env), locked(folder, ANOTHER_SUFFIX):
@@ -95,10 +95,12 @@ def _load(options: Options, kind: type, part: str) -> Experiment:
     path, epoch = getattr(options, f"{part}_loadpath"), getattr(options, f"{part}_epoch")
     if path.endswith(".pt"):
         return _original(options, Path(path))
-    found = load_experiment(options.loadbase, options.dataset, path, epoch=epoch)
-    if not isinstance(found.model, kind):
-        raise UserError(f"{found.folder} holds no model of this kind ({part}): train one with scripts/train_kuka.py")
-    return found
+    experiment = load_experiment(options.loadbase, options.dataset, path, epoch=epoch)
+    if not isinstance(experiment.model, kind):
+        raise UserError(
+            f"{experiment.folder} holds no model of this kind ({part}): train one with scripts/train_kuka.py"
+        )
+    return experiment
 
 
 def _original(options: Options, path: Path) -> Experiment:

@@ -45,10 +45,10 @@ def main(arguments: Sequence[str]) -> None:
         return show(f"{usage}\n\n{rows}\nAny other option is the job's: --help of its script lists them.")
     if not arguments or arguments[0] not in PLACES:
         raise UserError(f"say where: one of {', '.join(PLACES)}")
-    given = pairs(arguments[1:])
-    own = {key: given.pop(key) for key in OPTIONS if key in given}
+    texts = pairs(arguments[1:])
+    own = {key: texts.pop(key) for key in OPTIONS if key in texts}
     settings = flags(own, OPTIONS, "the launcher")
-    run_all(PLACES[arguments[0]](settings, given), settings["dry_run"])
+    run_all(PLACES[arguments[0]](settings, texts), settings["dry_run"])
 
 
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:
@@ -86,15 +86,15 @@ def slurm(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     datasets = [options["dataset"]] if "dataset" in options else DATASETS
     for dataset in datasets:
         task, _, buffer = dataset.removesuffix("-v2").partition("-")
-        given, name = {**options, "dataset": dataset}, f"{settings['job']}-{task[:2]}-{buffer}"
+        changed, name = {**options, "dataset": dataset}, f"{settings['job']}-{task[:2]}-{buffer}"
         if settings["job"] != "plan":
-            yield _sbatch(name, settings, shlex.join(job(settings, given)))
+            yield _sbatch(name, settings, shlex.join(job(settings, changed)))
             continue
         for first in range(0, settings["trials"], TRIALS):
             last = min(first + TRIALS, settings["trials"]) - 1
-            one = shlex.join(job(settings, {"vis_freq": "500", "verbose": "False", **given}))
-            each = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {one} --suffix TRIAL"
-            yield _sbatch(f"{name}-{first}-{last}", settings, each)
+            trial = shlex.join(job(settings, {"vis_freq": "500", "verbose": "False", **changed}))
+            trials = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {trial} --suffix TRIAL"
+            yield _sbatch(f"{name}-{first}-{last}", settings, trials)
 
 
 def _sbatch(name: str, settings: Mapping, command: str) -> Command:

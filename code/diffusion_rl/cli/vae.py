@@ -25,9 +25,11 @@ from diffusion_rl.training import signals
 def options(arguments: Sequence[str], evaluation: bool = False) -> Mapping[str, Any]:
     """`-e FILE [-g GPU]`: the experiment, with the GPU chosen before TensorFlow starts."""
     what = "Checkpoints" if evaluation else "One experiment"
-    given = experiment_arguments(f"{what} of VAE + Diffusion RL.", help_on_keys(evaluation)).parse_args(list(arguments))
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_number(given.gpu)
-    return flat_variant(read_spec(Path(given.experiment)), given.experiment)
+    parsed = experiment_arguments(f"{what} of VAE + Diffusion RL.", help_on_keys(evaluation)).parse_args(
+        list(arguments)
+    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_number(parsed.gpu)
+    return flat_variant(read_spec(Path(parsed.experiment)), parsed.experiment)
 
 
 def load_data(cfg: Mapping[str, Any]) -> Any:
@@ -125,15 +127,15 @@ def training_of(cfg: dict[str, Any]) -> Any:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """`script/evaluate_experiment.py`: checkpoints of a finished run, `log_dir` and `load_steps` of the YAML."""
-    given = evaluation_settings(options(arguments, evaluation=True))
-    folder, changes = Path(given["log_dir"]), {key: given[key] for key in EVALUATION_KEYS if key in given}
+    asked = evaluation_settings(options(arguments, evaluation=True))
+    folder, changes = Path(asked["log_dir"]), {key: asked[key] for key in EVALUATION_KEYS if key in asked}
     _start_tensorflow()
-    for step in map(int, given["load_steps"]):
+    for step in map(int, asked["load_steps"]):
         path = folder / "checkpoint" / f"state_{step}.safetensors"
         if not path.is_file():
             print(f"{path}: no such checkpoint, skipped", flush=True)
             continue
-        evaluate_checkpoint(path, changes, given["overwrite"])
+        evaluate_checkpoint(path, changes, asked["overwrite"])
 
 
 def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool) -> Path:
@@ -178,11 +180,11 @@ def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool)
     load_weights(algorithm, checkpoint)
     venv = environment(cfg, sizes, normalizer, int(cfg["num_envs"]), int(cfg["seed"]))
     try:
-        found = evaluate_policy(decoder(algorithm), venv, cfg, evaluating_actor(algorithm, cfg))
+        evaluation = evaluate_policy(decoder(algorithm), venv, cfg, evaluating_actor(algorithm, cfg))
     finally:
         venv.close()
-    write_result(folder, step, found, cfg)
-    print(f"{result}: mean return {found.returns.mean():.3f} of {len(found.returns)} episodes", flush=True)
+    write_result(folder, step, evaluation, cfg)
+    print(f"{result}: mean return {evaluation.returns.mean():.3f} of {len(evaluation.returns)} episodes", flush=True)
     return result
 
 

@@ -27,14 +27,14 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 def as_flags(variant: Mapping[str, Any]) -> list[str]:
     """Write the values of a variant as `--key value`."""
-    given = {k: v for k, v in variant.items() if k not in META_KEYS}
-    return [part for key, value in flat(given) for part in (f"--{key}", str(value))]
+    values = {k: v for k, v in variant.items() if k not in META_KEYS}
+    return [part for key, value in flat(values) for part in (f"--{key}", str(value))]
 
 
 def as_overrides(variant: Mapping[str, Any]) -> list[str]:
     """Write the values of a variant as Hydra's `key=value`, but for the configuration itself."""
-    given = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
-    return [f"{key}={_hydra(value)}" for key, value in flat(given)]
+    values = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
+    return [f"{key}={_hydra(value)}" for key, value in flat(values)]
 
 
 def _hydra(value: Any) -> str:

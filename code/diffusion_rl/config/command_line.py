@@ -94,8 +94,8 @@ _NO_HYDRA_FILES = {
 
 def without_hydra_files(arguments: Sequence[str]) -> list[str]:
     """Add to a command line what keeps Hydra from making folders and files, unless the command line says otherwise."""
-    given = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
-    return [*arguments, *(f"++{key}={value}" for key, value in _NO_HYDRA_FILES.items() if key not in given)]
+    written = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
+    return [*arguments, *(f"++{key}={value}" for key, value in _NO_HYDRA_FILES.items() if key not in written)]
 
 
 def check_names(options: Namespace) -> dict[str, Any]:

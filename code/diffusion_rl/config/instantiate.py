@@ -123,13 +123,13 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
-    found = plain(node)
-    if isinstance(found, Mapping):
-        if "_target_" in found:
-            yield prefix, found
-        items: Any = found.items()
-    elif isinstance(found, list):
-        items = enumerate(found)
+    content = plain(node)
+    if isinstance(content, Mapping):
+        if "_target_" in content:
+            yield prefix, content
+        items: Any = content.items()
+    elif isinstance(content, list):
+        items = enumerate(content)
     else:
         return
     for key, value in items:
@@ -184,13 +184,13 @@ def find_class(name: str) -> type:
     module, _, attribute = name.rpartition(".")
     _refuse_standard_library(name, module)
     try:
-        found = getattr(importlib.import_module(module), attribute, None) if module else None
+        cls = getattr(importlib.import_module(module), attribute, None) if module else None
     except ImportError as error:
         raise UserError(f"cannot import '{name}': {error}") from error
-    if not inspect.isclass(found):
+    if not inspect.isclass(cls):
         raise UserError(f"'{name}' is not a class")
-    _refuse_standard_library(name, found.__module__)
-    return found
+    _refuse_standard_library(name, cls.__module__)
+    return cls
 
 
 def _refuse_standard_library(name: str, module: str) -> None:
@@ -204,14 +204,14 @@ def default_arguments(target: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def parameters_of(found: type) -> tuple[dict[str, inspect.Parameter], bool]:
+def parameters_of(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
     """The arguments of a class and of those bases it passes others on to, and whether it takes any other.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
     names: dict[str, inspect.Parameter] = {}
-    for base in found.__mro__:
-        if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] != cls.__module__.split(".")[0]:
             break
         if "__init__" not in vars(base):
             continue
@@ -220,7 +220,7 @@ def parameters_of(found: type) -> tuple[dict[str, inspect.Parameter], bool]:
         names = {p.name: p for p in named} | names
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
-    return names, not found.__module__.startswith(PACKAGE)
+    return names, not cls.__module__.startswith(PACKAGE)
 
 
 def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:

@@ -389,10 +389,10 @@ def complete(config: dict[str, Any]) -> None:
 def check_arguments(config: Mapping[str, Any]) -> None:
     """Raise UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
     for where, mapping in targets(config):
-        found = _class_at(where, mapping["_target_"])
+        cls = _class_at(where, mapping["_target_"])
         if not where:
             continue
-        accepted, anything = parameters_of(found)
+        accepted, anything = parameters_of(cls)
         for key, value in mapping.items():
             if key in accepted and key not in IGNORED_ARGUMENTS:
                 _check_annotation(f"{where}.{key}", value, accepted[key].annotation)
@@ -407,7 +407,7 @@ def check_arguments(config: Mapping[str, Any]) -> None:
 def _class_at(where: str, target: str) -> type:
     """The class of a `_target_`, if it can stand in that place. Raises UserError; nothing is built."""
     try:
-        found = find_class(target)
+        cls = find_class(target)
     except UserError as error:
         raise UserError(f"{where}._target_: {error}".removeprefix(".")) from error
     last = where.rpartition(".")[2]
@@ -420,10 +420,10 @@ def _class_at(where: str, target: str) -> type:
         needed, what = ("KIND",), "policy (see diffusion_rl.policies)"
     else:
         needed, what = ("trainable_variables",), "network (a Keras layer or a tf.Module)"
-    own = where and found.__module__.startswith((f"{PACKAGE}networks.", f"{PACKAGE}diffusion."))
-    if not own and not all(hasattr(found, name) for name in needed):
+    own = where and cls.__module__.startswith((f"{PACKAGE}networks.", f"{PACKAGE}diffusion."))
+    if not own and not all(hasattr(cls, name) for name in needed):
         raise UserError(f"{where}._target_={target} is no {what}; refused".removeprefix("."))
-    return found
+    return cls
 
 
 def _check_annotation(key: str, value: Any, annotation: str) -> None:

@@ -60,13 +60,13 @@ def assignments(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _once(items: Iterable[tuple[str, str]], spelling: Spelling) -> dict[str, str]:
-    given: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for key, text in items:
-        if key in given:
+        if key in texts:
             name = spelling.name.format(key)
-            raise UserError(f"{name} stands twice ({shown(given[key])} and {shown(text)}): give it once")
-        given[key] = text
-    return given
+            raise UserError(f"{name} stands twice ({shown(texts[key])} and {shown(text)}): give it once")
+        texts[key] = text
+    return texts
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ YAML = Syntax(PAIRS, ("null", "~", ""), _yaml)
 
 def override(
     values: dict[str, Any],
-    given: Mapping[str, str],
+    texts: Mapping[str, str],
     kinds: Mapping[str, Kind],
     syntax: Syntax,
     what: str,
@@ -146,20 +146,20 @@ def override(
     Raises:
         UserError: an option that does not exist, or a value of another type.
     """
-    for key, text in given.items():
+    for key, text in texts.items():
         if key not in values:
             raise unknown_option(key, [*values, *others], what, syntax.spelling)
         values[key] = value_of(key, text, kinds.get(key) or kind_like(values[key]), values[key], syntax)
 
 
-def flags(given: Mapping[str, str], options: Mapping[str, Option], what: str) -> dict[str, Any]:
+def flags(texts: Mapping[str, str], options: Mapping[str, Option], what: str) -> dict[str, Any]:
     """The values of options that a table describes with their defaults, as `--key value` changes them.
 
     Raises:
         UserError: as `override` does, or a value that is not allowed.
     """
     values, kinds = {k: option.default for k, option in options.items()}, {k: o.kind for k, o in options.items()}
-    override(values, given, kinds, PYTHON, what)
+    override(values, texts, kinds, PYTHON, what)
     check_ranges(values, kinds, FLAGS)
     return values
 
@@ -211,11 +211,11 @@ def gpu_number(text: str) -> str:
 
 def read_spec(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
-    found = read_yaml(path)
-    if not isinstance(found, dict):
+    spec = read_yaml(path)
+    if not isinstance(spec, dict):
         raise UserError(f"{path}: a mapping of keys to values is needed")
-    _check_keys(found, str(path))
-    return found
+    _check_keys(spec, str(path))
+    return spec
 
 
 def _check_keys(node: Any, where: str) -> None:
@@ -239,11 +239,11 @@ def help_rows(values: Mapping[str, Any], meaning: Mapping[str, str], spelling: S
 
 def comments(*paths: Path) -> dict[str, str]:
     """The comments beside the keys of YAML files, which say what these mean; of several, the first counts."""
-    found: dict[str, str] = {}
+    meanings_by_key: dict[str, str] = {}
     for path in paths:
         for key, text in re.findall(r"^ *([\w.]+):(?: .*?)? +# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            found.setdefault(key, text)
-    return found
+            meanings_by_key.setdefault(key, text)
+    return meanings_by_key
 
 
 def meanings(options: Mapping[str, Option]) -> dict[str, str]:

@@ -113,10 +113,10 @@ def unread(
 
     defaults: the flat configuration without overrides: what it says of `DESCRIPTIVE` keys may stay unread.
     """
-    found = []
+    keys = []
     for key, value in flatten(config).items():
         if key == "_target_" or key.startswith(objects) or is_read(key, config, used):
             continue
         if key not in DESCRIPTIVE or (defaults and defaults.get(key, ...) != value):
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys

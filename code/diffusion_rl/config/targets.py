@@ -138,7 +138,7 @@ def translate(config: dict[str, Any]) -> None:
     Raises UserError naming every `_target_` that is neither the reference's nor the path of a class.
     """
     modernize(config)
-    unknown, found = [], False
+    unknown, changed = [], False
     for where, mapping in list(targets(config)):
         name = mapping["_target_"]
         if name in WITHOUT_EFFECT:
@@ -146,7 +146,7 @@ def translate(config: dict[str, Any]) -> None:
             _remove(config, where)
             continue
         if name in REFERENCE_TARGETS:
-            mapping["_target_"], found = REFERENCE_TARGETS[name], True  # type: ignore[index]
+            mapping["_target_"], changed = REFERENCE_TARGETS[name], True  # type: ignore[index]
         elif not isinstance(name, str) or "." not in name or name.startswith(_REFERENCE_ROOTS):
             unknown.append(f"{where}._target_={name}".lstrip("."))
     if unknown:
@@ -154,9 +154,9 @@ def translate(config: dict[str, Any]) -> None:
             f"{', '.join(unknown)}: not the path of a class (package.module.Class), or one of the reference's "
             "without a counterpart here"
         )
-    if found:
+    if changed:
         _move(config)
-    if found and config.get("wandb") and "mode" not in config["wandb"]:
+    if changed and config.get("wandb") and "mode" not in config["wandb"]:
         log.info("logging to Weights & Biases stays off; wandb.mode=online turns it on")
         config["wandb"] = None
 

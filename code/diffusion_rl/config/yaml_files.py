@@ -105,7 +105,7 @@ def _count(node: yaml.Node, known: dict[int, int], above: list[yaml.Node], where
     """How many values a node stands for with its aliases; checks each of them."""
     if id(node) in known:
         return known[id(node)]
-    if any(node is each for each in above):
+    if any(node is outer for outer in above):
         raise UserError(f"{where}: an alias stands within what it names")
     if len(above) > DEEPEST:
         raise UserError(f"{where}: lists and mappings may be {DEEPEST} levels deep")

@@ -180,9 +180,9 @@ def build_policy(cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], p
             node["ft_denoising_steps"] = fine_tuned_steps(checkpoint, node["ft_denoising_steps"], path)
         plain = {k: v for k, v in node.items() if not isinstance(v, Mapping)}  # neither critic nor eta
         return (FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy)(network=network, **plain)
-    given = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
-    given = getattr(cls, "EXPORT_SETTINGS", {}) | given
-    return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **given)
+    settings = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
+    settings = getattr(cls, "EXPORT_SETTINGS", {}) | settings
+    return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **settings)
 
 
 def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:

@@ -141,13 +141,13 @@ def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
         raise UserError(problem)
     if (steps := _steps(weights)) != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps: plan with --n_diffusion_steps {steps}")
-    found = {}
+    renamed = {}
     for name, value in weights.items():
         if name.startswith("denoise_fn."):
             own = re.sub(r"^denoise_fn\.((?:downs|ups)\.\d+\.)2\.conv", r"denoise_fn.\g<1>3.conv", name)
             value = value[..., 0] if ".attn.fn." in name and value.ndim == 4 else value
-            found[own.replace("denoise_fn.", "model.", 1)] = value
-    return found
+            renamed[own.replace("denoise_fn.", "model.", 1)] = value
+    return renamed
 
 
 def _average_in(path: str | os.PathLike[str], problem: str) -> dict[str, np.ndarray]:

@@ -122,9 +122,9 @@ def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
     """What each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
     n_in, channels = x.shape[0], x.shape[2]
     n_out = (n_in + 2 * padding - k) // stride + 1
-    each = n_out + (k - 1) // stride  # inputs of every phase of the stride
-    padded = tf.pad(x, [[padding, max(each * stride - n_in - padding, 0)], [0, 0], [0, 0]])[: each * stride]
-    phases = tf.unstack(tf.reshape(padded, [each, stride, -1, channels]), axis=1) if stride > 1 else [padded]
+    per_phase = n_out + (k - 1) // stride  # inputs of every phase of the stride
+    padded = tf.pad(x, [[padding, max(per_phase * stride - n_in - padding, 0)], [0, 0], [0, 0]])[: per_phase * stride]
+    phases = tf.unstack(tf.reshape(padded, [per_phase, stride, -1, channels]), axis=1) if stride > 1 else [padded]
     return tf.concat([phases[j % stride][j // stride :][:n_out] for j in range(k)], axis=-1)
 
 
@@ -135,18 +135,18 @@ def _scattered(x: Array, kernel: Array, stride: int, padding: int, length: int) 
     """
     n, (k, outputs, _) = x.shape[0], kernel.shape
     products = tf.unstack(tf.reshape(tf.matmul(_rows(x)[None], kernel, transpose_b=True), [k, n, -1, outputs]))
-    each = -(-length // stride)  # outputs of every phase of the stride
+    per_phase = -(-length // stride)  # outputs of every phase of the stride
     phases: list[list[Array]] = [[] for _ in range(stride)]
     for j, product in enumerate(products):
         shift, phase = divmod(j - padding, stride)
-        first, end = max(-shift, 0), min(each - shift, n)
+        first, end = max(-shift, 0), min(per_phase - shift, n)
         if first < end:
-            phases[phase].append(tf.pad(product[first:end], [[first + shift, each - end - shift], [0, 0], [0, 0]]))
-    nothing = tf.zeros([each, tf.shape(x)[1], outputs], x.dtype)  # what no tap reaches
-    sums = [functools.reduce(tf.add, found) if found else nothing for found in phases]
+            phases[phase].append(tf.pad(product[first:end], [[first + shift, per_phase - end - shift], [0, 0], [0, 0]]))
+    nothing = tf.zeros([per_phase, tf.shape(x)[1], outputs], x.dtype)  # what no tap reaches
+    sums = [functools.reduce(tf.add, parts) if parts else nothing for parts in phases]
     if stride == 1:
         return sums[0]
-    return tf.reshape(tf.stack(sums, axis=1), [each * stride, -1, outputs])[:length]
+    return tf.reshape(tf.stack(sums, axis=1), [per_phase * stride, -1, outputs])[:length]
 
 
 class Toom(NamedTuple):
@@ -278,9 +278,9 @@ class GroupNorm(keras.layers.Layer):
         steps, channels = x.shape[0], x.shape[2]
         member = tf.constant(np.kron(np.eye(self.groups), np.ones((channels // self.groups, 1))), x.dtype)  # [C,groups]
 
-        def mean(each: Array) -> Array:
+        def mean(sums: Array) -> Array:
             """Over time and group, for every channel: sums over time [B,C] -> [B,C]."""
-            return tf.matmul(tf.matmul(each, member) * (self.groups / (steps * channels)), member, transpose_b=True)
+            return tf.matmul(tf.matmul(sums, member) * (self.groups / (steps * channels)), member, transpose_b=True)
 
         @tf.custom_gradient
         def normalise(x: Array, gamma: Array, beta: Array) -> tuple[Array, Any]:

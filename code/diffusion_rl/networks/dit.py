@@ -260,6 +260,6 @@ class ConditionalDiT(keras.layers.Layer):
         states: slice | None = None,
     ) -> Array:
         """x [B,H,O], t [B], condition [B,1] or None, keep [B] -> [B,states,O]; None: of all states."""
-        told = None if condition is None else self.condition(condition, keep)
+        wanted = None if condition is None else self.condition(condition, keep)
         network = self.diffusion
-        return network.estimate(x, split_rows(network.modulation(t, told), network.parts), states)
+        return network.estimate(x, split_rows(network.modulation(t, wanted), network.parts), states)

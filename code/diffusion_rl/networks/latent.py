@@ -213,8 +213,8 @@ class DiffusionBackbone(keras.layers.Layer):
         """latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: not told) -> [B,N,H*Z]"""
         embedded = self.time_mlp(sinusoidal_embedding(t, self.time_dim // 4, latents.dtype))
         if returns is not None:
-            told = self.return_mlp(returns)
-            embedded += told if keep is None else keep * told
+            wanted = self.return_mlp(returns)
+            embedded += wanted if keep is None else keep * wanted
         x = self.embed(tf.concat([latents, codes], axis=-1))
         for block in self.blocks:
             x = block(x, embedded[:, None])
@@ -266,15 +266,17 @@ class LatentDenoiser(keras.layers.Layer):
         if not self.backbone.returns_condition:
             return self._noise(x, t, code)
         free = self._noise(x, t, code)
-        told = self._noise(x, t, code, tf.fill([tf.shape(x)[0], 1], tf.constant(self.target_return, x.dtype)))
-        return free + self.guidance * (told - free)
+        conditioned = self._noise(x, t, code, tf.fill([tf.shape(x)[0], 1], tf.constant(self.target_return, x.dtype)))
+        return free + self.guidance * (conditioned - free)
 
     def _noise(self, x: Array, t: Array, code: Array, returns: Array | None = None, keep: Array | None = None) -> Array:
         n, h, z = self.n_agents, self.horizon, x.shape[-1] // self.n_agents
         latents = tf.reshape(tf.transpose(tf.reshape(x, [-1, h, n, z]), [0, 2, 1, 3]), [-1, n, h * z])
         codes = tf.reshape(code, [-1, n, code.shape[-1] // n])
         if not self.centralised and n > 1:  # every agent is a row of its own
-            latents, codes = (tf.reshape(each, [-1, 1, each.shape[-1]]) for each in (latents, codes))
-            t, returns, keep = (None if each is None else tf.repeat(each, n, axis=0) for each in (t, returns, keep))
+            latents, codes = (tf.reshape(tensor, [-1, 1, tensor.shape[-1]]) for tensor in (latents, codes))
+            t, returns, keep = (
+                None if tensor is None else tf.repeat(tensor, n, axis=0) for tensor in (t, returns, keep)
+            )
         noise = tf.reshape(self.backbone(latents, t, codes, returns, keep), [-1, n, h, z])
         return tf.reshape(tf.transpose(noise, [0, 2, 1, 3]), [-1, h, n * z])

@@ -37,7 +37,7 @@ class MaskedTemporalUnet(TemporalUnet):
         """x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) -> noise [B,H,D]."""
         where, t = sequential(self.cond_mlp, mask), self.time_mlp(time)
         rows = tf.maximum(tf.shape(where)[0], tf.shape(t)[0])
-        seen = tf.concat([tf.broadcast_to(each, [rows, each.shape[1]]) for each in (where, t)], axis=-1)
+        seen = tf.concat([tf.broadcast_to(part, [rows, part.shape[1]]) for part in (where, t)], axis=-1)
         channel = tf.broadcast_to(mask, tf.shape(x)[:2])[..., None]
         return self.denoise(tf.concat([x, channel], axis=-1), seen)
 

@@ -170,9 +170,9 @@ class ImageFeatures(keras.layers.Layer):
         _, steps, channels, height, width = recent.shape
         if channels % self.num_img:
             raise UserError(f"images of {channels} channels are not of num_img={self.num_img} cameras")
-        each = channels // self.num_img
-        stacked = [-1, steps * each, height, width]
-        return [tf.reshape(recent[:, :, i * each : (i + 1) * each], stacked) for i in range(self.num_img)]
+        per_camera = channels // self.num_img
+        stacked = [-1, steps * per_camera, height, width]
+        return [tf.reshape(recent[:, :, i * per_camera : (i + 1) * per_camera], stacked) for i in range(self.num_img)]
 
 
 class SeesImages:

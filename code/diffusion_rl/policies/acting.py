@@ -68,8 +68,9 @@ class SingleStepActor(abc.ABC):
     def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
         """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
         policy, cuts = copy.copy(self.policy), parts(obs["state"].shape[0], MIN_PART if "rgb" in obs else MIN_ROWS)
-        each = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]  # side by side
-        outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*each, strict=True))
+        # side by side
+        outputs_by_part = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]
+        outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*outputs_by_part, strict=True))
         policy.network = policy.actor_ft = lambda cond: outputs
         actions = self.sample(policy, obs, draws, deterministic)
         return actions, policy.log_probs(obs, actions)[0]
@@ -84,8 +85,8 @@ class SingleStepActor(abc.ABC):
             rgb: [E,To,C,Hi,Wi] pixels, where the network sees images.
         """
         obs = {"state": tf.constant(state, self.policy.dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
-        given = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
-        actions, log_probs = self._decide(obs, given, deterministic)
+        tensors = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
+        actions, log_probs = self._decide(obs, tensors, deterministic)
         return Decision(actions.numpy(), None, log_probs.numpy())
 
 

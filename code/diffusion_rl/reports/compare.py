@@ -135,7 +135,7 @@ def _short_name(run: Run) -> str:
 def class_labels() -> dict[str, str]:
     """Return what the papers call the algorithms, by the name of their class (its `LABEL`)."""
     labels = [declaring(package, "LABEL") for package in ALGORITHMS]
-    return {path.rpartition(".")[2]: label for found in labels for path, label in found.items()}
+    return {path.rpartition(".")[2]: label for by_path in labels for path, label in by_path.items()}
 
 
 def _algorithm_of(run: Run) -> str:
@@ -171,11 +171,11 @@ def compare(
     """
     output = Path(output).with_suffix(".png")
     runs = [read_run(folder) for folder in run_folders]
-    found = list(dict.fromkeys(task_of(run.task) for run in runs))
-    wanted = list(dict.fromkeys(map(task_of, tasks))) or found
+    known = list(dict.fromkeys(task_of(run.task) for run in runs))
+    wanted = list(dict.fromkeys(map(task_of, tasks))) or known
     for task in wanted:
-        if task not in found:
-            raise UserError(f"--task {task}: none of the run folders is of it (they are of {', '.join(found)})")
+        if task not in known:
+            raise UserError(f"--task {task}: none of the run folders is of it (they are of {', '.join(known)})")
     groups = group_runs(runs, run_labels(runs, labels) if labels else algorithm_labels(runs))
     panels = [_panel(task, groups, x, y, kind, references) for task in wanted]
     heading = f"{y or 'success_rate or episode_return'} against {x}; {CAPTION}"

@@ -200,9 +200,9 @@ def learning_curve(
     numbers. Returns the path of the PNG.
     """
     output = Path(output).with_suffix(".png")
-    found = [read_run(folder) for folder in run_folders]
-    groups = group_runs(found, labels)
-    x, y = default_columns(found, x, y)
+    all_runs = [read_run(folder) for folder in run_folders]
+    groups = group_runs(all_runs, labels)
+    x, y = default_columns(all_runs, x, y)
     curves = [
         curve for (label, _), runs in groups.items() for kind in KINDS if (curve := curve_of(label, runs, kind, x, y))
     ]

@@ -32,12 +32,12 @@ def read_rows(path: str | Path, needed: Mapping[str, type | tuple[type, ...]]) -
 
 def by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
     """{name: [(gradient step, value), …]} of every number in the rows but the step itself."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    curves: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row.get("gradient_steps", 0)):
         for name, value in row.items():
             if name != "gradient_steps" and isinstance(value, int | float):
-                found.setdefault(name, []).append((int(row["gradient_steps"]), float(value)))
-    return found
+                curves.setdefault(name, []).append((int(row["gradient_steps"]), float(value)))
+    return curves
 
 
 def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, command: str = "") -> list[Path]:
@@ -62,10 +62,10 @@ def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, comm
 def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
     """(step, score, standard error) of a sweep's numbered checkpoints."""
     numbered = (row for row in rows if isinstance(row.get("checkpoint"), int))
-    found = sorted((row["checkpoint"], row["score"], row["standard_error"]) for row in numbered)
-    if not found:
+    points = sorted((row["checkpoint"], row["score"], row["standard_error"]) for row in numbered)
+    if not points:
         raise UserError("no numbered checkpoint among the results: run mode=inference diffusion_ckpt=all")
-    return found
+    return points
 
 
 def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path, command: str = "") -> Path:
@@ -75,8 +75,8 @@ def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path, command
         names[model]: score_points([row for row in rows if row["test_model"] == model])
         for model in sorted({row["test_model"] for row in rows})
     }
-    curves = {name: [(step, mean) for step, mean, _ in found] for name, found in points.items()}
-    errors = {name: [error for _, _, error in found] for name, found in points.items()}
+    curves = {name: [(step, mean) for step, mean, _ in scores] for name, scores in points.items()}
+    errors = {name: [error for _, _, error in scores] for name, scores in points.items()}
     path = Path(save_dir) / "normalized_score.png"
     return _draw(path, curves, "Normalized Score", "Score", None, errors, command)
 

@@ -35,10 +35,15 @@ def bars_of(logbase: str | Path, labels: Sequence[str], also: Sequence[str] = ()
     Raises:
         UserError: a text of another form, or nothing to draw.
     """
-    found = experiments(logbase)
-    words = dict(_split(each, "=") for each in labels) or {each.folder.name: each.folder.name for each in found}
-    known = [each for each in found if each.folder.name in words]
-    bars = [Bar(each.dataset, words[each.folder.name], each.mean, each.error, len(each.scores)) for each in known]
+    results = experiments(logbase)
+    words = dict(_split(label, "=") for label in labels) or {
+        result.folder.name: result.folder.name for result in results
+    }
+    known = [result for result in results if result.folder.name in words]
+    bars = [
+        Bar(result.dataset, words[result.folder.name], result.mean, result.error, len(result.scores))
+        for result in known
+    ]
     for text in also:
         label, rest = _split(text, ":")
         dataset, numbers = _split(rest, "=")
@@ -54,8 +59,8 @@ def bars_of(logbase: str | Path, labels: Sequence[str], also: Sequence[str] = ()
 
 
 def _split(text: str, separator: str) -> tuple[str, str]:
-    before, found, after = text.rpartition(separator)
-    if not found:
+    before, present, after = text.rpartition(separator)
+    if not present:
         raise UserError(f"{text!r}: a {separator!r} is missing")
     return before, after
 

@@ -58,15 +58,15 @@ class Experiment(NamedTuple):
 
 def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list[Experiment]:
     """Every `<logbase>/<dataset>/plans*/<experiment>` with a finished trial (a folder with a rollout.json)."""
-    found = []
+    results = []
     for dataset in datasets:
         for folder in sorted(Path(logbase).glob(f"{dataset}/plans*/*"), key=str):
             trials = sorted(folder.glob("*/rollout.json"), key=str)
             if trials:
                 facts = [_read(path) for path in trials]
                 guided = "epoch_value" in facts[0]
-                found.append(Experiment(dataset, folder, [each["score"] * 100 for each in facts], guided))
-    return found
+                results.append(Experiment(dataset, folder, [trial["score"] * 100 for trial in facts], guided))
+    return results
 
 
 def _read(path: Path) -> dict[str, Any]:
