@@ -22,7 +22,7 @@ Command = Callable[[Sequence[str]], int | None]
 
 
 def run(command: str | Command) -> int:
-    """Run a command with the arguments of this process, which ends with the returned status.
+    """Runs a command with the arguments of this process, which ends with the returned status.
 
     Args:
         command: a function, or "module:function" of this folder, which is imported (TensorFlow with it) where a signal
@@ -47,7 +47,7 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
 
 
 def read_results(arguments: Sequence[str]) -> None:
-    """`[--dataset NAME] [--logbase DIR]`: scores of the plans below a folder (logs/pretrained)."""
+    """Prints (`[--dataset NAME] [--logbase DIR]`) scores of the plans below a folder (logs/pretrained)."""
     options = _parse(
         arguments,
         dataset=Option("the data set; none: all of locomotion", TEXT_OR_NONE, default=None),
@@ -64,7 +64,7 @@ def read_results(arguments: Sequence[str]) -> None:
 
 
 def table(arguments: Sequence[str]) -> None:
-    """`[--logbase DIR] [--labels FILE]`: a LaTeX table of the published scores.
+    """Prints (`[--logbase DIR] [--labels FILE]`) a LaTeX table of the published scores.
 
     --logbase: Diffuser's column from the plans below a folder, the guided ones where there are some. --labels: a JSON
     file with other words for the rows and columns, {"Dataset": "…", "hopper": "…"}.
@@ -98,7 +98,7 @@ def _labels(path: str) -> dict[str, str]:
 
 
 def _parse(arguments: Sequence[str], **known: Option) -> dict[str, Any] | None:
-    """The options of a command; None where its help was asked for and printed."""
+    """Returns the options of a command; None where its help was asked for and printed."""
     wanted, rest = split_help(arguments)
     values = flags(pairs(rest), known, "this command")
     if wanted:

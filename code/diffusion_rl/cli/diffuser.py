@@ -54,17 +54,17 @@ ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
 
 def train(arguments: Sequence[str]) -> None:
-    """`scripts/train.py`: a diffusion model of states and actions, or of actions alone."""
+    """Trains a diffusion model of states and actions, or of actions alone (`scripts/train.py`)."""
     _train(parse_command("train", arguments))
 
 
 def train_values(arguments: Sequence[str]) -> None:
-    """`scripts/train_values.py`: the value that guides plans."""
+    """Trains the value that guides plans (`scripts/train_values.py`)."""
     _train(parse_command("train_values", arguments))
 
 
 def continue_training(arguments: Sequence[str]) -> None:
-    """Go on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
+    """Goes on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
     _train(going_on(parse_command("train", arguments)))
 
 
@@ -82,7 +82,7 @@ def train_model(
     trainer_type: type[DiffuserTrainer] = DiffuserTrainer,
     training: type[DiffuserTraining] = DiffuserTraining,
 ) -> None:
-    """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
+    """Builds the described model and trains it as the options of an experiment ask for, in the experiment's folder."""
     options.seed = recorded_seed(options) if options.seed is None else options.seed
     rng, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
     try:
@@ -113,7 +113,7 @@ def train_model(
 
 
 def seed_of(options: Options) -> int:
-    """The seed of the options, or one of the operating system's, which is printed."""
+    """Returns the seed of the options, or one of the operating system's, which is printed."""
     if options.seed is None:
         options.seed = secrets.randbits(31)
         print(f"seed: {options.seed}")
@@ -121,7 +121,7 @@ def seed_of(options: Options) -> int:
 
 
 def _dataset_description(options: Options) -> dict[str, Any]:
-    """What `dataset_of` needs to know."""
+    """Returns what `dataset_of` needs to know."""
     facts: dict[str, Any] = {"loader": options.loader, "env": options.dataset}
     for key in ("horizon", "normalizer", "preprocess_fns", "use_padding", "max_path_length"):
         facts[key] = getattr(options, key)
@@ -132,7 +132,7 @@ def _dataset_description(options: Options) -> dict[str, Any]:
 
 
 def describe(options: Options, dataset: TrajectoryDataset) -> Description:
-    """The model that the options of an experiment ask for, for this data."""
+    """Returns the model that the options of an experiment ask for, for this data."""
     sizes = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
     model: dict[str, Any] = {"class": options.model, "horizon": options.horizon, "dim_mults": list(options.dim_mults)}
     diffusion: dict[str, Any] = {"class": options.diffusion, "horizon": options.horizon, **sizes}
@@ -162,7 +162,7 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 
 
 def plan_guided(arguments: Sequence[str]) -> None:
-    """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
+    """Plans with the diffusion model, guided by the value (`scripts/plan_guided.py`)."""
     options = parse_command("plan_guided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
@@ -182,7 +182,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
 
 
 def plan_unguided(arguments: Sequence[str]) -> None:
-    """`scripts/plan_unguided.py`: many samples without a value, of which one plan is made."""
+    """Makes one plan of many samples without a value (`scripts/plan_unguided.py`)."""
     options = parse_command("plan_unguided", arguments)
     where = Path(options.loadbase, options.dataset)
     if not any((where / options.diffusion_loadpath).glob("state_*")):
@@ -196,7 +196,7 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 
 
 def plan_maze2d(arguments: Sequence[str]) -> None:
-    """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
+    """Plans from where the ball is to the goal, and follows the plan (`scripts/plan_maze2d.py`)."""
     configure_threads()
     options = parse_command("plan_maze2d", arguments)
     where = options.logbase, options.dataset, options.diffusion_loadpath
@@ -235,14 +235,14 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
 
 
 def _trajectory_model(experiment: Experiment) -> Experiment:
-    """The experiment. Raises UserError where it holds something that makes no plans."""
+    """Returns the experiment. Raises UserError where it holds something that makes no plans."""
     if not isinstance(experiment.model, TrajectoryDiffusion):
         raise UserError(f"{experiment.folder} holds no model of trajectories: train one with scripts/train.py")
     return experiment
 
 
 def _unguided(experiment: Experiment, options: Options) -> Diffuser:
-    """A planner without a value, whose horizon may be another than that of the training."""
+    """Returns a planner without a value, whose horizon may be another than that of the training."""
     require_horizon(options.horizon, experiment.model.model.levels)
     horizon = None if experiment.model.horizon == options.horizon else options.horizon
     return Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, horizon)
@@ -293,7 +293,7 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
 
 
 def _film(venv: Any, decision: Decision, path: Path) -> None:
-    """The first environment's plan as a film, and a picture of it with frames in a row."""
+    """Films the first environment's plan, and makes a picture of it with frames in a row."""
     if not isinstance(venv, LocomotionVectorEnv):
         raise UserError("--render True: plans can be filmed in the locomotion tasks only")
     film_plan(venv, 0, decision.observations[0, 0], decision.actions[0, 0], path)
@@ -301,7 +301,8 @@ def _film(venv: Any, decision: Decision, path: Path) -> None:
 
 
 def _write(options: Options, folder: Path, episodes: Episodes, epochs: dict[str, int]) -> None:
-    """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
+    """Writes `rollout.json` of every environment (the others' in folders beside the first one's), statistics and
+    times."""
     for i in range(len(episodes.returns)):
         facts = {"score": float(episodes.scores[i]), "return": float(episodes.returns[i])}
         facts |= {"step": int(episodes.steps[i]), "term": bool(episodes.terminated[i])}
@@ -318,7 +319,7 @@ def _write(options: Options, folder: Path, episodes: Episodes, epochs: dict[str,
 
 
 def beside(folder: Path, i: int) -> Path:
-    """Where episode i goes: the first one to the folder, the others beside it."""
+    """Returns where episode i goes: the first one to the folder, the others beside it."""
     return folder if i == 0 else folder.with_name(f"{folder.name}-{i}")
 
 

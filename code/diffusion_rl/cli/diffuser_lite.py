@@ -48,17 +48,17 @@ SPELLING = Spelling(GO_ON, "name another results_dir", GO_ON)
 
 
 def mujoco(arguments: Sequence[str]) -> None:
-    """`pipelines/diffuserlite_d4rl_mujoco.py`"""
+    """Runs `pipelines/diffuserlite_d4rl_mujoco.py`."""
     Pipeline(parse("mujoco", arguments)).run()
 
 
 def kitchen(arguments: Sequence[str]) -> None:
-    """`pipelines/diffuserlite_d4rl_kitchen.py`"""
+    """Runs `pipelines/diffuserlite_d4rl_kitchen.py`."""
     Pipeline(parse("kitchen", arguments)).run()
 
 
 def antmaze(arguments: Sequence[str]) -> None:
-    """`pipelines/diffuserlite_d4rl_antmaze.py`"""
+    """Runs `pipelines/diffuserlite_d4rl_antmaze.py`."""
     Pipeline(parse("antmaze", arguments)).run()
 
 
@@ -75,7 +75,7 @@ class Pipeline:
         configure_threads(shared=options.mode not in ("training", "reflow"))  # these train the levels side by side
 
     def run(self) -> None:
-        """Do what `mode` says; one process at a time trains in a task's folder."""
+        """Does what `mode` says; one process at a time trains in a task's folder."""
         mode = self.options.mode
         if mode == "training":  # its run folder is the task's, and has the lock itself
             with locked(self.folder, SPELLING.anew):
@@ -87,7 +87,7 @@ class Pipeline:
             getattr(self, mode)()
 
     def take_back(self) -> None:
-        """Copy a backup into the results."""
+        """Copies a backup into the results."""
         if self.options.restore_from:
             count = files.mirror(self._existing(self.options.restore_from), self.results)
             print(f"{count} files from {self.options.restore_from}")
@@ -106,7 +106,7 @@ class Pipeline:
 
     @cached_property
     def flat(self) -> dict[str, np.ndarray]:
-        """All rows of the data."""
+        """Returns all rows of the data."""
         return find_flat(self.name, self.options.data_dir)
 
     @cached_property
@@ -121,17 +121,17 @@ class Pipeline:
 
     @property
     def dims(self) -> tuple[int, int]:
-        """O and A."""
+        """Returns O and A."""
         return dims_of(self.name)
 
     @property
     def limit(self) -> int:
-        """Steps of an episode."""
+        """Returns the steps of an episode."""
         return steps_of(self.name)
 
     @cached_property
     def levels(self) -> list[PlanLevel]:
-        """With new weights."""
+        """Builds the levels, with new weights."""
         o, width = self.options, self.dims[0]
         network = {k: getattr(o, k) for k in ("emb_dim", "d_model", "n_heads", "depth", "standard_residual")}
         with initial_weights(self.rng):
@@ -156,7 +156,7 @@ class Pipeline:
             )
 
     def value(self) -> StateValue | None:
-        """Trained values, for tasks that need them."""
+        """Loads the trained values, for tasks that need them."""
         if not self.domain.has_values:
             return None
         files.load_iql(self.folder, self.iql)
@@ -164,7 +164,7 @@ class Pipeline:
 
     @cached_property
     def source(self) -> PlanSource:
-        """The data as the training sees them."""
+        """Returns the data as the training sees them."""
         data, value, values = self.data, self.value(), None
         if value is not None:
             parts = np.array_split(data.states, max(len(data.states) // 50000, 1))
@@ -247,7 +247,7 @@ class Pipeline:
             )
 
     def _train(self, build: Any, steps: int, save: Any, log_name: str) -> None:
-        """Run a loop in its folder (of the training the task's, of others one in it), and draw its losses."""
+        """Runs a loop in its folder (of the training the task's, of others one in it), and draws its losses."""
         o, mode = self.options, self.options.mode
         log = files.LossLog(self.folder, self.results, log_name)
         settings = {"name": o.pipeline_name, "env_name": self.name, **vars(o)}
@@ -264,7 +264,7 @@ class Pipeline:
     # ---------- modes that act ----------
 
     def planner(self, label: int | str | None, means: np.ndarray, stds: np.ndarray) -> DiffuserLite:
-        """The planner of `test_model`; with weights of a step, or new ones for None."""
+        """Returns the planner of `test_model`; with weights of a step, or new ones for None."""
         o, model = self.options, self.options.test_model
         steps = o.sampling_steps or self.domain.steps_of(model)
         options: dict[str, Any] = {"steps": steps, "temperature": o.temperature, "use_ema": o.use_ema}
@@ -286,7 +286,7 @@ class Pipeline:
         return automatic if self.options.runtime == "auto" else self.options.runtime
 
     def targets(self) -> Targets:
-        """What returns to ask for."""
+        """Returns the function that gives the returns to ask for."""
         o, name = self.options, self.name
         if self.kind == "kitchen":
             return lambda observations, returns: kitchen_targets(name, returns)
@@ -296,7 +296,7 @@ class Pipeline:
         return lambda observations, returns: np.full(len(observations), wanted, np.float32)
 
     def inference(self) -> None:
-        """Episodes with one checkpoint, or with each one in turn."""
+        """Runs episodes with one checkpoint, or with each one in turn."""
         o, r2 = self.options, self.options.test_model == "R2"
         label = o.reflow_ckpt if r2 else o.diffusion_ckpt
         steps = files.saved_steps(self.folder, "reflow0" if r2 else "diffusion0")
@@ -343,7 +343,8 @@ class Pipeline:
         return row
 
     def benchmark(self) -> None:
-        """Decisions per second at batch 1 and `num_envs`, with new weights (what they are does not matter here)."""
+        """Measures decisions per second at batch 1 and `num_envs`, with new weights (their values do not matter
+        here)."""
         o, (width, _) = self.options, self.dims
         for model in ("R1", "R2"):
             o.test_model = model

@@ -55,7 +55,7 @@ The file has three parts:
 
 
 def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Constants, values of one combination of the variables, meta_data and `exp_id`, for each combination.
+    """Returns constants, values of one combination of the variables, meta_data and `exp_id`, for each combination.
 
     The variable that was named last changes fastest; a variable overrides the constant of its name.
     """
@@ -95,7 +95,7 @@ def _put(variant: dict[str, Any], key: str, value: Any) -> None:
 
 
 def flat_variant(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A variant's file as it is, or a specification of a single run."""
+    """Returns a variant's file as it is, or a specification of a single run."""
     if "constants" not in spec and "meta_data" not in spec:
         return dict(spec)
     runs = variants(spec)
@@ -123,7 +123,7 @@ class Job:
         return self.variant.with_suffix(".log")
 
     def start(self, environment: Mapping[str, str]) -> bool:
-        """Start it as a process that ends with this one; False while the process of an earlier launch still runs."""
+        """Starts it as a process that ends with this one; False while the process of an earlier launch still runs."""
         lock = child_lock(self.variant.with_suffix(".lock"))
         if lock is None:
             return False
@@ -141,20 +141,20 @@ class Job:
         return True
 
     def poll(self) -> bool:
-        """Whether it has ended by now."""
+        """Returns whether it has ended by now."""
         assert self.process is not None
         self.status, self.seconds = self.process.poll(), time.monotonic() - self.began
         return self.status is not None
 
     def last_line(self) -> str:
-        """The newest line of its output."""
+        """Returns the newest line of its output."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 4000))
             lines = [line for line in re.split(rb"[\r\n]+", file.read()) if line.strip()]
         return lines[-1].decode(errors="replace").strip() if lines else ""
 
     def share(self) -> float:
-        """How far it says it is: the last "n/N" of its output."""
+        """Returns how far it says it is: the last "n/N" of its output."""
         if self.status is not None:
             return 1.0
         counts = re.findall(r"(\d+)/(\d+)", self.last_line())
@@ -162,7 +162,8 @@ class Job:
 
 
 def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
-    """How `script_path` is started: with the variant's file, or in the manner of this repository's other scripts.
+    """Returns how `script_path` is started: with the variant's file, or in the manner of this repository's other
+    scripts.
 
     `meta_data: arguments` says it: "file" (`-e FILE -g GPU`), "hydra" (`key=value`, with config_dir and config_name;
     the default for script/run.py), "flags" (`--key value`, the default for scripts/).
@@ -182,14 +183,14 @@ def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
 
 
 def style_of(variant: Mapping[str, Any]) -> str:
-    """How the script of a variant takes its values: "file", "hydra" or "flags"."""
+    """Returns how the script of a variant takes its values: "file", "hydra" or "flags"."""
     script = Path(str(variant["script_path"]))
     usual = {("script", "run.py"): "hydra"}.get((script.parent.name, script.name))
     return variant.get("arguments") or usual or ("flags" if script.parent.name == "scripts" else "file")
 
 
 def tell_apart(runs: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
-    """Variants of which no two write to one folder, where that can be known: of this repository's own scripts.
+    """Returns variants of which no two write to one folder, where that can be known: of this repository's own scripts.
 
     Where some would, what varies is appended to the name of each run.
 
@@ -222,7 +223,7 @@ def _at(variant: Mapping[str, Any], key: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """What can stand in every name of a folder."""
+    """Returns what can stand in every name of a folder."""
     return re.sub(r"[^\w.+-]+", "-", text)[:80].replace("..", "-")
 
 
@@ -245,7 +246,7 @@ class Pool:
         self.skipped = sum(job.status == 0 for job in self.jobs)  # done in an earlier launch
 
     def run(self, poll_seconds: float = 1.0) -> int:
-        """Run all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
+        """Runs all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
         waiting = [job for job in self.jobs if job.status != 0]
         running: list[Job] = []
         try:
@@ -264,7 +265,7 @@ class Pool:
         return self._summary()
 
     def _start(self, waiting: list[Job], running: list[Job]) -> None:
-        """Start as many as there are workers for; those of an earlier launch are waited for."""
+        """Starts as many as there are workers for; those of an earlier launch are waited for."""
         for job in waiting[: self.workers - len(running)]:
             if job.start(self.environment):
                 waiting.remove(job)
@@ -274,7 +275,7 @@ class Pool:
                 self._say(f"run {job.variant.stem}: its process of an earlier launch still runs; waiting for its end")
 
     def _stop(self, running: Sequence[Job]) -> None:
-        """Ask all to stop; whoever has not after a while, or at another signal, is killed."""
+        """Asks all to stop; whoever has not after a while, or at another signal, is killed."""
         processes = [job.process for job in running if job.process is not None]
         with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
             for process in processes:
@@ -310,7 +311,7 @@ class Pool:
             self._say(text)
 
     def progress(self, running: Sequence[Job]) -> str:
-        """One line: how many are done, how long it will take, what the running ones say."""
+        """Returns one line: how many are done, how long it will take, what the running ones say."""
         ended, elapsed = sum(job.status is not None for job in self.jobs), time.monotonic() - self.began
         here = len(self.jobs) - self.skipped
         share = (ended - self.skipped + sum(job.share() for job in running)) / max(here, 1)
@@ -331,7 +332,8 @@ class Pool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
+    """Runs an experiment, `run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all
+    runs succeeded."""
     parser = experiment_arguments("Run every combination of an experiment's variables.", HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
@@ -356,7 +358,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _jobs(folder: Path, runs: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
-    """The runs of a launch; done are those that ended well as the very variants that they are now."""
+    """Returns the runs of a launch; done are those that ended well as the very variants that they are now."""
     done, jobs = _statuses(folder), []
     for variant in runs:
         path = folder / f"{variant['exp_id']}.yaml"
@@ -368,7 +370,7 @@ def _jobs(folder: Path, runs: Sequence[Mapping[str, Any]], gpu: str) -> list[Job
 
 
 def _new_folder(root: Path) -> Path:
-    """Named after the time; two launches in the same second get different ones."""
+    """Makes a folder named after the time; two launches in the same second get different ones."""
     stamp = time.strftime("variants-%Y_%m_%d_%H_%M_%S")
     for suffix in itertools.count():
         folder = root / (stamp if suffix == 0 else f"{stamp}-{suffix}")
@@ -381,7 +383,7 @@ def _new_folder(root: Path) -> Path:
 
 
 def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
-    """The newest folder of this very specification."""
+    """Returns the newest folder of this very specification."""
     folders = sorted((p for p in root.glob("variants-*") if p.is_dir()), reverse=True)
     same = (p for p in folders if (p / "exp_spec_definition.yaml").is_file())
     return next((p for p in same if read_spec(p / "exp_spec_definition.yaml") == spec), None)

@@ -20,7 +20,7 @@ POLICIES = ("diffusion", "gaussian", "gmm")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """The command `exploration` of script/make_figures.py."""
+    """Adds the command `exploration` of script/make_figures.py."""
     command = commands.add_parser("exploration", help="avoiding: paths of pre-trained policies at the first iteration")
     command.add_argument("--mode", action="append", choices=sorted(MODE_SETS), help="a row each; default: all")
     command.add_argument("--policy", action="append", choices=POLICIES, help="a column each; default: all")
@@ -46,7 +46,7 @@ def _draw(
 
 
 def demonstrations(modes: str, config: Config) -> Panel:
-    """The data that the policies of this configuration were pre-trained on."""
+    """Returns the data that the policies of this configuration were pre-trained on."""
     bounds = MinMaxNormalizer.from_npz(config.normalization_path)
     episodes = load_episodes(f"{config.data_dir}/{config.suite}/avoid_{modes}/train.npz")
     ends = np.cumsum(episodes.traj_lengths)[:-1]
@@ -55,13 +55,14 @@ def demonstrations(modes: str, config: Config) -> Panel:
 
 
 def positions(states: np.ndarray, bounds: MinMaxNormalizer) -> np.ndarray:
-    """[..., 2] positions in metres of normalised observations [..., 4]."""
+    """Returns positions [..., 2] in metres of normalised observations [..., 4]."""
     low, high = bounds.obs_min[2:], bounds.obs_max[2:]
     return (states[..., 2:] + 1) / 2 * (high - low + 1e-6) + low
 
 
 def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
-    """Paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an obstacle."""
+    """Returns paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an
+    obstacle."""
     from diffusion_rl.methods.on_policy.training import OnPolicyTraining  # TensorFlow, which other figures do not need
     from diffusion_rl.training.rollout import collect
 

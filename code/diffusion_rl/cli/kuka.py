@@ -28,12 +28,12 @@ from diffusion_rl.training.locks import locked
 
 
 def train(arguments: Sequence[str]) -> None:
-    """`scripts/train_kuka.py`: the diffusion model of states."""
+    """Trains the diffusion model of states (`scripts/train_kuka.py`)."""
     _train(parse_command("train_kuka", arguments))
 
 
 def train_classifier(arguments: Sequence[str]) -> None:
-    """`scripts/train_kuka_classifier.py`: the classifier that guides plans."""
+    """Trains the classifier that guides plans (`scripts/train_kuka_classifier.py`)."""
     _train(parse_command("train_kuka_classifier", arguments))
 
 
@@ -46,7 +46,7 @@ def _train(options: Options) -> None:
 
 
 def describe(options: Options, dataset: StackingDataset) -> Description:
-    """The model that the options of an experiment ask for."""
+    """Returns the model that the options of an experiment ask for."""
     data = {"loader": "datasets.StackingDataset", "env": options.dataset, "horizon": options.horizon}
     sizes = {"horizon": options.horizon, "observation_dim": dataset.observation_dim, "action_dim": 0}
     diffusion: dict[str, Any] = {"class": options.diffusion, **sizes, "n_timesteps": options.n_diffusion_steps}
@@ -62,7 +62,7 @@ def describe(options: Options, dataset: StackingDataset) -> Description:
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """`scripts/plan_kuka.py`: episodes of stacking blocks, in PyBullet."""
+    """Runs episodes of stacking blocks, in PyBullet (`scripts/plan_kuka.py`)."""
     options = parse_command("plan_kuka", arguments)
     if options.task not in TASKS:
         raise UserError(f"--task {options.task}: choose one of {', '.join(TASKS)}")
@@ -91,7 +91,8 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 def _load(options: Options, kind: type, part: str) -> Experiment:
-    """A trained model in its experiment's folder, or in a file of the PyTorch code (`--diffusion_loadpath x.pt`)."""
+    """Returns a trained model in its experiment's folder, or in a file of the PyTorch code (`--diffusion_loadpath
+    x.pt`)."""
     path, epoch = getattr(options, f"{part}_loadpath"), getattr(options, f"{part}_epoch")
     if path.endswith(".pt"):
         return _original(options, Path(path))
@@ -104,7 +105,7 @@ def _load(options: Options, kind: type, part: str) -> Experiment:
 
 
 def _original(options: Options, path: Path) -> Experiment:
-    """The PyTorch code's model, whose normalizer is not in its file but made from the data."""
+    """Returns the PyTorch code's model, whose normalizer is not in its file but made from the data."""
     dataset = StackingDataset(read_trajectories(options.data_dir), options.horizon)
     standard = parse_command("train_kuka", [])
     for key in ("horizon", "n_diffusion_steps", "dim", "dim_mults"):

@@ -38,7 +38,8 @@ OPTIONS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the job> VALUE …]`."""
+    """Runs jobs elsewhere: `docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the
+    job> VALUE …]`."""
     if split_help(arguments)[0]:
         usage = f"usage: python scripts/launch.py {'|'.join(PLACES)} [--option value ...]"
         rows = help_rows(flags({}, OPTIONS, "the launcher"), meanings(OPTIONS), FLAGS)
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:
-    """Print each command, and run it unless this is a dry run; the first that fails ends it."""
+    """Prints each command, and runs it unless this is a dry run; the first that fails ends it."""
     for command in commands:
         print(shlex.join(command), flush=True)
         if dry_run:
@@ -64,12 +65,12 @@ def run_all(commands: Iterator[Command], dry_run: bool) -> None:
 
 
 def job(settings: Mapping, options: Mapping[str, str]) -> Command:
-    """The command of one job, from the repository's root."""
+    """Returns the command of one job, from the repository's root."""
     return ["python", SCRIPTS[settings["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
 
 
 def docker(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """One job in the image."""
+    """Yields one job in the image."""
     mounts = {str(REPOSITORY): CODE, str(Path.home() / ".d4rl"): "/root/.d4rl"}
     bound = [f"--mount=type=bind,source={source},target={target}" for source, target in mounts.items()]
     inside = f"cd {CODE} && {shlex.join(job(settings, options))}"
@@ -77,12 +78,12 @@ def docker(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
 
 
 def singularity(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """The same with Singularity."""
+    """Yields one job in the Singularity image."""
     yield ["singularity", "exec", "--nv", "--writable-tmpfs", settings["sif"], *job(settings, options)]
 
 
 def slurm(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """A job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
+    """Yields a job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
     datasets = [options["dataset"]] if "dataset" in options else DATASETS
     for dataset in datasets:
         task, _, buffer = dataset.removesuffix("-v2").partition("-")
@@ -104,7 +105,8 @@ def _sbatch(name: str, settings: Mapping, command: str) -> Command:
 
 
 def azure(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """A container instance for each combination of comma-separated values, by a client that is logged in (`az login`).
+    """Yields a container instance for each combination of comma-separated values, by a client that is logged in (`az
+    login`).
 
     DOCKER_USERNAME says whose image it is, AZURE_RESOURCE_GROUP (diffuser) which resource group the instances are in.
     """

@@ -16,7 +16,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command line; the status that its process ends with.
+    """Runs a command line. Returns the status that its process ends with.
 
     A UserError, or a file or memory that the operating system refuses, is one line on stderr and 2 (a traceback under
     `HYDRA_FULL_ERROR=1`); SIGINT or SIGTERM at any time one line and 130.
@@ -53,7 +53,7 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
 
 
 def show(text: str) -> None:
-    """Print a help, of which the reader may take the first lines only (`| head`)."""
+    """Prints a help, of which the reader may take the first lines only (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -61,12 +61,12 @@ def show(text: str) -> None:
 
 
 def _said(stopped: KeyboardInterrupt, otherwise: str) -> str:
-    """What a loop says of its saved state; else what the program says of itself."""
+    """Returns what a loop says of its saved state; else what the program says of itself."""
     return (str(stopped) if isinstance(stopped, Interrupted) else "") or otherwise or str(stopped) or "interrupted"
 
 
 def line_for_user(error: Exception, smaller: str = "") -> str | None:
-    """One line for an error that the user can mend; None for a defect of ours."""
+    """Returns one line for an error that the user can mend; None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):

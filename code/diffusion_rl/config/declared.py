@@ -26,20 +26,21 @@ class _Source(NamedTuple):
 
 
 def declared(target: str, attribute: str, default: Any = None) -> Any:
-    """The value of a class attribute of `package.module.Class`; the default where it says nothing or is not found."""
+    """Returns the value of a class attribute of `package.module.Class`; the default where it says nothing or is not
+    found."""
     value = _look_up(target, attribute)
     return default if value is _NOT_THERE else value
 
 
 def is_declared(target: str) -> bool:
-    """Whether a module of that path has a class of that name."""
+    """Returns whether a module of that path has a class of that name."""
     module, _, name = target.rpartition(".")
     source = _read(module)
     return source is not None and name in source.classes
 
 
 def declaring(package: str, attribute: str) -> dict[str, Any]:
-    """The classes in a package's modules whose own bodies give an attribute a value: full path -> value.
+    """Returns the classes in a package's modules whose own bodies give an attribute a value: full path -> value.
 
     The package itself is imported, its modules are not.
     """

@@ -40,7 +40,8 @@ _LARGEST_EXPONENT = 100
 
 
 def calc(expression: str) -> Number:
-    """The value of an arithmetic expression: numbers, + - * / // % **, round, int, min, max; Python's rules and types.
+    """Returns the value of an arithmetic expression: numbers, + - * / // % **, round, int, min, max; Python's rules and
+    types.
 
     Nothing else can be written in it, so reading a configuration never runs code.
     Raises ValueError naming what is not allowed.
@@ -69,7 +70,7 @@ def _value(node: ast.expr) -> Any:
 
 
 def register_resolvers() -> None:
-    """Make `${calc:'…'}` known to OmegaConf, and what the reference's configurations use. Safe to call again.
+    """Makes `${calc:'…'}` known to OmegaConf, and what the reference's configurations use. Safe to call again.
 
     Its `${eval:'…'}` is Python's eval there; here it is arithmetic only, as calc is. Its environment variables have the
     defaults of this package's configurations.
@@ -86,7 +87,8 @@ def _rounded(rounded: Callable[[Number], int], value: Any) -> int:
 
 
 def _environment(name: str, default: Any = ...) -> Any:
-    """An environment variable, else the default, else what stands for those of the reference that are not set."""
+    """Returns an environment variable, else the default, else what stands for those of the reference that are not
+    set."""
     if default is ...:
         data = "data" if Path("data").exists() or not SHIPPED_DATA.is_dir() else str(SHIPPED_DATA)
         default = {"DPPO_DATA_DIR": data, "DPPO_LOG_DIR": "log", "DPPO_WANDB_ENTITY": None}.get(name, ...)
@@ -97,8 +99,8 @@ def _environment(name: str, default: Any = ...) -> Any:
 
 
 def set_by_user(key: str) -> bool:
-    """Whether the command line or the configuration file that it names says `key` itself, rather than a file that this
-    one includes. True outside a command line."""
+    """Returns whether the command line or the configuration file that it names says `key` itself, rather than a file
+    that this one includes. True outside a command line."""
     if not HydraConfig.initialized():
         return True
     hydra_config = HydraConfig.get()
@@ -111,7 +113,7 @@ def set_by_user(key: str) -> bool:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {"a.b": value}. Lists are values; an empty mapping is the value {}."""
+    """Returns nested mappings as {"a.b": value}. Lists are values; an empty mapping is the value {}."""
     flat: dict[str, Any] = {}
     for key, value in plain(node).items():
         if isinstance(value, Mapping) and value:
@@ -122,7 +124,7 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
+    """Yields (dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
     content = plain(node)
     if isinstance(content, Mapping):
         if "_target_" in content:
@@ -137,12 +139,12 @@ def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any
 
 
 def plain(node: Any) -> Any:
-    """The node of a configuration as plain, resolved mappings and lists; anything else as it is."""
+    """Returns the node of a configuration as plain, resolved mappings and lists; anything else as it is."""
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
-    """The object that `node` (from the user's own command line and files) describes.
+    """Returns the object that `node` (from the user's own command line and files) describes.
 
     A UserError from inside comes out as itself; anything else that prevents building becomes one.
     """
@@ -158,7 +160,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
-    """Build what a configuration out of a checkpoint describes: classes of the closed list `allowed` only.
+    """Builds what a configuration out of a checkpoint describes: classes of the closed list `allowed` only.
 
     Raises UserError for any other `_target_`, before anything is imported or built, and for an interpolation or a
     Hydra directive, which a saved (resolved) configuration has no need of.
@@ -177,7 +179,7 @@ def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
 
 
 def find_class(name: str) -> type:
-    """The class `package.module.Class`. Raises UserError saying why it cannot be had.
+    """Returns the class `package.module.Class`. Raises UserError saying why it cannot be had.
 
     Modules of Python's standard library are not even imported: no part of a run is one of their classes.
     """
@@ -199,13 +201,13 @@ def _refuse_standard_library(name: str, module: str) -> None:
 
 
 def default_arguments(target: str) -> dict[str, Any]:
-    """The arguments of a class that have defaults, with these."""
+    """Returns the arguments of a class that have defaults, with these."""
     parameters = parameters_of(find_class(target))[0].values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def parameters_of(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The arguments of a class and of those bases it passes others on to, and whether it takes any other.
+    """Returns the arguments of a class and of those bases it passes others on to, and whether it takes any other.
 
     `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
@@ -233,7 +235,7 @@ def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception of Hydra or OmegaConf on one line, without their appended internals."""
+    """Returns an exception of Hydra or OmegaConf on one line, without their appended internals."""
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
     return "; ".join(kept) or type(error).__name__

@@ -292,7 +292,7 @@ _HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The line about a key that is not there, with what was probably meant."""
+    """Returns the line about a key that is not there, with what was probably meant."""
     known = set(known) - {key}
     if key in KEYS:
         return f"'{key}' is not in this configuration, and nothing of it reads it"
@@ -311,7 +311,7 @@ def _some(keys: list[str], n: int = 5) -> str:
 
 
 def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Collection[str] | None = None) -> None:
-    """Raise UserError naming the keys of `config` that nothing reads, or the first whose value is of the wrong kind.
+    """Raises UserError naming the keys of `config` that nothing reads, or the first whose value is of the wrong kind.
 
     `defaults`: the flat configuration without overrides; a value must be of the kind it has there. `used`: keys that
     other values are made of; without it, a key that some other configuration reads passes. A loop class of the user's
@@ -342,7 +342,7 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Col
 
 
 def _not_read(key: str, config: Mapping[str, Any]) -> str:
-    """The line about a key that other configurations read and this one does not."""
+    """Returns the line about a key that other configurations read and this one does not."""
     takers = [
         where
         for where, mapping in targets(config)
@@ -353,14 +353,14 @@ def _not_read(key: str, config: Mapping[str, Any]) -> str:
 
 
 def _kind_of(key: str, default: Any) -> Kind:
-    """What a key may be; where nothing describes it, true or false, a number or a list as its default is."""
+    """Returns what a key may be; where nothing describes it, true or false, a number or a list as its default is."""
     kind = OPTIONS[key].kind if key in OPTIONS else ANY
     like = {bool: FLAG, int: number(), float: number(), list: LIST}
     return like.get(type(default), ANY) if kind is ANY else kind
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first number of a plain, resolved configuration that is out of its range."""
+    """Raises UserError naming the first number of a plain, resolved configuration that is out of its range."""
     flat = flatten(config)
     kinds = {key: _SIZES[key.rpartition(".")[2]] for key in flat if "." in key and key.rpartition(".")[2] in _SIZES}
     kinds |= {key: option.kind for key, option in OPTIONS.items() if option.kind.type.endswith("number")}
@@ -368,7 +368,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def complete(config: dict[str, Any]) -> None:
-    """Give the optional keys that a plain configuration reads and does not name their values.
+    """Gives the optional keys that a plain configuration reads and does not name their values.
 
     Optional keys without a value (`train.max_grad_norm`, say) stay away.
     """
@@ -387,7 +387,7 @@ def complete(config: dict[str, Any]) -> None:
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
-    """Raise UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
+    """Raises UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
     for where, mapping in targets(config):
         cls = _class_at(where, mapping["_target_"])
         if not where:
@@ -405,7 +405,7 @@ def check_arguments(config: Mapping[str, Any]) -> None:
 
 
 def _class_at(where: str, target: str) -> type:
-    """The class of a `_target_`, if it can stand in that place. Raises UserError; nothing is built."""
+    """Returns the class of a `_target_`, if it can stand in that place. Raises UserError; nothing is built."""
     try:
         cls = find_class(target)
     except UserError as error:
@@ -427,7 +427,8 @@ def _class_at(where: str, target: str) -> type:
 
 
 def _check_annotation(key: str, value: Any, annotation: str) -> None:
-    """Raise UserError if a plain value is not of the kind that the class says: true or false, a number, a whole one."""
+    """Raises UserError if a plain value is not of the kind that the class says: true or false, a number, a whole
+    one."""
     kind, _, rest = str(annotation).partition(" | ")
     kinds: dict[str, Kind] = {"bool": FLAG, "int": whole(), "float": number()}
     if kind in kinds and rest in ("", "None") and not (value is None and rest):

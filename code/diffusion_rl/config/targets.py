@@ -124,7 +124,7 @@ WITHOUT_EFFECT = ("env.plot_traj.TrajPlotter",)
 
 
 def modernize(config: Any) -> None:
-    """Put the paths of today in the place of this package's earlier ones, everywhere in a plain configuration."""
+    """Puts the paths of today in the place of this package's earlier ones, everywhere in a plain configuration."""
     for _, mapping in targets(config):
         module, _, name = str(mapping["_target_"]).removeprefix(PACKAGE).rpartition(".")
         if module in MOVED and str(mapping["_target_"]).startswith(PACKAGE):
@@ -132,7 +132,7 @@ def modernize(config: Any) -> None:
 
 
 def translate(config: dict[str, Any]) -> None:
-    """Put today's classes in the place of the reference's and of earlier ones, everywhere in a plain configuration.
+    """Puts today's classes in the place of the reference's and of earlier ones, everywhere in a plain configuration.
 
     A configuration of the reference says where to log to Weights & Biases; here that stays off until it is asked for.
     Raises UserError naming every `_target_` that is neither the reference's nor the path of a class.
@@ -162,7 +162,7 @@ def translate(config: dict[str, Any]) -> None:
 
 
 def _move(config: dict[str, Any]) -> None:
-    """What the reference reads at the top level and this package below `env`."""
+    """Moves what the reference reads at the top level and this package below `env`."""
     env = config.get("env")
     if isinstance(env, dict) and "robomimic_env_cfg_path" in config:
         env.setdefault("robomimic_env_cfg_path", config["robomimic_env_cfg_path"])

@@ -43,17 +43,17 @@ class NoiseSource:
         return self._generator.choice(high, n, replace=False)
 
     def choose(self, weights: np.ndarray) -> np.ndarray:
-        """For each row of weights [B,N] (not negative, of any sum) an index drawn in proportion to them, int64 [B]."""
+        """Draws an index int64 [B] for each row of weights [B,N] (not negative, of any sum), in proportion to them."""
         cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
         threshold = self._generator.random((len(weights), 1)) * cumulative[:, -1:]
         return np.minimum((cumulative <= threshold).sum(axis=1), weights.shape[1] - 1)
 
     def state(self) -> dict[str, Any]:
-        """The whole state as JSON values."""
+        """Returns the whole state as JSON values."""
         return _plain(self._generator.bit_generator.state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continues exactly where `state()` was taken."""
         restored = dict(state)
         restored["state"] = {k: np.array(v, dtype=np.uint64) for k, v in state["state"].items()}
         restored["buffer"] = np.array(state["buffer"], dtype=np.uint64)
@@ -126,13 +126,13 @@ _init_rngs: list[Rng] = [NoiseSource(0)]
 
 
 def init_rng() -> Rng:
-    """The source that networks draw their initial weights from (set it with `initial_weights`)."""
+    """Returns the source that networks draw their initial weights from (set it with `initial_weights`)."""
     return _init_rngs[-1]
 
 
 @contextlib.contextmanager
 def initial_weights(rng: Rng) -> Iterator[None]:
-    """Networks built inside this block draw their initial weights from `rng`."""
+    """Lets networks built inside this block draw their initial weights from `rng`."""
     _init_rngs.append(rng)
     try:
         yield
@@ -141,7 +141,7 @@ def initial_weights(rng: Rng) -> Iterator[None]:
 
 
 def normal_inside(shape: Any, dtype: Any) -> Any:
-    """Standard normal draws that a compiled program makes itself, anew in every call: for exported policies only,
+    """Draws standard normal numbers [*shape] in a compiled program, anew in every call: for exported policies only,
     which have no `NoiseSource`. TensorFlow and TensorFlow Lite seed them from the operating system."""
     import tensorflow as tf  # not above: command lines that need no TensorFlow import this module
 

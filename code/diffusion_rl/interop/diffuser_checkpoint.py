@@ -72,7 +72,7 @@ class _LabelsOnly(Interpreter):
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Class path and arguments of a `<part>_config.pkl`.
+    """Returns the class path and arguments of a `<part>_config.pkl`.
 
     Raises:
         UserError: the file is missing, damaged, or holds anything but a configuration of plain values.
@@ -100,7 +100,8 @@ def _text(key: Any) -> str:
 
 
 def _plain(value: Any, items: Iterator[int], depth: int = 0) -> Any:
-    """The value as JSON has it; `items` counts its parts, of which a few bytes of a pickle can make very many."""
+    """Returns the value as JSON has it; `items` counts its parts, of which a few bytes of a pickle can make very
+    many."""
     if next(items) > _MOST_ITEMS:
         raise Refused("it holds too many values")
     if type(value) in _PLAIN:
@@ -113,7 +114,8 @@ def _plain(value: Any, items: Iterator[int], depth: int = 0) -> Any:
 
 
 def described(part: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of the original in the form of ours: {"class" or "loader": "<module>.<Class>", argument: value}.
+    """Returns a configuration of the original in the form of ours: {"class" or "loader": "<module>.<Class>", argument:
+    value}.
 
     "diffuser.models.temporal.TemporalUnet" is "models.TemporalUnet" in both systems' options.
     """
@@ -123,7 +125,7 @@ def described(part: str, name: str, arguments: Mapping[str, Any]) -> dict[str, A
 
 
 def averaged_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str, np.ndarray]:
-    """The averaged weights in a `state_<label>.pt`, without its schedule, which must be of so many steps."""
+    """Returns the averaged weights in a `state_<label>.pt`, without its schedule, which must be of so many steps."""
     weights = _average_in(path, f"{path} is no checkpoint of the PyTorch Diffuser: it has no averaged weights")
     if (steps := _steps(weights)) != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps, its configuration says {n_timesteps}")
@@ -131,7 +133,8 @@ def averaged_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
 
 
 def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str, np.ndarray]:
-    """The averaged weights in a `model-<milestone>.pt` of the original's branch `kuka`, under the names of ours.
+    """Returns the averaged weights in a `model-<milestone>.pt` of the original's branch `kuka`, under the names of
+    ours.
 
     Its attention is made of two-dimensional convolutions, and its levels have no place for another attention.
     """
@@ -151,7 +154,7 @@ def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
 
 
 def _average_in(path: str | os.PathLike[str], problem: str) -> dict[str, np.ndarray]:
-    """Arrays of the entry "ema"; UserError with `problem` where there are none."""
+    """Returns arrays of the entry "ema"; UserError with `problem` where there are none."""
     data = read_pt(path)
     weights = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(weights, dict):
@@ -163,5 +166,5 @@ def _average_in(path: str | os.PathLike[str], problem: str) -> dict[str, np.ndar
 
 
 def _steps(weights: Mapping[str, np.ndarray]) -> int:
-    """Length of the schedule that lies among the weights."""
+    """Returns the length of the schedule that lies among the weights."""
     return int(weights["betas"].size) if "betas" in weights else 0

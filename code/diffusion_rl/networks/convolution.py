@@ -44,7 +44,7 @@ _shared: list[_Kept] = []
 
 @contextlib.contextmanager
 def shared_matrices() -> Iterator[None]:
-    """Inside this block a kernel is transformed once: before the loops that begin in the block, not in their rounds.
+    """Transforms a kernel only once inside this block: before the loops that begin in the block, not in their rounds.
 
     For use where weights do not change, and in one graph (or eagerly) only.
     """
@@ -57,7 +57,7 @@ def shared_matrices() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_convolutions() -> Iterator[None]:
-    """Inside this block all convolutions are plain: for comparisons in float32.
+    """Makes all convolutions plain inside this block: for comparisons in float32.
 
     The fast ones' rounding is about five times as large, which networks whose groups are single numbers magnify.
     """
@@ -69,7 +69,8 @@ def plain_convolutions() -> Iterator[None]:
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
-    """y[u] = sum_j x[u * stride + j - padding] @ kernel[j], with zeros outside of x (torch's Conv1d without bias).
+    """Computes y[u] = sum_j x[u * stride + j - padding] @ kernel[j], with zeros outside of x (torch's Conv1d without
+    bias).
 
     x [T,B,I], kernel [k,I,D] -> [U,B,D] with U = (T + 2 padding - k) // stride + 1.
     """
@@ -90,7 +91,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
+    """Computes y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
 
     x [T,B,I], kernel [k,D,I] -> [U,B,D] with U = (T - 1) stride + k - 2 padding.
     """
@@ -109,17 +110,17 @@ def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> A
 
 
 def _rows(x: Array) -> Array:
-    """[T,B,C] -> [T*B,C]"""
+    """Maps [T,B,C] to [T*B,C]."""
     return tf.reshape(x, [-1, x.shape[2]])
 
 
 def _by_time(rows: Array, length: int) -> Array:
-    """[T*B,C] -> [T,B,C]"""
+    """Maps [T*B,C] to [T,B,C]."""
     return tf.reshape(rows, [length, -1, rows.shape[1]])
 
 
 def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
-    """What each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
+    """Returns what each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
     n_in, channels = x.shape[0], x.shape[2]
     n_out = (n_in + 2 * padding - k) // stride + 1
     per_phase = n_out + (k - 1) // stride  # inputs of every phase of the stride
@@ -129,7 +130,7 @@ def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
 
 
 def _scattered(x: Array, kernel: Array, stride: int, padding: int, length: int) -> Array:
-    """The transposed convolution, `length` outputs of it: y[t * stride + j - padding] += x[t] @ kernel[j]^T.
+    """Returns the transposed convolution, `length` outputs of it: y[t * stride + j - padding] += x[t] @ kernel[j]^T.
 
     x [T,B,I], kernel [k,D,I] -> [length,B,D]. The kernel is not transposed: that would take longer than the products.
     """
@@ -161,13 +162,13 @@ class Toom(NamedTuple):
 
 
 def _powers(n: int, count: int) -> np.ndarray:
-    """[count,n]: x^0 … x^(n-1) at count - 1 points; at infinity the last of them alone."""
+    """Returns [count,n]: x^0 … x^(n-1) at count - 1 points; at infinity the last of them alone."""
     return np.vstack([np.power.outer(np.array(POINTS[: count - 1]), np.arange(n)), np.eye(n)[-1]])
 
 
 @functools.cache
 def toom(length: int, k: int) -> Toom:
-    """The matrices for T = length and an odd kernel.
+    """Returns the matrices for T = length and an odd kernel.
 
     sum_u a_u y_u = sum_{u,j} a_u g_j x_{u+j} is the product of the polynomials a and g, weighted by x: it is made from
     values of a and g at points, with the inverse of the powers applied to x. Where the whole signal is one group, the
@@ -196,7 +197,7 @@ def toom(length: int, k: int) -> Toom:
 
 
 def convolve_fast(x: Array, kernel: Array, owner: Any = None) -> Array:
-    """`convolve` with stride 1 and padding that keeps the length, in fewer products; equal but for rounding.
+    """Computes `convolve` with stride 1 and padding that keeps the length, in fewer products; equal but for rounding.
 
     Args:
         x: [T,B,I];  kernel: [k,I,D], k odd.
@@ -233,7 +234,7 @@ class Conv1d(keras.layers.Layer):
             self.bias = uniform_variable((out_dim,), bound, "bias")
 
     def call(self, x: Array) -> Array:
-        """x [T,B,I] -> [T',B,D], T' = (T + 2 padding - k) // stride + 1"""
+        """Maps x [T,B,I] to [T',B,D], T' = (T + 2 padding - k) // stride + 1."""
         if self.kernel.shape[0] == self.stride == 1 and not self.padding:
             y = _by_time(tf.matmul(_rows(x), tf.reshape(self.kernel, self.kernel.shape[1:])), x.shape[0])
         elif self.fast and not _plain:
@@ -258,7 +259,7 @@ class ConvTranspose1d(keras.layers.Layer):
         self.bias = uniform_variable((out_dim,), bound, "bias")
 
     def call(self, x: Array) -> Array:
-        """x [T,B,I] -> [T',B,D], T' = (T - 1) stride - 2 padding + k"""
+        """Maps x [T,B,I] to [T',B,D], T' = (T - 1) stride - 2 padding + k."""
         return convolve_transposed(x, self.kernel, self.stride, self.padding) + self.bias
 
 
@@ -274,12 +275,12 @@ class GroupNorm(keras.layers.Layer):
         self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
 
     def call(self, x: Array) -> Array:
-        """x [T,B,C] -> [T,B,C]"""
+        """Maps x [T,B,C] to [T,B,C]."""
         steps, channels = x.shape[0], x.shape[2]
         member = tf.constant(np.kron(np.eye(self.groups), np.ones((channels // self.groups, 1))), x.dtype)  # [C,groups]
 
         def mean(sums: Array) -> Array:
-            """Over time and group, for every channel: sums over time [B,C] -> [B,C]."""
+            """Averages over time and group, for every channel: sums over time [B,C] -> [B,C]."""
             return tf.matmul(tf.matmul(sums, member) * (self.groups / (steps * channels)), member, transpose_b=True)
 
         @tf.custom_gradient

@@ -88,7 +88,7 @@ class EtaState(keras.layers.Layer):
             _xavier_normal(layer.linear, gain)
 
     def call(self, cond: dict[str, Array]) -> Array:
-        """{"state": [B,To,O]} -> [B,1], or [B,A] of `EtaStateAction`. Raises UserError for images."""
+        """Maps {"state": [B,To,O]} to [B,1], or [B,A] of `EtaStateAction`. Raises UserError for images."""
         if "rgb" in cond or "features" in cond:
             raise UserError("eta that depends on the state does not take images: use EtaFixed or EtaAction")
         eta = tf.tanh(self.mlp_res(flatten_state(cond))) + self.base
@@ -106,7 +106,7 @@ class EtaStateAction(EtaState):
 
 
 def _xavier_normal(linear: Linear, gain: float) -> None:
-    """Glorot's normal initialisation, so small that the network starts at zero."""
+    """Draws weights by Glorot's normal initialisation, so small that the network starts at zero."""
     fan_in, fan_out = linear.kernel.shape
     std = gain * math.sqrt(2.0 / (fan_in + fan_out))
     linear.kernel.assign(init_rng().normal((fan_in, fan_out), dtype=floatx()) * std)

@@ -65,12 +65,13 @@ class GaussianMLP(SpreadOwner):
         self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
 
     def masks_shapes(self, batch: int) -> list[tuple[int, int]]:
-        """Shapes of the 0/1 dropout masks that training draws, one for each hidden layer; none without dropout."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, one for each hidden layer; none without
+        dropout."""
         dropped = self.mlp_base if self.fixed_std is None else self.mlp_mean
         return dropped.masks_shapes(batch) if isinstance(dropped, MLP) else []
 
     def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
-        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
+        """Maps {"state": [B,To,O]} to mean, standard deviation, both [B,H*A], step by step.
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """

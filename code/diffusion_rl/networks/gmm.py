@@ -61,7 +61,7 @@ class GMMMLP(SpreadOwner):
         self.mlp_weights = mlp(num_modes)
 
     def call(self, cond: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
+        """Maps {"state": [B,To,O]} to means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
         state = flatten_state(cond)
         mean = self._by_mode(tf.tanh(self.mlp_mean(state)))
         if self.fixed_std is None:

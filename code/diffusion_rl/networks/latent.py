@@ -37,26 +37,26 @@ class ActionVAE(keras.layers.Layer):
         self.decoder = MLP([latent_dim, hidden_dim, hidden_dim, action_dim], activation_type="ReLU")
 
     def encode(self, actions: Array) -> tuple[Array, Array]:
-        """[R,A] -> mean and logarithm of the variance of the latent, [R,Z] each."""
+        """Maps [R,A] to mean and logarithm of the variance of the latent, [R,Z] each."""
         features = self.encoder(actions)
         return self.mean_head(features), self.log_variance_head(features)
 
     def reparameterize(self, mean: Array, log_variance: Array, noise: Array) -> Array:
-        """mean + standard deviation * noise, all [R,Z]."""
+        """Returns mean + standard deviation * noise, all [R,Z]."""
         return mean + tf.exp(0.5 * log_variance) * noise
 
     def decode(self, latents: Array) -> Array:
-        """[R,Z] -> actions or logits [R,A]."""
+        """Maps [R,Z] to actions or logits [R,A]."""
         return self.decoder(latents)
 
     def call(self, actions: Array, noise: Array) -> tuple[Array, Array, Array]:
-        """actions [R,A], noise [R,Z] -> reconstruction [R,A], mean and log-variance [R,Z]."""
+        """Maps actions [R,A], noise [R,Z] to reconstruction [R,A], mean and log-variance [R,Z]."""
         mean, log_variance = self.encode(actions)
         return self.decode(self.reparameterize(mean, log_variance, noise)), mean, log_variance
 
 
 def kl_to_standard_normal(mean: Array, log_variance: Array) -> Array:
-    """KL(N(mean, variance) || N(0, 1)) = 1/2 sum(mean^2 + variance - 1 - log variance), [R,Z] -> [R]."""
+    """Returns KL(N(mean, variance) || N(0, 1)) = 1/2 sum(mean^2 + variance - 1 - log variance), [R,Z] -> [R]."""
     return 0.5 * tf.reduce_sum(tf.square(mean) + tf.exp(log_variance) - 1 - log_variance, axis=-1)
 
 
@@ -70,7 +70,7 @@ class EncoderLayer(keras.layers.Layer):
         self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
 
     def call(self, x: Array) -> Array:
-        """[R,To,D] -> [R,To,D]"""
+        """Maps [R,To,D] to [R,To,D]."""
         x = self.norm1(x + self.self_attn(x))
         return self.norm2(x + self.linear2(tf.nn.relu(self.linear1(x))))
 
@@ -85,7 +85,7 @@ class RecurrentLayer(keras.layers.Layer):
         self.hidden = [Linear(dim, gates * dim) for _ in range(2)]
 
     def call(self, x: Array) -> Array:
-        """[R,To,in] -> [R,To,2D], forward and backward."""
+        """Maps [R,To,in] to [R,To,2D], forward and backward."""
         forward, backward = (self._direction(x if i == 0 else x[:, ::-1], i) for i in range(2))
         return tf.concat([forward, backward[:, ::-1]], axis=-1)
 
@@ -144,7 +144,7 @@ class TrajectoryEncoder(keras.layers.Layer):
         self.head = MLP([wide, hidden_dim, latent_dim], activation_type="ReLU")
 
     def call(self, rows: Array) -> Array:
-        """[R,To,A+O] -> [R,C]"""
+        """Maps [R,To,A+O] to [R,C]."""
         x = self.embed(rows) + self.positions[:, : rows.shape[1]] if self.kind == "transformer" else rows
         x = sequential(self.blocks, x)
         return self.head(tf.reduce_mean(x, axis=1) if self.kind == "transformer" else x[:, -1])
@@ -165,7 +165,7 @@ class BackboneLayer(keras.layers.Layer):
             self.self_attn, self.norm1, self.norm2 = SelfAttention(dim, heads), LayerNorm(dim), LayerNorm(dim)
 
     def call(self, x: Array, t: Array) -> Array:
-        """x [B,N,D], t [B,1,time_dim] -> [B,N,D]"""
+        """Maps x [B,N,D], t [B,1,time_dim] to [B,N,D]."""
         if not self.attention:
             return self._mlp(x, t)
         x = self.norm1(x + self.self_attn(x)) if x.shape[1] > 1 else self.norm1(x)
@@ -210,7 +210,7 @@ class DiffusionBackbone(keras.layers.Layer):
     def call(
         self, latents: Array, t: Array, codes: Array, returns: Array | None = None, keep: Array | None = None
     ) -> Array:
-        """latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: not told) -> [B,N,H*Z]"""
+        """Maps latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: not told) to [B,N,H*Z]."""
         embedded = self.time_mlp(sinusoidal_embedding(t, self.time_dim // 4, latents.dtype))
         if returns is not None:
             wanted = self.return_mlp(returns)
@@ -251,7 +251,7 @@ class LatentDenoiser(keras.layers.Layer):
         self.target_return, self.guidance = float(target_return), float(guidance)
 
     def encode(self, cond: dict[str, Array]) -> dict[str, Array]:
-        """{"state": [B,To,N*(A+O)]} -> {"code": [B,N*C]}, each agent's from its own past."""
+        """Maps {"state": [B,To,N*(A+O)]} to {"code": [B,N*C]}, each agent's from its own past."""
         state = cond["state"]
         steps, width = state.shape[1], state.shape[2] // self.n_agents
         rows = tf.transpose(tf.reshape(state, [-1, steps, self.n_agents, width]), [0, 2, 1, 3])
@@ -259,7 +259,7 @@ class LatentDenoiser(keras.layers.Layer):
         return {"code": tf.reshape(codes, [-1, self.n_agents * codes.shape[-1]])}
 
     def call(self, x: Array, t: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,N*Z], t [B], cond (see the class) -> noise [B,H,N*Z]"""
+        """Maps x [B,H,N*Z], t [B], cond (see the class) to noise [B,H,N*Z]."""
         code = cond["code"] if "code" in cond else self.encode(cond)["code"]
         if "returns" in cond:
             return self._noise(x, t, code, cond["returns"], cond["keep"])

@@ -34,7 +34,7 @@ class MaskedTemporalUnet(TemporalUnet):
         return ResidualTemporalBlock(before, after, 2 * dim, attention=True)
 
     def call(self, x: Array, time: Array, mask: Array) -> Array:  # type: ignore[override]  # one more input
-        """x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) -> noise [B,H,D]."""
+        """Maps x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) to noise [B,H,D]."""
         where, t = sequential(self.cond_mlp, mask), self.time_mlp(time)
         rows = tf.maximum(tf.shape(where)[0], tf.shape(t)[0])
         seen = tf.concat([tf.broadcast_to(part, [rows, part.shape[1]]) for part in (where, t)], axis=-1)
@@ -62,7 +62,7 @@ class StackClassifier(keras.layers.Layer):
         self.shifts = [Linear(time_dim, width) for width in dims]
 
     def call(self, x: Array, time: Array) -> Array:
-        """x [B,H,D], time [B] or [1] integers -> [B,H,L]"""
+        """Maps x [B,H,D], time [B] or [1] integers to [B,H,L]."""
         t = mish(self.time_model(time))
         for linear, shift in zip(self.linears, self.shifts, strict=True):
             x = linear(x + shift(t)[:, None])

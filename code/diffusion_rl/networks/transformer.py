@@ -39,7 +39,8 @@ class SelfAttention(keras.layers.Layer):
         self.in_proj, self.out_proj = linear(dim, 3 * dim), linear(dim, dim)
 
     def call(self, x: Array, asking: slice | None = None, keep: Array | None = None, rate: float = 0.0) -> Array:
-        """[B,H,E] -> [B,H,E]; of all positions or those that ask; `keep` [B,N,H,H]: dropout's mask of the weights."""
+        """Maps [B,H,E] to [B,H,E]; of all positions or those that ask; `keep` [B,N,H,H]: dropout's mask of the
+        weights."""
         steps, dim = x.shape[1:]
         if asking is None:
             queries, keys, values = (self._heads(part) for part in tf.split(self.in_proj(x), 3, axis=-1))
@@ -52,11 +53,11 @@ class SelfAttention(keras.layers.Layer):
         return self.out_proj(tf.reshape(mixed, [-1, steps, dim]))
 
     def _heads(self, x: Array) -> Array:
-        """[B,H,E] -> [B,heads,H,E/heads]"""
+        """Maps [B,H,E] to [B,heads,H,E/heads]."""
         return tf.transpose(tf.reshape(x, [-1, x.shape[1], self.heads, self.head_dim]), [0, 2, 1, 3])
 
     def _project(self, x: Array, first: int, last: int) -> Array:
-        """Some of the columns of `in_proj` alone."""
+        """Applies some of the columns of `in_proj` alone."""
         rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), self.in_proj.kernel[:, first:last])
         return tf.reshape(rows + self.in_proj.bias[first:last], [-1, x.shape[1], last - first])
 
@@ -74,7 +75,7 @@ class AttentionToOne(keras.layers.Layer):
         self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def call(self, memory: Array, keep: Array | None = None, rate: float = 0.0) -> Array:
-        """[B,E] -> [B,1,E], for all positions; [B,H,E] with `keep` [B,N,H,1], dropout's mask of the weights."""
+        """Maps [B,E] to [B,1,E], for all positions; [B,H,E] with `keep` [B,N,H,1], dropout's mask of the weights."""
         values = tf.matmul(memory, self.in_proj.kernel[:, 2 * self.dim :]) + self.in_proj.bias[2 * self.dim :]
         values = values[:, None]
         if keep is not None:
@@ -100,13 +101,13 @@ class DecoderLayer(keras.layers.Layer):
         self.activate = activation(activation_type)
 
     def masks_shapes(self, batch: int, steps: int) -> list[tuple[int, ...]]:
-        """Shapes of dropout's masks in the order of use; none without dropout."""
+        """Returns the shapes of dropout's masks in the order of use; none without dropout."""
         added, heads = (batch, steps, self.dim), (batch, self.heads, steps)
         shapes = [(*heads, steps), added, (*heads, 1), added, (batch, steps, 4 * self.dim), added]
         return shapes if self.dropout else []
 
     def call(self, x: Array, memory: Array, masks: Iterable[Array] = ()) -> Array:
-        """x [B,H,E] (or [1,H,E], the same for all), memory [B,E] -> [B,H,E]; `masks` see `masks_shapes`."""
+        """Maps x [B,H,E] (or [1,H,E], the same for all), memory [B,E] to [B,H,E]; `masks` see `masks_shapes`."""
         rate, keep = self.dropout, tuple(masks) or (None,) * 6
         x = x + dropped(self.self_attn(self.norm1(x), keep=keep[0], rate=rate), keep[1], rate)
         # What norm2 gives is only queried with, so its gradient is zero; zero, not missing: weight decay acts on it.
@@ -124,7 +125,7 @@ class Decoder(keras.layers.Layer):
         self.layers = [DecoderLayer(dim, heads, activation_type, dropout) for _ in range(n_layers)]
 
     def call(self, x: Array, memory: Array, masks: Iterator[Array]) -> Array:
-        """x [B or 1,H,E], memory [B,E], dropout's masks of all layers -> [B,H,E]"""
+        """Maps x [B or 1,H,E], memory [B,E], dropout's masks of all layers to [B,H,E]."""
         for layer in self.layers:
             x = layer(x, memory, itertools.islice(masks, len(layer.masks_shapes(1, 1))))
         return x
@@ -175,7 +176,7 @@ class Transformer(keras.layers.Layer):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights and positions from N(0, 0.02^2), offsets 0, gains 1."""
+        """Draws weights and positions from N(0, 0.02^2); offsets are 0, gains 1."""
         for variable in variables_of(self):
             if variable.name.startswith("bias"):
                 variable.assign(tf.zeros_like(variable))
@@ -183,19 +184,19 @@ class Transformer(keras.layers.Layer):
                 variable.assign(INIT_STD * init_rng().normal(variable.shape, floatx()))
 
     def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Shapes of the 0/1 dropout masks that training draws, in the order of use: of the embedded observation, of
-        the positions, of each layer of the decoder; none at a rate of 0."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, in the order of use: of the embedded
+        observation, of the positions, of each layer of the decoder; none at a rate of 0."""
         embedded = [(batch, 1, self.embed_dim), (batch, self.horizon, self.embed_dim)] if self.p_drop_emb else []
         return embedded + [s for layer in self.decoder.layers for s in layer.masks_shapes(batch, self.horizon)]
 
     @property
     def dropout(self) -> tuple[float, ...]:
-        """The rate of each mask."""
+        """Returns the rate of each mask."""
         count, embedded = len(self.masks_shapes(1)), 2 if self.p_drop_emb else 0
         return (self.p_drop_emb,) * embedded + (self.p_drop_attn,) * (count - embedded)
 
     def call(self, state: Array, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
-        """[B,To*O] -> outputs [B,H,output_dim] and what the head sees of them [B,H,E].
+        """Maps [B,To*O] to outputs [B,H,output_dim] and what the head sees of them [B,H,E].
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """
@@ -254,16 +255,16 @@ class GaussianTransformer(SpreadOwner):
         )
 
     def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Shapes of the 0/1 dropout masks that training draws, see `Transformer`."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, see `Transformer`."""
         return self.transformer.masks_shapes(batch)
 
     @property
     def dropout(self) -> tuple[float, ...]:
-        """The rate of each mask."""
+        """Returns the rate of each mask."""
         return self.transformer.dropout
 
     def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, ...]:
-        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
+        """Maps {"state": [B,To,O]} to mean, standard deviation, both [B,H*A], step by step.
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """
@@ -271,7 +272,7 @@ class GaussianTransformer(SpreadOwner):
         return self._mean_std(out, [self.horizon_steps * self.action_dim])
 
     def _mean_std(self, out: Array, shape: Sequence[int]) -> tuple[Array, Array]:
-        """Outputs of each step [B,H,...], brought into the given shape, as mean and standard deviation."""
+        """Returns outputs of each step [B,H,...], brought into the given shape, as mean and standard deviation."""
         halves = tf.split(out, 2, axis=-1) if self.fixed_std is None else [out]
         mean, *logvar = (self._arranged(half, shape) for half in halves)
         mean = tf.tanh(mean)
@@ -304,7 +305,7 @@ class GMMTransformer(GaussianTransformer):
         self.modes_head = Linear(horizon_steps * transformer_embed_dim, num_modes)
 
     def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array, Array]:
-        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M].
+        """Maps {"state": [B,To,O]} to means and standard deviations [B,M,H*A], step by step, and logits [B,M].
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """

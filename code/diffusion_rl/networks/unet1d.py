@@ -32,7 +32,7 @@ class ConvBlock(keras.layers.Layer):
         self.normalises, self.activate = n_groups is not None, activation(activation_type)
 
     def call(self, x: Array) -> Array:
-        """[H,B,I] -> [H,B,C]"""
+        """Maps [H,B,I] to [H,B,C]."""
         x = self.conv(x)
         return self.activate(self.norm(x) if self.normalises else x)
 
@@ -73,7 +73,7 @@ class FiLMBlock(keras.layers.Layer):
         self.changes_width = in_dim != out_dim
 
     def call(self, x: Array, cond: Array) -> Array:
-        """x [H,B,I], cond [B,G] -> [H,B,C]"""
+        """Maps x [H,B,I], cond [B,G] to [H,B,C]."""
         cond = sequential(self.cond_encoder, cond)
         out, n = self.blocks[0](x), self.out_dim
         out = cond[:, :n] * out + cond[:, n:] if self.cond_predict_scale else out + cond
@@ -88,7 +88,7 @@ class Downsample(keras.layers.Layer):
         self.conv = Conv1d(dim, dim, 3, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
-        """x [H,B,C] -> [(H+1)//2,B,C]"""
+        """Maps x [H,B,C] to [(H+1)//2,B,C]."""
         return self.conv(x)
 
 
@@ -100,7 +100,7 @@ class Upsample(keras.layers.Layer):
         self.conv = ConvTranspose1d(dim, dim, 4, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
-        """x [H,B,C] -> [2H,B,C]"""
+        """Maps x [H,B,C] to [2H,B,C]."""
         return self.conv(x)
 
 
@@ -175,11 +175,11 @@ class UNetTrunk(keras.layers.Layer):
         ]
 
     def encoded_state(self, cond: dict[str, Array]) -> Array:
-        """{"state": [B,To,O]} -> the observation as the blocks are conditioned on it."""
+        """Maps {"state": [B,To,O]} to the observation as the blocks are conditioned on it."""
         return self.cond_mlp(flatten_state(cond)) if self.has_cond_mlp else flatten_state(cond)
 
     def trunk(self, x: Array, time: Array, features: Array) -> Array:
-        """x [B,H,A], time [B] integers or one for all, features of images and observation [B,F] -> [B,H,A].
+        """Maps x [B,H,A], time [B] integers or one for all, features of images and observation [B,F] to [B,H,A].
 
         Where H is odd and there are two levels the result has H+1 steps.
 
@@ -214,5 +214,5 @@ class Unet1D(UNetTrunk):
     """Noise prediction from a noisy chunk, the denoising step and the observation history; arguments: `UNetTrunk`."""
 
     def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,A], time [B] integers or one for all, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers or one for all, cond {"state": [B,To,O]} to noise (or x0) [B,H,A]."""
         return self.trunk(x, time, self.encoded_state(cond))

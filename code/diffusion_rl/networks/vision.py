@@ -51,7 +51,7 @@ class RandomShiftsAug:
 
 
 def _shifted(size: Array, shift: Array) -> Array:
-    """Indices [B,size] of shifted pixels, held at the border; shift [B,1]."""
+    """Returns indices [B,size] of shifted pixels, held at the border; shift [B,1]."""
     return tf.clip_by_value(tf.range(size)[None] + shift, 0, size - 1)
 
 
@@ -74,7 +74,7 @@ class SpatialEmb(keras.layers.Layer):
         self.input_norm = LayerNorm(proj_dim)
 
     def call(self, feat: Array, prop: Array, keep_masks: Sequence[Array] = ()) -> Array:
-        """feat [B,P,D], prop [B,prop_dim] -> [B,proj_dim]; `keep_masks`: dropout's one 0/1 mask [B,proj_dim]."""
+        """Maps feat [B,P,D], prop [B,prop_dim] to [B,proj_dim]; `keep_masks`: dropout's one 0/1 mask [B,proj_dim]."""
         kernel, channels = tf.convert_to_tensor(self.input_linear.kernel), feat.shape[-1]
         by_channel = tf.reshape(tf.transpose(feat, [0, 2, 1]), [-1, self.num_patch])
         y = tf.reshape(tf.matmul(by_channel, kernel[: self.num_patch]), [-1, channels, self.proj_dim])
@@ -95,7 +95,7 @@ class FlatEmb(keras.layers.Layer):
         self.norm = LayerNorm(out_dim)
 
     def call(self, feat: Array, prop: Array, keep_masks: Sequence[Array] = ()) -> Array:
-        """feat [B,P,D] -> [B,out]; `keep_masks`: dropout's one 0/1 mask [B,out]."""
+        """Maps feat [B,P,D] to [B,out]; `keep_masks`: dropout's one 0/1 mask [B,out]."""
         z = self.norm(self.linear(tf.reshape(feat, [-1, self.in_dim])))
         return tf.nn.relu(dropped(z, next(iter(keep_masks), None), self.dropout))
 
@@ -144,7 +144,7 @@ class ImageFeatures(keras.layers.Layer):
             setattr(self, name, copy.deepcopy(first) if i else first)  # all start alike
 
     def call(self, rgb: Array, state: Array, shifts: Array | None = None, keep_masks: Sequence[Array] = ()) -> Array:
-        """Features [B,F].
+        """Returns features [B,F].
 
         Args:
             rgb: [B,To,C,Hi,Wi] pixels in [0,255], the latest last.
@@ -165,7 +165,8 @@ class ImageFeatures(keras.layers.Layer):
         return tf.concat(parts, axis=-1)
 
     def cameras(self, rgb: Array) -> list[Array]:
-        """[B,To,C,Hi,Wi] -> for each camera its latest images stacked along the channels [B,T*C/num_img,Hi,Wi]."""
+        """Returns for each camera its latest images of [B,To,C,Hi,Wi], stacked along the channels
+        [B,T*C/num_img,Hi,Wi]."""
         recent = rgb[:, -self.img_cond_steps :]
         _, steps, channels, height, width = recent.shape
         if channels % self.num_img:
@@ -181,7 +182,7 @@ class SeesImages:
     vision: ImageFeatures
 
     def shifts_shape(self, batch: int) -> tuple[int, int, int] | None:
-        """Shape of the shifts that training draws, integers in [0, 2 pad]; None without augmentation.
+        """Returns the shape of the shifts that training draws, integers in [0, 2 pad]; None without augmentation.
 
         The reference shifts also when it evaluates a network with augment=true; here whoever calls decides, by giving
         shifts or not.
@@ -189,11 +190,11 @@ class SeesImages:
         return (batch, self.vision.num_img, 2) if self.vision.augment else None
 
     def proprioception(self, cond: Cond) -> Array:
-        """What the network makes of {"state": [B,To,O]}: [B,cond_dim]."""
+        """Returns what the network makes of {"state": [B,To,O]}: [B,cond_dim]."""
         return tf.cast(flatten_state(cond), self.vision.compute_dtype)
 
     def encode(self, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()) -> Cond:
-        """The observation as the rest of the network needs it: {"state", "features": [B,F+cond_dim]}.
+        """Returns the observation as the rest of the network needs it: {"state", "features": [B,F+cond_dim]}.
 
         The result takes the place of `cond` in calls of the same network (and of no other: weights differ).
 
@@ -211,7 +212,7 @@ class SeesImages:
 
 
 def check_images(network: Any, shape: Sequence[int] | None, whose: str) -> None:
-    """Hold images [C,Hi,Wi] (None: there are none) to what `network` sees; nothing if it does not see.
+    """Holds images [C,Hi,Wi] (None: there are none) to what `network` sees; nothing if it does not see.
 
     Raises UserError naming both shapes; whose: where the images come from.
     """
@@ -276,7 +277,7 @@ class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
     def call(
         self, x: Array, time: Array, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()
     ) -> Array:
-        """x [B,H,A], time [B] integers, cond (plain or encoded) -> noise (or x0) [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers, cond (plain or encoded) to noise (or x0) [B,H,A]."""
         features = self.encode(cond, shifts, keep_masks)["features"]
         flat = tf.reshape(x, [-1, self.horizon_steps * self.action_dim])
         out = self.mlp_mean(tf.concat([flat, self.time_embedding(tf.reshape(time, [-1])), features], axis=-1))
@@ -333,7 +334,7 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
             self.mlp_logvar = MLP([input_dim, mlp_dims[-1], output_dim], **common)
 
     def call(self, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
-        """cond (plain or encoded) -> mean, standard deviation, both [B,H*A], step by step."""
+        """Maps cond (plain or encoded) to mean, standard deviation, both [B,H*A], step by step."""
         features = self.encode(cond, shifts, keep_masks)["features"]
         mean = tf.tanh(self.mlp_mean(features))
         if self.fixed_std is None:
@@ -374,5 +375,5 @@ class ViTCritic(SeesImages, CriticObs):
         shifts: Array | None = None,
         keep_masks: Sequence[Array] = (),
     ) -> Array:
-        """cond (plain or encoded) -> [B,1]; `no_augment`: shifts are not used."""
+        """Maps cond (plain or encoded) to [B,1]; `no_augment`: shifts are not used."""
         return self.Q1(self.encode(cond, None if no_augment else shifts, keep_masks)["features"])

@@ -56,7 +56,7 @@ class Conv2d(keras.layers.Layer):
         self.stride = stride
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,in] -> [B,(Hi-k)/stride+1,(Wi-k)/stride+1,out]."""
+        """Maps [B,Hi,Wi,in] to [B,(Hi-k)/stride+1,(Wi-k)/stride+1,out]."""
         return tf.nn.conv2d(x, self.kernel, self.stride, "VALID") + self.bias
 
 
@@ -75,7 +75,7 @@ class PatchEmbed1(keras.layers.Layer):
         self.conv = Conv2d(num_channel, embed_dim, PATCH, stride=PATCH)
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,C] -> [B,P,D]."""
+        """Maps [B,Hi,Wi,C] to [B,P,D]."""
         return _patches(self.conv(x), self.num_patch)
 
 
@@ -92,14 +92,14 @@ class PatchEmbed2(keras.layers.Layer):
         self.conv2 = Conv2d(embed_dim, embed_dim, 3, stride=2)
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,C] -> [B,P,D]."""
+        """Maps [B,Hi,Wi,C] to [B,P,D]."""
         x = self.conv1(x)
         x = self.norm(x) if self.use_norm else x
         return _patches(self.conv2(tf.nn.relu(x)), self.num_patch)
 
 
 def _windows(size: int, *convolutions: tuple[int, int]) -> int:
-    """How many windows (width, stride) after one another leave of `size` pixels; none may be cut off."""
+    """Returns how many windows (width, stride) after one another leave of `size` pixels; none may be cut off."""
     left = size
     for width, stride in convolutions:
         if left < width or (left - width) % stride:
@@ -130,7 +130,7 @@ class TransformerLayer(keras.layers.Layer):
         self.linear2 = linear(4 * embed_dim, embed_dim)
 
     def call(self, x: Array) -> Array:
-        """[B,P,D] -> [B,P,D]."""
+        """Maps [B,P,D] to [B,P,D]."""
         x = x + self.mha(self.layer_norm1(x))
         return x + self.linear2(gelu(self.linear1(self.layer_norm2(x))))
 
@@ -154,7 +154,7 @@ class Vit(keras.layers.Layer):
         self.norm = LayerNorm(cfg.embed_dim)
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,C] -> [B,P,D]."""
+        """Maps [B,Hi,Wi,C] to [B,P,D]."""
         return self.norm(sequential(self.net, self.patch_embed(x) + self.pos_embed))
 
 
@@ -191,7 +191,7 @@ class VitEncoder(keras.layers.Layer):
         self.repr_dim = self.num_patch * cfg.embed_dim
 
     def call(self, obs: Array, flatten: bool = False) -> Array:
-        """[B,C,Hi,Wi] pixels in [0,255] -> [B,P,D], or [B,P*D] if `flatten`."""
+        """Maps [B,C,Hi,Wi] pixels in [0,255] to [B,P,D], or [B,P*D] if `flatten`."""
         if tuple(obs.shape[1:]) != self.image_shape:
             raise UserError(
                 f"images [C,H,W] = {list(obs.shape[1:])} (history stacked along C), the encoder is built for "

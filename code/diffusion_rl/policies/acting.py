@@ -36,12 +36,12 @@ class Decision(NamedTuple):
     log_probs: np.ndarray  # [E,F,H,A] of the steps of the chain; else [E] of the chunks
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What there is, by name."""
+        """Returns what there is, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fast: bool = True) -> Any:
-    """The actor of a policy; `fast` concerns diffusion policies only."""
+    """Returns the actor of a policy; `fast` concerns diffusion policies only."""
     if isinstance(policy, GaussianPolicy):
         return GaussianActor(policy)
     return GMMActor(policy) if isinstance(policy, GMMPolicy) else DiffusionActor(policy, fast)
@@ -55,18 +55,18 @@ class SingleStepActor(abc.ABC):
         self._decide = tf.function(self.decisions)
 
     def weights_changed(self) -> None:  # noqa: B027 - not abstract: doing nothing is right
-        """To be called after every change of the weights; nothing is kept between decisions here."""
+        """Must be called after every change of the weights; nothing is kept between decisions here."""
 
     @abc.abstractmethod
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """What one decision needs: the arguments of `policy.sample` beside the observation."""
+        """Returns what one decision needs: the arguments of `policy.sample` beside the observation."""
 
     @abc.abstractmethod
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Actions [E,H,A] of the policy."""
+        """Returns actions [E,H,A] of the policy."""
 
     def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
+        """Returns actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
         policy, cuts = copy.copy(self.policy), parts(obs["state"].shape[0], MIN_PART if "rgb" in obs else MIN_ROWS)
         # side by side
         outputs_by_part = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]
@@ -78,7 +78,7 @@ class SingleStepActor(abc.ABC):
     def act(
         self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool, rgb: np.ndarray | None = None
     ) -> Decision:
-        """Decide for all environments.
+        """Decides for all environments.
 
         Args:
             state: [E,To,O];  draws: of `draw`;  deterministic: evaluate instead of explore.
@@ -98,7 +98,7 @@ class GaussianActor(SingleStepActor):
         return {"noise": rng.normal(self.policy.noise_shape(n_envs), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Actions [E,H,A] of the policy."""
+        """Returns actions [E,H,A] of the policy."""
         return policy.sample(cond, deterministic=deterministic, **draws)[0]
 
 
@@ -111,7 +111,7 @@ class GMMActor(SingleStepActor):
         return {"uniform": uniform, "noise": rng.normal(self.policy.noise_shape(n_envs), floatx())}
 
     def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Actions [E,H,A] of the policy."""
+        """Returns actions [E,H,A] of the policy."""
         return policy.sample(cond, deterministic=deterministic, **draws)
 
 
@@ -128,7 +128,7 @@ class CompiledNetwork:
             self.encode = self._encode
 
     def __call__(self, x: Array, t: Array, cond: Cond) -> Array:
-        """x [B,H,A], t [B], cond -> noise (or x0) [B,H,A]"""
+        """Maps x [B,H,A], t [B], cond to noise (or x0) [B,H,A]."""
         return self._call(x, t, cond)
 
     def _encode(self, cond: Cond) -> Cond:
@@ -160,7 +160,7 @@ class DiffusionActor:
         self._folded: tuple[list[Array], list[Array]] | None = None
 
     def weights_changed(self) -> None:
-        """To be called after every change of the weights: folded copies of them are kept between decisions."""
+        """Must be called after every change of the weights: folded copies of them are kept between decisions."""
         self._folded = None
 
     def noise_shape(self, n_envs: int) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ class DiffusionActor:
         return rng.normal(self.noise_shape(n_envs), floatx())
 
     def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
-        """Decide for all environments.
+        """Decides for all environments.
 
         Args:
             state: [E,To,O];  noise: `noise_shape`;  deterministic: evaluate instead of explore.
@@ -190,7 +190,8 @@ class DiffusionActor:
         return Decision(*(output.numpy() for output in outputs))
 
     def log_probs(self, state: np.ndarray, chains: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-        """Log-probabilities [N,F,H,A] of chains [N,F+1,H,A], with the fine-tuned network; images are encoded once.
+        """Returns the log-probabilities [N,F,H,A] of chains [N,F+1,H,A], with the fine-tuned network; images are
+        encoded once.
 
         Args:
             state, rgb: of the N observations, as in `act`; a whole rollout in batches of one size, since every size is
@@ -212,7 +213,8 @@ class DiffusionActor:
         return _sampler(self.policy, deterministic)
 
     def _compiled_sampler(self, deterministic: bool) -> Sampler:
-        """Compiled networks, called step by step: unrolled into one program these would compile for a minute."""
+        """Builds a sampler of compiled networks, called step by step: unrolled into one program these would compile for
+        a minute."""
         policy = copy.copy(self.policy)
         policy.actor, policy.actor_ft = (CompiledNetwork(network) for network in (policy.actor, policy.actor_ft))
         return _sampler(policy, deterministic)
@@ -265,5 +267,5 @@ def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
 
 
 def _or_empty(log_probs: Array | None, like: Array) -> Array:
-    """[E,0,H,A] where no step is fine-tuned."""
+    """Returns the log-probabilities, or [E,0,H,A] where no step is fine-tuned."""
     return tf.zeros_like(like)[:, None][:, :0] if log_probs is None else log_probs

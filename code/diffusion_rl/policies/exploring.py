@@ -52,7 +52,7 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         network: keras.layers.Layer | None = None,
         final_clip: float | None = None,
     ) -> Array:
-        """Denoise from noise[0]; differentiable.
+        """Denoises from noise[0]; differentiable.
 
         Args:
             noise: `noise_shape`, standard normal.
@@ -77,11 +77,11 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
     # ---------- acting ----------
 
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Array]:
-        """The draws that `act` takes, by name."""
+        """Returns the draws that `act` takes, by name."""
         return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
-        """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
+        """Returns action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
         return self.sample(cond, draws["noise"], deterministic)
 
 
@@ -89,13 +89,13 @@ class ExploringGaussianPolicy(GaussianPolicy):
     """A Gaussian policy that explores by its own spread; arguments as in `GaussianPolicy`."""
 
     def trainable(self) -> list[tf.Variable]:
-        """The network's weights that are trained."""
+        """Returns the network's weights that are trained."""
         return [v for v in variables_of(self.network) if v.trainable]
 
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Any]:
-        """The draws that `act` takes, by name."""
+        """Returns the draws that `act` takes, by name."""
         return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
-        """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
+        """Returns action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
         return self.sample(cond, draws["noise"], deterministic)[0]

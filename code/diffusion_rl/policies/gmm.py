@@ -43,7 +43,7 @@ class GMMPolicy:
 
     @property
     def dtype(self) -> tf.DType:
-        """The precision of the weights, and so of all results."""
+        """Returns the precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
@@ -51,7 +51,8 @@ class GMMPolicy:
         return (batch, self.network.num_modes, self.horizon_steps * self.network.action_dim)
 
     def distribution(self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()) -> Any:
-        """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`: dropout's."""
+        """Returns the mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`:
+        dropout's."""
         means, stds, logits = self.network(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         if deterministic:
             stds = tf.ones_like(means) * DETERMINISTIC_STD
@@ -60,7 +61,7 @@ class GMMPolicy:
         )
 
     def log_probs(self, cond: Cond, actions: Array, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array, Array]:
-        """Joint log-probability [B] of actions [B,H,A], approximate entropy, mean standard deviation.
+        """Returns the joint log-probability [B] of actions [B,H,A], approximate entropy, mean standard deviation.
 
         The entropy is that of the modes' Gaussians, weighted by the modes and averaged over the batch: without the
         mixing itself.
@@ -74,7 +75,8 @@ class GMMPolicy:
         return log_prob, tf.reduce_mean(entropy), tf.reduce_mean(std)
 
     def loss(self, actions: Array, cond: Cond, keep_masks: Sequence[Array] = (), **unused: Any) -> tuple[Array, Array]:
-        """Supervised: minus the joint log-probability of actions [B,H,A], averaged over the batch; and the entropy.
+        """Returns the supervised loss, minus the joint log-probability of actions [B,H,A], averaged over the batch; and
+        the entropy.
 
         `keep_masks`: dropout's, of networks that have it, when training.
         """
@@ -89,7 +91,7 @@ class GMMPolicy:
         deterministic: bool = False,
         modes: Array | None = None,
     ) -> Array:
-        """-> actions [B,H,A]
+        """Samples actions [B,H,A].
 
         Args:
             noise: [B,M,H*A] standard normal; the chosen mode's is used.

@@ -79,7 +79,7 @@ class Panel:
 
 
 def iqm_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Interquartile mean over seeds and its 95% interval: percentiles of a bootstrap that resamples seeds.
+    """Returns the interquartile mean over seeds and its 95% interval: percentiles of a bootstrap that resamples seeds.
 
     values [seeds, points], NaN where missing; iqm, low, high [points]. Low and high are NaN where there are fewer
     than three seeds. The resamples are the same in every call.
@@ -108,13 +108,13 @@ def iqm_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def task_of(env_name: str) -> str:
-    """The task as the papers name it: hopper-medium-v2 -> hopper; other names as they are."""
+    """Returns the task as the papers name it: hopper-medium-v2 -> hopper; other names as they are."""
     short = env_name.split("-")[0]
     return short if any(short == task for task, _ in published.final_values()) else env_name
 
 
 def algorithm_labels(runs: Sequence[Run]) -> list[str]:
-    """Each run's algorithm under the papers' name, with what a sweep varied ("DPPO train.gamma=0.9").
+    """Returns each run's algorithm under the papers' name, with what a sweep varied ("DPPO train.gamma=0.9").
 
     Runs of one task that would get the same label under different names keep their names: they are no seeds of one
     experiment.
@@ -133,7 +133,7 @@ def _short_name(run: Run) -> str:
 
 @functools.cache
 def class_labels() -> dict[str, str]:
-    """Return what the papers call the algorithms, by the name of their class (its `LABEL`)."""
+    """Returns what the papers call the algorithms, by the name of their class (its `LABEL`)."""
     labels = [declaring(package, "LABEL") for package in ALGORITHMS]
     return {path.rpartition(".")[2]: label for by_path in labels for path, label in by_path.items()}
 
@@ -160,7 +160,7 @@ def compare(
     references: str = "same",
     command: str = "",
 ) -> tuple[Path, str]:
-    """Draw `y` against `x`, a panel for each task and a line for each algorithm; write a PNG and its numbers (CSV).
+    """Draws `y` against `x`, a panel for each task and a line for each algorithm; writes a PNG and its numbers (CSV).
 
     tasks: which, and their order, as env_name or in short ("hopper"); none for all. y: None for the success rate in
     robomimic's tasks and the return in all others. kind: eval or train. labels: as in `learning_curve`. references:
@@ -201,7 +201,8 @@ def _panel(
 
 
 def _references(task: str, x: str, y: str, labels: Sequence[str], which: str) -> list[str]:
-    """The algorithms whose published values belong in this panel; DPOER_50 is published as another curve of DPOER."""
+    """Returns the algorithms whose published values belong in this panel; DPOER_50 is published as another curve of
+    DPOER."""
     if which == "none" or x != "env_steps" or y != published.metric_of(task):
         return []
     known = [algorithm for of_task, algorithm in published.final_values() if of_task == task]
@@ -209,7 +210,8 @@ def _references(task: str, x: str, y: str, labels: Sequence[str], which: str) ->
 
 
 def _published_csv(panel: Panel) -> str:
-    """Lines for the CSV of the figure: task, label, kind, (no iteration), environment steps, (no seeds), value."""
+    """Returns lines for the CSV of the figure: task, label, kind, (no iteration), environment steps, (no seeds),
+    value."""
     lines = []
     curves, finals = published.curves(), published.final_values()
     for algorithm in panel.references:
@@ -270,7 +272,7 @@ def _handles(panels: Sequence[Panel], colours: dict[str, str]) -> list[Any]:
 
 
 def _captions(panels: Sequence[Panel]) -> list[str]:
-    """Lines below the figure: what is drawn, and the seeds of each line."""
+    """Returns lines below the figure: what is drawn, and the seeds of each line."""
     lines = [CAPTION]
     metrics = sorted({panel.y for panel in panels if panel.references})
     if metrics:
@@ -286,7 +288,7 @@ def _captions(panels: Sequence[Panel]) -> list[str]:
 
 
 def _tables(panels: Sequence[Panel]) -> str:
-    """Final values: a Markdown table, an empty line, a LaTeX one."""
+    """Returns final values: a Markdown table, an empty line, a LaTeX one."""
     title = ["task", "algorithm", "seeds", "environment steps", "IQM [95% interval]"]
     title += ["published: environment steps", "replication", "original"]
     rows = [_final_row(panel, curve) for panel in panels for curve in panel.curves]
@@ -301,7 +303,7 @@ def _latex(row: Sequence[str]) -> str:
 
 
 def _final_row(panel: Panel, curve: Curve) -> list[str]:
-    """The last point that every seed has (the last of any, if there is none)."""
+    """Returns the last point that every seed has (the last of any, if there is none)."""
     complete = np.flatnonzero(~np.isnan(curve.values).any(axis=0))
     last = complete[-1] if len(complete) else len(curve.itr) - 1
     digits = 3 if panel.y == "success_rate" else 0

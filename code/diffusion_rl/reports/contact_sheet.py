@@ -16,7 +16,7 @@ GAP = 4  # white pixels between pictures
 
 
 def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
-    """Write a PNG with `columns` frames of each video, evenly spaced from its first to its last.
+    """Writes a PNG with `columns` frames of each video, evenly spaced from its first to its last.
 
     Raises UserError for a video that cannot be read, or of another size than the first.
     """
@@ -33,7 +33,7 @@ def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike
 
 
 def frames(video: str | os.PathLike) -> list[np.ndarray]:
-    """All frames [Hi,Wi,3] uint8 of a video."""
+    """Returns all frames [Hi,Wi,3] uint8 of a video."""
     try:
         import imageio.v2 as imageio
     except ImportError as error:

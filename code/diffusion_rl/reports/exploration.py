@@ -47,7 +47,7 @@ class Numbers:
 
 
 def measure(panel: Panel, data: Sequence[np.ndarray]) -> Numbers:
-    """The numbers of a panel; data: the demonstrations [T, 2] of its set of modes."""
+    """Returns the numbers of a panel; data: the demonstrations [T, 2] of its set of modes."""
     before = [path[: _end(path)] for path in panel.paths]
     crossed = np.array([bool((path[:, 1] > avoiding.GOAL_Y).any()) for path in panel.paths])
     finishing = crossed & ~np.asarray(panel.collided)
@@ -71,20 +71,20 @@ def measure(panel: Panel, data: Sequence[np.ndarray]) -> Numbers:
 
 
 def _end(path: np.ndarray) -> int:
-    """Positions until the goal is crossed, or all."""
+    """Returns positions until the goal is crossed, or all."""
     crossed = np.flatnonzero(path[:, 1] > avoiding.GOAL_Y)
     return int(crossed[0]) + 1 if len(crossed) else len(path)
 
 
 def _x_at(path: np.ndarray, y: float) -> float:
-    """x where a path that goes up first reaches this y."""
+    """Returns x where a path that goes up first reaches this y."""
     t = int(np.argmax(path[:, 1] >= y))
     (x0, y0), (x1, y1) = path[max(t - 1, 0)], path[t]
     return float(x1 if y1 == y0 else x0 + (x1 - x0) * (y - y0) / (y1 - y0))
 
 
 def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tuple[Path, str]:
-    """Draw a row of panels for each set of modes, its data first, and write the CSV beside.
+    """Draws a row of panels for each set of modes, its data first, and writes the CSV beside.
 
     Returns the PNG's path and the numbers as lines of text.
     """
@@ -120,7 +120,7 @@ def _draw_panel(axis: Any, panel: Panel, numbers: Numbers) -> None:
 
 
 def describe(panel: Panel, numbers: Numbers) -> str:
-    """One line."""
+    """Returns the numbers of a panel as one line."""
     taken = ", ".join(f"{'-'.join(map(str, way))}: {count}" for way, count in numbers.taken.items())
     return (
         f"{panel.modes} {panel.policy:9s} {len(panel.paths):3d} paths: {numbers.distinct_modes} distinct modes "

@@ -75,7 +75,7 @@ class Curve:
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over seeds and the 95% interval of that mean, from Student's t.
+    """Returns the mean over seeds and the 95% interval of that mean, from Student's t.
 
     values [seeds, points], NaN where missing; mean, low, high [points]. Where there are fewer than two values, low
     and high are NaN.
@@ -90,14 +90,14 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def student_t(degrees: int) -> float:
-    """The two-sided 95% quantile of Student's t (within 0.005 above 20 degrees of freedom)."""
+    """Returns the two-sided 95% quantile of Student's t (within 0.005 above 20 degrees of freedom)."""
     if degrees < 1:
         return float("nan")
     return STUDENT_T[degrees - 1] if degrees <= len(STUDENT_T) else 1.96 + 2.5 / degrees
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read `config.yaml` (name, env_name, seed) and `metrics.jsonl` of a run folder."""
+    """Reads `config.yaml` (name, env_name, seed) and `metrics.jsonl` of a run folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
@@ -130,7 +130,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def run_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
-    """The label of each run from one for each run, or one for each name."""
+    """Returns the label of each run from one for each run, or one for each name."""
     names = list(dict.fromkeys(run.name for run in runs))
     if len(labels) == len(runs):
         return list(labels)
@@ -140,7 +140,8 @@ def run_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[tuple[str, str], list[Run]]:
-    """Runs by (label, task). Without labels: by name. With one label a run: by label. With one a name: renamed."""
+    """Groups runs by (label, task). Without labels: by name. With one label a run: by label. With one a name:
+    renamed."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for key, run in zip(run_labels(runs, labels or [run.name for run in runs]), runs, strict=True):
         groups.setdefault((key, run.task), []).append(run)
@@ -150,7 +151,7 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[tuple[
 def curve_of(
     label: str, runs: Sequence[Run], kind: str, x: str, y: str, estimate: Estimate = mean_and_interval
 ) -> Curve | None:
-    """The points of `kind` of a group of runs, lined up by iteration; None if there are none."""
+    """Returns the points of `kind` of a group of runs, lined up by iteration; None if there are none."""
     points = [_points(run, kind, x, y) for run in runs]
     itrs = sorted(set().union(*points))
     if not itrs:
@@ -163,7 +164,7 @@ def curve_of(
 
 
 def _seed_names(runs: Sequence[Run]) -> list[str]:
-    """The seeds; a seed that was run more than once is numbered: 42, 42 (2)."""
+    """Returns the seeds; a seed that was run more than once is numbered: 42, 42 (2)."""
     seeds = [run.seed for run in runs]
     earlier = [seeds[:i].count(seed) for i, seed in enumerate(seeds)]
     return [f"{seed} ({count + 1})" if count else seed for seed, count in zip(seeds, earlier, strict=True)]
@@ -190,7 +191,7 @@ def learning_curve(
     title: str | None = None,
     command: str = "",
 ) -> Path:
-    """Draw `y` against `x` for the given runs; write `output` (PNG) and the numbers beside it (CSV).
+    """Draws `y` against `x` for the given runs; writes `output` (PNG) and the numbers beside it (CSV).
 
     By default returns against environment steps, or losses against steps for runs that train on data alone.
 
@@ -215,7 +216,7 @@ def learning_curve(
 
 
 def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[str, str]:
-    """The columns to draw: those given, else what the metrics of the runs hold."""
+    """Returns the columns to draw: those given, else what the metrics of the runs hold."""
     rows = [row for run in runs for row in run.rows]
 
     def is_there(key: str) -> bool:
@@ -228,7 +229,7 @@ def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[
 
 
 def curves_csv(curves: Sequence[Curve], x: str, heading: str, command: str, centre: str = "mean") -> str:
-    """One line a point: centre and interval over seeds, then the value of each seed."""
+    """Returns one line a point: centre and interval over seeds, then the value of each seed."""
     seeds = list(dict.fromkeys(seed for curve in curves for seed in curve.seeds))
     columns = ["task", "label", "kind", "itr", x, "n_seeds", centre, "low", "high", *(f"seed_{s}" for s in seeds)]
     rows: list[Sequence[Any]] = [columns]
@@ -330,7 +331,7 @@ def style_panel(panel: Any, x: str) -> None:
 
 
 def footer_of(command: str, width: int) -> str:
-    """At most two lines of the command; the whole of it is in the CSV and in the PNG's metadata."""
+    """Returns at most two lines of the command; the whole of it is in the CSV and in the PNG's metadata."""
     lines = [command[start : start + width] for start in range(0, len(command), width)]
     return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][: width - 2] + " …"])
 

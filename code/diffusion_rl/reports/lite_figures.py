@@ -19,7 +19,7 @@ SCORES = {"checkpoint": (int, str), "score": (int, float), "standard_error": (in
 
 
 def read_rows(path: str | Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
-    """Read the rows of a loss log or of the results of a sweep. needed: what each row must hold."""
+    """Reads the rows of a loss log or of the results of a sweep. needed: what each row must hold."""
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is no JSON list of rows")
@@ -31,7 +31,7 @@ def read_rows(path: str | Path, needed: Mapping[str, type | tuple[type, ...]]) -
 
 
 def by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(gradient step, value), …]} of every number in the rows but the step itself."""
+    """Returns {name: [(gradient step, value), …]} of every number in the rows but the step itself."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row.get("gradient_steps", 0)):
         for name, value in row.items():
@@ -41,7 +41,7 @@ def by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, floa
 
 
 def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, command: str = "") -> list[Path]:
-    """`loss_curve.png` of the levels' losses and `invdyn_loss_curve.png`; what there is nothing of is left out.
+    """Draws `loss_curve.png` of the levels' losses and `invdyn_loss_curve.png`; what there is nothing of is left out.
 
     Args:
         loss_data: {"loss0": [(step, loss), …], …, "invdyn_loss": …}.
@@ -60,7 +60,7 @@ def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, comm
 
 
 def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
-    """(step, score, standard error) of a sweep's numbered checkpoints."""
+    """Returns (step, score, standard error) of a sweep's numbered checkpoints."""
     numbered = (row for row in rows if isinstance(row.get("checkpoint"), int))
     points = sorted((row["checkpoint"], row["score"], row["standard_error"]) for row in numbered)
     if not points:
@@ -69,7 +69,8 @@ def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, fl
 
 
 def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path, command: str = "") -> Path:
-    """`normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each model."""
+    """Draws `normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each
+    model."""
     names = {"R1": "R1", "R2": "R2, by steps of the reflow"}
     points = {
         names[model]: score_points([row for row in rows if row["test_model"] == model])
@@ -112,7 +113,7 @@ def _draw(
 
 
 def organize_figures(results: str | Path = "results") -> list[Path]:
-    """Move pictures that lie about in a results folder into its `figures/`; one whose name is taken gets a number.
+    """Moves pictures that lie about in a results folder into its `figures/`; one whose name is taken gets a number.
 
     Returns:
         where they are now. Pictures that are there already stay, and are not returned.

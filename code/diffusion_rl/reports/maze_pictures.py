@@ -10,7 +10,7 @@ COLUMNS = 5
 
 
 def save(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) -> None:
-    """Ways [n,steps,2 or more] over the cells of a maze [rows, columns] (true: no wall), a picture for each.
+    """Draws ways [n,steps,2 or more] over the cells of a maze [rows, columns] (true: no wall), a picture for each.
 
     goal: [2] of all, or [n,2].
 

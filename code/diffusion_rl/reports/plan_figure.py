@@ -26,7 +26,7 @@ class Bar(NamedTuple):
 
 
 def bars_of(logbase: str | Path, labels: Sequence[str], also: Sequence[str] = ()) -> list[Bar]:
-    """Every experiment below a folder of plans that has a label, in the order of the labels.
+    """Returns every experiment below a folder of plans that has a label, in the order of the labels.
 
     Args:
         labels: "EXPERIMENT=TEXT", where EXPERIMENT is the name of a folder below plans; none: all, by their names.
@@ -66,7 +66,7 @@ def _split(text: str, separator: str) -> tuple[str, str]:
 
 
 def plan_scores(bars: Sequence[Bar], output: str | Path, command: str = "") -> Path:
-    """Draw the bars with their standard errors."""
+    """Draws the bars with their standard errors."""
     from matplotlib.figure import Figure
 
     datasets, labels = (list(dict.fromkeys(names)) for names in zip(*(bar[:2] for bar in bars), strict=True))

@@ -46,7 +46,7 @@ class Experiment(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the mean."""
+        """Returns the standard error of the mean."""
         return float(np.std(self.scores) / math.sqrt(len(self.scores))) if len(self.scores) > 1 else 0.0
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Experiment(NamedTuple):
 
 
 def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list[Experiment]:
-    """Every `<logbase>/<dataset>/plans*/<experiment>` with a finished trial (a folder with a rollout.json)."""
+    """Returns every `<logbase>/<dataset>/plans*/<experiment>` with a finished trial (a folder with a rollout.json)."""
     results = []
     for dataset in datasets:
         for folder in sorted(Path(logbase).glob(f"{dataset}/plans*/*"), key=str):
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def published() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Published means and errors by algorithm and data set."""
+    """Returns published means and errors by algorithm and data set."""
     means: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
     with open(Path(__file__).parent / "published" / "d4rl_locomotion.csv", newline="", encoding="utf-8") as file:
@@ -92,7 +92,7 @@ def published() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]
 def latex_table(
     means: Scores, errors: Scores, algorithms: Iterable[str] = ALGORITHMS, labels: Mapping[str, str] | None = None
 ) -> str:
-    """A table of all data sets; scores near the best of their row are bold.
+    """Returns a table of all data sets; scores near the best of their row are bold.
 
     Args:
         errors: only the algorithms in it are printed with theirs.

@@ -31,12 +31,12 @@ class FinalValue:
 
 
 def metric_of(task: str) -> str:
-    """The column of the metrics that the published values of a task are comparable with."""
+    """Returns the column of the metrics that the published values of a task are comparable with."""
     return "success_rate" if tasks_of(name=task, by_success=True) else "episode_return"
 
 
 def curves() -> dict[tuple[str, str], PublishedCurve]:
-    """The replication's curves by (task, algorithm), such as ("hopper", "DPPO")."""
+    """Returns the replication's curves by (task, algorithm), such as ("hopper", "DPPO")."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for row in _rows("curves.csv"):
         point = (float(row["environment_steps"]), float(row["value"]))
@@ -45,7 +45,7 @@ def curves() -> dict[tuple[str, str], PublishedCurve]:
 
 
 def final_values() -> dict[tuple[str, str], FinalValue]:
-    """Final values by (task, algorithm)."""
+    """Returns final values by (task, algorithm)."""
     return {
         (row["task"], row["algorithm"]): FinalValue(
             int(row["environment_steps"]), _number(row["replication"]), _number(row["original"])
