@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,8 @@ def default_arguments(target: str) -> dict[str, Any]:
 def parameters_of(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
     """Returns the arguments of a class and of those bases it passes others on to, and whether it takes any other.
 
-    `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
+    A class that passes arguments on to something else than its bases names the methods in `ALSO_TAKES`. `**unused` of a
+    class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
     names: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
@@ -218,11 +219,16 @@ def parameters_of(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names = {p.name: p for p in named} | names
+        names = _named(parameters) | names
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
+        for method in vars(base).get("ALSO_TAKES", ()):
+            names = _named(list(inspect.signature(method).parameters.values())[1:]) | names
     return names, not cls.__module__.startswith(PACKAGE)
+
+
+def _named(parameters: Iterable[inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:

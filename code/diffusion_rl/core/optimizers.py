@@ -175,7 +175,7 @@ class OptimizerGroup(GradientSteps):
         return {name: float(optimizer.learning_rate.numpy()) for name, optimizer in self.optimizers.items()}
 
     def apply(self, name: str, grads: Sequence[tf.Tensor | None]) -> None:
-        """Takes a step of one part with gradients that are known already. Graph-safe."""
+        """Takes a step of one part with gradients [...] that are known already. Graph-safe."""
         self.optimizers[name].apply(grads)
 
     def advance(self, names: Collection[str] | None = None) -> None:

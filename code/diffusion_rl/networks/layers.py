@@ -251,7 +251,7 @@ def _is_of_layer(value: object) -> bool:
 
 
 def with_variables(module: T, change: Callable[[str, tf.Variable], tf.Variable | Array], prefix: str = "") -> T:
-    """Returns a copy of a module that computes with change(path, variable) in place of each variable; paths as above.
+    """Returns a copy of a module that computes with change(path, variable) [...] in place of each variable [...].
 
     Raises:
         UserError: variables stand elsewhere than in public attributes and their lists.

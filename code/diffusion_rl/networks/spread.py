@@ -16,13 +16,20 @@ class SpreadOwner(keras.layers.Layer):
     """A network with a range for its standard deviation and, where it is fixed but learned, the variable for it."""
 
     def init_spread(
-        self, size: int, fixed_std: float | None, learn_fixed_std: bool, std_min: float, std_max: float
+        self,
+        size: int,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
     ) -> None:
         """Creates the variables under the reference's names.
 
         Args:
             size: how many standard deviations are learned with `learn_fixed_std`: A, or M * A.
-            fixed_std: None where the network predicts it.
+            fixed_std: standard deviation of every element; None: the network predicts it.
+            learn_fixed_std: with fixed_std, learn one for each action dimension (and mode), starting there.
+            std_min, std_max: range of a learned or predicted one.
         """
         self.fixed_std, self.learn_fixed_std = fixed_std, learn_fixed_std and fixed_std is not None
         if fixed_std is not None and learn_fixed_std:

@@ -216,11 +216,11 @@ class GaussianTransformer(SpreadOwner):
         action_dim, horizon_steps: A and H.
         cond_dim: width of the flattened observation history, To * O.
         transformer_*: see `Transformer`.
-        fixed_std: standard deviation of every element; None: predicted, and clamped to its range.
-        learn_fixed_std: with fixed_std, learn one for each action dimension, starting there.
-        std_min, std_max: range of a learned or predicted one.
         modes: M, for the mixture below.
+        **spread: of `SpreadOwner.init_spread`; predicted standard deviations are clamped to their range.
     """
+
+    ALSO_TAKES = (SpreadOwner.init_spread,)
 
     def __init__(
         self,
@@ -233,17 +233,14 @@ class GaussianTransformer(SpreadOwner):
         transformer_activation: str = "gelu",
         p_drop_emb: float = 0.0,
         p_drop_attn: float = 0.0,
-        fixed_std: float | None = None,
-        learn_fixed_std: bool = False,
-        std_min: float = 0.01,
-        std_max: float = 1.0,
         modes: int = 1,
+        **spread: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
-        self.init_spread(modes * action_dim, fixed_std, learn_fixed_std, std_min, std_max)
+        self.init_spread(modes * action_dim, **spread)
         self.transformer = Transformer(
-            modes * action_dim * (2 if fixed_std is None else 1),
+            modes * action_dim * (2 if self.fixed_std is None else 1),
             horizon_steps,
             cond_dim,
             n_layer=transformer_num_layers,

@@ -234,37 +234,31 @@ class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
     """`DiffusionMLP` with images (DPPO, Ren et al. 2024, appendix).
 
     Args:
-        backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment: see
-            `ImageFeatures`.
         action_dim, horizon_steps: A and H.
+        cond_dim: see `ImageFeatures`.
         time_dim, mlp_dims, activation_type, out_activation_type, use_layernorm, residual_style: see `DiffusionMLP`.
+        **vision: of `ImageFeatures`.
     """
+
+    ALSO_TAKES = (ImageFeatures.__init__,)
 
     def __init__(
         self,
-        backbone: VitEncoder,
         action_dim: int,
         horizon_steps: int,
         cond_dim: int,
-        img_cond_steps: int = 1,
         time_dim: int = 16,
         mlp_dims: Sequence[int] = (256, 256),
         activation_type: str = "Mish",
         out_activation_type: str = "Identity",
         use_layernorm: bool = False,
         residual_style: bool = False,
-        spatial_emb: int = 0,
-        visual_feature_dim: int = 128,
-        dropout: float = 0.0,
-        num_img: int = 1,
-        augment: bool = False,
+        **vision: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps = action_dim, horizon_steps
         self.cond_dim, self.time_dim = cond_dim, time_dim
-        self.vision = ImageFeatures(
-            backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment
-        )
+        self.vision = ImageFeatures(cond_dim=cond_dim, **vision)
         self.time_embedding = TimeEmbedding(time_dim)
         output_dim = action_dim * horizon_steps
         self.mlp_mean = (ResidualMLP if residual_style else MLP)(
@@ -291,21 +285,18 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
     (as deep as one of `mlp_dims`' layers) and is clamped.
 
     Args:
-        backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment: see
-            `ImageFeatures`.
         action_dim, horizon_steps, mlp_dims, activation_type, residual_style, use_layernorm: see `GaussianMLP`.
-        fixed_std: standard deviation of every element; None: predicted.
-        learn_fixed_std: with fixed_std, learn one standard deviation for each action dimension, starting there.
-        std_min, std_max: range of a learned or predicted one.
+        fixed_std, learn_fixed_std, std_min, std_max: see `SpreadOwner.init_spread`.
+        cond_dim, **vision: of `ImageFeatures`.
     """
+
+    ALSO_TAKES = (ImageFeatures.__init__,)
 
     def __init__(
         self,
-        backbone: VitEncoder,
         action_dim: int,
         horizon_steps: int,
         cond_dim: int,
-        img_cond_steps: int = 1,
         mlp_dims: Sequence[int] = (256, 256, 256),
         activation_type: str = "Mish",
         residual_style: bool = False,
@@ -314,18 +305,12 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
         learn_fixed_std: bool = False,
         std_min: float = 0.01,
         std_max: float = 1.0,
-        spatial_emb: int = 0,
-        visual_feature_dim: int = 128,
-        dropout: float = 0.0,
-        num_img: int = 1,
-        augment: bool = False,
+        **vision: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps = action_dim, horizon_steps
         self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
-        self.vision = ImageFeatures(
-            backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment
-        )
+        self.vision = ImageFeatures(cond_dim=cond_dim, **vision)
         input_dim, output_dim = self.vision.dim + cond_dim, action_dim * horizon_steps
         common: dict[str, Any] = {"activation_type": activation_type, "use_layernorm": use_layernorm}
         build = ResidualMLP if residual_style else MLP
