@@ -5,7 +5,6 @@ An actor draws what one decision needs from a source of randomness (`draw`) and 
 
 from __future__ import annotations
 
-import abc
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -42,28 +41,28 @@ class Decision(NamedTuple):
 
 def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fast: bool = True) -> Any:
     """Returns the actor of a policy; `fast` concerns diffusion policies only."""
-    if isinstance(policy, GaussianPolicy):
-        return GaussianActor(policy)
-    return GMMActor(policy) if isinstance(policy, GMMPolicy) else DiffusionActor(policy, fast)
+    single = isinstance(policy, GaussianPolicy | GMMPolicy)
+    return SingleStepActor(policy) if single else DiffusionActor(policy, fast)
 
 
-class SingleStepActor(abc.ABC):
+def _observation(state: np.ndarray, rgb: np.ndarray | None, dtype: tf.DType) -> Cond:
+    """Returns the observation of state [E,To,O] and, where there are images, rgb [E,To,C,Hi,Wi], as tensors."""
+    return {"state": tf.constant(state, dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
+
+
+class SingleStepActor:
     """Samples chunks that are single decisions, with their log-probabilities as the policy's PPO counts them."""
 
     def __init__(self, policy: Any):
         self.policy = policy
         self._decide = tf.function(self.decisions)
 
-    def weights_changed(self) -> None:  # noqa: B027 - not abstract: doing nothing is right
+    def weights_changed(self) -> None:
         """Must be called after every change of the weights; nothing is kept between decisions here."""
 
-    @abc.abstractmethod
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """Returns what one decision needs: the arguments of `policy.sample` beside the observation."""
-
-    @abc.abstractmethod
-    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Returns actions [E,H,A] of the policy."""
+        """Draws what one decision needs: the arguments of `policy.sample` beside the observation."""
+        return self.policy.draw_noise(rng, n_envs, floatx())
 
     def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
         """Returns actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
@@ -72,7 +71,8 @@ class SingleStepActor(abc.ABC):
         outputs_by_part = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]
         outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*outputs_by_part, strict=True))
         policy.network = policy.actor_ft = lambda cond: outputs
-        actions = self.sample(policy, obs, draws, deterministic)
+        sample = policy.sample(obs, deterministic=deterministic, **draws)
+        actions = sample[0] if isinstance(sample, tuple) else sample
         return actions, policy.log_probs(obs, actions)[0]
 
     def act(
@@ -84,35 +84,10 @@ class SingleStepActor(abc.ABC):
             state: [E,To,O];  draws: of `draw`;  deterministic: evaluate instead of explore.
             rgb: [E,To,C,Hi,Wi] pixels, where the network sees images.
         """
-        obs = {"state": tf.constant(state, self.policy.dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
+        obs = _observation(state, rgb, self.policy.dtype)
         tensors = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
         actions, log_probs = self._decide(obs, tensors, deterministic)
         return Decision(actions.numpy(), None, log_probs.numpy())
-
-
-class GaussianActor(SingleStepActor):
-    """Decisions of a Gaussian policy."""
-
-    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """Draws the noise [E,H*A] of one decision."""
-        return {"noise": rng.normal(self.policy.noise_shape(n_envs), floatx())}
-
-    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Returns actions [E,H,A] of the policy."""
-        return policy.sample(cond, deterministic=deterministic, **draws)[0]
-
-
-class GMMActor(SingleStepActor):
-    """Decisions of a mixture policy: a uniform draw picks the mode."""
-
-    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """Draws what picks the modes [E] and the noise [E,M,H*A] of one decision."""
-        uniform = rng.uniform((n_envs,), dtype=floatx())
-        return {"uniform": uniform, "noise": rng.normal(self.policy.noise_shape(n_envs), floatx())}
-
-    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Returns actions [E,H,A] of the policy."""
-        return policy.sample(cond, deterministic=deterministic, **draws)
 
 
 class CompiledNetwork:
@@ -179,7 +154,7 @@ class DiffusionActor:
             rgb: [E,To,C,Hi,Wi] pixels, where the networks see images.
         """
         dtype = self.policy.dtype
-        cond = {"state": tf.constant(state, dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
+        cond = _observation(state, rgb, dtype)
         floor = tf.constant(self.policy.min_sampling_denoising_std, dtype)
         weights: tuple[list[Array], ...] = ()
         if self.folds:

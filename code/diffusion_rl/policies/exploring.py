@@ -94,7 +94,7 @@ class ExploringGaussianPolicy(GaussianPolicy):
 
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Any]:
         """Returns the draws that `act` takes, by name."""
-        return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
+        return self.draw_noise(rng, batch, self.dtype.as_numpy_dtype)
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
         """Returns action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""

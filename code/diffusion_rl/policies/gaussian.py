@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import keras
-from diffusion_rl.core.typing import Array
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks.layers import clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -75,6 +76,10 @@ class GaussianPolicy:
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise of a sample: [B,H*A]."""
         return (batch, self.horizon_steps * self.network.action_dim)
+
+    def draw_noise(self, rng: Rng, batch: int, dtype: Any) -> dict[str, np.ndarray]:
+        """Draws what `sample` takes beside the observation: the noise [B,H*A]."""
+        return {"noise": rng.normal(self.noise_shape(batch), dtype)}
 
     def mean_std(
         self,

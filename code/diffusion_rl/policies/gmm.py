@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import distributions, keras
-from diffusion_rl.core.typing import Array
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
@@ -49,6 +50,10 @@ class GMMPolicy:
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise of a sample: [B,M,H*A]."""
         return (batch, self.network.num_modes, self.horizon_steps * self.network.action_dim)
+
+    def draw_noise(self, rng: Rng, batch: int, dtype: Any) -> dict[str, np.ndarray]:
+        """Draws what `sample` takes beside the observation: what picks the modes, [B], and the noise [B,M,H*A]."""
+        return {"uniform": rng.uniform((batch,), dtype=dtype), "noise": rng.normal(self.noise_shape(batch), dtype)}
 
     def distribution(self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()) -> Any:
         """Returns the mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`:
