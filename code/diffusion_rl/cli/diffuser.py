@@ -38,8 +38,7 @@ from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
-from diffusion_rl.reports import maze_pictures
-from diffusion_rl.reports.contact_sheet import contact_sheet
+from diffusion_rl.reports.pictures import contact_sheet, save_maze
 from diffusion_rl.tasks.registry import normalized_score
 from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
@@ -224,13 +223,13 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             plans.append(episode.plans.observations[0])
             ways.append(episode.observations)
             goals.append(env.target)
-            maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
-            maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+            save_maze(own / "0.png", env.cells != "#", plans[-1], env.target)
+            save_maze(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
             write_json(own / "rollout.json", {**facts, "term": False, "epoch_diffusion": experiment.epoch})
         if options.n_episodes > 1:
             first = np.stack([plan[0] for plan in plans])
-            maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
-            maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
+            save_maze(folder / "plans.png", env.cells != "#", first, np.stack(goals))
+            save_maze(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
         print(score_line(np.array(scores), folder))
 
 

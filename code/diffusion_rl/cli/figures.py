@@ -13,9 +13,9 @@ from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.overrides import Arguments
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
-from diffusion_rl.reports.contact_sheet import contact_sheet
 from diffusion_rl.reports.figures import learning_curve
-from diffusion_rl.reports.plan_figure import bars_of, plan_scores
+from diffusion_rl.reports.pictures import contact_sheet
+from diffusion_rl.reports.plan_results import bars_of, plan_scores
 
 AddCommand = Callable[[argparse._SubParsersAction], None]
 OUTPUT = "the PNG; a CSV goes beside it"

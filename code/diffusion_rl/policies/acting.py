@@ -41,8 +41,9 @@ class Decision(NamedTuple):
 
 def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fast: bool = True) -> Any:
     """Returns the actor of a policy; `fast` concerns diffusion policies only."""
-    single = isinstance(policy, GaussianPolicy | GMMPolicy)
-    return SingleStepActor(policy) if single else DiffusionActor(policy, fast)
+    if isinstance(policy, GaussianPolicy | GMMPolicy):
+        return SingleStepActor(policy)
+    return DiffusionActor(policy, fast)
 
 
 def _observation(state: np.ndarray, rgb: np.ndarray | None, dtype: tf.DType) -> Cond:

@@ -1,4 +1,4 @@
-"""Videos at a glance: a row of pictures for each."""
+"""Pictures: videos at a glance, and ways through a maze."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 
 GAP = 4  # white pixels between pictures
+MAZES_IN_A_ROW = 5
 
 
 def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
@@ -57,3 +58,32 @@ def _row(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 def _white(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), 255, np.uint8)
+
+
+def save_maze(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) -> None:
+    """Draws ways [n,steps,2 or more] over the cells of a maze [rows, columns] (true: no wall), a picture for each.
+
+    goal: [2] of all, or [n,2].
+
+    Positions are drawn as in D4RL, where a cell's centre is 0.2 less than its number.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(ways), MAZES_IN_A_ROW)
+    rows = -(-len(ways) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    goals = np.broadcast_to(goal, (len(ways), 2))
+    for axis, way, goal in zip(axes.flat, ways, goals, strict=False):
+        axis.imshow(np.where(free, 1.0, 0.5), cmap="gray", vmin=0, vmax=1)
+        y, x = way[:, 0] + 0.2, way[:, 1] + 0.2
+        axis.plot(x, y, color="black", linewidth=1, zorder=1)
+        axis.scatter(x, y, c=np.linspace(0, 1, len(way)), cmap="jet", s=12, zorder=2)
+        axis.plot(goal[1] + 0.2, goal[0] + 0.2, marker="*", color="gold", markeredgecolor="black", markersize=14)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", dpi=80)
+    plt.close(figure)
