@@ -195,7 +195,7 @@ def tell_apart(runs: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[s
     Where some would, what varies is appended to the name of each run.
 
     Raises:
-        UserError: they still would, since their values are the same.
+        UserError: they still would, since their values are equal.
     """
     if len(runs) == 1:
         return runs
@@ -241,7 +241,7 @@ class Pool:
         self.folder, self.jobs, self.workers = folder, list(jobs), max(1, min(workers, len(jobs)))
         self.stream = sys.stderr if stream is None else stream
         self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self.awaited: list[Job] = []
         self.skipped = sum(job.status == 0 for job in self.jobs)  # done in an earlier launch
 
@@ -258,7 +258,7 @@ class Pool:
                         running.remove(job)
                         self._save()
                         self._ended(job)
-                    self._tell(running)
+                    self._report(running)
         except KeyboardInterrupt:
             self._stop(running)
             raise Interrupted(f"interrupted; --resume goes on with what is not done in {self.folder}") from None
@@ -275,7 +275,7 @@ class Pool:
                 self._say(f"run {job.variant.stem}: its process of an earlier launch still runs; waiting for its end")
 
     def _stop(self, running: Sequence[Job]) -> None:
-        """Asks all to stop; whoever has not after a while, or at another signal, is killed."""
+        """Asks all processes to stop, and kills those that have not after a while or at another signal."""
         processes = [job.process for job in running if job.process is not None]
         with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
             for process in processes:
@@ -298,11 +298,11 @@ class Pool:
         what = "done" if job.status == 0 else f"FAILED (exit status {job.status}): {job.last_line()}; see {job.log}"
         self._say(f"run {job.variant.stem}: {what}, {duration(job.seconds)}")
 
-    def _tell(self, running: Sequence[Job]) -> None:
+    def _report(self, running: Sequence[Job]) -> None:
         live = self.stream.isatty()
-        if not running or time.monotonic() - self.told < (1 if live else LINE_SECONDS):
+        if not running or time.monotonic() - self.reported < (1 if live else LINE_SECONDS):
             return
-        self.told = time.monotonic()
+        self.reported = time.monotonic()
         text = self.progress(running)
         if live:
             print(f"\r\033[K{text[: os.get_terminal_size(self.stream.fileno()).columns - 1]}", end="", file=self.stream)

@@ -42,7 +42,7 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
     except SystemExit as end:
         status[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt as stopped:
-        print(_said(stopped, interrupted), file=sys.stderr)
+        print(_farewell(stopped, interrupted), file=sys.stderr)
         status[0] = INTERRUPTED
     except Exception as error:
         line = None if wants_traceback else line_for_user(error, smaller)
@@ -60,8 +60,8 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _said(stopped: KeyboardInterrupt, otherwise: str) -> str:
-    """Returns what a loop says of its saved state; else what the program says of itself."""
+def _farewell(stopped: KeyboardInterrupt, otherwise: str) -> str:
+    """Returns the line after a signal: where the loop saved its state, else `otherwise`."""
     return (str(stopped) if isinstance(stopped, Interrupted) else "") or otherwise or str(stopped) or "interrupted"
 
 

@@ -1,4 +1,4 @@
-"""A variant of an experiment as its script is told it, and the folder it writes to as far as that is known."""
+"""A variant of an experiment in the words of its script, and the folder it writes to as far as that is known."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _hydra(value: Any) -> str:
 def folder_of(variant: Mapping[str, Any], style: str) -> str | None:
     """Returns the folder of an experiment's run; None where the script is not known.
 
-    Of script/run.py, whose folders have the time in their names, what else tells them apart: name and seed.
+    The folders of script/run.py have the time in their names; name and seed, which also tell them apart, stand for them.
     """
     with contextlib.suppress(UserError):  # its own process will say what is wrong
         return _folder_of(variant, style)

@@ -124,7 +124,7 @@ _ENV = {
     "wrappers.mujoco_locomotion_lowdim.normalization_path": Option(
         "statistics that normalise observations and actions"
     ),
-    "wrappers.d3il_lowdim.normalization_path": Option("the same for the avoiding task"),
+    "wrappers.d3il_lowdim.normalization_path": Option("avoiding: statistics that normalise observations and actions"),
     "wrappers.multi_step.n_obs_steps": Option("observation history To"),
     "wrappers.multi_step.n_action_steps": Option("executed chunk Ta"),
     "wrappers.multi_step.max_episode_steps": Option("truncation of an episode"),
@@ -174,7 +174,7 @@ _TRAIN = {
     "buffer_size": Option("rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)", STEPS),
     "scale_reward_factor": Option("factor on rewards", number()),
     "target_ema_rate": Option("share of the trained networks in a step of their targets", SHARE),
-    "critic_tau": Option("the same (IDQL, QSM)", SHARE),
+    "critic_tau": Option("share of the trained networks in a step of their targets (IDQL, QSM)", SHARE),
     "log_freq": Option("iterations between rows of the metrics", STEPS, default=1),
     "n_explore_steps": Option("first iterations, with random actions and without updates", FROM_ZERO),
     "n_eval_episode": Option("episodes of an evaluation", whole(1, 10**9)),

@@ -52,6 +52,6 @@ def without_stderr() -> Iterator[None]:
 
 
 def silence_compiler() -> None:
-    """Lets XLA say what it says once per process ("Compiled cluster using XLA!") where nobody has to read it."""
+    """Makes XLA print its line of every process ("Compiled cluster using XLA!") now, where nobody has to read it."""
     with without_stderr():
         tf.function(lambda x: x + x, jit_compile=True)(tf.zeros([]))

@@ -71,7 +71,7 @@ def guided(conditional: Array, unconditional: Array, weight: float) -> Array:
 
 
 class Steps(NamedTuple):
-    """Of the sampling, from noise to data: x <- keep x + gain v(x, time), each [N]."""
+    """The steps of sampling, from noise to data: x <- keep x + gain v(x, time), each [N]."""
 
     times: np.ndarray
     keep: np.ndarray

@@ -192,7 +192,7 @@ class DiT1d(keras.layers.Layer):
     def estimate(self, x: Array, parts: Sequence[Array], states: slice | None = None) -> Array:
         """Maps x [B,H,O] and the modulation's parts, each [B or 1,1,D] to [B,states,O]; None: of all states.
 
-        Of the last block only what becomes of the states that are asked for is computed.
+        The last block computes only the states that are asked for.
         """
         x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model, x.dtype.name))
         for number, block in enumerate(self.blocks):

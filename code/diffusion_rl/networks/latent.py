@@ -210,7 +210,7 @@ class DiffusionBackbone(keras.layers.Layer):
     def call(
         self, latents: Array, t: Array, codes: Array, returns: Array | None = None, keep: Array | None = None
     ) -> Array:
-        """Maps latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: not told) to [B,N,H*Z]."""
+        """Maps latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: without returns) to [B,N,H*Z]."""
         embedded = self.time_mlp(sinusoidal_embedding(t, self.time_dim // 4, latents.dtype))
         if returns is not None:
             wanted = self.return_mlp(returns)
@@ -226,7 +226,7 @@ class LatentDenoiser(keras.layers.Layer):
 
     cond is {"state": [B,To,N*(A+O)]}, agent by agent its action and observation, or what `encode` made of it. With
     "returns" [B,1] and "keep" [B,1] in it (training), the noise is that for these returns; otherwise, if returns are an
-    input at all, it is guided without a classifier (Ho & Salimans 2022): free + w (told - free).
+    input at all, it is guided without a classifier (Ho & Salimans 2022): free + w (conditioned - free).
 
     Args:
         encoder, backbone: shared by the agents.

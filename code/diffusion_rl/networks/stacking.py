@@ -16,7 +16,7 @@ from diffusion_rl.networks.temporal_unet import ResidualTemporalBlock, TemporalU
 
 
 class MaskedTemporalUnet(TemporalUnet):
-    """The U-Net that is told which states are known: as one more channel, and in what every block sees beside the time.
+    """The U-Net that knows which states are given: by one more channel, and beside the time in every block.
 
     Every block has attention of its own.
 

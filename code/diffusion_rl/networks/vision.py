@@ -184,7 +184,7 @@ class SeesImages:
     def shifts_shape(self, batch: int) -> tuple[int, int, int] | None:
         """Returns the shape of the shifts that training draws, integers in [0, 2 pad]; None without augmentation.
 
-        The reference shifts also when it evaluates a network with augment=true; here whoever calls decides, by giving
+        The reference shifts also when it evaluates a network with augment=true; here the caller decides, by giving
         shifts or not.
         """
         return (batch, self.vision.num_img, 2) if self.vision.augment else None

@@ -25,7 +25,7 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
 
     Args:
         actor: the network, then known as `network` and `actor`; or
-        network: the same under one name.
+        network: the network, known under this name alone.
         min_sampling_denoising_std: floor of the standard deviation when exploring.
     """
 

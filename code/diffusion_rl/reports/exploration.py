@@ -30,7 +30,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of the paths of a panel.
+    """What the paths of a panel show.
 
     distinct_modes: different ways through the three rows, among paths that finish; taken: how many took each.
     finishing: share that crosses y = 0.4 without having touched an obstacle; colliding: share that touches one.
