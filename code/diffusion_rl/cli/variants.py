@@ -47,7 +47,7 @@ def _hydra(value: Any) -> str:
 def folder_of(variant: Mapping[str, Any], style: str) -> str | None:
     """Returns the folder of an experiment's run; None where the script is not known.
 
-    The folders of script/run.py have the time in their names; name and seed, which also tell them apart, stand for them.
+    Folders of script/run.py have the time in their names: name and seed, which also tell them apart, stand for it.
     """
     with contextlib.suppress(UserError):  # its own process will say what is wrong
         return _folder_of(variant, style)
