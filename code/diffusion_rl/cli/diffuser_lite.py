@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from diffusion_rl.methods.diffuser_lite.trainer import (
     PlanSource,
     ReflowTrainer,
 )
-from diffusion_rl.methods.diffuser_lite.training import Generation, LiteLoop, PlanTraining, QLearning, Reflow
+from diffusion_rl.methods.diffuser_lite.training import Generation, PlanTraining, QLearning, Reflow
 from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
@@ -184,20 +184,13 @@ class Pipeline:
         o, normal = self.options, self.data.normalizer.normalize
         rows = transitions(self.flat)
         rewards = self.domain.learned_reward(rows["rewards"].astype(np.float32))
-        states = (normal(rows[name].astype(np.float32)) for name in ("observations", "following"))
-        before, after = states
+        before, after = (normal(rows[name].astype(np.float32)) for name in ("observations", "following"))
         columns = [before, rows["actions"], rewards[:, None], after, rows["terminals"][:, None]]
         columns = [np.asarray(column, np.float32) for column in columns]
-
-        def save(step: int, labels: Sequence[int | str]) -> None:
-            files.save_iql(self.folder, self.iql, labels)
-
         self._train(
-            lambda **settings: QLearning(
-                IQLTrainer(self.iql), columns, self.rng, batch_size=o.iql_batch_size, **settings
-            ),
+            partial(QLearning, IQLTrainer(self.iql), columns, self.rng, batch_size=o.iql_batch_size),
             o.iql_gradient_steps,
-            save,
+            lambda step, labels: files.save_iql(self.folder, self.iql, labels),
             "iql_loss_log.json",
         )
 
@@ -211,10 +204,8 @@ class Pipeline:
             if step - o.save_interval < o.invdyn_gradient_steps:  # trained since the last save
                 files.save_inverse(self.folder, self.inverse, labels)
 
-        def build(**settings: Any) -> LiteLoop:
-            sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
-            return PlanTraining(trainer, self.data, self.rng, rate=o.learning_rate, **sizes, **settings)
-
+        sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
+        build = partial(PlanTraining, trainer, self.data, self.rng, rate=o.learning_rate, **sizes)
         self._train(build, o.diffusion_gradient_steps, save, "loss_log.json")
 
     def prepare_dataset(self) -> None:
@@ -231,18 +222,12 @@ class Pipeline:
         o = self.options
         files.load_levels(self.folder, "diffusion", self.levels, o.reflow_backbone_ckpt)
         print(f"learning rate of the reflow: {o.reflow_lr}")
-
-        def save(step: int, labels: Sequence[int | str]) -> None:
-            files.save_levels(self.folder, "reflow", self.levels, labels)
-
         with files.pairs_to_read(self.folder, self.levels) as pairs:
             trainer = ReflowTrainer(self.trainers())
             self._train(
-                lambda **settings: Reflow(
-                    trainer, pairs, self.rng, batch_size=o.batch_size, rate=o.reflow_lr, **settings
-                ),
+                partial(Reflow, trainer, pairs, self.rng, batch_size=o.batch_size, rate=o.reflow_lr),
                 o.reflow_gradient_steps,
-                save,
+                lambda step, labels: files.save_levels(self.folder, "reflow", self.levels, labels),
                 "reflow_loss_log.json",
             )
 
@@ -256,9 +241,8 @@ class Pipeline:
         run_dir = RunDir(folder, settings, state_files, SPELLING)
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}
         build(steps=steps, run_dir=run_dir, record=log.add, **intervals).run()
-        lite_figures.plot_loss_curves(
-            lite_figures.by_name(list(log.rows.values())), self.results / lite_figures.FIGURES
-        )
+        curves = lite_figures.by_name(list(log.rows.values()))
+        lite_figures.plot_loss_curves(curves, self.results / lite_figures.FIGURES)
         self.backup()
 
     # ---------- modes that act ----------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.reports.figures import csv_text, write_figure
+from diffusion_rl.reports.published import rows
 from diffusion_rl.tasks.registry import tasks_of
 
 BUFFERS = ("medium-replay", "medium", "medium-expert")
@@ -83,11 +83,10 @@ def published() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]
     """Returns published means and errors by algorithm and data set."""
     means: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
-    with open(Path(__file__).parent / "published" / "d4rl_locomotion.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(line for line in file if not line.startswith("#")):
-            means.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["mean"])
-            if row["error"]:
-                errors.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["error"])
+    for row in rows("d4rl_locomotion.csv"):
+        means.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["mean"])
+        if row["error"]:
+            errors.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["error"])
     return means, errors
 
 

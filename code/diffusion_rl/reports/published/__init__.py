@@ -38,7 +38,7 @@ def metric_of(task: str) -> str:
 def curves() -> dict[tuple[str, str], PublishedCurve]:
     """Returns the replication's curves by (task, algorithm), such as ("hopper", "DPPO")."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in _rows("curves.csv"):
+    for row in rows("curves.csv"):
         point = (float(row["environment_steps"]), float(row["value"]))
         points.setdefault((row["task"], row["algorithm"]), []).append(point)
     return {key: PublishedCurve(*np.array(sorted(values)).T) for key, values in points.items()}
@@ -50,7 +50,7 @@ def final_values() -> dict[tuple[str, str], FinalValue]:
         (row["task"], row["algorithm"]): FinalValue(
             int(row["environment_steps"]), _number(row["replication"]), _number(row["original"])
         )
-        for row in _rows("final_values.csv")
+        for row in rows("final_values.csv")
     }
 
 
@@ -58,6 +58,7 @@ def _number(text: str) -> float | None:
     return float(text) if text else None
 
 
-def _rows(name: str) -> list[dict[str, str]]:
+def rows(name: str) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file of this folder, without its comments."""
     lines = (Path(__file__).parent / name).read_text().splitlines()
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
