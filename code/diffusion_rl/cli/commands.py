@@ -55,12 +55,16 @@ def read_results(arguments: Sequence[str]) -> None:
     )
     if options is None:
         return
-    dataset = options["dataset"]
-    experiments = plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS)
-    if not experiments:
-        raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
-    for experiment in experiments:
+    datasets = [options["dataset"]] if options["dataset"] else plan_results.DATASETS
+    for experiment in _experiments(options["logbase"], datasets):
         print(experiment)
+
+
+def _experiments(logbase: str, datasets: Sequence[str] = plan_results.DATASETS) -> list[plan_results.Experiment]:
+    experiments = plan_results.experiments(logbase, datasets)
+    if not experiments:
+        raise UserError(f"no results of plans below {logbase}: plan first, or name another --logbase")
+    return experiments
 
 
 def table(arguments: Sequence[str]) -> None:
@@ -80,10 +84,7 @@ def table(arguments: Sequence[str]) -> None:
         return
     means, errors = plan_results.published()
     if options["logbase"]:
-        own = plan_results.experiments(options["logbase"])
-        if not own:
-            raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
-        own.sort(key=lambda experiment: experiment.guided)  # the last of a data set counts
+        own = sorted(_experiments(options["logbase"]), key=lambda experiment: experiment.guided)  # the last one counts
         means["Diffuser"] = {experiment.dataset: round(experiment.mean, 1) for experiment in own}
         errors["Diffuser"] = {experiment.dataset: round(experiment.error, 2) for experiment in own}
     labels = _labels(options["labels"]) if options["labels"] else None
