@@ -16,7 +16,7 @@ from diffusion_rl.core import ema, optimizers, returns, reward_scaling
 from diffusion_rl.diffusion import ddim, schedules
 from diffusion_rl.interop import torch_names
 from diffusion_rl.methods.on_policy import dppo
-from diffusion_rl.networks import layers, mlp, vision, vit
+from diffusion_rl.networks import layers, mlp, transformer, vision
 from diffusion_rl.policies import diffusion
 from parity_tests.replay import dispatch
 from parity_tests.replay.case import NotCovered
@@ -142,9 +142,9 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
         ["aug_random_shifts_a", "diffusion_loss_vision"],
     ),
     "attention: scores not scaled": (
-        vit.MultiHeadAttention,
+        transformer.SelfAttention,
         "call",
-        "1 / math.sqrt(head_dim)",
+        "math.sqrt(self.head_dim)",
         "1",
         ["net_vit_embed2", "net_vision_diffusion_mlp_1img"],
     ),

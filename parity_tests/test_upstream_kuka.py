@@ -21,7 +21,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.data.kuka import StackingDataset, read_trajectories
-from diffusion_rl.interop.diffuser_checkpoint import SCHEDULE_BUFFERS, stacking_weights
+from diffusion_rl.interop.diffuser_checkpoint import stacking_weights
 from diffusion_rl.interop.torch_names import load_state_dict, named_parameters
 from diffusion_rl.methods.diffuser.kuka import MaskedDiffusion, StackGuide, known_states
 from diffusion_rl.networks.layers import Linear, variables_of
@@ -29,6 +29,7 @@ from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.tasks.kuka_stacking import PAIRS, STATE_DIM, Count
 from parity_tests.drawn import Draws
 from parity_tests.replay.compare import Comparison
+from parity_tests.replay.diffuser import SCHEDULE_BUFFERS
 
 torch = pytest.importorskip("torch")
 

@@ -38,7 +38,7 @@ def test_figure_and_table(tmp_path) -> None:
     assert path.read_bytes().startswith(b"\x89PNG") and "2 distinct modes (1-2-5: 1, 1-2-6: 1)" in text
     lines = path.with_suffix(".csv").read_text().splitlines()
     rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    assert lines[0] == "# python a"
+    assert lines[0] == "# made by: python a"
     assert [(row["policy"], row["finishing"], row["colliding"]) for row in rows] == [
         ("data", "1.0", "0.0"),
         ("gaussian", "0.0", "1.0"),

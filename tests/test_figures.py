@@ -13,8 +13,8 @@ import pytest
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.video import VideoWriter
 from diffusion_rl.reports import figures
-from diffusion_rl.reports.contact_sheet import GAP
 from diffusion_rl.reports.metrics import MetricsWriter
+from diffusion_rl.reports.pictures import GAP
 
 SCRIPT = Path(__file__).resolve().parents[1] / "script" / "make_figures.py"
 

@@ -13,8 +13,8 @@ from diffusion_rl.cli import commands, diffuser
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.methods.diffuser.files import load_experiment
-from diffusion_rl.reports.contact_sheet import frames
-from diffusion_rl.reports.plan_figure import bars_of, plan_scores
+from diffusion_rl.reports.pictures import frames
+from diffusion_rl.reports.plan_results import bars_of, plan_scores
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
 NAME = "hopper-medium-v2"

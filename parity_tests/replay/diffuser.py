@@ -13,7 +13,6 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, precision
 from diffusion_rl.diffusion.inpainting import apply_conditions
 from diffusion_rl.diffusion.schedules import cosine_betas
-from diffusion_rl.interop.diffuser_checkpoint import SCHEDULE_BUFFERS
 from diffusion_rl.methods.diffuser.model import TrajectoryDiffusion, ValueDiffusion
 from diffusion_rl.networks import temporal_unet, unet1d
 from diffusion_rl.networks.convolution import plain_convolutions
@@ -23,6 +22,21 @@ from parity_tests.replay import case
 from parity_tests.replay.calls import caster
 from parity_tests.replay.compare import Comparison, Mismatch, own_rounding
 from parity_tests.replay.files import Cast, Golden, Outputs
+
+# The schedule tables of the PyTorch Diffuser, which are part of its state_dict, and ours.
+SCHEDULE_BUFFERS = {
+    "betas": "betas",
+    "alphas_cumprod": "alphas_cumprod",
+    "alphas_cumprod_prev": "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod": "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod": "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod": "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance": "ddpm_var",
+    "posterior_log_variance_clipped": "ddpm_logvar_clipped",
+    "posterior_mean_coef1": "ddpm_mu_coef1",
+    "posterior_mean_coef2": "ddpm_mu_coef2",
+}
 
 PACKAGES = ("diffuser.", "cleandiffuser.")  # the second is DiffuserLite's: replay/diffuser_lite.py adds its classes
 PRECISIONS = (("float32", ""), ("float64", "64"))

@@ -31,7 +31,7 @@ _reported = functools.partial(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line (default: the process's own) and return its exit status.
+    """Runs the command line (default: the process's own) and returns its exit status.
 
     0 done, 2 something the user can mend (one line on stderr), 130 interrupted. Anything else that is raised is a
     defect and keeps its traceback; so does everything under HYDRA_FULL_ERROR=1.
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, defaults: Mapping[str, Any] | None = None) -> Any:
-    """Build the loop that `config` describes and run it."""
+    """Builds the loop that `config` describes and runs it."""
     config = prepare(config, defaults)
     _select_device(config.get("device"))
     loop_class = find_class(config._target_)
@@ -61,7 +61,7 @@ def run(config: Config, defaults: Mapping[str, Any] | None = None) -> Any:
 
 
 def _select_device(device: str | None) -> None:
-    """Show TensorFlow the GPU that `device` ("cuda:N", "cpu", null) names; without any GPU all are the processor."""
+    """Shows TensorFlow the GPU that `device` ("cuda:N", "cpu", null) names; without any GPU all are the processor."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -88,7 +88,7 @@ def _start_tensorflow(shared: bool) -> None:
 
 
 def _hydra_mains(arguments: Sequence[str], options: Namespace) -> None:
-    """Everything is checked before the first run begins; one that fails does not keep the next from running."""
+    """Checks everything before the first run begins; one that fails does not keep the next from running."""
     swept = sweeps.swept_keys(options)
     checked = [(one, command_line.check_names(one)) for one in sweeps.configurations(options)]
     if len(checked) == 1:
@@ -105,7 +105,7 @@ def _hydra_mains(arguments: Sequence[str], options: Namespace) -> None:
 
 
 def _hydra_main(arguments: Sequence[str], defaults: Mapping[str, Any], swept: Sequence[str]) -> None:
-    """Hydra composes (once, or for each job of a multirun) and calls `run`."""
+    """Lets Hydra compose (once, or for each job of a multirun) and call `run`."""
     before = os.environ.get(FULL_ERROR)
 
     def job(config: Config) -> Any:  # a launcher may call it in another process

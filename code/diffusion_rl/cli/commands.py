@@ -22,7 +22,7 @@ Command = Callable[[Sequence[str]], int | None]
 
 
 def run(command: str | Command) -> int:
-    """Run a command with the arguments of this process, which ends with the returned status.
+    """Runs a command with the arguments of this process, which ends with the returned status.
 
     Args:
         command: a function, or "module:function" of this folder, which is imported (TensorFlow with it) where a signal
@@ -47,7 +47,7 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
 
 
 def read_results(arguments: Sequence[str]) -> None:
-    """`[--dataset NAME] [--logbase DIR]`: scores of the plans below a folder (logs/pretrained)."""
+    """Prints (`[--dataset NAME] [--logbase DIR]`) scores of the plans below a folder (logs/pretrained)."""
     options = _parse(
         arguments,
         dataset=Option("the data set; none: all of locomotion", TEXT_OR_NONE, default=None),
@@ -55,16 +55,20 @@ def read_results(arguments: Sequence[str]) -> None:
     )
     if options is None:
         return
-    dataset = options["dataset"]
-    found = plan_results.experiments(options["logbase"], [dataset] if dataset else plan_results.DATASETS)
-    if not found:
-        raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
-    for experiment in found:
+    datasets = [options["dataset"]] if options["dataset"] else plan_results.DATASETS
+    for experiment in _experiments(options["logbase"], datasets):
         print(experiment)
 
 
+def _experiments(logbase: str, datasets: Sequence[str] = plan_results.DATASETS) -> list[plan_results.Experiment]:
+    experiments = plan_results.experiments(logbase, datasets)
+    if not experiments:
+        raise UserError(f"no results of plans below {logbase}: plan first, or name another --logbase")
+    return experiments
+
+
 def table(arguments: Sequence[str]) -> None:
-    """`[--logbase DIR] [--labels FILE]`: a LaTeX table of the published scores.
+    """Prints (`[--logbase DIR] [--labels FILE]`) a LaTeX table of the published scores.
 
     --logbase: Diffuser's column from the plans below a folder, the guided ones where there are some. --labels: a JSON
     file with other words for the rows and columns, {"Dataset": "…", "hopper": "…"}.
@@ -80,12 +84,9 @@ def table(arguments: Sequence[str]) -> None:
         return
     means, errors = plan_results.published()
     if options["logbase"]:
-        own = plan_results.experiments(options["logbase"])
-        if not own:
-            raise UserError(f"no results of plans below {options['logbase']}: plan first, or name another --logbase")
-        own.sort(key=lambda each: each.guided)  # the last of a data set counts
-        means["Diffuser"] = {each.dataset: round(each.mean, 1) for each in own}
-        errors["Diffuser"] = {each.dataset: round(each.error, 2) for each in own}
+        own = sorted(_experiments(options["logbase"]), key=lambda experiment: experiment.guided)  # the last one counts
+        means["Diffuser"] = {experiment.dataset: round(experiment.mean, 1) for experiment in own}
+        errors["Diffuser"] = {experiment.dataset: round(experiment.error, 2) for experiment in own}
     labels = _labels(options["labels"]) if options["labels"] else None
     print(plan_results.latex_table(means, errors, labels=labels))
 
@@ -98,7 +99,7 @@ def _labels(path: str) -> dict[str, str]:
 
 
 def _parse(arguments: Sequence[str], **known: Option) -> dict[str, Any] | None:
-    """The options of a command; None where its help was asked for and printed."""
+    """Returns the options of a command; None where its help was asked for and printed."""
     wanted, rest = split_help(arguments)
     values = flags(pairs(rest), known, "this command")
     if wanted:

@@ -36,7 +36,7 @@ class Score(NamedTuple):
 
 
 def main(overrides: Sequence[str] = ()) -> int:
-    """Run the demonstration; `overrides` (Hydra's syntax) go to the fine-tuning. Returns the exit status."""
+    """Runs the demonstration; `overrides` (Hydra's syntax) go to the fine-tuning. Returns the exit status."""
     check(overrides)
     began = time.monotonic()
     folder = Path("log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -55,17 +55,17 @@ def main(overrides: Sequence[str] = ()) -> int:
 
 
 def check(overrides: Sequence[str]) -> None:
-    """Raise UserError for overrides that cannot work, before the first evaluation."""
+    """Raises UserError for overrides that cannot work, before the first evaluation."""
     app.prepare(compose(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides]))
 
 
 def run(config_name: str, overrides: Sequence[str], logdir: Path) -> Any:
-    """Compose a configuration of cfg/ and run its loop in the folder `logdir`."""
+    """Composes a configuration of cfg/ and runs its loop in the folder `logdir`."""
     return app.run(compose(config_name, [*overrides, f"logdir={logdir}"]))
 
 
 def evaluate(logdir: Path, checkpoint: Path | None = None) -> Score:
-    """Evaluate the pre-trained policy, or that of `checkpoint`."""
+    """Evaluates the pre-trained policy, or that of `checkpoint`."""
     run(EVALUATE, [*EVALUATE_OVERRIDES, *([f"base_policy_path={checkpoint}"] if checkpoint else [])], logdir)
     rows = [row for row in read_rows(logdir / "metrics.jsonl") if row.get("kind") == "eval"]
     if not rows or rows[-1].get("episode_return") is None:
@@ -74,7 +74,7 @@ def evaluate(logdir: Path, checkpoint: Path | None = None) -> Score:
 
 
 def checkpoint_of(logdir: Path) -> Path:
-    """The newest checkpoint of a run."""
+    """Returns the newest checkpoint of a run."""
     checkpoint = latest_checkpoint(logdir / "checkpoint")
     if checkpoint is None:
         raise UserError(f"{logdir}/checkpoint holds no checkpoint: the fine-tuning ended before its first one")
@@ -82,14 +82,14 @@ def checkpoint_of(logdir: Path) -> Path:
 
 
 def draw(logdir: Path) -> Path:
-    """The learning curve of a run, in its own folder."""
+    """Draws the learning curve of a run, in its own folder."""
     output = logdir / "figure" / "learning_curve.png"
     words = ["python", "script/make_figures.py", "learning_curve", str(logdir), "--output", str(output)]
     return learning_curve([logdir], output, command=shlex.join(words))
 
 
 def report(before: Score, after: Score, tuned: Path, figure: Path, seconds: float) -> None:
-    """What came out, on the terminal."""
+    """Prints what came out."""
     ratio = after.episode_return / before.episode_return
     print(
         f"\n                      return   episodes\n"

@@ -38,8 +38,7 @@ from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserSettings, DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
-from diffusion_rl.reports import maze_pictures
-from diffusion_rl.reports.contact_sheet import contact_sheet
+from diffusion_rl.reports.pictures import contact_sheet, save_maze
 from diffusion_rl.tasks.registry import normalized_score
 from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
@@ -54,17 +53,17 @@ ANOTHER_SUFFIX = "give another --logbase or --suffix"
 
 
 def train(arguments: Sequence[str]) -> None:
-    """`scripts/train.py`: a diffusion model of states and actions, or of actions alone."""
+    """Trains a diffusion model of states and actions, or of actions alone (`scripts/train.py`)."""
     _train(parse_command("train", arguments))
 
 
 def train_values(arguments: Sequence[str]) -> None:
-    """`scripts/train_values.py`: the value that guides plans."""
+    """Trains the value that guides plans (`scripts/train_values.py`)."""
     _train(parse_command("train_values", arguments))
 
 
 def continue_training(arguments: Sequence[str]) -> None:
-    """Go on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
+    """Goes on with the latest checkpoint of the same experiment (`options.going_on` names the script)."""
     _train(going_on(parse_command("train", arguments)))
 
 
@@ -82,18 +81,18 @@ def train_model(
     trainer_type: type[DiffuserTrainer] = DiffuserTrainer,
     training: type[DiffuserTraining] = DiffuserTraining,
 ) -> None:
-    """Build the described model and train it as the options of an experiment ask for, in the experiment's folder."""
+    """Builds the described model and trains it as the options of an experiment ask for, in the experiment's folder."""
     options.seed = recorded_seed(options) if options.seed is None else options.seed
-    noise, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
+    rng, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
     try:
-        with initial_weights(noise):
+        with initial_weights(rng):
             model = description.build()
     except TypeError as error:
         raise UserError(f"--model {options.model} is no model for --diffusion {options.diffusion} ({error})") from error
     run = training(
         trainer_type(model, dataset, options.learning_rate * options.lr_scale, options.ema_decay),
         dataset,
-        noise,
+        rng,
         DiffuserSettings.of(options),
         run_dir=RunDir(options.savepath, files.settings, files, SPELLING),
         say=lambda line: print(line, flush=True),
@@ -105,7 +104,7 @@ def train_model(
 
 
 def seed_of(options: Options) -> int:
-    """The seed of the options, or one of the operating system's, which is printed."""
+    """Returns the seed of the options, or one of the operating system's, which is printed."""
     if options.seed is None:
         options.seed = secrets.randbits(31)
         print(f"seed: {options.seed}")
@@ -113,7 +112,7 @@ def seed_of(options: Options) -> int:
 
 
 def _dataset_description(options: Options) -> dict[str, Any]:
-    """What `dataset_of` needs to know."""
+    """Returns what `dataset_of` needs to know."""
     facts: dict[str, Any] = {"loader": options.loader, "env": options.dataset}
     for key in ("horizon", "normalizer", "preprocess_fns", "use_padding", "max_path_length"):
         facts[key] = getattr(options, key)
@@ -124,7 +123,7 @@ def _dataset_description(options: Options) -> dict[str, Any]:
 
 
 def describe(options: Options, dataset: TrajectoryDataset) -> Description:
-    """The model that the options of an experiment ask for, for this data."""
+    """Returns the model that the options of an experiment ask for, for this data."""
     sizes = {"observation_dim": dataset.observation_dim, "action_dim": dataset.action_dim}
     model: dict[str, Any] = {"class": options.model, "horizon": options.horizon, "dim_mults": list(options.dim_mults)}
     diffusion: dict[str, Any] = {"class": options.diffusion, "horizon": options.horizon, **sizes}
@@ -154,7 +153,7 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 
 
 def plan_guided(arguments: Sequence[str]) -> None:
-    """`scripts/plan_guided.py`: plans of the diffusion model, guided by the value."""
+    """Plans with the diffusion model, guided by the value (`scripts/plan_guided.py`)."""
     options = parse_command("plan_guided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
@@ -174,7 +173,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
 
 
 def plan_unguided(arguments: Sequence[str]) -> None:
-    """`scripts/plan_unguided.py`: many samples without a value, of which one plan is made."""
+    """Makes one plan of many samples without a value (`scripts/plan_unguided.py`)."""
     options = parse_command("plan_unguided", arguments)
     where = Path(options.loadbase, options.dataset)
     if not any((where / options.diffusion_loadpath).glob("state_*")):
@@ -188,12 +187,12 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 
 
 def plan_maze2d(arguments: Sequence[str]) -> None:
-    """`scripts/plan_maze2d.py`: a plan from where the ball is to the goal, and following it."""
+    """Plans from where the ball is to the goal, and follows the plan (`scripts/plan_maze2d.py`)."""
     configure_threads()
     options = parse_command("plan_maze2d", arguments)
     where = options.logbase, options.dataset, options.diffusion_loadpath
     experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
-    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
+    folder, rng = Path(options.savepath), NoiseSource(seed_of(options))
     planner = _unguided(experiment, options)
     env = Maze2D(options.dataset)
     score = functools.partial(normalized_score, options.dataset)
@@ -207,34 +206,34 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
         options.save()
         scores, plans, ways, goals = [], [], [], []
         for i in range(options.n_episodes):
-            start, own = env.reset(noise), beside(folder, i)
+            start, own = env.reset(rng), beside(folder, i)
             if options.conditional:
-                env.draw_target(noise)
-            episode = follow_plan(planner, env, noise, start, options.replan_every, say)
+                env.draw_target(rng)
+            episode = follow_plan(planner, env, rng, start, options.replan_every, say)
             scores.append(float(score(episode.episode_return)))
-            found = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
+            facts = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
             plans.append(episode.plans.observations[0])
             ways.append(episode.observations)
             goals.append(env.target)
-            maze_pictures.save(own / "0.png", env.cells != "#", plans[-1], env.target)
-            maze_pictures.save(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
-            write_json(own / "rollout.json", {**found, "term": False, "epoch_diffusion": experiment.epoch})
+            save_maze(own / "0.png", env.cells != "#", plans[-1], env.target)
+            save_maze(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+            write_json(own / "rollout.json", {**facts, "term": False, "epoch_diffusion": experiment.epoch})
         if options.n_episodes > 1:
-            first = np.stack([each[0] for each in plans])
-            maze_pictures.save(folder / "plans.png", env.cells != "#", first, np.stack(goals))
-            maze_pictures.save(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
+            first = np.stack([plan[0] for plan in plans])
+            save_maze(folder / "plans.png", env.cells != "#", first, np.stack(goals))
+            save_maze(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
         print(score_line(np.array(scores), folder))
 
 
 def _trajectory_model(experiment: Experiment) -> Experiment:
-    """The experiment. Raises UserError where it holds something that makes no plans."""
+    """Returns the experiment. Raises UserError where it holds something that makes no plans."""
     if not isinstance(experiment.model, TrajectoryDiffusion):
         raise UserError(f"{experiment.folder} holds no model of trajectories: train one with scripts/train.py")
     return experiment
 
 
 def _unguided(experiment: Experiment, options: Options) -> Diffuser:
-    """A planner without a value, whose horizon may be another than that of the training."""
+    """Returns a planner without a value, whose horizon may be another than that of the training."""
     require_horizon(options.horizon, experiment.model.model.levels)
     horizon = None if experiment.model.horizon == options.horizon else options.horizon
     return Diffuser(experiment.model, experiment.normalizers, None, options.batch_size, horizon)
@@ -242,8 +241,8 @@ def _unguided(experiment: Experiment, options: Options) -> Diffuser:
 
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
     configure_threads()
-    found = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
-    return found.require_task(options.dataset)
+    experiment = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
+    return experiment.require_task(options.dataset)
 
 
 def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
@@ -267,7 +266,7 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
 
     with contextlib.closing(venv), locked(folder, ANOTHER_SUFFIX):
         options.save()
-        found = run_episodes(
+        episodes = run_episodes(
             planner,
             venv,
             NoiseSource(seed),
@@ -281,35 +280,37 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             say=say,
             show=show,
         )
-        _write(options, folder, found, epochs)
+        _write(options, folder, episodes, epochs)
 
 
 def _film(venv: Any, decision: Decision, path: Path) -> None:
-    """The first environment's plan as a film, and a picture of it with frames in a row."""
+    """Films the first environment's plan, and makes a picture of it with frames in a row."""
     if not isinstance(venv, LocomotionVectorEnv):
         raise UserError("--render True: plans can be filmed in the locomotion tasks only")
     film_plan(venv, 0, decision.observations[0, 0], decision.actions[0, 0], path)
     contact_sheet([path], path.with_name(path.name.replace("_plan.mp4", ".png")), PICTURES, "planned, simulated")
 
 
-def _write(options: Options, folder: Path, found: Episodes, epochs: dict[str, int]) -> None:
-    """`rollout.json` of every environment (the others' in folders beside the first one's), statistics and times."""
-    for i in range(len(found.returns)):
-        own = beside(folder, i)
-        facts = {"score": float(found.scores[i]), "return": float(found.returns[i]), "step": int(found.steps[i]) - 1}
-        write_json(own / "rollout.json", {**facts, "term": bool(found.terminated[i]), **epochs})
-    write_json(folder / "action_stats.json", found.action_statistics())
-    write_json(folder / "latency.json", {"batch_size": options.batch_size, "n_envs": options.n_envs, **found.latency()})
+def _write(options: Options, folder: Path, episodes: Episodes, epochs: dict[str, int]) -> None:
+    """Writes `rollout.json` of every environment (the others' in folders beside the first one's), statistics and
+    times."""
+    for i in range(len(episodes.returns)):
+        facts = {"score": float(episodes.scores[i]), "return": float(episodes.returns[i])}
+        facts |= {"step": int(episodes.steps[i]) - 1, "term": bool(episodes.terminated[i])}
+        write_json(beside(folder, i) / "rollout.json", {**facts, **epochs})
+    write_json(folder / "action_stats.json", episodes.action_statistics())
+    sizes = {"batch_size": options.batch_size, "n_envs": options.n_envs}
+    write_json(folder / "latency.json", {**sizes, **episodes.latency()})
     if getattr(options, "text_statistics", False):
-        lines = "".join(f"{k}: {v}\n" for k, v in found.action_statistics().items())
+        lines = "".join(f"{k}: {v}\n" for k, v in episodes.action_statistics().items())
         (folder / "std_mean_actions.txt").write_text(lines)
-    print(score_line(found.scores, folder))
-    for name, value in found.latency().items():
+    print(score_line(episodes.scores, folder))
+    for name, value in episodes.latency().items():
         print(f"{name.replace('_', ' ')}: {value:.2f}")
 
 
 def beside(folder: Path, i: int) -> Path:
-    """Where episode i goes: the first one to the folder, the others beside it."""
+    """Returns where episode i goes: the first one to the folder, the others beside it."""
     return folder if i == 0 else folder.with_name(f"{folder.name}-{i}")
 
 

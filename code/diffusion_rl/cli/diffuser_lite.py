@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from diffusion_rl.methods.diffuser_lite.trainer import (
     PlanSource,
     ReflowTrainer,
 )
-from diffusion_rl.methods.diffuser_lite.training import Generation, LiteLoop, PlanTraining, QLearning, Reflow
+from diffusion_rl.methods.diffuser_lite.training import Generation, PlanTraining, QLearning, Reflow
 from diffusion_rl.networks.dit import ConditionalDiT
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
@@ -47,17 +47,17 @@ SPELLING = Spelling(GO_ON, "name another results_dir", GO_ON)
 
 
 def mujoco(arguments: Sequence[str]) -> None:
-    """`pipelines/diffuserlite_d4rl_mujoco.py`"""
+    """Runs `pipelines/diffuserlite_d4rl_mujoco.py`."""
     Pipeline(parse("mujoco", arguments)).run()
 
 
 def kitchen(arguments: Sequence[str]) -> None:
-    """`pipelines/diffuserlite_d4rl_kitchen.py`"""
+    """Runs `pipelines/diffuserlite_d4rl_kitchen.py`."""
     Pipeline(parse("kitchen", arguments)).run()
 
 
 def antmaze(arguments: Sequence[str]) -> None:
-    """`pipelines/diffuserlite_d4rl_antmaze.py`"""
+    """Runs `pipelines/diffuserlite_d4rl_antmaze.py`."""
     Pipeline(parse("antmaze", arguments)).run()
 
 
@@ -67,14 +67,14 @@ class Pipeline:
     def __init__(self, options: LiteOptions):
         self.options, self.folder, self.results = options, options.folder, Path(options.results_dir)
         self.kind, self.name, self.domain = options.kind, options.env_name, DOMAINS[options.kind]
-        self.noise = NoiseSource(options.seed)
+        self.rng = NoiseSource(options.seed)
         self.shapes = level_shapes(self.domain.horizons)
         if str(options.device).startswith("cpu"):
             tf.config.set_visible_devices([], "GPU")
         configure_threads(shared=options.mode not in ("training", "reflow"))  # these train the levels side by side
 
     def run(self) -> None:
-        """Do what `mode` says; one process at a time trains in a task's folder."""
+        """Does what `mode` says; one process at a time trains in a task's folder."""
         mode = self.options.mode
         if mode == "training":  # its run folder is the task's, and has the lock itself
             with locked(self.folder, SPELLING.anew):
@@ -86,7 +86,7 @@ class Pipeline:
             getattr(self, mode)()
 
     def take_back(self) -> None:
-        """Copy a backup into the results."""
+        """Copies a backup into the results."""
         if self.options.restore_from:
             count = files.mirror(self._existing(self.options.restore_from), self.results)
             print(f"{count} files from {self.options.restore_from}")
@@ -105,7 +105,7 @@ class Pipeline:
 
     @cached_property
     def flat(self) -> dict[str, np.ndarray]:
-        """All rows of the data."""
+        """Returns all rows of the data."""
         return find_flat(self.name, self.options.data_dir)
 
     @cached_property
@@ -114,48 +114,48 @@ class Pipeline:
         penalty = options.get("terminal_penalty", options.get("noreaching_penalty"))
         spans = [shape.span for shape in self.shapes]
         data = PlanDataset(self.flat, self.kind, spans, self.options.discount, penalty)
-        if (found := (data.observation_dim, data.action_dim)) != self.dims:
-            raise UserError(f"the data have (observation, action) widths {found}, {self.name} has {self.dims}")
+        if (dims := (data.observation_dim, data.action_dim)) != self.dims:
+            raise UserError(f"the data have (observation, action) widths {dims}, {self.name} has {self.dims}")
         return data
 
     @property
     def dims(self) -> tuple[int, int]:
-        """O and A."""
+        """Returns O and A."""
         return dims_of(self.name)
 
     @property
     def limit(self) -> int:
-        """Steps of an episode."""
+        """Returns the steps of an episode."""
         return steps_of(self.name)
 
     @cached_property
     def levels(self) -> list[PlanLevel]:
-        """With new weights."""
+        """Builds the levels, with new weights."""
         o, width = self.options, self.dims[0]
         network = {k: getattr(o, k) for k in ("emb_dim", "d_model", "n_heads", "depth", "standard_residual")}
-        with initial_weights(self.noise):
+        with initial_weights(self.rng):
             return [
                 PlanLevel(
-                    ConditionalDiT(width, **network), each.states, width, i == 0, o.next_obs_loss_weight, o.backbone
+                    ConditionalDiT(width, **network), shape.states, width, i == 0, o.next_obs_loss_weight, o.backbone
                 )
-                for i, each in enumerate(self.shapes)
+                for i, shape in enumerate(self.shapes)
             ]
 
     @cached_property
     def inverse(self) -> InverseDynamics:
-        with initial_weights(self.noise):
+        with initial_weights(self.rng):
             return InverseDynamics(*self.dims)
 
     @cached_property
     def iql(self) -> IQL:
         o = self.options
-        with initial_weights(self.noise):
+        with initial_weights(self.rng):
             return IQL(
                 *self.dims, discount=o.discount, hidden_dim=o.iql_hidden_dim, target_updates=o.iql_target_updates
             )
 
     def value(self) -> StateValue | None:
-        """Trained values, for tasks that need them."""
+        """Loads the trained values, for tasks that need them."""
         if not self.domain.has_values:
             return None
         files.load_network(self.folder, "iql", self.iql)
@@ -163,16 +163,16 @@ class Pipeline:
 
     @cached_property
     def source(self) -> PlanSource:
-        """The data as the training sees them."""
+        """Returns the data as the training sees them."""
         data, value, values = self.data, self.value(), None
         if value is not None:
             parts = np.array_split(data.states, max(len(data.states) // 50000, 1))
             values = np.concatenate([value(tf.constant(part)).numpy()[:, 0] for part in parts])
         scale = self.options.task.get("return_scale") or return_scale(self.name)
-        told = [conditions(data, i, scale, values) for i in range(len(self.shapes))]
+        targets = [conditions(data, i, scale, values) for i in range(len(self.shapes))]
         rows = [data.rows(i, stride=shape.stride) for i, shape in enumerate(self.shapes)]
         padding = data.padding if self.options.mask_padding else None
-        return PlanSource(data.states, data.actions, rows, told, tf.float32, padding)
+        return PlanSource(data.states, data.actions, rows, targets, tf.float32, padding)
 
     def trainers(self) -> list[LevelTrainer]:
         return [LevelTrainer(level, self.options.learning_rate, self.options.ema_rate) for level in self.levels]
@@ -183,18 +183,13 @@ class Pipeline:
         o, normal = self.options, self.data.normalizer.normalize
         rows = transitions(self.flat)
         rewards = self.domain.learned_reward(rows["rewards"].astype(np.float32))
-        states = (normal(rows[name].astype(np.float32)) for name in ("observations", "following"))
-        before, after = states
+        before, after = (normal(rows[name].astype(np.float32)) for name in ("observations", "following"))
         columns = [before, rows["actions"], rewards[:, None], after, rows["terminals"][:, None]]
-        columns = [np.asarray(each, np.float32) for each in columns]
-
-        def save(step: int, labels: Sequence[int | str]) -> None:
-            files.save_network(self.folder, "iql", self.iql, labels)
-
+        columns = [np.asarray(column, np.float32) for column in columns]
         self._train(
-            lambda **given: QLearning(IQLTrainer(self.iql), columns, self.noise, batch_size=o.iql_batch_size, **given),
+            partial(QLearning, IQLTrainer(self.iql), columns, self.rng, batch_size=o.iql_batch_size),
             o.iql_gradient_steps,
-            save,
+            lambda step, labels: files.save_network(self.folder, "iql", self.iql, labels),
             "iql_loss_log.json",
         )
 
@@ -208,10 +203,8 @@ class Pipeline:
             if step - o.save_interval < o.invdyn_gradient_steps:  # trained since the last save
                 files.save_network(self.folder, "invdyn", self.inverse, labels)
 
-        def build(**given: Any) -> LiteLoop:
-            sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
-            return PlanTraining(trainer, self.data, self.noise, rate=o.learning_rate, **sizes, **given)
-
+        sizes = {"batch_size": o.batch_size, "invdyn_steps": o.invdyn_gradient_steps}
+        build = partial(PlanTraining, trainer, self.data, self.rng, rate=o.learning_rate, **sizes)
         self._train(build, o.diffusion_gradient_steps, save, "loss_log.json")
 
     def prepare_dataset(self) -> None:
@@ -221,28 +214,24 @@ class Pipeline:
         generation = Generation(self.levels, self.data, self.source.plans, batch, steps)
         sizes = o.cond_dataset_size, o.uncond_dataset_size
         with files.pairs_to_write(self.folder, self.levels, *sizes, o.pairs_dtype) as write:
-            generation.run(self.noise, *sizes, write)
+            generation.run(self.rng, *sizes, write)
         self.backup()
 
     def reflow(self) -> None:
         o = self.options
         files.load_levels(self.folder, "diffusion", self.levels, o.reflow_backbone_ckpt)
         print(f"learning rate of the reflow: {o.reflow_lr}")
-
-        def save(step: int, labels: Sequence[int | str]) -> None:
-            files.save_levels(self.folder, "reflow", self.levels, labels)
-
         with files.pairs_to_read(self.folder, self.levels) as pairs:
             trainer = ReflowTrainer(self.trainers())
             self._train(
-                lambda **given: Reflow(trainer, pairs, self.noise, batch_size=o.batch_size, rate=o.reflow_lr, **given),
+                partial(Reflow, trainer, pairs, self.rng, batch_size=o.batch_size, rate=o.reflow_lr),
                 o.reflow_gradient_steps,
-                save,
+                lambda step, labels: files.save_levels(self.folder, "reflow", self.levels, labels),
                 "reflow_loss_log.json",
             )
 
     def _train(self, build: Any, steps: int, save: Any, log_name: str) -> None:
-        """Run a loop in its folder (of the training the task's, of others one in it), and draw its losses."""
+        """Runs a loop in its folder (of the training the task's, of others one in it), and draws its losses."""
         o, mode = self.options, self.options.mode
         log = files.LossLog(self.folder, self.results, log_name)
         settings = {"name": o.pipeline_name, "env_name": self.name, **vars(o)}
@@ -251,15 +240,14 @@ class Pipeline:
         run_dir = RunDir(folder, settings, state_files, SPELLING)
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}
         build(steps=steps, run_dir=run_dir, record=log.add, **intervals).run()
-        lite_figures.plot_loss_curves(
-            lite_figures.by_name(list(log.rows.values())), self.results / lite_figures.FIGURES
-        )
+        curves = lite_figures.by_name(list(log.rows.values()))
+        lite_figures.plot_loss_curves(curves, self.results / lite_figures.FIGURES)
         self.backup()
 
     # ---------- modes that act ----------
 
     def planner(self, label: int | str | None, means: np.ndarray, stds: np.ndarray) -> DiffuserLite:
-        """The planner of `test_model`; with weights of a step, or new ones for None."""
+        """Returns the planner of `test_model`; with weights of a step, or new ones for None."""
         o, model = self.options, self.options.test_model
         steps = o.sampling_steps or self.domain.steps_of(model)
         options: dict[str, Any] = {"steps": steps, "temperature": o.temperature, "use_ema": o.use_ema}
@@ -281,7 +269,7 @@ class Pipeline:
         return automatic if self.options.runtime == "auto" else self.options.runtime
 
     def targets(self) -> Targets:
-        """What returns to ask for."""
+        """Returns the function that gives the returns to ask for."""
         o, name = self.options, self.name
         if self.kind == "kitchen":
             return lambda observations, returns: kitchen_targets(name, returns)
@@ -291,15 +279,15 @@ class Pipeline:
         return lambda observations, returns: np.full(len(observations), wanted, np.float32)
 
     def inference(self) -> None:
-        """Episodes with one checkpoint, or with each one in turn."""
+        """Runs episodes with one checkpoint, or with each one in turn."""
         o, r2 = self.options, self.options.test_model == "R2"
         label = o.reflow_ckpt if r2 else o.diffusion_ckpt
         steps = files.saved_steps(self.folder, "reflow0" if r2 else "diffusion0")
         if label == "all" and not steps:
             raise UserError(f"no numbered checkpoint in {self.folder}: run mode={'reflow' if r2 else 'training'} first")
         rows = []
-        for each in steps if label == "all" else [label]:
-            rows.append(self._evaluate(each))
+        for checkpoint in steps if label == "all" else [label]:
+            rows.append(self._evaluate(checkpoint))
             write_json(self.folder / f"inference_results_{o.test_model}.json", rows)
         if label == "all":
             print(lite_figures.plot_scores(rows, self.results / lite_figures.FIGURES))
@@ -311,23 +299,23 @@ class Pipeline:
         planner = self.planner(label, fitted["means"], fitted["stds"])
         env = {"name": self.name, "n_envs": o.num_envs, "max_episode_steps": self.limit}
         venv = make_vector_env(env, obs_dim=self.dims[0], action_dim=self.dims[1], act_steps=1, seed=o.seed)
-        noise, returns, seconds = NoiseSource(o.seed), [], []
+        rng, returns, seconds = NoiseSource(o.seed), [], []
         published = self.kind if o.published_accounting else ""
         try:
             for episode in range(o.num_episodes):
                 first = o.seed + episode * o.num_envs
                 resets = [{"seed": first + i} for i in range(o.num_envs)]
-                found = run_lite_episodes(
+                episodes = run_lite_episodes(
                     planner,
                     venv,
-                    noise,
+                    rng,
                     self.targets(),
                     limit=self.limit,
                     published=published,
                     reset_options=resets,
                 )
-                returns.append(found.published if published else found.returns)
-                seconds += found.seconds
+                returns.append(episodes.published if published else episodes.returns)
+                seconds += episodes.seconds
         finally:
             venv.close()
         scores = 100 * normalized_score(self.name, np.minimum(np.concatenate(returns), self.domain.best_return))
@@ -338,13 +326,14 @@ class Pipeline:
         return row
 
     def benchmark(self) -> None:
-        """Decisions per second at batch 1 and `num_envs`, with new weights (what they are does not matter here)."""
+        """Measures decisions per second at batch 1 and `num_envs`, with new weights (their values do not matter
+        here)."""
         o, (width, _) = self.options, self.dims
         for model in ("R1", "R2"):
             o.test_model = model
             planner = self.planner(None, np.zeros(width, np.float32), np.ones(width, np.float32))
             for n_envs in (1, o.num_envs):
-                times = decision_times(planner, self.noise, n_envs, o.benchmark_decisions, o.benchmark_warm_up)
+                times = decision_times(planner, self.rng, n_envs, o.benchmark_decisions, o.benchmark_warm_up)
                 median = float(np.median(times))
                 facts = {"model": model, "batch": n_envs, "milliseconds": round(1000 * median, 3)}
                 facts |= {"hz": round(1 / median, 1), "mean_hz": round(1 / float(times.mean()), 1)}

@@ -15,7 +15,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -32,7 +31,7 @@ from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read
 from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
-from diffusion_rl.core.files import atomic_file, read_json
+from diffusion_rl.core.files import read_json, write_json
 from diffusion_rl.reports.progress import duration
 from diffusion_rl.training import signals
 from diffusion_rl.training.locks import child_lock, locked
@@ -56,7 +55,7 @@ The file has three parts:
 
 
 def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Constants, values of one combination of the variables, meta_data and `exp_id`, for each combination.
+    """Returns constants, values of one combination of the variables, meta_data and `exp_id`, for each combination.
 
     The variable that was named last changes fastest; a variable overrides the constant of its name.
     """
@@ -77,13 +76,13 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise UserError(f"variables: {key} must be a list of at least one value")
     if (count := math.prod(map(len, variables.values()))) > MOST_RUNS:
         raise UserError(f"these variables make {count} runs: {MOST_RUNS} are allowed, so give fewer values")
-    found = []
+    combined = []
     for i, combination in enumerate(itertools.product(*variables.values())):
         variant = copy.deepcopy(dict(constants))
         for key, value in zip(variables, combination, strict=True):
             _put(variant, key, copy.deepcopy(value))
-        found.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
-    return found
+        combined.append({**variant, **copy.deepcopy(dict(meta)), "exp_id": i})
+    return combined
 
 
 def _put(variant: dict[str, Any], key: str, value: Any) -> None:
@@ -96,13 +95,13 @@ def _put(variant: dict[str, Any], key: str, value: Any) -> None:
 
 
 def flat_variant(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A variant's file as it is, or a specification of a single run."""
+    """Returns a variant's file as it is, or a specification of a single run."""
     if "constants" not in spec and "meta_data" not in spec:
         return dict(spec)
-    found = variants(spec)
-    if len(found) > 1:
-        raise UserError(f"{name} describes {len(found)} runs: start it with run_experiment.py -e {name}")
-    return found[0]
+    runs = variants(spec)
+    if len(runs) > 1:
+        raise UserError(f"{name} describes {len(runs)} runs: start it with run_experiment.py -e {name}")
+    return runs[0]
 
 
 # ---------- one run ----------
@@ -124,7 +123,7 @@ class Job:
         return self.variant.with_suffix(".log")
 
     def start(self, environment: Mapping[str, str]) -> bool:
-        """Start it as a process that ends with this one; False while the process of an earlier launch still runs."""
+        """Starts it as a process that ends with this one; False while the process of an earlier launch still runs."""
         lock = child_lock(self.variant.with_suffix(".lock"))
         if lock is None:
             return False
@@ -142,28 +141,29 @@ class Job:
         return True
 
     def poll(self) -> bool:
-        """Whether it has ended by now."""
+        """Returns whether it has ended by now."""
         assert self.process is not None
         self.status, self.seconds = self.process.poll(), time.monotonic() - self.began
         return self.status is not None
 
     def last_line(self) -> str:
-        """The newest line of its output."""
+        """Returns the newest line of its output."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 4000))
             lines = [line for line in re.split(rb"[\r\n]+", file.read()) if line.strip()]
         return lines[-1].decode(errors="replace").strip() if lines else ""
 
     def share(self) -> float:
-        """How far it says it is: the last "n/N" of its output."""
+        """Returns how far it says it is: the last "n/N" of its output."""
         if self.status is not None:
             return 1.0
-        found = re.findall(r"(\d+)/(\d+)", self.last_line())
-        return min(int(found[-1][0]) / max(int(found[-1][1]), 1), 1.0) if found else 0.0
+        counts = re.findall(r"(\d+)/(\d+)", self.last_line())
+        return min(int(counts[-1][0]) / max(int(counts[-1][1]), 1), 1.0) if counts else 0.0
 
 
 def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
-    """How `script_path` is started: with the variant's file, or in the manner of this repository's other scripts.
+    """Returns how `script_path` is started: with the variant's file, or in the manner of this repository's other
+    scripts.
 
     `meta_data: arguments` says it: "file" (`-e FILE -g GPU`), "hydra" (`key=value`, with config_dir and config_name;
     the default for script/run.py), "flags" (`--key value`, the default for scripts/).
@@ -183,34 +183,34 @@ def command_of(variant: Mapping[str, Any], path: Path, gpu: str) -> list[str]:
 
 
 def style_of(variant: Mapping[str, Any]) -> str:
-    """How the script of a variant takes its values: "file", "hydra" or "flags"."""
+    """Returns how the script of a variant takes its values: "file", "hydra" or "flags"."""
     script = Path(str(variant["script_path"]))
     usual = {("script", "run.py"): "hydra"}.get((script.parent.name, script.name))
     return variant.get("arguments") or usual or ("flags" if script.parent.name == "scripts" else "file")
 
 
-def tell_apart(found: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
-    """Variants of which no two write to one folder, where that can be known: of this repository's own scripts.
+def tell_apart(runs: list[dict[str, Any]], varied: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns variants of which no two write to one folder, where that can be known: of this repository's own scripts.
 
     Where some would, what varies is appended to the name of each run.
 
     Raises:
-        UserError: they still would, since their values are the same.
+        UserError: they still would, since their values are equal.
     """
-    if len(found) == 1:
-        return found
-    folders = [folder_of(variant, style_of(variant)) for variant in found]
+    if len(runs) == 1:
+        return runs
+    folders = [folder_of(variant, style_of(variant)) for variant in runs]
     if _twice(folders) is not None:
-        for variant in found:
+        for variant in runs:
             parts = [f"{key}_{_at(variant, key)}" for key in varied if key != "seed"]
             append_to_name(variant, style_of(variant), "".join(f"-{_plain(part)}" for part in parts))
-        folders = [folder_of(variant, style_of(variant)) for variant in found]
+        folders = [folder_of(variant, style_of(variant)) for variant in runs]
     if (folder := _twice(folders)) is not None:
-        same = ", ".join(str(i) for i, each in enumerate(folders) if each == folder)
+        same = ", ".join(str(i) for i, other in enumerate(folders) if other == folder)
         raise UserError(
             f"runs {same} would all write to {folder}: they do not differ in {', '.join(varied) or 'anything'}"
         )
-    return found
+    return runs
 
 
 def _twice(folders: Sequence[str | None]) -> str | None:
@@ -223,7 +223,7 @@ def _at(variant: Mapping[str, Any], key: str) -> Any:
 
 
 def _plain(text: str) -> str:
-    """What can stand in every name of a folder."""
+    """Returns what can stand in every name of a folder."""
     return re.sub(r"[^\w.+-]+", "-", text)[:80].replace("..", "-")
 
 
@@ -241,12 +241,12 @@ class Pool:
         self.folder, self.jobs, self.workers = folder, list(jobs), max(1, min(workers, len(jobs)))
         self.stream = sys.stderr if stream is None else stream
         self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self.awaited: list[Job] = []
         self.skipped = sum(job.status == 0 for job in self.jobs)  # done in an earlier launch
 
     def run(self, poll_seconds: float = 1.0) -> int:
-        """Run all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
+        """Runs all; returns 0, or 1 if any failed. Ctrl-C and SIGTERM stop the children, which save their state."""
         waiting = [job for job in self.jobs if job.status != 0]
         running: list[Job] = []
         try:
@@ -258,14 +258,14 @@ class Pool:
                         running.remove(job)
                         self._save()
                         self._ended(job)
-                    self._tell(running)
+                    self._report(running)
         except KeyboardInterrupt:
             self._stop(running)
             raise Interrupted(f"interrupted; --resume goes on with what is not done in {self.folder}") from None
         return self._summary()
 
     def _start(self, waiting: list[Job], running: list[Job]) -> None:
-        """Start as many as there are workers for; those of an earlier launch are waited for."""
+        """Starts as many as there are workers for; those of an earlier launch are waited for."""
         for job in waiting[: self.workers - len(running)]:
             if job.start(self.environment):
                 waiting.remove(job)
@@ -275,7 +275,7 @@ class Pool:
                 self._say(f"run {job.variant.stem}: its process of an earlier launch still runs; waiting for its end")
 
     def _stop(self, running: Sequence[Job]) -> None:
-        """Ask all to stop; whoever has not after a while, or at another signal, is killed."""
+        """Asks all processes to stop, and kills those that have not after a while or at another signal."""
         processes = [job.process for job in running if job.process is not None]
         with contextlib.suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
             for process in processes:
@@ -292,18 +292,17 @@ class Pool:
 
     def _save(self) -> None:
         facts = {job.variant.stem: {"exit": job.status, "seconds": round(job.seconds, 1)} for job in self.jobs}
-        with atomic_file(self.folder / "status.json") as file:
-            file.write((json.dumps(facts, indent=2) + "\n").encode())
+        write_json(self.folder / "status.json", facts)
 
     def _ended(self, job: Job) -> None:
         what = "done" if job.status == 0 else f"FAILED (exit status {job.status}): {job.last_line()}; see {job.log}"
         self._say(f"run {job.variant.stem}: {what}, {duration(job.seconds)}")
 
-    def _tell(self, running: Sequence[Job]) -> None:
+    def _report(self, running: Sequence[Job]) -> None:
         live = self.stream.isatty()
-        if not running or time.monotonic() - self.told < (1 if live else LINE_SECONDS):
+        if not running or time.monotonic() - self.reported < (1 if live else LINE_SECONDS):
             return
-        self.told = time.monotonic()
+        self.reported = time.monotonic()
         text = self.progress(running)
         if live:
             print(f"\r\033[K{text[: os.get_terminal_size(self.stream.fileno()).columns - 1]}", end="", file=self.stream)
@@ -312,7 +311,7 @@ class Pool:
             self._say(text)
 
     def progress(self, running: Sequence[Job]) -> str:
-        """One line: how many are done, how long it will take, what the running ones say."""
+        """Returns one line: how many are done, how long it will take, what the running ones say."""
         ended, elapsed = sum(job.status is not None for job in self.jobs), time.monotonic() - self.began
         here = len(self.jobs) - self.skipped
         share = (ended - self.skipped + sum(job.share() for job in running)) / max(here, 1)
@@ -333,34 +332,35 @@ class Pool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all runs succeeded."""
+    """Runs an experiment, `run_experiment.py -e SPEC [-g GPU] [--resume] [--dry-run]`; the exit status says whether all
+    runs succeeded."""
     parser = experiment_arguments("Run every combination of an experiment's variables.", HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
-    given = parser.parse_args(list(arguments))
-    gpu, spec = gpu_number(given.gpu), read_spec(Path(given.experiment))
-    found = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
+    parsed = parser.parse_args(list(arguments))
+    gpu, spec = gpu_number(parsed.gpu), read_spec(Path(parsed.experiment))
+    runs = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
     root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
-    for variant in found:  # what cannot be started is said before anything is written
+    for variant in runs:  # what cannot be started is said before anything is written
         command = command_of(variant, root / f"{variant['exp_id']}.yaml", gpu)
-        if given.dry_run:
+        if parsed.dry_run:
             print(" ".join(command))
-    if given.dry_run:
+    if parsed.dry_run:
         return 0
-    folder = _last_launch(root, spec) if given.resume else None
+    folder = _last_launch(root, spec) if parsed.resume else None
     if folder is None:
         folder = _new_folder(root)
         write_yaml(folder / "exp_spec_definition.yaml", spec)
-        for variant in found:
+        for variant in runs:
             write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
     with locked(folder, "start it anew without --resume"):
-        return Pool(folder, _jobs(folder, found, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
+        return Pool(folder, _jobs(folder, runs, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
 
 
-def _jobs(folder: Path, found: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
-    """The runs of a launch; done are those that ended well as the very variants that they are now."""
+def _jobs(folder: Path, runs: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:
+    """Returns the runs of a launch; done are those that ended well as the very variants that they are now."""
     done, jobs = _statuses(folder), []
-    for variant in found:
+    for variant in runs:
         path = folder / f"{variant['exp_id']}.yaml"
         if not path.is_file() or read_spec(path) != variant:
             write_yaml(path, variant)
@@ -370,7 +370,7 @@ def _jobs(folder: Path, found: Sequence[Mapping[str, Any]], gpu: str) -> list[Jo
 
 
 def _new_folder(root: Path) -> Path:
-    """Named after the time; two launches in the same second get different ones."""
+    """Makes a folder named after the time; two launches in the same second get different ones."""
     stamp = time.strftime("variants-%Y_%m_%d_%H_%M_%S")
     for suffix in itertools.count():
         folder = root / (stamp if suffix == 0 else f"{stamp}-{suffix}")
@@ -383,7 +383,7 @@ def _new_folder(root: Path) -> Path:
 
 
 def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
-    """The newest folder of this very specification."""
+    """Returns the newest folder of this very specification."""
     folders = sorted((p for p in root.glob("variants-*") if p.is_dir()), reverse=True)
     same = (p for p in folders if (p / "exp_spec_definition.yaml").is_file())
     return next((p for p in same if read_spec(p / "exp_spec_definition.yaml") == spec), None)
@@ -392,6 +392,6 @@ def _last_launch(root: Path, spec: Mapping[str, Any]) -> Path | None:
 def _statuses(folder: Path) -> dict[str, int]:
     try:
         facts = read_json(folder / "status.json")
-        return {name: 0 for name, each in facts.items() if each["exit"] == 0}
+        return {name: 0 for name, fact in facts.items() if fact["exit"] == 0}
     except (UserError, KeyError, TypeError, AttributeError):
         return {}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.cli import app
+from diffusion_rl.cli.figures import with_table
 from diffusion_rl.config.compose import Config, compose_job
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
@@ -19,7 +20,7 @@ POLICIES = ("diffusion", "gaussian", "gmm")
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    """The command `exploration` of script/make_figures.py."""
+    """Adds the command `exploration` of script/make_figures.py."""
     command = commands.add_parser("exploration", help="avoiding: paths of pre-trained policies at the first iteration")
     command.add_argument("--mode", action="append", choices=sorted(MODE_SETS), help="a row each; default: all")
     command.add_argument("--policy", action="append", choices=POLICIES, help="a column each; default: all")
@@ -29,22 +30,23 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(draw=_draw)
 
 
-def _draw(args: argparse.Namespace, command: str) -> None:
+def _draw(
+    mode: list[str] | None, policy: list[str] | None, paths: int, output: str, override: list[str], command: str
+) -> str:
     panels: list[Panel] = []
-    for modes in args.mode or sorted(MODE_SETS):
-        for policy in args.policy or POLICIES:
-            name = f"d3il/finetune/avoid_{modes}/ft_ppo_{policy}_mlp"
-            config = app.prepare(compose_job(name, [f"env.n_envs={args.paths}", *args.override]))
+    for modes in mode or sorted(MODE_SETS):
+        for name in policy or POLICIES:
+            config_name = f"d3il/finetune/avoid_{modes}/ft_ppo_{name}_mlp"
+            config = app.prepare(compose_job(config_name, [f"env.n_envs={paths}", *override]))
             if not panels or panels[-1].modes != modes:
                 panels.append(demonstrations(modes, config))
-            paths, collided = sample(config)
-            panels.append(Panel(modes, policy, paths, collided))
-    path, numbers = draw(panels, args.output, command)
-    print(f"{numbers}\n{path}\n{path.with_suffix('.csv')}")
+            panels.append(Panel(modes, name, *sample(config)))
+    path, numbers = draw(panels, output, command)
+    return f"{numbers}\n{with_table(path)}"
 
 
 def demonstrations(modes: str, config: Config) -> Panel:
-    """The data that the policies of this configuration were pre-trained on."""
+    """Returns the data that the policies of this configuration were pre-trained on."""
     bounds = MinMaxNormalizer.from_npz(config.normalization_path)
     episodes = load_episodes(f"{config.data_dir}/{config.suite}/avoid_{modes}/train.npz")
     ends = np.cumsum(episodes.traj_lengths)[:-1]
@@ -53,13 +55,14 @@ def demonstrations(modes: str, config: Config) -> Panel:
 
 
 def positions(states: np.ndarray, bounds: MinMaxNormalizer) -> np.ndarray:
-    """[..., 2] positions in metres of normalised observations [..., 4]."""
+    """Returns positions [..., 2] in metres of normalised observations [..., 4]."""
     low, high = bounds.obs_min[2:], bounds.obs_max[2:]
     return (states[..., 2:] + 1) / 2 * (high - low + 1e-6) + low
 
 
 def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
-    """Paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an obstacle."""
+    """Returns paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an
+    obstacle."""
     from diffusion_rl.methods.on_policy.training import OnPolicyTraining  # TensorFlow, which other figures do not need
     from diffusion_rl.training.evaluation import deciding
     from diffusion_rl.training.rollout import collect

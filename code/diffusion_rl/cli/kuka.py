@@ -28,12 +28,12 @@ from diffusion_rl.training.locks import locked
 
 
 def train(arguments: Sequence[str]) -> None:
-    """`scripts/train_kuka.py`: the diffusion model of states."""
+    """Trains the diffusion model of states (`scripts/train_kuka.py`)."""
     _train(parse_command("train_kuka", arguments))
 
 
 def train_classifier(arguments: Sequence[str]) -> None:
-    """`scripts/train_kuka_classifier.py`: the classifier that guides plans."""
+    """Trains the classifier that guides plans (`scripts/train_kuka_classifier.py`)."""
     _train(parse_command("train_kuka_classifier", arguments))
 
 
@@ -46,7 +46,7 @@ def _train(options: Options) -> None:
 
 
 def describe(options: Options, dataset: StackingDataset) -> Description:
-    """The model that the options of an experiment ask for."""
+    """Returns the model that the options of an experiment ask for."""
     data = {"loader": "datasets.StackingDataset", "env": options.dataset, "horizon": options.horizon}
     sizes = {"horizon": options.horizon, "observation_dim": dataset.observation_dim, "action_dim": 0}
     diffusion: dict[str, Any] = {"class": options.diffusion, **sizes, "n_timesteps": options.n_diffusion_steps}
@@ -62,7 +62,7 @@ def describe(options: Options, dataset: StackingDataset) -> Description:
 
 
 def plan(arguments: Sequence[str]) -> None:
-    """`scripts/plan_kuka.py`: episodes of stacking blocks, in PyBullet."""
+    """Runs episodes of stacking blocks, in PyBullet (`scripts/plan_kuka.py`)."""
     options = parse_command("plan_kuka", arguments)
     if options.task not in TASKS:
         raise UserError(f"--task {options.task}: choose one of {', '.join(TASKS)}")
@@ -71,16 +71,16 @@ def plan(arguments: Sequence[str]) -> None:
     experiment, classifier = _load(options, MaskedDiffusion, "diffusion"), None
     epochs = {"epoch_diffusion": experiment.epoch}
     if options.task != "unconditional":
-        found = _load(options, StackClassification, "classifier")
-        require_compatible(experiment, found)
-        classifier, epochs = found.model.model, epochs | {"epoch_classifier": found.epoch}
+        guiding = _load(options, StackClassification, "classifier")
+        require_compatible(experiment, guiding)
+        classifier, epochs = guiding.model.model, epochs | {"epoch_classifier": guiding.epoch}
     planner = StackingPlanner(experiment.model, experiment.normalizers["observations"], classifier)
-    folder, noise = Path(options.savepath), NoiseSource(seed_of(options))
+    folder, rng = Path(options.savepath), NoiseSource(seed_of(options))
     with contextlib.closing(env), locked(folder, ANOTHER_SUFFIX):
         options.save()
         scores = list[float]()
         for i in range(options.n_episodes):
-            episode = run_episode(planner, env, draw_task(options.task, noise), noise, options.n_plans)
+            episode = run_episode(planner, env, draw_task(options.task, rng), rng, options.n_plans)
             total, own = episode.count.total, beside(folder, i)
             scores.append(total / BEST_RETURN)
             facts = {"return": total, "score": scores[-1], "step": len(episode.states) - 1, "term": False, **epochs}
@@ -91,18 +91,21 @@ def plan(arguments: Sequence[str]) -> None:
 
 
 def _load(options: Options, kind: type, part: str) -> Experiment:
-    """A trained model in its experiment's folder, or in a file of the PyTorch code (`--diffusion_loadpath x.pt`)."""
+    """Returns a trained model in its experiment's folder, or in a file of the PyTorch code (`--diffusion_loadpath
+    x.pt`)."""
     path, epoch = getattr(options, f"{part}_loadpath"), getattr(options, f"{part}_epoch")
     if path.endswith(".pt"):
         return _original(options, Path(path))
-    found = load_experiment(options.loadbase, options.dataset, path, epoch=epoch)
-    if not isinstance(found.model, kind):
-        raise UserError(f"{found.folder} holds no model of this kind ({part}): train one with scripts/train_kuka.py")
-    return found
+    experiment = load_experiment(options.loadbase, options.dataset, path, epoch=epoch)
+    if not isinstance(experiment.model, kind):
+        raise UserError(
+            f"{experiment.folder} holds no model of this kind ({part}): train one with scripts/train_kuka.py"
+        )
+    return experiment
 
 
 def _original(options: Options, path: Path) -> Experiment:
-    """The PyTorch code's model, whose normalizer is not in its file but made from the data."""
+    """Returns the PyTorch code's model, whose normalizer is not in its file but made from the data."""
     dataset = StackingDataset(read_trajectories(options.data_dir), options.horizon)
     standard = parse_command("train_kuka", [])
     for key in ("horizon", "n_diffusion_steps", "dim", "dim_mults"):

@@ -38,21 +38,22 @@ OPTIONS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the job> VALUE …]`."""
+    """Runs jobs elsewhere: `docker|singularity|slurm|azure [--job train|values|plan] [--dry_run True] [--<option of the
+    job> VALUE …]`."""
     if split_help(arguments)[0]:
         usage = f"usage: python scripts/launch.py {'|'.join(PLACES)} [--option value ...]"
         rows = help_rows(flags({}, OPTIONS, "the launcher"), meanings(OPTIONS), FLAGS)
         return show(f"{usage}\n\n{rows}\nAny other option is the job's: --help of its script lists them.")
     if not arguments or arguments[0] not in PLACES:
         raise UserError(f"say where: one of {', '.join(PLACES)}")
-    given = pairs(arguments[1:])
-    own = {key: given.pop(key) for key in OPTIONS if key in given}
+    texts = pairs(arguments[1:])
+    own = {key: texts.pop(key) for key in OPTIONS if key in texts}
     settings = flags(own, OPTIONS, "the launcher")
-    run_all(PLACES[arguments[0]](settings, given), settings["dry_run"])
+    run_all(PLACES[arguments[0]](settings, texts), settings["dry_run"])
 
 
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:
-    """Print each command, and run it unless this is a dry run; the first that fails ends it."""
+    """Prints each command, and runs it unless this is a dry run; the first that fails ends it."""
     for command in commands:
         print(shlex.join(command), flush=True)
         if dry_run:
@@ -64,12 +65,12 @@ def run_all(commands: Iterator[Command], dry_run: bool) -> None:
 
 
 def job(settings: Mapping, options: Mapping[str, str]) -> Command:
-    """The command of one job, from the repository's root."""
+    """Returns the command of one job, from the repository's root."""
     return ["python", SCRIPTS[settings["job"]], *itertools.chain(*((f"--{k}", v) for k, v in options.items()))]
 
 
 def docker(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """One job in the image."""
+    """Yields one job in the image."""
     mounts = {str(REPOSITORY): CODE, str(Path.home() / ".d4rl"): "/root/.d4rl"}
     bound = [f"--mount=type=bind,source={source},target={target}" for source, target in mounts.items()]
     inside = f"cd {CODE} && {shlex.join(job(settings, options))}"
@@ -77,24 +78,24 @@ def docker(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
 
 
 def singularity(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """The same with Singularity."""
+    """Yields one job in the Singularity image."""
     yield ["singularity", "exec", "--nv", "--writable-tmpfs", settings["sif"], *job(settings, options)]
 
 
 def slurm(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """A job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
+    """Yields a job for each locomotion data set; plans in jobs of 50 trials, two at a time."""
     datasets = [options["dataset"]] if "dataset" in options else DATASETS
     for dataset in datasets:
         task, _, buffer = dataset.removesuffix("-v2").partition("-")
-        given, name = {**options, "dataset": dataset}, f"{settings['job']}-{task[:2]}-{buffer}"
+        changed, name = {**options, "dataset": dataset}, f"{settings['job']}-{task[:2]}-{buffer}"
         if settings["job"] != "plan":
-            yield _sbatch(name, settings, shlex.join(job(settings, given)))
+            yield _sbatch(name, settings, shlex.join(job(settings, changed)))
             continue
         for first in range(0, settings["trials"], TRIALS):
             last = min(first + TRIALS, settings["trials"]) - 1
-            one = shlex.join(job(settings, {"vis_freq": "500", "verbose": "False", **given}))
-            each = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {one} --suffix TRIAL"
-            yield _sbatch(f"{name}-{first}-{last}", settings, each)
+            trial = shlex.join(job(settings, {"vis_freq": "500", "verbose": "False", **changed}))
+            trials = f"seq {first} {last} | xargs -P {TOGETHER} -I TRIAL {trial} --suffix TRIAL"
+            yield _sbatch(f"{name}-{first}-{last}", settings, trials)
 
 
 def _sbatch(name: str, settings: Mapping, command: str) -> Command:
@@ -104,7 +105,8 @@ def _sbatch(name: str, settings: Mapping, command: str) -> Command:
 
 
 def azure(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
-    """A container instance for each combination of comma-separated values, by a client that is logged in (`az login`).
+    """Yields a container instance for each combination of comma-separated values, by a client that is logged in (`az
+    login`).
 
     DOCKER_USERNAME says whose image it is, AZURE_RESOURCE_GROUP (diffuser) which resource group the instances are in.
     """

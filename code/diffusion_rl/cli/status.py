@@ -16,7 +16,7 @@ _FULL_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command line; the status that its process ends with.
+    """Runs a command line. Returns the status that its process ends with.
 
     A UserError, or a file or memory that the operating system refuses, is one line on stderr and 2 (a traceback under
     `HYDRA_FULL_ERROR=1`); SIGINT or SIGTERM at any time one line and 130.
@@ -42,7 +42,7 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
     except SystemExit as end:
         status[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt as stopped:
-        print(_said(stopped, interrupted), file=sys.stderr)
+        print(_farewell(stopped, interrupted), file=sys.stderr)
         status[0] = INTERRUPTED
     except Exception as error:
         line = None if wants_traceback else line_for_user(error, smaller)
@@ -53,20 +53,20 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
 
 
 def show(text: str) -> None:
-    """Print a help, of which the reader may take the first lines only (`| head`)."""
+    """Prints a help, of which the reader may take the first lines only (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _said(stopped: KeyboardInterrupt, otherwise: str) -> str:
-    """What a loop says of its saved state; else what the program says of itself."""
+def _farewell(stopped: KeyboardInterrupt, otherwise: str) -> str:
+    """Returns the line after a signal: where the loop saved its state, else `otherwise`."""
     return (str(stopped) if isinstance(stopped, Interrupted) else "") or otherwise or str(stopped) or "interrupted"
 
 
 def line_for_user(error: Exception, smaller: str = "") -> str | None:
-    """One line for an error that the user can mend; None for a defect of ours."""
+    """Returns one line for an error that the user can mend; None for a defect of ours."""
     if isinstance(error, UserError):
         return str(error)
     if is_out_of_memory(error):

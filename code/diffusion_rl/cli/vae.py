@@ -23,15 +23,17 @@ from diffusion_rl.training import signals
 
 
 def options(arguments: Sequence[str], evaluation: bool = False) -> Mapping[str, Any]:
-    """`-e FILE [-g GPU]`: the experiment, with the GPU chosen before TensorFlow starts."""
+    """Reads `-e FILE [-g GPU]`: the experiment, with the GPU chosen before TensorFlow starts."""
     what = "Checkpoints" if evaluation else "One experiment"
-    given = experiment_arguments(f"{what} of VAE + Diffusion RL.", help_on_keys(evaluation)).parse_args(list(arguments))
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_number(given.gpu)
-    return flat_variant(read_spec(Path(given.experiment)), given.experiment)
+    parsed = experiment_arguments(f"{what} of VAE + Diffusion RL.", help_on_keys(evaluation)).parse_args(
+        list(arguments)
+    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu_number(parsed.gpu)
+    return flat_variant(read_spec(Path(parsed.experiment)), parsed.experiment)
 
 
 def load_data(cfg: Mapping[str, Any]) -> Any:
-    """The data of an experiment, `data.agent_windows.AgentEpisodes`."""
+    """Returns the data of an experiment, `data.agent_windows.AgentEpisodes`."""
     from diffusion_rl.data.agent_windows import AgentEpisodes
 
     kind, name = cfg["env_type"], str(cfg["dataset"])
@@ -49,7 +51,7 @@ def load_data(cfg: Mapping[str, Any]) -> Any:
 
 
 def build(cfg: Mapping[str, Any], sizes: Any) -> Any:
-    """The networks of an experiment, drawn from its seed."""
+    """Returns the networks of an experiment, drawn from its seed."""
     from diffusion_rl.core.noise import NoiseSource, initial_weights
     from diffusion_rl.methods.vae_latent.model import LatentDiffusionRL
 
@@ -58,7 +60,7 @@ def build(cfg: Mapping[str, Any], sizes: Any) -> Any:
 
 
 def environment(cfg: Mapping[str, Any], sizes: Any, normalizer: Any, n_envs: int, seed: int) -> Any:
-    """`n_envs` environments as the policy sees them."""
+    """Makes `n_envs` environments as the policy sees them."""
     from diffusion_rl.envs.agents import make_agent_env
     from diffusion_rl.methods.vae_latent.history import AgentHistoryEnv
 
@@ -78,7 +80,7 @@ def environment(cfg: Mapping[str, Any], sizes: Any, normalizer: Any, n_envs: int
 
 
 def train(arguments: Sequence[str]) -> None:
-    """`train.py`: one experiment from its YAML."""
+    """Trains one experiment from its YAML (`train.py`)."""
     cfg = settings(options(arguments))
     _start_tensorflow()
     training = training_of(cfg)
@@ -91,7 +93,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def training_of(cfg: dict[str, Any]) -> Any:
-    """The loop of an experiment."""
+    """Returns the loop of an experiment."""
     from diffusion_rl.data.agent_windows import AgentNormalizer, VAESequenceDataset
     from diffusion_rl.methods.vae_latent.model import Sizes
     from diffusion_rl.methods.vae_latent.training import VAEDiffusionTraining
@@ -124,20 +126,21 @@ def training_of(cfg: dict[str, Any]) -> Any:
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """`script/evaluate_experiment.py`: checkpoints of a finished run, `log_dir` and `load_steps` of the YAML."""
-    given = evaluation_settings(options(arguments, evaluation=True))
-    folder, changes = Path(given["log_dir"]), {key: given[key] for key in EVALUATION_KEYS if key in given}
+    """Evaluates (`script/evaluate_experiment.py`) checkpoints of a finished run, `log_dir` and `load_steps` of the
+    YAML."""
+    asked = evaluation_settings(options(arguments, evaluation=True))
+    folder, changes = Path(asked["log_dir"]), {key: asked[key] for key in EVALUATION_KEYS if key in asked}
     _start_tensorflow()
-    for step in map(int, given["load_steps"]):
+    for step in map(int, asked["load_steps"]):
         path = folder / "checkpoint" / f"state_{step}.safetensors"
         if not path.is_file():
             print(f"{path}: no such checkpoint, skipped", flush=True)
             continue
-        evaluate_checkpoint(path, changes, given["overwrite"])
+        evaluate_checkpoint(path, changes, asked["overwrite"])
 
 
 def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool) -> Path:
-    """Evaluate a checkpoint as its training would, except for `changes`; returns the path of the JSON.
+    """Evaluates a checkpoint as its training would, except for `changes`; returns the path of the JSON.
 
     Raises:
         UserError: the checkpoint's facts are wrong, or its environment is a user's own ("module:Env"), whose module is
@@ -178,11 +181,11 @@ def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool)
     load_weights(algorithm, checkpoint)
     venv = environment(cfg, sizes, normalizer, int(cfg["num_envs"]), int(cfg["seed"]))
     try:
-        found = evaluate_policy(decoder(algorithm), venv, cfg, evaluating_actor(algorithm, cfg))
+        evaluation = evaluate_policy(decoder(algorithm), venv, cfg, evaluating_actor(algorithm, cfg))
     finally:
         venv.close()
-    write_result(folder, step, found, cfg)
-    print(f"{result}: mean return {found.returns.mean():.3f} of {len(found.returns)} episodes", flush=True)
+    write_result(folder, step, evaluation, cfg)
+    print(f"{result}: mean return {evaluation.returns.mean():.3f} of {len(evaluation.returns)} episodes", flush=True)
     return result
 
 

@@ -1,4 +1,4 @@
-"""A variant of an experiment as its script is told it, and the folder it writes to as far as that is known."""
+"""A variant of an experiment in the words of its script, and the folder it writes to as far as that is known."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def as_flags(variant: Mapping[str, Any]) -> list[str]:
-    """Write the values of a variant as `--key value`."""
-    given = {k: v for k, v in variant.items() if k not in META_KEYS}
-    return [part for key, value in flat(given) for part in (f"--{key}", str(value))]
+    """Writes the values of a variant as `--key value`."""
+    values = {k: v for k, v in variant.items() if k not in META_KEYS}
+    return [part for key, value in flat(values) for part in (f"--{key}", str(value))]
 
 
 def as_overrides(variant: Mapping[str, Any]) -> list[str]:
-    """Write the values of a variant as Hydra's `key=value`, but for the configuration itself."""
-    given = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
-    return [f"{key}={_hydra(value)}" for key, value in flat(given)]
+    """Writes the values of a variant as Hydra's `key=value`, but for the configuration itself."""
+    values = {k: v for k, v in variant.items() if k not in (*META_KEYS, *HYDRA_OPTIONS)}
+    return [f"{key}={_hydra(value)}" for key, value in flat(values)]
 
 
 def _hydra(value: Any) -> str:
-    """A value in Hydra's grammar, for which JSON's lists and numbers will do."""
+    """Returns a value in Hydra's grammar, for which JSON's lists and numbers will do."""
     if isinstance(value, list):
         return f"[{','.join(map(_hydra, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def folder_of(variant: Mapping[str, Any], style: str) -> str | None:
-    """The folder of an experiment's run; None where the script is not known.
+    """Returns the folder of an experiment's run; None where the script is not known.
 
-    Of script/run.py, whose folders have the time in their names, what else tells them apart: name and seed.
+    Folders of script/run.py have the time in their names: name and seed, which also tell them apart, stand for it.
     """
     with contextlib.suppress(UserError):  # its own process will say what is wrong
         return _folder_of(variant, style)
@@ -67,7 +67,7 @@ def _folder_of(variant: Mapping[str, Any], style: str) -> str | None:
 
 
 def append_to_name(variant: dict[str, Any], style: str, text: str) -> None:
-    """Make the name of a run (and with it its folder) end in `text`."""
+    """Makes the name of a run (and with it its folder) end in `text`."""
     if style == "file":
         variant["job_name"] = f"{variant.get('job_name') or default_settings()['job_name']}{text}"
     elif style == "flags":
@@ -82,7 +82,8 @@ def _planner_options(variant: Mapping[str, Any], script: Path) -> Any:
 
 
 def _composed(variant: Mapping[str, Any]) -> Any:
-    """What the names of script/run.py are made of. Raises UserError where the configuration cannot be composed."""
+    """Returns what the names of script/run.py are made of. Raises UserError where the configuration cannot be
+    composed."""
     with mending():
         config = compose_job(str(variant.get("config_name")), as_overrides(variant), folder=variant.get("config_dir"))
         return {key: config.get(key) for key in ("name", "seed", "suite", "log_dir")}

@@ -27,12 +27,12 @@ USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=v
 
 
 def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
-    """`wandb` is null until asked for: `wandb.entity=me` alone asks for it, without Hydra's `+`."""
+    """Adds Hydra's `++` to keys of `wandb`, which is null until asked for: `wandb.entity=me` alone asks for it."""
     return [f"++{argument}" if re.match(r"wandb\.\w+=", argument) else argument for argument in arguments]
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """Hydra's own options. Raises UserError for an unknown one."""
+    """Parses Hydra's own options. Raises UserError for an unknown one."""
     parser = get_args_parser()
 
     def error(message: str) -> NoReturn:
@@ -43,7 +43,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def overrides_last(arguments: Sequence[str], options: Namespace, defaults: Mapping[str, Any]) -> list[str]:
-    """The command line for Hydra, whose parser refuses `a=1 -m b=2`: options first, then what they change.
+    """Returns the command line for Hydra, whose parser refuses `a=1 -m b=2`: options first, then what they change.
 
     options: name the configuration. defaults: its flat values; an optional key that it does not name is added.
     """
@@ -54,7 +54,7 @@ def overrides_last(arguments: Sequence[str], options: Namespace, defaults: Mappi
 
 
 def _added(override: str, defaults: Mapping[str, Any]) -> str:
-    """An optional key, or argument of an object, with Hydra's `++` where the configuration does not name it."""
+    """Returns an optional key, or argument of an object, with Hydra's `++` where the configuration does not name it."""
     key, equals, _ = override.partition("=")
     key = key.removeprefix("+")
     if not equals or not re.fullmatch(r"[\w.]+", key):
@@ -68,7 +68,7 @@ def _added(override: str, defaults: Mapping[str, Any]) -> str:
 
 
 def _quoted(override: str, multirun: bool) -> str:
-    """A path, or a value with an equals sign, in the quotes that Hydra's grammar wants around it."""
+    """Returns a path, or a value with an equals sign, in the quotes that Hydra's grammar wants around it."""
     key, equals, value = override.partition("=")
     is_path = key.endswith("_path") or key.lstrip("+") in ("logdir", "log_dir", "data_dir", "resume")
     if not equals or value[:1] in ("'", '"', "[", "{") or not (is_path or "=" in value):
@@ -93,13 +93,13 @@ _NO_HYDRA_FILES = {
 
 
 def without_hydra_files(arguments: Sequence[str]) -> list[str]:
-    """Add to a command line what keeps Hydra from making folders and files, unless the command line says otherwise."""
-    given = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
-    return [*arguments, *(f"++{key}={value}" for key, value in _NO_HYDRA_FILES.items() if key not in given)]
+    """Adds to a command line what keeps Hydra from making folders and files, unless the command line says otherwise."""
+    written = [argument.lstrip("+~").partition("=")[0] for argument in arguments]
+    return [*arguments, *(f"++{key}={value}" for key, value in _NO_HYDRA_FILES.items() if key not in written)]
 
 
 def check_names(options: Namespace) -> dict[str, Any]:
-    """The flat values of the configuration that the options name, without overrides.
+    """Returns the flat values of the configuration that the options name, without overrides.
 
     Raises UserError for a folder or name that does not exist, with the closest that do. Empty where Hydra is asked for
     something that needs no configuration.
@@ -144,7 +144,7 @@ def _defaults(options: Namespace) -> dict[str, Any]:
 
 
 def run_jobs(job: Callable[[DictConfig], Any], arguments: Sequence[str], known: Iterable[str]) -> None:
-    """Let Hydra compose the configuration of a command line, once or for each job of a multirun, and call `job`.
+    """Lets Hydra compose the configuration of a command line, once or for each job of a multirun, and call `job`.
 
     known: keys of the configuration, to suggest one in the place of an unknown one.
     """
@@ -160,7 +160,7 @@ def run_jobs(job: Callable[[DictConfig], Any], arguments: Sequence[str], known: 
 
 
 def set_environment(name: str, value: str | None) -> None:
-    """Set a variable of the environment, or delete it (None)."""
+    """Sets a variable of the environment, or deletes it (None)."""
     if value is None:
         os.environ.pop(name, None)
     else:
@@ -168,7 +168,7 @@ def set_environment(name: str, value: str | None) -> None:
 
 
 def help_text(options: Namespace) -> str:
-    """General help, or with a configuration's name its keys, values and meanings."""
+    """Returns general help, or with a configuration's name its keys, values and meanings."""
     return _help_on_config(options) if options.config_name else _help()
 
 

@@ -30,13 +30,13 @@ Config = DictConfig  # what loops receive: a mapping whose values are attributes
 
 
 def shipped_configs() -> list[str]:
-    """Names of all configurations of `script/run.py`, such as "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"."""
+    """Returns names of all configurations of `script/run.py`, such as "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"."""
     files = (path.relative_to(CONFIG_ROOT) for path in CONFIG_ROOT.rglob("*.yaml"))
     return sorted(str(path.with_suffix("")) for path in files if path.parts[0] not in ("_base", "planning"))
 
 
 def check_own_files(name: str, folder: Path, seen: set[Path] | None = None) -> None:
-    """Read a configuration of the user's own, and those that its defaults list names beside it, as a safe reader does.
+    """Reads a configuration of the user's own, and those that its defaults list names beside it, as a safe reader does.
 
     OmegaConf, which reads them then, knows no limits. Raises UserError for what is no YAML, or too large or too deep.
     """
@@ -55,7 +55,7 @@ def check_own_files(name: str, folder: Path, seen: set[Path] | None = None) -> N
 
 
 def check_hydra(node: Mapping[str, Any]) -> None:
-    """Raise UserError where a file sets Hydra or logging up with classes or functions that are not theirs.
+    """Raises UserError where a file sets Hydra or logging up with classes or functions that are not theirs.
 
     node: `hydra` of a configuration without overrides. Hydra would call them before anything else is looked at.
     """
@@ -67,7 +67,7 @@ def check_hydra(node: Mapping[str, Any]) -> None:
 
 
 def compose(name: str, overrides: Sequence[str] = (), *, folder: str | Path | None = None) -> DictConfig:
-    """The configuration `name`, resolved lazily, in `folder` or below cfg/, with its `hydra` node."""
+    """Returns the configuration `name`, resolved lazily, in `folder` or below cfg/, with its `hydra` node."""
     register_resolvers()
     GlobalHydra.instance().clear()
     overrides = list(overrides)
@@ -78,7 +78,7 @@ def compose(name: str, overrides: Sequence[str] = (), *, folder: str | Path | No
 
 
 def compose_job(name: str, overrides: Sequence[str] = (), *, folder: str | Path | None = None) -> DictConfig:
-    """The configuration `name` as a loop takes it: without Hydra's node, open for further keys.
+    """Returns the configuration `name` as a loop takes it: without Hydra's node, open for further keys.
 
     Raises:
         UserError: it cannot be composed.
@@ -91,7 +91,7 @@ def compose_job(name: str, overrides: Sequence[str] = (), *, folder: str | Path 
 
 
 def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> DictConfig:
-    """Resolve `config`, check its keys and class names, and fill in what follows from the rest.
+    """Resolves `config`, checks its keys and class names, and fills in what follows from the rest.
 
     `defaults`: the flat configuration without overrides, for the types of values. Neither imports TensorFlow nor
     writes anything. Raises UserError.
@@ -115,22 +115,22 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
 
 
 def plain_copy(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as mappings and lists of its own, interpolations resolved."""
+    """Returns a configuration as mappings and lists of its own, interpolations resolved."""
     return plain(OmegaConf.create(plain(config)))
 
 
 def merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
-    """A resolved copy of a configuration, with changes."""
+    """Returns a resolved copy of a configuration, with changes."""
     return OmegaConf.merge(plain_copy(config), changes)  # type: ignore[return-value]
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as the text of a YAML file."""
+    """Returns plain values as the text of a YAML file."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
 def _find_data(config: DictConfig) -> None:
-    """Started in another folder than the repository's, the default data folder is still the repository's."""
+    """Keeps the repository's data folder as the default where the program starts in another folder."""
     folder = Path(str(config.get("data_dir", ".")))
     shipped = REPOSITORY / folder
     if "DPPO_DATA_DIR" not in os.environ and not folder.exists() and shipped.is_dir():
@@ -138,7 +138,7 @@ def _find_data(config: DictConfig) -> None:
 
 
 def _complete_wandb(config: dict[str, Any]) -> None:
-    """`wandb: null` and `wandb.mode: disabled` are both null; otherwise entity, project and run get their defaults."""
+    """Makes `wandb.mode: disabled` null, as `wandb: null` is; otherwise entity, project and run get their defaults."""
     wandb = config.get("wandb")
     if not wandb or wandb.get("mode") == "disabled":
         config["wandb"] = None
@@ -154,7 +154,7 @@ def _complete_wandb(config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def mending(known: Iterable[str] = ()) -> Iterator[None]:
-    """Make errors of Hydra and OmegaConf, which come of what people write, UserErrors of one line.
+    """Makes errors of Hydra and OmegaConf, which come of what people write, UserErrors of one line.
 
     known: keys of the configuration, to suggest one in the place of an unknown one.
     """
@@ -165,7 +165,7 @@ def mending(known: Iterable[str] = ()) -> Iterator[None]:
 
 
 def config_line(error: Exception, known: Iterable[str] = ()) -> str:
-    """The line about an error of Hydra or OmegaConf, with the keys that were probably meant."""
+    """Returns the line about an error of Hydra or OmegaConf, with the keys that were probably meant."""
     text = first_line(error)
     if isinstance(error, OverrideParseException):
         return f"cannot read the argument {error.override}: {text}; put the value in quotes: \"key='value'\""

@@ -26,31 +26,32 @@ class _Source(NamedTuple):
 
 
 def declared(target: str, attribute: str, default: Any = None) -> Any:
-    """The value of a class attribute of `package.module.Class`; the default where it says nothing or is not found."""
-    found = _look_up(target, attribute)
-    return default if found is _NOT_THERE else found
+    """Returns the value of a class attribute of `package.module.Class`; the default where it says nothing or is not
+    found."""
+    value = _look_up(target, attribute)
+    return default if value is _NOT_THERE else value
 
 
 def is_declared(target: str) -> bool:
-    """Whether a module of that path has a class of that name."""
+    """Returns whether a module of that path has a class of that name."""
     module, _, name = target.rpartition(".")
     source = _read(module)
     return source is not None and name in source.classes
 
 
 def declaring(package: str, attribute: str) -> dict[str, Any]:
-    """The classes in a package's modules whose own bodies give an attribute a value: full path -> value.
+    """Returns the classes in a package's modules whose own bodies give an attribute a value: full path -> value.
 
     The package itself is imported, its modules are not.
     """
-    found = {}
+    values = {}
     for entry in pkgutil.iter_modules(importlib.import_module(package).__path__):
         module = f"{package}.{entry.name}"
         source = _read(module)
         for name, node in source.classes.items() if source else ():
             if (value := _own(node, attribute)) is not _NOT_THERE:
-                found[f"{module}.{name}"] = value
-    return found
+                values[f"{module}.{name}"] = value
+    return values
 
 
 def _look_up(target: str, attribute: str) -> Any:

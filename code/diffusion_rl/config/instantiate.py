@@ -10,7 +10,7 @@ import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ _LARGEST_EXPONENT = 100
 
 
 def calc(expression: str) -> Number:
-    """The value of an arithmetic expression: numbers, + - * / // % **, round, int, min, max; Python's rules and types.
+    """Returns the value of an arithmetic expression: numbers, + - * / // % **, round, int, min, max; Python's rules and
+    types.
 
     Nothing else can be written in it, so reading a configuration never runs code.
     Raises ValueError naming what is not allowed.
@@ -69,7 +70,7 @@ def _value(node: ast.expr) -> Any:
 
 
 def register_resolvers() -> None:
-    """Make `${calc:'…'}` known to OmegaConf, and what the reference's configurations use. Safe to call again.
+    """Makes `${calc:'…'}` known to OmegaConf, and what the reference's configurations use. Safe to call again.
 
     Its `${eval:'…'}` is Python's eval there; here it is arithmetic only, as calc is. Its environment variables have the
     defaults of this package's configurations.
@@ -86,7 +87,8 @@ def _rounded(rounded: Callable[[Number], int], value: Any) -> int:
 
 
 def _environment(name: str, default: Any = ...) -> Any:
-    """An environment variable, else the default, else what stands for those of the reference that are not set."""
+    """Returns an environment variable, else the default, else what stands for those of the reference that are not
+    set."""
     if default is ...:
         data = "data" if Path("data").exists() or not SHIPPED_DATA.is_dir() else str(SHIPPED_DATA)
         default = {"DPPO_DATA_DIR": data, "DPPO_LOG_DIR": "log", "DPPO_WANDB_ENTITY": None}.get(name, ...)
@@ -97,8 +99,8 @@ def _environment(name: str, default: Any = ...) -> Any:
 
 
 def set_by_user(key: str) -> bool:
-    """Whether the command line or the configuration file that it names says `key` itself, rather than a file that this
-    one includes. True outside a command line."""
+    """Returns whether the command line or the configuration file that it names says `key` itself, rather than a file
+    that this one includes. True outside a command line."""
     if not HydraConfig.initialized():
         return True
     hydra_config = HydraConfig.get()
@@ -111,7 +113,7 @@ def set_by_user(key: str) -> bool:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as {"a.b": value}. Lists are values; an empty mapping is the value {}."""
+    """Returns nested mappings as {"a.b": value}. Lists are values; an empty mapping is the value {}."""
     flat: dict[str, Any] = {}
     for key, value in plain(node).items():
         if isinstance(value, Mapping) and value:
@@ -122,14 +124,14 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
-    found = plain(node)
-    if isinstance(found, Mapping):
-        if "_target_" in found:
-            yield prefix, found
-        items: Any = found.items()
-    elif isinstance(found, list):
-        items = enumerate(found)
+    """Yields (dotted path, mapping) of each mapping with a `_target_`, from the top down, in mappings and lists."""
+    content = plain(node)
+    if isinstance(content, Mapping):
+        if "_target_" in content:
+            yield prefix, content
+        items: Any = content.items()
+    elif isinstance(content, list):
+        items = enumerate(content)
     else:
         return
     for key, value in items:
@@ -137,12 +139,12 @@ def targets(node: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any
 
 
 def plain(node: Any) -> Any:
-    """The node of a configuration as plain, resolved mappings and lists; anything else as it is."""
+    """Returns the node of a configuration as plain, resolved mappings and lists; anything else as it is."""
     return OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig | ListConfig) else node
 
 
 def instantiate(node: Any, **arguments: Any) -> Any:
-    """The object that `node` (from the user's own command line and files) describes.
+    """Returns the object that `node` (from the user's own command line and files) describes.
 
     A UserError from inside comes out as itself; anything else that prevents building becomes one.
     """
@@ -158,7 +160,7 @@ def instantiate(node: Any, **arguments: Any) -> Any:
 
 
 def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
-    """Build what a configuration out of a checkpoint describes: classes of the closed list `allowed` only.
+    """Builds what a configuration out of a checkpoint describes: classes of the closed list `allowed` only.
 
     Raises UserError for any other `_target_`, before anything is imported or built, and for an interpolation or a
     Hydra directive, which a saved (resolved) configuration has no need of.
@@ -177,20 +179,20 @@ def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
 
 
 def find_class(name: str) -> type:
-    """The class `package.module.Class`. Raises UserError saying why it cannot be had.
+    """Returns the class `package.module.Class`. Raises UserError saying why it cannot be had.
 
     Modules of Python's standard library are not even imported: no part of a run is one of their classes.
     """
     module, _, attribute = name.rpartition(".")
     _refuse_standard_library(name, module)
     try:
-        found = getattr(importlib.import_module(module), attribute, None) if module else None
+        cls = getattr(importlib.import_module(module), attribute, None) if module else None
     except ImportError as error:
         raise UserError(f"cannot import '{name}': {error}") from error
-    if not inspect.isclass(found):
+    if not inspect.isclass(cls):
         raise UserError(f"'{name}' is not a class")
-    _refuse_standard_library(name, found.__module__)
-    return found
+    _refuse_standard_library(name, cls.__module__)
+    return cls
 
 
 def _refuse_standard_library(name: str, module: str) -> None:
@@ -199,28 +201,34 @@ def _refuse_standard_library(name: str, module: str) -> None:
 
 
 def default_arguments(target: str) -> dict[str, Any]:
-    """The arguments of a class that have defaults, with these."""
+    """Returns the arguments of a class that have defaults, with these."""
     parameters = parameters_of(find_class(target))[0].values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def parameters_of(found: type) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The arguments of a class and of those bases it passes others on to, and whether it takes any other.
+def parameters_of(cls: type) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Returns the arguments of a class and of those bases it passes others on to, and whether it takes any other.
 
-    `**unused` of a class of this package does not count as taking any: a misspelt argument would vanish in it.
+    A class that passes arguments on to something else than its bases names the methods in `ALSO_TAKES`. `**unused` of a
+    class of this package does not count as taking any: a misspelt argument would vanish in it.
     """
     names: dict[str, inspect.Parameter] = {}
-    for base in found.__mro__:
-        if base.__module__.split(".")[0] != found.__module__.split(".")[0]:
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] != cls.__module__.split(".")[0]:
             break
         if "__init__" not in vars(base):
             continue
         parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        names = {p.name: p for p in named} | names
+        names = _named(parameters) | names
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             return names, False
-    return names, not found.__module__.startswith(PACKAGE)
+        for method in vars(base).get("ALSO_TAKES", ()):
+            names = _named(list(inspect.signature(method).parameters.values())[1:]) | names
+    return names, not cls.__module__.startswith(PACKAGE)
+
+
+def _named(parameters: Iterable[inspect.Parameter]) -> dict[str, inspect.Parameter]:
+    return {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
@@ -233,7 +241,7 @@ def _strings(node: Any, where: str = "") -> Iterator[tuple[str, str]]:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception of Hydra or OmegaConf on one line, without their appended internals."""
+    """Returns an exception of Hydra or OmegaConf on one line, without their appended internals."""
     lines = [line.strip() for line in str(error).splitlines()]
     kept = [line for line in lines if line and not line.startswith(("object_type", "reference_type"))]
     return "; ".join(kept) or type(error).__name__

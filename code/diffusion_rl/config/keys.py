@@ -124,7 +124,7 @@ _ENV = {
     "wrappers.mujoco_locomotion_lowdim.normalization_path": Option(
         "statistics that normalise observations and actions"
     ),
-    "wrappers.d3il_lowdim.normalization_path": Option("the same for the avoiding task"),
+    "wrappers.d3il_lowdim.normalization_path": Option("avoiding: statistics that normalise observations and actions"),
     "wrappers.multi_step.n_obs_steps": Option("observation history To"),
     "wrappers.multi_step.n_action_steps": Option("executed chunk Ta"),
     "wrappers.multi_step.max_episode_steps": Option("truncation of an episode"),
@@ -174,7 +174,7 @@ _TRAIN = {
     "buffer_size": Option("rows kept: transitions, or steps of all environments (IDQL, QSM, DAWR, DACER)", STEPS),
     "scale_reward_factor": Option("factor on rewards", number()),
     "target_ema_rate": Option("share of the trained networks in a step of their targets", SHARE),
-    "critic_tau": Option("the same (IDQL, QSM)", SHARE),
+    "critic_tau": Option("share of the trained networks in a step of their targets (IDQL, QSM)", SHARE),
     "log_freq": Option("iterations between rows of the metrics", STEPS, default=1),
     "n_explore_steps": Option("first iterations, with random actions and without updates", FROM_ZERO),
     "n_eval_episode": Option("episodes of an evaluation", whole(1, 10**9)),
@@ -292,7 +292,7 @@ _HYDRA_ARGUMENTS = {"_target_", "_args_", "_partial_", "_recursive_", "_convert_
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The line about a key that is not there, with what was probably meant."""
+    """Returns the line about a key that is not there, with what was probably meant."""
     known = set(known) - {key}
     if key in KEYS:
         return f"'{key}' is not in this configuration, and nothing of it reads it"
@@ -311,7 +311,7 @@ def _some(keys: list[str], n: int = 5) -> str:
 
 
 def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Collection[str] | None = None) -> None:
-    """Raise UserError naming the keys of `config` that nothing reads, or the first whose value is of the wrong kind.
+    """Raises UserError naming the keys of `config` that nothing reads, or the first whose value is of the wrong kind.
 
     `defaults`: the flat configuration without overrides; a value must be of the kind it has there. `used`: keys that
     other values are made of; without it, a key that some other configuration reads passes. A loop class of the user's
@@ -342,7 +342,7 @@ def check_keys(config: Mapping[str, Any], defaults: Mapping[str, Any], used: Col
 
 
 def _not_read(key: str, config: Mapping[str, Any]) -> str:
-    """The line about a key that other configurations read and this one does not."""
+    """Returns the line about a key that other configurations read and this one does not."""
     takers = [
         where
         for where, mapping in targets(config)
@@ -353,14 +353,14 @@ def _not_read(key: str, config: Mapping[str, Any]) -> str:
 
 
 def _kind_of(key: str, default: Any) -> Kind:
-    """What a key may be; where nothing describes it, true or false, a number or a list as its default is."""
+    """Returns what a key may be; where nothing describes it, true or false, a number or a list as its default is."""
     kind = OPTIONS[key].kind if key in OPTIONS else ANY
     like = {bool: FLAG, int: number(), float: number(), list: LIST}
     return like.get(type(default), ANY) if kind is ANY else kind
 
 
 def check_numbers(config: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first number of a plain, resolved configuration that is out of its range."""
+    """Raises UserError naming the first number of a plain, resolved configuration that is out of its range."""
     flat = flatten(config)
     kinds = {key: _SIZES[key.rpartition(".")[2]] for key in flat if "." in key and key.rpartition(".")[2] in _SIZES}
     kinds |= {key: option.kind for key, option in OPTIONS.items() if option.kind.type.endswith("number")}
@@ -368,7 +368,7 @@ def check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def complete(config: dict[str, Any]) -> None:
-    """Give the optional keys that a plain configuration reads and does not name their values.
+    """Gives the optional keys that a plain configuration reads and does not name their values.
 
     Optional keys without a value (`train.max_grad_norm`, say) stay away.
     """
@@ -387,12 +387,12 @@ def complete(config: dict[str, Any]) -> None:
 
 
 def check_arguments(config: Mapping[str, Any]) -> None:
-    """Raise UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
+    """Raises UserError for an argument that the class of its `_target_` does not take. Imports those classes."""
     for where, mapping in targets(config):
-        found = _class_at(where, mapping["_target_"])
+        cls = _class_at(where, mapping["_target_"])
         if not where:
             continue
-        accepted, anything = parameters_of(found)
+        accepted, anything = parameters_of(cls)
         for key, value in mapping.items():
             if key in accepted and key not in IGNORED_ARGUMENTS:
                 _check_annotation(f"{where}.{key}", value, accepted[key].annotation)
@@ -405,9 +405,9 @@ def check_arguments(config: Mapping[str, Any]) -> None:
 
 
 def _class_at(where: str, target: str) -> type:
-    """The class of a `_target_`, if it can stand in that place. Raises UserError; nothing is built."""
+    """Returns the class of a `_target_`, if it can stand in that place. Raises UserError; nothing is built."""
     try:
-        found = find_class(target)
+        cls = find_class(target)
     except UserError as error:
         raise UserError(f"{where}._target_: {error}".removeprefix(".")) from error
     last = where.rpartition(".")[2]
@@ -420,14 +420,15 @@ def _class_at(where: str, target: str) -> type:
         needed, what = ("KIND",), "policy (see diffusion_rl.policies)"
     else:
         needed, what = ("trainable_variables",), "network (a Keras layer or a tf.Module)"
-    own = where and found.__module__.startswith((f"{PACKAGE}networks.", f"{PACKAGE}diffusion."))
-    if not own and not all(hasattr(found, name) for name in needed):
+    own = where and cls.__module__.startswith((f"{PACKAGE}networks.", f"{PACKAGE}diffusion."))
+    if not own and not all(hasattr(cls, name) for name in needed):
         raise UserError(f"{where}._target_={target} is no {what}; refused".removeprefix("."))
-    return found
+    return cls
 
 
 def _check_annotation(key: str, value: Any, annotation: str) -> None:
-    """Raise UserError if a plain value is not of the kind that the class says: true or false, a number, a whole one."""
+    """Raises UserError if a plain value is not of the kind that the class says: true or false, a number, a whole
+    one."""
     kind, _, rest = str(annotation).partition(" | ")
     kinds: dict[str, Kind] = {"bool": FLAG, "int": whole(), "float": number()}
     if kind in kinds and rest in ("", "None") and not (value is None and rest):

@@ -37,13 +37,13 @@ META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "ar
 
 
 def split_help(arguments: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether a command line asks for help, and the rest of it."""
+    """Returns whether a command line asks for help, and the rest of it."""
     rest = [argument for argument in arguments if argument not in ("-h", "--help")]
     return len(rest) < len(arguments), rest
 
 
 def pairs(arguments: Sequence[str]) -> dict[str, str]:
-    """`--key value …` as a dictionary; any number of dashes (or none) may stand before a key."""
+    """Returns `--key value …` as a dictionary; any number of dashes (or none) may stand before a key."""
     if len(arguments) % 2:
         raise UserError(f"{arguments[-1]} has no value: options are pairs, --key value")
     return _once(
@@ -52,7 +52,7 @@ def pairs(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def assignments(arguments: Sequence[str]) -> dict[str, str]:
-    """`key=value …` as a dictionary."""
+    """Returns `key=value …` as a dictionary."""
     for argument in arguments:
         if "=" not in argument:
             raise UserError(f"{argument}: options are written key=value")
@@ -60,13 +60,13 @@ def assignments(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _once(items: Iterable[tuple[str, str]], spelling: Spelling) -> dict[str, str]:
-    given: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for key, text in items:
-        if key in given:
+        if key in texts:
             name = spelling.name.format(key)
-            raise UserError(f"{name} stands twice ({shown(given[key])} and {shown(text)}): give it once")
-        given[key] = text
-    return given
+            raise UserError(f"{name} stands twice ({shown(texts[key])} and {shown(text)}): give it once")
+        texts[key] = text
+    return texts
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Syntax:
 
 
 def value_of(key: str, text: str, kind: Kind, default: Any, syntax: Syntax) -> Any:
-    """The value of an option that its text means, of the type of its default.
+    """Returns the value of an option that its text means, of the type of its default.
 
     Raises:
         UserError: it is of another type.
@@ -107,12 +107,12 @@ def value_of(key: str, text: str, kind: Kind, default: Any, syntax: Syntax) -> A
 
 
 def as_whole(value: Any, kind: Kind) -> Any:
-    """1e6 as a whole number, where one is asked for; any other value as it is."""
+    """Returns 1e6 as a whole number, where one is asked for; any other value as it is."""
     return int(value) if kind.type == "whole number" and isinstance(value, float) and value.is_integer() else value
 
 
 def _python(key: str, text: str) -> Any:
-    """A number or a Python literal; any other text as it is."""
+    """Returns a number or a Python literal; any other text as it is."""
     for read in (int, float, ast.literal_eval):
         try:
             return read(text)
@@ -131,13 +131,13 @@ YAML = Syntax(PAIRS, ("null", "~", ""), _yaml)
 
 def override(
     values: dict[str, Any],
-    given: Mapping[str, str],
+    texts: Mapping[str, str],
     kinds: Mapping[str, Kind],
     syntax: Syntax,
     what: str,
     others: Sequence[str] = (),
 ) -> None:
-    """Put the values of a command line in the place of defaults.
+    """Puts the values of a command line in the place of defaults.
 
     Args:
         kinds: what the values may be; one that is not among them is of the kind of its default.
@@ -146,20 +146,20 @@ def override(
     Raises:
         UserError: an option that does not exist, or a value of another type.
     """
-    for key, text in given.items():
+    for key, text in texts.items():
         if key not in values:
             raise unknown_option(key, [*values, *others], what, syntax.spelling)
         values[key] = value_of(key, text, kinds.get(key) or kind_like(values[key]), values[key], syntax)
 
 
-def flags(given: Mapping[str, str], options: Mapping[str, Option], what: str) -> dict[str, Any]:
-    """The values of options that a table describes with their defaults, as `--key value` changes them.
+def flags(texts: Mapping[str, str], options: Mapping[str, Option], what: str) -> dict[str, Any]:
+    """Returns the values of options that a table describes with their defaults, as `--key value` changes them.
 
     Raises:
         UserError: as `override` does, or a value that is not allowed.
     """
     values, kinds = {k: option.default for k, option in options.items()}, {k: o.kind for k, o in options.items()}
-    override(values, given, kinds, PYTHON, what)
+    override(values, texts, kinds, PYTHON, what)
     check_ranges(values, kinds, FLAGS)
     return values
 
@@ -176,7 +176,8 @@ class Arguments(argparse.ArgumentParser):
         raise UserError(f"{message} (--help says what there is)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """The arguments as attributes, and what is left; a command of several (a subparser) does so with its own."""
+        """Returns the arguments as attributes, and what is left; a command of several (a subparser) does so with its
+        own."""
         self.given = set[str]()
         return super().parse_known_args(args, namespace)
 
@@ -195,7 +196,7 @@ class _Once(argparse.Action):
 
 
 def experiment_arguments(description: str, epilog: str = "") -> Arguments:
-    """The parser of `-e FILE [-g GPU]`."""
+    """Returns the parser of `-e FILE [-g GPU]`."""
     parser = Arguments(description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-e", "--experiment", required=True, help="the experiment: a YAML file")
     parser.add_argument("-g", "--gpu", default="0", help="number of the GPU (default 0)")
@@ -203,19 +204,19 @@ def experiment_arguments(description: str, epilog: str = "") -> Arguments:
 
 
 def gpu_number(text: str) -> str:
-    """What `-g` gives, for CUDA_VISIBLE_DEVICES: numbers with commas between, or nothing for no GPU."""
+    """Returns what `-g` gives, for CUDA_VISIBLE_DEVICES: numbers with commas between, or nothing for no GPU."""
     if not re.fullmatch(r"-1|(\d{1,4}(,\d{1,4})*)?|((GPU|MIG)-[\w/-]+,?)+", text):
         raise UserError(f"-g {shown(text)}: give the number of a GPU")
     return text
 
 
 def read_spec(path: Path) -> dict[str, Any]:
-    """A YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
-    found = read_yaml(path)
-    if not isinstance(found, dict):
+    """Returns a YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
+    spec = read_yaml(path)
+    if not isinstance(spec, dict):
         raise UserError(f"{path}: a mapping of keys to values is needed")
-    _check_keys(found, str(path))
-    return found
+    _check_keys(spec, str(path))
+    return spec
 
 
 def _check_keys(node: Any, where: str) -> None:
@@ -231,21 +232,21 @@ def _check_keys(node: Any, where: str) -> None:
 
 
 def help_rows(values: Mapping[str, Any], meaning: Mapping[str, str], spelling: Spelling = PAIRS) -> str:
-    """Keys with values and meanings, a line each."""
+    """Returns keys with values and meanings, a line each."""
     rows = [(spelling.name.format(key), spelling.text(value), meaning.get(key, "")) for key, value in values.items()]
     width = max((len(key) for key, _, _ in rows), default=0)
     return "\n".join(f"  {key:<{width}}  {value:<24}  {text}".rstrip() for key, value, text in rows)
 
 
 def comments(*paths: Path) -> dict[str, str]:
-    """The comments beside the keys of YAML files, which say what these mean; of several, the first counts."""
-    found: dict[str, str] = {}
+    """Returns the comments beside the keys of YAML files, which say what these mean; of several, the first counts."""
+    meanings_by_key: dict[str, str] = {}
     for path in paths:
         for key, text in re.findall(r"^ *([\w.]+):(?: .*?)? +# (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE):
-            found.setdefault(key, text)
-    return found
+            meanings_by_key.setdefault(key, text)
+    return meanings_by_key
 
 
 def meanings(options: Mapping[str, Option]) -> dict[str, str]:
-    """The meaning of each option."""
+    """Returns the meaning of each option."""
     return {key: option.meaning for key, option in options.items()}

@@ -47,7 +47,8 @@ DESCRIPTIVE = (
 
 
 def interpolated(node: Any) -> set[str]:
-    """The keys whose values other values of an unresolved configuration are made of: {"use_ddim"} of "${use_ddim}"."""
+    """Returns the keys whose values other values of an unresolved configuration are made of: {"use_ddim"} of
+    "${use_ddim}"."""
     if isinstance(node, Mapping):
         return set().union(*map(interpolated, node.values()))
     if isinstance(node, list):
@@ -56,7 +57,7 @@ def interpolated(node: Any) -> set[str]:
 
 
 def is_read(key: str, config: Mapping[str, Any], used: Collection[str]) -> bool:
-    """Whether anything of this configuration reads a key that is no argument of an object.
+    """Returns whether anything of this configuration reads a key that is no argument of an object.
 
     config: plain and resolved. used: keys that other values are made of (`interpolated`).
     """
@@ -74,7 +75,7 @@ def is_read(key: str, config: Mapping[str, Any], used: Collection[str]) -> bool:
 
 
 def algorithm_keys(config: Mapping[str, Any]) -> str | None:
-    """What the class of `model` says that it reads of `train` (its `TRAIN_KEYS`); the loop reads more.
+    """Returns what the class of `model` says that it reads of `train` (its `TRAIN_KEYS`); the loop reads more.
 
     None: a class of the user's own package that does not say it; it may read any key.
     """
@@ -84,13 +85,13 @@ def algorithm_keys(config: Mapping[str, Any]) -> str | None:
 
 
 def is_own(key: str, config: Mapping[str, Any]) -> bool:
-    """Whether the algorithm says itself that it reads this key, known to the package or not."""
+    """Returns whether the algorithm says itself that it reads this key, known to the package or not."""
     head, _, rest = key.partition(".")
     return head == "train" and _of(rest, algorithm_keys(config) or "")
 
 
 def _of(name: str, words: str) -> bool:
-    """Whether a key of `train` is one of the words, or belongs to one."""
+    """Returns whether a key of `train` is one of the words, or belongs to one."""
     first = name.partition(".")[0]
     part = re.fullmatch(r"(actor|critic)_(lr|lr_scheduler|weight_decay)", first)
     return first in words.split() or bool(part and part[1] in words.split())
@@ -109,14 +110,14 @@ def _wrappers(config: Mapping[str, Any]) -> Collection[str]:
 def unread(
     config: Mapping[str, Any], used: Collection[str], objects: tuple[str, ...], defaults: Mapping[str, Any]
 ) -> list[str]:
-    """The keys of a plain configuration that nothing reads; arguments of objects (by prefix) are not looked at.
+    """Returns the keys of a plain configuration that nothing reads; arguments of objects (by prefix) are not looked at.
 
     defaults: the flat configuration without overrides: what it says of `DESCRIPTIVE` keys may stay unread.
     """
-    found = []
+    keys = []
     for key, value in flatten(config).items():
         if key == "_target_" or key.startswith(objects) or is_read(key, config, used):
             continue
         if key not in DESCRIPTIVE or (defaults and defaults.get(key, ...) != value):
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys

@@ -54,13 +54,13 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """The type in words: "a whole number"."""
+        """Returns the type in words: "a whole number"."""
         if self.many:
             return f"a list of {self.type}s"
         return self.type if self.type == "true or false" else f"a {self.type}"
 
     def fits(self, value: Any) -> bool:
-        """Whether a value is of the type, in or out of its bounds."""
+        """Returns whether a value is of the type, in or out of its bounds."""
         if value is None:
             return self.null
         if self.many:
@@ -72,7 +72,7 @@ class Kind:
         return self.type == "number" or isinstance(value, int) or (_finite(value) and value == int(value))
 
     def holds(self, value: Any) -> bool:
-        """Whether a value is allowed."""
+        """Returns whether a value is allowed."""
         if value is None:
             return self.null
         if self.many:
@@ -96,34 +96,34 @@ class Kind:
 
     @property
     def cure(self) -> str:
-        """The end of the line about a value that is not allowed."""
+        """Returns the end of the line about a value that is not allowed."""
         if self.words:
             return f"choose {'' if self.hint else 'one of '}{', '.join(self.words)}{self.hint}"
         return f"{self} is needed here"
 
 
 def whole(least: float = -math.inf, most: float = math.inf, null: bool = False, many: bool = False) -> Kind:
-    """Whole numbers, bounds included."""
+    """Allows whole numbers, bounds included."""
     return Kind("whole number", null, many, least, most)
 
 
 def number(least: float = -math.inf, most: float = math.inf, null: bool = False, many: bool = False) -> Kind:
-    """Numbers, bounds included."""
+    """Allows numbers, bounds included."""
     return Kind("number", null, many, least, most)
 
 
 def positive(most: float = math.inf, null: bool = False) -> Kind:
-    """Numbers above 0."""
+    """Allows numbers above 0."""
     return Kind("number", null, least=0, most=most, open=True)
 
 
 def one_of(*words: str) -> Kind:
-    """One of these words."""
+    """Allows one of these words."""
     return Kind("text", words=words)
 
 
 def step_or(*words: str) -> Kind:
-    """The number of a training step, or one of these words."""
+    """Allows the number of a training step, or one of these words."""
     return Kind("whole number", least=0, words=words, hint=" or a step")
 
 
@@ -149,7 +149,8 @@ RATE = positive(1e38)  # of learning
 
 
 def kind_like(value: Any) -> Kind:
-    """The kind of the values that may stand in the place of a default, where nothing else describes the option."""
+    """Returns the kind of the values that may stand in the place of a default, where nothing else describes the
+    option."""
     kinds = {bool: FLAG, int: whole(), float: number(), str: TEXT, list: LIST, tuple: Kind("tuple")}
     return kinds.get(type(value), ANY)
 
@@ -188,12 +189,12 @@ class Relation:
 
 
 def at_most(key: str, limit: str) -> Relation:
-    """The value of `key` is not above that of `limit`."""
+    """Demands that the value of `key` is not above that of `limit`."""
     return Relation((key, limit), lambda value, most: value <= most, f"{key} must be at most {limit}")
 
 
 def multiple(key: str, of: str) -> Relation:
-    """The value of `key` is a multiple of that of `of` (0 is one of all)."""
+    """Demands that the value of `key` is a multiple of that of `of` (0 is one of all)."""
     return Relation(
         (key, of),
         lambda value, part: not value or bool(part and value % part == 0),
@@ -202,7 +203,7 @@ def multiple(key: str, of: str) -> Relation:
 
 
 def multiple_of(key: str, factor: int, why: str = "") -> Relation:
-    """The value of `key` is a multiple of a number."""
+    """Demands that the value of `key` is a multiple of a number."""
     rule = f"{key} must be {'even' if factor == 2 else f'a multiple of {factor}'}{why}"
     return Relation((key,), lambda value: value % factor == 0, rule)
 
@@ -232,7 +233,7 @@ class Spelling:
         return self.pair.format(key, shown(value))
 
     def text(self, value: Any) -> str:
-        """A value as it is written."""
+        """Returns a value as it is written."""
         if value is None or isinstance(value, bool):
             return self.none if value is None else self.flag.split(" or ")[not value]
         return shown(value)
@@ -245,7 +246,7 @@ HYDRA = Spelling("{}={}", wrong="{pair}: not {kind}", example=" (such as {})")
 
 
 def check_kind(key: str, value: Any, kind: Kind, spelling: Spelling, default: Any = None) -> None:
-    """Raise UserError for a value that is not of the type of its option; a default is shown as an example."""
+    """Raises UserError for a value that is not of the type of its option; a default is shown as an example."""
     if kind.fits(value):
         return
     words = {"pair": spelling(key, value), "key": key, "value": repr(value) if isinstance(value, str) else shown(value)}
@@ -260,7 +261,7 @@ def check_ranges(
     spelling: Callable[[str, Any], str] = PAIRS,
     relations: Sequence[Relation] = (),
 ) -> None:
-    """Check values against what they may be, then the relations; keys that are not in `values` are left out.
+    """Checks values against what they may be, then the relations; keys that are not in `values` are left out.
 
     Args:
         values: by key; of nested configurations by dotted key (`config.instantiate.flatten`).
@@ -280,7 +281,7 @@ def check_ranges(
 
 
 def unknown_option(key: str, known: Iterable[str], what: str, spelling: Spelling) -> UserError:
-    """The error about an option that does not exist, with the nearest that do.
+    """Returns the error about an option that does not exist, with the nearest that do.
 
     what: owns the options: "diffusion", "this command".
     """
@@ -289,7 +290,7 @@ def unknown_option(key: str, known: Iterable[str], what: str, spelling: Spelling
 
 
 def did_you_mean(word: str, known: Iterable[str], name: str = "{}", cutoff: float = 0.6) -> str:
-    """The end of a line about an unknown word: "; did you mean …?" with up to three near ones, or nothing.
+    """Returns the end of a line about an unknown word: "; did you mean …?" with up to three near ones, or nothing.
 
     name: format of a word in the line.
     """
@@ -298,7 +299,7 @@ def did_you_mean(word: str, known: Iterable[str], name: str = "{}", cutoff: floa
 
 
 def near_words(word: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """The up to three known words that are spelt most like a word."""
+    """Returns the up to three known words that are spelt most like a word."""
     return difflib.get_close_matches(word, sorted(known), n=3, cutoff=cutoff)
 
 
@@ -310,7 +311,7 @@ def _finite(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value on one line of bearable length."""
+    """Returns a value on one line of bearable length."""
     try:
         text = " ".join(str(value).split())
     except ValueError:  # thousands of digits, which Python refuses to write
@@ -321,7 +322,7 @@ def shown(value: Any) -> str:
 def require_range(
     name: str, value: float, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
 ) -> None:
-    """Raise UserError unless a finite value is at least `least`, at most `most` and greater than `above`."""
+    """Raises UserError unless a finite value is at least `least`, at most `most` and greater than `above`."""
     if math.isfinite(value) and least <= value <= most and value > above:
         return
     lower = f"at least {least:g}" if least > -math.inf else f"above {above:g}" if above > -math.inf else ""
@@ -330,12 +331,12 @@ def require_range(
 
 
 def require_seed(value: int) -> None:
-    """Raise UserError unless `--seed` is one that every generator takes."""
+    """Raises UserError unless `--seed` is one that every generator takes."""
     require_range("--seed", value, 0, LARGEST_SEED)
 
 
 def require_inside(name: str, what: str) -> None:
-    """Check that a name leads to a place below the folder that it is put in.
+    """Checks that a name leads to a place below the folder that it is put in.
 
     Args:
         name: one or more parts of a path, "plans/H32" say.

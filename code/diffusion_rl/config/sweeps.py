@@ -23,7 +23,7 @@ class JobFailed(UserError):
 
 
 def configurations(options: Namespace) -> Iterator[Namespace]:
-    """With `-m`, `--config-dir` and `--config-name` may list several, separated by commas: one Namespace for each."""
+    """Yields the options of each configuration: with `-m`, folder and name may list several, separated by commas."""
     if not options.multirun:
         yield options
         return
@@ -36,7 +36,7 @@ def configurations(options: Namespace) -> Iterator[Namespace]:
 
 
 def swept_keys(options: Namespace) -> list[str]:
-    """The keys that `-m` varies.
+    """Returns the keys that `-m` varies.
 
     Raises UserError if one folder is prescribed for all jobs of a sweep.
     """
@@ -52,18 +52,18 @@ def swept_keys(options: Namespace) -> list[str]:
 
 
 def in_multirun() -> bool:
-    """Whether this is a job of a multirun."""
+    """Returns whether this is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def job_label(swept: Sequence[str]) -> str:
-    """Which job of a multirun this is, for people: "job 1 (seed=1)"."""
+    """Returns which job of a multirun this is, for people: "job 1 (seed=1)"."""
     values = [f"{key}={value}" for key, value in _swept_values(swept)]
     return f"job {HydraConfig.get().job.num} ({' '.join(values)})"
 
 
 def name_job(config: DictConfig, swept: Sequence[str]) -> None:
-    """Append what tells this job apart, except its seed, to `name`: "…,train.gamma=0.9".
+    """Appends what tells this job apart, except its seed, to `name`: "…,train.gamma=0.9".
 
     The run folder, going on and figures go by the name, and all jobs of a multirun share one date; so jobs that differ
     in anything but the seed get folders of their own and are never averaged with each other.
@@ -76,6 +76,6 @@ def name_job(config: DictConfig, swept: Sequence[str]) -> None:
 
 
 def _swept_values(swept: Sequence[str]) -> list[tuple[str, str]]:
-    """This job's values of the keys that the multirun varies."""
+    """Returns this job's values of the keys that the multirun varies."""
     pairs = (override.lstrip("+~").partition("=") for override in HydraConfig.get().overrides.task)
     return [(key, value) for key, _, value in pairs if key in swept]

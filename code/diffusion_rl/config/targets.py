@@ -124,7 +124,7 @@ WITHOUT_EFFECT = ("env.plot_traj.TrajPlotter",)
 
 
 def modernize(config: Any) -> None:
-    """Put the paths of today in the place of this package's earlier ones, everywhere in a plain configuration."""
+    """Puts the paths of today in the place of this package's earlier ones, everywhere in a plain configuration."""
     for _, mapping in targets(config):
         module, _, name = str(mapping["_target_"]).removeprefix(PACKAGE).rpartition(".")
         if module in MOVED and str(mapping["_target_"]).startswith(PACKAGE):
@@ -132,13 +132,13 @@ def modernize(config: Any) -> None:
 
 
 def translate(config: dict[str, Any]) -> None:
-    """Put today's classes in the place of the reference's and of earlier ones, everywhere in a plain configuration.
+    """Puts today's classes in the place of the reference's and of earlier ones, everywhere in a plain configuration.
 
     A configuration of the reference says where to log to Weights & Biases; here that stays off until it is asked for.
     Raises UserError naming every `_target_` that is neither the reference's nor the path of a class.
     """
     modernize(config)
-    unknown, found = [], False
+    unknown, changed = [], False
     for where, mapping in list(targets(config)):
         name = mapping["_target_"]
         if name in WITHOUT_EFFECT:
@@ -146,7 +146,7 @@ def translate(config: dict[str, Any]) -> None:
             _remove(config, where)
             continue
         if name in REFERENCE_TARGETS:
-            mapping["_target_"], found = REFERENCE_TARGETS[name], True  # type: ignore[index]
+            mapping["_target_"], changed = REFERENCE_TARGETS[name], True  # type: ignore[index]
         elif not isinstance(name, str) or "." not in name or name.startswith(_REFERENCE_ROOTS):
             unknown.append(f"{where}._target_={name}".lstrip("."))
     if unknown:
@@ -154,15 +154,15 @@ def translate(config: dict[str, Any]) -> None:
             f"{', '.join(unknown)}: not the path of a class (package.module.Class), or one of the reference's "
             "without a counterpart here"
         )
-    if found:
+    if changed:
         _move(config)
-    if found and config.get("wandb") and "mode" not in config["wandb"]:
+    if changed and config.get("wandb") and "mode" not in config["wandb"]:
         log.info("logging to Weights & Biases stays off; wandb.mode=online turns it on")
         config["wandb"] = None
 
 
 def _move(config: dict[str, Any]) -> None:
-    """What the reference reads at the top level and this package below `env`."""
+    """Moves what the reference reads at the top level and this package below `env`."""
     env = config.get("env")
     if isinstance(env, dict) and "robomimic_env_cfg_path" in config:
         env.setdefault("robomimic_env_cfg_path", config["robomimic_env_cfg_path"])

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import atomic_file
+from diffusion_rl.core.files import write_bytes
 
 LARGEST_FILE = 1 << 20  # bytes
 MOST_VALUES = 100_000  # with every alias counted as what it stands for
@@ -33,7 +33,8 @@ class _Loader(yaml.SafeLoader):
     }
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merge what stands under `<<`: own keys win, then the first of several mappings (PyYAML's versions differ)."""
+        """Merges what stands under `<<`: own keys win, then the first of several mappings (PyYAML's versions
+        differ)."""
         own = {_key(key): (key, value) for key, value in node.value if key.tag != _MERGE}
         merged: dict[Any, tuple[yaml.Node, yaml.Node]] = {}
         for value in (value for key, value in node.value if key.tag == _MERGE):
@@ -47,7 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _key(node: yaml.Node) -> Any:
-    """What two equal keys have in common."""
+    """Returns what two equal keys have in common."""
     return (node.tag, node.value) if isinstance(node, yaml.ScalarNode) else id(node)
 
 
@@ -59,7 +60,8 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a file. Raises UserError for a file that is missing, no plain file, too large, or not YAML."""
+    """Returns the value in a file. Raises UserError for a file that is missing, no plain file, too large, or not
+    YAML."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is no plain file: give a YAML file")
@@ -74,13 +76,12 @@ def read_yaml(path: Path) -> Any:
 
 
 def write_yaml(path: Path, node: Mapping[str, Any]) -> None:
-    """Write a mapping of plain values, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write(yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())
+    """Writes a mapping of plain values, whole or not at all."""
+    write_bytes(path, yaml.safe_dump(dict(node), sort_keys=False, allow_unicode=True).encode())
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises UserError that begins with `where` for anything that is not one."""
+    """Returns the value of a YAML text. Raises UserError that begins with `where` for anything that is not one."""
     loader = None
     try:
         loader = _Loader(text)
@@ -103,10 +104,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int], above: list[yaml.Node], where: str) -> int:
-    """How many values a node stands for with its aliases; checks each of them."""
+    """Returns how many values a node stands for with its aliases; checks each of them."""
     if id(node) in known:
         return known[id(node)]
-    if any(node is each for each in above):
+    if any(node is outer for outer in above):
         raise UserError(f"{where}: an alias stands within what it names")
     if len(above) > DEEPEST:
         raise UserError(f"{where}: lists and mappings may be {DEEPEST} levels deep")
@@ -123,7 +124,7 @@ def _count(node: yaml.Node, known: dict[int, int], above: list[yaml.Node], where
 
 
 def _check(node: yaml.Node, where: str) -> None:
-    """One value by itself: its type, its digits, its keys."""
+    """Checks one value by itself: its type, its digits, its keys."""
     line = f"{where}, line {node.start_mark.line + 1}"
     if node.tag not in _PLAIN:
         raise UserError(

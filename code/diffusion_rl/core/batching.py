@@ -14,7 +14,8 @@ from diffusion_rl.core.threads import streams
 
 
 def parts(rows: int, least: int) -> list[slice]:
-    """As many equal parts of the rows as there are cores, of at least that many; fewer where they do not divide."""
+    """Returns as many equal parts of the rows as there are cores, of at least that many; fewer where they do not
+    divide."""
     count = max(k for k in range(1, streams() + 1) if k == 1 or (rows % k == 0 and rows // k >= least))
     return _cut(rows, rows // count)
 
@@ -49,7 +50,7 @@ def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Calla
 
 
 def _even(rows: int, about: int) -> int:
-    """Rows of a chunk: the largest divisor of `rows` that is not above `about` (if one is above half of it)."""
+    """Returns rows of a chunk: the largest divisor of `rows` that is not above `about` (if one is above half of it)."""
     sizes = (s for s in range(min(about, rows), about // 2, -1) if rows % s == 0)
     return next(sizes, about)
 

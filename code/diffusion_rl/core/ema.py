@@ -9,18 +9,18 @@ KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a st
 
 
 def ema_update(old: Any, new: Any, decay: float) -> Any:
-    """old * decay + (1 - decay) * new, for arrays or tensors of any shape."""
+    """Returns old * decay + (1 - decay) * new, for arrays or tensors of any shape."""
     return old * decay + (1 - decay) * new
 
 
 def average_into(averaged: Sequence[Any], variables: Sequence[Any], decay: float) -> None:
-    """Move each averaged variable towards its original."""
+    """Moves each averaged variable towards its original."""
     for mean, variable in zip(averaged, variables, strict=True):
         mean.assign(ema_update(mean, variable, decay))
 
 
 def follow(averaged: Sequence[Any], variables: Sequence[Any], how: Any, decay: float) -> None:
-    """In a compiled step: KEEP the averaged variables, COPY the originals, or AVERAGE. how: an int32 scalar."""
+    """Keeps the averaged variables (KEEP), copies the originals (COPY) or averages (AVERAGE). how: an int32 scalar."""
     if how == COPY:
         for mean, variable in zip(averaged, variables, strict=True):
             mean.assign(variable)

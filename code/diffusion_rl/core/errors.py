@@ -25,17 +25,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters; the name of its class where it says nothing."""
+    """Returns what an error says, in one line of at most 200 characters; the name of its class where it says
+    nothing."""
     reason = getattr(error, "strerror", None) or str(error)
     return " ".join(str(reason).split())[:200] or type(error).__name__
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
-    """Names from a file, for a message: the first ones, each cut to 40 characters and without control characters."""
+    """Returns names from a file, for a message: the first ones, each cut to 40 characters and without control
+    characters."""
     shown = [name[:40] if name.isprintable() else ascii(name[:40]) for name in itertools.islice(names, most)]
     return ", ".join(shown) or "nothing"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy or TensorFlow (whose error is known by its name) ran out of memory."""
+    """Returns whether Python, numpy or TensorFlow (whose error is known by its name) ran out of memory."""
     return isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"

@@ -28,7 +28,7 @@ _OTHERS = {
 
 
 def require_file(path: str | os.PathLike[str], missing: str = "") -> Path:
-    """The path of a regular file, which reading neither blocks nor fills with nothing.
+    """Returns the path of a regular file, which reading neither blocks nor fills with nothing.
 
     Args:
         missing: what to say where there is none; "no such file: <path>" by default.
@@ -51,7 +51,7 @@ def require_file(path: str | os.PathLike[str], missing: str = "") -> Path:
 
 
 def read_bytes(path: str | os.PathLike[str], missing: str = "", most: int | None = None) -> bytes:
-    """The contents of a regular file (see `require_file`) of at most `most` bytes."""
+    """Returns the contents of a regular file (see `require_file`) of at most `most` bytes."""
     with reading(path, "get it again, or check who may read it"), open(require_file(path, missing), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if most is not None and size > most:
@@ -60,7 +60,7 @@ def read_bytes(path: str | os.PathLike[str], missing: str = "", most: int | None
 
 
 def read_json(path: str | os.PathLike[str], missing: str = "") -> Any:
-    """The value in a JSON file. Raises UserError where there is none, or where it is no JSON."""
+    """Returns the value in a JSON file. Raises UserError where there is none, or where it is no JSON."""
     payload = read_bytes(path, missing, _LARGEST_JSON)
     with reading(path, "write it again, or delete it", "is no JSON, or damaged"):
         return json.loads(payload)
@@ -68,7 +68,7 @@ def read_json(path: str | os.PathLike[str], missing: str = "") -> Any:
 
 @contextlib.contextmanager
 def reading(path: str | os.PathLike[str], cure: str, what: str = "cannot be read") -> Iterator[None]:
-    """Turn whatever libraries raise on a damaged file into one line: `<path> <what> (<their reason>): <cure>`."""
+    """Turns whatever libraries raise on a damaged file into one line: `<path> <what> (<their reason>): <cure>`."""
     try:
         yield
     except UserError:
@@ -79,7 +79,7 @@ def reading(path: str | os.PathLike[str], cure: str, what: str = "cannot be read
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write that takes the name `path` only once it is complete and on the disk.
+    """Yields a binary file to write that takes the name `path` only once it is complete and on the disk.
 
     It is written under a temporary name beside `path`, flushed, and renamed; whatever happens, `path` is either what it
     was or the whole new file. The temporary file goes when the block fails; one left by a killed process goes at the
@@ -109,7 +109,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def require_writable(path: str | os.PathLike[str]) -> None:
-    """Raise UserError unless a file can be written at `path`: before the work whose result it is to hold."""
+    """Raises UserError unless a file can be written at `path`: before the work whose result it is to hold."""
     target = Path(path)
     if os.path.isdir(target):
         raise UserError(f"cannot write {target}: it is a folder")
@@ -123,7 +123,8 @@ def require_writable(path: str | os.PathLike[str]) -> None:
 
 
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
-    """An empty temporary file beside `target`, locked for as long as it is open: the lock says that it is in use."""
+    """Returns an empty temporary file beside `target`, locked for as long as it is open: the lock says that it is in
+    use."""
     for attempt in range(1000):
         temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{attempt}")
         try:
@@ -140,7 +141,7 @@ def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete the temporary files whose writers are gone: their locks went with them."""
+    """Deletes the temporary files whose writers are gone: their locks went with them."""
     for leftover in folder.glob(f".*{_TEMPORARY}*"):
         with contextlib.suppress(OSError), open(leftover, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,7 +149,7 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put the renaming itself on the disk. The file is complete by now: not being able to is no error."""
+    """Puts the renaming itself on the disk. The file is complete by now: not being able to is no error."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -168,7 +169,12 @@ def _explain(target: Path, error: OSError) -> str:
     return f"cannot write {target}: {reason}{room}; make room or choose another folder; nothing was overwritten"
 
 
-def write_json(path: Path, facts: Any) -> None:
-    """Sorted and indented, whole or not at all."""
+def write_bytes(path: str | os.PathLike[str], content: bytes | memoryview) -> None:
+    """Writes a file whole or not at all (see `atomic_file`)."""
     with atomic_file(path) as file:
-        file.write((json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+        file.write(content)
+
+
+def write_json(path: str | os.PathLike[str], facts: Any) -> None:
+    """Writes values as JSON with sorted keys, indented, whole or not at all."""
+    write_bytes(path, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())

@@ -15,7 +15,8 @@ keras.backend.set_image_data_format("channels_last")
 
 
 def distributions() -> Any:
-    """Those of TensorFlow Probability, which misses a module of Keras if that was imported before this package."""
+    """Returns the distributions of TensorFlow Probability, which misses a module of Keras if that was imported before
+    this package."""
     sys.modules.setdefault("tensorflow.compat.v2.keras", keras)
     import tensorflow_probability
 
@@ -23,13 +24,13 @@ def distributions() -> Any:
 
 
 def floatx() -> str:
-    """The dtype that new weights get: "float32", or "float64" inside `precision("float64")`."""
+    """Returns the dtype that new weights get: "float32", or "float64" inside `precision("float64")`."""
     return keras.backend.floatx()
 
 
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
-    """Build networks and schedules in `dtype` inside this block. float64 is what tells wrong maths from rounding."""
+    """Builds networks and schedules in `dtype` inside this block. float64 is what tells wrong maths from rounding."""
     before = keras.backend.floatx()
     keras.backend.set_floatx(dtype)
     try:

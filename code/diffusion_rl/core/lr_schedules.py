@@ -43,7 +43,8 @@ class CosineWarmupRestarts:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], prefix: str = "", rate: str = "lr") -> CosineWarmupRestarts:
-        """The schedule that `<prefix><rate>` and `<prefix>lr_scheduler` of the configuration's `train` describe.
+        """Returns the schedule that `<prefix><rate>` and `<prefix>lr_scheduler` of the configuration's `train`
+        describe.
 
         Raises UserError if the warm-up is as long as the cycle.
         """
@@ -60,7 +61,7 @@ class CosineWarmupRestarts:
         return cls(first_cycle_steps=length, max_lr=top, min_lr=cycle["min_lr"], warmup_steps=warmup)
 
     def step(self, epoch: int | None = None) -> float:
-        """Advance by one, or jump to `epoch`; returns the new rate."""
+        """Advances by one, or jumps to `epoch`; returns the new rate."""
         if epoch is None:
             self.epoch += 1
             self.step_in_cycle += 1
@@ -95,11 +96,11 @@ class CosineWarmupRestarts:
         return self.min_lr + (self.max_lr - self.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
     def state(self) -> dict[str, Any]:
-        """Where the schedule stands, as JSON values."""
+        """Returns where the schedule stands, as JSON values."""
         return {k: getattr(self, k) for k in ("cycle", "cycle_steps", "step_in_cycle", "epoch", "max_lr", "lr")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; settings that are others than then take effect at once."""
+        """Goes on where `state` was taken; settings that are others than then take effect at once."""
         for key, value in state.items():
             setattr(self, key, value)
         if self.cycle_mult == 1.0:

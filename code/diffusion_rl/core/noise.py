@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.typing import Rng
+
 
 class NoiseSource:
     """Random draws as numpy arrays, with a state that can be saved and restored exactly."""
@@ -41,17 +43,17 @@ class NoiseSource:
         return self._generator.choice(high, n, replace=False)
 
     def choose(self, weights: np.ndarray) -> np.ndarray:
-        """For each row of weights [B,N] (not negative, of any sum) an index drawn in proportion to them, int64 [B]."""
+        """Draws an index int64 [B] for each row of weights [B,N] (not negative, of any sum), in proportion to them."""
         cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
         threshold = self._generator.random((len(weights), 1)) * cumulative[:, -1:]
         return np.minimum((cumulative <= threshold).sum(axis=1), weights.shape[1] - 1)
 
     def state(self) -> dict[str, Any]:
-        """The whole state as JSON values."""
+        """Returns the whole state as JSON values."""
         return _plain(self._generator.bit_generator.state)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state()` was taken."""
+        """Continues exactly where `state()` was taken."""
         restored = dict(state)
         restored["state"] = {k: np.array(v, dtype=np.uint64) for k, v in state["state"].items()}
         restored["buffer"] = np.array(state["buffer"], dtype=np.uint64)
@@ -120,26 +122,26 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str) else int(value)
 
 
-_init_source: list[NoiseSource] = [NoiseSource(0)]
+_init_rngs: list[Rng] = [NoiseSource(0)]
 
 
-def init_noise() -> NoiseSource:
-    """The source that networks draw their initial weights from (set it with `initial_weights`)."""
-    return _init_source[-1]
+def init_rng() -> Rng:
+    """Returns the source that networks draw their initial weights from (set it with `initial_weights`)."""
+    return _init_rngs[-1]
 
 
 @contextlib.contextmanager
-def initial_weights(source: NoiseSource) -> Iterator[None]:
-    """Networks built inside this block draw their initial weights from `source`."""
-    _init_source.append(source)
+def initial_weights(rng: Rng) -> Iterator[None]:
+    """Lets networks built inside this block draw their initial weights from `rng`."""
+    _init_rngs.append(rng)
     try:
         yield
     finally:
-        _init_source.pop()
+        _init_rngs.pop()
 
 
 def normal_inside(shape: Any, dtype: Any) -> Any:
-    """Standard normal draws that a compiled program makes itself, anew in every call: for exported policies only,
+    """Draws standard normal numbers [*shape] in a compiled program, anew in every call: for exported policies only,
     which have no `NoiseSource`. TensorFlow and TensorFlow Lite seed them from the operating system."""
     import tensorflow as tf  # not above: command lines that need no TensorFlow import this module
 
@@ -147,7 +149,7 @@ def normal_inside(shape: Any, dtype: Any) -> Any:
 
 
 def uniform_inside(shape: Any, dtype: Any) -> Any:
-    """The same, uniform in [0, 1)."""
+    """Draws numbers [*shape] uniformly in [0, 1), as `normal_inside` draws."""
     import tensorflow as tf
 
     return tf.random.uniform(shape, dtype=dtype)

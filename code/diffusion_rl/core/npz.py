@@ -33,7 +33,7 @@ class Allowance:
         self.left = FREE_BYTES + LARGEST_RATIO * self.size
 
     def take(self, count: int, what: str) -> None:
-        """Count so many bytes for `what`. Raises UserError where they are more than is left."""
+        """Counts so many bytes for `what`. Raises UserError where they are more than is left."""
         self.left -= count
         if self.left < 0:
             raise UserError(
@@ -45,7 +45,7 @@ class Allowance:
 def read_npz(
     path: str | os.PathLike[str], keys: Collection[str] | None = None, missing: str = ""
 ) -> dict[str, np.ndarray]:
-    """Arrays of an npz file, those of `keys` that are there, or all.
+    """Returns arrays of an npz file, those of `keys` that are there, or all.
 
     Raises:
         UserError: no such file (`missing` is what to say then), a damaged one, arrays of anything but numbers, or
@@ -64,7 +64,7 @@ def read_npz(
 
 
 def names_in(path: str | os.PathLike[str]) -> list[str]:
-    """Names of the arrays in an npz file, sorted. Raises UserError as `read_npz` does."""
+    """Returns names of the arrays in an npz file, sorted. Raises UserError as `read_npz` does."""
     path = require_file(path)
     with reading(path, _CURE, _NO_NPZ), zipfile.ZipFile(path) as archive:
         return sorted(name.removesuffix(".npy") for name in archive.namelist())
@@ -84,7 +84,7 @@ def read_npy(path: str | os.PathLike[str], mmap: bool = False) -> np.ndarray:
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-    """Write a compressed npz file whole or not at all. Raises UserError where that is impossible."""
+    """Writes a compressed npz file whole or not at all. Raises UserError where that is impossible."""
     with atomic_file(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # whose keywords are arrays
     return path
@@ -100,7 +100,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> np.nd
 
 
 def _require_numbers(file: BinaryIO, size: int, name: str) -> None:
-    """Raise ValueError unless the header describes numbers that take up the rest of the file of `size` bytes."""
+    """Raises ValueError unless the header describes numbers that take up the rest of the file of `size` bytes."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ValueError(f"version {version} of the format is unknown")

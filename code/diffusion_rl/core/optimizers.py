@@ -80,7 +80,8 @@ class AdamW:
             var.assign(value - tf.cast(step_size, dtype) * m_new / denominator)
 
     def _fused(self, var: tf.Variable, m: tf.Variable, v: tf.Variable, grad: Any, rate: Any, correction: Any) -> None:
-        """TensorFlow's kernel, its corrections off: p <- p - rate m / (sqrt(v) + eps correction), m and v as above."""
+        """Runs TensorFlow's kernel, its corrections off: p <- p - rate m / (sqrt(v) + eps correction), m and v as
+        above."""
         b1, b2 = (tf.constant(b, var.dtype) for b in self.betas)
         none = tf.zeros([], var.dtype)
         tf.raw_ops.ResourceApplyAdam(
@@ -97,14 +98,15 @@ class AdamW:
         )
 
     def state(self) -> dict[str, np.ndarray]:
-        """Keyed `step`, `learning_rate`, `exp_avg.<i>` and `exp_avg_sq.<i>`, i counting the variables."""
+        """Returns the state, keyed `step`, `learning_rate`, `exp_avg.<i>` and `exp_avg_sq.<i>`, i counting the
+        variables."""
         state = {"step": self.step.numpy(), "learning_rate": self.learning_rate.numpy()}
         for i, (m, v) in enumerate(zip(self.exp_avg, self.exp_avg_sq, strict=True)):
             state[f"exp_avg.{i}"], state[f"exp_avg_sq.{i}"] = m.numpy(), v.numpy()
         return {k: np.asarray(v) for k, v in state.items()}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Inverse of `state`."""
+        """Restores what `state` returned."""
         self.step.assign(int(state["step"]))
         self.learning_rate.assign(float(state["learning_rate"]))
         for i, (m, v) in enumerate(zip(self.exp_avg, self.exp_avg_sq, strict=True)):
@@ -169,21 +171,21 @@ class OptimizerGroup(GradientSteps):
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """The present rates by the part's name."""
+        """Returns the present rates by the part's name."""
         return {name: float(optimizer.learning_rate.numpy()) for name, optimizer in self.optimizers.items()}
 
     def apply(self, name: str, grads: Sequence[tf.Tensor | None]) -> None:
-        """Take a step of one part with gradients that are known already. Graph-safe."""
+        """Takes a step of one part with gradients [...] that are known already. Graph-safe."""
         self.optimizers[name].apply(grads)
 
     def advance(self, names: Collection[str] | None = None) -> None:
-        """Go on to the next iteration's learning rates, of these parts only (None: of all)."""
+        """Goes on to the next iteration's learning rates, of these parts only (None: of all)."""
         for name, schedule in self.schedules.items():
             if names is None or name in names:
                 self.optimizers[name].learning_rate.assign(schedule.step())
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the moments as `optimizer.<part>.<name>`, for a checkpoint."""
+        """Returns the moments as `optimizer.<part>.<name>`, for a checkpoint."""
         return {
             f"optimizer.{part}.{name}": np.asarray(value)
             for part, optimizer in self.optimizers.items()
@@ -191,11 +193,11 @@ class OptimizerGroup(GradientSteps):
         }
 
     def state(self) -> dict[str, Any]:
-        """Return where the schedules stand, as JSON values."""
+        """Returns where the schedules stand, as JSON values."""
         return {"schedules": {name: schedule.state() for name, schedule in self.schedules.items()}}
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Take back what `tensors` and `state` returned; schedules that were changed since take effect at once."""
+        """Takes back what `tensors` and `state` returned; schedules that were changed since take effect at once."""
         for name, optimizer in self.optimizers.items():
             prefix = f"optimizer.{name}."
             optimizer.restore({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})

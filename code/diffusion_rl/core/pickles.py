@@ -35,33 +35,33 @@ class Interpreter:
         self._left = 0
 
     def find(self, name: str) -> Any:
-        """What "module name" stands for. Raises Refused for a name that has no place here."""
+        """Returns what "module name" stands for. Raises Refused for a name that has no place here."""
         raise Refused(f"this pickle wants {name.replace(' ', '.')}, which has no place here")
 
     def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        """What a call of a found name on `arguments` makes."""
+        """Returns what a call of a found name on `arguments` makes."""
         raise Refused(f"this pickle wants to call a {type(function).__name__}")
 
     def create(self, kind: Any, arguments: Any) -> Any:
-        """What an instance of a found name is."""
+        """Returns what an instance of a found name is."""
         raise Refused(f"this pickle wants to make a {type(kind).__name__}")
 
     def build(self, target: Any, state: Any) -> None:
-        """Give `target` a state."""
+        """Gives `target` a state."""
         raise Refused(f"this pickle wants to set the state of a {type(target).__name__}")
 
     def persistent(self, pid: Any) -> Any:
-        """What an id of something outside of the pickle stands for."""
+        """Returns what an id of something outside of the pickle stands for."""
         raise Refused("this pickle refers to something outside")
 
     def spend(self, work: int) -> None:
-        """Count work that a single instruction makes, so that a short program cannot make much of it."""
+        """Counts work that a single instruction makes, so that a short program cannot make much of it."""
         self._left -= work
         if self._left < 0:
             raise Refused("this pickle asks for more work than its length allows")
 
     def run(self, program: bytes) -> Any:
-        """The value that a program makes.
+        """Returns the value that a program makes.
 
         Raises:
             Refused: it wants more than plain values and the names of the format.
@@ -179,7 +179,8 @@ _INSTRUCTIONS: dict[str, Callable[[Interpreter, Any], None]] = {
 
 
 def scalar_key(value: Any) -> Any:
-    """The value, which may be a dictionary's key. Raises Refused for others: hashing nested tuples need never end."""
+    """Returns the value, which may be a dictionary's key. Raises Refused for others: hashing nested tuples need never
+    end."""
     if value is not None and type(value) not in (str, int, float, bool):
         raise Refused(f"this pickle wants a {type(value).__name__} as a dictionary's key")
     if type(value) is int and value.bit_length() > 64:

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def rewards_to_go(rewards: np.ndarray, gamma: float) -> np.ndarray:
-    """Discounted sum of an episode's rewards from each step on, [T] -> [T] float64."""
+    """Returns the discounted sum of an episode's rewards from each step on, [T] -> [T] float64."""
     to_go = np.array(rewards, np.float64)
     for t in reversed(range(len(to_go) - 1)):
         to_go[t] += gamma * to_go[t + 1]
@@ -21,7 +21,7 @@ def td_lambda(
     alpha: float = 0.95,
     lam: float = 0.95,
 ) -> np.ndarray:
-    """TD(lambda) targets of state values, with the temporal-difference error scaled by alpha.
+    """Returns TD(lambda) targets of state values, with the temporal-difference error scaled by alpha.
 
         delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
         A_t     = alpha delta_t + gamma lambda (1 - terminated_t) A_{t+1}
@@ -56,7 +56,7 @@ def gae(
     gae_lambda: float,
     reward_scale_const: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
+    """Computes generalized advantage estimates (Schulman et al. 2016, eq. 16).
 
         delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
         A_t     = delta_t + gamma lambda (1 - terminated_t) A_{t+1}

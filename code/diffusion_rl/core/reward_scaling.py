@@ -22,7 +22,7 @@ class RunningMeanStd:
         self.count = initial_count
 
     def update(self, x: np.ndarray) -> None:
-        """Merge a batch, x [N, ...]; statistics are over the first axis."""
+        """Merges a batch, x [N, ...]; statistics are over the first axis."""
         batch_mean, batch_var, n = np.mean(x, axis=0), np.var(x, axis=0), len(x)
         delta, total = batch_mean - self.mean, self.count + n
         self.mean = self.mean + delta * n / total
@@ -51,7 +51,7 @@ class RunningRewardScaler:
         self.discounted = np.zeros(n_envs)
 
     def __call__(self, reward: np.ndarray, first: np.ndarray) -> np.ndarray:
-        """Update the statistics with reward [E,S] (first [E,S] marks the start of episodes) and scale it."""
+        """Updates the statistics with reward [E,S] (first [E,S] marks the start of episodes) and scales it."""
         if self.per_env and reward.shape[1] != reward.shape[0]:
             raise UserError(
                 f"per_env reward scaling needs as many steps as environments, got {reward.shape[::-1]}: leave it off"
@@ -66,7 +66,7 @@ class RunningRewardScaler:
         return np.clip(scaled, -self.cliprew, self.cliprew)
 
     def state(self) -> dict[str, Any]:
-        """Statistics and running sums as JSON values (floats survive JSON exactly)."""
+        """Returns statistics and running sums as JSON values (floats survive JSON exactly)."""
         s = self.statistics
         return {
             "mean": np.asarray(s.mean).tolist(),
@@ -76,7 +76,7 @@ class RunningRewardScaler:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`."""
+        """Restores what `state` returned."""
         s = self.statistics
         s.mean, s.var, s.count = np.array(state["mean"]), np.array(state["var"]), state["count"]
         self.discounted = np.array(state["discounted"])

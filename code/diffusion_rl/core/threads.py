@@ -11,17 +11,18 @@ import tensorflow as tf
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def streams() -> int:
-    """Independent loops that an update is dealt to; one per core, at most eight."""
+    """Returns how many independent loops an update is dealt to: one per core, at most eight."""
     return min(cores(), 8)
 
 
 def configure_threads(shared: bool = False) -> None:
-    """One thread per operation, several operations at a time. To be called before TensorFlow does anything.
+    """Gives each operation one thread, and runs several operations at a time. To be called before TensorFlow does
+    anything.
 
     The matrices here are small: sharing one product between threads costs 15 to 25 % of the processor's time, running
     independent parts of an update side by side costs nothing (measured, see benchmarks/README.md).
@@ -38,7 +39,7 @@ def configure_threads(shared: bool = False) -> None:
 
 @contextmanager
 def without_stderr() -> Iterator[None]:
-    """Nowhere for what native code writes to standard error in the meantime."""
+    """Sends to nowhere what native code writes to standard error in the meantime."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -51,6 +52,6 @@ def without_stderr() -> Iterator[None]:
 
 
 def silence_compiler() -> None:
-    """Let XLA say what it says once per process ("Compiled cluster using XLA!") where nobody has to read it."""
+    """Makes XLA print its line of every process ("Compiled cluster using XLA!") now, where nobody has to read it."""
     with without_stderr():
         tf.function(lambda x: x + x, jit_compile=True)(tf.zeros([]))

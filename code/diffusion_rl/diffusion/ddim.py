@@ -22,7 +22,8 @@ def noise_from_x0(x: Array, x0: Array, alpha: Array, sqrt_one_minus_alpha: Array
 
 
 def sigma(eta: Array, alpha: Array, alpha_prev: Array) -> Array:
-    """eta sqrt((1 - alpha_{t-1}) / (1 - alpha_t)) sqrt(1 - alpha_t / alpha_{t-1}) (eq. 16), [B,1,1] or [B,1,A]."""
+    """Returns eta sqrt((1 - alpha_{t-1}) / (1 - alpha_t)) sqrt(1 - alpha_t / alpha_{t-1}) (eq. 16), [B,1,1] or
+    [B,1,A]."""
     return eta * tf.sqrt((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev))
 
 

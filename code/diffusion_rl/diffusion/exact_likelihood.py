@@ -50,7 +50,7 @@ class VPSDE:
         self.N = N
 
     def tables(self, schedule: DDPMSchedule, min_beta: float) -> FlowTables:
-        """The schedule's tables with every beta at least `min_beta`."""
+        """Returns the schedule's tables with every beta at least `min_beta`."""
         betas = np.maximum(schedule.betas, f32(min_beta))
         alphas = f32(1) - betas
         abar = np.cumprod(alphas, dtype=np.float64).astype(f32)
@@ -60,7 +60,7 @@ class VPSDE:
 
 
 def time_grid(start: float, step_size: float) -> list[float]:
-    """Times from `start` to 1 in steps of `step_size`; the last step is what is left."""
+    """Returns times from `start` to 1 in steps of `step_size`; the last step is what is left."""
     n_steps = math.ceil((1 - start) / step_size)
     return [start + i * step_size for i in range(n_steps)] + [1.0]
 
@@ -92,12 +92,12 @@ def _advanced(
 
 
 def require_method(method: str) -> None:
-    """Raise UserError unless this package knows the integrator."""
+    """Raises UserError unless this package knows the integrator."""
     if method not in METHODS:
         raise UserError(f"model.sde_method={method}: take one of {', '.join(METHODS)} (the reference's runs use euler)")
 
 
 def standard_normal_log_prob(x: tf.Tensor) -> tf.Tensor:
-    """log N(x; 0, 1) summed over all but the batch, [B,...] -> [B]."""
+    """Returns log N(x; 0, 1) summed over all but the batch, [B,...] -> [B]."""
     axes = list(range(1, len(x.shape)))
     return -0.5 * tf.reduce_sum(tf.square(x) + tf.constant(math.log(2 * math.pi), x.dtype), axis=axes)

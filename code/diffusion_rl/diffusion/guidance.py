@@ -34,7 +34,7 @@ class Guide:
     scale_grad_by_std: bool = True
 
     def ascend(self, x: Array, t: Array, variance: Array, put: Callable[[Array], Array]) -> tuple[Array, Array]:
-        """Move x along the value's gradient.
+        """Moves x along the value's gradient.
 
         Args:
             x: [B,H,D];  t: [B], or [1] for all rows;  variance: of the denoising step, [B,1,1] or [1,1,1].
@@ -58,7 +58,7 @@ class Guide:
     def where_allowed(
         self, x: Array, t: Array, variance: Array, put: Callable[[Array], Array], values: Array
     ) -> tuple[Array, Array]:
-        """`ascend` at one step t [1] for all rows, without the work where `t_stopgrad` makes it nothing.
+        """Ascends at one step t [1] for all rows, without the work where `t_stopgrad` makes it nothing.
 
         There the given values are returned as they are.
         """
@@ -68,7 +68,7 @@ class Guide:
 
 
 def value_and_gradient(value: Value, x: Array, t: Array) -> tuple[Array, Array]:
-    """Values [B] and the gradient of each by its own trajectory, [B,H,D]."""
+    """Returns values [B] and the gradient of each by its own trajectory, [B,H,D]."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(x)
         values = value(x, t)
@@ -76,7 +76,7 @@ def value_and_gradient(value: Value, x: Array, t: Array) -> tuple[Array, Array]:
 
 
 def best_first(values: Array, samples: Array, groups: int = 1) -> tuple[Array, Array]:
-    """Values [B] in descending order, equal ones in the order given, and samples [B,...] arranged likewise.
+    """Returns values [B] in descending order, equal ones in the order given, and samples [B,...] arranged likewise.
 
     Args:
         groups: of B / groups neighbours; each is sorted by itself.

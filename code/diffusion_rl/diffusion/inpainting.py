@@ -24,7 +24,8 @@ class Known(NamedTuple):
 
     @classmethod
     def of(cls, conditions: Conditions, horizon: int, action_dim: int, like: Array) -> Known:
-        """Observations [B,O], or [1,O] for all, at the given times; `like` [B,H,D] gives batch, width and dtype."""
+        """Takes observations [B,O], or [1,O] for all, at the given times; `like` [B,H,D] gives batch, width and
+        dtype."""
         batch, width = tf.shape(like)[0], like.shape[2]
         mask, rows = np.zeros((horizon, width), bool), [tf.zeros([batch, width], like.dtype)] * horizon
         for t, observation in conditions.items():
@@ -34,10 +35,10 @@ class Known(NamedTuple):
         return cls(mask, tf.stack(rows, axis=1))
 
     def put(self, x: Array) -> Array:
-        """x [B,H,D] with the known entries in place."""
+        """Returns x [B,H,D] with the known entries in place."""
         return tf.where(self.mask, self.values, x) if self.mask.any() else x
 
 
 def apply_conditions(x: Array, conditions: Conditions, action_dim: int) -> Array:
-    """x [B,H,D] with the observation part at the given times overwritten."""
+    """Returns x [B,H,D] with the observation part at the given times overwritten."""
     return Known.of(conditions, x.shape[1], action_dim, x).put(x)

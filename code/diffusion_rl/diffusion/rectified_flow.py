@@ -19,7 +19,7 @@ EXPONENT = 1.5
 
 
 def put(x: Array, known: Array, mask: np.ndarray | None) -> Array:
-    """x [B,H,O] with the known entries, where mask [H,O] is 1, in place."""
+    """Returns x [B,H,O] with the known entries, where mask [H,O] is 1, in place."""
     return x if mask is None else tf.where(mask > 0, known, x)
 
 
@@ -29,14 +29,14 @@ def time_grid(steps: int, exponent: float = EXPONENT, start: float = 0.0, end: f
 
 
 def interpolate(x0: Array, x1: Array, t: Array) -> Array:
-    """x_t [B,H,O] at t [B]."""
+    """Returns x_t [B,H,O] at t [B]."""
     return x0 + t[:, None, None] * (x1 - x0)
 
 
 def mean_error(
     estimate: Array, aim: Array, mask: np.ndarray | None, weights: np.ndarray | None, states: slice | None
 ) -> Array:
-    """Mean squared error over all entries of `aim` [B,H,O], weighted; known entries count as zeros.
+    """Returns the mean squared error over all entries of `aim` [B,H,O], weighted; known entries count as zeros.
 
     Args:
         mask: 1 where entries are known [H,O];  weights: of the errors [H,O].
@@ -59,7 +59,8 @@ def loss(
     weights: np.ndarray | None = None,
     states: slice | None = None,
 ) -> Array:
-    """Mean weighted squared error of the velocity; arguments as of `mean_error`, x0 and x1 [B,H,O] data and noise."""
+    """Returns the mean weighted squared error of the velocity; arguments as of `mean_error`, x0 and x1 [B,H,O] data and
+    noise."""
     estimate = velocity(put(interpolate(x0, x1, t), x0, mask), t)
     return mean_error(estimate, x0 - x1, mask, weights, states)
 
@@ -70,7 +71,7 @@ def guided(conditional: Array, unconditional: Array, weight: float) -> Array:
 
 
 class Steps(NamedTuple):
-    """Of the sampling, from noise to data: x <- keep x + gain v(x, time), each [N]."""
+    """The steps of sampling, from noise to data: x <- keep x + gain v(x, time), each [N]."""
 
     times: np.ndarray
     keep: np.ndarray
@@ -90,7 +91,7 @@ def sample(
     mask: np.ndarray | None = None,
     repeat_last: int = 0,
 ) -> Array:
-    """From noise x1 [B,H,O] to data, unrolled.
+    """Goes from noise x1 [B,H,O] to data, unrolled.
 
     Args:
         known: [B,H,O], put where mask [H,O] is 1, before and after each step.

@@ -20,7 +20,7 @@ f32 = np.float32
 
 
 def cosine_betas(denoising_steps: int, s: float = 0.008) -> np.ndarray:
-    """Cosine schedule (Nichol & Dhariwal 2021, eq. 17), [K] float32, clipped at 0.999."""
+    """Returns the cosine schedule (Nichol & Dhariwal 2021, eq. 17), [K] float32, clipped at 0.999."""
     steps = denoising_steps + 1
     x = np.linspace(0, steps, steps)  # ends at K + 1, not K: the reference's grid
     abar = np.cos((x / steps + s) / (1 + s) * np.pi * 0.5) ** 2
@@ -47,7 +47,7 @@ class DDPMSchedule:
 
 
 def ddpm_schedule(denoising_steps: int) -> DDPMSchedule:
-    """All tables of DDPM for K denoising steps."""
+    """Returns all tables of DDPM for K denoising steps."""
     one = f32(1.0)
     betas = cosine_betas(denoising_steps)
     alphas = one - betas
@@ -83,7 +83,7 @@ class DDIMSchedule:
 
 
 def ddim_schedule(ddpm: DDPMSchedule, ddim_steps: int, discretize: str = "uniform") -> DDIMSchedule:
-    """Evenly spaced steps 0, r, 2r, … with r = K // S ("leading" spacing), from noisy to clean.
+    """Returns evenly spaced steps 0, r, 2r, … with r = K // S ("leading" spacing), from noisy to clean.
 
     `ddim_sigmas` are those of eta = 0, that is zero.
     """

@@ -31,7 +31,7 @@ def loss(
     weights: np.ndarray | None = None,
     states: slice | None = None,
 ) -> Array:
-    """Mean weighted squared error of the noise x1; `t` [B] uniform in [0, 1)."""
+    """Returns the mean weighted squared error of the noise x1; `t` [B] uniform in [0, 1)."""
     t = EARLIEST + (1 - EARLIEST) * t
     a = tf.exp(signal(t))[:, None, None]
     estimate = noise_of(put(a * x0 + tf.sqrt(1 - a * a) * x1, x0, mask), t)

@@ -23,20 +23,18 @@ Shapes = dict[str, tuple[int | None, ...]]
 
 
 def noise_shapes(policy: Policy, batch: int | None) -> Shapes:
-    """What one decision draws: "noise", standard normal, and for mixtures "uniform" in [0, 1), which picks the mode.
+    """Returns what one decision draws: "noise", standard normal, and for mixtures "uniform" in [0, 1), which picks the
+    mode.
 
     Diffusion [sampling_steps + 1, B, H, A]; Gaussian [B, H*A]; mixture [B, M, H*A] and [B].
     """
-    if isinstance(policy, DiffusionPolicy):
-        return {"noise": (policy.sampling_steps + 1, batch, policy.horizon_steps, policy.action_dim)}
-    flat = policy.horizon_steps * policy.network.action_dim
-    if isinstance(policy, GMMPolicy):
-        return {"noise": (batch, policy.network.num_modes, flat), "uniform": (batch,)}
-    return {"noise": (batch, flat)}
+    shapes: Shapes = {"noise": policy.noise_shape(batch)}
+    return shapes | {"uniform": (batch,)} if isinstance(policy, GMMPolicy) else shapes
 
 
 def observation_shapes(policy: Policy, obs_dim: int, cond_steps: int, batch: int | None) -> Shapes:
-    """ "state" [B,To,O] and, where the network sees, "rgb" [B,Ti,C,Hi,Wi] (cameras one after another along C)."""
+    """Returns "state" [B,To,O] and, where the network sees, "rgb" [B,Ti,C,Hi,Wi] (cameras one after another along
+    C)."""
     shapes: Shapes = {"state": (batch, cond_steps, obs_dim)}
     if vision := getattr(policy.network, "vision", None):
         channels, height, width = vision.backbone.image_shape
@@ -46,7 +44,7 @@ def observation_shapes(policy: Policy, obs_dim: int, cond_steps: int, batch: int
 
 
 def deterministic_plan(policy: Policy, cond: dict[str, Array], noise: dict[str, Array]) -> Array:
-    """[B,H,A] in [-1, 1], chosen as evaluation chooses; noise as in `noise_shapes`."""
+    """Returns the plan [B,H,A] in [-1, 1], chosen as evaluation chooses; noise as in `noise_shapes`."""
     with plain_convolutions():  # other programs, TFLite's for one, round otherwise: the plain ones magnify it less
         if isinstance(policy, DiffusionPolicy):
             return policy.sample(cond, noise["noise"], deterministic=True).trajectories

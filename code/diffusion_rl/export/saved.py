@@ -76,7 +76,7 @@ class Exported:
     seconds: np.ndarray
 
     def report(self) -> str:
-        """For people."""
+        """Returns what people read of it."""
         size = sum(file.stat().st_size for file in [self.path, *self.path.rglob("*")] if file.is_file())
         milliseconds = 1000 * self.seconds
         shapes = {name: ",".join("B" if n is None else str(n) for n in shape) for name, shape in self.inputs.items()}
@@ -96,7 +96,7 @@ def export_policy(
     config: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write the policy of `checkpoint` as a SavedModel (a folder, any batch) or a TFLite model (a file, batch 1).
+    """Writes the policy of `checkpoint` as a SavedModel (a folder, any batch) or a TFLite model (a file, batch 1).
 
     Args:
         kind_of_file: savedmodel or tflite.
@@ -130,7 +130,7 @@ def export_policy(
 
 
 def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
-    """The policy in a checkpoint, built as its configuration says and filled with its weights."""
+    """Returns the policy in a checkpoint, built as its configuration says and filled with its weights."""
     checkpoint = load_checkpoint(path)
     config = config or checkpoint.metadata.get("config")
     if not config or not config.get("model"):
@@ -148,7 +148,7 @@ def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
 
 
 def exportable_class(target: str, path: Path) -> type:
-    """The class of this package that a checkpoint says its policy is of.
+    """Returns the class of this package that a checkpoint says its policy is of.
 
     Raises:
         UserError: it is no policy of this package, or it says itself that it cannot be exported (`EXPORTABLE`).
@@ -165,7 +165,7 @@ def exportable_class(target: str, path: Path) -> type:
 
 
 def build_policy(cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Policy:
-    """The acting part of what the configuration describes: networks of values are not built."""
+    """Returns the acting part of what the configuration describes: networks of values are not built."""
     node = {key: value for key, value in config["model"].items() if key != "_target_"}
     acts_as = next(family for family in FAMILIES if issubclass(cls, family))
     network = node.pop("network", None) or node.pop("actor", None)
@@ -180,13 +180,13 @@ def build_policy(cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], p
             node["ft_denoising_steps"] = fine_tuned_steps(checkpoint, node["ft_denoising_steps"], path)
         plain = {k: v for k, v in node.items() if not isinstance(v, Mapping)}  # neither critic nor eta
         return (FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy)(network=network, **plain)
-    given = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
-    given = getattr(cls, "EXPORT_SETTINGS", {}) | given
-    return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **given)
+    settings = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
+    settings = getattr(cls, "EXPORT_SETTINGS", {}) | settings
+    return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **settings)
 
 
 def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
-    """Raise UserError where a described network is wider or deeper than the stored weights can be."""
+    """Raises UserError where a described network is wider or deeper than the stored weights can be."""
     most = max(checkpoint.largest_dimension, LARGEST_SETTING), max(len(checkpoint.tensors), LARGEST_SETTING)
     for key, value in flatten(node if isinstance(node, Mapping) else {}).items():
         entries = value if isinstance(value, list) else [value]
@@ -196,7 +196,7 @@ def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def normalizer_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> MinMaxNormalizer:
-    """The bounds in the checkpoint, else those of the file that the configuration names."""
+    """Returns the bounds in the checkpoint, else those of the file that the configuration names."""
     obs_dim, action_dim = int(config["obs_dim"]), int(config["action_dim"])
     bounds = checkpoint.metadata.get("normalization")
     if not bounds:
@@ -216,7 +216,7 @@ def normalizer_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path)
 
 
 def require_free(target: Path, force: bool) -> None:
-    """Refuse to replace what is there: an export only with `force`, anything else never."""
+    """Refuses to replace what is there: an export only with `force`, anything else never."""
     if not target.exists():
         return
     ours = target.suffix == ".tflite" if target.is_file() else (target / "saved_model.pb").is_file()
@@ -228,7 +228,7 @@ def require_free(target: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def work_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, which is what it was until something is put in its place."""
+    """Yields a temporary folder beside `target`, which is what it was until something is put in its place."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.writing-") as folder:
@@ -239,7 +239,7 @@ def work_folder(target: Path) -> Iterator[Path]:
 
 
 def write_saved_model(source: Source, folder: Path, batch: int | None) -> Path:
-    """Both programs, with the names of `SIGNATURES`."""
+    """Writes both programs, under the names of `SIGNATURES`."""
     module = DeployedPolicy(source.policy, source.normalizer, source.cond_steps, source.act_steps, batch)
     programs = {name: getattr(module, attribute) for name, attribute in SIGNATURES.items()}
     tf.saved_model.save(module, str(folder), signatures=programs)
@@ -247,7 +247,7 @@ def write_saved_model(source: Source, folder: Path, batch: int | None) -> Path:
 
 
 def write_tflite(saved_model: Path, file: Path) -> Path:
-    """The same programs for TFLite, with nothing but its own operations."""
+    """Writes the programs for TFLite, with nothing but its own operations."""
     converter = tf.lite.TFLiteConverter.from_saved_model(str(saved_model), signature_keys=list(SIGNATURES))
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
     file.write_bytes(converter.convert())
@@ -255,7 +255,7 @@ def write_tflite(saved_model: Path, file: Path) -> Path:
 
 
 def put_in_place(written: Path, target: Path) -> None:
-    """Give what was written its name; what had it goes."""
+    """Gives what was written its name; what had it goes."""
     if target.is_dir():
         target.replace(written.with_name("replaced"))
     written.replace(target)
@@ -265,7 +265,7 @@ def put_in_place(written: Path, target: Path) -> None:
 
 
 def load_saved_model(path: Path) -> Run:
-    """The programs of a SavedModel, by signature."""
+    """Loads the programs of a SavedModel, by signature."""
     loaded = tf.saved_model.load(str(path))  # kept below: the programs' weights go with it
 
     def run(signature: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -276,14 +276,14 @@ def load_saved_model(path: Path) -> Run:
 
 
 def load_tflite(path: Path) -> Run:
-    """The programs of a TFLite model, by signature."""
+    """Loads the programs of a TFLite model, by signature."""
     interpreter = tf.lite.Interpreter(str(path))
     runners = {name: interpreter.get_signature_runner(name) for name in SIGNATURES}
     return lambda signature, inputs: runners[signature](**inputs)
 
 
 def verify(source: Source, run: Run, batch: int | None) -> float:
-    """Compare with the checkpoint's own policy on random observations and noise; returns the largest deviation.
+    """Compares with the checkpoint's own policy on random observations and noise; returns the largest deviation.
 
     Raises:
         UserError: it is above `TOLERANCE`.
@@ -313,7 +313,8 @@ def verify(source: Source, run: Run, batch: int | None) -> float:
 
 
 def decide(source: Source, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[B,H,A] in the units of the environment, by the checkpoint's policy, outside of any compiled program."""
+    """Returns actions [B,H,A] in the units of the environment, by the checkpoint's policy, outside of any compiled
+    program."""
     noise = {name: tf.constant(inputs[name]) for name in noise_shapes(source.policy, None)}
     cond = {name: tf.constant(value) for name, value in inputs.items() if name not in noise}
     cond["state"] = tf.constant(source.normalizer.normalize_obs(inputs["state"]))
@@ -321,13 +322,13 @@ def decide(source: Source, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def input_shapes(source: Source, batch: int | None) -> dict[str, tuple[int | None, ...]]:
-    """Of all inputs, by name."""
+    """Returns the shapes of all inputs, by name."""
     observation = observation_shapes(source.policy, source.normalizer.obs_dim, source.cond_steps, batch)
     return observation | noise_shapes(source.policy, batch)
 
 
 def random_inputs(source: Source, batch: int, rng: Rng) -> dict[str, np.ndarray]:
-    """Observations within the bounds of the data, any images, and the noise of one decision."""
+    """Returns observations within the bounds of the data, any images, and the noise of one decision."""
     low, high = source.normalizer.obs_min, source.normalizer.obs_max
     draws: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
         "state": lambda shape: (low + (high - low) * rng.uniform(shape)).astype(np.float32),
@@ -339,7 +340,7 @@ def random_inputs(source: Source, batch: int, rng: Rng) -> dict[str, np.ndarray]
 
 
 def rows_of(source: Source, inputs: Mapping[str, np.ndarray], rows: range) -> dict[str, np.ndarray]:
-    """Those rows of a batch, wherever its axis is."""
+    """Returns those rows of a batch, wherever its axis is."""
     axes = {name: shape.index(None) for name, shape in input_shapes(source, None).items()}
     return {name: np.take(value, rows, axis=axes[name]) for name, value in inputs.items()}
 

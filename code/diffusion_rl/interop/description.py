@@ -46,7 +46,8 @@ _MIXTURE = ("GMMMLP", "GMMTransformer")
 
 
 def parts_of(tensors: Weights, group: str = "model") -> dict[str, dict[str, np.ndarray]]:
-    """The weights of each part of a group, in their order; of an ensemble, part by part (`critic_networks.0`)."""
+    """Returns the weights of each part of a group, in their order; of an ensemble, part by part
+    (`critic_networks.0`)."""
     parts: dict[str, dict[str, np.ndarray]] = {}
     for name, value in tensors.items():
         if match := re.match(rf"{group}\.(\w+(?:\.\d+)?)\.(.+)", name):
@@ -55,7 +56,7 @@ def parts_of(tensors: Weights, group: str = "model") -> dict[str, dict[str, np.n
 
 
 def infer_kind(tensors: Weights) -> str:
-    """The method that these `model.*` (or, without them, `ema.*`) tensors are of (`_KINDS`), or "unknown"."""
+    """Returns the method that these `model.*` (or, without them, `ema.*`) tensors are of (`_KINDS`), or "unknown"."""
     parts = parts_of(tensors) or parts_of(tensors, "ema")
     acting = next((parts[name] for name in ("network", "actor_ft", "actor") if name in parts), {})
     network = describe_network(acting).get("class", "")
@@ -65,8 +66,8 @@ def infer_kind(tensors: Weights) -> str:
 
 
 def describe_networks(tensors: Weights) -> dict[str, dict[str, Any]]:
-    """Class and architecture of each part of the model, members of an ensemble counted; parts of no known class are
-    left out."""
+    """Returns the class and architecture of each part of the model, members of an ensemble counted; parts of no known
+    class are left out."""
     networks: dict[str, dict[str, Any]] = {}
     for name, weights in (parts_of(tensors) or parts_of(tensors, "ema")).items():
         part, _, member = name.partition(".")
@@ -80,7 +81,7 @@ def describe_networks(tensors: Weights) -> dict[str, dict[str, Any]]:
 
 
 def describe_network(weights: Weights) -> dict[str, Any]:
-    """ "class", as this package calls it, and the dimensions that its shapes tell; {} for anything else."""
+    """Returns "class", as this package calls it, and the dimensions that its shapes tell; {} for anything else."""
     try:
         return _facts(weights)
     except (LookupError, ValueError):  # the names of a network, but shapes that none has
@@ -116,7 +117,7 @@ def _facts(weights: Weights) -> dict[str, Any]:
 
 
 def _mlp(weights: Weights, name: str) -> dict[str, Any]:
-    """Dimensions of the MLP called `name`."""
+    """Returns the dimensions of the MLP called `name`."""
     residual = f"{name}.layers.0.weight" in weights
     layer = r"layers\.\d+(\.l[12])?\.weight" if residual else r"moduleList\.\d+\.linear_1\.weight"
     pattern = re.compile(rf"{re.escape(name)}\.{layer}")
@@ -133,7 +134,7 @@ def _mlp(weights: Weights, name: str) -> dict[str, Any]:
 
 
 def _diffusion_mlp(weights: Weights, sees: bool) -> dict[str, Any]:
-    """Under the constructor's names; cond_dim is To * O and output_dim H * A."""
+    """Returns the dimensions under the constructor's names; cond_dim is To * O and output_dim H * A."""
     mlp = _mlp(weights, "mlp_mean")
     if not mlp or "time_embedding.1.weight" not in weights:
         return {}
@@ -147,7 +148,7 @@ def _diffusion_mlp(weights: Weights, sees: bool) -> dict[str, Any]:
 
 
 def _unet(weights: Weights) -> dict[str, Any]:
-    """Widths of the way down, and what the ends tell."""
+    """Returns the widths of the way down, and what the ends tell."""
     down = re.compile(r"down_modules\.\d+\.0\.blocks\.0\.block\.0\.weight")
     widths = [value.shape for key, value in weights.items() if down.fullmatch(key) and value.ndim == 3]
     if not widths or "time_mlp.1.weight" not in weights:

@@ -20,20 +20,6 @@ from diffusion_rl.core.pickles import Interpreter, Refused
 from diffusion_rl.interop.reference_checkpoint import plain_name
 from diffusion_rl.interop.torch_checkpoint import read_pt
 
-# Its schedule tables, which are part of its state_dict, and ours.
-SCHEDULE_BUFFERS = {
-    "betas": "betas",
-    "alphas_cumprod": "alphas_cumprod",
-    "alphas_cumprod_prev": "alphas_cumprod_prev",
-    "sqrt_alphas_cumprod": "sqrt_alphas_cumprod",
-    "sqrt_one_minus_alphas_cumprod": "sqrt_one_minus_alphas_cumprod",
-    "sqrt_recip_alphas_cumprod": "sqrt_recip_alphas_cumprod",
-    "sqrt_recipm1_alphas_cumprod": "sqrt_recipm1_alphas_cumprod",
-    "posterior_variance": "ddpm_var",
-    "posterior_log_variance_clipped": "ddpm_logvar_clipped",
-    "posterior_mean_coef1": "ddpm_mu_coef1",
-    "posterior_mean_coef2": "ddpm_mu_coef2",
-}
 _LARGEST_CONFIG, _MOST_ITEMS = 1_000_000, 100_000  # bytes, values
 _PLAIN = (type(None), bool, int, float, str)
 _DROPPED = ("device",)
@@ -72,7 +58,7 @@ class _LabelsOnly(Interpreter):
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Class path and arguments of a `<part>_config.pkl`.
+    """Returns the class path and arguments of a `<part>_config.pkl`.
 
     Raises:
         UserError: the file is missing, damaged, or holds anything but a configuration of plain values.
@@ -100,7 +86,8 @@ def _text(key: Any) -> str:
 
 
 def _plain(value: Any, items: Iterator[int], depth: int = 0) -> Any:
-    """The value as JSON has it; `items` counts its parts, of which a few bytes of a pickle can make very many."""
+    """Returns the value as JSON has it; `items` counts its parts, of which a few bytes of a pickle can make very
+    many."""
     if next(items) > _MOST_ITEMS:
         raise Refused("it holds too many values")
     if type(value) in _PLAIN:
@@ -113,7 +100,8 @@ def _plain(value: Any, items: Iterator[int], depth: int = 0) -> Any:
 
 
 def described(part: str, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration of the original in the form of ours: {"class" or "loader": "<module>.<Class>", argument: value}.
+    """Returns a configuration of the original in the form of ours: {"class" or "loader": "<module>.<Class>", argument:
+    value}.
 
     "diffuser.models.temporal.TemporalUnet" is "models.TemporalUnet" in both systems' options.
     """
@@ -123,7 +111,7 @@ def described(part: str, name: str, arguments: Mapping[str, Any]) -> dict[str, A
 
 
 def averaged_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str, np.ndarray]:
-    """The averaged weights in a `state_<label>.pt`, without its schedule, which must be of so many steps."""
+    """Returns the averaged weights in a `state_<label>.pt`, without its schedule, which must be of so many steps."""
     weights = _average_in(path, f"{path} is no checkpoint of the PyTorch Diffuser: it has no averaged weights")
     if (steps := _steps(weights)) != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps, its configuration says {n_timesteps}")
@@ -131,7 +119,8 @@ def averaged_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
 
 
 def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str, np.ndarray]:
-    """The averaged weights in a `model-<milestone>.pt` of the original's branch `kuka`, under the names of ours.
+    """Returns the averaged weights in a `model-<milestone>.pt` of the original's branch `kuka`, under the names of
+    ours.
 
     Its attention is made of two-dimensional convolutions, and its levels have no place for another attention.
     """
@@ -141,17 +130,17 @@ def stacking_weights(path: str | os.PathLike[str], n_timesteps: int) -> dict[str
         raise UserError(problem)
     if (steps := _steps(weights)) != n_timesteps:
         raise UserError(f"{path} has a schedule of {steps} steps: plan with --n_diffusion_steps {steps}")
-    found = {}
+    renamed = {}
     for name, value in weights.items():
         if name.startswith("denoise_fn."):
             own = re.sub(r"^denoise_fn\.((?:downs|ups)\.\d+\.)2\.conv", r"denoise_fn.\g<1>3.conv", name)
             value = value[..., 0] if ".attn.fn." in name and value.ndim == 4 else value
-            found[own.replace("denoise_fn.", "model.", 1)] = value
-    return found
+            renamed[own.replace("denoise_fn.", "model.", 1)] = value
+    return renamed
 
 
 def _average_in(path: str | os.PathLike[str], problem: str) -> dict[str, np.ndarray]:
-    """Arrays of the entry "ema"; UserError with `problem` where there are none."""
+    """Returns arrays of the entry "ema"; UserError with `problem` where there are none."""
     data = read_pt(path)
     weights = data.get("ema") if isinstance(data, dict) else None
     if not isinstance(weights, dict):
@@ -163,5 +152,5 @@ def _average_in(path: str | os.PathLike[str], problem: str) -> dict[str, np.ndar
 
 
 def _steps(weights: Mapping[str, np.ndarray]) -> int:
-    """Length of the schedule that lies among the weights."""
+    """Returns the length of the schedule that lies among the weights."""
     return int(weights["betas"].size) if "betas" in weights else 0

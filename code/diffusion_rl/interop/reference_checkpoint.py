@@ -41,7 +41,7 @@ _ENSEMBLE, _SHELL = "critic_networks.0.", "base_model."
 
 
 def from_reference(data: Any, name: str = "the checkpoint") -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, metadata) of ours for what `read_pt` gave.
+    """Returns (tensors, metadata) of ours for what `read_pt` gave.
 
     Files of others' trainings are taken as well: weights under another name or bare, names in which DistributedData-
     Parallel and torch.compile have left theirs, and what else lies beside the weights. That is left aside, and one
@@ -81,12 +81,12 @@ def from_reference(data: Any, name: str = "the checkpoint") -> tuple[dict[str, n
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what DistributedDataParallel and torch.compile put into it."""
+    """Returns a tensor's name without what DistributedDataParallel and torch.compile put into it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _groups(data: Any, name: str) -> dict[str, str | None]:
-    """The entry of each group of weights; None for a bare state_dict."""
+    """Returns the entry of each group of weights; None for a bare state_dict."""
     if isinstance(data, dict):
         tensors = {key: isinstance(x, dict) and any(map(_is_tensor, x.values())) for key, x in data.items()}
         named = {group: [key for key in keys if tensors.get(key)] for group, keys in _ENTRIES.items()}
@@ -101,7 +101,7 @@ def _groups(data: Any, name: str) -> dict[str, str | None]:
 
 
 def _state_dict(entry: dict[Any, Any], group: str, name: str) -> tuple[dict[str, Any], list[str]]:
-    """The tensors of a state_dict under their plain names, and the names of what else is in it."""
+    """Returns the tensors of a state_dict under their plain names, and the names of what else is in it."""
     state, others = {}, []
     for key, value in entry.items():
         if isinstance(key, str) and _is_tensor(value):
@@ -117,7 +117,7 @@ def _state_dict(entry: dict[Any, Any], group: str, name: str) -> tuple[dict[str,
 
 
 def to_reference(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What `write_pt` needs for a `.pt` file that the reference loads.
+    """Returns what `write_pt` needs for a `.pt` file that the reference loads.
 
     Raises:
         UserError: there are no `model.*` tensors, or the metadata under "reference" are not those of `from_reference`.
@@ -154,7 +154,7 @@ def _to_reference(
 
 
 def _shared_parts(tensors: Mapping[str, np.ndarray], group: str) -> dict[str, str]:
-    """Parts all of whose tensors are the very arrays of an earlier part."""
+    """Returns parts all of whose tensors are the very arrays of an earlier part."""
     parts, shared = parts_of(tensors, group), {}
     for i, (part, weights) in enumerate(parts.items()):
         for earlier, others in list(parts.items())[:i]:
@@ -165,14 +165,14 @@ def _shared_parts(tensors: Mapping[str, np.ndarray], group: str) -> dict[str, st
 
 
 def _usual_aliases(state: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """What the reference shares in a model of this kind: PPO of Gaussians and mixtures trains `network` itself and
-    keeps `actor` as it was; everywhere else `actor` is `network`."""
+    """Returns what the reference shares in a model of this kind: PPO of Gaussians and mixtures trains `network` itself
+    and keeps `actor` as it was; everywhere else `actor` is `network`."""
     trained_itself = infer_kind(tensors) in ("gaussian_ppo", "gmm_ppo")
     return {"actor_ft" if trained_itself else "actor": "network"}
 
 
 def _with_shared_storage(state: Mapping[str, np.ndarray], aliases: Mapping[str, str]) -> State:
-    """Tensors of an alias become the very arrays of the part it stands for, where they are equal."""
+    """Lets tensors of an alias be the very arrays of the part it stands for, where they are equal."""
     shared: State = collections.OrderedDict(state)
     for alias, part in aliases.items():
         for name, value in state.items():
@@ -186,7 +186,7 @@ def _with_shared_storage(state: Mapping[str, np.ndarray], aliases: Mapping[str, 
 
 
 def _with_network(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Add `network.*`, which the reference wants, to a fine-tuned model that has only `actor.*`."""
+    """Adds `network.*`, which the reference wants, to a fine-tuned model that has only `actor.*`."""
     if any(name.startswith("network.") for name in state) or not any(name.startswith("actor_ft.") for name in state):
         return state
     network = {f"network.{name[6:]}": value for name, value in state.items() if name.startswith("actor.")}
@@ -194,7 +194,7 @@ def _with_network(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 
 def _usual_shell(state: Mapping[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """`base_model.*` of a model with an ensemble of critics."""
+    """Returns `base_model.*` of a model with an ensemble of critics."""
     first = {name.removeprefix(_ENSEMBLE): value for name, value in state.items() if name.startswith(_ENSEMBLE)}
     return {_SHELL + name: (value.dtype.name, value.shape) for name, value in first.items()}
 

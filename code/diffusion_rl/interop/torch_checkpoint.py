@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError, one_line
-from diffusion_rl.core.files import atomic_file, read_bytes
+from diffusion_rl.core.files import read_bytes, write_bytes
 from diffusion_rl.core.pickles import Interpreter, Refused, scalar_key
 
 # torch's storage classes, and the newer element types that have none and are kept as untyped bytes.
@@ -65,7 +65,7 @@ class MetaTensor:
 
 
 def read_pt(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote to `path`, with numpy arrays for the tensors; nothing in the file is executed.
+    """Returns what `torch.save` wrote to `path`, with numpy arrays for the tensors; nothing in the file is executed.
 
     Dictionaries (ordered ones too), lists, tuples, strings, numbers, bools and None come back as themselves, a
     `torch.Size` as a tuple, a `Parameter` as an array, a `torch.dtype` or device as a string, tensors without elements
@@ -130,7 +130,7 @@ class _Archive:
         return self._zip.read(info)
 
     def storage(self, key: str, dtype: np.dtype, numel: int) -> np.ndarray:
-        """All elements of a storage, [numel], read-only."""
+        """Returns all elements of a storage, [numel], read-only."""
         if key not in self._storages:
             self._storages[key] = self.read(f"data/{key}")
         stored = self._storages[key]
@@ -181,7 +181,7 @@ class _Interpreter(Interpreter):
         return _FUNCTIONS[function](self, *arguments)
 
     def build(self, target: Any, state: Any) -> None:
-        """A state_dict carries its modules' version numbers as an attribute: dropped. Nothing else has attributes."""
+        """Drops the state of a state_dict, its modules' version numbers. Nothing else has attributes."""
         if type(target) is not collections.OrderedDict or type(state) is not dict:
             raise Refused(f"this pickle wants to set the state of a {type(target).__name__}")
 
@@ -232,7 +232,7 @@ class _Interpreter(Interpreter):
         return ":".join(str(part)[:20] for part in parts[:2] if type(part) in (str, int))
 
     def _view(self, storage: Any, offset: Any, size: Any, stride: Any) -> np.ndarray:
-        """The tensor of shape `size`, contiguous. One array for one and the same view."""
+        """Returns the tensor of shape `size`, contiguous. One array for one and the same view."""
         if len(size) != len(stride) or len(size) > _MAX_DIMENSIONS or type(storage) is not _Storage:
             raise ValueError("a tensor's size, stride and storage do not fit together")
         shape, strides = tuple(map(_natural, size)), tuple(map(_natural, stride))
@@ -279,7 +279,8 @@ def _dtype(name: str) -> np.dtype:
 
 
 def _copy_view(elements: np.ndarray, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-    """A contiguous copy of the strided view (strides in elements; the caller has checked that it stays inside)."""
+    """Returns a contiguous copy of the strided view (strides in elements; the caller has checked that it stays
+    inside)."""
     steps = [step * elements.itemsize for step in strides]
     # Strides along dimensions of length 1 are arbitrary: torch writes them, numpy need not be able to hold them.
     steps = [step if n > 1 else 0 for n, step in zip(shape, steps, strict=True)]
@@ -287,7 +288,7 @@ def _copy_view(elements: np.ndarray, shape: tuple[int, ...], strides: tuple[int,
 
 
 def _require_plain(result: Any) -> None:
-    """Refuse results that still hold a stand-in. Each object is visited once, however often it is referred to."""
+    """Refuses results that still hold a stand-in. Each object is visited once, however often it is referred to."""
     pending, seen = [result], set()
     while pending:
         value = pending.pop()
@@ -299,7 +300,7 @@ def _require_plain(result: Any) -> None:
 
 
 def write_pt(path: str | os.PathLike[str], data: Any) -> None:
-    """Write `data` so that `torch.load(path, weights_only=True)` gives it back with tensors for the arrays.
+    """Writes `data` so that `torch.load(path, weights_only=True)` gives it back with tensors for the arrays.
 
     The file is written whole or not at all. An array object that occurs several times is stored once and loads as
     tensors that share it, as torch itself does. The same data give the same bytes.
@@ -322,12 +323,11 @@ def write_pt(path: str | os.PathLike[str], data: Any) -> None:
             stored = stored.astype(stored.dtype.newbyteorder("<"), copy=False)
             _add_record(archive, f"archive/data/{key}", stored.tobytes())
         _add_record(archive, "archive/version", b"3\n")
-    with atomic_file(path) as file:
-        file.write(buffer.getbuffer())
+    write_bytes(path, buffer.getbuffer())
 
 
 def _add_record(archive: zipfile.ZipFile, name: str, contents: bytes) -> None:
-    """Add a record whose contents begin at a multiple of 64 bytes, as torch has it for memory mapping."""
+    """Adds a record whose contents begin at a multiple of 64 bytes, as torch has it for memory mapping."""
     info = zipfile.ZipInfo(name)  # with the date 1980-01-01
     assert archive.fp is not None
     begin = archive.fp.tell() + 30 + len(name) + 4
@@ -404,7 +404,7 @@ class _Writer:
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements; dimensions of length 0 count as 1, as in torch."""
+    """Returns strides in elements; dimensions of length 0 count as 1, as in torch."""
     return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 

@@ -35,6 +35,7 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"channel_norm\.", "fn.norm."),
     (r"(blocks\.\d+|final_conv\.0)\.conv\.", r"\1.block.0."),
     (r"(blocks\.\d+|final_conv\.0)\.norm\.", r"\1.block.2."),
+    (r"mha\.in_proj\.", "mha.qkv_proj."),
     (r"attn\.in_proj\.kernel$", "attn.in_proj_weight"),
     (r"attn\.in_proj\.bias$", "attn.in_proj_bias"),
     (r"layers\.(\d+)\.linear\.", r"moduleList.\1.linear_1."),
@@ -46,7 +47,7 @@ _RULES: tuple[tuple[str, str], ...] = (
 
 
 def torch_name(path: str) -> str:
-    """The reference's name of one of our variables."""
+    """Returns the reference's name of one of our variables."""
     for pattern, replacement in _RULES:
         path = re.sub(pattern, replacement, path)
     return path
@@ -82,7 +83,7 @@ class Parameter(NamedTuple):
 
 
 def named_parameters(module: object) -> Iterator[Parameter]:
-    """Every tensor of the reference's state_dict, aliases included."""
+    """Yields every tensor of the reference's state_dict, aliases included."""
     for path, variable in named_variables(module):
         transposed = path.endswith(".kernel")
         owner, is_ensemble, rest = path.rpartition("members.")
@@ -94,22 +95,22 @@ def named_parameters(module: object) -> Iterator[Parameter]:
 
 
 def state_dict(module: object) -> dict[str, np.ndarray]:
-    """The weights of a module or policy under the reference's names and in its layouts."""
+    """Returns the weights of a module or policy under the reference's names and in its layouts."""
     return {p.name: p.to_torch(p.variable.numpy()) for p in named_parameters(module)}
 
 
 def channels_first(value: np.ndarray, first: int = 0) -> np.ndarray:
-    """A kernel [..., in, out] as [out, in, ...], behind `first` axes that stay."""
+    """Returns a kernel [..., in, out] as [out, in, ...], behind `first` axes that stay."""
     return np.moveaxis(value, (-1, -2), (first, first + 1))
 
 
 def channels_last(value: np.ndarray, first: int = 0) -> np.ndarray:
-    """A kernel [out, in, ...] as [..., in, out], behind `first` axes that stay."""
+    """Returns a kernel [out, in, ...] as [..., in, out], behind `first` axes that stay."""
     return np.moveaxis(value, (first, first + 1), (-1, -2))
 
 
 def load_state_dict(module: object, weights: Mapping[str, np.ndarray], strict: bool = True) -> list[str]:
-    """Give a module the reference's weights.
+    """Gives a module the reference's weights.
 
     Args:
         strict: every name of the module must be there and none may be left over; otherwise what fits is loaded.

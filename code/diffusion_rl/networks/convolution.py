@@ -22,8 +22,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
 from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import uniform_variable
 
 TILE = 4  # outputs that share products: more need more points, which costs precision
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # and infinity, always the last one
@@ -44,7 +44,7 @@ _shared: list[_Kept] = []
 
 @contextlib.contextmanager
 def shared_matrices() -> Iterator[None]:
-    """Inside this block a kernel is transformed once: before the loops that begin in the block, not in their rounds.
+    """Transforms a kernel only once inside this block: before the loops that begin in the block, not in their rounds.
 
     For use where weights do not change, and in one graph (or eagerly) only.
     """
@@ -57,7 +57,7 @@ def shared_matrices() -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_convolutions() -> Iterator[None]:
-    """Inside this block all convolutions are plain: for comparisons in float32.
+    """Makes all convolutions plain inside this block: for comparisons in float32.
 
     The fast ones' rounding is about five times as large, which networks whose groups are single numbers magnify.
     """
@@ -69,7 +69,8 @@ def plain_convolutions() -> Iterator[None]:
 
 
 def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Array:
-    """y[u] = sum_j x[u * stride + j - padding] @ kernel[j], with zeros outside of x (torch's Conv1d without bias).
+    """Computes y[u] = sum_j x[u * stride + j - padding] @ kernel[j], with zeros outside of x (torch's Conv1d without
+    bias).
 
     x [T,B,I], kernel [k,I,D] -> [U,B,D] with U = (T + 2 padding - k) // stride + 1.
     """
@@ -90,7 +91,7 @@ def convolve(x: Array, kernel: Array, stride: int = 1, padding: int = 0) -> Arra
 
 
 def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> Array:
-    """y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
+    """Computes y[t * stride + j - padding] += x[t] @ kernel[j]^T (torch's ConvTranspose1d without bias).
 
     x [T,B,I], kernel [k,D,I] -> [U,B,D] with U = (T - 1) stride + k - 2 padding.
     """
@@ -109,44 +110,44 @@ def convolve_transposed(x: Array, kernel: Array, stride: int, padding: int) -> A
 
 
 def _rows(x: Array) -> Array:
-    """[T,B,C] -> [T*B,C]"""
+    """Maps [T,B,C] to [T*B,C]."""
     return tf.reshape(x, [-1, x.shape[2]])
 
 
 def _by_time(rows: Array, length: int) -> Array:
-    """[T*B,C] -> [T,B,C]"""
+    """Maps [T*B,C] to [T,B,C]."""
     return tf.reshape(rows, [length, -1, rows.shape[1]])
 
 
 def _windows(x: Array, k: int, stride: int, padding: int) -> Array:
-    """What each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
+    """Returns what each output sees, its k inputs side by side: [T,B,I] -> [U,B,k*I]."""
     n_in, channels = x.shape[0], x.shape[2]
     n_out = (n_in + 2 * padding - k) // stride + 1
-    each = n_out + (k - 1) // stride  # inputs of every phase of the stride
-    padded = tf.pad(x, [[padding, max(each * stride - n_in - padding, 0)], [0, 0], [0, 0]])[: each * stride]
-    phases = tf.unstack(tf.reshape(padded, [each, stride, -1, channels]), axis=1) if stride > 1 else [padded]
+    per_phase = n_out + (k - 1) // stride  # inputs of every phase of the stride
+    padded = tf.pad(x, [[padding, max(per_phase * stride - n_in - padding, 0)], [0, 0], [0, 0]])[: per_phase * stride]
+    phases = tf.unstack(tf.reshape(padded, [per_phase, stride, -1, channels]), axis=1) if stride > 1 else [padded]
     return tf.concat([phases[j % stride][j // stride :][:n_out] for j in range(k)], axis=-1)
 
 
 def _scattered(x: Array, kernel: Array, stride: int, padding: int, length: int) -> Array:
-    """The transposed convolution, `length` outputs of it: y[t * stride + j - padding] += x[t] @ kernel[j]^T.
+    """Returns the transposed convolution, `length` outputs of it: y[t * stride + j - padding] += x[t] @ kernel[j]^T.
 
     x [T,B,I], kernel [k,D,I] -> [length,B,D]. The kernel is not transposed: that would take longer than the products.
     """
     n, (k, outputs, _) = x.shape[0], kernel.shape
     products = tf.unstack(tf.reshape(tf.matmul(_rows(x)[None], kernel, transpose_b=True), [k, n, -1, outputs]))
-    each = -(-length // stride)  # outputs of every phase of the stride
+    per_phase = -(-length // stride)  # outputs of every phase of the stride
     phases: list[list[Array]] = [[] for _ in range(stride)]
     for j, product in enumerate(products):
         shift, phase = divmod(j - padding, stride)
-        first, end = max(-shift, 0), min(each - shift, n)
+        first, end = max(-shift, 0), min(per_phase - shift, n)
         if first < end:
-            phases[phase].append(tf.pad(product[first:end], [[first + shift, each - end - shift], [0, 0], [0, 0]]))
-    nothing = tf.zeros([each, tf.shape(x)[1], outputs], x.dtype)  # what no tap reaches
-    sums = [functools.reduce(tf.add, found) if found else nothing for found in phases]
+            phases[phase].append(tf.pad(product[first:end], [[first + shift, per_phase - end - shift], [0, 0], [0, 0]]))
+    nothing = tf.zeros([per_phase, tf.shape(x)[1], outputs], x.dtype)  # what no tap reaches
+    sums = [functools.reduce(tf.add, parts) if parts else nothing for parts in phases]
     if stride == 1:
         return sums[0]
-    return tf.reshape(tf.stack(sums, axis=1), [each * stride, -1, outputs])[:length]
+    return tf.reshape(tf.stack(sums, axis=1), [per_phase * stride, -1, outputs])[:length]
 
 
 class Toom(NamedTuple):
@@ -161,13 +162,13 @@ class Toom(NamedTuple):
 
 
 def _powers(n: int, count: int) -> np.ndarray:
-    """[count,n]: x^0 … x^(n-1) at count - 1 points; at infinity the last of them alone."""
+    """Returns [count,n]: x^0 … x^(n-1) at count - 1 points; at infinity the last of them alone."""
     return np.vstack([np.power.outer(np.array(POINTS[: count - 1]), np.arange(n)), np.eye(n)[-1]])
 
 
 @functools.cache
 def toom(length: int, k: int) -> Toom:
-    """The matrices for T = length and an odd kernel.
+    """Returns the matrices for T = length and an odd kernel.
 
     sum_u a_u y_u = sum_{u,j} a_u g_j x_{u+j} is the product of the polynomials a and g, weighted by x: it is made from
     values of a and g at points, with the inverse of the powers applied to x. Where the whole signal is one group, the
@@ -196,7 +197,7 @@ def toom(length: int, k: int) -> Toom:
 
 
 def convolve_fast(x: Array, kernel: Array, owner: Any = None) -> Array:
-    """`convolve` with stride 1 and padding that keeps the length, in fewer products; equal but for rounding.
+    """Computes `convolve` with stride 1 and padding that keeps the length, in fewer products; equal but for rounding.
 
     Args:
         x: [T,B,I];  kernel: [k,I,D], k odd.
@@ -227,15 +228,13 @@ class Conv1d(keras.layers.Layer):
         self.stride, self.padding = stride, padding
         self.fast = kernel_size in FAST_KERNELS and stride == 1 and 2 * padding == kernel_size - 1
         bound = 1.0 / math.sqrt(in_dim * kernel_size)
-        self.kernel = tf.Variable(
-            init_noise().uniform((kernel_size, in_dim, out_dim), -bound, bound, dtype=floatx()), name="kernel"
-        )
+        self.kernel = uniform_variable((kernel_size, in_dim, out_dim), bound, "kernel")
         self.has_bias = has_bias
         if has_bias:
-            self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+            self.bias = uniform_variable((out_dim,), bound, "bias")
 
     def call(self, x: Array) -> Array:
-        """x [T,B,I] -> [T',B,D], T' = (T + 2 padding - k) // stride + 1"""
+        """Maps x [T,B,I] to [T',B,D], T' = (T + 2 padding - k) // stride + 1."""
         if self.kernel.shape[0] == self.stride == 1 and not self.padding:
             y = _by_time(tf.matmul(_rows(x), tf.reshape(self.kernel, self.kernel.shape[1:])), x.shape[0])
         elif self.fast and not _plain:
@@ -256,13 +255,11 @@ class ConvTranspose1d(keras.layers.Layer):
             )
         self.stride, self.padding = stride, padding
         bound = 1.0 / math.sqrt(out_dim * kernel_size)
-        self.kernel = tf.Variable(
-            init_noise().uniform((kernel_size, out_dim, in_dim), -bound, bound, dtype=floatx()), name="kernel"
-        )
-        self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+        self.kernel = uniform_variable((kernel_size, out_dim, in_dim), bound, "kernel")
+        self.bias = uniform_variable((out_dim,), bound, "bias")
 
     def call(self, x: Array) -> Array:
-        """x [T,B,I] -> [T',B,D], T' = (T - 1) stride - 2 padding + k"""
+        """Maps x [T,B,I] to [T',B,D], T' = (T - 1) stride - 2 padding + k."""
         return convolve_transposed(x, self.kernel, self.stride, self.padding) + self.bias
 
 
@@ -278,13 +275,13 @@ class GroupNorm(keras.layers.Layer):
         self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
 
     def call(self, x: Array) -> Array:
-        """x [T,B,C] -> [T,B,C]"""
+        """Maps x [T,B,C] to [T,B,C]."""
         steps, channels = x.shape[0], x.shape[2]
         member = tf.constant(np.kron(np.eye(self.groups), np.ones((channels // self.groups, 1))), x.dtype)  # [C,groups]
 
-        def mean(each: Array) -> Array:
-            """Over time and group, for every channel: sums over time [B,C] -> [B,C]."""
-            return tf.matmul(tf.matmul(each, member) * (self.groups / (steps * channels)), member, transpose_b=True)
+        def mean(sums: Array) -> Array:
+            """Averages over time and group, for every channel: sums over time [B,C] -> [B,C]."""
+            return tf.matmul(tf.matmul(sums, member) * (self.groups / (steps * channels)), member, transpose_b=True)
 
         @tf.custom_gradient
         def normalise(x: Array, gamma: Array, beta: Array) -> tuple[Array, Any]:

@@ -33,7 +33,7 @@ class CriticObs(keras.layers.Layer):
         )
 
     def call(self, cond: dict[str, Array] | Array) -> Array:
-        """{"state": [B,To,O]} or features [B,F] -> [B,1]."""
+        """Maps {"state": [B,To,O]} or features [B,F] to [B,1]."""
         return self.Q1(flatten_state(cond) if isinstance(cond, dict) else cond)
 
 
@@ -65,7 +65,7 @@ class CriticObsAct(keras.layers.Layer):
             self.Q2 = build(dims, activation_type=activation_type, use_layernorm=use_layernorm)
 
     def call(self, cond: dict[str, Array], action: Array) -> Array | tuple[Array, Array]:
-        """cond {"state": [B,To,O]}, action [B,Ta,A] -> (q1 [B], q2 [B]), or q1 alone without double Q."""
+        """Maps cond {"state": [B,To,O]}, action [B,Ta,A] to (q1 [B], q2 [B]), or q1 alone without double Q."""
         x = _with_action(cond, action)
         q1 = tf.squeeze(self.Q1(x), -1)
         return (q1, tf.squeeze(self.Q2(x), -1)) if self.double_q else q1
@@ -88,7 +88,7 @@ class DistributionalCritic(keras.layers.Layer):
         self.Q2 = MLP(dims, activation_type=activation_type)
 
     def call(self, cond: dict[str, Array], action: Array) -> tuple[Array, Array]:
-        """cond {"state": [B,To,O]}, action [B,Ta,A] -> mean [2,B], standard deviation [2,B]."""
+        """Maps cond {"state": [B,To,O]}, action [B,Ta,A] to mean [2,B], standard deviation [2,B]."""
         x = _with_action(cond, action)
         outputs = tf.stack([self.Q1(x), self.Q2(x)])
         return outputs[..., 0], tf.nn.softplus(outputs[..., 1])
@@ -115,14 +115,14 @@ class CriticEnsemble(keras.layers.Layer):
         )
 
     def call(self, cond: dict[str, Array], action: Array, subset: Array | None = None) -> Array:
-        """cond {"state": [B,To,O]}, action [B,Ta,A] -> [M,B]; with `subset` [N] of indices only these: [N,B]."""
+        """Maps cond {"state": [B,To,O]}, action [B,Ta,A] to [M,B]; with `subset` [N] of indices only these: [N,B]."""
         if subset is None:
             return self.members(cond, action)
         return with_variables(self.members, lambda path, variable: tf.gather(variable, subset))(cond, action)
 
 
 def _with_action(cond: dict[str, Array], action: Array) -> Array:
-    """cond {"state": [B,To,O]}, action [B,Ta,A] -> [B, To*O + Ta*A]."""
+    """Maps cond {"state": [B,To,O]}, action [B,Ta,A] to [B, To*O + Ta*A]."""
     action = tf.convert_to_tensor(action)
     flat_action = tf.reshape(action, [tf.shape(action)[0], -1])
     return tf.concat([flatten_state(cond), tf.ensure_shape(flat_action, [None, _flat_dim(action)])], axis=-1)

@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, mish
+from diffusion_rl.networks.layers import Linear, mish, normal_linear, sequential, without_bias
 from diffusion_rl.networks.transformer import SelfAttention
 
 FREQUENCY_SCALE = 16.0
@@ -25,7 +25,8 @@ EMBEDDING_STD = 0.02
 
 @tf.custom_gradient
 def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """GELU of x [...], approximated by tanh. Written so that TFLite sees what it is; the gradient with less to do."""
+    """Returns the GELU of x [...], approximated by tanh. Written so that TFLite sees what it is; the gradient with less
+    to do."""
     c, cubic = math.sqrt(2 / math.pi), 0.044715
     tanh = tf.tanh(c * (x + cubic * x**3))
 
@@ -37,15 +38,8 @@ def gelu_tanh(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def silu(x: Array) -> Array:
-    """x sigmoid(x), [...]"""
+    """Returns x sigmoid(x), [...]"""
     return x * tf.sigmoid(x)
-
-
-def run(steps: Sequence[Any], x: Array) -> Array:
-    """Applies layers and functions to x [...], one after the other."""
-    for step in steps:
-        x = step(x)
-    return x
 
 
 @tf.custom_gradient
@@ -63,31 +57,21 @@ def normal(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def xavier(linear: Linear) -> Linear:
-    """Uniform in +-sqrt(6 / (in + out)), no initial bias."""
+    """Draws a Linear's weights uniformly within +-sqrt(6 / (in + out)), without initial bias. Returns the layer."""
     bound = math.sqrt(6 / sum(linear.kernel.shape))
-    linear.kernel.assign(init_noise().uniform(linear.kernel.shape, -bound, bound, dtype=floatx()))
-    return no_bias(linear)
-
-
-def no_bias(linear: Linear) -> Linear:
-    linear.bias.assign(tf.zeros_like(linear.bias))
-    return linear
+    linear.kernel.assign(init_rng().uniform(linear.kernel.shape, -bound, bound, dtype=floatx()))
+    return without_bias(linear)
 
 
 def zeros(in_dim: int, out_dim: int) -> Linear:
+    """Makes a Linear that gives zeros at first."""
     linear = Linear(in_dim, out_dim)
     linear.kernel.assign(tf.zeros_like(linear.kernel))
-    return no_bias(linear)
-
-
-def gaussian(in_dim: int, out_dim: int) -> Linear:
-    linear = Linear(in_dim, out_dim)
-    linear.kernel.assign(EMBEDDING_STD * init_noise().normal((in_dim, out_dim), dtype=floatx()))
-    return no_bias(linear)
+    return without_bias(linear)
 
 
 def position_table(length: int, dim: int, dtype: str | None = None) -> np.ndarray:
-    """[length, dim]: [sin p, 0, …, 0 | cos p, 1, …, 1].
+    """Returns the table [length, dim]: [sin p, 0, …, 0 | cos p, 1, …, 1].
 
     The frequencies exp(-j ln(10^4) / (dim/2 - 1)) of the usual table are rounded down to whole numbers, 1, 0, 0, …:
     with this table the published weights were trained.
@@ -97,7 +81,7 @@ def position_table(length: int, dim: int, dtype: str | None = None) -> np.ndarra
 
 
 def split_rows(x: Array, parts: int) -> list[Array]:
-    """[B,parts D] -> parts times [B,1,D]"""
+    """Maps [B,parts D] to parts times [B,1,D]."""
     return tf.split(x[:, None], parts, axis=-1)
 
 
@@ -106,14 +90,14 @@ class FourierEmbedding(keras.layers.Layer):
 
     def __init__(self, dim: int, scale: float = FREQUENCY_SCALE):
         super().__init__(dtype=floatx())
-        drawn = scale * init_noise().normal((dim // 8,), dtype=floatx())
+        drawn = scale * init_rng().normal((dim // 8,), dtype=floatx())
         self.freqs = tf.Variable(drawn, trainable=False, name="freqs")
         self.mlp = [xavier(Linear(dim // 4, dim)), mish, xavier(Linear(dim, dim))]
 
     def call(self, t: Array) -> Array:
-        """[B] -> [B,dim]"""
+        """Maps [B] to [B,dim]."""
         angles = t[:, None] * (tf.constant(2 * math.pi, t.dtype) * self.freqs)[None]
-        return run(self.mlp, tf.concat([tf.cos(angles), tf.sin(angles)], axis=-1))
+        return sequential(self.mlp, tf.concat([tf.cos(angles), tf.sin(angles)], axis=-1))
 
 
 class DiTBlock(keras.layers.Layer):
@@ -134,16 +118,16 @@ class DiTBlock(keras.layers.Layer):
         self.adaLN_modulation = [silu, zeros(hidden_size, 6 * hidden_size)]
 
     def call(self, x: Array, t: Array) -> Array:
-        """x [B,H,D], t [B,D] -> [B,H,D]"""
-        return self.modulated(x, split_rows(run(self.adaLN_modulation, t), 6))
+        """Maps x [B,H,D], t [B,D] to [B,H,D]."""
+        return self.modulated(x, split_rows(sequential(self.adaLN_modulation, t), 6))
 
     def modulated(self, x: Array, parts: Sequence[Array], states: slice | None = None) -> Array:
-        """x [B,H,D] and six times [B or 1,1,D] -> [B,states,D]: all of them, or those that are asked for."""
+        """Maps x [B,H,D] and six times [B or 1,1,D] to [B,states,D]: all of them, or those that are asked for."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = parts
         inside = normal(x) * (1 + scale_attn) + shift_attn
         base = x if self.standard_residual else inside
         x = (base if states is None else base[:, states]) + gate_attn * self.attn(inside, states)
-        return x + gate_mlp * run(self.mlp, normal(x) * (1 + scale_mlp) + shift_mlp)
+        return x + gate_mlp * sequential(self.mlp, normal(x) * (1 + scale_mlp) + shift_mlp)
 
 
 class FinalLayer(keras.layers.Layer):
@@ -155,11 +139,11 @@ class FinalLayer(keras.layers.Layer):
         self.adaLN_modulation = [silu, zeros(hidden_size, 2 * hidden_size)]
 
     def call(self, x: Array, t: Array) -> Array:
-        """x [B,H,D], t [B,D] -> [B,H,O]"""
-        return self.modulated(x, split_rows(run(self.adaLN_modulation, t), 2))
+        """Maps x [B,H,D], t [B,D] to [B,H,O]."""
+        return self.modulated(x, split_rows(sequential(self.adaLN_modulation, t), 2))
 
     def modulated(self, x: Array, parts: Sequence[Array]) -> Array:
-        """x [B,H,D] and two times [B or 1,1,D] -> [B,H,O]"""
+        """Maps x [B,H,D] and two times [B or 1,1,D] to [B,H,O]."""
         shift, scale = parts
         return self.linear(normal(x) * (1 + scale) + shift)
 
@@ -181,29 +165,34 @@ class DiT1d(keras.layers.Layer):
         self.d_model = d_model
         self.map_noise = FourierEmbedding(emb_dim)
         self.x_proj = xavier(Linear(in_dim, d_model))
-        self.map_emb = [gaussian(emb_dim, d_model), mish, gaussian(d_model, d_model), mish]
+        self.map_emb = [
+            normal_linear(emb_dim, d_model, EMBEDDING_STD),
+            mish,
+            normal_linear(d_model, d_model, EMBEDDING_STD),
+            mish,
+        ]
         self.blocks = [DiTBlock(d_model, n_heads, standard_residual) for _ in range(depth)]
         self.final_layer = FinalLayer(d_model, in_dim)
 
     def call(self, x: Array, t: Array, condition: Array | None = None) -> Array:
-        """x [B,H,O], t [B] in [0, 1], condition [B,E] (None: zeros) -> [B,H,O]"""
+        """Maps x [B,H,O], t [B] in [0, 1], condition [B,E] (None: zeros) to [B,H,O]."""
         return self.estimate(x, split_rows(self.modulation(t, condition), self.parts))
 
     def modulation(self, t: Array, condition: Array | None = None) -> Array:
-        """What time [B] and condition [B,E] do to the layers: shifts, scales and gates, [B,parts D]."""
+        """Returns what time [B] and condition [B,E] do to the layers: shifts, scales and gates, [B,parts D]."""
         embedded = self.map_noise(t)
-        embedded = run(self.map_emb, embedded if condition is None else embedded + condition)
+        embedded = sequential(self.map_emb, embedded if condition is None else embedded + condition)
         layers: list[DiTBlock | FinalLayer] = [*self.blocks, self.final_layer]
-        return tf.concat([run(layer.adaLN_modulation, embedded) for layer in layers], axis=-1)
+        return tf.concat([sequential(layer.adaLN_modulation, embedded) for layer in layers], axis=-1)
 
     @property
     def parts(self) -> int:
         return 6 * len(self.blocks) + 2
 
     def estimate(self, x: Array, parts: Sequence[Array], states: slice | None = None) -> Array:
-        """x [B,H,O] and the modulation's parts, each [B or 1,1,D] -> [B,states,O]; None: of all states.
+        """Maps x [B,H,O] and the modulation's parts, each [B or 1,1,D] to [B,states,O]; None: of all states.
 
-        Of the last block only what becomes of the states that are asked for is computed.
+        The last block computes only the states that are asked for.
         """
         x = self.x_proj(x) + tf.constant(position_table(x.shape[1], self.d_model, x.dtype.name))
         for number, block in enumerate(self.blocks):
@@ -221,14 +210,14 @@ class Perceptron(keras.layers.Layer):
         self.mlp: list[Any] = [*hidden, Linear(*dims[-2:])]
 
     def call(self, x: Array) -> Array:
-        """x [...,in] -> [...,out]"""
-        for layer in self.mlp[:-1]:
-            x = run(layer, x)
+        """Maps x [...,in] to [...,out]."""
+        for hidden in self.mlp[:-1]:
+            x = sequential(hidden, x)
         return self.mlp[-1](x)
 
 
 def leaky_relu(x: Array) -> Array:
-    """max(x, x / 100), [...]"""
+    """Returns max(x, x / 100), [...]"""
     return tf.maximum(x, 0.01 * x)
 
 
@@ -246,11 +235,11 @@ class ReturnCondition(keras.layers.Layer):
         self.mlp = Perceptron([in_dim, *hidden_dims, out_dim])
 
     def keep(self, uniform: Array) -> Array:
-        """Which samples keep their condition, [B] of 0 and 1, by draws [B] in [0, 1)."""
+        """Returns which samples keep their condition, [B] of 0 and 1, by draws [B] in [0, 1)."""
         return tf.cast(uniform > self.dropout, uniform.dtype)
 
     def call(self, condition: Array, keep: Array | None = None) -> Array:
-        """condition [B,in], keep [B] (None: all) -> [B,out]"""
+        """Maps condition [B,in], keep [B] (None: all) to [B,out]."""
         embedded = self.mlp(condition)
         return embedded if keep is None else embedded * keep[:, None]
 
@@ -271,7 +260,7 @@ class ConditionalDiT(keras.layers.Layer):
         keep: Array | None = None,
         states: slice | None = None,
     ) -> Array:
-        """x [B,H,O], t [B], condition [B,1] or None, keep [B] -> [B,states,O]; None: of all states."""
-        told = None if condition is None else self.condition(condition, keep)
+        """Maps x [B,H,O], t [B], condition [B,1] or None, keep [B] to [B,states,O]; None: of all states."""
+        wanted = None if condition is None else self.condition(condition, keep)
         network = self.diffusion
-        return network.estimate(x, split_rows(network.modulation(t, told), network.parts), states)
+        return network.estimate(x, split_rows(network.modulation(t, wanted), network.parts), states)

@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, flatten_state
+from diffusion_rl.networks.layers import Linear, flatten_state, without_bias
 from diffusion_rl.networks.mlp import MLP
 
 
@@ -31,22 +31,8 @@ def _batch(cond: dict[str, Array]) -> Array:
     return tf.shape(cond["state"] if "state" in cond else cond["rgb"])[0]
 
 
-class EtaFixed(keras.layers.Layer):
-    """One number for all inputs. No gradient reaches it, even with `learn_eta` (as in the reference)."""
-
-    def __init__(self, base_eta: float = 0.5, min_eta: float = 0.1, max_eta: float = 1.0, **unused: Any):
-        super().__init__(dtype=floatx())
-        self.min, self.max = min_eta, max_eta
-        self.eta_logit = tf.Variable(np.full(1, _logit(base_eta, min_eta, max_eta), floatx()))
-
-    def call(self, cond: dict[str, Array]) -> Array:
-        """{"state": [B,To,O]} or {"rgb": [B,...]} -> [B,1]"""
-        eta = 0.5 * (tf.tanh(tf.stop_gradient(self.eta_logit)) + 1) * (self.max - self.min) + self.min
-        return tf.tile(eta[None], [_batch(cond), 1])
-
-
 class EtaAction(keras.layers.Layer):
-    """One number per action dimension."""
+    """Returns one number per action dimension."""
 
     def __init__(
         self, action_dim: int, base_eta: float = 0.5, min_eta: float = 0.1, max_eta: float = 1.0, **unused: Any
@@ -55,16 +41,31 @@ class EtaAction(keras.layers.Layer):
         self.min, self.max = min_eta, max_eta
         self.eta_logit = tf.Variable(np.full(action_dim, _logit(base_eta, min_eta, max_eta), floatx()))
 
+    def logit(self) -> Array:
+        """Returns what tanh brings into the range, [A]."""
+        return tf.convert_to_tensor(self.eta_logit)
+
     def call(self, cond: dict[str, Array]) -> Array:
-        """{"state": [B,To,O]} or {"rgb": [B,...]} -> [B,A]"""
-        eta = 0.5 * (tf.tanh(self.eta_logit) + 1) * (self.max - self.min) + self.min
+        """Maps {"state": [B,To,O]} or {"rgb": [B,...]} to [B,A]."""
+        eta = 0.5 * (tf.tanh(self.logit()) + 1) * (self.max - self.min) + self.min
         return tf.tile(eta[None], [_batch(cond), 1])
+
+
+class EtaFixed(EtaAction):
+    """Returns one number for all inputs, [B,1]. No gradient reaches it, even with `learn_eta` (as in the reference)."""
+
+    def __init__(self, base_eta: float = 0.5, min_eta: float = 0.1, max_eta: float = 1.0, **unused: Any):
+        super().__init__(1, base_eta, min_eta, max_eta)
+
+    def logit(self) -> Array:
+        """Returns what tanh brings into the range, [1]."""
+        return tf.stop_gradient(self.eta_logit)
 
 
 class EtaState(keras.layers.Layer):
     """One number per observation: base + tanh(mlp(observation)), clamped to [min, max]."""
 
-    output_dims = 1
+    per_action = False
 
     def __init__(
         self,
@@ -76,34 +77,18 @@ class EtaState(keras.layers.Layer):
         min_eta: float = 0.1,
         max_eta: float = 1.0,
         gain: float = 1e-2,
+        action_dim: int = 1,
         **unused: Any,
     ):
         super().__init__(dtype=floatx())
-        self._build(input_dim, mlp_dims, 1, activation_type, out_activation_type, base_eta, min_eta, max_eta, gain)
-
-    def _build(
-        self,
-        input_dim: int,
-        mlp_dims: Sequence[int],
-        output_dim: int,
-        activation_type: str,
-        out_activation_type: str,
-        base_eta: float,
-        min_eta: float,
-        max_eta: float,
-        gain: float,
-    ) -> None:
         self.base, self.min, self.max = base_eta, min_eta, max_eta
-        self.mlp_res = MLP(
-            [input_dim, *mlp_dims, output_dim],
-            activation_type=activation_type,
-            out_activation_type=out_activation_type,
-        )
+        dims = [input_dim, *mlp_dims, action_dim if self.per_action else 1]
+        self.mlp_res = MLP(dims, activation_type=activation_type, out_activation_type=out_activation_type)
         for layer in self.mlp_res.layers:
             _xavier_normal(layer.linear, gain)
 
     def call(self, cond: dict[str, Array]) -> Array:
-        """{"state": [B,To,O]} -> [B,1], or [B,A] of `EtaStateAction`. Raises UserError for images."""
+        """Maps {"state": [B,To,O]} to [B,1], or [B,A] of `EtaStateAction`. Raises UserError for images."""
         if "rgb" in cond or "features" in cond:
             raise UserError("eta that depends on the state does not take images: use EtaFixed or EtaAction")
         eta = tf.tanh(self.mlp_res(flatten_state(cond))) + self.base
@@ -112,30 +97,17 @@ class EtaState(keras.layers.Layer):
 
 
 class EtaStateAction(EtaState):
-    """One number per observation and action dimension."""
+    """One number per observation and action dimension; other arguments as in `EtaState`."""
 
-    def __init__(
-        self,
-        input_dim: int,
-        mlp_dims: Sequence[int],
-        action_dim: int,
-        activation_type: str = "ReLU",
-        out_activation_type: str = "Identity",
-        base_eta: float = 1,
-        min_eta: float = 1e-3,
-        max_eta: float = 2,
-        gain: float = 1e-2,
-        **unused: Any,
-    ):
-        keras.layers.Layer.__init__(self, dtype=floatx())
-        self._build(
-            input_dim, mlp_dims, action_dim, activation_type, out_activation_type, base_eta, min_eta, max_eta, gain
-        )
+    per_action = True
+
+    def __init__(self, base_eta: float = 1, min_eta: float = 1e-3, max_eta: float = 2, **kwargs: Any):
+        super().__init__(base_eta=base_eta, min_eta=min_eta, max_eta=max_eta, **kwargs)
 
 
 def _xavier_normal(linear: Linear, gain: float) -> None:
-    """Glorot's normal initialisation, so small that the network starts at zero."""
+    """Draws weights by Glorot's normal initialisation, so small that the network starts at zero."""
     fan_in, fan_out = linear.kernel.shape
     std = gain * math.sqrt(2.0 / (fan_in + fan_out))
-    linear.kernel.assign(init_noise().normal((fan_in, fan_out), dtype=floatx()) * std)
-    linear.bias.assign(tf.zeros_like(linear.bias))
+    linear.kernel.assign(init_rng().normal((fan_in, fan_out), dtype=floatx()) * std)
+    without_bias(linear)

@@ -27,7 +27,7 @@ from diffusion_rl.networks.mlp import DiffusionMLP, ResidualBlock, ResidualMLP
 
 
 def can_fold(network: object) -> bool:
-    """Whether this network is a residual MLP that the identities apply to."""
+    """Returns whether this network is a residual MLP that the identities apply to."""
     if isinstance(network, DiffusionMLP):
         return not network.has_cond_mlp and _plain_residual(network.mlp_mean)
     return isinstance(network, CriticObs) and _plain_residual(network.Q1)
@@ -43,7 +43,7 @@ def _plain_residual(mlp: object) -> bool:
 
 
 def _fold_blocks(mlp: ResidualMLP) -> tuple[list[Array], Array, Array]:
-    """Kernels and biases of the blocks, the last one folded with the output layer; its kernel and constant."""
+    """Returns kernels and biases of the blocks, the last one folded with the output layer; its kernel and constant."""
     out = mlp.layers[-1]
     *inner, last = mlp.layers[1:-1]
     tensors: list[Array] = []
@@ -54,7 +54,7 @@ def _fold_blocks(mlp: ResidualMLP) -> tuple[list[Array], Array, Array]:
 
 
 def _blocks_output(blocks: Sequence[Array], activate: Callable[[Array], Array], h: Array) -> tuple[Array, Array]:
-    """(what enters the last block [R,W], its folded product [R,out])."""
+    """Returns (what enters the last block [R,W], its folded product [R,out])."""
     for i in range(0, len(blocks) - 3, 4):
         w1, b1, w2, b2 = blocks[i : i + 4]
         h = h + tf.matmul(activate(tf.matmul(activate(h), w1) + b1), w2) + b2
@@ -63,7 +63,7 @@ def _blocks_output(blocks: Sequence[Array], activate: Callable[[Array], Array], 
 
 
 def fold_actor(network: DiffusionMLP, timesteps: np.ndarray) -> list[Array]:
-    """Tensors of `actor_output` for the given denoising steps t [T]: first layer, shortcut, blocks."""
+    """Returns tensors of `actor_output` for the given denoising steps t [T]: first layer, shortcut, blocks."""
     first, x_dim, time_dim = network.mlp_mean.layers[0], network.horizon_steps * network.action_dim, network.time_dim
     embedded = network.time_embedding(tf.constant(np.ascontiguousarray(timesteps), tf.int32))
     kernel = tf.convert_to_tensor(first.kernel)
@@ -79,7 +79,7 @@ def fold_actor(network: DiffusionMLP, timesteps: np.ndarray) -> list[Array]:
 
 
 def actor_output(network: DiffusionMLP, folded: Sequence[Array], rows: Array) -> Array:
-    """The network's output [R,X] for rows [R, X+O+T] = [x | observation | one-hot(step)]."""
+    """Returns the network's output [R,X] for rows [R, X+O+T] = [x | observation | one-hot(step)]."""
     w_in, w_out, constant, *blocks = folded
     activate = network.mlp_mean.layers[1].activate
     h, product = _blocks_output(blocks, activate, tf.matmul(rows, w_in))
@@ -101,7 +101,7 @@ class FoldedActor:
         self.weights = fold_actor(network, np.arange(n_steps))
 
     def __call__(self, x: Array, t: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,A], t [B], cond {"state": [B,To,O]} -> [B,H,A]."""
+        """Maps x [B,H,A], t [B], cond {"state": [B,To,O]} to [B,H,A]."""
         network = self.network
         flat = tf.reshape(x, [-1, network.horizon_steps * network.action_dim])
         rows = tf.concat([flat, flatten_state(cond), tf.one_hot(t, self.n_steps, dtype=flat.dtype)], axis=1)
@@ -117,7 +117,7 @@ def fold_critic(critic: CriticObs) -> list[Array]:
 
 
 def critic_output(critic: CriticObs, folded: Sequence[Array], states: Array) -> Array:
-    """Values [R] of observations [R,O]."""
+    """Returns values [R] of observations [R,O]."""
     kernel, bias, out_kernel, constant, *blocks = folded
     h, product = _blocks_output(blocks, critic.Q1.layers[1].activate, tf.matmul(states, kernel) + bias)
     return (product + tf.matmul(h, out_kernel) + constant)[:, 0]

@@ -25,10 +25,11 @@ class GaussianMLP(SpreadOwner):
         cond_dim: width of the flattened observation history, To * O.
         mlp_dims: hidden dimensions.
         tanh_output: squash the mean (not for SAC and its kin, which squash the sample).
-        fixed_std: standard deviation of every element; None: predicted by a second head on a shared trunk.
-        learn_fixed_std: with fixed_std, learn one standard deviation for each action dimension, starting there.
-        std_min, std_max: range of a learned one: predicted ones are squashed into it, a fixed one is clamped.
+        **spread: of `SpreadOwner.init_spread`; standard deviations are predicted by a second head on a shared trunk and
+            squashed into their range, learned fixed ones are clamped to it.
     """
+
+    ALSO_TAKES = (SpreadOwner.init_spread,)
 
     def __init__(
         self,
@@ -41,10 +42,7 @@ class GaussianMLP(SpreadOwner):
         residual_style: bool = False,
         use_layernorm: bool = False,
         dropout: float = 0.0,
-        fixed_std: float | None = None,
-        learn_fixed_std: bool = False,
-        std_min: float = 0.01,
-        std_max: float = 1.0,
+        **spread: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
@@ -55,22 +53,23 @@ class GaussianMLP(SpreadOwner):
             "use_layernorm": use_layernorm,
             "dropout": dropout,
         }
-        if fixed_std is None:
+        if spread.get("fixed_std") is None:
             trunk: dict[str, Any] = {"out_activation_type": activation_type, "use_layernorm_final": use_layernorm}
             self.mlp_base = build([cond_dim, *mlp_dims], **trunk, **common)
             self.mlp_mean = MLP([mlp_dims[-1], output_dim])
             self.mlp_logvar = MLP([mlp_dims[-1], output_dim])
         else:
             self.mlp_mean = build([cond_dim, *mlp_dims, output_dim], **common)
-        self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
+        self.init_spread(action_dim, **spread)
 
     def masks_shapes(self, batch: int) -> list[tuple[int, int]]:
-        """Shapes of the 0/1 dropout masks that training draws, one for each hidden layer; none without dropout."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, one for each hidden layer; none without
+        dropout."""
         dropped = self.mlp_base if self.fixed_std is None else self.mlp_mean
         return dropped.masks_shapes(batch) if isinstance(dropped, MLP) else []
 
     def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
-        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
+        """Maps {"state": [B,To,O]} to mean, standard deviation, both [B,H*A], step by step.
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """

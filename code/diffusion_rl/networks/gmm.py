@@ -6,6 +6,7 @@ Shape letters: B batch, To observation history, O observation, H horizon, A acti
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -24,10 +25,10 @@ class GMMMLP(SpreadOwner):
         cond_dim: width of the flattened observation history, To * O.
         mlp_dims: hidden dimensions, of each network.
         num_modes: M.
-        fixed_std: standard deviation of every element; None: predicted, and clamped to its range.
-        learn_fixed_std: with fixed_std, learn one for each mode and action dimension, starting there.
-        std_min, std_max: range of a learned or predicted one.
+        **spread: of `SpreadOwner.init_spread`; predicted standard deviations are clamped to their range.
     """
+
+    ALSO_TAKES = (SpreadOwner.init_spread,)
 
     def __init__(
         self,
@@ -39,10 +40,7 @@ class GMMMLP(SpreadOwner):
         activation_type: str = "Mish",
         residual_style: bool = False,
         use_layernorm: bool = False,
-        fixed_std: float | None = None,
-        learn_fixed_std: bool = False,
-        std_min: float = 0.01,
-        std_max: float = 1.0,
+        **spread: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps = action_dim, horizon_steps
@@ -55,13 +53,13 @@ class GMMMLP(SpreadOwner):
 
         outputs = action_dim * horizon_steps * num_modes
         self.mlp_mean = mlp(outputs)
-        if fixed_std is None:
+        if spread.get("fixed_std") is None:
             self.mlp_logvar = mlp(outputs)
-        self.init_spread(num_modes * action_dim, fixed_std, learn_fixed_std, std_min, std_max)
+        self.init_spread(num_modes * action_dim, **spread)
         self.mlp_weights = mlp(num_modes)
 
     def call(self, cond: dict[str, Array]) -> tuple[Array, Array, Array]:
-        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
+        """Maps {"state": [B,To,O]} to means and standard deviations [B,M,H*A], step by step, and logits [B,M]."""
         state = flatten_state(cond)
         mean = self._by_mode(tf.tanh(self.mlp_mean(state)))
         if self.fixed_std is None:

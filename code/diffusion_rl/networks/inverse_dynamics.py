@@ -26,7 +26,7 @@ class InverseDynamics(keras.layers.Layer):
         self.model = [first, gelu, norm, None, second, gelu, last, tf.tanh]  # None: where dropout stands
 
     def call(self, state: Array, following: Array, keep: Array | None = None) -> Array:
-        """state, following [...,O] normalised -> [...,A]; `keep` [...,hidden_dim] is dropout's 0/1 mask."""
+        """Maps state, following [...,O] normalised to [...,A]; `keep` [...,hidden_dim] is dropout's 0/1 mask."""
         x = tf.concat([state, following], axis=-1)
         for step in self.model:
             x = dropped(x, keep, self.dropout) if step is None else step(x)

@@ -6,12 +6,11 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.dit import run
-from diffusion_rl.networks.layers import LayerNorm, Linear, mish
+from diffusion_rl.networks.layers import LayerNorm, Linear, mish, sequential
 
 
 def perceptron(in_dim: int, hidden_dim: int) -> list:
-    """Two hidden layers with LayerNorm and Mish, one output."""
+    """Makes two hidden layers with LayerNorm and Mish, and one output."""
     first = [Linear(in_dim, hidden_dim), LayerNorm(hidden_dim), mish]
     return [*first, Linear(hidden_dim, hidden_dim), LayerNorm(hidden_dim), mish, Linear(hidden_dim, 1)]
 
@@ -25,12 +24,12 @@ class TwinQ(keras.layers.Layer):
         self.Q2 = perceptron(obs_dim + act_dim, hidden_dim)
 
     def both(self, obs: Array, act: Array) -> tuple[Array, Array]:
-        """obs [B,O], act [B,A] -> two of [B,1]"""
+        """Maps obs [B,O], act [B,A] to two of [B,1]."""
         x = tf.concat([obs, act], axis=-1)
-        return run(self.Q1, x), run(self.Q2, x)
+        return sequential(self.Q1, x), sequential(self.Q2, x)
 
     def call(self, obs: Array, act: Array) -> Array:
-        """The smaller one, [B,1]."""
+        """Returns the smaller one, [B,1]."""
         return tf.minimum(*self.both(obs, act))
 
 
@@ -42,5 +41,5 @@ class StateValue(keras.layers.Layer):
         self.V = perceptron(obs_dim, hidden_dim)
 
     def call(self, obs: Array) -> Array:
-        """[...,O] -> [...,1]"""
-        return run(self.V, obs)
+        """Maps [...,O] to [...,1]."""
+        return sequential(self.V, obs)

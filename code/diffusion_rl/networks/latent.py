@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, sinusoidal_embedding
+from diffusion_rl.networks.layers import LayerNorm, Linear, sequential, sinusoidal_embedding
 from diffusion_rl.networks.mlp import MLP
 from diffusion_rl.networks.transformer import SelfAttention
 
@@ -37,26 +37,26 @@ class ActionVAE(keras.layers.Layer):
         self.decoder = MLP([latent_dim, hidden_dim, hidden_dim, action_dim], activation_type="ReLU")
 
     def encode(self, actions: Array) -> tuple[Array, Array]:
-        """[R,A] -> mean and logarithm of the variance of the latent, [R,Z] each."""
+        """Maps [R,A] to mean and logarithm of the variance of the latent, [R,Z] each."""
         features = self.encoder(actions)
         return self.mean_head(features), self.log_variance_head(features)
 
     def reparameterize(self, mean: Array, log_variance: Array, noise: Array) -> Array:
-        """mean + standard deviation * noise, all [R,Z]."""
+        """Returns mean + standard deviation * noise, all [R,Z]."""
         return mean + tf.exp(0.5 * log_variance) * noise
 
     def decode(self, latents: Array) -> Array:
-        """[R,Z] -> actions or logits [R,A]."""
+        """Maps [R,Z] to actions or logits [R,A]."""
         return self.decoder(latents)
 
     def call(self, actions: Array, noise: Array) -> tuple[Array, Array, Array]:
-        """actions [R,A], noise [R,Z] -> reconstruction [R,A], mean and log-variance [R,Z]."""
+        """Maps actions [R,A], noise [R,Z] to reconstruction [R,A], mean and log-variance [R,Z]."""
         mean, log_variance = self.encode(actions)
         return self.decode(self.reparameterize(mean, log_variance, noise)), mean, log_variance
 
 
 def kl_to_standard_normal(mean: Array, log_variance: Array) -> Array:
-    """KL(N(mean, variance) || N(0, 1)) = 1/2 sum(mean^2 + variance - 1 - log variance), [R,Z] -> [R]."""
+    """Returns KL(N(mean, variance) || N(0, 1)) = 1/2 sum(mean^2 + variance - 1 - log variance), [R,Z] -> [R]."""
     return 0.5 * tf.reduce_sum(tf.square(mean) + tf.exp(log_variance) - 1 - log_variance, axis=-1)
 
 
@@ -65,15 +65,12 @@ class EncoderLayer(keras.layers.Layer):
 
     def __init__(self, dim: int, heads: int):
         super().__init__(dtype=floatx())
-        self.self_attn, self.linear1, self.linear2 = (
-            SelfAttention(dim, heads),
-            Linear(dim, 2 * dim),
-            Linear(2 * dim, dim),
-        )
+        self.self_attn = SelfAttention(dim, heads)
+        self.linear1, self.linear2 = Linear(dim, 2 * dim), Linear(2 * dim, dim)
         self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
 
     def call(self, x: Array) -> Array:
-        """[R,To,D] -> [R,To,D]"""
+        """Maps [R,To,D] to [R,To,D]."""
         x = self.norm1(x + self.self_attn(x))
         return self.norm2(x + self.linear2(tf.nn.relu(self.linear1(x))))
 
@@ -88,7 +85,7 @@ class RecurrentLayer(keras.layers.Layer):
         self.hidden = [Linear(dim, gates * dim) for _ in range(2)]
 
     def call(self, x: Array) -> Array:
-        """[R,To,in] -> [R,To,2D], forward and backward."""
+        """Maps [R,To,in] to [R,To,2D], forward and backward."""
         forward, backward = (self._direction(x if i == 0 else x[:, ::-1], i) for i in range(2))
         return tf.concat([forward, backward[:, ::-1]], axis=-1)
 
@@ -139,7 +136,7 @@ class TrajectoryEncoder(keras.layers.Layer):
         self.kind, wide = kind, hidden_dim if kind == "transformer" else 2 * hidden_dim
         if kind == "transformer":
             self.embed = Linear(row_dim, hidden_dim)
-            self.positions = tf.Variable(0.02 * init_noise().normal((1, steps, hidden_dim), floatx()), name="positions")
+            self.positions = tf.Variable(0.02 * init_rng().normal((1, steps, hidden_dim), floatx()), name="positions")
             self.blocks = [EncoderLayer(hidden_dim, heads) for _ in range(layers)]
         else:
             widths = [row_dim] + [wide] * (layers - 1)
@@ -147,10 +144,9 @@ class TrajectoryEncoder(keras.layers.Layer):
         self.head = MLP([wide, hidden_dim, latent_dim], activation_type="ReLU")
 
     def call(self, rows: Array) -> Array:
-        """[R,To,A+O] -> [R,C]"""
+        """Maps [R,To,A+O] to [R,C]."""
         x = self.embed(rows) + self.positions[:, : rows.shape[1]] if self.kind == "transformer" else rows
-        for block in self.blocks:
-            x = block(x)
+        x = sequential(self.blocks, x)
         return self.head(tf.reduce_mean(x, axis=1) if self.kind == "transformer" else x[:, -1])
 
 
@@ -169,7 +165,7 @@ class BackboneLayer(keras.layers.Layer):
             self.self_attn, self.norm1, self.norm2 = SelfAttention(dim, heads), LayerNorm(dim), LayerNorm(dim)
 
     def call(self, x: Array, t: Array) -> Array:
-        """x [B,N,D], t [B,1,time_dim] -> [B,N,D]"""
+        """Maps x [B,N,D], t [B,1,time_dim] to [B,N,D]."""
         if not self.attention:
             return self._mlp(x, t)
         x = self.norm1(x + self.self_attn(x)) if x.shape[1] > 1 else self.norm1(x)
@@ -214,11 +210,11 @@ class DiffusionBackbone(keras.layers.Layer):
     def call(
         self, latents: Array, t: Array, codes: Array, returns: Array | None = None, keep: Array | None = None
     ) -> Array:
-        """latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: not told) -> [B,N,H*Z]"""
+        """Maps latents [B,N,H*Z], t [B], codes [B,N,C], returns [B,1], keep [B,1] (0: without returns) to [B,N,H*Z]."""
         embedded = self.time_mlp(sinusoidal_embedding(t, self.time_dim // 4, latents.dtype))
         if returns is not None:
-            told = self.return_mlp(returns)
-            embedded += told if keep is None else keep * told
+            wanted = self.return_mlp(returns)
+            embedded += wanted if keep is None else keep * wanted
         x = self.embed(tf.concat([latents, codes], axis=-1))
         for block in self.blocks:
             x = block(x, embedded[:, None])
@@ -230,7 +226,7 @@ class LatentDenoiser(keras.layers.Layer):
 
     cond is {"state": [B,To,N*(A+O)]}, agent by agent its action and observation, or what `encode` made of it. With
     "returns" [B,1] and "keep" [B,1] in it (training), the noise is that for these returns; otherwise, if returns are an
-    input at all, it is guided without a classifier (Ho & Salimans 2022): free + w (told - free).
+    input at all, it is guided without a classifier (Ho & Salimans 2022): free + w (conditioned - free).
 
     Args:
         encoder, backbone: shared by the agents.
@@ -255,7 +251,7 @@ class LatentDenoiser(keras.layers.Layer):
         self.target_return, self.guidance = float(target_return), float(guidance)
 
     def encode(self, cond: dict[str, Array]) -> dict[str, Array]:
-        """{"state": [B,To,N*(A+O)]} -> {"code": [B,N*C]}, each agent's from its own past."""
+        """Maps {"state": [B,To,N*(A+O)]} to {"code": [B,N*C]}, each agent's from its own past."""
         state = cond["state"]
         steps, width = state.shape[1], state.shape[2] // self.n_agents
         rows = tf.transpose(tf.reshape(state, [-1, steps, self.n_agents, width]), [0, 2, 1, 3])
@@ -263,22 +259,24 @@ class LatentDenoiser(keras.layers.Layer):
         return {"code": tf.reshape(codes, [-1, self.n_agents * codes.shape[-1]])}
 
     def call(self, x: Array, t: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,N*Z], t [B], cond (see the class) -> noise [B,H,N*Z]"""
+        """Maps x [B,H,N*Z], t [B], cond (see the class) to noise [B,H,N*Z]."""
         code = cond["code"] if "code" in cond else self.encode(cond)["code"]
         if "returns" in cond:
             return self._noise(x, t, code, cond["returns"], cond["keep"])
         if not self.backbone.returns_condition:
             return self._noise(x, t, code)
         free = self._noise(x, t, code)
-        told = self._noise(x, t, code, tf.fill([tf.shape(x)[0], 1], tf.constant(self.target_return, x.dtype)))
-        return free + self.guidance * (told - free)
+        conditioned = self._noise(x, t, code, tf.fill([tf.shape(x)[0], 1], tf.constant(self.target_return, x.dtype)))
+        return free + self.guidance * (conditioned - free)
 
     def _noise(self, x: Array, t: Array, code: Array, returns: Array | None = None, keep: Array | None = None) -> Array:
         n, h, z = self.n_agents, self.horizon, x.shape[-1] // self.n_agents
         latents = tf.reshape(tf.transpose(tf.reshape(x, [-1, h, n, z]), [0, 2, 1, 3]), [-1, n, h * z])
         codes = tf.reshape(code, [-1, n, code.shape[-1] // n])
         if not self.centralised and n > 1:  # every agent is a row of its own
-            latents, codes = (tf.reshape(each, [-1, 1, each.shape[-1]]) for each in (latents, codes))
-            t, returns, keep = (None if each is None else tf.repeat(each, n, axis=0) for each in (t, returns, keep))
+            latents, codes = (tf.reshape(tensor, [-1, 1, tensor.shape[-1]]) for tensor in (latents, codes))
+            t, returns, keep = (
+                None if tensor is None else tf.repeat(tensor, n, axis=0) for tensor in (t, returns, keep)
+            )
         noise = tf.reshape(self.backbone(latents, t, codes, returns, keep), [-1, n, h, z])
         return tf.reshape(tf.transpose(noise, [0, 2, 1, 3]), [-1, h, n * z])

@@ -1,13 +1,13 @@
 """Layers that own weights, built at construction (every dimension is known), initialised as torch initialises them.
 
-Weights take the dtype of `core.keras.floatx()` and draw their initial values from `core.noise.init_noise()`.
+Weights take the dtype of `core.keras.floatx()` and draw their initial values from `core.noise.init_rng()`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def _softplus(x: Array) -> Array:
 
 @tf.custom_gradient
 def mish(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """x tanh(log(1 + e^x)) (Misra 2019), [...], with a single exponential.
+    """Returns x tanh(log(1 + e^x)) (Misra 2019), [...], with a single exponential.
 
     tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2).
     """
@@ -43,7 +43,8 @@ def mish(x: Array) -> tuple[Array, Callable[[Array], Array]]:
 
 
 def gelu(x: Array) -> Array:
-    """x Phi(x) (Hendrycks & Gimpel 2016), [...], exact. tf.nn.gelu holds its constant in float32 whatever the input."""
+    """Returns x Phi(x) (Hendrycks & Gimpel 2016), [...], exact. tf.nn.gelu holds its constant in float32 whatever the
+    input."""
     return 0.5 * x * (1 + tf.math.erf(x * math.sqrt(0.5)))
 
 
@@ -74,12 +75,12 @@ class Linear(keras.layers.Layer):
     def __init__(self, in_dim: int, out_dim: int):
         super().__init__(dtype=floatx())
         bound = 1.0 / math.sqrt(in_dim)
-        draw = init_noise().uniform((in_dim + 1, out_dim), -bound, bound, dtype=floatx())
+        draw = init_rng().uniform((in_dim + 1, out_dim), -bound, bound, dtype=floatx())
         self.kernel = tf.Variable(draw[:-1], name="kernel")
         self.bias = tf.Variable(draw[-1], name="bias")
 
     def call(self, x: Array) -> Array:
-        """[..., in] -> [..., out]; of more than one leading dimension only the first may be unknown.
+        """Maps [..., in] to [..., out]; of more than one leading dimension only the first may be unknown.
 
         Stacked: [B,in], the same for all members, or [M,B,in] -> [M,B,out].
         """
@@ -94,6 +95,8 @@ class Linear(keras.layers.Layer):
 class LayerNorm(keras.layers.Layer):
     """Normalisation over the last axis with gain and offset; biased variance, epsilon inside the root."""
 
+    axes: tuple[int, ...] = (-1,)
+
     def __init__(self, dim: int, epsilon: float = 1e-5):
         super().__init__(dtype=floatx())
         self.epsilon = epsilon
@@ -101,14 +104,14 @@ class LayerNorm(keras.layers.Layer):
         self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
 
     def call(self, x: Array) -> Array:
-        """x [...,dim] -> [...,dim]; stacked: [M,B,dim]"""
-        mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+        """Maps x [...,dim] to [...,dim]; stacked: [M,B,dim]."""
+        mean, variance = tf.nn.moments(x, axes=self.axes, keepdims=True)
         gamma, beta = (w if w.shape.rank == 1 else w[:, None] for w in (self.gamma, self.beta))  # stacked: [M,1,dim]
         return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * gamma + beta
 
 
 def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
-    """[sin(t w), cos(t w)] with w_k = 10000^(-k / (dim/2 - 1)) (Vaswani et al. 2017).
+    """Returns [sin(t w), cos(t w)] with w_k = 10000^(-k / (dim/2 - 1)) (Vaswani et al. 2017).
 
     Args:
         t: [B] steps, not scaled.
@@ -121,6 +124,31 @@ def sinusoidal_embedding(t: Array, dim: int, dtype: str | tf.DType) -> Array:
     frequencies = np.exp(np.arange(half).astype(tf.as_dtype(dtype).as_numpy_dtype) * -(math.log(10000) / (half - 1)))
     angles = tf.cast(t, dtype)[:, None] * tf.constant(frequencies, dtype)[None]
     return tf.concat([tf.sin(angles), tf.cos(angles)], axis=-1)
+
+
+def sequential(layers: Iterable[Any], x: Array) -> Array:
+    """Applies layers and functions to x [...], one after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def uniform_variable(shape: Sequence[int], bound: float, name: str) -> tf.Variable:
+    """Draws a variable [*shape] uniformly within +-bound."""
+    return tf.Variable(init_rng().uniform(shape, -bound, bound, dtype=floatx()), name=name)
+
+
+def normal_linear(in_dim: int, out_dim: int, std: float) -> Linear:
+    """Makes a Linear whose weights are drawn from N(0, std^2), without initial bias."""
+    linear = Linear(in_dim, out_dim)
+    linear.kernel.assign(init_rng().normal((in_dim, out_dim), dtype=floatx()) * std)
+    return without_bias(linear)
+
+
+def without_bias(linear: Linear) -> Linear:
+    """Sets the bias of a Linear to zero. Returns the layer."""
+    linear.bias.assign(tf.zeros_like(linear.bias))
+    return linear
 
 
 def dropped(x: Array, keep: Array | None, rate: float) -> Array:
@@ -140,7 +168,7 @@ class TimeEmbedding(keras.layers.Layer):
         self.project = Linear(expansion * dim, dim)
 
     def call(self, t: Array) -> Array:
-        """t [B] -> [B,dim]"""
+        """Maps t [B] to [B,dim]."""
         return self.project(mish(self.expand(sinusoidal_embedding(t, self.dim, self.expand.kernel.dtype))))
 
 
@@ -150,7 +178,7 @@ _WEIGHTLESS = {"Layer", "Model", "Sequential", "Functional", "BaseRandomLayer", 
 
 
 def named_variables(module: object, prefix: str = "") -> Iterator[tuple[str, tf.Variable]]:
-    """Every variable of a module with its attribute path ("mlp_mean.layers.0.kernel"), in order of definition.
+    """Yields every variable of a module with its attribute path ("mlp_mean.layers.0.kernel"), in order of definition.
 
     A Keras layer's come last where they do not stand in public attributes: those of private ones under their names,
     those of `keras.Sequential` under the number of their layer ("net.0.kernel").
@@ -169,7 +197,7 @@ def named_variables(module: object, prefix: str = "") -> Iterator[tuple[str, tf.
 
 
 def _hidden_variables(layer: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, tf.Variable]]:
-    """Those that Keras knows and that are not `seen` in public attributes."""
+    """Yields those that Keras knows and that are not `seen` in public attributes."""
     _require_weights(layer, prefix)
     left = {id(weight): weight for weight in _keras_weights(layer) if id(weight) not in seen}
     is_graph = any(cls.__name__ == "Functional" for cls in type(layer).__mro__)  # Sequential is one, too
@@ -185,7 +213,7 @@ def _hidden_variables(layer: Any, prefix: str, seen: set[int]) -> Iterator[tuple
 
 
 def _require_weights(layer: Any, prefix: str) -> None:
-    """Raise UserError if a layer makes its weights when it is first called, and has not been."""
+    """Raises UserError if a layer makes its weights when it is first called, and has not been."""
     maker = next(cls.__name__ for cls in type(layer).__mro__ if "build" in vars(cls))
     late = maker not in _WEIGHTLESS or isinstance(layer, keras.layers.MultiHeadAttention)
     if late and not layer.built and not _keras_weights(layer):
@@ -193,7 +221,7 @@ def _require_weights(layer: Any, prefix: str) -> None:
 
 
 def _keras_weights(layer: Any) -> list[tf.Variable]:
-    """The weights that Keras knows; none of models that still have to be built, which refuse to say."""
+    """Returns the weights that Keras knows; none of models that still have to be built, which refuse to say."""
     try:
         return layer.weights
     except ValueError:
@@ -218,12 +246,12 @@ def _named(value: object, path: str) -> Iterator[tuple[str, tf.Variable]]:
 
 
 def _is_of_layer(value: object) -> bool:
-    """Whether it is a dictionary that is an attribute of a Keras layer."""
+    """Returns whether it is a dictionary that is an attribute of a Keras layer."""
     return isinstance(value, dict) and isinstance(value, tf.__internal__.tracking.TrackableDataStructure)
 
 
 def with_variables(module: T, change: Callable[[str, tf.Variable], tf.Variable | Array], prefix: str = "") -> T:
-    """A copy of a module that computes with change(path, variable) in place of each variable; paths as above.
+    """Returns a copy of a module that computes with change(path, variable) [...] in place of each variable [...].
 
     Raises:
         UserError: variables stand elsewhere than in public attributes and their lists.
@@ -253,22 +281,22 @@ def _changed(value: Any, path: str, change: Callable[[str, tf.Variable], tf.Vari
 
 
 def variables_of(module: object) -> list[tf.Variable]:
-    """The variables of a module in order of definition: the order of every optimizer and gradient list."""
+    """Returns the variables of a module in order of definition: the order of every optimizer and gradient list."""
     return [v for _, v in named_variables(module)]
 
 
 def copy_weights(source: object, target: object) -> None:
-    """Give `target` the weights of `source` (same architecture)."""
+    """Gives `target` the weights of `source` (same architecture)."""
     for a, b in zip(variables_of(source), variables_of(target), strict=True):
         b.assign(a)
 
 
 def clone(network: T) -> T:
-    """Copy a network: the same architecture and weights, in variables of its own."""
+    """Copies a network: the same architecture and weights, in variables of its own."""
     return copy.deepcopy(network)
 
 
 def flatten_state(cond: dict[str, Array]) -> Array:
-    """Observation history to one row: {"state": [B,To,O]} -> [B, To*O]."""
+    """Flattens the observation history to one row: {"state": [B,To,O]} -> [B, To*O]."""
     state = cond["state"]
     return tf.reshape(state, [-1, state.shape[-2] * state.shape[-1]]) if len(state.shape) > 2 else state

@@ -12,7 +12,15 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array, Rng
-from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, activation, dropped, flatten_state
+from diffusion_rl.networks.layers import (
+    LayerNorm,
+    Linear,
+    TimeEmbedding,
+    activation,
+    dropped,
+    flatten_state,
+    sequential,
+)
 
 
 class MLPLayer(keras.layers.Layer):
@@ -26,7 +34,7 @@ class MLPLayer(keras.layers.Layer):
         self.use_layernorm, self.dropout, self.activate = use_layernorm, dropout, activation(activation_type)
 
     def call(self, x: Array, keep: Array | None = None) -> Array:
-        """x [B,in] -> [B,out]; `keep` [B,out] is dropout's 0/1 mask (none: evaluation)."""
+        """Maps x [B,in] to [B,out]; `keep` [B,out] is dropout's 0/1 mask (none: evaluation)."""
         x = self.linear(x)
         if self.use_layernorm:
             x = self.norm(x)
@@ -72,11 +80,12 @@ class MLP(keras.layers.Layer):
         ]
 
     def masks_shapes(self, batch: int) -> list[tuple[int, int]]:
-        """Shapes of the 0/1 dropout masks that training draws, in the order of the layers."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, in the order of the layers."""
         return [(batch, layer.linear.kernel.shape[-1]) for layer in self.layers if layer.dropout]
 
     def call(self, x: Array, append: Array | None = None, keep_masks: Sequence[Array] = ()) -> Array:
-        """x [B,in] -> [B,out]; `append` [B,append_dim]; `keep_masks` one dropout mask per layer that has dropout."""
+        """Maps x [B,in] to [B,out]; `append` [B,append_dim]; `keep_masks` one dropout mask per layer that has
+        dropout."""
         masks = iter(keep_masks)
         for i, layer in enumerate(self.layers):
             if append is not None and i in self.append_layers:
@@ -96,7 +105,7 @@ class ResidualBlock(keras.layers.Layer):
             self.norm1, self.norm2 = LayerNorm(dim, epsilon=1e-6), LayerNorm(dim, epsilon=1e-6)
 
     def call(self, x: Array) -> Array:
-        """x [...,dim] -> [...,dim]"""
+        """Maps x [...,dim] to [...,dim]."""
         h = self.norm1(x) if self.use_layernorm else x
         h = self.l1(self.activate(h))
         h = self.norm2(h) if self.use_layernorm else h
@@ -104,7 +113,7 @@ class ResidualBlock(keras.layers.Layer):
 
 
 def draw_masks(network: Any, rng: Rng, shape: Sequence[int]) -> np.ndarray:
-    """Dropout's 0/1 masks for all layers [*shape, W]; W = 0 of networks without dropout."""
+    """Draws dropout's 0/1 masks for all layers [*shape, W]; W = 0 of networks without dropout."""
     widths = [math.prod(mask[1:]) for mask in _masks_shapes(network)]
     if not widths:
         return np.zeros((*shape, 0), floatx())
@@ -113,7 +122,7 @@ def draw_masks(network: Any, rng: Rng, shape: Sequence[int]) -> np.ndarray:
 
 
 def split_masks(network: Any, masks: Array | None) -> list[Array]:
-    """Masks [B,W] as the network takes them, one for each layer; none if there are none."""
+    """Returns masks [B,W] as the network takes them, one for each layer; none if there are none."""
     shapes = [] if masks is None or not masks.shape[-1] else _masks_shapes(network)
     parts = tf.split(masks, [math.prod(shape[1:]) for shape in shapes], axis=-1) if shapes else []
     return [tf.reshape(part, [-1, *shape[1:]]) for part, shape in zip(parts, shapes, strict=True)]
@@ -158,10 +167,8 @@ class ResidualMLP(keras.layers.Layer):
         self.activate_out = activation(out_activation_type)
 
     def call(self, x: Array) -> Array:
-        """x [...,in] -> [...,out]"""
-        for layer in self.layers:
-            x = layer(x)
-        return self.activate_out(x)
+        """Maps x [...,in] to [...,out]."""
+        return self.activate_out(sequential(self.layers, x))
 
 
 class DiffusionMLP(keras.layers.Layer):
@@ -205,7 +212,7 @@ class DiffusionMLP(keras.layers.Layer):
         )
 
     def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,A], time [B] integers, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers, cond {"state": [B,To,O]} to noise (or x0) [B,H,A]."""
         flat = tf.reshape(x, [-1, self.horizon_steps * self.action_dim])
         state = flatten_state(cond)
         if self.has_cond_mlp:

@@ -16,13 +16,20 @@ class SpreadOwner(keras.layers.Layer):
     """A network with a range for its standard deviation and, where it is fixed but learned, the variable for it."""
 
     def init_spread(
-        self, size: int, fixed_std: float | None, learn_fixed_std: bool, std_min: float, std_max: float
+        self,
+        size: int,
+        fixed_std: float | None = None,
+        learn_fixed_std: bool = False,
+        std_min: float = 0.01,
+        std_max: float = 1.0,
     ) -> None:
-        """Create the variables under the reference's names.
+        """Creates the variables under the reference's names.
 
         Args:
             size: how many standard deviations are learned with `learn_fixed_std`: A, or M * A.
-            fixed_std: None where the network predicts it.
+            fixed_std: standard deviation of every element; None: the network predicts it.
+            learn_fixed_std: with fixed_std, learn one for each action dimension (and mode), starting there.
+            std_min, std_max: range of a learned or predicted one.
         """
         self.fixed_std, self.learn_fixed_std = fixed_std, learn_fixed_std and fixed_std is not None
         if fixed_std is not None and learn_fixed_std:
@@ -32,7 +39,7 @@ class SpreadOwner(keras.layers.Layer):
         self.logvar_max = tf.Variable(np.log(np.asarray(std_max**2, floatx())), trainable=False, name="logvar_max")
 
     def clamped_std(self, logvar: Array) -> Array:
-        """exp(logvar / 2) in the range, [...]; outside of it there is no gradient."""
+        """Returns exp(logvar / 2) in the range, [...]; outside of it there is no gradient."""
         return tf.exp(0.5 * tf.clip_by_value(logvar, self.logvar_min, self.logvar_max))
 
     def squashed_std(self, raw: Array) -> Array:
@@ -41,7 +48,8 @@ class SpreadOwner(keras.layers.Layer):
         return tf.exp(0.5 * (low + 0.5 * (high - low) * (tf.tanh(raw) + 1)))
 
     def constant_std(self, mean: Array, horizon_steps: int) -> Array:
-        """The fixed standard deviation in the shape of the mean, [B,H*A] or [B,M,H*A], the same at every step."""
+        """Returns the fixed standard deviation in the shape of the mean, [B,H*A] or [B,M,H*A], the same at every
+        step."""
         if not self.learn_fixed_std:
             return tf.ones_like(mean) * self.fixed_std
         per_action = tf.reshape(self.clamped_std(self.logvar), [*mean.shape[1:-1], -1])

@@ -11,12 +11,12 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, gelu, mish
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, gelu, mish, sequential
 from diffusion_rl.networks.temporal_unet import ResidualTemporalBlock, TemporalUnet
 
 
 class MaskedTemporalUnet(TemporalUnet):
-    """The U-Net that is told which states are known: as one more channel, and in what every block sees beside the time.
+    """The U-Net that knows which states are given: by one more channel, and beside the time in every block.
 
     Every block has attention of its own.
 
@@ -34,13 +34,10 @@ class MaskedTemporalUnet(TemporalUnet):
         return ResidualTemporalBlock(before, after, 2 * dim, attention=True)
 
     def call(self, x: Array, time: Array, mask: Array) -> Array:  # type: ignore[override]  # one more input
-        """x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) -> noise [B,H,D]."""
-        where = mask
-        for step in self.cond_mlp:
-            where = step(where)
-        t = self.time_mlp(time)
+        """Maps x [B,H,D], time [B] or [1] integers, mask [B,H] or [1,H] (1: known, 0: not) to noise [B,H,D]."""
+        where, t = sequential(self.cond_mlp, mask), self.time_mlp(time)
         rows = tf.maximum(tf.shape(where)[0], tf.shape(t)[0])
-        seen = tf.concat([tf.broadcast_to(each, [rows, each.shape[1]]) for each in (where, t)], axis=-1)
+        seen = tf.concat([tf.broadcast_to(part, [rows, part.shape[1]]) for part in (where, t)], axis=-1)
         channel = tf.broadcast_to(mask, tf.shape(x)[:2])[..., None]
         return self.denoise(tf.concat([x, channel], axis=-1), seen)
 
@@ -65,7 +62,7 @@ class StackClassifier(keras.layers.Layer):
         self.shifts = [Linear(time_dim, width) for width in dims]
 
     def call(self, x: Array, time: Array) -> Array:
-        """x [B,H,D], time [B] or [1] integers -> [B,H,L]"""
+        """Maps x [B,H,D], time [B] or [1] integers to [B,H,L]."""
         t = mish(self.time_model(time))
         for linear, shift in zip(self.linears, self.shifts, strict=True):
             x = linear(x + shift(t)[:, None])

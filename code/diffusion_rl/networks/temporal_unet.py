@@ -18,7 +18,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish, sequential
 from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
 
 GROUPS = 8  # of every group normalisation
@@ -56,10 +56,8 @@ class ResidualTemporalBlock(keras.layers.Layer):
         self.changes_width, self.attends = in_dim != out_dim, attention
 
     def call(self, x: Array, t: Array) -> Array:
-        """x [H,B,I], t [B,M] or [1,M] -> [H,B,C]"""
-        for step in self.time_mlp:
-            t = step(t)
-        out = self.blocks[1](self.blocks[0](x) + t)
+        """Maps x [H,B,I], t [B,M] or [1,M] to [H,B,C]."""
+        out = self.blocks[1](self.blocks[0](x) + sequential(self.time_mlp, t))
         out = out + self.inner_attention(out) if self.attends else out
         return out + (self.residual_conv(x) if self.changes_width else x)
 
@@ -74,7 +72,7 @@ class ChannelNorm(keras.layers.Layer):
         self.b = tf.Variable(tf.zeros([1, dim, 1], floatx()), name="b")
 
     def call(self, x: Array) -> Array:
-        """x [H,B,C] -> [H,B,C]"""
+        """Maps x [H,B,C] to [H,B,C]."""
         mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
         normal = (x - mean) * tf.math.rsqrt(variance + tf.constant(self.eps, x.dtype))
         return normal * tf.reshape(self.g, [-1]) + tf.reshape(self.b, [-1])
@@ -93,7 +91,7 @@ class LinearAttention(keras.layers.Layer):
         self.to_out = Conv1d(heads * dim_head, dim, 1)
 
     def call(self, x: Array) -> Array:
-        """[H,B,C] -> [H,B,C]"""
+        """Maps [H,B,C] to [H,B,C]."""
         steps = x.shape[0]
         qkv = tf.reshape(self.to_qkv(x), [steps, -1, 3, self.heads, self.dim_head])
         q, k, v = (tf.transpose(part, [1, 2, 0, 3]) for part in tf.unstack(qkv, axis=2))  # [B,heads,H,dim_head]
@@ -111,7 +109,7 @@ class AttentionBlock(keras.layers.Layer):
         self.channel_norm = ChannelNorm(dim)
 
     def call(self, x: Array) -> Array:
-        """x [H,B,C] -> [H,B,C]"""
+        """Maps x [H,B,C] to [H,B,C]."""
         return x + self.linear_attention(self.channel_norm(x))
 
 
@@ -164,11 +162,11 @@ class TemporalUnet(keras.layers.Layer):
         self.final_conv: list[Any] = [conv_block(dims[1], dims[1]), Conv1d(dims[1], transition_dim, 1)]
 
     def block(self, before: int, after: int, dim: int) -> ResidualTemporalBlock:
-        """What every level is made of, two by two."""
+        """Makes what every level has two of."""
         return ResidualTemporalBlock(before, after, dim)
 
     def call(self, x: Array, time: Array) -> Array:
-        """x [B,H,D], time [B] or [1] integers -> noise or clean trajectories [B,H,D].
+        """Maps x [B,H,D], time [B] or [1] integers to noise or clean trajectories [B,H,D].
 
         Raises:
             UserError: H cannot be halved once between any two levels.
@@ -176,7 +174,7 @@ class TemporalUnet(keras.layers.Layer):
         return self.denoise(x, self.time_mlp(time))
 
     def denoise(self, x: Array, t: Array) -> Array:
-        """x [B,H,D], embedding t [B,M] or [1,M] of what the blocks see besides -> [B,H,D]."""
+        """Maps x [B,H,D], embedding t [B,M] or [1,M] of what the blocks see besides to [B,H,D]."""
         require_horizon(x.shape[1], self.levels)
         x, skips = tf.transpose(x, [1, 0, 2]), []
         for one, two, attend, halve in self.downs:
@@ -186,9 +184,7 @@ class TemporalUnet(keras.layers.Layer):
         x = self.mid_block2(_optional(self.mid_attn, self.mid_block1(x, t)), t)
         for one, two, attend, double in self.ups:
             x = double(_optional(attend, two(one(tf.concat([x, skips.pop()], axis=-1), t), t)))
-        for layer in self.final_conv:
-            x = layer(x)
-        return tf.transpose(x, [1, 0, 2])
+        return tf.transpose(sequential(self.final_conv, x), [1, 0, 2])
 
 
 class ActionTemporalUnet(TemporalUnet):
@@ -222,13 +218,11 @@ class ActionTemporalUnet(TemporalUnet):
             self.obs_mlp.append(Linear(observation_dim, features))
 
     def encode(self, observation: Array) -> Array:
-        """[B,O] -> features [B,F]"""
-        for step in self.obs_mlp:
-            observation = step(observation)
-        return observation
+        """Maps [B,O] to features [B,F]."""
+        return sequential(self.obs_mlp, observation)
 
     def call(self, x: Array, time: Array, features: Array) -> Array:  # type: ignore[override]  # one more input
-        """x [B,H,A], time [B] integers, features [B,F] of `encode` -> noise or clean actions [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers, features [B,F] of `encode` to noise or clean actions [B,H,A]."""
         beside = tf.repeat(features[:, None], x.shape[1], axis=1)
         return super().call(tf.concat([x, beside], axis=-1), time)
 
@@ -275,7 +269,8 @@ class ValueFunction(keras.layers.Layer):
         self.final_block: list[Any] = [Linear(features + dim, features // 2), mish, Linear(features // 2, out_dim)]
 
     def call(self, x: Array, time: Array) -> Array:
-        """x [B,H,D], time [B] or [1] integers -> [B,out_dim]. Raises UserError for another H than it was built for."""
+        """Maps x [B,H,D], time [B] or [1] integers to [B,out_dim]. Raises UserError for another H than it was built
+        for."""
         if x.shape[1] != self.horizon:
             raise UserError(f"the value network was trained for horizon {self.horizon}, not {x.shape[1]}: plan with it")
         x, t = tf.transpose(x, [1, 0, 2]), self.time_mlp(time)
@@ -285,9 +280,7 @@ class ValueFunction(keras.layers.Layer):
         x = self.mid_down2(self.mid_block2(x, t))
         x = tf.reshape(tf.transpose(x, [1, 2, 0]), [-1, x.shape[0] * x.shape[2]])  # channel by channel
         x = tf.concat([x, tf.broadcast_to(t, [tf.shape(x)[0], t.shape[1]])], axis=-1)
-        for layer in self.final_block:
-            x = layer(x)
-        return x
+        return sequential(self.final_block, x)
 
 
 def require_horizon(horizon: int, levels: int) -> None:

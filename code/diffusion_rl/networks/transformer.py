@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,9 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, activation, dropped, flatten_state, variables_of
+from diffusion_rl.networks.layers import LayerNorm, Linear, activation, dropped, flatten_state, sequential, variables_of
 from diffusion_rl.networks.spread import SpreadOwner
 
 _ACTIVATIONS = {"gelu": "GELU", "relu": "ReLU"}
@@ -28,15 +28,19 @@ class SelfAttention(keras.layers.Layer):
     """Multi-head attention of a sequence to itself (Vaswani et al. 2017, eq. 1), without a mask.
 
     One projection gives queries, keys and values, in this order; heads are neighbouring channels.
+
+    Args:
+        linear: makes both projections from their widths.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, linear: Callable[[int, int], Linear] = Linear):
         super().__init__(dtype=floatx())
         self.heads, self.head_dim = heads, dim // heads
-        self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
+        self.in_proj, self.out_proj = linear(dim, 3 * dim), linear(dim, dim)
 
     def call(self, x: Array, asking: slice | None = None, keep: Array | None = None, rate: float = 0.0) -> Array:
-        """[B,H,E] -> [B,H,E]; of all positions or those that ask; `keep` [B,N,H,H]: dropout's mask of the weights."""
+        """Maps [B,H,E] to [B,H,E]; of all positions or those that ask; `keep` [B,N,H,H]: dropout's mask of the
+        weights."""
         steps, dim = x.shape[1:]
         if asking is None:
             queries, keys, values = (self._heads(part) for part in tf.split(self.in_proj(x), 3, axis=-1))
@@ -49,11 +53,11 @@ class SelfAttention(keras.layers.Layer):
         return self.out_proj(tf.reshape(mixed, [-1, steps, dim]))
 
     def _heads(self, x: Array) -> Array:
-        """[B,H,E] -> [B,heads,H,E/heads]"""
+        """Maps [B,H,E] to [B,heads,H,E/heads]."""
         return tf.transpose(tf.reshape(x, [-1, x.shape[1], self.heads, self.head_dim]), [0, 2, 1, 3])
 
     def _project(self, x: Array, first: int, last: int) -> Array:
-        """Some of the columns of `in_proj` alone."""
+        """Applies some of the columns of `in_proj` alone."""
         rows = tf.matmul(tf.reshape(x, [-1, x.shape[-1]]), self.in_proj.kernel[:, first:last])
         return tf.reshape(rows + self.in_proj.bias[first:last], [-1, x.shape[1], last - first])
 
@@ -71,7 +75,7 @@ class AttentionToOne(keras.layers.Layer):
         self.in_proj, self.out_proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def call(self, memory: Array, keep: Array | None = None, rate: float = 0.0) -> Array:
-        """[B,E] -> [B,1,E], for all positions; [B,H,E] with `keep` [B,N,H,1], dropout's mask of the weights."""
+        """Maps [B,E] to [B,1,E], for all positions; [B,H,E] with `keep` [B,N,H,1], dropout's mask of the weights."""
         values = tf.matmul(memory, self.in_proj.kernel[:, 2 * self.dim :]) + self.in_proj.bias[2 * self.dim :]
         values = values[:, None]
         if keep is not None:
@@ -97,13 +101,13 @@ class DecoderLayer(keras.layers.Layer):
         self.activate = activation(activation_type)
 
     def masks_shapes(self, batch: int, steps: int) -> list[tuple[int, ...]]:
-        """Shapes of dropout's masks in the order of use; none without dropout."""
+        """Returns the shapes of dropout's masks in the order of use; none without dropout."""
         added, heads = (batch, steps, self.dim), (batch, self.heads, steps)
         shapes = [(*heads, steps), added, (*heads, 1), added, (batch, steps, 4 * self.dim), added]
         return shapes if self.dropout else []
 
     def call(self, x: Array, memory: Array, masks: Iterable[Array] = ()) -> Array:
-        """x [B,H,E] (or [1,H,E], the same for all), memory [B,E] -> [B,H,E]; `masks` see `masks_shapes`."""
+        """Maps x [B,H,E] (or [1,H,E], the same for all), memory [B,E] to [B,H,E]; `masks` see `masks_shapes`."""
         rate, keep = self.dropout, tuple(masks) or (None,) * 6
         x = x + dropped(self.self_attn(self.norm1(x), keep=keep[0], rate=rate), keep[1], rate)
         # What norm2 gives is only queried with, so its gradient is zero; zero, not missing: weight decay acts on it.
@@ -121,7 +125,7 @@ class Decoder(keras.layers.Layer):
         self.layers = [DecoderLayer(dim, heads, activation_type, dropout) for _ in range(n_layers)]
 
     def call(self, x: Array, memory: Array, masks: Iterator[Array]) -> Array:
-        """x [B or 1,H,E], memory [B,E], dropout's masks of all layers -> [B,H,E]"""
+        """Maps x [B or 1,H,E], memory [B,E], dropout's masks of all layers to [B,H,E]."""
         for layer in self.layers:
             x = layer(x, memory, itertools.islice(masks, len(layer.masks_shapes(1, 1))))
         return x
@@ -172,36 +176,34 @@ class Transformer(keras.layers.Layer):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Weights and positions from N(0, 0.02^2), offsets 0, gains 1."""
+        """Draws weights and positions from N(0, 0.02^2); offsets are 0, gains 1."""
         for variable in variables_of(self):
             if variable.name.startswith("bias"):
                 variable.assign(tf.zeros_like(variable))
             elif not variable.name.startswith(("gamma", "beta")):
-                variable.assign(INIT_STD * init_noise().normal(variable.shape, floatx()))
+                variable.assign(INIT_STD * init_rng().normal(variable.shape, floatx()))
 
     def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Shapes of the 0/1 dropout masks that training draws, in the order of use: of the embedded observation, of
-        the positions, of each layer of the decoder; none at a rate of 0."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, in the order of use: of the embedded
+        observation, of the positions, of each layer of the decoder; none at a rate of 0."""
         embedded = [(batch, 1, self.embed_dim), (batch, self.horizon, self.embed_dim)] if self.p_drop_emb else []
         return embedded + [s for layer in self.decoder.layers for s in layer.masks_shapes(batch, self.horizon)]
 
     @property
     def dropout(self) -> tuple[float, ...]:
-        """The rate of each mask."""
+        """Returns the rate of each mask."""
         count, embedded = len(self.masks_shapes(1)), 2 if self.p_drop_emb else 0
         return (self.p_drop_emb,) * embedded + (self.p_drop_attn,) * (count - embedded)
 
     def call(self, state: Array, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
-        """[B,To*O] -> outputs [B,H,output_dim] and what the head sees of them [B,H,E].
+        """Maps [B,To*O] to outputs [B,H,output_dim] and what the head sees of them [B,H,E].
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """
         masks, rate = iter(keep_masks), self.p_drop_emb
         of_memory, of_positions = (next(masks, None) if rate else None for _ in range(2))
         memory = (self.cond_obs_emb(state) + self.cond_pos_emb[0])[:, None]
-        memory = dropped(memory, of_memory, rate)[:, 0]
-        for step in self.encoder:
-            memory = step(memory)
+        memory = sequential(self.encoder, dropped(memory, of_memory, rate)[:, 0])
         positions = dropped(tf.convert_to_tensor(self.pos_emb), of_positions, rate)
         features = self.ln_f(self.decoder(positions, memory, masks))
         return self.head(features), features
@@ -214,11 +216,11 @@ class GaussianTransformer(SpreadOwner):
         action_dim, horizon_steps: A and H.
         cond_dim: width of the flattened observation history, To * O.
         transformer_*: see `Transformer`.
-        fixed_std: standard deviation of every element; None: predicted, and clamped to its range.
-        learn_fixed_std: with fixed_std, learn one for each action dimension, starting there.
-        std_min, std_max: range of a learned or predicted one.
         modes: M, for the mixture below.
+        **spread: of `SpreadOwner.init_spread`; predicted standard deviations are clamped to their range.
     """
+
+    ALSO_TAKES = (SpreadOwner.init_spread,)
 
     def __init__(
         self,
@@ -231,17 +233,14 @@ class GaussianTransformer(SpreadOwner):
         transformer_activation: str = "gelu",
         p_drop_emb: float = 0.0,
         p_drop_attn: float = 0.0,
-        fixed_std: float | None = None,
-        learn_fixed_std: bool = False,
-        std_min: float = 0.01,
-        std_max: float = 1.0,
         modes: int = 1,
+        **spread: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps, self.cond_dim = action_dim, horizon_steps, cond_dim
-        self.init_spread(modes * action_dim, fixed_std, learn_fixed_std, std_min, std_max)
+        self.init_spread(modes * action_dim, **spread)
         self.transformer = Transformer(
-            modes * action_dim * (2 if fixed_std is None else 1),
+            modes * action_dim * (2 if self.fixed_std is None else 1),
             horizon_steps,
             cond_dim,
             n_layer=transformer_num_layers,
@@ -253,16 +252,16 @@ class GaussianTransformer(SpreadOwner):
         )
 
     def masks_shapes(self, batch: int) -> list[tuple[int, ...]]:
-        """Shapes of the 0/1 dropout masks that training draws, see `Transformer`."""
+        """Returns the shapes of the 0/1 dropout masks that training draws, see `Transformer`."""
         return self.transformer.masks_shapes(batch)
 
     @property
     def dropout(self) -> tuple[float, ...]:
-        """The rate of each mask."""
+        """Returns the rate of each mask."""
         return self.transformer.dropout
 
     def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, ...]:
-        """{"state": [B,To,O]} -> mean, standard deviation, both [B,H*A], step by step.
+        """Maps {"state": [B,To,O]} to mean, standard deviation, both [B,H*A], step by step.
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """
@@ -270,7 +269,7 @@ class GaussianTransformer(SpreadOwner):
         return self._mean_std(out, [self.horizon_steps * self.action_dim])
 
     def _mean_std(self, out: Array, shape: Sequence[int]) -> tuple[Array, Array]:
-        """Outputs of each step [B,H,...], brought into the given shape, as mean and standard deviation."""
+        """Returns outputs of each step [B,H,...], brought into the given shape, as mean and standard deviation."""
         halves = tf.split(out, 2, axis=-1) if self.fixed_std is None else [out]
         mean, *logvar = (self._arranged(half, shape) for half in halves)
         mean = tf.tanh(mean)
@@ -303,7 +302,7 @@ class GMMTransformer(GaussianTransformer):
         self.modes_head = Linear(horizon_steps * transformer_embed_dim, num_modes)
 
     def call(self, cond: dict[str, Array], keep_masks: Sequence[Array] = ()) -> tuple[Array, Array, Array]:
-        """{"state": [B,To,O]} -> means and standard deviations [B,M,H*A], step by step, and logits [B,M].
+        """Maps {"state": [B,To,O]} to means and standard deviations [B,M,H*A], step by step, and logits [B,M].
 
         `keep_masks`: see `masks_shapes`; none in evaluation.
         """

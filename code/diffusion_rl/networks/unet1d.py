@@ -15,7 +15,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d, ConvTranspose1d, GroupNorm
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, activation, flatten_state
+from diffusion_rl.networks.layers import Linear, TimeEmbedding, activation, flatten_state, sequential
 from diffusion_rl.networks.mlp import ResidualMLP
 
 
@@ -32,7 +32,7 @@ class ConvBlock(keras.layers.Layer):
         self.normalises, self.activate = n_groups is not None, activation(activation_type)
 
     def call(self, x: Array) -> Array:
-        """[H,B,I] -> [H,B,C]"""
+        """Maps [H,B,I] to [H,B,C]."""
         x = self.conv(x)
         return self.activate(self.norm(x) if self.normalises else x)
 
@@ -73,9 +73,8 @@ class FiLMBlock(keras.layers.Layer):
         self.changes_width = in_dim != out_dim
 
     def call(self, x: Array, cond: Array) -> Array:
-        """x [H,B,I], cond [B,G] -> [H,B,C]"""
-        for step in self.cond_encoder:
-            cond = step(cond)
+        """Maps x [H,B,I], cond [B,G] to [H,B,C]."""
+        cond = sequential(self.cond_encoder, cond)
         out, n = self.blocks[0](x), self.out_dim
         out = cond[:, :n] * out + cond[:, n:] if self.cond_predict_scale else out + cond
         return self.blocks[1](out) + (self.residual_conv(x) if self.changes_width else x)
@@ -89,7 +88,7 @@ class Downsample(keras.layers.Layer):
         self.conv = Conv1d(dim, dim, 3, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
-        """x [H,B,C] -> [(H+1)//2,B,C]"""
+        """Maps x [H,B,C] to [(H+1)//2,B,C]."""
         return self.conv(x)
 
 
@@ -101,7 +100,7 @@ class Upsample(keras.layers.Layer):
         self.conv = ConvTranspose1d(dim, dim, 4, stride=2, padding=1)
 
     def call(self, x: Array) -> Array:
-        """x [H,B,C] -> [2H,B,C]"""
+        """Maps x [H,B,C] to [2H,B,C]."""
         return self.conv(x)
 
 
@@ -176,11 +175,11 @@ class UNetTrunk(keras.layers.Layer):
         ]
 
     def encoded_state(self, cond: dict[str, Array]) -> Array:
-        """{"state": [B,To,O]} -> the observation as the blocks are conditioned on it."""
+        """Maps {"state": [B,To,O]} to the observation as the blocks are conditioned on it."""
         return self.cond_mlp(flatten_state(cond)) if self.has_cond_mlp else flatten_state(cond)
 
     def trunk(self, x: Array, time: Array, features: Array) -> Array:
-        """x [B,H,A], time [B] integers or one for all, features of images and observation [B,F] -> [B,H,A].
+        """Maps x [B,H,A], time [B] integers or one for all, features of images and observation [B,F] to [B,H,A].
 
         Where H is odd and there are two levels the result has H+1 steps.
 
@@ -196,8 +195,7 @@ class UNetTrunk(keras.layers.Layer):
         for one, two, *down in self.down_modules:
             x = two(one(x, cond), cond)
             skips.append(x)
-            for halve in down:
-                x = halve(x)
+            x = sequential(down, x)
         for block in self.mid_modules:
             x = block(x, cond)
         for one, two, double in self.up_modules:
@@ -209,14 +207,12 @@ class UNetTrunk(keras.layers.Layer):
                     "(or fewer network.dim_mults)"
                 )
             x = double(two(one(tf.concat([x, skip], axis=-1), cond), cond))
-        for layer in self.final_conv:
-            x = layer(x)
-        return tf.transpose(x, [1, 0, 2])
+        return tf.transpose(sequential(self.final_conv, x), [1, 0, 2])
 
 
 class Unet1D(UNetTrunk):
     """Noise prediction from a noisy chunk, the denoising step and the observation history; arguments: `UNetTrunk`."""
 
     def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
-        """x [B,H,A], time [B] integers or one for all, cond {"state": [B,To,O]} -> noise (or x0) [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers or one for all, cond {"state": [B,To,O]} to noise (or x0) [B,H,A]."""
         return self.trunk(x, time, self.encoded_state(cond))

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, dropped, flatten_state
@@ -51,7 +51,7 @@ class RandomShiftsAug:
 
 
 def _shifted(size: Array, shift: Array) -> Array:
-    """Indices [B,size] of shifted pixels, held at the border; shift [B,1]."""
+    """Returns indices [B,size] of shifted pixels, held at the border; shift [B,1]."""
     return tf.clip_by_value(tf.range(size)[None] + shift, 0, size - 1)
 
 
@@ -69,12 +69,12 @@ class SpatialEmb(keras.layers.Layer):
     def __init__(self, num_patch: int, patch_dim: int, prop_dim: int, proj_dim: int, dropout: float):
         super().__init__(dtype=floatx())
         self.num_patch, self.prop_dim, self.proj_dim, self.dropout = num_patch, prop_dim, proj_dim, dropout
-        self.weight = tf.Variable(init_noise().normal((1, patch_dim, proj_dim), dtype=floatx()), name="weight")
+        self.weight = tf.Variable(init_rng().normal((1, patch_dim, proj_dim), dtype=floatx()), name="weight")
         self.input_linear = Linear(num_patch + prop_dim, proj_dim)
         self.input_norm = LayerNorm(proj_dim)
 
     def call(self, feat: Array, prop: Array, keep_masks: Sequence[Array] = ()) -> Array:
-        """feat [B,P,D], prop [B,prop_dim] -> [B,proj_dim]; `keep_masks`: dropout's one 0/1 mask [B,proj_dim]."""
+        """Maps feat [B,P,D], prop [B,prop_dim] to [B,proj_dim]; `keep_masks`: dropout's one 0/1 mask [B,proj_dim]."""
         kernel, channels = tf.convert_to_tensor(self.input_linear.kernel), feat.shape[-1]
         by_channel = tf.reshape(tf.transpose(feat, [0, 2, 1]), [-1, self.num_patch])
         y = tf.reshape(tf.matmul(by_channel, kernel[: self.num_patch]), [-1, channels, self.proj_dim])
@@ -95,7 +95,7 @@ class FlatEmb(keras.layers.Layer):
         self.norm = LayerNorm(out_dim)
 
     def call(self, feat: Array, prop: Array, keep_masks: Sequence[Array] = ()) -> Array:
-        """feat [B,P,D] -> [B,out]; `keep_masks`: dropout's one 0/1 mask [B,out]."""
+        """Maps feat [B,P,D] to [B,out]; `keep_masks`: dropout's one 0/1 mask [B,out]."""
         z = self.norm(self.linear(tf.reshape(feat, [-1, self.in_dim])))
         return tf.nn.relu(dropped(z, next(iter(keep_masks), None), self.dropout))
 
@@ -144,7 +144,7 @@ class ImageFeatures(keras.layers.Layer):
             setattr(self, name, copy.deepcopy(first) if i else first)  # all start alike
 
     def call(self, rgb: Array, state: Array, shifts: Array | None = None, keep_masks: Sequence[Array] = ()) -> Array:
-        """Features [B,F].
+        """Returns features [B,F].
 
         Args:
             rgb: [B,To,C,Hi,Wi] pixels in [0,255], the latest last.
@@ -165,14 +165,15 @@ class ImageFeatures(keras.layers.Layer):
         return tf.concat(parts, axis=-1)
 
     def cameras(self, rgb: Array) -> list[Array]:
-        """[B,To,C,Hi,Wi] -> for each camera its latest images stacked along the channels [B,T*C/num_img,Hi,Wi]."""
+        """Returns for each camera its latest images of [B,To,C,Hi,Wi], stacked along the channels
+        [B,T*C/num_img,Hi,Wi]."""
         recent = rgb[:, -self.img_cond_steps :]
         _, steps, channels, height, width = recent.shape
         if channels % self.num_img:
             raise UserError(f"images of {channels} channels are not of num_img={self.num_img} cameras")
-        each = channels // self.num_img
-        stacked = [-1, steps * each, height, width]
-        return [tf.reshape(recent[:, :, i * each : (i + 1) * each], stacked) for i in range(self.num_img)]
+        per_camera = channels // self.num_img
+        stacked = [-1, steps * per_camera, height, width]
+        return [tf.reshape(recent[:, :, i * per_camera : (i + 1) * per_camera], stacked) for i in range(self.num_img)]
 
 
 class SeesImages:
@@ -181,19 +182,19 @@ class SeesImages:
     vision: ImageFeatures
 
     def shifts_shape(self, batch: int) -> tuple[int, int, int] | None:
-        """Shape of the shifts that training draws, integers in [0, 2 pad]; None without augmentation.
+        """Returns the shape of the shifts that training draws, integers in [0, 2 pad]; None without augmentation.
 
-        The reference shifts also when it evaluates a network with augment=true; here whoever calls decides, by giving
+        The reference shifts also when it evaluates a network with augment=true; here the caller decides, by giving
         shifts or not.
         """
         return (batch, self.vision.num_img, 2) if self.vision.augment else None
 
     def proprioception(self, cond: Cond) -> Array:
-        """What the network makes of {"state": [B,To,O]}: [B,cond_dim]."""
+        """Returns what the network makes of {"state": [B,To,O]}: [B,cond_dim]."""
         return tf.cast(flatten_state(cond), self.vision.compute_dtype)
 
     def encode(self, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()) -> Cond:
-        """The observation as the rest of the network needs it: {"state", "features": [B,F+cond_dim]}.
+        """Returns the observation as the rest of the network needs it: {"state", "features": [B,F+cond_dim]}.
 
         The result takes the place of `cond` in calls of the same network (and of no other: weights differ).
 
@@ -211,7 +212,7 @@ class SeesImages:
 
 
 def check_images(network: Any, shape: Sequence[int] | None, whose: str) -> None:
-    """Hold images [C,Hi,Wi] (None: there are none) to what `network` sees; nothing if it does not see.
+    """Holds images [C,Hi,Wi] (None: there are none) to what `network` sees; nothing if it does not see.
 
     Raises UserError naming both shapes; whose: where the images come from.
     """
@@ -233,37 +234,31 @@ class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
     """`DiffusionMLP` with images (DPPO, Ren et al. 2024, appendix).
 
     Args:
-        backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment: see
-            `ImageFeatures`.
         action_dim, horizon_steps: A and H.
+        cond_dim: see `ImageFeatures`.
         time_dim, mlp_dims, activation_type, out_activation_type, use_layernorm, residual_style: see `DiffusionMLP`.
+        **vision: of `ImageFeatures`.
     """
+
+    ALSO_TAKES = (ImageFeatures.__init__,)
 
     def __init__(
         self,
-        backbone: VitEncoder,
         action_dim: int,
         horizon_steps: int,
         cond_dim: int,
-        img_cond_steps: int = 1,
         time_dim: int = 16,
         mlp_dims: Sequence[int] = (256, 256),
         activation_type: str = "Mish",
         out_activation_type: str = "Identity",
         use_layernorm: bool = False,
         residual_style: bool = False,
-        spatial_emb: int = 0,
-        visual_feature_dim: int = 128,
-        dropout: float = 0.0,
-        num_img: int = 1,
-        augment: bool = False,
+        **vision: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps = action_dim, horizon_steps
         self.cond_dim, self.time_dim = cond_dim, time_dim
-        self.vision = ImageFeatures(
-            backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment
-        )
+        self.vision = ImageFeatures(cond_dim=cond_dim, **vision)
         self.time_embedding = TimeEmbedding(time_dim)
         output_dim = action_dim * horizon_steps
         self.mlp_mean = (ResidualMLP if residual_style else MLP)(
@@ -276,7 +271,7 @@ class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
     def call(
         self, x: Array, time: Array, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()
     ) -> Array:
-        """x [B,H,A], time [B] integers, cond (plain or encoded) -> noise (or x0) [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers, cond (plain or encoded) to noise (or x0) [B,H,A]."""
         features = self.encode(cond, shifts, keep_masks)["features"]
         flat = tf.reshape(x, [-1, self.horizon_steps * self.action_dim])
         out = self.mlp_mean(tf.concat([flat, self.time_embedding(tf.reshape(time, [-1])), features], axis=-1))
@@ -290,21 +285,18 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
     (as deep as one of `mlp_dims`' layers) and is clamped.
 
     Args:
-        backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment: see
-            `ImageFeatures`.
         action_dim, horizon_steps, mlp_dims, activation_type, residual_style, use_layernorm: see `GaussianMLP`.
-        fixed_std: standard deviation of every element; None: predicted.
-        learn_fixed_std: with fixed_std, learn one standard deviation for each action dimension, starting there.
-        std_min, std_max: range of a learned or predicted one.
+        fixed_std, learn_fixed_std, std_min, std_max: see `SpreadOwner.init_spread`.
+        cond_dim, **vision: of `ImageFeatures`.
     """
+
+    ALSO_TAKES = (ImageFeatures.__init__,)
 
     def __init__(
         self,
-        backbone: VitEncoder,
         action_dim: int,
         horizon_steps: int,
         cond_dim: int,
-        img_cond_steps: int = 1,
         mlp_dims: Sequence[int] = (256, 256, 256),
         activation_type: str = "Mish",
         residual_style: bool = False,
@@ -313,18 +305,12 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
         learn_fixed_std: bool = False,
         std_min: float = 0.01,
         std_max: float = 1.0,
-        spatial_emb: int = 0,
-        visual_feature_dim: int = 128,
-        dropout: float = 0.0,
-        num_img: int = 1,
-        augment: bool = False,
+        **vision: Any,
     ):
         super().__init__(dtype=floatx())
         self.action_dim, self.horizon_steps = action_dim, horizon_steps
         self.init_spread(action_dim, fixed_std, learn_fixed_std, std_min, std_max)
-        self.vision = ImageFeatures(
-            backbone, cond_dim, img_cond_steps, spatial_emb, visual_feature_dim, dropout, num_img, augment
-        )
+        self.vision = ImageFeatures(cond_dim=cond_dim, **vision)
         input_dim, output_dim = self.vision.dim + cond_dim, action_dim * horizon_steps
         common: dict[str, Any] = {"activation_type": activation_type, "use_layernorm": use_layernorm}
         build = ResidualMLP if residual_style else MLP
@@ -333,7 +319,7 @@ class GaussianVisionMLP(SeesImages, SpreadOwner):
             self.mlp_logvar = MLP([input_dim, mlp_dims[-1], output_dim], **common)
 
     def call(self, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array]:
-        """cond (plain or encoded) -> mean, standard deviation, both [B,H*A], step by step."""
+        """Maps cond (plain or encoded) to mean, standard deviation, both [B,H*A], step by step."""
         features = self.encode(cond, shifts, keep_masks)["features"]
         mean = tf.tanh(self.mlp_mean(features))
         if self.fixed_std is None:
@@ -374,5 +360,5 @@ class ViTCritic(SeesImages, CriticObs):
         shifts: Array | None = None,
         keep_masks: Sequence[Array] = (),
     ) -> Array:
-        """cond (plain or encoded) -> [B,1]; `no_augment`: shifts are not used."""
+        """Maps cond (plain or encoded) to [B,1]; `no_augment`: shifts are not used."""
         return self.Q1(self.encode(cond, None if no_augment else shifts, keep_masks)["features"])

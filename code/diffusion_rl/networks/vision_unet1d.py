@@ -46,11 +46,11 @@ class VisionUnet1D(SeesImages, UNetTrunk):
         self.vision = vision
 
     def proprioception(self, cond: Cond) -> Array:
-        """{"state": [B,To,O]} -> what the blocks are conditioned on, [B,To*O] or [B,cond_mlp_dims[-1]]."""
+        """Maps {"state": [B,To,O]} to what the blocks are conditioned on, [B,To*O] or [B,cond_mlp_dims[-1]]."""
         return self.encoded_state({"state": tf.cast(cond["state"], self.vision.compute_dtype)})
 
     def call(
         self, x: Array, time: Array, cond: Cond, shifts: Array | None = None, keep_masks: Sequence[Array] = ()
     ) -> Array:
-        """x [B,H,A], time [B] integers or one for all, cond (plain or encoded) -> noise (or x0) [B,H,A]."""
+        """Maps x [B,H,A], time [B] integers or one for all, cond (plain or encoded) to noise (or x0) [B,H,A]."""
         return self.trunk(x, time, self.encode(cond, shifts, keep_masks)["features"])

@@ -5,19 +5,20 @@ Shapes: B batch, C channels, Hi, Wi image, P patches, D embedding, N heads.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
-from diffusion_rl.core.noise import init_noise
+from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, gelu
+from diffusion_rl.networks.layers import LayerNorm, gelu, normal_linear, sequential, uniform_variable
+from diffusion_rl.networks.transformer import SelfAttention
 
 LINEAR_STD = 0.02  # initial weights of the transformer and of the position embedding
 PATCH = 8  # side of the first convolution's window, whatever `patch_size` says
@@ -50,29 +51,19 @@ class Conv2d(keras.layers.Layer):
     def __init__(self, in_dim: int, out_dim: int, kernel_size: int, stride: int):
         super().__init__(dtype=floatx())
         bound = 1.0 / math.sqrt(in_dim * kernel_size**2)
-        shape = (kernel_size, kernel_size, in_dim, out_dim)
-        self.kernel = tf.Variable(init_noise().uniform(shape, -bound, bound, dtype=floatx()), name="kernel")
-        self.bias = tf.Variable(init_noise().uniform((out_dim,), -bound, bound, dtype=floatx()), name="bias")
+        self.kernel = uniform_variable((kernel_size, kernel_size, in_dim, out_dim), bound, "kernel")
+        self.bias = uniform_variable((out_dim,), bound, "bias")
         self.stride = stride
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,in] -> [B,(Hi-k)/stride+1,(Wi-k)/stride+1,out]."""
+        """Maps [B,Hi,Wi,in] to [B,(Hi-k)/stride+1,(Wi-k)/stride+1,out]."""
         return tf.nn.conv2d(x, self.kernel, self.stride, "VALID") + self.bias
 
 
-class InstanceNorm(keras.layers.Layer):
-    """Normalisation of each channel over its image, with gain and offset (group normalisation with groups of one)."""
+class InstanceNorm(LayerNorm):
+    """Normalisation of each channel over its image, [B,Hi,Wi,D] (group normalisation with groups of one)."""
 
-    def __init__(self, dim: int, epsilon: float = 1e-5):
-        super().__init__(dtype=floatx())
-        self.epsilon = epsilon
-        self.gamma = tf.Variable(np.ones(dim, floatx()), name="gamma")
-        self.beta = tf.Variable(np.zeros(dim, floatx()), name="beta")
-
-    def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,D] -> the same."""
-        mean, variance = tf.nn.moments(x, axes=[1, 2], keepdims=True)
-        return (x - mean) * tf.math.rsqrt(variance + tf.constant(self.epsilon, x.dtype)) * self.gamma + self.beta
+    axes = (1, 2)
 
 
 class PatchEmbed1(keras.layers.Layer):
@@ -84,7 +75,7 @@ class PatchEmbed1(keras.layers.Layer):
         self.conv = Conv2d(num_channel, embed_dim, PATCH, stride=PATCH)
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,C] -> [B,P,D]."""
+        """Maps [B,Hi,Wi,C] to [B,P,D]."""
         return _patches(self.conv(x), self.num_patch)
 
 
@@ -101,14 +92,14 @@ class PatchEmbed2(keras.layers.Layer):
         self.conv2 = Conv2d(embed_dim, embed_dim, 3, stride=2)
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,C] -> [B,P,D]."""
+        """Maps [B,Hi,Wi,C] to [B,P,D]."""
         x = self.conv1(x)
         x = self.norm(x) if self.use_norm else x
         return _patches(self.conv2(tf.nn.relu(x)), self.num_patch)
 
 
 def _windows(size: int, *convolutions: tuple[int, int]) -> int:
-    """How many windows (width, stride) after one another leave of `size` pixels; none may be cut off."""
+    """Returns how many windows (width, stride) after one another leave of `size` pixels; none may be cut off."""
     left = size
     for width, stride in convolutions:
         if left < width or (left - width) % stride:
@@ -124,50 +115,24 @@ def _patches(x: Array, num_patch: int) -> Array:
     return tf.reshape(x, [-1, num_patch, x.shape[-1]])
 
 
-class MultiHeadAttention(keras.layers.Layer):
-    """Every patch attends to every patch: softmax(q k^T / sqrt(D/N)) v, head by head (Vaswani et al. 2017, eq. 1)."""
-
-    def __init__(self, embed_dim: int, num_head: int):
-        super().__init__(dtype=floatx())
-        if embed_dim % num_head:
-            raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_head}")
-        self.embed_dim, self.num_head = embed_dim, num_head
-        self.qkv_proj = _transformer_linear(embed_dim, 3 * embed_dim)
-        self.out_proj = _transformer_linear(embed_dim, embed_dim)
-
-    def call(self, x: Array) -> Array:
-        """[B,P,D] -> [B,P,D]. The 3 D outputs of `qkv_proj` are ordered (q|k|v, head, D/N)."""
-        patches, head_dim = x.shape[1], self.embed_dim // self.num_head
-        qkv = tf.reshape(self.qkv_proj(x), [-1, patches, 3, self.num_head, head_dim])
-        q, k, v = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))  # each [B,N,P,D/N]
-        attention = tf.nn.softmax(tf.matmul(q, k, transpose_b=True) * (1 / math.sqrt(head_dim)))
-        mixed = tf.transpose(tf.matmul(attention, v), [0, 2, 1, 3])
-        return self.out_proj(tf.reshape(mixed, [-1, patches, self.embed_dim]))
-
-
 class TransformerLayer(keras.layers.Layer):
     """Pre-norm block: x + attention(norm(x)), then x + W2 gelu(W1 norm(x)) of four times the width."""
 
     def __init__(self, embed_dim: int, num_head: int):
         super().__init__(dtype=floatx())
+        if embed_dim % num_head:
+            raise UserError(f"embed_dim={embed_dim} does not divide into num_heads={num_head}")
+        linear = functools.partial(normal_linear, std=LINEAR_STD)
         self.layer_norm1 = LayerNorm(embed_dim)
-        self.mha = MultiHeadAttention(embed_dim, num_head)
+        self.mha = SelfAttention(embed_dim, num_head, linear)
         self.layer_norm2 = LayerNorm(embed_dim)
-        self.linear1 = _transformer_linear(embed_dim, 4 * embed_dim)
-        self.linear2 = _transformer_linear(4 * embed_dim, embed_dim)
+        self.linear1 = linear(embed_dim, 4 * embed_dim)
+        self.linear2 = linear(4 * embed_dim, embed_dim)
 
     def call(self, x: Array) -> Array:
-        """[B,P,D] -> [B,P,D]."""
+        """Maps [B,P,D] to [B,P,D]."""
         x = x + self.mha(self.layer_norm1(x))
         return x + self.linear2(gelu(self.linear1(self.layer_norm2(x))))
-
-
-def _transformer_linear(in_dim: int, out_dim: int) -> Linear:
-    """A Linear with small normal weights and no initial bias."""
-    linear = Linear(in_dim, out_dim)
-    linear.kernel.assign(init_noise().normal((in_dim, out_dim), dtype=floatx()) * LINEAR_STD)
-    linear.bias.assign(tf.zeros_like(linear.bias))
-    return linear
 
 
 class Vit(keras.layers.Layer):
@@ -182,18 +147,15 @@ class Vit(keras.layers.Layer):
         else:
             raise UserError(f"unknown embed_style {cfg.embed_style!r}: choose embed1 or embed2")
         self.num_patches = patch_embed.num_patch
-        position = init_noise().normal((1, self.num_patches, cfg.embed_dim), dtype=floatx()) * LINEAR_STD
+        position = init_rng().normal((1, self.num_patches, cfg.embed_dim), dtype=floatx()) * LINEAR_STD
         self.pos_embed = tf.Variable(position, name="pos_embed")
         self.patch_embed = patch_embed
         self.net = [TransformerLayer(cfg.embed_dim, cfg.num_heads) for _ in range(cfg.depth)]
         self.norm = LayerNorm(cfg.embed_dim)
 
     def call(self, x: Array) -> Array:
-        """[B,Hi,Wi,C] -> [B,P,D]."""
-        x = self.patch_embed(x) + self.pos_embed
-        for block in self.net:
-            x = block(x)
-        return self.norm(x)
+        """Maps [B,Hi,Wi,C] to [B,P,D]."""
+        return self.norm(sequential(self.net, self.patch_embed(x) + self.pos_embed))
 
 
 class VitEncoder(keras.layers.Layer):
@@ -229,7 +191,7 @@ class VitEncoder(keras.layers.Layer):
         self.repr_dim = self.num_patch * cfg.embed_dim
 
     def call(self, obs: Array, flatten: bool = False) -> Array:
-        """[B,C,Hi,Wi] pixels in [0,255] -> [B,P,D], or [B,P*D] if `flatten`."""
+        """Maps [B,C,Hi,Wi] pixels in [0,255] to [B,P,D], or [B,P*D] if `flatten`."""
         if tuple(obs.shape[1:]) != self.image_shape:
             raise UserError(
                 f"images [C,H,W] = {list(obs.shape[1:])} (history stacked along C), the encoder is built for "

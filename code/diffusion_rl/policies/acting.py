@@ -5,7 +5,6 @@ An actor draws what one decision needs from a source of randomness (`draw`) and 
 
 from __future__ import annotations
 
-import abc
 import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,85 +35,60 @@ class Decision(NamedTuple):
     log_probs: np.ndarray  # [E,F,H,A] of the steps of the chain; else [E] of the chunks
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What there is, by name."""
+        """Returns what there is, by name."""
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fast: bool = True) -> Any:
-    """The actor of a policy; `fast` concerns diffusion policies only."""
-    if isinstance(policy, GaussianPolicy):
-        return GaussianActor(policy)
-    return GMMActor(policy) if isinstance(policy, GMMPolicy) else DiffusionActor(policy, fast)
+    """Returns the actor of a policy; `fast` concerns diffusion policies only."""
+    if isinstance(policy, GaussianPolicy | GMMPolicy):
+        return SingleStepActor(policy)
+    return DiffusionActor(policy, fast)
 
 
-class SingleStepActor(abc.ABC):
+def _observation(state: np.ndarray, rgb: np.ndarray | None, dtype: tf.DType) -> Cond:
+    """Returns the observation of state [E,To,O] and, where there are images, rgb [E,To,C,Hi,Wi], as tensors."""
+    return {"state": tf.constant(state, dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
+
+
+class SingleStepActor:
     """Samples chunks that are single decisions, with their log-probabilities as the policy's PPO counts them."""
 
     def __init__(self, policy: Any):
         self.policy = policy
         self._decide = tf.function(self.decisions)
 
-    def weights_changed(self) -> None:  # noqa: B027 - not abstract: doing nothing is right
-        """To be called after every change of the weights; nothing is kept between decisions here."""
+    def weights_changed(self) -> None:
+        """Must be called after every change of the weights; nothing is kept between decisions here."""
 
-    @abc.abstractmethod
     def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """What one decision needs: the arguments of `policy.sample` beside the observation."""
-
-    @abc.abstractmethod
-    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Actions [E,H,A] of the policy."""
+        """Draws what one decision needs: the arguments of `policy.sample` beside the observation."""
+        return self.policy.draw_noise(rng, n_envs, floatx())
 
     def decisions(self, obs: Cond, draws: dict[str, Array], deterministic: bool) -> tuple[Array, Array]:
-        """Compiled: actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
+        """Returns actions [E,H,A] and their log-probabilities [E], from one evaluation of the network."""
         policy, cuts = copy.copy(self.policy), parts(obs["state"].shape[0], MIN_PART if "rgb" in obs else MIN_ROWS)
-        each = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]  # side by side
-        outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*each, strict=True))
+        # side by side
+        outputs_by_part = [policy.network({name: array[cut] for name, array in obs.items()}) for cut in cuts]
+        outputs = tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*outputs_by_part, strict=True))
         policy.network = policy.actor_ft = lambda cond: outputs
-        actions = self.sample(policy, obs, draws, deterministic)
+        sample = policy.sample(obs, deterministic=deterministic, **draws)
+        actions = sample[0] if isinstance(sample, tuple) else sample
         return actions, policy.log_probs(obs, actions)[0]
 
     def act(
         self, state: np.ndarray, draws: dict[str, np.ndarray], deterministic: bool, rgb: np.ndarray | None = None
     ) -> Decision:
-        """Decide for all environments.
+        """Decides for all environments.
 
         Args:
             state: [E,To,O];  draws: of `draw`;  deterministic: evaluate instead of explore.
             rgb: [E,To,C,Hi,Wi] pixels, where the network sees images.
         """
-        obs = {"state": tf.constant(state, self.policy.dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
-        given = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
-        actions, log_probs = self._decide(obs, given, deterministic)
+        obs = _observation(state, rgb, self.policy.dtype)
+        tensors = {k: tf.constant(v, self.policy.dtype if v.dtype.kind == "f" else None) for k, v in draws.items()}
+        actions, log_probs = self._decide(obs, tensors, deterministic)
         return Decision(actions.numpy(), None, log_probs.numpy())
-
-
-class GaussianActor(SingleStepActor):
-    """Decisions of a Gaussian policy."""
-
-    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """Draws the noise [E,H*A] of one decision."""
-        network = self.policy.network
-        return {"noise": rng.normal((n_envs, network.horizon_steps * network.action_dim), floatx())}
-
-    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Actions [E,H,A] of the policy."""
-        return policy.sample(cond, deterministic=deterministic, **draws)[0]
-
-
-class GMMActor(SingleStepActor):
-    """Decisions of a mixture policy: a uniform draw picks the mode."""
-
-    def draw(self, rng: Rng, n_envs: int) -> dict[str, np.ndarray]:
-        """Draws what picks the modes [E] and the noise [E,M,H*A] of one decision."""
-        network = self.policy.network
-        uniform = rng.uniform((n_envs,), dtype=floatx())
-        shape = (n_envs, network.num_modes, network.horizon_steps * network.action_dim)
-        return {"uniform": uniform, "noise": rng.normal(shape, floatx())}
-
-    def sample(self, policy: Any, cond: Cond, draws: dict[str, Array], deterministic: bool) -> Array:
-        """Actions [E,H,A] of the policy."""
-        return policy.sample(cond, deterministic=deterministic, **draws)
 
 
 class CompiledNetwork:
@@ -130,7 +104,7 @@ class CompiledNetwork:
             self.encode = self._encode
 
     def __call__(self, x: Array, t: Array, cond: Cond) -> Array:
-        """x [B,H,A], t [B], cond -> noise (or x0) [B,H,A]"""
+        """Maps x [B,H,A], t [B], cond to noise (or x0) [B,H,A]."""
         return self._call(x, t, cond)
 
     def _encode(self, cond: Cond) -> Cond:
@@ -162,27 +136,26 @@ class DiffusionActor:
         self._folded: tuple[list[Array], list[Array]] | None = None
 
     def weights_changed(self) -> None:
-        """To be called after every change of the weights: folded copies of them are kept between decisions."""
+        """Must be called after every change of the weights: folded copies of them are kept between decisions."""
         self._folded = None
 
     def noise_shape(self, n_envs: int) -> tuple[int, ...]:
-        """Shape of the noise that one decision takes: [steps + 1, E, H, A]."""
-        p = self.policy
-        return (p.sampling_steps + 1, n_envs, p.horizon_steps, p.action_dim)
+        """Returns the shape of the noise that one decision takes: [sampling_steps+1,E,H,A]."""
+        return self.policy.noise_shape(n_envs)
 
     def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
         """Draws the noise of one decision, [steps+1,E,H,A]."""
         return rng.normal(self.noise_shape(n_envs), floatx())
 
     def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
-        """Decide for all environments.
+        """Decides for all environments.
 
         Args:
             state: [E,To,O];  noise: `noise_shape`;  deterministic: evaluate instead of explore.
             rgb: [E,To,C,Hi,Wi] pixels, where the networks see images.
         """
         dtype = self.policy.dtype
-        cond = {"state": tf.constant(state, dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
+        cond = _observation(state, rgb, dtype)
         floor = tf.constant(self.policy.min_sampling_denoising_std, dtype)
         weights: tuple[list[Array], ...] = ()
         if self.folds:
@@ -193,7 +166,8 @@ class DiffusionActor:
         return Decision(*(output.numpy() for output in outputs))
 
     def log_probs(self, state: np.ndarray, chains: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
-        """Log-probabilities [N,F,H,A] of chains [N,F+1,H,A], with the fine-tuned network; images are encoded once.
+        """Returns the log-probabilities [N,F,H,A] of chains [N,F+1,H,A], with the fine-tuned network; images are
+        encoded once.
 
         Args:
             state, rgb: of the N observations, as in `act`; a whole rollout in batches of one size, since every size is
@@ -215,7 +189,8 @@ class DiffusionActor:
         return _sampler(self.policy, deterministic)
 
     def _compiled_sampler(self, deterministic: bool) -> Sampler:
-        """Compiled networks, called step by step: unrolled into one program these would compile for a minute."""
+        """Builds a sampler of compiled networks, called step by step: unrolled into one program these would compile for
+        a minute."""
         policy = copy.copy(self.policy)
         policy.actor, policy.actor_ft = (CompiledNetwork(network) for network in (policy.actor, policy.actor_ft))
         return _sampler(policy, deterministic)
@@ -268,5 +243,5 @@ def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
 
 
 def _or_empty(log_probs: Array | None, like: Array) -> Array:
-    """[E,0,H,A] where no step is fine-tuned."""
+    """Returns the log-probabilities, or [E,0,H,A] where no step is fine-tuned."""
     return tf.zeros_like(like)[:, None][:, :0] if log_probs is None else log_probs

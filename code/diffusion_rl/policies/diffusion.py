@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 def encoded(network: keras.layers.Layer, cond: Cond) -> Cond:
-    """The observation as this network takes it without looking at the images again; others get it as it is."""
+    """Returns the observation as this network takes it without looking at the images again; others get it as it is."""
     return network.encode(cond) if hasattr(network, "encode") else cond
 
 
@@ -93,20 +93,24 @@ class DiffusionPolicy:
 
     @property
     def dtype(self) -> tf.DType:
-        """The precision of the weights, and so of all results."""
+        """Returns the precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
     @property
     def sampling_steps(self) -> int:
-        """Number of denoising steps that one sample takes: K, or the number of DDIM steps."""
+        """Returns the number of denoising steps that one sample takes: K, or the number of DDIM steps."""
         return len(self.ddim_schedule.ddim_t) if self.ddim_schedule else self.denoising_steps
 
     def sampling_timesteps(self) -> np.ndarray:
         """Returns the t of each step of a sample, noisiest first, [sampling_steps]."""
         return self.ddim_schedule.ddim_t if self.ddim_schedule else np.arange(self.denoising_steps)[::-1]
 
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise that a sample takes: [sampling_steps+1,B,H,A]."""
+        return (self.sampling_steps + 1, batch, self.horizon_steps, self.action_dim)
+
     def table(self, values: np.ndarray, index: Array) -> Array:
-        """Entries of a schedule's table for a batch of indices, as [B,1,1]."""
+        """Returns entries of a schedule's table for a batch of indices, as [B,1,1]."""
         return process.entries(values, index, self.dtype)
 
     # ---------- sampling ----------
@@ -140,7 +144,8 @@ class DiffusionPolicy:
         return ddim.step_mean(x0, eps, alpha_prev, direction)
 
     def p_mean_var(self, x: Array, t: Array, cond: Cond, index: Array | None = None) -> tuple[Array, ...]:
-        """Mean [B,H,A] and log-variance [B,1,1] of p(x_{t-1} | x_t); `index` [B] is the step's position in DDIM.
+        """Returns the mean [B,H,A] and log-variance [B,1,1] of p(x_{t-1} | x_t); `index` [B] is the step's position in
+        DDIM.
 
         DDIM without eta has no noise: its log-variance is -inf.
         """
@@ -150,7 +155,7 @@ class DiffusionPolicy:
         return mean, process.posterior_log_variance(self.schedule, t, self.dtype)
 
     def sample(self, cond: Cond, noise: Array, deterministic: bool = True) -> Sample:
-        """Denoise from noise[0].
+        """Denoises from noise[0].
 
         Args:
             cond: {"state": [B,To,O]}
@@ -182,11 +187,12 @@ class DiffusionPolicy:
     # ---------- supervised training ----------
 
     def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
-        """x_t given x_0 = x_start [B,H,A], t [B] and noise [B,H,A]."""
+        """Returns x_t given x_0 = x_start [B,H,A], t [B] and noise [B,H,A]."""
         return process.q_sample(self.schedule, x_start, t, noise)
 
     def loss(self, x: Array, cond: Cond, t: Array, noise: Array) -> Array:
-        """Mean squared error of the predicted noise (or of x_0), over all elements (Ho et al. 2020, eq. 14).
+        """Returns the mean squared error of the predicted noise (or of x_0), over all elements (Ho et al. 2020, eq.
+        14).
 
         Args:
             x: [B,H,A] clean chunks;  t: [B] in [0, K);  noise: [B,H,A].
@@ -195,12 +201,12 @@ class DiffusionPolicy:
         return tf.reduce_mean(self.errors(x, cond, t, noise))
 
     def errors(self, x: Array, cond: Cond, t: Array, noise: Array) -> Array:
-        """The squared errors [B,H,A] of which `loss` is the mean."""
+        """Returns the squared errors [B,H,A] of which `loss` is the mean."""
         output = self.predictor(self.network)(self.q_sample(x, t, noise), t, cond)
         return tf.square(output - (noise if self.predict_epsilon else x))
 
     def predictor(self, network: keras.layers.Layer) -> Any:
-        """Return what is called in a network's place: where `fast` is set and it can be folded, its folded form."""
+        """Returns what is called in a network's place: where `fast` is set and it can be folded, its folded form."""
         return FoldedActor(network, self.denoising_steps) if self.fast and can_fold(network) else network
 
 
@@ -258,12 +264,12 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
 
     @property
     def min_sampling_denoising_std(self) -> float:
-        """The present floor of the exploration noise."""
+        """Returns the present floor of the exploration noise."""
         std = self._min_sampling_denoising_std
         return float(std() if callable(std) else std)
 
     def step(self) -> bool:
-        """Advance the annealing of the exploration floor and of F by one iteration.
+        """Advances the annealing of the exploration floor and of F by one iteration.
 
         Returns True if F was lowered: the fine-tuned network has then become the base one as well.
         """
@@ -280,18 +286,18 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
 
     @property
     def actor_is_frozen(self) -> bool:
-        """Whether annealing has ended the actor's training (see `train_after_annealing`)."""
+        """Returns whether annealing has ended the actor's training (see `train_after_annealing`)."""
         return self.actor is not self.network and not self.train_after_annealing
 
     def separate_actor(self) -> None:
-        """Let `actor` differ from `network`, which keeps the pre-trained weights, as the reference's does."""
+        """Lets `actor` differ from `network`, which keeps the pre-trained weights, as the reference's does."""
         if self.actor is self.network:
             self.actor = clone(self.network)
 
     # ---------- one denoising step ----------
 
     def fine_tuned_rows(self, t: Array, index: Array) -> Array:
-        """[B] bool: which rows belong to the fine-tuned network."""
+        """Returns [B] bool: which rows belong to the fine-tuned network."""
         if self.ddim_schedule is not None:
             return index >= self.sampling_steps - self.ft_denoising_steps
         return t < self.ft_denoising_steps
@@ -313,7 +319,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         use_base_policy: bool = False,
         deterministic: bool = False,
     ) -> tuple[Array, Array, Array]:
-        """Mean [B,H,A], log-variance and eta (both broadcastable to it) of p(x_{t-1} | x_t)."""
+        """Returns the mean [B,H,A], log-variance and eta (both broadcastable to it) of p(x_{t-1} | x_t)."""
         output = self.predict_noise(x, t, cond, index, use_base_policy)
         return self.mean_var_eta(x, t, cond, index, output, deterministic)
 
@@ -348,7 +354,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         with_log_probs: bool = False,
         std_floor: Array | None = None,
     ) -> Sample:
-        """Denoise from noise[0] and keep the chain of the fine-tuned steps.
+        """Denoises from noise[0] and keeps the chain of the fine-tuned steps.
 
         Args:
             cond: {"state": [B,To,O]}
@@ -392,7 +398,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         return self.sampling_timesteps()[n - f :].copy(), np.arange(n - f, n)
 
     def log_probs(self, cond: Cond, chains: Array, use_base_policy: bool = False) -> tuple[Array, Array]:
-        """Log-probabilities of whole chains.
+        """Returns the log-probabilities of whole chains.
 
         Args:
             cond: {"state": [B,To,O]};  chains: [B,F+1,H,A].
@@ -412,7 +418,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
     def log_probs_subsample(
         self, cond: Cond, chains_prev: Array, chains_next: Array, denoising_inds: Array, use_base_policy: bool = False
     ) -> tuple[Array, Array]:
-        """Log-probabilities of single denoising steps.
+        """Returns the log-probabilities of single denoising steps.
 
         Args:
             cond: {"state": [B,To,O]}
@@ -434,7 +440,7 @@ class FineTunedDiffusionPolicy(DiffusionPolicy):
         return tf.maximum(tf.exp(0.5 * logvar), tf.constant(self.min_logprob_denoising_std, logvar.dtype))
 
     def reinforce_loss(self, cond: Cond, chains: Array, reward: Array) -> tuple[Array, Array, Array]:
-        """REINFORCE with a value baseline, for F = K.
+        """Returns the losses of REINFORCE with a value baseline, for F = K.
 
         Args:
             cond: {"state": [B,To,O]};  chains: [B,K+1,H,A];  reward: [B] returns.

@@ -17,7 +17,7 @@ EM_STEPS, LLOYD_STEPS = 30, 10
 
 
 def nearest_neighbour_entropy(samples: Array, k: int = 3) -> Array:
-    """Kozachenko & Leonenko's (1987) estimate from the distance to the k-th nearest neighbour, [B,N,D] -> [B].
+    """Returns Kozachenko & Leonenko's (1987) estimate from the distance to the k-th nearest neighbour, [B,N,D] -> [B].
 
         H = psi(N) - psi(k) + log V_D + D mean_i log rho_i,      V_D: volume of the unit ball
 
@@ -33,7 +33,7 @@ def nearest_neighbour_entropy(samples: Array, k: int = 3) -> Array:
 
 
 def mixture_entropy(samples: Array, n_modes: int = 3) -> Array:
-    """Entropy of the mixture of Gaussians fitted to each set of samples, [B,N,D] -> [B] float64.
+    """Returns the entropy of the mixture of Gaussians fitted to each set of samples, [B,N,D] -> [B] float64.
 
         H = -sum_k w_k log w_k + sum_k w_k (D (1 + log 2 pi) + log det Sigma_k) / 2
 
@@ -49,7 +49,7 @@ def mixture_entropy(samples: Array, n_modes: int = 3) -> Array:
 
 
 def _lloyd(x: Array, n_modes: int) -> Array:
-    """k-means -> the share of each mode in each sample [B,N,M], 0 or 1."""
+    """Runs k-means. Returns the share of each mode in each sample [B,N,M], 0 or 1."""
     chosen = [x[:, 0]]
     for _ in range(n_modes - 1):
         distances = tf.reduce_min(_squared_distances(x, tf.stack(chosen, axis=1)), axis=-1)
@@ -67,17 +67,18 @@ def _lloyd(x: Array, n_modes: int) -> Array:
 
 
 def _repeated(step: Callable[[Array], Array], value: Array, n: int) -> Array:
-    """step(step(... value)), n times, as a loop of the compiled program: unrolled it takes a minute to compile."""
+    """Returns step(step(... value)), n times, as a loop of the compiled program: unrolled it takes a minute to
+    compile."""
     return tf.while_loop(lambda i, _: i < n, lambda i, v: (i + 1, step(v)), (0, value))[1]
 
 
 def _squared_distances(x: Array, means: Array) -> Array:
-    """[B,N,D], [B,M,D] -> [B,N,M]"""
+    """Maps [B,N,D], [B,M,D] to [B,N,M]."""
     return tf.reduce_sum(tf.square(x[:, :, None] - means[:, None]), axis=-1)
 
 
 def _maximise(x: Array, share: Array) -> tuple[Array, Array, Array]:
-    """Weights [B,M], means [B,M,D] and Cholesky factors [B,M,D,D] of the covariances."""
+    """Returns weights [B,M], means [B,M,D] and Cholesky factors [B,M,D,D] of the covariances."""
     counts = tf.reduce_sum(share, axis=1) + 1e-15
     means = tf.einsum("bnm,bnd->bmd", share, x) / counts[..., None]
     centred = x[:, :, None] - means[:, None]
@@ -87,7 +88,7 @@ def _maximise(x: Array, share: Array) -> tuple[Array, Array, Array]:
 
 
 def _expect(x: Array, weights: Array, means: Array, roots: Array) -> Array:
-    """The share of each mode in each sample [B,N,M]."""
+    """Returns the share of each mode in each sample [B,N,M]."""
     centred = tf.transpose(x[:, None] - means[:, :, None], [0, 1, 3, 2])  # [B,M,D,N]
     whitened = tf.linalg.triangular_solve(roots, centred)
     log_det = tf.reduce_sum(tf.math.log(tf.linalg.diag_part(roots)), axis=-1)

@@ -25,7 +25,7 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
 
     Args:
         actor: the network, then known as `network` and `actor`; or
-        network: the same under one name.
+        network: the network, known under this name alone.
         min_sampling_denoising_std: floor of the standard deviation when exploring.
     """
 
@@ -44,10 +44,6 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
             self.actor = self.network
         self.min_sampling_denoising_std = float(min_sampling_denoising_std)
 
-    def noise_shape(self, batch: int) -> tuple[int, ...]:
-        """Shape of the noise that a sample takes: [K+1,B,H,A]."""
-        return (self.denoising_steps + 1, batch, self.horizon_steps, self.action_dim)
-
     def sample(
         self,
         cond: Cond,
@@ -56,7 +52,7 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         network: keras.layers.Layer | None = None,
         final_clip: float | None = None,
     ) -> Array:
-        """Denoise from noise[0]; differentiable.
+        """Denoises from noise[0]; differentiable.
 
         Args:
             noise: `noise_shape`, standard normal.
@@ -81,29 +77,25 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
     # ---------- acting ----------
 
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Array]:
-        """The draws that `act` takes, by name."""
+        """Returns the draws that `act` takes, by name."""
         return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
-        """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
+        """Returns action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
         return self.sample(cond, draws["noise"], deterministic)
 
 
 class ExploringGaussianPolicy(GaussianPolicy):
     """A Gaussian policy that explores by its own spread; arguments as in `GaussianPolicy`."""
 
-    def noise_shape(self, batch: int) -> tuple[int, int]:
-        """Shape of the noise of one sample: [B,H*A]."""
-        return (batch, self.horizon_steps * self.network.action_dim)
-
     def trainable(self) -> list[tf.Variable]:
-        """The network's weights that are trained."""
+        """Returns the network's weights that are trained."""
         return [v for v in variables_of(self.network) if v.trainable]
 
     def draw_action(self, rng: Rng, batch: int, deterministic: bool, settings: Any) -> dict[str, Any]:
-        """The draws that `act` takes, by name."""
-        return {"noise": rng.normal(self.noise_shape(batch), self.dtype.as_numpy_dtype)}
+        """Returns the draws that `act` takes, by name."""
+        return self.draw_noise(rng, batch, self.dtype.as_numpy_dtype)
 
     def act(self, cond: Cond, draws: dict[str, Array], deterministic: bool, settings: Any) -> Any:
-        """Action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
+        """Returns action chunks [B,H,A]; or candidates [B,N,H,A] and the weights [B,N] to choose one of them by."""
         return self.sample(cond, draws["noise"], deterministic)[0]

@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import keras
-from diffusion_rl.core.typing import Array
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks.layers import clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
@@ -23,7 +24,7 @@ DETERMINISTIC_STD = 1e-4  # "deterministic" samples still have a little noise
 
 
 def gaussian_sample(mean: Array, std: Array, noise: Array, clip: float, squash: bool) -> tuple[Array, Array]:
-    """A sample with its log-density: x = mean + std * clip(noise), and tanh(x) with `squash`.
+    """Returns a sample with its log-density: x = mean + std * clip(noise), and tanh(x) with `squash`.
 
     mean, std, noise [B,D] -> sample [B,D], log_prob [B]. The density (Haarnoja et al. 2018, appendix C, eq. 26) is
     taken at the clipped x; 1e-6 keeps the logarithm finite where tanh saturates.
@@ -69,8 +70,16 @@ class GaussianPolicy:
 
     @property
     def dtype(self) -> tf.DType:
-        """The precision of the weights, and so of all results."""
+        """Returns the precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
+
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise of a sample: [B,H*A]."""
+        return (batch, self.horizon_steps * self.network.action_dim)
+
+    def draw_noise(self, rng: Rng, batch: int, dtype: Any) -> dict[str, np.ndarray]:
+        """Draws what `sample` takes beside the observation: the noise [B,H*A]."""
+        return {"noise": rng.normal(self.noise_shape(batch), dtype)}
 
     def mean_std(
         self,
@@ -79,7 +88,8 @@ class GaussianPolicy:
         network: keras.layers.Layer | None = None,
         keep_masks: Sequence[Array] = (),
     ) -> tuple[Array, Array]:
-        """Mean and standard deviation [B,H*A], of another network if one is given; `keep_masks`: dropout's."""
+        """Returns the mean and standard deviation [B,H*A], of another network if one is given; `keep_masks`:
+        dropout's."""
         mean, std = (network or self.network)(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         return mean, tf.ones_like(mean) * DETERMINISTIC_STD if deterministic else std
 
@@ -91,7 +101,7 @@ class GaussianPolicy:
         network: keras.layers.Layer | None = None,
         keep_masks: Sequence[Array] = (),
     ) -> tuple[Array, Array]:
-        """-> actions [B,H,A], reparametrised, and their log_prob [B], summed over the chunk.
+        """Samples actions [B,H,A], reparametrised; returns them and their log_prob [B], summed over the chunk.
 
         `deterministic` shrinks the standard deviation to 1e-4; `network`, `keep_masks` as in `mean_std`.
         """
@@ -100,7 +110,7 @@ class GaussianPolicy:
         return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
 
     def log_probs(self, cond: Cond, actions: Array) -> tuple[Array, Array, Array]:
-        """Log-probability [B] of actions [B,H,A], averaged over their elements; mean entropy; mean std."""
+        """Returns the log-probability [B] of actions [B,H,A], averaged over their elements; mean entropy; mean std."""
         return self._log_probs(cond, actions, self.network)
 
     def _log_probs(self, cond: Cond, actions: Array, network: keras.layers.Layer) -> tuple[Array, Array, Array]:
@@ -111,7 +121,7 @@ class GaussianPolicy:
     def loss(
         self, actions: Array, cond: Cond, ent_coef: float, keep_masks: Sequence[Array] = ()
     ) -> tuple[Array, Array]:
-        """Supervised: minus the log-probability of actions [B,H,A], less `ent_coef` times the entropy.
+        """Returns the supervised loss, minus the log-probability of actions [B,H,A], less `ent_coef` times the entropy.
 
         Both are means over batch and elements (of the Gaussian before squashing). `keep_masks`: dropout's, of networks
         that have it, when training. Returns the loss and the entropy.
@@ -136,9 +146,10 @@ class FineTunedGaussianPolicy(GaussianPolicy):
         self.actor_ft, self.actor = actor, clone(actor)
 
     def base(self, use_base_policy: bool) -> keras.layers.Layer:
-        """The frozen network, or the one under training."""
+        """Returns the frozen network, or the one under training."""
         return self.actor if use_base_policy else self.actor_ft
 
     def log_probs(self, cond: Cond, actions: Array, use_base_policy: bool = False) -> tuple[Array, Array, Array]:
-        """Log-probability [B] of actions [B,H,A], averaged over elements, of either network; mean entropy; mean std."""
+        """Returns the log-probability [B] of actions [B,H,A], averaged over elements, of either network; mean entropy;
+        mean std."""
         return self._log_probs(cond, actions, self.base(use_base_policy))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.keras import distributions, keras
-from diffusion_rl.core.typing import Array
+from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
@@ -43,11 +44,20 @@ class GMMPolicy:
 
     @property
     def dtype(self) -> tf.DType:
-        """The precision of the weights, and so of all results."""
+        """Returns the precision of the weights, and so of all results."""
         return variables_of(self.network)[0].dtype
 
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise of a sample: [B,M,H*A]."""
+        return (batch, self.network.num_modes, self.horizon_steps * self.network.action_dim)
+
+    def draw_noise(self, rng: Rng, batch: int, dtype: Any) -> dict[str, np.ndarray]:
+        """Draws what `sample` takes beside the observation: what picks the modes, [B], and the noise [B,M,H*A]."""
+        return {"uniform": rng.uniform((batch,), dtype=dtype), "noise": rng.normal(self.noise_shape(batch), dtype)}
+
     def distribution(self, cond: Cond, deterministic: bool = False, keep_masks: Sequence[Array] = ()) -> Any:
-        """The mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`: dropout's."""
+        """Returns the mixture over [H*A]; `deterministic` shrinks all standard deviations to 1e-4; `keep_masks`:
+        dropout's."""
         means, stds, logits = self.network(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         if deterministic:
             stds = tf.ones_like(means) * DETERMINISTIC_STD
@@ -56,7 +66,7 @@ class GMMPolicy:
         )
 
     def log_probs(self, cond: Cond, actions: Array, keep_masks: Sequence[Array] = ()) -> tuple[Array, Array, Array]:
-        """Joint log-probability [B] of actions [B,H,A], approximate entropy, mean standard deviation.
+        """Returns the joint log-probability [B] of actions [B,H,A], approximate entropy, mean standard deviation.
 
         The entropy is that of the modes' Gaussians, weighted by the modes and averaged over the batch: without the
         mixing itself.
@@ -70,7 +80,8 @@ class GMMPolicy:
         return log_prob, tf.reduce_mean(entropy), tf.reduce_mean(std)
 
     def loss(self, actions: Array, cond: Cond, keep_masks: Sequence[Array] = (), **unused: Any) -> tuple[Array, Array]:
-        """Supervised: minus the joint log-probability of actions [B,H,A], averaged over the batch; and the entropy.
+        """Returns the supervised loss, minus the joint log-probability of actions [B,H,A], averaged over the batch; and
+        the entropy.
 
         `keep_masks`: dropout's, of networks that have it, when training.
         """
@@ -85,7 +96,7 @@ class GMMPolicy:
         deterministic: bool = False,
         modes: Array | None = None,
     ) -> Array:
-        """-> actions [B,H,A]
+        """Samples actions [B,H,A].
 
         Args:
             noise: [B,M,H*A] standard normal; the chosen mode's is used.

@@ -7,7 +7,6 @@ arXiv:2108.13264), computed by rliable.
 from __future__ import annotations
 
 import functools
-import io
 import re
 import textwrap
 from collections.abc import Sequence
@@ -34,8 +33,9 @@ from diffusion_rl.reports.figures import (
     read_run,
     run_labels,
     style_panel,
+    write_figure,
+    write_footer,
 )
-from diffusion_rl.reports.metrics import replace_file
 
 RESAMPLES = 2000
 ALGORITHMS = ("diffusion_rl.methods.on_policy", "diffusion_rl.methods.off_policy")
@@ -79,7 +79,7 @@ class Panel:
 
 
 def iqm_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Interquartile mean over seeds and its 95% interval: percentiles of a bootstrap that resamples seeds.
+    """Returns the interquartile mean over seeds and its 95% interval: percentiles of a bootstrap that resamples seeds.
 
     values [seeds, points], NaN where missing; iqm, low, high [points]. Low and high are NaN where there are fewer
     than three seeds. The resamples are the same in every call.
@@ -108,13 +108,13 @@ def iqm_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def task_of(env_name: str) -> str:
-    """The task as the papers name it: hopper-medium-v2 -> hopper; other names as they are."""
+    """Returns the task as the papers name it: hopper-medium-v2 -> hopper; other names as they are."""
     short = env_name.split("-")[0]
     return short if any(short == task for task, _ in published.final_values()) else env_name
 
 
 def algorithm_labels(runs: Sequence[Run]) -> list[str]:
-    """Each run's algorithm under the papers' name, with what a sweep varied ("DPPO train.gamma=0.9").
+    """Returns each run's algorithm under the papers' name, with what a sweep varied ("DPPO train.gamma=0.9").
 
     Runs of one task that would get the same label under different names keep their names: they are no seeds of one
     experiment.
@@ -133,9 +133,9 @@ def _short_name(run: Run) -> str:
 
 @functools.cache
 def class_labels() -> dict[str, str]:
-    """Return what the papers call the algorithms, by the name of their class (its `LABEL`)."""
+    """Returns what the papers call the algorithms, by the name of their class (its `LABEL`)."""
     labels = [declaring(package, "LABEL") for package in ALGORITHMS]
-    return {path.rpartition(".")[2]: label for found in labels for path, label in found.items()}
+    return {path.rpartition(".")[2]: label for by_path in labels for path, label in by_path.items()}
 
 
 def _algorithm_of(run: Run) -> str:
@@ -160,7 +160,7 @@ def compare(
     references: str = "same",
     command: str = "",
 ) -> tuple[Path, str]:
-    """Draw `y` against `x`, a panel for each task and a line for each algorithm; write a PNG and its numbers (CSV).
+    """Draws `y` against `x`, a panel for each task and a line for each algorithm; writes a PNG and its numbers (CSV).
 
     tasks: which, and their order, as env_name or in short ("hopper"); none for all. y: None for the success rate in
     robomimic's tasks and the return in all others. kind: eval or train. labels: as in `learning_curve`. references:
@@ -171,20 +171,17 @@ def compare(
     """
     output = Path(output).with_suffix(".png")
     runs = [read_run(folder) for folder in run_folders]
-    found = list(dict.fromkeys(task_of(run.task) for run in runs))
-    wanted = list(dict.fromkeys(map(task_of, tasks))) or found
+    known = list(dict.fromkeys(task_of(run.task) for run in runs))
+    wanted = list(dict.fromkeys(map(task_of, tasks))) or known
     for task in wanted:
-        if task not in found:
-            raise UserError(f"--task {task}: none of the run folders is of it (they are of {', '.join(found)})")
+        if task not in known:
+            raise UserError(f"--task {task}: none of the run folders is of it (they are of {', '.join(known)})")
     groups = group_runs(runs, run_labels(runs, labels) if labels else algorithm_labels(runs))
     panels = [_panel(task, groups, x, y, kind, references) for task in wanted]
-    output.parent.mkdir(parents=True, exist_ok=True)
     heading = f"{y or 'success_rate or episode_return'} against {x}; {CAPTION}"
     numbers = curves_csv([c for panel in panels for c in panel.curves], x, heading, command, centre="iqm")
     numbers += "".join(_published_csv(panel) for panel in panels)
-    replace_file(output.with_suffix(".csv"), numbers.encode())
-    replace_file(output, _draw(panels, x, command))
-    return output, _tables(panels)
+    return write_figure(_draw(panels, x, command), output, numbers, command), _tables(panels)
 
 
 def _panel(
@@ -204,7 +201,8 @@ def _panel(
 
 
 def _references(task: str, x: str, y: str, labels: Sequence[str], which: str) -> list[str]:
-    """The algorithms whose published values belong in this panel; DPOER_50 is published as another curve of DPOER."""
+    """Returns the algorithms whose published values belong in this panel; DPOER_50 is published as another curve of
+    DPOER."""
     if which == "none" or x != "env_steps" or y != published.metric_of(task):
         return []
     known = [algorithm for of_task, algorithm in published.final_values() if of_task == task]
@@ -212,7 +210,8 @@ def _references(task: str, x: str, y: str, labels: Sequence[str], which: str) ->
 
 
 def _published_csv(panel: Panel) -> str:
-    """Lines for the CSV of the figure: task, label, kind, (no iteration), environment steps, (no seeds), value."""
+    """Returns lines for the CSV of the figure: task, label, kind, (no iteration), environment steps, (no seeds),
+    value."""
     lines = []
     curves, finals = published.curves(), published.final_values()
     for algorithm in panel.references:
@@ -228,8 +227,7 @@ def _published_csv(panel: Panel) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _draw(panels: Sequence[Panel], x: str, command: str) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _draw(panels: Sequence[Panel], x: str, command: str) -> Any:
     from matplotlib.figure import Figure
 
     names = [name for panel in panels for name in [*(c.label for c in panel.curves), *panel.references]]
@@ -248,10 +246,8 @@ def _draw(panels: Sequence[Panel], x: str, command: str) -> bytes:
     columns = min(len(handles), 3 * len(panels))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
     caption = "\n".join([*_captions(panels), footer_of(command, width=WIDTH * len(panels))])
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})
-    return image.getvalue()
+    write_footer(figure, caption)
+    return figure
 
 
 def _draw_published(axes: Any, task: str, algorithm: str, colour: str) -> None:
@@ -276,7 +272,7 @@ def _handles(panels: Sequence[Panel], colours: dict[str, str]) -> list[Any]:
 
 
 def _captions(panels: Sequence[Panel]) -> list[str]:
-    """Lines below the figure: what is drawn, and the seeds of each line."""
+    """Returns lines below the figure: what is drawn, and the seeds of each line."""
     lines = [CAPTION]
     metrics = sorted({panel.y for panel in panels if panel.references})
     if metrics:
@@ -292,7 +288,7 @@ def _captions(panels: Sequence[Panel]) -> list[str]:
 
 
 def _tables(panels: Sequence[Panel]) -> str:
-    """Final values: a Markdown table, an empty line, a LaTeX one."""
+    """Returns final values: a Markdown table, an empty line, a LaTeX one."""
     title = ["task", "algorithm", "seeds", "environment steps", "IQM [95% interval]"]
     title += ["published: environment steps", "replication", "original"]
     rows = [_final_row(panel, curve) for panel in panels for curve in panel.curves]
@@ -307,7 +303,7 @@ def _latex(row: Sequence[str]) -> str:
 
 
 def _final_row(panel: Panel, curve: Curve) -> list[str]:
-    """The last point that every seed has (the last of any, if there is none)."""
+    """Returns the last point that every seed has (the last of any, if there is none)."""
     complete = np.flatnonzero(~np.isnan(curve.values).any(axis=0))
     last = complete[-1] if len(complete) else len(curve.itr) - 1
     digits = 3 if panel.y == "success_rate" else 0

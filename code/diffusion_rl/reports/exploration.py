@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.reports.metrics import replace_file
+from diffusion_rl.reports.figures import csv_text, write_figure
 from diffusion_rl.tasks import avoiding
 
 X_LIMITS, Y_LIMITS = (0.2, 0.8), (-0.3, 0.5)
@@ -32,7 +30,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of the paths of a panel.
+    """What the paths of a panel show.
 
     distinct_modes: different ways through the three rows, among paths that finish; taken: how many took each.
     finishing: share that crosses y = 0.4 without having touched an obstacle; colliding: share that touches one.
@@ -49,7 +47,7 @@ class Numbers:
 
 
 def measure(panel: Panel, data: Sequence[np.ndarray]) -> Numbers:
-    """The numbers of a panel; data: the demonstrations [T, 2] of its set of modes."""
+    """Returns the numbers of a panel; data: the demonstrations [T, 2] of its set of modes."""
     before = [path[: _end(path)] for path in panel.paths]
     crossed = np.array([bool((path[:, 1] > avoiding.GOAL_Y).any()) for path in panel.paths])
     finishing = crossed & ~np.asarray(panel.collided)
@@ -73,24 +71,23 @@ def measure(panel: Panel, data: Sequence[np.ndarray]) -> Numbers:
 
 
 def _end(path: np.ndarray) -> int:
-    """Positions until the goal is crossed, or all."""
+    """Returns positions until the goal is crossed, or all."""
     crossed = np.flatnonzero(path[:, 1] > avoiding.GOAL_Y)
     return int(crossed[0]) + 1 if len(crossed) else len(path)
 
 
 def _x_at(path: np.ndarray, y: float) -> float:
-    """x where a path that goes up first reaches this y."""
+    """Returns x where a path that goes up first reaches this y."""
     t = int(np.argmax(path[:, 1] >= y))
     (x0, y0), (x1, y1) = path[max(t - 1, 0)], path[t]
     return float(x1 if y1 == y0 else x0 + (x1 - x0) * (y - y0) / (y1 - y0))
 
 
 def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tuple[Path, str]:
-    """Draw a row of panels for each set of modes, its data first, and write the CSV beside.
+    """Draws a row of panels for each set of modes, its data first, and writes the CSV beside.
 
     Returns the PNG's path and the numbers as lines of text.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     output = Path(output)
@@ -104,10 +101,7 @@ def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tupl
         numbers = measure(panel, data[panel.modes])
         records.append((panel, numbers))
         _draw_panel(axes[rows.index(panel.modes), columns.index(panel.policy)], panel, numbers)
-    canvas, image = FigureCanvasAgg(figure), io.BytesIO()
-    canvas.print_png(image, metadata={"Description": command})
-    replace_file(output, image.getvalue())
-    replace_file(output.with_suffix(".csv"), _table(records, command).encode())
+    write_figure(figure, output, csv_text(_rows(records), command), command)
     return output, "\n".join(describe(panel, numbers) for panel, numbers in records)
 
 
@@ -126,7 +120,7 @@ def _draw_panel(axis: Any, panel: Panel, numbers: Numbers) -> None:
 
 
 def describe(panel: Panel, numbers: Numbers) -> str:
-    """One line."""
+    """Returns the numbers of a panel as one line."""
     taken = ", ".join(f"{'-'.join(map(str, way))}: {count}" for way, count in numbers.taken.items())
     return (
         f"{panel.modes} {panel.policy:9s} {len(panel.paths):3d} paths: {numbers.distinct_modes} distinct modes "
@@ -135,14 +129,9 @@ def describe(panel: Panel, numbers: Numbers) -> str:
     )
 
 
-def _table(records: Sequence[tuple[Panel, Numbers]], command: str) -> str:
-    text = io.StringIO()
-    if command:
-        text.write(f"# {command}\n")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def _rows(records: Sequence[tuple[Panel, Numbers]]) -> Iterator[Sequence[Any]]:
+    yield COLUMNS
     for panel, n in records:
         taken = " ".join(f"{'-'.join(map(str, way))}:{count}" for way, count in n.taken.items())
         figures = (round(n.finishing, 4), round(n.colliding, 4), round(n.spread, 2), round(n.off_data, 2))
-        writer.writerow([panel.modes, panel.policy, len(panel.paths), n.distinct_modes, *figures, taken])
-    return text.getvalue()
+        yield [panel.modes, panel.policy, len(panel.paths), n.distinct_modes, *figures, taken]

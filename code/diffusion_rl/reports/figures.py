@@ -13,7 +13,8 @@ import numpy as np
 
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.reports.metrics import STEP_KEYS, Row, read_rows, replace_file, step_of
+from diffusion_rl.core.files import write_bytes
+from diffusion_rl.reports.metrics import STEP_KEYS, Row, read_rows, step_of
 
 # Okabe and Ito's colours, told apart with any colour vision, without the yellow (pale on white); then three of Tol's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255", "#999933", "#999999")
@@ -74,7 +75,7 @@ class Curve:
 
 
 def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over seeds and the 95% interval of that mean, from Student's t.
+    """Returns the mean over seeds and the 95% interval of that mean, from Student's t.
 
     values [seeds, points], NaN where missing; mean, low, high [points]. Where there are fewer than two values, low
     and high are NaN.
@@ -89,14 +90,14 @@ def mean_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def student_t(degrees: int) -> float:
-    """The two-sided 95% quantile of Student's t (within 0.005 above 20 degrees of freedom)."""
+    """Returns the two-sided 95% quantile of Student's t (within 0.005 above 20 degrees of freedom)."""
     if degrees < 1:
         return float("nan")
     return STUDENT_T[degrees - 1] if degrees <= len(STUDENT_T) else 1.96 + 2.5 / degrees
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read `config.yaml` (name, env_name, seed) and `metrics.jsonl` of a run folder."""
+    """Reads `config.yaml` (name, env_name, seed) and `metrics.jsonl` of a run folder."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder")
@@ -129,7 +130,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def run_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
-    """The label of each run from one for each run, or one for each name."""
+    """Returns the label of each run from one for each run, or one for each name."""
     names = list(dict.fromkeys(run.name for run in runs))
     if len(labels) == len(runs):
         return list(labels)
@@ -139,7 +140,8 @@ def run_labels(runs: Sequence[Run], labels: Sequence[str]) -> list[str]:
 
 
 def group_runs(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[tuple[str, str], list[Run]]:
-    """Runs by (label, task). Without labels: by name. With one label a run: by label. With one a name: renamed."""
+    """Groups runs by (label, task). Without labels: by name. With one label a run: by label. With one a name:
+    renamed."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for key, run in zip(run_labels(runs, labels or [run.name for run in runs]), runs, strict=True):
         groups.setdefault((key, run.task), []).append(run)
@@ -149,7 +151,7 @@ def group_runs(runs: Sequence[Run], labels: Sequence[str] | None) -> dict[tuple[
 def curve_of(
     label: str, runs: Sequence[Run], kind: str, x: str, y: str, estimate: Estimate = mean_and_interval
 ) -> Curve | None:
-    """The points of `kind` of a group of runs, lined up by iteration; None if there are none."""
+    """Returns the points of `kind` of a group of runs, lined up by iteration; None if there are none."""
     points = [_points(run, kind, x, y) for run in runs]
     itrs = sorted(set().union(*points))
     if not itrs:
@@ -162,7 +164,7 @@ def curve_of(
 
 
 def _seed_names(runs: Sequence[Run]) -> list[str]:
-    """The seeds; a seed that was run more than once is numbered: 42, 42 (2)."""
+    """Returns the seeds; a seed that was run more than once is numbered: 42, 42 (2)."""
     seeds = [run.seed for run in runs]
     earlier = [seeds[:i].count(seed) for i, seed in enumerate(seeds)]
     return [f"{seed} ({count + 1})" if count else seed for seed, count in zip(seeds, earlier, strict=True)]
@@ -189,7 +191,7 @@ def learning_curve(
     title: str | None = None,
     command: str = "",
 ) -> Path:
-    """Draw `y` against `x` for the given runs; write `output` (PNG) and the numbers beside it (CSV).
+    """Draws `y` against `x` for the given runs; writes `output` (PNG) and the numbers beside it (CSV).
 
     By default returns against environment steps, or losses against steps for runs that train on data alone.
 
@@ -199,9 +201,9 @@ def learning_curve(
     numbers. Returns the path of the PNG.
     """
     output = Path(output).with_suffix(".png")
-    found = [read_run(folder) for folder in run_folders]
-    groups = group_runs(found, labels)
-    x, y = default_columns(found, x, y)
+    all_runs = [read_run(folder) for folder in run_folders]
+    groups = group_runs(all_runs, labels)
+    x, y = default_columns(all_runs, x, y)
     curves = [
         curve for (label, _), runs in groups.items() for kind in KINDS if (curve := curve_of(label, runs, kind, x, y))
     ]
@@ -209,15 +211,12 @@ def learning_curve(
     if missing:
         folder = groups[missing[0]][0].folder
         raise UserError(f"{folder}: its metrics hold no rows with both {x} and {y}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     heading = f"{y} against {x}; mean over seeds and the 95% interval of the mean (Student's t)"
-    replace_file(output.with_suffix(".csv"), curves_csv(curves, x, heading, command).encode())
-    replace_file(output, _draw(curves, x, y, title, command))
-    return output
+    return write_figure(_draw(curves, x, y, title, command), output, curves_csv(curves, x, heading, command), command)
 
 
 def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[str, str]:
-    """The columns to draw: those given, else what the metrics of the runs hold."""
+    """Returns the columns to draw: those given, else what the metrics of the runs hold."""
     rows = [row for run in runs for row in run.rows]
 
     def is_there(key: str) -> bool:
@@ -230,31 +229,27 @@ def default_columns(runs: Sequence[Run], x: str | None, y: str | None) -> tuple[
 
 
 def curves_csv(curves: Sequence[Curve], x: str, heading: str, command: str, centre: str = "mean") -> str:
-    """One line a point: centre and interval over seeds, then the value of each seed."""
+    """Returns one line a point: centre and interval over seeds, then the value of each seed."""
     seeds = list(dict.fromkeys(seed for curve in curves for seed in curve.seeds))
-    text = io.StringIO()
-    text.write(f"# {heading}\n")
-    text.write(f"# made by: {command}\n" if command else "")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["task", "label", "kind", "itr", x, "n_seeds", centre, "low", "high", *(f"seed_{s}" for s in seeds)])
+    columns = ["task", "label", "kind", "itr", x, "n_seeds", centre, "low", "high", *(f"seed_{s}" for s in seeds)]
+    rows: list[Sequence[Any]] = [columns]
     for curve in curves:
         for point in range(len(curve.itr)):
             column = dict(zip(curve.seeds, curve.values[:, point], strict=True))
-            table.writerow(
+            rows.append(
                 [curve.task, curve.label, curve.kind, curve.itr[point], f"{curve.x[point]:.10g}"]
                 + [int(np.sum(~np.isnan(curve.values[:, point])))]
                 + [_number(value) for value in (curve.mean[point], curve.low[point], curve.high[point])]
                 + [_number(column.get(seed, np.nan)) for seed in seeds]
             )
-    return text.getvalue()
+    return csv_text(rows, command, heading)
 
 
 def _number(value: float) -> str:
     return "" if np.isnan(value) else f"{value:.6g}"
 
 
-def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: str) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: str) -> Any:
     from matplotlib.figure import Figure
 
     tasks = list(dict.fromkeys(curve.task for curve in curves))
@@ -268,11 +263,8 @@ def _draw(curves: Sequence[Curve], x: str, y: str, title: str | None, command: s
     if title and len(tasks) > 1:
         figure.suptitle(title, fontsize=12)
     if command:
-        footer = footer_of(command, width=125 * len(tasks))
-        figure.supxlabel(footer, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image, metadata={"Description": command, "Software": "diffusion-rl"})
-    return image.getvalue()
+        write_footer(figure, footer_of(command, width=125 * len(tasks)))
+    return figure
 
 
 def _draw_panel(panel: Any, curves: Sequence[Curve], x: str) -> None:
@@ -339,17 +331,36 @@ def style_panel(panel: Any, x: str) -> None:
 
 
 def footer_of(command: str, width: int) -> str:
-    """At most two lines of the command; the whole of it is in the CSV and in the PNG's metadata."""
+    """Returns at most two lines of the command; the whole of it is in the CSV and in the PNG's metadata."""
     lines = [command[start : start + width] for start in range(0, len(command), width)]
     return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][: width - 2] + " …"])
 
 
-def write_with_table(figure: Any, path: Path, rows: Iterable[Sequence[Any]], command: str, **options: Any) -> None:
-    """The PNG (`options` of savefig) and a CSV of rows beside it, both naming the command, if there is one."""
-    picture, table = io.BytesIO(), io.StringIO()
-    figure.savefig(picture, format="png", metadata={"Description": command}, **options)
-    table.write(f"# made by: {command}\n" if command else "")
-    csv.writer(table, lineterminator="\n").writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, picture.getvalue())
-    replace_file(path.with_suffix(".csv"), table.getvalue().encode())
+def write_footer(figure: Any, text: str) -> None:
+    """Writes small text below a figure."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=5.5, color="0.45", family="monospace")
+
+
+def csv_text(rows: Iterable[Sequence[Any]], command: str, heading: str = "") -> str:
+    """Returns rows as CSV, below comments: what they are, and the command that made them."""
+    text = io.StringIO()
+    text.write(f"# {heading}\n" if heading else "")
+    text.write(f"# made by: {command}\n" if command else "")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write_figure(figure: Any, path: Path, table: str, command: str, **options: Any) -> Path:
+    """Writes a figure as PNG, which names the command, and the table of its numbers (CSV) beside it.
+
+    Args:
+        options: of matplotlib's savefig.
+
+    Returns:
+        the path of the PNG.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Description": command, "Software": "diffusion-rl"}, **options)
+    write_bytes(path.with_suffix(".csv"), table.encode())
+    write_bytes(path, picture.getvalue())
+    return path

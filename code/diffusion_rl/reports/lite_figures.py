@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.reports.figures import write_with_table
+from diffusion_rl.reports.figures import csv_text, write_figure
 
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
 DPI = 150
@@ -19,7 +19,7 @@ SCORES = {"checkpoint": (int, str), "score": (int, float), "standard_error": (in
 
 
 def read_rows(path: str | Path, needed: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
-    """Read the rows of a loss log or of the results of a sweep. needed: what each row must hold."""
+    """Reads the rows of a loss log or of the results of a sweep. needed: what each row must hold."""
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path} is no JSON list of rows")
@@ -31,17 +31,17 @@ def read_rows(path: str | Path, needed: Mapping[str, type | tuple[type, ...]]) -
 
 
 def by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """{name: [(gradient step, value), …]} of every number in the rows but the step itself."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    """Returns {name: [(gradient step, value), …]} of every number in the rows but the step itself."""
+    curves: dict[str, list[tuple[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row.get("gradient_steps", 0)):
         for name, value in row.items():
             if name != "gradient_steps" and isinstance(value, int | float):
-                found.setdefault(name, []).append((int(row["gradient_steps"]), float(value)))
-    return found
+                curves.setdefault(name, []).append((int(row["gradient_steps"]), float(value)))
+    return curves
 
 
 def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, command: str = "") -> list[Path]:
-    """`loss_curve.png` of the levels' losses and `invdyn_loss_curve.png`; what there is nothing of is left out.
+    """Draws `loss_curve.png` of the levels' losses and `invdyn_loss_curve.png`; what there is nothing of is left out.
 
     Args:
         loss_data: {"loss0": [(step, loss), …], …, "invdyn_loss": …}.
@@ -60,23 +60,24 @@ def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, comm
 
 
 def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float]]:
-    """(step, score, standard error) of a sweep's numbered checkpoints."""
+    """Returns (step, score, standard error) of a sweep's numbered checkpoints."""
     numbered = (row for row in rows if isinstance(row.get("checkpoint"), int))
-    found = sorted((row["checkpoint"], row["score"], row["standard_error"]) for row in numbered)
-    if not found:
+    points = sorted((row["checkpoint"], row["score"], row["standard_error"]) for row in numbered)
+    if not points:
         raise UserError("no numbered checkpoint among the results: run mode=inference diffusion_ckpt=all")
-    return found
+    return points
 
 
 def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path, command: str = "") -> Path:
-    """`normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each model."""
+    """Draws `normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each
+    model."""
     names = {"R1": "R1", "R2": "R2, by steps of the reflow"}
     points = {
         names[model]: score_points([row for row in rows if row["test_model"] == model])
         for model in sorted({row["test_model"] for row in rows})
     }
-    curves = {name: [(step, mean) for step, mean, _ in found] for name, found in points.items()}
-    errors = {name: [error for _, _, error in found] for name, found in points.items()}
+    curves = {name: [(step, mean) for step, mean, _ in scores] for name, scores in points.items()}
+    errors = {name: [error for _, _, error in scores] for name, scores in points.items()}
     path = Path(save_dir) / "normalized_score.png"
     return _draw(path, curves, "Normalized Score", "Score", None, errors, command)
 
@@ -108,12 +109,11 @@ def _draw(
     for name, points in curves.items():
         extra = [[]] * len(points) if errors is None else [[error] for error in errors[name]]
         rows += [[name, *point, *more] for point, more in zip(points, extra, strict=True)]
-    write_with_table(figure, path, rows, command, dpi=DPI, bbox_inches="tight")
-    return path
+    return write_figure(figure, path, csv_text(rows, command), command, dpi=DPI, bbox_inches="tight")
 
 
 def organize_figures(results: str | Path = "results") -> list[Path]:
-    """Move pictures that lie about in a results folder into its `figures/`; one whose name is taken gets a number.
+    """Moves pictures that lie about in a results folder into its `figures/`; one whose name is taken gets a number.
 
     Returns:
         where they are now. Pictures that are there already stay, and are not returned.

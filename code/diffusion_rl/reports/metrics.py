@@ -14,7 +14,6 @@ machine itself go down in the middle of one, the torn end is dropped when the ru
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import io
@@ -24,14 +23,14 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import read_bytes
+from diffusion_rl.core.files import read_bytes, write_bytes
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -40,7 +39,7 @@ STEP_KEYS = ("itr", "epoch")
 
 
 def plain_row(row: Mapping[str, Any]) -> Row:
-    """The row with plain Python values: numpy and TensorFlow scalars unpacked, NaN and infinities as None."""
+    """Returns the row with plain Python values: numpy and TensorFlow scalars unpacked, NaN and infinities as None."""
     return {key: _plain(key, value) for key, value in row.items()}
 
 
@@ -55,13 +54,13 @@ def _plain(key: str, value: Any) -> Value:
 
 
 def read_rows(path: str | os.PathLike) -> list[Row]:
-    """All rows of a metrics.jsonl. A torn last line is left out; damage elsewhere is a UserError."""
+    """Returns all rows of a metrics.jsonl. A torn last line is left out; damage elsewhere is a UserError."""
     rows, _ = _parse(Path(path))
     return rows
 
 
 def _parse(path: Path) -> tuple[list[Row], int]:
-    """The rows and the number of bytes that hold them (what follows is a torn line)."""
+    """Returns the rows and the number of bytes that hold them (what follows is a torn line)."""
     rows: list[Row] = []
     good_bytes = 0
     damaged_line = None
@@ -90,7 +89,7 @@ def _parse_line(line: bytes) -> Row | None:
 
 
 def step_of(row: Mapping[str, Any]) -> int | None:
-    """The iteration (or epoch) that a row belongs to."""
+    """Returns the iteration (or epoch) that a row belongs to."""
     return next((int(row[key]) for key in STEP_KEYS if row.get(key) is not None), None)
 
 
@@ -128,7 +127,7 @@ class MetricsWriter:
         self._wandb = _start_wandb(self.run_dir, wandb, config)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Record one row everywhere. Values: numbers (numpy scalars too), strings, None."""
+        """Records one row everywhere. Values: numbers (numpy scalars too), strings, None."""
         plain = plain_row(row)
         self._jsonl.append(_json_line(plain))
         self.rows.append(plain)
@@ -142,12 +141,12 @@ class MetricsWriter:
             self._wandb.log(_tagged(plain), step=step_of(plain))
 
     def truncate(self, after_itr: int) -> None:
-        """Drop the rows of iterations later than `after_itr`: a run that goes on writes them again."""
+        """Drops the rows of iterations later than `after_itr`: a run that goes on writes them again."""
         kept = [row for row in self.rows if (step := step_of(row)) is None or step <= after_itr]
         if len(kept) == len(self.rows):
             return
         self._jsonl.close()
-        replace_file(self.jsonl_path, b"".join(_json_line(row) for row in kept))
+        write_bytes(self.jsonl_path, b"".join(_json_line(row) for row in kept))
         self._jsonl = _AppendOnlyFile(self.jsonl_path)
         self.rows = kept
         self._rewrite_csv()
@@ -155,7 +154,7 @@ class MetricsWriter:
             self._tensorboard.rebuild(kept)
 
     def close(self) -> None:
-        """Close all files. Further writes are an error."""
+        """Closes all files. Further writes are an error."""
         self._jsonl.close()
         if self._csv is not None:
             self._csv.close()
@@ -175,12 +174,12 @@ class MetricsWriter:
         return all(key in self._columns for key in row)
 
     def _rewrite_csv(self) -> None:
-        """A new column changes the header, so the whole file is written anew and put in place in one step."""
+        """Writes the whole file anew, in one step, since a new column changes the header."""
         if self._csv is not None:
             self._csv.close()
         self._columns = list(dict.fromkeys(key for row in self.rows for key in row))
         header = _csv_lines(self._columns, [dict(zip(self._columns, self._columns, strict=True))])
-        replace_file(self.csv_path, header + _csv_lines(self._columns, self.rows))
+        write_bytes(self.csv_path, header + _csv_lines(self._columns, self.rows))
         self._csv = _AppendOnlyFile(self.csv_path)
 
 
@@ -196,7 +195,7 @@ def _csv_lines(columns: list[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _repair(path: Path) -> list[Row]:
-    """Read the rows; cut off a torn end."""
+    """Reads the rows and cuts off a torn end."""
     if not path.exists():
         return []
     rows, good_bytes = _parse(path)
@@ -216,10 +215,15 @@ class _AppendOnlyFile:
         if self._fd is None:
             raise ValueError(f"{self._path} has been closed")
         size = os.fstat(self._fd).st_size
-        with _disk_errors(self._path):
-            if os.write(self._fd, record) < len(record):
-                os.ftruncate(self._fd, size)
-                raise OSError(errno.ENOSPC, "short write")
+        try:
+            written = os.write(self._fd, record)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            written = 0
+        if written < len(record):
+            os.ftruncate(self._fd, size)
+            raise UserError(f"{self._path}: the disk is full; free some space and run again with resume=auto")
 
     def close(self) -> None:
         if self._fd is not None:
@@ -227,31 +231,8 @@ class _AppendOnlyFile:
             self._fd = None
 
 
-@contextlib.contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; free some space and run again with resume=auto") from error
-        raise
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put `content` in place of the file in one step: a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with _disk_errors(path), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _tagged(row: Row) -> dict[str, Value]:
-    """Names as TensorBoard and wandb group them: train/loss, eval/episode_return."""
+    """Returns names as TensorBoard and wandb group them: train/loss, eval/episode_return."""
     kind = row.get("kind") or "train"
     hidden = (*STEP_KEYS, "kind")
     return {f"{kind}/{key}": value for key, value in row.items() if value is not None and key not in hidden}
@@ -269,7 +250,7 @@ class _TensorBoard:
         self._writer.flush()
 
     def rebuild(self, rows: list[Row]) -> None:
-        """Event files cannot be cut: write them anew from the rows that are kept."""
+        """Writes the event files, which cannot be cut, anew from the rows that are kept."""
         self.close()
         shutil.rmtree(self._directory, ignore_errors=True)
         for row in rows:
@@ -294,7 +275,8 @@ class _TensorBoard:
 
 
 def wandb_is_on(wandb: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
-    """Whether a run with this `wandb` node of the configuration logs to wandb: there is one, and it is not disabled."""
+    """Returns whether a run with this `wandb` node of the configuration logs to wandb: there is one, and it is not
+    disabled."""
     return wandb is not None and len(wandb) > 0 and wandb.get("mode") != "disabled"
 
 

@@ -1,10 +1,9 @@
-"""Scores of planning: the results in the folders of plans, and a LaTeX table of them beside published ones."""
+"""Scores of planning: results in the folders of plans, a LaTeX table beside published ones, and bars with a CSV."""
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,15 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
+from diffusion_rl.reports.figures import csv_text, write_figure
+from diffusion_rl.reports.published import rows
 from diffusion_rl.tasks.registry import tasks_of
 
 BUFFERS = ("medium-replay", "medium", "medium-expert")
 LOCOMOTION = {task.name: task.title for task in tasks_of(simulator="locomotion")}
 DATASETS = [f"{task}-{buffer}-v2" for task in LOCOMOTION for buffer in BUFFERS]
 ALGORITHMS = ("BC", "CQL", "IQL", "DT", "TT", "MOPO", "MOReL", "MBOP", "Diffuser")
+WIDTH = 0.8  # of a group of bars
 HIGHLIGHTED = 0.95  # of the row's best score
 LABELS = {
     "Dataset": "Dataset",
@@ -46,7 +48,7 @@ class Experiment(NamedTuple):
 
     @property
     def error(self) -> float:
-        """Of the mean."""
+        """Returns the standard error of the mean."""
         return float(np.std(self.scores) / math.sqrt(len(self.scores))) if len(self.scores) > 1 else 0.0
 
     def __str__(self) -> str:
@@ -57,16 +59,16 @@ class Experiment(NamedTuple):
 
 
 def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list[Experiment]:
-    """Every `<logbase>/<dataset>/plans*/<experiment>` with a finished trial (a folder with a rollout.json)."""
-    found = []
+    """Returns every `<logbase>/<dataset>/plans*/<experiment>` with a finished trial (a folder with a rollout.json)."""
+    results = []
     for dataset in datasets:
         for folder in sorted(Path(logbase).glob(f"{dataset}/plans*/*"), key=str):
             trials = sorted(folder.glob("*/rollout.json"), key=str)
             if trials:
                 facts = [_read(path) for path in trials]
                 guided = "epoch_value" in facts[0]
-                found.append(Experiment(dataset, folder, [each["score"] * 100 for each in facts], guided))
-    return found
+                results.append(Experiment(dataset, folder, [trial["score"] * 100 for trial in facts], guided))
+    return results
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -78,21 +80,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def published() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
-    """Published means and errors by algorithm and data set."""
+    """Returns published means and errors by algorithm and data set."""
     means: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
-    with open(Path(__file__).parent / "published" / "d4rl_locomotion.csv", newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(line for line in file if not line.startswith("#")):
-            means.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["mean"])
-            if row["error"]:
-                errors.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["error"])
+    for row in rows("d4rl_locomotion.csv"):
+        means.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["mean"])
+        if row["error"]:
+            errors.setdefault(row["algorithm"], {})[row["dataset"]] = float(row["error"])
     return means, errors
 
 
 def latex_table(
     means: Scores, errors: Scores, algorithms: Iterable[str] = ALGORITHMS, labels: Mapping[str, str] | None = None
 ) -> str:
-    """A table of all data sets; scores near the best of their row are bold.
+    """Returns a table of all data sets; scores near the best of their row are bold.
 
     Args:
         errors: only the algorithms in it are printed with theirs.
@@ -146,3 +147,74 @@ def _cells(dataset: str, means: Scores, errors: Scores, algorithms: Iterable[str
 
 def _bold(value: float, best: float) -> str:
     return rf"\textbf{{\color{{thighlight}}{value}}}" if value >= best * HIGHLIGHTED else str(value)
+
+
+class Bar(NamedTuple):
+    """Mean and standard error of normalised scores; `episodes` 0: not known."""
+
+    dataset: str
+    label: str
+    mean: float
+    error: float
+    episodes: int
+
+
+def bars_of(logbase: str | Path, labels: Sequence[str], also: Sequence[str] = ()) -> list[Bar]:
+    """Returns every experiment below a folder of plans that has a label, in the order of the labels.
+
+    Args:
+        labels: "EXPERIMENT=TEXT", where EXPERIMENT is the name of a folder below plans; none: all, by their names.
+        also: "TEXT:DATASET=MEAN,ERROR", scores from elsewhere.
+
+    Raises:
+        UserError: a text of another form, or nothing to draw.
+    """
+    results = experiments(logbase)
+    words = dict(_split(label, "=") for label in labels) or {
+        result.folder.name: result.folder.name for result in results
+    }
+    known = [result for result in results if result.folder.name in words]
+    bars = [
+        Bar(result.dataset, words[result.folder.name], result.mean, result.error, len(result.scores))
+        for result in known
+    ]
+    for text in also:
+        label, rest = _split(text, ":")
+        dataset, numbers = _split(rest, "=")
+        try:
+            mean, error = (float(number) for number in numbers.split(","))
+        except ValueError as problem:
+            raise UserError(f"--also {text}: write TEXT:DATASET=MEAN,ERROR") from problem
+        bars.append(Bar(dataset, label, mean, error, 0))
+    if not bars:
+        raise UserError(f"no finished plans of these names below {logbase}: plan first, or name another folder")
+    order = list(dict.fromkeys([*words.values(), *(bar.label for bar in bars)]))
+    return sorted(bars, key=lambda bar: (bar.dataset, order.index(bar.label)))
+
+
+def _split(text: str, separator: str) -> tuple[str, str]:
+    before, present, after = text.rpartition(separator)
+    if not present:
+        raise UserError(f"{text!r}: a {separator!r} is missing")
+    return before, after
+
+
+def plan_scores(bars: Sequence[Bar], output: str | Path, command: str = "") -> Path:
+    """Draws the bars with their standard errors."""
+    from matplotlib.figure import Figure
+
+    datasets, labels = (list(dict.fromkeys(names)) for names in zip(*(bar[:2] for bar in bars), strict=True))
+    figure = Figure(figsize=(4.5 + 2.5 * len(datasets), 4), layout="constrained")
+    panel = figure.subplots()
+    width = WIDTH / len(labels)
+    for i, label in enumerate(labels):
+        own = [bar for bar in bars if bar.label == label]
+        x = np.array([datasets.index(bar.dataset) for bar in own]) + (i + 0.5) * width - WIDTH / 2
+        panel.bar(x, [bar.mean for bar in own], 0.9 * width, yerr=[bar.error for bar in own], capsize=3, label=label)
+        for where, bar in zip(x, own, strict=True):
+            panel.annotate(f"{bar.mean:.0f}", (where, bar.mean + bar.error), ha="center", va="bottom", fontsize=8)
+    panel.set_xticks(range(len(datasets)), datasets)
+    panel.set(ylabel="normalised score")
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    return write_figure(figure, Path(output), csv_text([Bar._fields, *bars], command), command, dpi=150)

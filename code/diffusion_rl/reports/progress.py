@@ -40,7 +40,7 @@ class Progress:
             )
 
     def update(self, n: int = 1, **live: Any) -> None:
-        """`n` more are done; `live` values are shown, the latest of each name."""
+        """Counts `n` more as done and shows `live` values, the latest of each name."""
         self.done += n
         self._values.update(live)
         self._news = True
@@ -51,14 +51,14 @@ class Progress:
             self._print_line()
 
     def note(self, text: str) -> None:
-        """Print a line without disturbing the bar."""
+        """Prints a line without disturbing the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """The end, reached or not; closing twice is fine."""
+        """Shows the end, reached or not; closing twice is fine."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -104,7 +104,7 @@ def _short(value: Any) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03, 4:05 or 12 s."""
+    """Returns 1:02:03, 4:05 or 12 s."""
     whole = int(round(seconds))
     if whole < 60:
         return f"{whole} s"

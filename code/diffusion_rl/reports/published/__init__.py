@@ -31,26 +31,26 @@ class FinalValue:
 
 
 def metric_of(task: str) -> str:
-    """The column of the metrics that the published values of a task are comparable with."""
+    """Returns the column of the metrics that the published values of a task are comparable with."""
     return "success_rate" if tasks_of(name=task, by_success=True) else "episode_return"
 
 
 def curves() -> dict[tuple[str, str], PublishedCurve]:
-    """The replication's curves by (task, algorithm), such as ("hopper", "DPPO")."""
+    """Returns the replication's curves by (task, algorithm), such as ("hopper", "DPPO")."""
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in _rows("curves.csv"):
+    for row in rows("curves.csv"):
         point = (float(row["environment_steps"]), float(row["value"]))
         points.setdefault((row["task"], row["algorithm"]), []).append(point)
     return {key: PublishedCurve(*np.array(sorted(values)).T) for key, values in points.items()}
 
 
 def final_values() -> dict[tuple[str, str], FinalValue]:
-    """Final values by (task, algorithm)."""
+    """Returns final values by (task, algorithm)."""
     return {
         (row["task"], row["algorithm"]): FinalValue(
             int(row["environment_steps"]), _number(row["replication"]), _number(row["original"])
         )
-        for row in _rows("final_values.csv")
+        for row in rows("final_values.csv")
     }
 
 
@@ -58,6 +58,7 @@ def _number(text: str) -> float | None:
     return float(text) if text else None
 
 
-def _rows(name: str) -> list[dict[str, str]]:
+def rows(name: str) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file of this folder, without its comments."""
     lines = (Path(__file__).parent / name).read_text().splitlines()
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))

@@ -1,4 +1,4 @@
-"""Videos at a glance: a row of pictures for each."""
+"""Pictures: videos at a glance, and ways through a maze."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 
 GAP = 4  # white pixels between pictures
+MAZES_IN_A_ROW = 5
 
 
 def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
-    """Write a PNG with `columns` frames of each video, evenly spaced from its first to its last.
+    """Writes a PNG with `columns` frames of each video, evenly spaced from its first to its last.
 
     Raises UserError for a video that cannot be read, or of another size than the first.
     """
@@ -25,22 +27,14 @@ def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike
     for video, row in zip(videos, rows, strict=True):
         if row.shape != rows[0].shape:
             raise UserError(f"{video}: its frames have another size than those of {videos[0]}; make two sheets")
-    output = Path(output)
-    partial = output.with_name(f".{output.name}.part")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        sheet = np.concatenate([np.concatenate([row, _white(GAP, row.shape[1])]) for row in rows])
-        imsave(partial, sheet[:-GAP], format="png", metadata={"Description": command})
-        partial.replace(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return output
+    sheet = np.concatenate([np.concatenate([row, _white(GAP, row.shape[1])]) for row in rows])
+    with atomic_file(output) as file:
+        imsave(file, sheet[:-GAP], format="png", metadata={"Description": command})
+    return Path(output)
 
 
 def frames(video: str | os.PathLike) -> list[np.ndarray]:
-    """All frames [Hi,Wi,3] uint8 of a video."""
+    """Returns all frames [Hi,Wi,3] uint8 of a video."""
     try:
         import imageio.v2 as imageio
     except ImportError as error:
@@ -64,3 +58,32 @@ def _row(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 def _white(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), 255, np.uint8)
+
+
+def save_maze(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) -> None:
+    """Draws ways [n,steps,2 or more] over the cells of a maze [rows, columns] (true: no wall), a picture for each.
+
+    goal: [2] of all, or [n,2].
+
+    Positions are drawn as in D4RL, where a cell's centre is 0.2 less than its number.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(ways), MAZES_IN_A_ROW)
+    rows = -(-len(ways) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    goals = np.broadcast_to(goal, (len(ways), 2))
+    for axis, way, goal in zip(axes.flat, ways, goals, strict=False):
+        axis.imshow(np.where(free, 1.0, 0.5), cmap="gray", vmin=0, vmax=1)
+        y, x = way[:, 0] + 0.2, way[:, 1] + 0.2
+        axis.plot(x, y, color="black", linewidth=1, zorder=1)
+        axis.scatter(x, y, c=np.linspace(0, 1, len(way)), cmap="jet", s=12, zorder=2)
+        axis.plot(goal[1] + 0.2, goal[0] + 0.2, marker="*", color="gold", markeredgecolor="black", markersize=14)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, bbox_inches="tight", dpi=80)
+    plt.close(figure)
