@@ -101,8 +101,8 @@ class EtaStateAction(EtaState):
 
     per_action = True
 
-    def __init__(self, base_eta: float = 1, min_eta: float = 1e-3, max_eta: float = 2, **kwargs: Any):
-        super().__init__(base_eta=base_eta, min_eta=min_eta, max_eta=max_eta, **kwargs)
+    def __init__(self, action_dim: int, base_eta: float = 1, min_eta: float = 1e-3, max_eta: float = 2, **kwargs: Any):
+        super().__init__(action_dim=action_dim, base_eta=base_eta, min_eta=min_eta, max_eta=max_eta, **kwargs)
 
 
 def _xavier_normal(linear: Linear, gain: float) -> None:

@@ -18,6 +18,7 @@ class SpreadOwner(keras.layers.Layer):
     def init_spread(
         self,
         size: int,
+        /,
         fixed_std: float | None = None,
         learn_fixed_std: bool = False,
         std_min: float = 0.01,
