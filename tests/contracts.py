@@ -26,7 +26,6 @@ _KEYS = "its parameters are keys of configurations"
 KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("envs/robomimic_experts.py _transport", "lines of a function"): (67, "to be split"),
     ("methods/diffuser/training.py DiffuserTraining.__init__", "parameters"): (18, "to take a configuration object"),
-    ("methods/on_policy/dppo_fast.py gradients", "lines of a function"): (104, "to be split"),
     ("networks/gaussian.py GaussianMLP.__init__", "parameters"): (13, _KEYS),
     ("networks/transformer.py GaussianTransformer.__init__", "parameters"): (14, _KEYS),
     ("networks/unet1d.py UNetTrunk.__init__", "parameters"): (13, _KEYS),
