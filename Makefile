@@ -25,7 +25,8 @@ ROBOSUITE := $(shell sed -n 's/.*"\(robosuite==[0-9.]*\)".*/\1/p' setup.py | hea
 PACKAGING := setup.py pyproject.toml
 SUITES := parity_tests tests
 # A process for each suite, because compiled programs are never freed: new processes need less memory.
-pytest = $(RUN) -m pytest $(1) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS))
+# worksteal: each process begins with tests that stand together, so that few fixtures of modules are made twice.
+pytest = $(RUN) -m pytest $(1) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 
 .PHONY: help demo test test-slow coverage parity-report benchmark lint clean
 .DEFAULT_GOAL := help

@@ -12,13 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.config.compose import REPOSITORY, compose, shipped_configs
 from diffusion_rl.config.instantiate import flatten
@@ -71,20 +72,39 @@ def reference_values(path: Path = VALUES) -> dict[str, dict[str, Any]]:
 
 def our_values(config: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The flat resolved values of one of our configurations under the conditions of the reference's."""
+    return resolved_values(composed(config, overrides))
+
+
+def composed(config: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, str]:
+    """One of our configurations, unresolved, and the folder of its runs."""
+    with conditions():
+        cfg = compose(config, overrides)
+        run_dir = cfg.hydra.run.dir
+    del cfg.hydra
+    return cfg, run_dir
+
+
+def resolved_values(config: tuple[DictConfig, str]) -> dict[str, Any]:
+    """The flat values of what `composed` returns."""
+    cfg, run_dir = config
+    with conditions():
+        values = flatten(OmegaConf.to_container(cfg, resolve=True))
+    return {key: undated(value) for key, value in {"hydra.run.dir": run_dir, **values}.items()}
+
+
+@contextmanager
+def conditions() -> Iterator[None]:
+    """Set the environment variables as they were when the reference's values were recorded."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     os.environ.update(ENVIRONMENT)
     try:
-        composed = compose(config, overrides)
-        run_dir = composed.hydra.run.dir
-        del composed.hydra
-        OmegaConf.resolve(composed)
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
-    return {key: undated(value) for key, value in {"hydra.run.dir": run_dir, **flatten(composed)}.items()}
 
 
 def undated(value: Any) -> Any:

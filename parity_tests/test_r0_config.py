@@ -1,10 +1,12 @@
 """Rung 0: every resolved value of every shipped configuration equals the reference's, or is a listed difference."""
 
+import copy
+
 import pytest
 from omegaconf import OmegaConf
 
 from diffusion_rl.cli.app import prepare
-from diffusion_rl.config.compose import compose, shipped_configs
+from diffusion_rl.config.compose import shipped_configs
 from diffusion_rl.config.instantiate import flatten
 from parity_tests import r0_config
 
@@ -12,12 +14,18 @@ GOLDEN = r0_config.reference_values()
 
 
 @pytest.fixture(scope="module")
-def compared():
+def composed():
+    """Each configuration, unresolved, and the folder of its runs."""
+    return {config: r0_config.composed(config) for config in shipped_configs()}
+
+
+@pytest.fixture(scope="module")
+def compared(composed):
     """(unlisted differences of each configuration, the table with what was found)."""
     rows = r0_config.differences()
     lines = {
-        config: list(r0_config.compare(config, r0_config.our_values(config), GOLDEN.get(config, {}), rows))
-        for config in shipped_configs()
+        name: list(r0_config.compare(name, r0_config.resolved_values(config), GOLDEN.get(name, {}), rows))
+        for name, config in composed.items()
     }
     return lines, rows
 
@@ -55,12 +63,12 @@ def test_a_line_without_a_difference_is_reported():
 
 
 @pytest.mark.parametrize("config", [name for name in shipped_configs() if "wandb.project" in GOLDEN.get(name, {})])
-def test_wandb_values_when_it_is_on(config, monkeypatch):
-    for name, value in r0_config.ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    composed = compose(config, ["++wandb.mode=online"])
-    del composed.hydra
-    ours = {key: r0_config.undated(value) for key, value in flatten(OmegaConf.to_container(prepare(composed))).items()}
+def test_wandb_values_when_it_is_on(config, composed):
+    cfg = copy.deepcopy(composed[config][0])
+    OmegaConf.update(cfg, "wandb.mode", "online", force_add=True)
+    with r0_config.conditions():
+        values = flatten(OmegaConf.to_container(prepare(cfg)))
+    ours = {key: r0_config.undated(value) for key, value in values.items()}
     theirs = {key: value for key, value in GOLDEN[config].items() if key.startswith("wandb.")}
     for key in ("name", "env_name"):  # where these differ, which the differences list, wandb's names differ with them
         named, meant = GOLDEN[config].get(key, ""), ours[key]

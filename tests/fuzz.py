@@ -1,6 +1,6 @@
 """Mutated files of every format that is read, each format in a process of its own with little memory and a clock.
 
-    python -m tests.fuzz [FORMAT …]        a line of JSON for each format
+    python -m tests.fuzz [FORMAT[:NUMBER] …]        a line of JSON for each format; NUMBER of inputs instead of all
 
 Of each input must come a value or a UserError of one line, within seconds, in less than 1 GB, and without anything
 being executed, imported, unpickled, written or connected to on the way. The draws have a fixed seed.
@@ -476,9 +476,9 @@ FORMATS: dict[str, tuple[str, Callable[[random.Random], Payloads], tuple[Callabl
 # ---------- running them ----------
 
 
-def read_all(name: str, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Read all inputs of a format; `tell` before each, and of each that went wrong."""
-    suffix, files, readers, count = FORMATS[name]
+def read_all(name: str, count: int, folder: Path, tell: Callable[[dict[str, Any]], None]) -> None:
+    """Read the first `count` inputs of a format; `tell` before each, and of each that went wrong."""
+    suffix, files, readers, _ = FORMATS[name]
     path, draw, happened = folder / f"x{suffix}", random.Random(f"{name} 1"), list[str]()
     watch(happened)
     payloads = files(draw)
@@ -526,8 +526,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run(name: str) -> dict[str, Any]:
-    """Read the inputs of a format in a child; what happened there: "problems", "peak" (bytes), and "last" input."""
+def run(name: str, count: int) -> dict[str, Any]:
+    """Read the first `count` inputs of a format in a child: its "problems", "peak" of memory (bytes), "last" input."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -538,7 +538,7 @@ def run(name: str) -> dict[str, Any]:
             os.chdir(folder)
             os.mkfifo("pipe")
             (Path(folder) / "data").mkdir()
-            read_all(name, Path(folder) / "data", lambda fact: print(json.dumps(fact), file=pipe, flush=True))
+            read_all(name, count, Path(folder) / "data", lambda fact: print(json.dumps(fact), file=pipe, flush=True))
         os._exit(0)
     os.close(writing)
     result: dict[str, Any] = {"format": name, "problems": [], "peak": 0, "last": {}}
@@ -562,5 +562,6 @@ def used_address_space() -> int:
 
 
 if __name__ == "__main__":
-    for format_name in sys.argv[1:] or FORMATS:
-        print(json.dumps(run(format_name)), flush=True)
+    for argument in sys.argv[1:] or FORMATS:
+        format_name, _, number = argument.partition(":")
+        print(json.dumps(run(format_name, int(number or FORMATS[format_name][3]))), flush=True)

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.cli import app
@@ -46,6 +48,16 @@ SMALL = {
         *(f"model.network.{DIMS}", "n_steps=6"),
     ],
 }
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run functions operation by operation: small models take less time so than to be compiled."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def config(name: str, logdir: Path, *overrides: str) -> DictConfig:

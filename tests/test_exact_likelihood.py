@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.small_runs import eagerly
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
@@ -84,31 +85,34 @@ def test_a_linear_flow_by_hand():
 GAUSSIAN = {"sde_hutchinson_type": "Gaussian", "sde_num_epsilon": 1, "clip_vloss_coef": 0.1}
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param(GAUSSIAN, marks=pytest.mark.slow)])
-def test_the_update_in_chunks_is_the_plain_one(options, monkeypatch):
-    monkeypatch.setattr(dppo_exact, "CHUNK", 4)
-    n, results = 13, []
+def updated(fast, options):
+    """Old log-probabilities, losses and weights of two minibatches of 11 of 13 rows."""
+    n = 13
     train = {f"{k}_{s}": v for k in ("actor", "critic") for s, v in (("lr", 1e-2), ("weight_decay", 0.0))}
     train |= {f"{k}_lr_scheduler": SCHEDULE for k in ("actor", "critic")} | {"vf_coef": 0.5, "max_grad_norm": 1.0}
+    draw, trainer = NoiseSource(5), ExactDPPOTrainer(make_policy(**options), train | {"fast": fast}, H)
+    state, actions = draw.normal((n, 1, OBS), np.float64), draw.uniform((n, H, A), -1, 1, np.float64)
+    old = trainer.old_log_probs(state, {"actions": actions}, draw)
+    rest = [draw.normal((n,), np.float64) for _ in range(3)]
+    assert trainer.load(state, actions, *rest, old) == n
+    losses = []
+    for number in range(2):
+        rows = draw.permutation(n)[:11]
+        losses.append(list(trainer.minibatch(rows, True, number, trainer.draw(draw, 11)).values()))
+    return [old, np.array(losses), *(v.numpy() for name in trainer.trained for v in trainer.trained[name])]
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(GAUSSIAN, marks=pytest.mark.slow)])
+def test_the_update_in_chunks_is_the_plain_one(options, monkeypatch):
     with precision("float64"):
-        for fast in (True, False):
-            draw, trainer = NoiseSource(5), ExactDPPOTrainer(make_policy(**options), train | {"fast": fast}, H)
-            state, actions = draw.normal((n, 1, OBS), np.float64), draw.uniform((n, H, A), -1, 1, np.float64)
-            if not fast:
-                monkeypatch.setattr(dppo_exact, "CHUNK", 1000)
-            old = trainer.old_log_probs(state, {"actions": actions}, draw)
-            rest = [draw.normal((n,), np.float64) for _ in range(3)]
-            assert trainer.load(state, actions, *rest, old) == n
-            losses = []
-            for number in range(2):
-                rows = draw.permutation(n)[:11]
-                losses.append(list(trainer.minibatch(rows, True, number, trainer.draw(draw, 11)).values()))
-            weights = [v.numpy() for name in trainer.trained for v in trainer.trained[name]]
-            results.append([old, np.array(losses), *weights])
-            monkeypatch.setattr(dppo_exact, "CHUNK", 4)
-    for a, b in zip(*results, strict=True):
+        monkeypatch.setattr(dppo_exact, "CHUNK", 4)
+        in_chunks = updated(True, options)
+        monkeypatch.setattr(dppo_exact, "CHUNK", 1000)
+        with eagerly():
+            plain = updated(False, options)
+    for a, b in zip(in_chunks, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
-    assert np.abs(results[0][1]).max() > 0
+    assert np.abs(in_chunks[1]).max() > 0
 
 
 def test_what_it_cannot_do_is_said_in_one_line():

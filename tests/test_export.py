@@ -307,15 +307,17 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_and_the_example(tmp_path):
-    shipped = "data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors"
-    for file_format, output in (("savedmodel", tmp_path / "hopper"), ("tflite", tmp_path / "hopper.tflite")):
-        done = command("script/export_policy.py", shipped, "--format", file_format, "--output", output)
-        assert done.returncode == 0, done.stderr
-        for text in ("state [", "noise [21,", "acts as the checkpoint does", "median", "p99", f"wrote {output}"):
-            assert text in done.stdout
-        shown = command("-I", "script/examples/act.py", output)
-        assert shown.returncode == 0 and shown.stdout.count("[") >= 5, shown.stderr
+@pytest.mark.parametrize(
+    ("file_format", "name"), [("savedmodel", "hopper"), pytest.param("tflite", "hopper.tflite", marks=pytest.mark.slow)]
+)
+def test_the_command_and_the_example(tmp_path, file_format, name):
+    shipped, output = "data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors", tmp_path / name
+    done = command("script/export_policy.py", shipped, "--format", file_format, "--output", output)
+    assert done.returncode == 0, done.stderr
+    for text in ("state [", "noise [21,", "acts as the checkpoint does", "median", "p99", f"wrote {output}"):
+        assert text in done.stdout
+    shown = command("-I", "script/examples/act.py", output)
+    assert shown.returncode == 0 and shown.stdout.count("[") >= 5, shown.stderr
 
 
 def test_the_command_refuses_in_one_line_with_status_2(tmp_path, monkeypatch, capsys):

@@ -39,7 +39,6 @@ from diffusion_rl.methods.on_policy.dppo import DPPOTrainer
 from diffusion_rl.methods.pretraining.losses import PreTrainer
 from diffusion_rl.training import signals
 from diffusion_rl.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from diffusion_rl.training.run_dir import RunDir
 
 PLAIN = "+train.fast=false"  # compiles faster
 
@@ -96,6 +95,7 @@ def wait_for_rows(folder, n, process, seconds=120):
     raise AssertionError("the run did not get on")
 
 
+@pytest.mark.slow  # within a process: test_two_signals_are_one…; killed: test_killed_at_any_moment (test_engine.py)
 def test_killed_at_a_random_moment_it_goes_on_and_ends_cleanly_on_sigterm(tmp_path, base):
     """A process is killed somewhere within its iterations, saving after each; the next one is asked to stop."""
     folder, draw = tmp_path / "run", random.Random(time.time_ns())
@@ -224,28 +224,6 @@ def fill(disk, leave):
         file.write(b"\0" * max(0, free - leave))
 
 
-def test_a_disk_that_fills_up(disk, base, monkeypatch):
-    """No room for the third checkpoint."""
-    original = RunDir.remember
-
-    def remember(self, step, *args, **kwargs):
-        original(self, step, *args, **kwargs)
-        if step == 1:
-            fill(disk, 8192)
-
-    monkeypatch.setattr(RunDir, "remember", remember)
-    overrides = [f"base_policy_path={base}", PLAIN, "train.save_model_freq=1", "train.n_train_itr=3"]
-    with pytest.raises(UserError, match="cannot write .*state_2.safetensors: No space left on device.*; make room"):
-        run(FINE_TUNE, disk / "run", *overrides)
-    assert states(disk / "run") == ["state_0.safetensors", "state_1.safetensors"]
-    assert [row["itr"] for row in rows(disk / "run")] == [0, 1, 2]
-    monkeypatch.undo()
-    (disk / "filler").unlink()
-    run(FINE_TUNE, disk / "run", *overrides, "resume=auto")
-    assert load_checkpoint(state(disk / "run", 2)).metadata["itr"] == 2
-    assert [row["itr"] for row in rows(disk / "run")] == [0, 1, 2]
-
-
 @pytest.mark.parametrize("what", ["metrics", "TensorBoard"])
 def test_a_disk_without_room_for_a_line(disk, what):
     """The last page of metrics.jsonl may have room left when the disk has none: then another file fails first."""
@@ -277,7 +255,7 @@ def test_a_disk_that_is_full_from_the_start(disk, base):
 # --- NaN
 
 
-@pytest.mark.parametrize("epochs", [1, 5])
+@pytest.mark.parametrize("epochs", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_learning_rate_that_is_far_too_high(tmp_path, base, epochs):
     """With one update per iteration the loss looks fine and the weights are ruined: none of that reaches the disk."""
     folder = tmp_path / "run"

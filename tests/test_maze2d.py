@@ -5,6 +5,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+from tests.small_runs import eagerly
 
 from diffusion_rl.cli import diffuser
 from diffusion_rl.core.errors import UserError
@@ -56,7 +57,8 @@ def test_planning_end_to_end(tmp_path, monkeypatch):
             file[key] = value
     flags = ["--config", "config.maze2d", "--dataset", "maze2d-umaze-v1", "--horizon", "8", "--n_diffusion_steps", "2"]
     train = ["--dim_mults", "(1,)", "--n_train_steps", "1", "--n_saves", "1", "--sample_freq", "0", "--seed", "0"]
-    diffuser.train([*flags, *train, "--data_dir", "maze.hdf5"])
+    with eagerly():
+        diffuser.train([*flags, *train, "--data_dir", "maze.hdf5"])
     diffuser.plan_maze2d([*flags, "--conditional", "True", "--seed", "0", "--n_episodes", "2"])
     folder = tmp_path / "logs" / "maze2d-umaze-v1" / "plans" / "release_H8_T2_LimitsNormalizer_b1_condTrue" / "0"
     facts = json.loads((folder / "rollout.json").read_text())

@@ -97,7 +97,7 @@ def run(name: str, logdir: Path, *given: str):
     return built
 
 
-QUICK = ("ft_dql_diffusion_mlp", "ft_rwr_diffusion_mlp", "ft_awr_diffusion_mlp", "rlpd_mlp")
+QUICK = ("ft_awr_diffusion_mlp",)  # tests/test_engine.py goes through RLPD
 
 
 @pytest.mark.parametrize(

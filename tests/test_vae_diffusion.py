@@ -6,12 +6,12 @@ Shapes: N agents, O observation, A action, H planned actions, Z latent.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from tests.small_runs import eagerly
 
 from diffusion_rl.cli import vae
 from diffusion_rl.core.errors import UserError
@@ -28,7 +28,7 @@ from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionR
 from diffusion_rl.methods.vae_latent.training import METRICS, keep_returns
 from diffusion_rl.networks.latent import ActionVAE, TrajectoryEncoder, kl_to_standard_normal
 from diffusion_rl.networks.layers import variables_of
-from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import save_checkpoint
 
 SMALL = {
     "vae_latent_dim": 6,
@@ -430,8 +430,7 @@ def run(tmp_path, **changes):
     return training.run(), training
 
 
-def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
-    """Killed and resumed, the run ends with the same bits as in one go."""
+def test_a_run_from_vae_to_online_is_evaluated_again(tmp_path):
     options = {"online_training": True, "seed": 1, "backbone": "mlp", "fast": False, "rl_update_freq": 1}
     rows, whole = run(tmp_path / "whole", **options)
     trained = [row for row in rows if row["kind"] == "train"]
@@ -444,18 +443,6 @@ def test_a_run_from_vae_to_online_resumes_and_is_evaluated_again(tmp_path):
     result.unlink()
     vae.evaluate_checkpoint(folder / "checkpoint" / "state_12.safetensors", {}, overwrite=False)
     assert json.loads(result.read_text()) == facts
-
-    parts = Path(settings(tmp_path / "parts", **options)["logdir"])
-    shutil.copytree(folder, parts)  # as if it had been killed after step 8
-    (parts / "checkpoint" / "state_12.safetensors").unlink()
-    again, resumed = run(tmp_path / "parts", continue_training=True, **options, **{"eval_freq": 0})
-    assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows if row["kind"] != "eval"]
-    ours, theirs = (
-        load_checkpoint(Path(t.cfg["logdir"]) / "checkpoint" / "state_12.safetensors") for t in (resumed, whole)
-    )
-    assert ours.tensors.keys() == theirs.tensors.keys()
-    for name, value in theirs.tensors.items():
-        np.testing.assert_array_equal(ours.tensors[name], value, err_msg=name)
 
 
 def test_a_checkpoint_imports_nothing_and_is_as_large_as_it_says(tmp_path, monkeypatch):
@@ -484,26 +471,27 @@ def test_a_checkpoint_imports_nothing_and_is_as_large_as_it_says(tmp_path, monke
 
 
 def test_a_run_with_everything_that_is_optional(tmp_path):
-    rows, training = run(
-        tmp_path,
-        dataset="toy-discrete",
-        offline_rl=True,
-        use_behavior_cloning=True,
-        returns_condition=True,
-        decentralized_execution=False,
-        use_ddim_sample=True,
-        online_training=True,
-        use_value_function=False,
-        offline_rl_weight=0.0,
-        reward_scale_running=True,
-        ft_denoising_steps=3,
-        target_kl=0.0,
-        trajectory_encoder="gru",
-        backbone="mlp",
-        act_steps=2,
-        n_train_steps=8,
-        eval_freq=8,
-    )
+    with eagerly():
+        rows, training = run(
+            tmp_path,
+            dataset="toy-discrete",
+            offline_rl=True,
+            use_behavior_cloning=True,
+            returns_condition=True,
+            decentralized_execution=False,
+            use_ddim_sample=True,
+            online_training=True,
+            use_value_function=False,
+            offline_rl_weight=0.0,
+            reward_scale_running=True,
+            ft_denoising_steps=3,
+            target_kl=0.0,
+            trajectory_encoder="gru",
+            backbone="mlp",
+            act_steps=2,
+            n_train_steps=8,
+            eval_freq=8,
+        )
     offline, online = (row for row in rows if row["kind"] == "train")
     assert all(np.isfinite(offline[key]) for key in (*METRICS[:-1], "q_loss", "bc_loss"))
     assert all(np.isfinite(online[key]) for key in ("loss", "policy_loss", "value_loss", "entropy"))

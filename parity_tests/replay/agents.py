@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, precision
 from diffusion_rl.interop import torch_names
@@ -28,21 +29,47 @@ _GROUPS = {
     "calls": "losses of the minibatches",
     "env_actions": "actions",
 }
+Form = Callable[[Golden, Roots], dict[str, np.ndarray]]
 SAME = 1e-10  # closer than this our actions cannot be with other square roots than the recorder's
 
 
 def replay(golden: Golden) -> None:
-    """Both precisions, and both forms of the update: the restructured fast one and the plain one."""
-    forms, roots = (True,) if _pre_training(golden) else (True, False), Roots()
+    """Both precisions, and both forms of the update: the plain one as it reads and the restructured, compiled one."""
+    forms = (_compiled,) if _pre_training(golden) else (_plain, _compiled)
     for dtype, suffix in (("float32", ""), ("float64", "64")):
-        for fast in forms:
+        roots = Roots()
+        for form in forms:
             if golden.group("out" + suffix):
                 with precision(dtype):
                     if dtype == "float32":
-                        ours = run(golden, fast, Roots())
+                        ours = form(golden, roots)
                     else:
-                        ours, roots = _with_recorders_roots(golden, fast, roots)
-                compare(golden, dtype, suffix, ours, "" if fast else " plain")
+                        ours, roots = _with_recorders_roots(golden, form, roots)
+                compare(golden, dtype, suffix, ours, " plain" if form is _plain else "")
+
+
+def replay_compiled_plain(golden: Golden) -> None:
+    """Replay the plain form as a graph, in both precisions."""
+    for dtype, suffix in (("float32", ""), ("float64", "64")):
+        if golden.group("out" + suffix):
+            with precision(dtype):
+                roots = _with_recorders_roots(golden, _plain, Roots())[1] if suffix else Roots()
+                ours = run(golden, False, roots)
+            compare(golden, dtype, suffix, ours, " plain")
+
+
+def _compiled(golden: Golden, roots: Roots) -> dict[str, np.ndarray]:
+    """Run the fast form of the update as a graph."""
+    return run(golden, True, roots)
+
+
+def _plain(golden: Golden, roots: Roots) -> dict[str, np.ndarray]:
+    """Run the plain form of the update operation by operation: nothing is compiled."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        return run(golden, False, roots)
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def _early(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -51,13 +78,13 @@ def _early(outputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.asarray(outputs[name])[:1] for name in names if name in outputs and np.size(outputs[name])}
 
 
-def _with_recorders_roots(golden: Golden, fast: bool, roots: Roots) -> tuple[dict[str, np.ndarray], Roots]:
+def _with_recorders_roots(golden: Golden, form: Form, roots: Roots) -> tuple[dict[str, np.ndarray], Roots]:
     """Our run in float64, and the square roots that it takes to act as recorded."""
-    ours, recorded = run(golden, fast, roots), _early(golden.group("out64"))
+    ours, recorded = form(golden, roots), _early(golden.group("out64"))
     if not roots.open or all(np.allclose(_early(ours)[k], v, rtol=0, atol=SAME) for k, v in recorded.items()):
         return ours, roots
-    chosen = settled(roots, _early(ours), lambda other: _early(run(golden, fast, other)), recorded)
-    return run(golden, fast, chosen), chosen
+    chosen = settled(roots, _early(ours), lambda other: _early(form(golden, other)), recorded)
+    return form(golden, chosen), chosen
 
 
 def run(golden: Golden, fast: bool, roots: Roots) -> dict[str, np.ndarray]:
