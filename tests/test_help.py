@@ -75,7 +75,8 @@ def test_every_option_of_a_planner_has_a_meaning(name):
 
 
 def test_every_option_of_the_others_has_a_meaning():
-    files = [diffuser_lite.FOLDER / f"{kind}.yaml" for kind in diffuser_lite.TASKS]
+    files = sorted(diffuser_lite.FOLDER.glob("*.yaml"))
+    assert len(files) == 3
     assert not set().union(*map(read_yaml, files)) - comments(*files).keys()
     assert not vae_latent.default_settings().keys() - comments(vae_latent.DEFAULTS).keys() - {*vae_latent.REGISTRY}
 

@@ -320,6 +320,7 @@ def test_a_threshold_goes_before_what_environments_say_only_if_the_user_sets_it(
     monkeypatch.setattr(rollout, "set_by_user", lambda name: name == f"env.{key}")
     assert success_threshold({key: 3}, environments_say=True) == 3
     monkeypatch.setattr(rollout, "set_by_user", lambda name: False)
+    rollout._say_unused.cache_clear()  # it is said once a process
     with caplog.at_level(logging.WARNING):
         assert success_threshold({key: 3}, environments_say=True) is None
     assert f"not env.{key}=3 of the task's file" in caplog.text
