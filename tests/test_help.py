@@ -1,4 +1,4 @@
-"""`--help` of every program: keys, values and meanings, within two seconds, without TensorFlow."""
+"""`--help` of every program: keys, values and meanings, without TensorFlow."""
 
 import re
 import subprocess

@@ -26,7 +26,7 @@ SMALLER = "env.n_envs, train.n_steps, train.batch_size, train.buffer_size"  # wh
 _reported = functools.partial(
     reported,
     smaller=SMALLER,
-    interrupted="interrupted; resume=auto goes on from the last checkpoint",
+    interrupted=command_line.INTERRUPTED,
 )
 
 

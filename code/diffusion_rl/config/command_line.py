@@ -24,6 +24,7 @@ from diffusion_rl.core.errors import UserError
 EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks, ours and Hydra's
 USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=value ...]   e.g. {EXAMPLE}"
+INTERRUPTED = "interrupted; resume=auto goes on from the last checkpoint"  # where a run cannot say more
 
 
 def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
