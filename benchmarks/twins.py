@@ -44,7 +44,9 @@ class Twins:
             inputs = w.HORIZON * w.ACTION + w.TIME + w.OBSERVATION
             _residual(weights, f"{actor}.mlp_mean", inputs, w.ACTOR_WIDTH, w.HORIZON * w.ACTION)
         _residual(weights, "critic.Q1", w.OBSERVATION, w.CRITIC_WIDTH, 1)
-        kwargs = SHAPES | PPO | {"actor": {"kwargs": ACTOR}, "critic": {"kwargs": CRITIC}}
+        actor = {"class": "model.diffusion.mlp_diffusion.DiffusionMLP", "kwargs": ACTOR}
+        critic = {"class": "model.common.critic.CriticObs", "kwargs": CRITIC}
+        kwargs = SHAPES | PPO | {"actor": actor, "critic": critic}
         return Policy({"class": "PPODiffusion", "kwargs": kwargs}, weights)
 
     def sampling(self) -> Workload:
