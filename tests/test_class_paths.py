@@ -8,6 +8,7 @@ import pytest
 
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.config.targets import CHECKPOINT_CLASSES, MOVED, modernize
+from diffusion_rl.core.moved import MODULES
 from diffusion_rl.export import saved
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -66,6 +67,15 @@ def test_what_has_moved_is_where_it_is_said_to_be() -> None:
     for path in CHECKPOINT_CLASSES:
         module, _, name = path.rpartition(".")
         assert isinstance(getattr(importlib.import_module(module), name), type)
+
+
+def test_modules_are_found_under_their_earlier_names() -> None:
+    for earlier, today in MODULES.items():
+        module = importlib.import_module(f"diffusion_rl.{today}")
+        assert importlib.import_module(f"diffusion_rl.{earlier}") is module
+        assert module.__name__ == f"diffusion_rl.{today}" == module.__spec__.name
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("diffusion_rl.loops.nothing")
 
 
 def test_other_names_stay_as_they_are() -> None:
