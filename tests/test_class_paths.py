@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diffusion_rl.config.compose import REPOSITORY
-from diffusion_rl.config.targets import CHECKPOINT_CLASSES, MOVED, modernize
+from diffusion_rl.config.targets import CHECKPOINT_CLASSES, modernize
 from diffusion_rl.core.moved import MODULES
 from diffusion_rl.export import saved
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
@@ -61,9 +61,7 @@ def test_every_class_path_that_was_ever_in_a_configuration(path: str) -> None:
     assert isinstance(getattr(importlib.import_module(module), name), type)
 
 
-def test_what_has_moved_is_where_it_is_said_to_be() -> None:
-    for module in MOVED.values():
-        importlib.import_module(f"diffusion_rl.{module}")
+def test_what_a_checkpoint_may_name_exists() -> None:
     for path in CHECKPOINT_CLASSES:
         module, _, name = path.rpartition(".")
         assert isinstance(getattr(importlib.import_module(module), name), type)

@@ -6,6 +6,7 @@ from typing import Any
 from diffusion_rl.config.declared import is_declared
 from diffusion_rl.config.instantiate import PACKAGE, targets
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.moved import MODULES
 
 log = logging.getLogger(__name__)
 
@@ -104,21 +105,6 @@ CHECKPOINT_CLASSES = _CheckpointClasses(
     for name in REFERENCE_TARGETS.values()
     if name.split(".")[1] in ("methods", "diffusion", "networks", "policies") and not name.endswith("Training")
 )
-#: Modules of this package whose classes stand in checkpoints and in users' files, and where they are today.
-MOVED = {
-    "loops.evaluation": "training.evaluation",
-    "loops.offline": "methods.pretraining.training",
-    "loops.on_policy": "methods.on_policy.training",
-    "loops.off_policy": "methods.off_policy.training",
-    **{
-        f"algorithms.{module}": f"methods.on_policy.{module}"
-        for module in ("dpoer", "dppo", "dppo_exact", "gaussian_ppo", "gmm_ppo", "ppo")
-    },
-    **{
-        f"algorithms.{module}": f"methods.off_policy.{module}"
-        for module in ("awr", "calql", "dacer", "dipo", "dql", "ibrl", "idql", "qsm", "rlpd", "rwr", "sac")
-    },
-}
 #: What the reference's configurations build beside policies and data, and nothing here needs.
 WITHOUT_EFFECT = ("env.plot_traj.TrajPlotter",)
 
@@ -127,8 +113,8 @@ def modernize(config: Any) -> None:
     """Puts the paths of today in the place of this package's earlier ones, everywhere in a plain configuration."""
     for _, mapping in targets(config):
         module, _, name = str(mapping["_target_"]).removeprefix(PACKAGE).rpartition(".")
-        if module in MOVED and str(mapping["_target_"]).startswith(PACKAGE):
-            mapping["_target_"] = f"{PACKAGE}{MOVED[module]}.{name}"  # type: ignore[index]
+        if module in MODULES and str(mapping["_target_"]).startswith(PACKAGE):
+            mapping["_target_"] = f"{PACKAGE}{MODULES[module]}.{name}"  # type: ignore[index]
 
 
 def translate(config: dict[str, Any]) -> None:
