@@ -1,6 +1,8 @@
 """Rung 0: every resolved value of every shipped configuration equals the reference's, or is a listed difference."""
 
-import copy
+import os
+import pickle
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,25 +16,42 @@ GOLDEN = r0_config.reference_values()
 
 
 @pytest.fixture(scope="module")
-def composed():
-    """Each configuration, unresolved, and the folder of its runs."""
-    return {config: r0_config.composed(config) for config in shipped_configs()}
+def composed(tmp_path_factory):
+    """Return a function of a configuration: what `r0_config.composed` gives or its values, made once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "composed"
+    folder.mkdir(exist_ok=True)
+
+    def get(config, what):
+        path = folder / re.sub(r"\W", "_", config)
+        if not path.with_suffix(".values").exists():
+            made = r0_config.composed(config)
+            for suffix, content in ((".cfg", made[0]), (".values", r0_config.resolved_values(made))):
+                part = path.with_suffix(f"{suffix}{os.getpid()}")
+                part.write_bytes(pickle.dumps(content))
+                part.replace(path.with_suffix(suffix))
+        return pickle.loads(path.with_suffix(what).read_bytes())
+
+    return get
+
+
+def unlisted(config, composed, rows):
+    """List the differences of a configuration that no row explains; note the others in the rows."""
+    return list(r0_config.compare(config, composed(config, ".values"), GOLDEN.get(config, {}), rows))
 
 
 @pytest.fixture(scope="module")
-def compared(composed):
-    """(unlisted differences of each configuration, the table with what was found)."""
+def found(composed):
+    """The table of differences with what was found in all configurations."""
     rows = r0_config.differences()
-    lines = {
-        name: list(r0_config.compare(name, r0_config.resolved_values(config), GOLDEN.get(name, {}), rows))
-        for name, config in composed.items()
-    }
-    return lines, rows
+    for name in reversed(shipped_configs()):  # another process may be going through them from the front
+        unlisted(name, composed, rows)
+    return rows
 
 
 @pytest.mark.parametrize("config", shipped_configs())
-def test_values_equal_the_references(config, compared):
-    assert not compared[0][config], "\n".join(compared[0][config])
+def test_values_equal_the_references(config, composed):
+    assert not (lines := unlisted(config, composed, r0_config.differences())), "\n".join(lines)
 
 
 def test_every_recorded_configuration_is_shipped():
@@ -40,13 +59,13 @@ def test_every_recorded_configuration_is_shipped():
 
 
 @pytest.mark.parametrize("row", range(len(r0_config.differences())))
-def test_every_listed_difference_still_occurs(row, compared):
-    line = compared[1][row]
+def test_every_listed_difference_still_occurs(row, found):
+    line = found[row]
     assert not line.stale(), f"no longer different: {line.stale()} ({line.why})"
 
 
-def test_the_table_is_up_to_date(compared):
-    assert r0_config.TABLE.read_text() == r0_config.table(compared[1]), "run python -m parity_tests.r0_config"
+def test_the_table_is_up_to_date(found):
+    assert r0_config.TABLE.read_text() == r0_config.table(found), "run python -m parity_tests.r0_config"
 
 
 def test_an_unlisted_difference_is_reported():
@@ -64,7 +83,7 @@ def test_a_line_without_a_difference_is_reported():
 
 @pytest.mark.parametrize("config", [name for name in shipped_configs() if "wandb.project" in GOLDEN.get(name, {})])
 def test_wandb_values_when_it_is_on(config, composed):
-    cfg = copy.deepcopy(composed[config][0])
+    cfg = composed(config, ".cfg")
     OmegaConf.update(cfg, "wandb.mode", "online", force_add=True)
     with r0_config.conditions():
         values = flatten(OmegaConf.to_container(prepare(cfg)))

@@ -76,7 +76,10 @@ def state(folder, n):
     return folder / "checkpoint" / f"state_{n}.safetensors"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+LONG = {"plain exact", "corrected DPOER"}  # what is written is what the fast and the published form write
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if v in LONG else v for v in VARIANTS])
 def test_resumed_equals_at_once(tmp_path, whole, variant):
     name, overrides, folder = whole(variant)
     halves = tmp_path / "halves"
