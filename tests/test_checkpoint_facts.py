@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from tests.small_runs import EVALUATE, PRE_TRAIN, config, make_base_policy
@@ -10,7 +11,7 @@ from tests.small_runs import EVALUATE, PRE_TRAIN, config, make_base_policy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.export.saved import open_policy
-from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
+from diffusion_rl.training.checkpoint import SCALE, in_eight_bits, load_checkpoint, save_checkpoint
 from diffusion_rl.training.continuation import FINE_TUNING_MAY_CHANGE, compare_settings
 from diffusion_rl.training.evaluation import fine_tuned_steps, model_of
 from diffusion_rl.training.policy_files import load_policy
@@ -63,3 +64,20 @@ def test_facts_of_the_wrong_kind(whole, where, tmp_path):
             use()
         except UserError as error:
             assert len(str(error)) < 1000, error  # any other error fails the test
+
+
+def test_a_compact_policy_has_eight_bits_and_loads_close_to_its_weights(tmp_path, whole):
+    """Each matrix within half a step of its rows; a scale that does not fit is refused."""
+    weights = {name: value for name, value in whole.tensors.items() if name.startswith("ema.")}
+    compact = in_eight_bits(weights)
+    save_checkpoint(tmp_path / "compact.safetensors", compact, whole.metadata)
+    loaded = load_checkpoint(tmp_path / "compact.safetensors").tensors
+    assert list(loaded) == list(weights)
+    for name, value in weights.items():
+        largest = np.abs(value).reshape(len(value), -1).max(axis=1) if value.ndim > 1 else np.abs(value)
+        step = (largest / 127 if value.ndim > 1 else largest / 1024).reshape(-1, *[1] * (value.ndim - 1))
+        assert loaded[name].dtype in (np.float16, np.float32) and (np.abs(loaded[name] - value) <= 0.5001 * step).all()
+    scale = next(name for name in compact if name.endswith(SCALE))
+    save_checkpoint(tmp_path / "wrong.safetensors", compact | {scale: compact[scale][:-1]}, whole.metadata)
+    with pytest.raises(UserError, match="not one for each of its rows"):
+        load_checkpoint(tmp_path / "wrong.safetensors")

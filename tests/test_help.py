@@ -42,7 +42,7 @@ PROGRAMS = {
     "script/dataset/convert.py": r"--max-episodes",
     "script/dataset/make_gym_data.py": r"--replay-ratio",
     "script/dataset/make_maze2d_data.py": r"--steps",
-    "script/dataset/ship_policy.py": r"--half",
+    "script/dataset/ship_policy.py": r"--bits",
 }
 
 

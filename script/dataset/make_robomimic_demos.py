@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out-dir", type=Path, help="default: <data directory>/robomimic/<task>")
     parser.add_argument("--measure", action="store_true", help="say how often it succeeds, write nothing")
+    parser.add_argument(
+        "--shown", type=int, help="keep simulator states, for pictures, of so many only; default: of all"
+    )
     args = vars(parser.parse_args())
     settings = demos.Settings(**{field.name: args[field.name] for field in dataclasses.fields(demos.Settings)})
     out_dir = args["out_dir"] or data_dir() / "robomimic" / args["task"]
@@ -35,7 +38,7 @@ def main() -> None:
         require_writable(out_dir / "train.npz")
     kept = list(demos.collect(args["task"], settings, lambda line: print(line, flush=True)))
     if not args["measure"]:
-        demos.save(out_dir, kept, settings)
+        demos.save(out_dir, kept, settings, args["shown"])
         print("\n".join(validate(out_dir)))
 
 

@@ -4,6 +4,7 @@ Example: python script/dataset/render_robomimic_demos.py can
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -21,10 +22,16 @@ def main() -> None:
     parser.add_argument("task", choices=sorted(demos.STEPS))
     parser.add_argument("--source", type=Path, help="default: <data directory>/robomimic/<task>")
     parser.add_argument("--out-dir", type=Path, help="default: <data directory>/robomimic/<task>-img")
+    parser.add_argument(
+        "--episodes", type=int, help="at most so many, from the first on; default: all that have states"
+    )
     args = parser.parse_args()
+    if args.episodes is not None and args.episodes < 1:
+        parser.error("--episodes must be 1 or more")
     folder = data_dir() / "robomimic"
     out_dir = args.out_dir or folder / f"{args.task}-img"
-    demos.render(args.task, args.source or folder / args.task, out_dir, lambda line: print(line, flush=True))
+    report = functools.partial(print, flush=True)
+    demos.render(args.task, args.source or folder / args.task, out_dir, report, args.episodes)
     print("\n".join(validate(out_dir)))
 
 

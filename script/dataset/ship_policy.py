@@ -17,22 +17,25 @@ def main() -> None:
     parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="state_<n>.safetensors of a pre-training run")
     parser.add_argument("output", help="file to write")
-    parser.add_argument("--half", action="store_true", help="write 16-bit numbers, for large networks")
+    parser.add_argument("--bits", type=int, default=32, choices=(32, 16, 8), help="fewer for large networks")
     arguments = parser.parse_args()
-    from diffusion_rl.training.checkpoint import load_checkpoint, require_kind, save_checkpoint  # TensorFlow with them
+    from diffusion_rl.training.checkpoint import in_eight_bits, load_checkpoint, require_kind, save_checkpoint
     from diffusion_rl.training.policy_files import policy_weights
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
     group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
     tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
-    if arguments.half:
+    size = sum(tensor.size for tensor in tensors.values())
+    if arguments.bits == 16:
         tensors = {name: value.astype(np.float16) for name, value in tensors.items()}
+    elif arguments.bits == 8:
+        tensors = in_eight_bits(tensors)
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != "train"}
     here = ("log_dir", "logdir", "resume")  # folders of the machine that it was trained on
     metadata["config"] = {k: v for k, v in (metadata.get("config") or {}).items() if k not in here}
     save_checkpoint(arguments.output, tensors, metadata)
-    print(f"{arguments.output}: {len(tensors)} tensors, {sum(t.size for t in tensors.values())} parameters")
+    print(f"{arguments.output}: {size} parameters")
 
 
 if __name__ == "__main__":

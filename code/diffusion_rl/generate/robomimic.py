@@ -120,33 +120,39 @@ def collect(task: str, settings: Settings, report: Report) -> Iterator[Demonstra
     env.close()
 
 
-def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings) -> Episodes:
-    """Writes train.npz, normalization.npz and the simulator's states, from which pictures can be made."""
+def save(out_dir: Path, demonstrations: list[Demonstration], settings: Settings, shown: int | None = None) -> Episodes:
+    """Writes train.npz, normalization.npz and the simulator's states, of which pictures can be made.
+
+    `shown` is of how many demonstrations, from the first on, the simulator's states are kept; None of all.
+    """
     if not demonstrations:
         raise UserError("no episode succeeded: lower --noise or raise --attempts")
     raw = join([demonstration.episode() for demonstration in demonstrations], "demonstrations")
     save_scaled(out_dir, raw)
-    simulator = np.concatenate([demonstration.simulator for demonstration in demonstrations]).astype(np.float32)
+    simulator = np.concatenate([demonstration.simulator for demonstration in demonstrations[:shown]]).astype(np.float32)
     write_npz(out_dir / SIMULATOR_FILE, {"states": simulator, "seed": np.array(settings.seed)})
     return raw
 
 
-def render(task: str, source: Path, out_dir: Path, report: Report) -> None:
+def render(task: str, source: Path, out_dir: Path, report: Report, most: int | None = None) -> None:
     """Writes the data set of `source` as one of pictures [N,C,Hi,Wi] and the robot's own state.
 
-    Every simulator state that `save` wrote is set in a simulator with cameras; actions and rewards stay.
+    The simulator states that `save` wrote are set in a simulator with cameras; actions and rewards stay. At most `most`
+    episodes are written, and only those of which there are simulator states.
     """
     episodes, states_file = load_episodes(source / "train.npz", scaled=True), source / SIMULATOR_FILE
     bounds = read_bounds(source / "normalization.npz", episodes.states.shape[1], episodes.actions.shape[1])
     saved = read_npz(states_file, ("states", "seed"))
-    if (
-        len(saved) < 2
-        or saved["states"].ndim != 2
-        or saved["seed"].shape
-        or len(saved["states"]) != len(episodes.states)
-    ):
-        raise UserError(f"{states_file}: it needs a seed, and a state for each of {len(episodes.states)} transitions")
-    flats, seed = saved["states"], int(saved["seed"])
+    if len(saved) < 2 or saved["states"].ndim != 2 or saved["seed"].shape:
+        raise UserError(f"{states_file}: it needs a seed and states [N,D]; make the demonstrations anew")
+    ends = np.cumsum(episodes.traj_lengths)
+    if len(saved["states"]) not in ends:
+        raise UserError(f"{states_file}: {len(saved['states'])} states end with no episode of {source / 'train.npz'}")
+    whole = int(np.searchsorted(ends, len(saved["states"]))) + 1
+    episodes = episodes.select(np.arange(min(whole, most or whole)))
+    if len(episodes.traj_lengths) < len(ends):
+        report(f"{task}: pictures of the first {len(episodes.traj_lengths)} of {len(ends)} episodes")
+    flats, seed = saved["states"][: len(episodes.states)], int(saved["seed"])
     require_writable(out_dir / "train.npz")
     env = make_env(task, seed, pictures=True)
     env.reset(seed=seed)  # the first pictures are right only after one
