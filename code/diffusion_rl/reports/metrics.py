@@ -14,6 +14,7 @@ machine itself go down in the middle of one, the torn end is dropped when the ru
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
@@ -23,7 +24,8 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -36,6 +38,17 @@ Value = float | int | str | bool | None
 Row = dict[str, Value]
 
 STEP_KEYS = ("itr", "epoch")
+_on_row: ContextVar[Callable[[Row], None] | None] = ContextVar("on_row", default=None)
+
+
+@contextlib.contextmanager
+def observed(on_row: Callable[[Row], None] | None) -> Iterator[None]:
+    """Lets a function see every row that is written meanwhile."""
+    token = _on_row.set(on_row)
+    try:
+        yield
+    finally:
+        _on_row.reset(token)
 
 
 def plain_row(row: Mapping[str, Any]) -> Row:
@@ -129,6 +142,8 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Records one row everywhere. Values: numbers (numpy scalars too), strings, None."""
         plain = plain_row(row)
+        if (on_row := _on_row.get()) is not None:
+            on_row(plain)
         self._jsonl.append(_json_line(plain))
         self.rows.append(plain)
         if self._csv is None or not self._known(plain):
