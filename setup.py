@@ -19,7 +19,7 @@ ROBOSUITE_NEEDS = ["numba", "scipy", "opencv-python-headless", "termcolor", "Pil
 NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka")
 
 EXTRAS = {
-    "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio"],
+    "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
     # robosuite asks for numba, scipy and opencv itself; 1.5 has other controllers
     "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
     "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO, "imageio"],  # for its model of the Panda; not imported
@@ -58,6 +58,8 @@ setup(
     install_requires=[
         "tensorflow>=2.20,<2.21",
         "tf-keras>=2.20,<2.21",
+        "tensorboard",
+        "setuptools<81",  # TensorBoard asks for pkg_resources, which later ones no longer have
         "tensorflow-probability>=0.25,<0.26",
         "hydra-core>=1.3,<1.4",
         "numpy>=1.26",

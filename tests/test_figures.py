@@ -119,6 +119,15 @@ def command(*arguments):
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.parametrize(("ending", "begins"), [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_figure_for_a_paper(tmp_path, ending, begins):
+    path = figures.learning_curve([make_run(tmp_path)], tmp_path / f"curve.{ending}", command="how it was made")
+    content = path.read_bytes()
+    assert content.startswith(begins) and b"how it was made" in content and path.with_suffix(".csv").is_file()
+    with pytest.raises(UserError, match=r"a figure ends in \.png, \.pdf, \.svg"):
+        figures.learning_curve([make_run(tmp_path, seed=5)], tmp_path / "curve.jpg")
+
+
 def test_the_command_prints_what_it_wrote(tmp_path):
     folder = make_run(tmp_path)
     ended = command("learning_curve", folder, "--output", tmp_path / "curve.png", "--label", "ours")

@@ -18,7 +18,7 @@ from diffusion_rl.reports.pictures import contact_sheet
 from diffusion_rl.reports.plan_results import bars_of, plan_scores
 
 AddCommand = Callable[[argparse._SubParsersAction], None]
-OUTPUT = "the PNG; a CSV goes beside it"
+OUTPUT = "the figure (.png, .pdf or .svg); a CSV goes beside it"
 
 
 def main(more: Sequence[AddCommand] = ()) -> int:

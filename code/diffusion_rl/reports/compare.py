@@ -30,6 +30,7 @@ from diffusion_rl.reports.figures import (
     draw_curve,
     footer_of,
     group_runs,
+    picture_path,
     read_run,
     run_labels,
     style_panel,
@@ -166,10 +167,10 @@ def compare(
     robomimic's tasks and the return in all others. kind: eval or train. labels: as in `learning_curve`. references:
     the published curves of the "same" algorithms as the runs', of "all", or "none".
 
-    Returns the path of the PNG, and the final values as Markdown and LaTeX tables. Raises UserError for folders that
+    Returns the path of the figure, and the final values as Markdown and LaTeX tables. Raises UserError for folders that
     hold no such numbers and where rliable is not installed.
     """
-    output = Path(output).with_suffix(".png")
+    output = picture_path(output)
     runs = [read_run(folder) for folder in run_folders]
     known = list(dict.fromkeys(task_of(run.task) for run in runs))
     wanted = list(dict.fromkeys(map(task_of, tasks))) or known

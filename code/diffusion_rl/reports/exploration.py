@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.reports.figures import csv_text, write_figure
+from diffusion_rl.reports.figures import csv_text, picture_path, write_figure
 from diffusion_rl.tasks import avoiding
 
 X_LIMITS, Y_LIMITS = (0.2, 0.8), (-0.3, 0.5)
@@ -90,7 +90,7 @@ def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tupl
     """
     from matplotlib.figure import Figure
 
-    output = Path(output)
+    output = picture_path(output)
     rows = list(dict.fromkeys(panel.modes for panel in panels))
     columns = list(dict.fromkeys(panel.policy for panel in panels))
     data = {panel.modes: panel.paths for panel in panels if panel.policy == "data"}

@@ -27,6 +27,11 @@ AXIS_LABELS = {
     "success_rate": "success rate",
 }
 KINDS = ("eval", "train")
+MADE_BY = {  # ending -> metadata for the command, for the program, and for the date, which is left out
+    ".png": ("Description", "Software", None),
+    ".pdf": ("Subject", "Creator", "CreationDate"),
+    ".svg": ("Description", "Creator", "Date"),
+}
 MIN_SEEDS_FOR_INTERVAL = 3
 
 # Two-sided 95% quantiles of Student's t for 1 to 20 degrees of freedom.
@@ -198,9 +203,9 @@ def learning_curve(
     Runs of one name are one line: the mean over its seeds with the 95% interval of that mean, or with fewer than
     three seeds the mean and each seed. Evaluations are drawn as points, training episodes as a paler line. Each task
     (`env_name` of the configuration) gets a panel. Raises UserError for a folder that is no run or holds no such
-    numbers. Returns the path of the PNG.
+    numbers. Returns the path of the figure.
     """
-    output = Path(output).with_suffix(".png")
+    output = picture_path(output)
     all_runs = [read_run(folder) for folder in run_folders]
     groups = group_runs(all_runs, labels)
     x, y = default_columns(all_runs, x, y)
@@ -350,17 +355,29 @@ def csv_text(rows: Iterable[Sequence[Any]], command: str, heading: str = "") -> 
     return text.getvalue()
 
 
+def picture_path(output: str | Path) -> Path:
+    """Returns the path of a figure: PNG without an ending. Raises UserError for an ending that is no format of ours."""
+    path = Path(output)
+    path = path if path.suffix else path.with_suffix(".png")
+    if path.suffix.lower() not in MADE_BY:
+        raise UserError(f"--output {output}: a figure ends in {', '.join(MADE_BY)}")
+    return path
+
+
 def write_figure(figure: Any, path: Path, table: str, command: str, **options: Any) -> Path:
-    """Writes a figure as PNG, which names the command, and the table of its numbers (CSV) beside it.
+    """Writes a figure, which names the command, and the table of its numbers (CSV) beside it.
 
     Args:
+        path: ends in .png, .pdf or .svg.
         options: of matplotlib's savefig.
 
     Returns:
-        the path of the PNG.
+        the path of the figure.
     """
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Description": command, "Software": "diffusion-rl"}, **options)
+    picture, ending = io.BytesIO(), picture_path(path).suffix.lower()
+    described, program, date = MADE_BY[ending]
+    metadata = {described: command, program: "diffusion-rl", **({date: None} if date else {})}
+    figure.savefig(picture, format=ending[1:], metadata=metadata, **options)
     write_bytes(path.with_suffix(".csv"), table.encode())
     write_bytes(path, picture.getvalue())
     return path

@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.reports.figures import csv_text, write_figure
+from diffusion_rl.reports.figures import csv_text, picture_path, write_figure
 from diffusion_rl.reports.published import rows
 from diffusion_rl.tasks.registry import tasks_of
 
@@ -217,4 +217,4 @@ def plan_scores(bars: Sequence[Bar], output: str | Path, command: str = "") -> P
     panel.set(ylabel="normalised score")
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
-    return write_figure(figure, Path(output), csv_text([Bar._fields, *bars], command), command, dpi=150)
+    return write_figure(figure, picture_path(output), csv_text([Bar._fields, *bars], command), command, dpi=150)
