@@ -396,9 +396,9 @@ MISFITS = {
         *(FINE_TUNE, ["base_policy_path={base}", "resume={run}", "model.critic.mlp_dims=[32,32,32]"]),
         ["state_2.safetensors", "that run has model.critic.mlp_dims=[16, 16, 16] (now [32, 32, 32]), which resuming"],
     ),
-    "resumed with another number of environments": (
-        *(FINE_TUNE, ["base_policy_path={base}", "resume={run}", "env.n_envs=2"]),
-        ["state_2.safetensors", "that run has env.n_envs=3 (now 2), which resuming cannot change"],
+    "resumed with longer episodes": (
+        *(FINE_TUNE, ["base_policy_path={base}", "resume={run}", "env.max_episode_steps=44"]),
+        ["state_2.safetensors", "that run has env.max_episode_steps=40 (now 44), which resuming cannot change"],
     ),
     "a warm-up as long as the fine-tuning": (
         *(FINE_TUNE, ["base_policy_path={base}", "train.actor_lr_scheduler.warmup_steps=1000"]),

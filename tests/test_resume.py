@@ -247,3 +247,15 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
     go_through(tmp_path / "run", [0, 1], 1, "never", intrude)
     go_through(tmp_path / "run", [2], keep_every=1, resume="auto")
     assert [row["itr"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_another_number_of_environments_goes_on_with_new_episodes(tmp_path, caplog):
+    """Weights, optimizers and the statistics of rewards go on; a row says that episodes began anew."""
+    base = make_base_policy(tmp_path / "base.safetensors")
+    same = [f"base_policy_path={base}", "train.save_model_freq=1", "env.max_episode_steps=20", "train.val_freq=10"]
+    run(FINE_TUNE, tmp_path / "run", *same, "train.n_train_itr=2", "env.n_envs=4")
+    with caplog.at_level(logging.WARNING):
+        on = run(FINE_TUNE, tmp_path / "run", *same, "train.n_train_itr=3", "env.n_envs=3", "resume=auto")
+    assert "env.n_envs was 4, now it is 3: the run goes on with new episodes" in caplog.text
+    assert [row["itr"] for row in rows(tmp_path / "run")] == [0, 1, 2] and on.observations["state"].shape[0] == 3
+    assert rows(tmp_path / "run")[2]["env_steps"] == 4 * 24 + 3 * 24  # iteration 0 evaluates

@@ -25,9 +25,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--mode", action="append", choices=sorted(MODE_SETS), help="a row each; default: all")
     command.add_argument("--policy", action="append", choices=POLICIES, help="a column each; default: all")
     command.add_argument("--paths", type=int, default=50, help="environments, one path each")
-    command.add_argument(
-        "--output", default="figure/d3il/exploration.png", help=OUTPUT
-    )
+    command.add_argument("--output", default="figure/d3il/exploration.png", help=OUTPUT)
     command.add_argument("override", nargs="*", help="of the fine-tuning configurations, seed=1 for instance")
     command.set_defaults(draw=_draw)
 

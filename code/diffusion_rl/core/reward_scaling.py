@@ -76,7 +76,8 @@ class RunningRewardScaler:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores what `state` returned."""
+        """Restores what `state` returned; with another number of environments their sums begin anew."""
         s = self.statistics
         s.mean, s.var, s.count = np.array(state["mean"]), np.array(state["var"]), state["count"]
-        self.discounted = np.array(state["discounted"])
+        if len(state["discounted"]) == len(self.discounted):
+            self.discounted = np.array(state["discounted"])

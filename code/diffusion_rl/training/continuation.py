@@ -41,7 +41,7 @@ FINE_TUNING_MAY_CHANGE = (
     *("train.n_train_itr", "train.gamma", "train.gae_lambda", "train.target_kl", "train.*_coef"),
     *("train.bc_loss_coeff", "train.batch_size", "train.update_epochs", "train.max_grad_norm", "train.fast"),
     *("train.force_train", "train.replay_ratio", "train.n_eval_episode", "train.eval_*"),
-    *("train.logprob_batch_size", "train.n_critic_warmup_itr"),
+    *("train.logprob_batch_size", "train.n_critic_warmup_itr", "train.n_steps", "env.n_envs"),
     *("env.threads", "env.save_video", "env.render", "env.worker_timeout", "env.best_reward_threshold_for_success"),
     *("model.clip_*", "model.gamma_denoising", "model.randn_clip_value", "*.device"),
 )

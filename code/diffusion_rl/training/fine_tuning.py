@@ -250,7 +250,11 @@ class FineTuning(TrainingLoop):
         self._restore_training(checkpoint, state)
         restore_rng(self.rng, state["noise"])
         self.step, self.env_steps = int(checkpoint.metadata["itr"]) + 1, int(state["env_steps"])
-        if state["env_restorable"] and getattr(self.venv, "restorable", False):
+        before = len(checkpoint.tensors["train.done"])
+        if before != self.n_envs:
+            self.began_anew = True
+            log.warning("env.n_envs was %d, now it is %d: the run goes on with new episodes", before, self.n_envs)
+        elif state["env_restorable"] and getattr(self.venv, "restorable", False):
             self.venv.set_state(checkpoint.select("train.env."))
             self.observations = checkpoint.select("train.observations.")
             self.done = checkpoint.tensors["train.done"]

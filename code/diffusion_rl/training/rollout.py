@@ -209,10 +209,14 @@ class RunningEpisodes:
         return state | {"reached": self.reached.copy(), "successes": self.successes.copy()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Takes back what `state` returned."""
-        self.running, self.whole, self.ended = (state[name].copy() for name in ("running", "whole", "ended"))
+        """Takes back what `state` returned; of other environments only the episodes that have ended."""
+        self.ended = state["ended"].copy()
+        same = len(state["whole"]) == len(self.whole)
+        if same:
+            self.running, self.whole = state["running"].copy(), state["whole"].copy()
         if "reached" in state:
-            self.reached, self.successes = state["reached"].copy(), state["successes"].copy()
+            self.reached = state["reached"].copy() if same else np.zeros(len(self.whole), bool)
+            self.successes = state["successes"].copy()
 
 
 def success_threshold(env_cfg: Mapping[str, Any], environments_say: bool) -> float | None:
