@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.assets import resolve
 from diffusion_rl.envs.chunks import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
 from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult, Unrestorable
@@ -49,10 +50,8 @@ class FurnitureVectorEnv(Unrestorable):
             raise UserError(f"env.specific.obs_steps={specific['obs_steps']}: furniture shows one observation")
         if specific.get("act_steps", act_steps) != act_steps:
             raise UserError(f"env.specific.act_steps={specific['act_steps']}, act_steps={act_steps}: make them equal")
-        statistics = Path(specific["normalization_path"])
         interpreter = _interpreter()
-        if not statistics.is_file():
-            raise UserError(f"no normalization statistics at {statistics}: {PAGE} says where they come from")
+        statistics = resolve(specific["normalization_path"])
         self.name, self._count = f"furniture {specific['furniture']}", 0
         self.n_envs = n_envs
         self.act_steps = act_steps
