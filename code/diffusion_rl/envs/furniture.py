@@ -1,7 +1,7 @@
 """Furniture-Bench (Heo et al. 2023, arXiv:2305.12821): all environments in one IsaacGym simulator on a GPU.
 
 IsaacGym ends at Python 3.8, which TensorFlow does not support, so the simulator runs in an interpreter of its own
-(furniture_server.py), named by DPPO_FURNITURE_PYTHON, and is asked over a pipe. See installation/furniture.md.
+(furniture_server.py), named by DPPO_FURNITURE_PYTHON, and is asked over a pipe. See installation/install_furniture.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult, Un
 from diffusion_rl.envs.processes import in_one_line
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
-PAGE = "installation/furniture.md"
+PAGE = "installation/install_furniture.md"
 _SERVER = Path(__file__).with_name("furniture_server.py")
 
 
