@@ -126,15 +126,21 @@ def _instead(path: Path) -> str:
     ways = []
     if data_dir() != _SHIPPED and (_SHIPPED / suite / folder / path.name).is_file():
         ways.append("take the home-made one that ships with the repository (unset DPPO_DATA_DIR)")
-    if stem.startswith(("pre_", "calql_")):
-        name = f"{stem}_{kind}" if kind else stem
-        made = f"python script/run.py --config-name={name} --config-dir=cfg/{suite}/pretrain/{task}"
-        ways.append(f"make it with `{made}` and give base_policy_path=<its run folder>")
+    if command := _pre_training(suite, task, f"{stem}_{kind}" if kind else stem):
+        ways.append(f"make it with `{command}` and give base_policy_path=<its run folder>")
     elif kind == "img":
         ways.append(f"make home-made ones with `python script/dataset/render_robomimic_demos.py {task}`")
     elif stem in ("train", "val", "normalization") and suite != "furniture":  # which nothing of ours replaces
         ways.append(f"make it with `python script/dataset/convert.py SOURCE {path.parent}` of data that you have")
     return ", or ".join(ways) or "set DPPO_DATA_DIR to where it lies, or check the path"
+
+
+def _pre_training(suite: str, task: str, name: str) -> str | None:
+    folder = f"cfg/{suite}/pretrain/{task}"
+    for stem, change in ((name, ""), (name.removesuffix("_ta1"), " horizon_steps=1")):  # "ta1": one action at a time
+        if (_SHIPPED.parent / folder / f"{stem}.yaml").is_file():
+            return f"python script/run.py --config-name={stem} --config-dir={folder}{change}"
+    return None
 
 
 def fetch(asset: Asset) -> Path:
@@ -177,8 +183,8 @@ def _require_its_statistics(asset: Asset) -> None:
     statistics = data_dir() / (asset.folder or Path(asset.name).parent) / "normalization.npz"
     if (asset.folder or asset.root == data_dir()) and statistics.is_file() and not _record(statistics).is_file():
         raise UserError(
-            f"the authors' {asset.name} does not fit {statistics}, which is of other data: "
-            f"{_instead(asset.stands_for)}; or set DPPO_DATA_DIR to an empty folder, which theirs are downloaded to"
+            f"{asset.stands_for}: {_instead(asset.stands_for)}; the authors' ({asset.name}) does not fit {statistics}, "
+            "which is of other data: to have all of theirs downloaded, set DPPO_DATA_DIR to an empty folder"
         )
 
 
