@@ -8,6 +8,7 @@ RUN apt-get update -q \
 WORKDIR /home/code
 COPY setup.py pyproject.toml README.md ./
 COPY code/diffusion_rl/__init__.py code/diffusion_rl/__init__.py
-RUN pip install --no-cache-dir -e ".[gym]"
-# The repository itself is bound to /home/code when the container runs.
+RUN pip install --no-cache-dir -e ".[gym,download]"
+# For machines that have no checkout; elsewhere it is bound to /home/code when the container runs.
+COPY . .
 ENV PYTHONPATH=/home/code/code MUJOCO_GL=egl TF_CPP_MIN_LOG_LEVEL=2

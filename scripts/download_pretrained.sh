@@ -1,10 +1,9 @@
 #!/bin/sh
-# The PyTorch Diffuser's published models, to logs/pretrained (about 1 GB; needs gdown: pip install gdown).
+# The PyTorch Diffuser's published models and plans, to logs/pretrained (about 1 GB): [folder instead of logs] [archive].
+# Archives: pretrained.tar; pretrained_models.tar, the earlier one without plans. Needs pip install -e ".[download]".
 set -eu
 cd "$(dirname "$0")/.."
-mkdir -p logs
-archive=$(mktemp)
-trap 'rm -f "$archive"' EXIT
-gdown --output "$archive" "https://drive.google.com/uc?id=1wc1m4HLj7btaYDN8ogDIAV9QzgWEckGy"
-tar -xf "$archive" --directory logs
-echo "logs/pretrained: plan with python scripts/plan_guided.py --dataset NAME --logbase logs/pretrained"
+archive=$("${PYTHON:-python}" script/download.py "${2:-pretrained.tar}" --to "${1:-logs}")
+tar --extract --file "$archive" --directory "${1:-logs}" --no-same-owner
+rm "$archive" "$archive.sha256"
+echo "${1:-logs}/pretrained: plan with python scripts/plan_guided.py --dataset NAME --logbase ${1:-logs}/pretrained"

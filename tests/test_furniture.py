@@ -133,7 +133,7 @@ def test_an_interpreter_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(INTERPRETER, sys.executable)
-    with pytest.raises(UserError, match="no normalization statistics at data/furniture/one_leg_low/normalization.pth"):
+    with pytest.raises(UserError, match="one_leg_low/normalization.pth is not here .*: get it from https"):
         of_the_configuration()
 
 

@@ -46,7 +46,8 @@ def test_azure_has_a_job_for_every_combination(capsys, monkeypatch):
     monkeypatch.setenv("DOCKER_USERNAME", "someone")
     commands = printed(capsys, "azure", "--dataset", "walker2d-medium-v2", "--horizon", "128,512", "--seed", "1,2")
     assert len(commands) == 4 and "docker.io/someone/diffuser:latest" in commands[0]
-    assert commands[3][-1].endswith("--horizon 512 --seed 2")
+    assert commands[3][-1].startswith("bash -c 'python scripts/train.py --dataset walker2d-medium-v2")
+    assert "--horizon 512 --seed 2; status=$?; ./azure/download.sh && ./azure/sync.sh up" in commands[3][-1]
 
 
 def test_what_is_refused(monkeypatch):
@@ -54,6 +55,10 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(UserError, match="say where"):
         launchers.main(["moon"])
     with pytest.raises(UserError, match="DOCKER_USERNAME"):
+        launchers.main(["azure", "--dataset", "hopper-medium-v2"])
+    monkeypatch.setenv("DOCKER_USERNAME", "someone")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    with pytest.raises(UserError, match="AZURE_STORAGE_ACCOUNT"):
         launchers.main(["azure", "--dataset", "hopper-medium-v2"])
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="is not installed"):

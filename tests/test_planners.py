@@ -168,7 +168,10 @@ def test_the_last_steps_have_a_tenth_of_the_rate(folder):
 def test_what_is_missing_is_named(trained):
     with pytest.raises(UserError, match="train a model first"):
         diffuser.plan_guided([*PLAN, "--logbase", "elsewhere"])
-    with pytest.raises(UserError, match="no data for walker2d-expert-v2: download http"):
+    with pytest.raises(
+        UserError,
+        match="walker2d_expert-v2.hdf5 is not here .*: get it from http.*make_gym_data.py walker2d --flavour expert",
+    ):
         diffuser.train(["--dataset", "walker2d-expert-v2", *TRAIN[2:]])
     assert not (trained.parents[2] / "walker2d-expert-v2").exists()
     with pytest.raises(UserError, match="no checkpoint 5 in .* there are 0, 3, 6"):

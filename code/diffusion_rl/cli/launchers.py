@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -27,6 +28,13 @@ CODE = "/home/code"  # in containers
 TRIALS, TOGETHER = 50, 2  # of a job of plans: how many, and how many at a time
 AZURE_CORES, AZURE_GIGABYTES = 4, 16
 MOST_INSTANCES = 1000
+AZURE_NEEDS = {
+    "DOCKER_USERNAME": "to the account that the image was pushed to (docker push)",
+    "AZURE_STORAGE_ACCOUNT": "to a storage account (see azure/config.py): the logs of an instance go with it",
+    "AZURE_CLIENT_ID": "with AZURE_TENANT_ID and AZURE_CLIENT_SECRET to a service principal that may write there",
+}
+AZURE_STORAGE = ("AZURE_STORAGE_ACCOUNT", "AZURE_STORAGE_CONTAINER", "AZURE_TENANT_ID", "AZURE_CLIENT_ID")
+AZURE_SECRET = "AZURE_CLIENT_SECRET"
 SCRIPTS = {"train": "scripts/train.py", "values": "scripts/train_values.py", "plan": "scripts/plan_guided.py"}
 OPTIONS = {
     "job": Option("what is started", one_of(*SCRIPTS), default="train"),
@@ -55,7 +63,8 @@ def main(arguments: Sequence[str]) -> None:
 def run_all(commands: Iterator[Command], dry_run: bool) -> None:
     """Prints each command, and runs it unless this is a dry run; the first that fails ends it."""
     for command in commands:
-        print(shlex.join(command), flush=True)
+        shown = (re.sub(f"^{AZURE_SECRET}=.+", f"{AZURE_SECRET}=***", word) for word in command)
+        print(shlex.join(shown), flush=True)
         if dry_run:
             continue
         if shutil.which(command[0]) is None:
@@ -108,23 +117,30 @@ def azure(settings: Mapping, options: Mapping[str, str]) -> Iterator[Command]:
     """Yields a container instance for each combination of comma-separated values, by a client that is logged in (`az
     login`).
 
-    DOCKER_USERNAME says whose image it is, AZURE_RESOURCE_GROUP (diffuser) which resource group the instances are in.
+    DOCKER_USERNAME says whose image it is; AZURE_RESOURCE_GROUP (diffuser), AZURE_REGION and AZURE_SUBSCRIPTION_ID say
+    where the instances are. A job sends its logs to AZURE_STORAGE_CONTAINER of AZURE_STORAGE_ACCOUNT (azure/sync.sh).
     """
-    user, group = os.environ.get("DOCKER_USERNAME"), os.environ.get("AZURE_RESOURCE_GROUP", "diffuser")
-    if not user and not settings["dry_run"]:
-        raise UserError("set DOCKER_USERNAME to the account that the image was pushed to (docker push)")
-    image = f"docker.io/{user or '$DOCKER_USERNAME'}/{settings['image']}:latest"
-    size = ["--cpu", str(AZURE_CORES), "--memory", str(AZURE_GIGABYTES)]
+    given = os.environ.get
+    for name, cure in AZURE_NEEDS.items():
+        if not given(name) and not settings["dry_run"]:
+            raise UserError(f"set {name} {cure}")
+    image = f"docker.io/{given('DOCKER_USERNAME') or '$DOCKER_USERNAME'}/{settings['image']}:latest"
+    where = ["--resource-group", given("AZURE_RESOURCE_GROUP") or "diffuser", "--image", image]
+    for option, value in (("--location", given("AZURE_REGION")), ("--subscription", given("AZURE_SUBSCRIPTION_ID"))):
+        where += [option, value] if value else []
+    size = ["--cpu", str(AZURE_CORES), "--memory", str(AZURE_GIGABYTES), "--restart-policy", "Never"]
+    storage = ["--environment-variables", *(f"{name}={given(name, '')}" for name in AZURE_STORAGE)]
+    storage += ["--secure-environment-variables", f"{AZURE_SECRET}={given(AZURE_SECRET, '')}"]
     split = [value.split(",") for value in options.values()]
     if (count := math.prod(map(len, split))) > MOST_INSTANCES:
         raise UserError(
             f"these are {count} combinations, of which {MOST_INSTANCES} are started at most: give fewer values"
         )
-    combinations = itertools.product(*split)
-    for number, values in enumerate(combinations):
+    for number, values in enumerate(itertools.product(*split)):
         command = shlex.join(job(settings, dict(zip(options, values, strict=True))))
-        where = ["--resource-group", group, "--name", f"diffuser-{settings['job']}-{number}", "--image", image]
-        yield ["az", "container", "create", *where, *size, "--restart-policy", "Never", "--command-line", command]
+        inside = f"{command}; status=$?; ./azure/download.sh && ./azure/sync.sh up && exit $status"
+        own = ["--name", f"diffuser-{settings['job']}-{number}", "--command-line", shlex.join(["bash", "-c", inside])]
+        yield ["az", "container", "create", *where, *size, *storage, *own]
 
 
 PLACES = {"docker": docker, "singularity": singularity, "slurm": slurm, "azure": azure}

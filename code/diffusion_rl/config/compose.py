@@ -145,11 +145,11 @@ def _complete_wandb(config: dict[str, Any]) -> None:
         return
     env = config.get("env_name") or config.get("env")
     defaults = {
-        "entity": os.environ.get("DPPO_WANDB_ENTITY"),
+        "entity": os.environ.get("DPPO_WANDB_ENTITY") or None,
         "project": config.get("project") or f"{config.get('suite')}-{env}-{config.get('stage')}",
         "run": f"{time.strftime('%H-%M-%S')}_{config.get('name')}",
     }
-    config["wandb"] = defaults | {key: value for key, value in wandb.items() if value is not None}
+    config["wandb"] = defaults | {key: value for key, value in wandb.items() if value not in (None, "")}
 
 
 @contextlib.contextmanager

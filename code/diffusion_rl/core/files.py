@@ -11,7 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from diffusion_rl.core.errors import UserError, one_line
 
@@ -120,6 +120,25 @@ def require_writable(path: str | os.PathLike[str]) -> None:
             temporary.unlink()
     except OSError as error:
         raise UserError(_explain(target, error)) from error
+
+
+def lock_file(path: str | os.PathLike[str]) -> IO[str] | None:
+    """Opens a file, locked by this process until it is closed; returns None where another process has it.
+
+    File systems without locks go without.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:
+            pass
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # it was removed between its opening and its lock
 
 
 def _open_temporary(target: Path) -> tuple[Path, BinaryIO]:

@@ -15,7 +15,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled
 from diffusion_rl.data.plan_windows import flat_of, read_flat
-from diffusion_rl.tasks.registry import D4RL_FILES, d4rl_file
+from diffusion_rl.tasks.registry import D4RL_FILES, TASKS, TaskSpec, d4rl_file
 
 Say = Callable[[str], None]
 
@@ -24,25 +24,12 @@ def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> E
     """Finds the complete episodes of a data set, in the environment's units.
 
     Looks in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then for D4RL's file in
-    D4RL_DATASET_DIR, then among the data that ship with this repository.
+    D4RL_DATASET_DIR, then among the data that ship with this repository; else downloads D4RL's file.
 
     Raises:
         UserError: there are none; the message says where to get them.
     """
-    if data_dir:
-        return _read(Path(data_dir))
-    folder, own = _d4rl_folder(), assets.data_dir() / "gym" / name
-    for path in _d4rl_paths(name):
-        if path.is_file():
-            say(f"data: {path}")
-            return _read(path)
-    for path in (assets.data_dir() / "maze2d" / f"{name}.hdf5", own):
-        if path.is_file() or _is_npz(path):
-            say(f"data: {path} (made for this repository; not D4RL's)")
-            return _read(path)
-    remote = d4rl_file(name)
-    cure = f"download {D4RL_FILES}/{remote} to {folder}" if remote else f"put it into {folder}"
-    raise UserError(f"no data for {name}: {cure}, or name a file or folder with --data_dir (looked in {own}, too)")
+    return _read(Path(data_dir) if data_dir else _located(name, say))
 
 
 def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[str, np.ndarray]:
@@ -50,11 +37,44 @@ def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[
 
     Of a file in D4RL's layout these are all rows; of anything else that `find_episodes` finds, complete episodes.
     """
-    for path in [Path(data_dir)] if data_dir else _d4rl_paths(name):
-        if path.is_file() and path.suffix in (".hdf5", ".h5") and (flat := read_flat(path)) is not None:
+    path = Path(data_dir) if data_dir else _located(name, say)
+    if path.is_file() and path.suffix in (".hdf5", ".h5") and (flat := read_flat(path)) is not None:
+        return flat
+    return flat_of(_read(path))
+
+
+def d4rl_assets() -> dict[str, assets.Asset]:
+    """Returns D4RL's files, by the names of the data sets."""
+    return {name: _d4rl_asset(task, name) for task in TASKS for name in task.d4rl_files}
+
+
+def _d4rl_asset(task: TaskSpec, name: str) -> assets.Asset:
+    instead, maker = "name a file or folder with --data_dir", None
+    if task.made_returns:
+        flavour = name.removeprefix(f"{task.name}-").removesuffix("-v2")
+        maker = f"make_gym_data.py {task.name} --flavour {flavour}"
+    elif task.name.startswith("maze2d"):
+        maker = f"make_maze2d_data.py {name}"
+    if maker:
+        instead += f", or make home-made data with `python script/dataset/{maker}`"
+    remote = task.d4rl_files[name]
+    return assets.Asset(Path(remote).name, f"{D4RL_FILES}/{remote}", _d4rl_folder(), instead=instead)
+
+
+def _located(name: str, say: Say) -> Path:
+    for path in _d4rl_paths(name):
+        if path.is_file():
             say(f"data: {path}")
-            return flat
-    return flat_of(find_episodes(name, data_dir, say))
+            return assets.unchanged(path)
+    own = assets.data_dir() / "gym" / name
+    for path in (assets.data_dir() / "maze2d" / f"{name}.hdf5", own):
+        if path.is_file() or _is_npz(path):
+            say(f"data: {path} (made for this repository; not D4RL's)")
+            return path
+    if asset := d4rl_assets().get(name):
+        return assets.fetch(asset)
+    places = f"{_d4rl_folder()} and {own}"
+    raise UserError(f"no data for {name} in {places}: put it there, or name a file or folder with --data_dir")
 
 
 def _d4rl_folder() -> Path:

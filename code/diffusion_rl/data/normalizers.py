@@ -17,6 +17,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.npz import read_npz
+from diffusion_rl.data.assets import resolve
 
 Arrays = dict[str, np.ndarray]
 
@@ -80,8 +81,7 @@ def read_bounds(path: str | Path, obs_dim: int | None = None, action_dim: int | 
     Raises:
         UserError: the file is missing or unreadable, or it holds anything else.
     """
-    cure = "put the data set's normalization.npz there, or set DPPO_DATA_DIR or normalization_path to where it is"
-    bounds = read_npz(path, KEYS, f"no such file: {path} (the normalization file does not exist): {cure}")
+    bounds = read_npz(resolve(path), KEYS)
     if missing := [key for key in KEYS if key not in bounds]:
         raise UserError(f"normalization file {path} lacks {', '.join(missing)}: it must hold {', '.join(KEYS)}")
     for kind, dim in (("obs", obs_dim), ("action", action_dim)):

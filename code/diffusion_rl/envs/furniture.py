@@ -1,7 +1,7 @@
 """Furniture-Bench (Heo et al. 2023, arXiv:2305.12821): all environments in one IsaacGym simulator on a GPU.
 
 IsaacGym ends at Python 3.8, which TensorFlow does not support, so the simulator runs in an interpreter of its own
-(furniture_server.py), named by DPPO_FURNITURE_PYTHON, and is asked over a pipe. See installation/furniture.md.
+(furniture_server.py), named by DPPO_FURNITURE_PYTHON, and is asked over a pipe. See installation/install_furniture.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.data.assets import resolve
 from diffusion_rl.envs.chunks import require_finite
 from diffusion_rl.envs.furniture_server import pack, unpack
 from diffusion_rl.envs.interface import EnvRequest, Observations, StepResult, Unrestorable
 from diffusion_rl.envs.processes import in_one_line
 
 INTERPRETER = "DPPO_FURNITURE_PYTHON"
-PAGE = "installation/furniture.md"
+PAGE = "installation/install_furniture.md"
 _SERVER = Path(__file__).with_name("furniture_server.py")
 
 
@@ -49,10 +50,8 @@ class FurnitureVectorEnv(Unrestorable):
             raise UserError(f"env.specific.obs_steps={specific['obs_steps']}: furniture shows one observation")
         if specific.get("act_steps", act_steps) != act_steps:
             raise UserError(f"env.specific.act_steps={specific['act_steps']}, act_steps={act_steps}: make them equal")
-        statistics = Path(specific["normalization_path"])
         interpreter = _interpreter()
-        if not statistics.is_file():
-            raise UserError(f"no normalization statistics at {statistics}: {PAGE} says where they come from")
+        statistics = resolve(specific["normalization_path"])
         self.name, self._count = f"furniture {specific['furniture']}", 0
         self.n_envs = n_envs
         self.act_steps = act_steps

@@ -65,7 +65,9 @@ def assets() -> Path:
     """Finds the Panda's folder in robosuite, without importing it. Raises UserError if robosuite is not installed."""
     package = importlib.util.find_spec("robosuite")
     if package is None or not package.submodule_search_locations:
-        raise UserError('the Panda model comes with robosuite: pip install -e ".[d3il]" (see installation/d3il.md)')
+        raise UserError(
+            'the Panda model comes with robosuite: pip install -e ".[d3il]" (see installation/install_d3il.md)'
+        )
     return Path(next(iter(package.submodule_search_locations))) / "models" / "assets" / "robots" / "panda"
 
 

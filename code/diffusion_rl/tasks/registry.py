@@ -128,6 +128,7 @@ TASKS = (
         title="Kitchen",
         reference_returns=(0.0, 4.0),
         d4rl_files={
+            "kitchen-complete-v0": "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5",
             "kitchen-partial-v0": "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5",
             "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
         },

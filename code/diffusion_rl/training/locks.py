@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import lock_file
 
 _NAME = ".lock"
 
@@ -29,7 +30,7 @@ class FolderLock:
             self._made = [place for place in (folder, *folder.parents) if not place.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             self._is_new = not (folder / _NAME).exists()
-            file = _acquire(folder / _NAME)
+            file = lock_file(folder / _NAME)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror or error}; {cure}") from error
         if file is None:
@@ -65,26 +66,7 @@ def locked(folder: Path, cure: str) -> Iterator[None]:
 def child_lock(path: Path) -> IO[str] | None:
     """Returns a locked file for a child process to inherit, which holds the lock for as long as it lives; None while
     another process does."""
-    file = _acquire(path)
+    file = lock_file(path)
     if file is not None:
         os.set_inheritable(file.fileno(), True)
     return file
-
-
-def _acquire(path: Path) -> IO[str] | None:
-    """Opens the file, locked by this process; None where another has it. Systems without locks go without."""
-    while True:
-        file = path.open("w")
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                return None
-            except OSError:  # a file system without locks
-                pass
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # its folder was undone between its opening and its lock
