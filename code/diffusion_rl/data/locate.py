@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,34 +16,54 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled
 from diffusion_rl.data.plan_windows import flat_of, read_flat
-from diffusion_rl.tasks.registry import D4RL_FILES, d4rl_file
+from diffusion_rl.tasks.registry import D4RL_FILES, d4rl_file, task_named
 
 Say = Callable[[str], None]
 
 
-def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> Episodes:
-    """Finds the complete episodes of a data set, in the environment's units.
+class Found(NamedTuple):
+    """Where a data set lies. home_made: for this repository, in the place of D4RL's."""
+
+    path: Path
+    home_made: bool = False
+
+
+def find_data(name: str, data_dir: str | None = None) -> Found:
+    """Finds a data set.
 
     Looks in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then for D4RL's file in
-    D4RL_DATASET_DIR, then among the data that ship with this repository.
+    D4RL_DATASET_DIR, then among the data that ship with this repository or are made with it.
 
     Raises:
-        UserError: there are none; the message says where to get them.
+        UserError: there is none; the message says where to get it.
     """
     if data_dir:
-        return _read(Path(data_dir))
-    folder, own = _d4rl_folder(), assets.data_dir() / "gym" / name
+        return Found(Path(data_dir))
     for path in _d4rl_paths(name):
         if path.is_file():
-            say(f"data: {path}")
-            return _read(path)
+            return Found(path)
+    task = task_named(name)
+    if task is not None and task.simulator == "robomimic":
+        if _is_npz(own := assets.data_dir() / "robomimic" / name):
+            return Found(own)
+        maker = "render" if name.endswith("-img") else "make"
+        command = f"python script/dataset/{maker}_robomimic_demos.py {task.name}"
+        raise UserError(f"no data for {name}: make them ({command}) or name a folder with --data_dir (looked in {own})")
+    own = assets.data_dir() / "gym" / name
     for path in (assets.data_dir() / "maze2d" / f"{name}.hdf5", own):
         if path.is_file() or _is_npz(path):
-            say(f"data: {path} (made for this repository; not D4RL's)")
-            return _read(path)
+            return Found(path, home_made=True)
     remote = d4rl_file(name)
-    cure = f"download {D4RL_FILES}/{remote} to {folder}" if remote else f"put it into {folder}"
+    cure = f"download {D4RL_FILES}/{remote} to {_d4rl_folder()}" if remote else f"put it into {_d4rl_folder()}"
     raise UserError(f"no data for {name}: {cure}, or name a file or folder with --data_dir (looked in {own}, too)")
+
+
+def find_episodes(name: str, data_dir: str | None = None, say: Say = print) -> Episodes:
+    """Finds the complete episodes of a data set, in the environment's units, where `find_data` finds it."""
+    path, home_made = find_data(name, data_dir)
+    if not data_dir:
+        say(f"data: {path}" + " (made for this repository; not D4RL's)" * home_made)
+    return _read(path)
 
 
 def find_flat(name: str, data_dir: str | None = None, say: Say = print) -> dict[str, np.ndarray]:
