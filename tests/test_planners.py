@@ -15,6 +15,7 @@ from diffusion_rl.cli import commands, diffuser
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.export.saved import open_policy
 from diffusion_rl.methods.diffuser.files import load_experiment
 from diffusion_rl.methods.diffuser.pictures import Renderer
 from diffusion_rl.reports.pictures import frames
@@ -115,6 +116,11 @@ def test_what_resuming_cannot_change(folder):
         diffuser.train([*parts, "--n_train_steps", "6", "--resume", "True", "--loss_type", "l1"])
     with pytest.raises(UserError, match="--resume True"):
         diffuser.train([*parts, "--n_train_steps", "6"])
+
+
+def test_planners_are_not_exported(trained, tmp_path):
+    with pytest.raises(UserError, match=r"state_6.safetensors is a planner's .diffuser., which runs in scripts"):
+        open_policy(trained / "state_6.safetensors")
 
 
 def test_what_is_not_finite_is_neither_saved_nor_loaded(folder, trained):
