@@ -61,7 +61,7 @@ def trained(folder):
 def test_what_training_leaves(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"args.json", "diff.txt", "metrics.jsonl", "state_0.safetensors", "state_6.safetensors"} <= names
-    for part in ("dataset", "model", "diffusion", "trainer"):
+    for part in ("dataset", "model", "diffusion", "trainer", "render"):
         facts = json.loads((trained / f"{part}_config.json").read_text())
         assert pickle.loads((trained / f"{part}_config.pkl").read_bytes()) == facts
 

@@ -1,8 +1,8 @@
 """What the planners find and leave on disk: models from their descriptions, checkpoints.
 
-A folder of an experiment holds `args.json`, `diff.txt`, `{dataset,model,diffusion,trainer}_config.json` (and the same
-as `.pkl`, plain dictionaries) and `state_<label>.safetensors`. Folders of the PyTorch Diffuser, `state_<label>.pt` with
-their pickled configurations, are read as well; nothing in them is executed.
+A folder of an experiment holds `args.json`, `diff.txt`, `{dataset,model,diffusion,trainer,render}_config.json` (and
+the same as `.pkl`, plain dictionaries) and `state_<label>.safetensors`. Folders of the PyTorch Diffuser,
+`state_<label>.pt` with their pickled configurations, are read as well; nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ class Description(NamedTuple):
             arguments["loss_weights"] = {int(k): v for k, v in arguments["loss_weights"].items()}
         return _named(DIFFUSIONS, self.diffusion["class"], "diffusion")(network, **arguments)
 
-    def save(self, folder: Path, trainer: Mapping[str, Any]) -> None:
-        """Writes `<part>_config.json` and `<part>_config.pkl`."""
-        for name, facts in {**self._asdict(), "trainer": dict(trainer)}.items():
+    def save(self, folder: Path, **others: Mapping[str, Any]) -> None:
+        """Writes `<part>_config.json` and `<part>_config.pkl` of its parts and the others."""
+        for name, facts in {**self._asdict(), **others}.items():
             text = json.dumps(facts, indent=2, sort_keys=True)
             for suffix, content in (("json", text.encode()), ("pkl", pickle.dumps(json.loads(text)))):
                 with atomic_file(folder / f"{name}_config.{suffix}") as file:
@@ -156,8 +156,9 @@ class ExperimentFiles(StateFiles):
     def begin(self, run: Path, last: int) -> None:
         """Writes `args.json`, `diff.txt` and the descriptions."""
         self.options.save()
-        trainer = {k: v for k, v in self.options.as_dict().items() if k in _TRAINER_KEYS}
-        self.description.save(run, trainer)
+        options = self.options.as_dict()
+        render = {"class": options.get("renderer"), "env": self.options.dataset}
+        self.description.save(run, trainer={k: v for k, v in options.items() if k in _TRAINER_KEYS}, render=render)
 
     def copy(self, run: Path) -> None:
         """Copies the folder to `bucket` with gsutil, if both are there."""
