@@ -152,7 +152,7 @@ def test_plans_of_diffuser(key, value, capsys, tmp_path):
         (kuka.plan, ["--task", "none"], "--task none"),
         (launchers.main, ["slurm", "--trials", "0"], "--trials 0"),
         (launchers.main, ["slurm", "--dry_run", "None"], "--dry_run None"),
-        (commands.read_results, ["--logbase", "none"], "no results of plans below none"),
+        (commands.read_results, ["--logbase", "none"], "*/*/rollout.json of hopper-medium-replay-v2"),
         (commands.read_results, ["--logbse", "none"], "--logbse is no option"),
         (diffuser_lite.mujoco, ["seed=1", "seed=2"], "seed stands twice (1 and 2)"),
         (diffuser_lite.mujoco, ["seed"], "key=value"),

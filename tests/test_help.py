@@ -27,7 +27,7 @@ PROGRAMS = {
     "scripts/train_kuka_classifier.py": r"--time_dim +128 +width",
     "scripts/plan_kuka.py": r"--task +unconditional +what is stacked",
     "scripts/launch.py": r"--trials +150",
-    "scripts/read_results.py": r"--logbase +logs/pretrained",
+    "scripts/read_results.py": r"--logbase +None +folder of the plans",
     "plotting/table.py": r"--labels +None +a JSON file",
     "pipelines/diffuserlite_d4rl_mujoco.py": r"task.w_cfg_R1 +\S+ +weight of R1's guidance",
     "pipelines/diffuserlite_d4rl_kitchen.py": r"num_candidates +64 +plans of which",
@@ -93,7 +93,14 @@ def test_rows_are_spelt_as_the_program_takes_them():
     assert help_rows({"a": None, "b": True}, {}).split() == ["a", "null", "b", "true"]
 
 
-def test_help_may_be_cut():
-    command = f"{sys.executable} script/run.py --help {' '.join(HOPPER)} | head -n 1"
-    ended = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
-    assert ended.stdout.startswith("usage: python script/run.py") and not ended.stderr
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        (f"script/run.py --help {' '.join(HOPPER)}", "usage: python script/run.py"),
+        ("plotting/table.py", r"\definecolor"),
+    ],
+)
+def test_what_is_printed_may_be_cut(command, first):
+    cut = f"{sys.executable} {command} | (exec <&-; sleep 0.2); {sys.executable} {command} | head -n 1"
+    ended = subprocess.run(cut, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert ended.stdout.startswith(first) and not ended.stderr

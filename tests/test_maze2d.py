@@ -56,9 +56,11 @@ def test_planning_end_to_end(tmp_path, monkeypatch):
         for key, value in waypoint_data(Maze2D("maze2d-umaze-v1"), 3000, NoiseSource(0)).items():
             file[key] = value
     flags = ["--config", "config.maze2d", "--dataset", "maze2d-umaze-v1", "--horizon", "8", "--n_diffusion_steps", "2"]
-    train = ["--dim_mults", "(1,)", "--n_train_steps", "1", "--n_saves", "1", "--sample_freq", "0", "--seed", "0"]
+    train = ["--dim_mults", "(1,)", "--n_train_steps", "1", "--n_saves", "1", "--n_reference", "7", "--seed", "0"]
     with eagerly():
         diffuser.train([*flags, *train, "--data_dir", "maze.hdf5"])
+    drawn = {path.name for path in (tmp_path / "logs" / "maze2d-umaze-v1" / "diffusion" / "H8_T2").glob("*.png")}
+    assert drawn == {"_sample-reference.png", "sample-0-0.png", "sample-0-1.png"}
     diffuser.plan_maze2d([*flags, "--conditional", "True", "--seed", "0", "--n_episodes", "2"])
     folder = tmp_path / "logs" / "maze2d-umaze-v1" / "plans" / "release_H8_T2_LimitsNormalizer_b1_condTrue" / "0"
     facts = json.loads((folder / "rollout.json").read_text())

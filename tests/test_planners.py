@@ -8,12 +8,16 @@ from ctypes.util import find_library
 import h5py
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from tests.small_runs import eagerly
 
 from diffusion_rl.cli import commands, diffuser
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.envs.locomotion import LocomotionVectorEnv
+from diffusion_rl.export.saved import open_policy
 from diffusion_rl.methods.diffuser.files import load_experiment
+from diffusion_rl.methods.diffuser.pictures import Renderer
 from diffusion_rl.reports.pictures import frames
 from diffusion_rl.reports.plan_results import bars_of, plan_scores
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
@@ -57,7 +61,7 @@ def trained(folder):
 def test_what_training_leaves(trained):
     names = {path.name for path in trained.iterdir()}
     assert {"args.json", "diff.txt", "metrics.jsonl", "state_0.safetensors", "state_6.safetensors"} <= names
-    for part in ("dataset", "model", "diffusion", "trainer"):
+    for part in ("dataset", "model", "diffusion", "trainer", "render"):
         facts = json.loads((trained / f"{part}_config.json").read_text())
         assert pickle.loads((trained / f"{part}_config.pkl").read_bytes()) == facts
 
@@ -77,6 +81,9 @@ def test_plans_and_results(folder, capsys):
     commands.read_results(["--logbase", "logs"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[2].endswith("| 2 scores ")
+    commands.read_results([])
+    found = capsys.readouterr()
+    assert found.out.splitlines() == lines and "below logs/pretrained: those below logs" in found.err
 
 
 @pytest.mark.skipif(not any(map(find_library, ("EGL", "OSMesa"))), reason="no library that renders off-screen")
@@ -109,6 +116,11 @@ def test_what_resuming_cannot_change(folder):
         diffuser.train([*parts, "--n_train_steps", "6", "--resume", "True", "--loss_type", "l1"])
     with pytest.raises(UserError, match="--resume True"):
         diffuser.train([*parts, "--n_train_steps", "6"])
+
+
+def test_planners_are_not_exported(trained, tmp_path):
+    with pytest.raises(UserError, match=r"state_6.safetensors is a planner's .diffuser., which runs in scripts"):
+        open_policy(trained / "state_6.safetensors")
 
 
 def test_what_is_not_finite_is_neither_saved_nor_loaded(folder, trained):
@@ -178,6 +190,105 @@ def test_what_is_missing_is_named(trained):
         load_experiment(trained, epoch="5")
     with pytest.raises(UserError, match=r"defaults_H4_T3_d0.99; there are .*--discount"):
         diffuser.plan_guided([*PLAN, "--discount", "0.99"])
+
+
+def test_the_documents_commands_follow_each_other(folder, capsys):
+    """Values are trained with another discount than plans look for by default: the only ones there are taken."""
+    own = ["--logbase", "as_spelled"]
+    with eagerly():
+        diffuser.train([*TRAIN, *own, "--n_train_steps", "1"])
+    with pytest.raises(UserError, match="train a value with scripts/train_values.py, or plan without one"):
+        diffuser.plan_guided([*PLAN, *own])
+    with eagerly():
+        diffuser.train_values([*TRAIN, *own, "--n_train_steps", "1"])
+    capsys.readouterr()
+    plain = [*PLAN[:2], *PLAN[6:], *own]  # without the model's horizon and steps
+    diffuser.plan_guided(plain)
+    said = capsys.readouterr().out
+    assert "no diffusion/defaults_H32_T20: planning with diffusion/defaults_H4_T3, the only one there" in said
+    assert "no values/defaults_H4_T3_d0.997: planning with values/defaults_H4_T3_d0.99, the only one there" in said
+    assert (folder / "as_spelled" / NAME / "plans" / "H4_T3_d0.99" / "0" / "rollout.json").is_file()
+    diffuser.plan_unguided([*plain, "--suffix", "u"])
+    assert "no diffusion/actions_H32_T20: planning with diffusion/defaults_H4_T3, the only" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"defaults_H4_T3_d0.997; there are values/defaults_H4_T3_d0.99: .*--discount"):
+        diffuser.plan_guided([*plain, "--discount", "0.997"])
+    with pytest.raises(UserError, match="no checkpoint in .*diffusion/actions_H8_T20; there are"):
+        diffuser.plan_unguided([*plain, "--horizon", "8"])
+    with eagerly():
+        diffuser.train_values([*TRAIN, *own, "--n_train_steps", "1", "--discount", "0.9"])
+    with pytest.raises(UserError, match=r"there are .*_d0.9, .*_d0.99: choose one with --discount"):
+        diffuser.plan_guided(plain)
+    diffuser.plan_guided([*plain, "--discount", "0.9"])
+
+
+def test_pictures_of_samples_leave_the_training_as_it_is(folder, capsys):
+    """Equal weights with and without; resumed, the same pictures."""
+    lines = ["--n_train_steps", "6", "--renderer", "utils.LineRenderer"]
+    runs = {
+        "plain": [["--sample_freq", "0"]],
+        "drawn": [["--sample_freq", "2"]],
+        "again": [["--sample_freq", "2", "--stop_at", "3"], ["--sample_freq", "2", "--resume", "True"]],
+    }
+    place = TRAIN.index("--sample_freq")
+    for diffusion_type, prefix in (("states_actions", "defaults"), ("actions_only", "actions")):
+        found, pictures = [], []
+        for base, parts in runs.items():
+            for part in parts:
+                with eagerly():
+                    own = [*TRAIN[:place], *lines, "--logbase", base, "--diffusion_type", diffusion_type]
+                    diffuser.train([*own, *part])
+            run = folder / base / NAME / "diffusion" / f"{prefix}_H4_T3"
+            found.append(load_checkpoint(run / "state_6.safetensors"))
+            pictures.append({path.name: path.read_bytes() for path in run.glob("*.png")})
+        for other in found[1:]:
+            for name, value in found[0].tensors.items():
+                if name != "train.shown":
+                    np.testing.assert_array_equal(value, other.tensors[name], err_msg=name)
+            assert found[0].metadata["train"]["noise"] == other.metadata["train"]["noise"]
+        assert found[1].metadata["train"] == found[2].metadata["train"]
+        names = {"_sample-reference.png", *(f"sample-{step}-{i}.png" for step in (0, 2, 4) for i in (0, 1))}
+        assert not pictures[0] and {*pictures[1]} == names and pictures[1] == pictures[2]
+    with pytest.raises(UserError, match="a value has no samples"):
+        diffuser.train_values([*TRAIN[:place], "--sample_freq", "2"])
+
+
+def test_plans_are_drawn_as_lines_where_nothing_renders(tmp_path, monkeypatch):
+    def nothing(self, path):
+        raise UserError("cannot render here")
+
+    monkeypatch.setattr(LocomotionVectorEnv, "recorder", nothing)
+    said, draw = [], NoiseSource(0)
+    renderer = Renderer("utils.MuJoCoRenderer", NAME, tmp_path, said.append)
+    for name in ("one.png", "two.png"):
+        renderer.composite(name, draw.normal((2, 4, 11)), draw.normal((2, 4, 3)))
+    assert said == ["cannot render here: plans are drawn as lines"]
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("one.png", "two.png"))
+
+
+@pytest.mark.skipif(not any(map(find_library, ("EGL", "OSMesa"))), reason="no library that renders off-screen")
+@pytest.mark.parametrize("steps", [8, 1])
+def test_plans_are_drawn_by_mujoco(tmp_path, steps):
+    """Planned states, or where actions alone are planned what the simulator makes of them."""
+    draw = NoiseSource(0)
+    observations = 0.1 * draw.normal((2, steps, 11)) + np.append(1.25, np.zeros(10))
+    Renderer("utils.MuJoCoRenderer", NAME, tmp_path).composite("x.png", observations, draw.uniform((2, 8, 3), -1, 1))
+    assert imread(tmp_path / "x.png").shape[:2] == (2 * 240, 6 * 320)
+
+
+def test_scores_with_home_made_data_are_marked(tmp_path, capsys):
+    for dataset, made in (("hopper-medium-v2", True), ("hopper-medium-expert-v2", False)):
+        trial = tmp_path / dataset / "plans" / "x" / "0"
+        trial.mkdir(parents=True)
+        (trial / "rollout.json").write_text(json.dumps({"score": 0.99, "epoch_value": 1}))
+        (trial / "args.json").write_text(json.dumps({"home_made_data": made}))
+    commands.table(["--logbase", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert r"$99.0^\dagger$ \scriptsize" in printed and r"$99.0$ \scriptsize" in printed
+    assert "Averages are over what all have: hopper-medium-v2, hopper-medium-expert-v2." in printed
+    assert "52.7 &" in printed  # behaviour cloning's average over these two
+    (tmp_path / "hopper-medium-v2" / "plans" / "x" / "0" / "args.json").write_text("[1]")
+    commands.table(["--logbase", str(tmp_path)])
+    assert "dagger" not in capsys.readouterr().out
 
 
 def test_scores_are_drawn_beside_each_other(tmp_path):

@@ -303,7 +303,7 @@ class Pictures:
     def __init__(self) -> None:
         self.given: Outputs = {}
 
-    def composite(self, name: str, observations: np.ndarray) -> None:
+    def composite(self, name: str, observations: np.ndarray, actions: np.ndarray) -> None:
         self.given[f"render.{name}"] = observations
 
 

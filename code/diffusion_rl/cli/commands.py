@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_rl.cli.status import exit_status, show
 from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
-from diffusion_rl.config.schema import FLAGS, TEXT, TEXT_OR_NONE, Option
+from diffusion_rl.config.schema import FLAGS, TEXT_OR_NONE, Option
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.reports import plan_results
@@ -47,24 +47,30 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
 
 
 def read_results(arguments: Sequence[str]) -> None:
-    """Prints (`[--dataset NAME] [--logbase DIR]`) scores of the plans below a folder (logs/pretrained)."""
+    """Prints (`[--dataset NAME] [--logbase DIR]`) scores of plans below a folder (logs/pretrained, or else logs)."""
     options = _parse(
         arguments,
         dataset=Option("the data set; none: all of locomotion", TEXT_OR_NONE, default=None),
-        logbase=Option("folder of the plans", TEXT, default="logs/pretrained"),
+        logbase=Option("folder of the plans; none: logs/pretrained, or else logs", TEXT_OR_NONE, default=None),
     )
     if options is None:
         return
     datasets = [options["dataset"]] if options["dataset"] else plan_results.DATASETS
-    for experiment in _experiments(options["logbase"], datasets):
-        print(experiment)
+    folders = [options["logbase"]] if options["logbase"] else ["logs/pretrained", "logs"]
+    show("\n".join(map(str, _experiments(folders, datasets))))
 
 
-def _experiments(logbase: str, datasets: Sequence[str] = plan_results.DATASETS) -> list[plan_results.Experiment]:
-    experiments = plan_results.experiments(logbase, datasets)
-    if not experiments:
-        raise UserError(f"no results of plans below {logbase}: plan first, or name another --logbase")
-    return experiments
+def _experiments(
+    folders: Sequence[str], datasets: Sequence[str] = plan_results.DATASETS
+) -> list[plan_results.Experiment]:
+    """Returns the results below the first of the folders that has some."""
+    for folder in folders:
+        if found := plan_results.experiments(folder, datasets):
+            return found
+        if folder != folders[-1]:
+            print(f"no results of plans below {folder}: those below {folders[-1]}", file=sys.stderr)
+    looked = f"<data set>/plans*/*/*/rollout.json of {', '.join(datasets)} below {' and '.join(folders)}"
+    raise UserError(f"no results of plans: looked for {looked}; plan first, or name another --logbase")
 
 
 def table(arguments: Sequence[str]) -> None:
@@ -83,12 +89,17 @@ def table(arguments: Sequence[str]) -> None:
     if options is None:
         return
     means, errors = plan_results.published()
+    home_made: set[tuple[str, str]] = set()
     if options["logbase"]:
-        own = sorted(_experiments(options["logbase"]), key=lambda experiment: experiment.guided)  # the last one counts
+        own = sorted(
+            _experiments([options["logbase"]]), key=lambda experiment: experiment.guided
+        )  # the last one counts
         means["Diffuser"] = {experiment.dataset: round(experiment.mean, 1) for experiment in own}
         errors["Diffuser"] = {experiment.dataset: round(experiment.error, 2) for experiment in own}
+        last = {experiment.dataset: experiment.home_made for experiment in own}
+        home_made = {("Diffuser", dataset) for dataset, made in last.items() if made}
     labels = _labels(options["labels"]) if options["labels"] else None
-    print(plan_results.latex_table(means, errors, labels=labels))
+    show(plan_results.latex_table(means, errors, labels=labels, home_made=home_made))
 
 
 def _labels(path: str) -> dict[str, str]:

@@ -15,31 +15,36 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.threads import configure_threads
-from diffusion_rl.data.locate import find_episodes
+from diffusion_rl.data.locate import find_data, find_episodes
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.diffusion.guidance import Guide
+from diffusion_rl.envs import robomimic
+from diffusion_rl.envs.interface import Observations
 from diffusion_rl.envs.locomotion import LocomotionVectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.envs.maze2d import Maze2D
 from diffusion_rl.envs.video import film_plan
+from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.files import (
     Description,
     Experiment,
     ExperimentFiles,
     dataset_of,
     load_experiment,
+    only_model,
     recorded_seed,
     require_compatible,
 )
 from diffusion_rl.methods.diffuser.maze2d import follow_plan
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser, TrajectoryDiffusion, ValueDiffusion
-from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, parse_command
+from diffusion_rl.methods.diffuser.options import GO_ON, Options, going_on, names_in, parse_command
+from diffusion_rl.methods.diffuser.pictures import Renderer
 from diffusion_rl.methods.diffuser.planning import Episodes, run_episodes
 from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserSettings, DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
-from diffusion_rl.reports.pictures import contact_sheet, save_maze
-from diffusion_rl.tasks.registry import normalized_score
+from diffusion_rl.reports.pictures import contact_sheet, save_maze, save_samples
+from diffusion_rl.tasks.registry import normalized_score, score, task_named
 from diffusion_rl.training.continuation import Spelling
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir
@@ -59,7 +64,10 @@ def train(arguments: Sequence[str]) -> None:
 
 def train_values(arguments: Sequence[str]) -> None:
     """Trains the value that guides plans (`scripts/train_values.py`)."""
-    _train(parse_command("train_values", arguments))
+    options = parse_command("train_values", arguments)
+    if options.sample_freq:
+        raise UserError(f"--sample_freq {options.sample_freq}: a value has no samples to draw: give 0")
+    _train(options)
 
 
 def continue_training(arguments: Sequence[str]) -> None:
@@ -69,6 +77,7 @@ def continue_training(arguments: Sequence[str]) -> None:
 
 def _train(options: Options) -> None:
     configure_threads()
+    options.home_made_data = find_data(options.dataset, options.data_dir).home_made
     episodes = find_episodes(options.dataset, options.data_dir)
     dataset = dataset_of(episodes, _dataset_description(options))
     train_model(options, dataset, describe(options, dataset))
@@ -84,6 +93,8 @@ def train_model(
     """Builds the described model and trains it as the options of an experiment ask for, in the experiment's folder."""
     options.seed = recorded_seed(options) if options.seed is None else options.seed
     rng, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
+    drawn = bool(options.sample_freq)
+    renderer = Renderer(options.renderer, options.dataset, Path(options.savepath), _say) if drawn else None
     try:
         with initial_weights(rng):
             model = description.build()
@@ -95,12 +106,18 @@ def train_model(
         rng,
         DiffuserSettings.of(options),
         run_dir=RunDir(options.savepath, files.settings, files, SPELLING),
-        say=lambda line: print(line, flush=True),
+        say=_say,
+        renderer=renderer,
+        picture_rng=NoiseSource(options.seed + 1),
     )
     for line in run.report():
         print(line)
     run.check()
     run.run()
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def seed_of(options: Options) -> int:
@@ -119,7 +136,7 @@ def _dataset_description(options: Options) -> dict[str, Any]:
     for key in ("termination_penalty", "discount", "normed"):
         if hasattr(options, key):
             facts[key] = getattr(options, key)
-    return facts
+    return facts | ({"pictures": True} if getattr(options, "obs_type", "state_features") == "pixel" else {})
 
 
 def describe(options: Options, dataset: TrajectoryDataset) -> Description:
@@ -132,11 +149,13 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
     if kind not in ("states_actions", "actions_only"):
         raise UserError(f"--diffusion_type {kind}: choose states_actions or actions_only")
     if kind == "actions_only":
-        if options.obs_type != "state_features":
-            raise UserError(f"--obs_type {options.obs_type}: there is no encoder of images here; use state_features")
-        model |= {"class": "models.ActionTemporalUnet", "obs_embed": options.obs_embed}
-        model |= {"transition_dim": dataset.action_dim, "observation_dim": dataset.observation_dim}
+        model |= {"class": "models.ActionTemporalUnet", "transition_dim": dataset.action_dim}
+        model |= {"observation_dim": dataset.observation_dim, "obs_embed": options.obs_embed}
+        if dataset.images is not None:
+            model |= {"image_shape": list(dataset.images.shape[1:]), "image_dim": options.image_dim}
         diffusion["class"] = "models.ActionDiffusion"
+    elif dataset.images is not None:
+        raise UserError("--obs_type pixel: pictures are not planned, only seen; add --diffusion_type actions_only")
     else:
         model["transition_dim"] = dataset.observation_dim + dataset.action_dim
     if options.model == "models.TemporalUnet":
@@ -152,9 +171,22 @@ def describe(options: Options, dataset: TrajectoryDataset) -> Description:
 # ---------- planning ----------
 
 
+def _plan_options(command: str, arguments: Sequence[str]) -> Options:
+    """Parses the options of a plan. Where they name no model explicitly and there is exactly one, that is taken."""
+    options = parse_command(command, arguments)
+    fixed = set(options.given)
+    for key in ("diffusion_loadpath", "value_loadpath"):
+        template = options.deferred.get(key, "")
+        if template and key not in fixed:
+            arguments = [*arguments, *only_model(options, key, fixed)]
+            options = parse_command(command, arguments)
+        fixed |= set(names_in(template))  # the value is of the same horizon and steps
+    return options
+
+
 def plan_guided(arguments: Sequence[str]) -> None:
     """Plans with the diffusion model, guided by the value (`scripts/plan_guided.py`)."""
-    options = parse_command("plan_guided", arguments)
+    options = _plan_options("plan_guided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
@@ -174,13 +206,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
 
 def plan_unguided(arguments: Sequence[str]) -> None:
     """Makes one plan of many samples without a value (`scripts/plan_unguided.py`)."""
-    options = parse_command("plan_unguided", arguments)
-    where = Path(options.loadbase, options.dataset)
-    if not any((where / options.diffusion_loadpath).glob("state_*")):
-        fallback = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
-        if any((where / fallback).glob("state_*")):
-            print(f"no {options.diffusion_loadpath}; planning with {fallback}")
-            options.diffusion_loadpath = fallback
+    options = _plan_options("plan_unguided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     planner = _unguided(experiment, options)
     _plan(options, planner, {"epoch_diffusion": experiment.epoch})
@@ -189,18 +215,18 @@ def plan_unguided(arguments: Sequence[str]) -> None:
 def plan_maze2d(arguments: Sequence[str]) -> None:
     """Plans from where the ball is to the goal, and follows the plan (`scripts/plan_maze2d.py`)."""
     configure_threads()
-    options = parse_command("plan_maze2d", arguments)
+    options = _plan_options("plan_maze2d", arguments)
     where = options.logbase, options.dataset, options.diffusion_loadpath
     experiment = _trajectory_model(load_experiment(*where, epoch=options.diffusion_epoch).require_task(options.dataset))
     folder, rng = Path(options.savepath), NoiseSource(seed_of(options))
     planner = _unguided(experiment, options)
     env = Maze2D(options.dataset)
-    score = functools.partial(normalized_score, options.dataset)
+    normalized = functools.partial(normalized_score, options.dataset)
 
     def say(t: int, reward: float, total: float, observation: np.ndarray) -> None:
         if t % options.vis_freq == 0:
             where = f"position: {np.round(observation[:2], 2)} | goal: {env.target}"
-            print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {score(total):.4f} | {where}", flush=True)
+            print(f"t: {t} | r: {reward:.2f} | R: {total:.2f} | score: {normalized(total):.4f} | {where}", flush=True)
 
     with locked(folder, ANOTHER_SUFFIX):
         options.save()
@@ -210,7 +236,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             if options.conditional:
                 env.draw_target(rng)
             episode = follow_plan(planner, env, rng, start, options.replan_every, say)
-            scores.append(float(score(episode.episode_return)))
+            scores.append(float(normalized(episode.episode_return)))
             facts = {"score": scores[-1], "return": episode.episode_return, "step": episode.step}
             plans.append(episode.plans.observations[0])
             ways.append(episode.observations)
@@ -242,6 +268,7 @@ def _unguided(experiment: Experiment, options: Options) -> Diffuser:
 def _load(options: Options, loadpath: str, epoch: str) -> Experiment:
     configure_threads()
     experiment = load_experiment(options.loadbase, options.dataset, loadpath, epoch=epoch, data_dir=options.data_dir)
+    options.home_made_data = getattr(options, "home_made_data", False) or experiment.home_made
     return experiment.require_task(options.dataset)
 
 
@@ -249,20 +276,26 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
     folder, seed = Path(options.savepath), seed_of(options)
     model = planner.diffusion
     env = {"name": options.dataset, "n_envs": options.n_envs, "max_episode_steps": options.max_episode_length}
+    env |= _cameras(options, model)
     venv = make_vector_env(env, obs_dim=model.observation_dim, action_dim=model.action_dim, act_steps=1, seed=seed)
 
     def say(t: int, rewards: np.ndarray, returns: np.ndarray, decision: Decision) -> None:
         if not options.verbose:
             return
-        score = float(np.mean(normalized_score(options.dataset, returns)))
-        line = f"t: {t} | r: {rewards.mean():.2f} | R: {returns.mean():.2f} | score: {score:.4f}"
+        mean = float(np.mean(score(options.dataset, returns)))
+        line = f"t: {t} | r: {rewards.mean():.2f} | R: {returns.mean():.2f} | score: {mean:.4f}"
         if planner.guide is not None:
             line += f" | values: {np.array2string(decision.values[0][:4], precision=2)} | scale: {options.scale}"
         print(line, flush=True)
 
-    def show(t: int, decision: Decision) -> None:
-        if options.render and t % options.vis_freq == 0 and decision.observations.shape[-1]:
+    def show(t: int, observations: Observations, decision: Decision) -> None:
+        if not options.render or t % options.vis_freq:
+            return
+        if decision.observations.shape[-1]:
             _film(venv, decision, folder / f"{t}_plan.mp4")
+        else:
+            seen, plan = observations.get("rgb"), aggregate(decision.actions[:1], options.aggregate)[0]
+            save_samples(folder / f"{t}.png", decision.actions[0], plan, None if seen is None else seen[0])
 
     with contextlib.closing(venv), locked(folder, ANOTHER_SUFFIX):
         options.save()
@@ -281,6 +314,18 @@ def _plan(options: Options, planner: Diffuser, epochs: dict[str, int]) -> None:
             show=show,
         )
         _write(options, folder, episodes, epochs)
+
+
+def _cameras(options: Options, model: Any) -> dict[str, Any]:
+    """Returns what the `env` node says besides, for a task that is seen by cameras."""
+    task, pictures = task_named(options.dataset), hasattr(model.model, "vision")
+    if "obs_type" in options.given and (options.obs_type == "pixel") != pictures:
+        raise UserError(f"--obs_type {options.obs_type}: {options.diffusion_loadpath} was trained on something else")
+    if task is not None and task.simulator == "robomimic":
+        return robomimic.env_node(task.name, pictures) | {"save_video": options.render}
+    if pictures:
+        raise UserError(f"{options.dataset}: there is no camera in it; models that see plan in robomimic's tasks")
+    return {}
 
 
 def _film(venv: Any, decision: Decision, path: Path) -> None:

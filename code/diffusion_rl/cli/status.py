@@ -53,7 +53,7 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
 
 
 def show(text: str) -> None:
-    """Prints a help, of which the reader may take the first lines only (`| head`)."""
+    """Prints a text of which the reader may take the first lines only (`| head`)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

@@ -66,7 +66,8 @@ class StackingDataset(TrajectoryDataset):
         rows = [*trajectories, padding]  # the last row is padding, which these windows never reach
         self.transitions = np.concatenate([fitted.normalize(states).astype(np.float32) for states in rows])
         self.labels = np.concatenate([stacked(states) for states in rows])  # [N+1,12]
-        self.condition_times, self.values, self.rewards = (), None, np.zeros(len(self.transitions) - 1, np.float32)
+        self.condition_times, self.values, self.images = (), None, None
+        self.rewards = np.zeros(len(self.transitions) - 1, np.float32)
         episodes, firsts = windows_of(self.path_lengths - horizon + 1)
         if not len(episodes):
             raise UserError(

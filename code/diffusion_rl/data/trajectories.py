@@ -6,9 +6,11 @@ Shape letters: N transitions, M windows, B batch, H horizon, A action, O observa
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.normalizers import IdentityNormalizer, normalizer
 from diffusion_rl.data.windows import discounted_returns, require_lengths, require_windows, window_rows, windows_of
@@ -30,6 +32,10 @@ class TrajectoryDataset:
         goal: the last observation of a window is known, not only the first.
         discount: of the returns; None: the windows have none.
         normed: scale the returns to [-1, 1].
+        pictures: the observation in which a window begins is known as a picture, too.
+
+    Raises:
+        UserError: an episode is too long, no window fits, or rewards or pictures are missing.
     """
 
     def __init__(
@@ -43,7 +49,11 @@ class TrajectoryDataset:
         goal: bool = False,
         discount: float | None = None,
         normed: bool = False,
+        pictures: bool = False,
     ):
+        if pictures and episodes.images is None:
+            raise UserError("--obs_type pixel: there are no pictures (images) in the data set; use state_features")
+        self.images = episodes.images if pictures else None  # [N,C,Hi,Wi]
         self.horizon, self.normalizer = horizon, normalizer
         self.path_lengths = np.asarray(episodes.traj_lengths, np.int64)
         self.starts, self.max_path_length = episodes.starts, max_path_length
@@ -103,6 +113,15 @@ class TrajectoryDataset:
         """Returns the rows of `transitions` in windows `items` [B], [B,H]."""
         rows, inside = window_rows(self.first_rows[items], self.end_rows[items], self.horizon)
         return np.where(inside, rows, len(self.transitions) - 1)
+
+    def conditions(self, items: np.ndarray) -> dict[int, Any]:
+        """Returns what is known of windows `items` [B], by time: observations [B,O], or with pictures
+        {"state": [B,O], "rgb": [B,C,Hi,Wi]}."""
+        windows = self.trajectories(items)
+        known: dict[int, Any] = {t: windows[:, t, self.action_dim :] for t in self.condition_times}
+        if self.images is not None:
+            known[0] = {"state": known[0], "rgb": self.images[self.first_rows[items]]}
+        return known
 
     def trajectories(self, items: np.ndarray) -> np.ndarray:
         """Returns windows `items` [B], [B,H,D]."""

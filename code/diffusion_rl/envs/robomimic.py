@@ -28,6 +28,7 @@ import numpy as np
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.data.normalizers import MinMaxNormalizer
+from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import processes, room
 from diffusion_rl.envs.interface import EnvRequest
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
@@ -38,7 +39,6 @@ SUBSET = REPOSITORY / "changed_robomimic"
 ROBOMIMIC, ROBOSUITE = "0.3.0", "1.4.1"
 WRAPPERS = ("robomimic_lowdim", "robomimic_image")
 FPS = 20  # actions per second, so that videos run at the speed of the simulation
-IMAGE_SUFFIX = "_image"
 _OPTIONS = {"init_state": "init_state", "render_hw": "render_hw", "render_camera_name": "camera"}  # of the wrapper
 
 #: Memory of a process in GB, measured: with states alone, with pictures.
@@ -245,6 +245,16 @@ class RobomimicRecipe:
         else:
             env = LowdimWrapper(env, self.normalizer, **common)
         return MultiStep(env, **self.chunks)
+
+
+def env_node(task: str, pictures: bool) -> dict[str, Any]:
+    """Returns the `env` node of a task with the observations of its data sets: states, or what its cameras see."""
+    path = f"cfg/robomimic/env_meta/{task}{'-img' if pictures else ''}.json"
+    meta = read_env_meta(path)["env_kwargs"]
+    wrapper: dict[str, Any] = {"low_dim_keys": low_dim_keys(len(meta["robots"]), with_object=not pictures)}
+    if pictures:
+        wrapper["image_keys"] = [f"{camera}{IMAGE_SUFFIX}" for camera in meta["camera_names"]]
+    return {"name": task, "robomimic_env_cfg_path": path, "wrappers": {WRAPPERS[pictures]: wrapper}}
 
 
 def vector(request: EnvRequest) -> ProcessVectorEnv:

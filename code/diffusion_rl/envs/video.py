@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import atomic_file
 from diffusion_rl.envs import processes
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ _WIDTH, _HEIGHT = 320, 240
 
 
 class VideoWriter:
-    """Writes RGB frames [Hi, Wi, 3] uint8 to an mp4 file."""
+    """Writes RGB frames [Hi, Wi, 3] uint8 to an mp4 file; to a png file one below the other."""
 
     def __init__(self, path: str | Path, fps: int):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._write, self._close = _imageio(str(path), fps) or _opencv(str(path), fps) or _missing()
+        self._write, self._close = (
+            _sheet(str(path)) or _imageio(str(path), fps) or _opencv(str(path), fps) or _missing()
+        )
 
     def add(self, frame: np.ndarray) -> None:
         """Appends a frame [Hi,Wi,3]."""
@@ -36,6 +39,20 @@ class VideoWriter:
 
     def close(self) -> None:
         self._close()
+
+
+def _sheet(path: str) -> tuple[Any, Any] | None:
+    if not path.endswith(".png"):
+        return None
+    rows: list[np.ndarray] = []
+
+    def close() -> None:
+        from matplotlib.image import imsave
+
+        with atomic_file(path) as file:
+            imsave(file, np.concatenate(rows), format="png")
+
+    return rows.append, close
 
 
 def _imageio(path: str, fps: int) -> tuple[Any, Any] | None:
@@ -131,7 +148,7 @@ class StateRecorder(_StateProcess):
 
     def _begin(self, load: bytes, camera: dict[str, Any], path: str, fps: int, backend: str) -> None:
         self.failure = (
-            f"env.save_video=true: cannot render here with MUJOCO_GL={backend or 'unset'} ({{reason}}); "
+            f"cannot render here with MUJOCO_GL={backend or 'unset'} ({{reason}}); "
             "set MUJOCO_GL=egl or MUJOCO_GL=osmesa and install that library (Debian: libegl1 or libosmesa6)"
         )
         self._start(_film, load, camera, path, fps, backend)

@@ -132,6 +132,10 @@ def export_policy(
 def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
     """Returns the policy in a checkpoint, built as its configuration says and filled with its weights."""
     checkpoint = load_checkpoint(path)
+    if "description" in checkpoint.metadata:
+        raise UserError(
+            f"{path} is a planner's ({checkpoint.metadata.get('kind')}), which runs in scripts/plan_*.py only"
+        )
     config = config or checkpoint.metadata.get("config")
     if not config or not config.get("model"):
         raise UserError(f"{path} does not hold its configuration: add --config <name of the one it was trained with>")

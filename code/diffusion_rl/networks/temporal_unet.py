@@ -9,7 +9,7 @@ Rows of one denoising step share its embedding: `time` may hold a single step fo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,9 +20,12 @@ from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d
 from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish, sequential
 from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
+from diffusion_rl.networks.vision import ImageFeatures
+from diffusion_rl.networks.vit import VitEncoder, VitEncoderConfig
 
 GROUPS = 8  # of every group normalisation
 EPSILON = 1e-5
+IMAGE_FEATURES = 50  # of a camera's picture
 
 
 def conv_block(in_dim: int, out_dim: int, kernel_size: int = 5, n_groups: int = GROUPS) -> ConvBlock:
@@ -194,6 +197,9 @@ class ActionTemporalUnet(TemporalUnet):
         transition_dim: A.
         observation_dim: O.
         obs_embed: "mlp" (three Linear layers, to 1 + O // 3 features) or "raw" (the observation as it is).
+        image_shape: [C,Hi,Wi] of the pictures that are seen besides, which the observation [O] then joins as it is;
+            three channels are a camera.
+        image_dim: width of their encoder.
         horizon, dim, dim_mults, attention: as in `TemporalUnet`.
     """
 
@@ -206,20 +212,38 @@ class ActionTemporalUnet(TemporalUnet):
         dim_mults: Sequence[int] = (1, 2, 4, 8),
         attention: bool = False,
         obs_embed: str = "mlp",
+        image_shape: Sequence[int] | None = None,
+        image_dim: int = 64,
     ):
         if obs_embed not in ("mlp", "raw"):
-            raise UserError(f"obs_embed={obs_embed!r}: choose mlp or raw (there is no encoder of images here)")
+            raise UserError(f"obs_embed={obs_embed!r}: choose mlp or raw")
         features = observation_dim if obs_embed == "raw" else 1 + observation_dim // 3
+        if image_shape is not None:
+            cameras = max(image_shape[0] // 3, 1)
+            features = IMAGE_FEATURES * cameras + observation_dim
         super().__init__(horizon, transition_dim, 0, dim, dim_mults, attention, input_dim=transition_dim + features)
         self.obs_mlp: list = []
-        if obs_embed == "mlp":
+        if image_shape is not None:
+            channels, height, width = image_shape
+            style = VitEncoderConfig(embed_dim=image_dim, embed_style="embed1")
+            encoder = VitEncoder(None, style, channels // cameras, height, width)
+            self.vision = ImageFeatures(encoder, observation_dim, spatial_emb=IMAGE_FEATURES, num_img=cameras)
+        elif obs_embed == "mlp":
             wide = 2 * observation_dim
             self.obs_mlp = [Linear(observation_dim, wide), mish, Linear(wide, observation_dim), mish]
             self.obs_mlp.append(Linear(observation_dim, features))
 
-    def encode(self, observation: Array) -> Array:
-        """Maps [B,O] to features [B,F]."""
-        return sequential(self.obs_mlp, observation)
+    def encode(self, observation: Array | Mapping[str, Array]) -> Array:
+        """Maps observations [B,O], with pictures {"state": [B,O], "rgb": [B,C,Hi,Wi]}, to features [B,F].
+
+        What is {"features": [B,F]} already is taken as it is.
+        """
+        if not isinstance(observation, Mapping):
+            return sequential(self.obs_mlp, observation)
+        if "features" in observation:
+            return observation["features"]
+        state = observation["state"]
+        return tf.concat([self.vision(observation["rgb"][:, None], state), state], axis=-1)
 
     def call(self, x: Array, time: Array, features: Array) -> Array:  # type: ignore[override]  # one more input
         """Maps x [B,H,A], time [B] integers, features [B,F] of `encode` to noise or clean actions [B,H,A]."""

@@ -1,9 +1,10 @@
-"""Pictures: videos at a glance, and ways through a maze."""
+"""Pictures: videos at a glance, ways through a maze, plans as lines."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
 
 GAP = 4  # white pixels between pictures
-MAZES_IN_A_ROW = 5
+IN_A_ROW = 5
 
 
 def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
@@ -67,23 +68,50 @@ def save_maze(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) 
 
     Positions are drawn as in D4RL, where a cell's centre is 0.2 less than its number.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(len(ways), MAZES_IN_A_ROW)
-    rows = -(-len(ways) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 4 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
     goals = np.broadcast_to(goal, (len(ways), 2))
-    for axis, way, goal in zip(axes.flat, ways, goals, strict=False):
-        axis.imshow(np.where(free, 1.0, 0.5), cmap="gray", vmin=0, vmax=1)
-        y, x = way[:, 0] + 0.2, way[:, 1] + 0.2
-        axis.plot(x, y, color="black", linewidth=1, zorder=1)
-        axis.scatter(x, y, c=np.linspace(0, 1, len(way)), cmap="jet", s=12, zorder=2)
-        axis.plot(goal[1] + 0.2, goal[0] + 0.2, marker="*", color="gold", markeredgecolor="black", markersize=14)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, bbox_inches="tight", dpi=80)
-    plt.close(figure)
+    with _panels(path, len(ways)) as axes:
+        for axis, way, goal in zip(axes, ways, goals, strict=False):
+            axis.axis("off")
+            axis.imshow(np.where(free, 1.0, 0.5), cmap="gray", vmin=0, vmax=1)
+            y, x = way[:, 0] + 0.2, way[:, 1] + 0.2
+            axis.plot(x, y, color="black", linewidth=1, zorder=1)
+            axis.scatter(x, y, c=np.linspace(0, 1, len(way)), cmap="jet", s=12, zorder=2)
+            axis.plot(goal[1] + 0.2, goal[0] + 0.2, marker="*", color="gold", markeredgecolor="black", markersize=14)
+
+
+def save_lines(path: Path, plans: np.ndarray) -> None:
+    """Draws plans [n,H,D], a picture for each, with a line for each entry."""
+    with _panels(path, len(plans)) as axes:
+        for axis, plan in zip(axes, plans, strict=False):
+            axis.plot(plan)
+            axis.set_xlabel("step of the plan")
+
+
+def save_samples(path: Path, samples: np.ndarray, plan: np.ndarray, seen: np.ndarray | None = None) -> None:
+    """Draws sampled actions [B,H,A] and the plan [H,A] that was made of them, a panel for each entry.
+
+    seen: pictures [C,Hi,Wi] that they were planned from, of which the first camera's comes first.
+    """
+    with _panels(path, plan.shape[1] + (seen is not None)) as axes:
+        if seen is not None:
+            axes[0].imshow(np.moveaxis(seen[:3], 0, -1).astype(np.uint8))
+            axes[0].set_title("seen")
+        for i, axis in enumerate(axes[len(axes) - plan.shape[1] :]):
+            axis.plot(samples[:, :, i].T, color="tab:blue", alpha=0.2, linewidth=1)
+            axis.plot(plan[:, i], color="black", linewidth=2)
+            axis.set(title=f"action {i}", xlabel="step of the plan")
+
+
+@contextlib.contextmanager
+def _panels(path: Path, count: int) -> Iterator[list[Any]]:
+    """Yields so many panels to draw on, in rows of `IN_A_ROW`; writes them as a PNG."""
+    from matplotlib.figure import Figure
+
+    columns = min(count, IN_A_ROW)
+    figure = Figure(figsize=(4 * columns, 4 * -(-count // columns)))
+    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
+    yield axes[:count]
+    for axis in axes[count:]:
+        axis.remove()
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", bbox_inches="tight", dpi=80)

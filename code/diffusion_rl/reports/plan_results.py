@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ DATASETS = [f"{task}-{buffer}-v2" for task in LOCOMOTION for buffer in BUFFERS]
 ALGORITHMS = ("BC", "CQL", "IQL", "DT", "TT", "MOPO", "MOReL", "MBOP", "Diffuser")
 WIDTH = 0.8  # of a group of bars
 HIGHLIGHTED = 0.95  # of the row's best score
+DAGGER = r"^\dagger"  # of scores that are not comparable
 LABELS = {
     "Dataset": "Dataset",
     "Environment": "Environment",
@@ -35,12 +36,18 @@ Scores = Mapping[str, Mapping[str, float]]  # by algorithm, then data set
 
 
 class Experiment(NamedTuple):
-    """The trials of one experiment; scores are 100 times the normalised ones. guided: by a value."""
+    """The trials of one experiment; scores are 100 times the normalised ones.
+
+    Attributes:
+        guided: by a value.
+        home_made: trained on data of this repository, not D4RL's.
+    """
 
     dataset: str
     folder: Path
     scores: list[float]
     guided: bool = True
+    home_made: bool = False
 
     @property
     def mean(self) -> float:
@@ -67,8 +74,14 @@ def experiments(logbase: str | Path, datasets: Iterable[str] = DATASETS) -> list
             if trials:
                 facts = [_read(path) for path in trials]
                 guided = "epoch_value" in facts[0]
-                results.append(Experiment(dataset, folder, [trial["score"] * 100 for trial in facts], guided))
+                scores = [trial["score"] * 100 for trial in facts]
+                results.append(Experiment(dataset, folder, scores, guided, _is_home_made(folder)))
     return results
+
+
+def _is_home_made(folder: Path) -> bool:
+    options = [read_json(path) for path in folder.glob("*/args.json")]
+    return any(isinstance(own, dict) and own.get("home_made_data") is True for own in options)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -91,13 +104,20 @@ def published() -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]
 
 
 def latex_table(
-    means: Scores, errors: Scores, algorithms: Iterable[str] = ALGORITHMS, labels: Mapping[str, str] | None = None
+    means: Scores,
+    errors: Scores,
+    algorithms: Iterable[str] = ALGORITHMS,
+    labels: Mapping[str, str] | None = None,
+    home_made: Collection[tuple[str, str]] = (),
 ) -> str:
     """Returns a table of all data sets; scores near the best of their row are bold.
+
+    Averages are over the rows that all algorithms have.
 
     Args:
         errors: only the algorithms in it are printed with theirs.
         labels: other words for those of `LABELS`.
+        home_made: (algorithm, data set) of scores with home-made data, which are marked and never bold.
     """
     words, algorithms = LABELS | dict(labels or {}), list(algorithms)
     lines = [rf"\definecolor{{{name}}}{{HTML}}{{{code}}}" for name, code in _COLOURS.items()]
@@ -114,18 +134,16 @@ def latex_table(
     for buffer in reversed(BUFFERS):
         lines.append(r"\midrule")
         for task in sorted(LOCOMOTION):
-            cells = _cells(f"{task}-{buffer}-v2", means, errors, algorithms)
+            cells = _cells(f"{task}-{buffer}-v2", means, errors, algorithms, home_made)
             lines.append(" & ".join([words[buffer], words[task], *cells]) + r" \\ ")
-    averages = [float(np.round(np.mean(list(means[name].values())), 1)) for name in algorithms]
-    best = max(averages)
-    bold = " & ".join(_bold(value, best) for value in averages)
+    average, notes = _average(words["Average"], means, algorithms, home_made)
     lines += [
-        r"\midrule",
-        rf"\multicolumn{{2}}{{c}}{{\bf {words['Average']}}} & {bold} \hspace{{.6cm}} \\ ",
+        *average,
         r"\bottomrule",
         r"\end{tabularx}",
         r"\vspace{-.0cm}",
         r"\caption{",
+        *notes,
         "}",
         r"\label{table:locomotion}",
         r"\end{table*}",
@@ -133,16 +151,36 @@ def latex_table(
     return "\n".join(lines)
 
 
+def _average(
+    word: str, means: Scores, algorithms: Sequence[str], home_made: Collection[tuple[str, str]]
+) -> tuple[list[str], list[str]]:
+    """Returns the lines of the averages, and what has to be said of the table."""
+    notes = [rf"${DAGGER}$: with this repository's home-made data, not D4RL's."] if home_made else []
+    common = [dataset for dataset in DATASETS if all(dataset in means[name] for name in algorithms)]
+    if not common:
+        return [], [*notes, "No averages: there is no row that all have."]
+    if len(common) < len(DATASETS):
+        notes.append(f"Averages are over what all have: {', '.join(common)}.")
+    marked = {name for name, dataset in home_made if dataset in common}
+    averages = {name: float(np.round(np.mean([means[name][d] for d in common]), 1)) for name in algorithms}
+    best = max((value for name, value in averages.items() if name not in marked), default=math.inf)
+    cells = (f"${value}{DAGGER}$" if name in marked else _bold(value, best) for name, value in averages.items())
+    return [r"\midrule", rf"\multicolumn{{2}}{{c}}{{\bf {word}}} & {' & '.join(cells)} \hspace{{.6cm}} \\ "], notes
+
+
 def _head(name: str) -> str:
     return rf"\multicolumn{{1}}{{r}}{{\bf \color{{black}} {name}}}"
 
 
-def _cells(dataset: str, means: Scores, errors: Scores, algorithms: Iterable[str]) -> Iterable[str]:
-    best = max(means[name][dataset] for name in algorithms if dataset in means[name])
+def _cells(
+    dataset: str, means: Scores, errors: Scores, algorithms: Sequence[str], home_made: Collection[tuple[str, str]]
+) -> Iterable[str]:
+    comparable = [name for name in algorithms if dataset in means[name] and (name, dataset) not in home_made]
+    best = max((means[name][dataset] for name in comparable), default=math.inf)
     for name in algorithms:
         mean, error = means[name].get(dataset), errors.get(name, {}).get(dataset)
-        cell = f"${_bold(mean, best)}$" if mean is not None else "$-$"
-        yield cell if error is None else rf"{cell} \scriptsize{{\raisebox{{1pt}}{{$\pm {error}$}}}}"
+        text = "-" if mean is None else _bold(mean, best) if name in comparable else f"{mean}{DAGGER}"
+        yield f"${text}$" if error is None else rf"${text}$ \scriptsize{{\raisebox{{1pt}}{{$\pm {error}$}}}}"
 
 
 def _bold(value: float, best: float) -> str:

@@ -188,6 +188,14 @@ def d4rl_file(dataset: str) -> str | None:
     return next((task.d4rl_files[dataset] for task in TASKS if dataset in task.d4rl_files), None)
 
 
+def score(dataset: str, episode_return: float | np.ndarray) -> Any:
+    """Scores a return (or returns [N]), 0 to 1: whether there was any where success is what counts, else as D4RL."""
+    task = task_named(dataset)
+    if task is not None and task.by_success:
+        return np.where(np.asarray(episode_return) > 0, 1.0, 0.0)
+    return normalized_score(dataset, episode_return)
+
+
 def normalized_score(dataset: str, episode_return: float | np.ndarray) -> Any:
     """Scores a return (or returns [N]) as D4RL does, 0 to 1; not a number without a reference for the data set."""
     task = task_named(dataset)

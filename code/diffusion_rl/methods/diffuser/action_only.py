@@ -48,6 +48,10 @@ class ActionDiffusion(TrajectoryDiffusion):
         """Returns the features [B,F]: they do not depend on the denoising step."""
         return self.model.encode(conditions[0])
 
+    def seen(self, conditions: Conditions) -> Any:
+        """Returns features [B,F] in the place of observations, which are encoded once for all samples."""
+        return {0: {"features": self.context(conditions)}}
+
     def output(self, x: Array, t: Array, context: Array) -> Array:
         """Maps x [B,H,A], t [B], features of the observation [B,F] to [B,H,A]."""
         return self.model(x, t, context)

@@ -1,8 +1,8 @@
 """What the planners find and leave on disk: models from their descriptions, checkpoints.
 
-A folder of an experiment holds `args.json`, `diff.txt`, `{dataset,model,diffusion,trainer}_config.json` (and the same
-as `.pkl`, plain dictionaries) and `state_<label>.safetensors`. Folders of the PyTorch Diffuser, `state_<label>.pt` with
-their pickled configurations, are read as well; nothing in them is executed.
+A folder of an experiment holds `args.json`, `diff.txt`, `{dataset,model,diffusion,trainer,render}_config.json` (and
+the same as `.pkl`, plain dictionaries) and `state_<label>.safetensors`. Folders of the PyTorch Diffuser,
+`state_<label>.pt` with their pickled configurations, are read as well; nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +32,10 @@ from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.methods.diffuser.action_only import ActionDiffusion
 from diffusion_rl.methods.diffuser.kuka import MaskedDiffusion, StackClassification
 from diffusion_rl.methods.diffuser.model import NoisyTrajectories, TrajectoryDiffusion, ValueDiffusion
-from diffusion_rl.methods.diffuser.options import Options
+from diffusion_rl.methods.diffuser.options import Options, alike, expand, names_in
 from diffusion_rl.networks.stacking import MaskedTemporalUnet, StackClassifier
 from diffusion_rl.networks.temporal_unet import ActionTemporalUnet, TemporalUnet, ValueFunction
+from diffusion_rl.networks.vit import PATCH
 from diffusion_rl.tasks.registry import same_task
 from diffusion_rl.training.checkpoint import Checkpoint, checkpoint_metadata, load_checkpoint, require_finite
 from diffusion_rl.training.continuation import NEVER, asked_state, refuse_changes, require_state
@@ -104,9 +105,9 @@ class Description(NamedTuple):
             arguments["loss_weights"] = {int(k): v for k, v in arguments["loss_weights"].items()}
         return _named(DIFFUSIONS, self.diffusion["class"], "diffusion")(network, **arguments)
 
-    def save(self, folder: Path, trainer: Mapping[str, Any]) -> None:
-        """Writes `<part>_config.json` and `<part>_config.pkl`."""
-        for name, facts in {**self._asdict(), "trainer": dict(trainer)}.items():
+    def save(self, folder: Path, **others: Mapping[str, Any]) -> None:
+        """Writes `<part>_config.json` and `<part>_config.pkl` of its parts and the others."""
+        for name, facts in {**self._asdict(), **others}.items():
             text = json.dumps(facts, indent=2, sort_keys=True)
             for suffix, content in (("json", text.encode()), ("pkl", pickle.dumps(json.loads(text)))):
                 with atomic_file(folder / f"{name}_config.{suffix}") as file:
@@ -155,8 +156,9 @@ class ExperimentFiles(StateFiles):
     def begin(self, run: Path, last: int) -> None:
         """Writes `args.json`, `diff.txt` and the descriptions."""
         self.options.save()
-        trainer = {k: v for k, v in self.options.as_dict().items() if k in _TRAINER_KEYS}
-        self.description.save(run, trainer)
+        options = self.options.as_dict()
+        render = {"class": options.get("renderer"), "env": self.options.dataset}
+        self.description.save(run, trainer={k: v for k, v in options.items() if k in _TRAINER_KEYS}, render=render)
 
     def copy(self, run: Path) -> None:
         """Copies the folder to `bucket` with gsutil, if both are there."""
@@ -209,6 +211,7 @@ class Experiment(NamedTuple):
     epoch: int
     folder: Path
     task: str  # environment or data set that it was trained on
+    home_made: bool = False  # its data are this repository's, not D4RL's
 
     def require_task(self, name: str) -> Experiment:
         """Returns itself. Raises UserError if it was trained on another task than `name`; warns where that is open."""
@@ -252,7 +255,8 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
     require_finite(weights, path)
     load_state_dict(model, weights)
     fitted = {field: kind(checkpoint.select(f"normalizer.{field}.")) for field in FIELDS}
-    return Experiment(model, fitted, kind.__name__, label, folder, str(facts["dataset"]["env"]))
+    home_made = bool((checkpoint.metadata.get("config") or {}).get("home_made_data"))
+    return Experiment(model, fitted, kind.__name__, label, folder, str(facts["dataset"]["env"]), home_made)
 
 
 def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyTrajectories:
@@ -260,8 +264,11 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
     description = Description(**facts)
     largest = checkpoint.largest_dimension
     size, sizes = whole(0, largest), whole(0, largest, many=True)
-    ranges = dict.fromkeys(("observation_dim", "action_dim", "transition_dim", "dim", "out_dim", "time_dim"), size)
-    ranges |= {"dim_mults": sizes, "hidden_dims": sizes, "horizon": HORIZON, "n_timesteps": DIFFUSION_STEPS}
+    ranges = dict.fromkeys(
+        ("observation_dim", "action_dim", "transition_dim", "dim", "out_dim", "time_dim", "image_dim"), size
+    )
+    ranges |= {"dim_mults": sizes, "hidden_dims": sizes, "image_shape": whole(1, PATCH * largest, many=True)}
+    ranges |= {"horizon": HORIZON, "n_timesteps": DIFFUSION_STEPS}
     for part in (description.model, description.diffusion):
         check_ranges(part, ranges, "{} {}".format)
     mults, width = description.model.get("dim_mults"), description.model.get("dim", 32)
@@ -270,6 +277,10 @@ def _described_model(facts: Mapping[str, Any], checkpoint: Checkpoint) -> NoisyT
     is_value = description.model["class"] == "models.ValueFunction"
     if is_value and description.model["horizon"] > largest * 2 ** len(mults or ()):
         raise ValueError("its horizon is larger than its weights")
+    if shape := description.model.get("image_shape"):
+        channels, height, width = shape
+        if (height // PATCH) * (width // PATCH) > largest or channels > 3 * len(checkpoint.tensors):
+            raise ValueError("its pictures are larger than its weights")
     return description.build()
 
 
@@ -296,9 +307,53 @@ def find_state(folder: Path, epoch: str | int) -> tuple[int, Path]:
     return int(epoch), states[int(epoch)]
 
 
+def only_model(options: Options, key: str, fixed: Collection[str]) -> list[str]:
+    """Finds the model that a plan means where none is in the folder that an option names by default.
+
+    Args:
+        key: of the option, "diffusion_loadpath" say.
+        fixed: names of the options whose values count as they are.
+
+    Returns:
+        flags with which the options name the only model that differs from what they name in other options alone; none
+        if theirs is there, or there is nothing like it. A model of actions alone may be one of states and actions.
+
+    Raises:
+        UserError: there are several; they and the flags that choose are listed.
+    """
+    values, template, asked = options.as_dict(), options.deferred[key], getattr(options, key)
+    where = Path(values.get("loadbase") or options.logbase, options.dataset)
+    templates = dict.fromkeys((template, template.replace(":diffusion/actions_", ":diffusion/defaults_")))
+    for path in (expand(each, values) for each in templates):
+        if labelled_states(where / path):
+            return [] if path == asked else _instead(asked, path, [f"--{key}", path])
+    for each in templates:
+        pattern, found = alike(each, values, fixed), dict[str, dict[str, str]]()
+        for folder in sorted({state.parent for state in where.glob("*/" * (asked.count("/") + 1) + "state_*")}):
+            path = folder.relative_to(where).as_posix()
+            if (match := pattern.fullmatch(path)) and labelled_states(folder):
+                found[path] = match.groupdict()
+        if len(found) == 1:
+            (path, chosen), *_ = found.items()
+            flags = [part for name, value in chosen.items() for part in (f"--{name}", value)]
+            return _instead(asked, f"{path}, the only one there", flags + [f"--{key}", each] * (each != template))
+        if found:
+            differing = [name for name in names_in(each) if len({c.get(name) for c in found.values()}) > 1]
+            cure = f"choose one with {' and '.join(f'--{name}' for name in differing)}"
+            raise UserError(f"no {asked} in {where}; there are {', '.join(found)}: {cure}")
+    return []
+
+
+def _instead(asked: str, taken: str, flags: list[str]) -> list[str]:
+    print(f"no {asked}: planning with {taken}")
+    return flags
+
+
 def _others(folder: Path) -> str:
     """Returns experiments beside one that is missing, and the usual cause."""
     near = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in folder.parent.glob("*/state_*"))
+    if not near and folder.parent.name == "values":
+        return ": train a value with scripts/train_values.py, or plan without one (scripts/plan_unguided.py)"
     if not near:
         return ": train a model first, or point --logbase (--loadbase) to where it is"
     discount = " (--discount chooses among values)" if "_d" in folder.name else ""

@@ -151,6 +151,10 @@ class TrajectoryDiffusion(NoisyTrajectories):
         """Returns what the network sees of the conditions besides the trajectory itself; here nothing."""
         return None
 
+    def seen(self, conditions: Conditions) -> Any:
+        """Returns the conditions [E,O] as samples are given them: computed once for all samples of an environment."""
+        return conditions
+
     def output(self, x: Array, t: Array, context: Any) -> Array:
         """Returns the network's output [B,H,D]."""
         return self.model(x, t)
@@ -194,7 +198,7 @@ class TrajectoryDiffusion(NoisyTrajectories):
         with shared_matrices():
             samples = []
             for cut in parts(noise.shape[1], MIN_PART):  # side by side
-                known = {time: o if o.shape[0] == 1 else o[cut] for time, o in conditions.items()}
+                known = tf.nest.map_structure(lambda o, cut=cut: o if o.shape[0] == 1 else o[cut], dict(conditions))
                 samples.append(self._denoise(known, noise[:, cut], guide, with_chain))
         x, values, chain = (tf.concat(column, axis=0) for column in zip(*samples, strict=True))
         if guide is not None:
@@ -294,18 +298,16 @@ class Diffuser:
         rows = n_envs * self.batch_size
         return rng.normal((self.diffusion.n_timesteps + 1, rows, self.horizon, self.diffusion.transition_dim))
 
-    def act(self, conditions: Mapping[int, np.ndarray], noise: np.ndarray) -> Decision:
+    def act(self, conditions: Mapping[int, Any], noise: np.ndarray) -> Decision:
         """Plans in E environments.
 
         Args:
-            conditions: observations [E,O] by time index (0: the current ones), in the environment's units.
+            conditions: observations [E,O] by time index (0: the current ones), in the environment's units; with
+                pictures {"state": [E,O], "rgb": [E,C,Hi,Wi]}.
             noise: of `draw`.
         """
-        n_envs, dtype = len(conditions[0]), self.diffusion.dtype
-        known = {
-            t: tf.constant(np.repeat(self.normalizers["observations"].normalize(o), self.batch_size, axis=0), dtype)
-            for t, o in conditions.items()
-        }
+        n_envs, dtype = noise.shape[1] // self.batch_size, self.diffusion.dtype
+        known = {t: self._normalised(o) for t, o in conditions.items()}
         trajectories, values = (tensor.numpy() for tensor in self._sample(known, tf.constant(noise, dtype), n_envs))
         plans = trajectories.reshape(n_envs, self.batch_size, *trajectories.shape[1:])
         actions = self.normalizers["actions"].unnormalize(plans[..., : self.diffusion.action_dim])
@@ -314,5 +316,14 @@ class Diffuser:
             observations = self.normalizers["observations"].unnormalize(observations)
         return Decision(actions, observations, values.reshape(n_envs, self.batch_size))
 
+    def _normalised(self, observation: Any) -> Any:
+        if isinstance(observation, Mapping):
+            return {"state": self._normalised(observation["state"]), "rgb": tf.constant(observation["rgb"])}
+        return tf.constant(self.normalizers["observations"].normalize(observation), self.diffusion.dtype)
+
     def _plans(self, conditions: Conditions, noise: Array, groups: int) -> tuple[Array, Array]:
-        return self.diffusion.sample(conditions, noise, self.guide, groups=groups)[:2]
+        def for_all(o: Array) -> Array:
+            return tf.reshape(tf.repeat(o, self.batch_size, axis=0), [noise.shape[1], *o.shape[1:]])
+
+        known = tf.nest.map_structure(for_all, self.diffusion.seen(conditions))
+        return self.diffusion.sample(known, noise, self.guide, groups=groups)[:2]

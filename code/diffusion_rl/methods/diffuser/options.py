@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -48,6 +48,8 @@ COMMANDS = {
     "train_kuka_classifier": Command("classifier", "kuka", "config.kuka"),
     "plan_kuka": Command("plan", "kuka", "config.kuka"),
 }
+#: What draws plans during a training (`pictures.Renderer`).
+RENDERERS = ("utils.MuJoCoRenderer", "utils.Maze2dRenderer", "utils.LineRenderer")
 #: What options may be; any other one is of the type of its default. Their meanings stand in cfg/planning/*.yaml.
 KINDS = {
     # models
@@ -62,6 +64,8 @@ KINDS = {
     "loss_type": schema.one_of("l1", "l2", "value_l1", "value_l2"),
     "diffusion_type": schema.one_of("states_actions", "actions_only"),
     "obs_embed": schema.one_of("mlp", "raw"),
+    "obs_type": schema.one_of("state_features", "pixel"),
+    "image_dim": schema.whole(8, 1024),
     # data
     "preprocess_fns": dataclasses.replace(schema.LIST, null=True),
     "max_path_length": schema.whole(1, 10**9),
@@ -77,6 +81,7 @@ KINDS = {
         ("lr_decay_steps", "sample_freq", "n_reference", "n_samples", "max_render"), schema.FREQUENCY_OR_OFF
     ),
     "ema_decay": schema.SHARE,
+    "renderer": schema.one_of(*RENDERERS),
     "seed": dataclasses.replace(schema.SEED, null=True),
     "device": schema.DEVICE,
     "resume": schema.TEXT_OR_NONE,
@@ -105,6 +110,7 @@ RELATIONS = (
         f"at most {schema.BATCH.most} plans are made together",
     ),
     schema.multiple_of("dim", 8),
+    schema.multiple_of("image_dim", 4),
     schema.multiple_of("time_dim", 2),
     schema.Relation(
         ("horizon", "dim_mults", "model"),
@@ -119,7 +125,16 @@ class MissingOption(UserError, AttributeError):
 
 
 class Options(SimpleNamespace):
-    """The options of an experiment as attributes; `savepath` is its folder."""
+    """The options of an experiment as attributes; `savepath` is its folder.
+
+    Attributes that are no options:
+        deferred: {option: its text before {names} were replaced}.
+        given: names of the options that the command line or its preset sets.
+    """
+
+    __slots__ = ("deferred", "given")
+    deferred: dict[str, str]
+    given: frozenset[str]
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is missing only."""
@@ -200,13 +215,14 @@ def parse(
     preset, name = _preset(settings, flags.pop("preset", None), config), flags.pop("exp_name", None)
     values = settings[experiment]["options"] | preset.get(experiment, {})
     values = (TRAINING if "n_train_steps" in values else {}) | values
-    for overrides in (settings.get("overrides", {}), preset.get("overrides", {})):
-        values |= overrides.get(dataset, {}).get(experiment, {})
+    own, changed = (chosen.get("overrides", {}).get(dataset, {}).get(experiment, {}) for chosen in (settings, preset))
+    values |= own | changed
     values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only
     override(values, flags, KINDS, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
     if values.get("diffusion_type") == "actions_only" and values.get("prefix") == "diffusion/defaults":
         values["prefix"] = "diffusion/actions"  # the two kinds of model never share a folder
-    values |= {key: expand(value, values) for key, value in values.items() if _is_deferred(value)}
+    deferred = {key: value for key, value in values.items() if _is_deferred(value)}
+    values |= {key: expand(value, values) for key, value in deferred.items()}
     if "loadbase" in values and values["loadbase"] is None:
         values["loadbase"] = values["logbase"]
     _check_values(values)
@@ -216,6 +232,7 @@ def parse(
         schema.require_inside(part, schema.FLAGS(key, part))
     folder = Path(values["logbase"]) / dataset / values["exp_name"] / values.get("suffix", "")
     options = Options(**values, dataset=dataset, config=config, savepath=str(folder))
+    options.deferred, options.given = deferred, frozenset([*flags, *preset.get(experiment, {}), *changed])
     if save:
         options.save()
     return options
@@ -314,6 +331,23 @@ def expand(template: str, values: Mapping[str, Any]) -> str:
     if "{" in text or "}" in text:
         raise UserError(f"{template}: only names of options can stand between braces")
     return text
+
+
+def alike(template: str, values: Mapping[str, Any], fixed: Collection[str]) -> re.Pattern[str]:
+    """Returns what matches a deferred text with any numbers for the names that are not `fixed`, which are groups."""
+    pattern, seen = "", set[str]()
+    for text, name in re.findall(r"([^{]*)(?:\{(\w+)\})?", template.removeprefix(DEFERRED)):
+        pattern += re.escape(text)
+        if name:
+            free = f"(?P={name})" if name in seen else f"(?P<{name}>[0-9.]+(?:e-?[0-9]+)?)"
+            pattern += re.escape(str(values[name])) if name in fixed else free
+            seen.add(name)
+    return re.compile(pattern)
+
+
+def names_in(template: str) -> list[str]:
+    """Lists the names of options in a deferred text."""
+    return re.findall(r"\{(\w+)\}", template)
 
 
 def experiment_name(watch: Sequence[Sequence[str]], values: Mapping[str, Any]) -> str:

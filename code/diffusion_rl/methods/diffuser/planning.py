@@ -11,7 +11,7 @@ from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.methods.diffuser.action_only import aggregate
 from diffusion_rl.methods.diffuser.model import Decision, Diffuser
-from diffusion_rl.tasks.registry import normalized_score
+from diffusion_rl.tasks.registry import score
 from diffusion_rl.training.episodes import FirstEpisodes, Step, Stopwatch, run, seeded_options
 
 
@@ -20,7 +20,7 @@ class Episodes(FirstEpisodes):
     """One episode of each of E environments.
 
     Attributes:
-        scores: [E], normalised returns.
+        scores: [E], 0 to 1 (`tasks.registry.score`).
         seconds: of each decision, without the first.
         spreads, sizes: of each executed decision the standard deviation of the first action over the samples and its
             mean magnitude, [A] each.
@@ -56,7 +56,7 @@ def run_episodes(
     clip_actions: bool = True,
     video: str | None = None,
     say: Callable[[int, np.ndarray, np.ndarray, Decision], None] = lambda *facts: None,
-    show: Callable[[int, Decision], None] = lambda *facts: None,
+    show: Callable[[int, Observations, Decision], None] = lambda *facts: None,
 ) -> Episodes:
     """Acts in E environments until every first episode has ended.
 
@@ -67,7 +67,7 @@ def run_episodes(
         clip_actions: to [-1, 1].
         video: where the first environment's episode is filmed.
         say: called after every step with its number, the rewards [E], the returns so far [E] and the decision.
-        show: called with the number of a step at which a plan was made, and the decision.
+        show: called with the number of a step at which a plan was made, the observations and the decision.
     """
     options = seeded_options(seed, venv.n_envs)
     options[0] |= {"video_path": video} if video else {}
@@ -78,9 +78,10 @@ def run_episodes(
     def act(t: int, observations: Observations) -> np.ndarray:
         nonlocal decision
         if not plan:
-            state, draws = observations["state"][:, -1], planner.draw(rng, venv.n_envs)
-            decision = watch.time(lambda: planner.act({0: state}, draws))
-            show(t, decision)
+            latest, draws = {key: o[:, -1] for key, o in observations.items()}, planner.draw(rng, venv.n_envs)
+            current = latest if "rgb" in latest else latest["state"]
+            decision = watch.time(lambda: planner.act({0: current}, draws))
+            show(t, latest, decision)
             chosen = aggregate(decision.actions, how)
             chosen = np.clip(chosen, -1, 1) if clip_actions else chosen
             plan.extend(chosen[:, i] for i in range(min(n_exec, chosen.shape[1])))
@@ -92,5 +93,5 @@ def run_episodes(
         say(step.number, step.result.rewards, step.returns, decision)
 
     episodes = run(act, venv, venv.reset(options), max_episode_length, on_step)
-    scores = np.asarray(normalized_score(dataset, episodes.returns))
+    scores = np.asarray(score(dataset, episodes.returns))
     return Episodes(**vars(episodes), scores=scores, seconds=watch.seconds, spreads=spreads, sizes=sizes)

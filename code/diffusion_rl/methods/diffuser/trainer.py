@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -48,6 +49,7 @@ class DiffuserTrainer:
         self.condition_times, self.horizon = dataset.condition_times, dataset.horizon
         self._transitions = tf.constant(dataset.transitions, model.dtype)
         self._rows = tf.constant(np.stack([dataset.first_rows, dataset.end_rows], axis=1), tf.int32)
+        self._images = None if dataset.images is None else tf.constant(dataset.images)
         self._values = None if dataset.values is None else tf.constant(dataset.values, model.dtype)
         self.names: list[str] = []  # of what a step reports besides its loss; known once it was compiled
         self._many: dict[int, Callable[..., Array]] = {}  # by size of the batches
@@ -58,7 +60,10 @@ class DiffuserTrainer:
     def loss(self, items: Array, t: Array, noise: Array) -> Losses:
         """Returns the model's loss on windows `items` [B]."""
         x = tf.gather(self._transitions, self.rows(items))
-        conditions = {time: x[:, time, self.model.action_dim :] for time in self.condition_times}
+        conditions: dict[int, Any] = {t: x[:, t, self.model.action_dim :] for t in self.condition_times}
+        if self._images is not None:
+            first = tf.gather(self._rows[:, 0], items)
+            conditions[0] = {"state": conditions[0], "rgb": tf.gather(self._images, first)}
         x = x[..., : self.model.transition_dim]  # actions come first; some models have them alone
         if self._values is None:
             return self.model.loss(x, conditions, t, noise)

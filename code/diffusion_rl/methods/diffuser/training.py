@@ -24,7 +24,7 @@ from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 STEPS_PER_CALL = 10  # of the compiled training function
 DECAYED = 0.1  # of the learning rate
-SAMPLES_DRAWN, PICTURES = 2, 2  # samples of a picture of samples, and how many such pictures
+PICTURES = 2  # of samples, whenever such are due
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DiffuserSettings:
             called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
         batch_size, gradient_accumulate_every: windows of a micro-batch, micro-batches of a step.
         epoch_steps: steps between two lines that say which epoch begins; 0: no such lines.
-        n_reference: windows of the picture of the data.
+        n_reference, n_samples: windows of the picture of the data, samples of one of samples.
         lr_decay_steps: so many last steps have a tenth of the trainer's learning rate.
     """
 
@@ -49,6 +49,7 @@ class DiffuserSettings:
     gradient_accumulate_every: int = 2
     epoch_steps: int = 0
     n_reference: int = 8
+    n_samples: int = 2
     lr_decay_steps: int = 0
 
     @classmethod
@@ -59,6 +60,7 @@ class DiffuserSettings:
             n_train_steps=int(options.n_train_steps),
             label_freq=max(int(options.n_train_steps // options.n_saves), 1),
             epoch_steps=options.n_steps_per_epoch,
+            n_samples=getattr(options, "n_samples", cls.n_samples),
             **{name: getattr(options, name) for name in same},
         )
 
@@ -71,7 +73,8 @@ class DiffuserTraining(TrainingLoop):
         rng: the source of all draws.
         run_dir: where everything goes.
         say: prints a line.
-        renderer: draws pictures, `composite(name, observations [n,H,O])`; None: no pictures.
+        renderer: draws pictures (`pictures.Renderer.composite`); None: no pictures.
+        picture_rng: the source of what they show, so that training's draws are those of a run without; None: `rng`.
         merge: the micro-batches of a step as one batch, which gives the same gradient in less time.
         observer: called after every compiled call with the last step's number, the losses and the other results.
     """
@@ -88,12 +91,14 @@ class DiffuserTraining(TrainingLoop):
         run_dir: RunDir | Nowhere | None = None,
         say: Callable[[str], None] = print,
         renderer: Any = None,
+        picture_rng: Rng | None = None,
         merge: bool = True,
         observer: Callable[[int, np.ndarray, dict[str, np.ndarray]], None] | None = None,
     ):
         self.trainer, self.dataset, self.rng, self.settings = trainer, dataset, rng, settings
         self.windows = WindowOrder(len(dataset), settings.batch_size, rng)
-        self.shown = WindowOrder(len(dataset), 1, rng)
+        self.picture_rng = picture_rng or rng
+        self.shown = WindowOrder(len(dataset), 1, self.picture_rng)
         self.total, self.run_dir, self.print = settings.n_train_steps, run_dir or Nowhere(), say
         self.renderer, self.merge, self.observer = renderer, merge, observer
         self.learning_rate, self.decays_at = (
@@ -101,7 +106,7 @@ class DiffuserTraining(TrainingLoop):
             self.total - settings.lr_decay_steps,
         )
         model: Any = trainer.ema_model
-        self._sample: Any = tf.function(model.sample, autograph=False) if settings.sample_freq else None
+        self._sample: Any = None if renderer is None else tf.function(model.sample, autograph=False)
         self._row: dict[str, Any] = {}
 
     # ---------- the loop ----------
@@ -190,26 +195,29 @@ class DiffuserTraining(TrainingLoop):
     # ---------- pictures ----------
 
     def _render_reference(self) -> None:
-        items = self.rng.permutation(len(self.dataset))[: self.settings.n_reference]
-        self.renderer.composite("_sample-reference.png", self._observations(self.dataset.trajectories(items)))
+        items = self.picture_rng.permutation(len(self.dataset))[: self.settings.n_reference]
+        if len(items):
+            self._composite("_sample-reference.png", self.dataset.trajectories(items))
 
     def _render_samples(self, step: int) -> None:
-        model = self.trainer.ema_model
-        shape = (model.n_timesteps + 1, SAMPLES_DRAWN, model.horizon, model.transition_dim)
+        model, n_samples = self.trainer.ema_model, self.settings.n_samples
+        shape = (model.n_timesteps + 1, n_samples, model.horizon, model.transition_dim)
         for i in range(PICTURES):
-            window = self.dataset.trajectories(next(self.shown))
-            known = {
-                t: tf.constant(window[:, t, model.action_dim :], model.dtype) for t in self.dataset.condition_times
-            }
-            samples = self._sample(known, tf.constant(self.rng.normal(shape), model.dtype)).trajectories.numpy()
-            first = np.repeat(window[:, :1], SAMPLES_DRAWN, axis=0).astype(samples.dtype)
-            self.renderer.composite(
-                f"sample-{step}-{i}.png", self._observations(np.concatenate([first, samples], axis=1))
+            item = np.repeat(next(self.shown), n_samples)
+            known = tf.nest.map_structure(
+                lambda o: tf.constant(o, None if o.dtype == np.uint8 else model.dtype), self.dataset.conditions(item)
             )
+            samples = self._sample(known, tf.constant(self.picture_rng.normal(shape), model.dtype)).trajectories.numpy()
+            self._composite(f"sample-{step}-{i}.png", samples, before=self.dataset.trajectories(item)[:, :1])
 
-    def _observations(self, trajectories: np.ndarray) -> np.ndarray:
-        normalizer = self.dataset.normalizers["observations"]
-        return normalizer.unnormalize(trajectories[..., self.dataset.action_dim :])
+    def _composite(self, name: str, trajectories: np.ndarray, before: np.ndarray | None = None) -> None:
+        """Draws trajectories [n,H,D] or actions alone [n,H,A], with the transitions [n,1,D] before them."""
+        width, normalizers = self.dataset.action_dim, self.dataset.normalizers
+        known = trajectories[..., width:] if trajectories.shape[-1] > width else trajectories[:, :0, :0]
+        if before is not None:
+            known = np.concatenate([before[..., width:]] + [known] * bool(known.size), axis=1)
+        observations = normalizers["observations"].unnormalize(known)
+        self.renderer.composite(name, observations, normalizers["actions"].unnormalize(trajectories[..., :width]))
 
     # ---------- state ----------
 
@@ -223,8 +231,9 @@ class DiffuserTraining(TrainingLoop):
         tensors = part_tensors(self.parts())
         tensors |= {"train.order": self.windows.order, "train.shown": self.shown.order}
         tensors |= normalizer_tensors(self.dataset)
-        state = {"position": self.windows.position, "shown": self.shown.position}
-        return tensors, {"step": self.step, "train": {**state, "noise": rng_state(self.rng)}}
+        state: dict[str, Any] = {"position": self.windows.position, "shown": self.shown.position}
+        state |= {"noise": rng_state(self.rng), "pictures": rng_state(self.picture_rng)}
+        return tensors, {"step": self.step, "train": state}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `state` was taken."""
@@ -233,6 +242,8 @@ class DiffuserTraining(TrainingLoop):
         self.windows.order, self.windows.position = checkpoint.tensors["train.order"], int(state["position"])
         self.shown.order, self.shown.position = checkpoint.tensors["train.shown"], int(state["shown"])
         restore_rng(self.rng, state["noise"])
+        if "pictures" in state:  # not in checkpoints from before there were any
+            restore_rng(self.picture_rng, state["pictures"])
         self.step = int(checkpoint.metadata["step"])
 
     def report(self) -> Iterator[str]:
