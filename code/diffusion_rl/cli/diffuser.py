@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,6 +157,11 @@ def plan_guided(arguments: Sequence[str]) -> None:
     """Plans with the diffusion model, guided by the value (`scripts/plan_guided.py`)."""
     options = parse_command("plan_guided", arguments)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
+    if not any(argument.startswith(("--discount", "--value_loadpath")) for argument in arguments):
+        # the published defaults train a value with another discount than planning looks for
+        options.value_loadpath = _there(
+            options, options.value_loadpath, re.sub(r"_d[\d.]+$", "_d*", options.value_loadpath)
+        )
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
         raise UserError(f"{values.folder} holds no value: train one with scripts/train_values.py")
@@ -175,12 +181,8 @@ def plan_guided(arguments: Sequence[str]) -> None:
 def plan_unguided(arguments: Sequence[str]) -> None:
     """Makes one plan of many samples without a value (`scripts/plan_unguided.py`)."""
     options = parse_command("plan_unguided", arguments)
-    where = Path(options.loadbase, options.dataset)
-    if not any((where / options.diffusion_loadpath).glob("state_*")):
-        fallback = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
-        if any((where / fallback).glob("state_*")):
-            print(f"no {options.diffusion_loadpath}; planning with {fallback}")
-            options.diffusion_loadpath = fallback
+    both = options.diffusion_loadpath.replace("diffusion/actions_", "diffusion/defaults_")
+    options.diffusion_loadpath = _there(options, options.diffusion_loadpath, both)
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     planner = _unguided(experiment, options)
     _plan(options, planner, {"epoch_diffusion": experiment.epoch})
@@ -223,6 +225,17 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             save_maze(folder / "plans.png", env.cells != "#", first, np.stack(goals))
             save_maze(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
         print(score_line(np.array(scores), folder))
+
+
+def _there(options: Options, loadpath: str, pattern: str) -> str:
+    """Returns the path of an experiment, or of the only other one that the pattern finds; a line says which."""
+    where = Path(options.loadbase, options.dataset)
+    others = {state.parent for state in where.glob(f"{pattern}/state_*")}
+    if any((where / loadpath).glob("state_*")) or len(others) != 1:
+        return loadpath
+    found = others.pop().relative_to(where).as_posix()
+    print(f"no {loadpath}; planning with {found}")
+    return found
 
 
 def _trajectory_model(experiment: Experiment) -> Experiment:

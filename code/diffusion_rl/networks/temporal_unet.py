@@ -18,7 +18,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish, sequential
+from diffusion_rl.networks.layers import Linear, Network, TimeEmbedding, mish, sequential
 from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
 
 GROUPS = 8  # of every group normalisation
@@ -113,7 +113,7 @@ class AttentionBlock(keras.layers.Layer):
         return x + self.linear_attention(self.channel_norm(x))
 
 
-class TemporalUnet(keras.layers.Layer):
+class TemporalUnet(Network):
     """Denoises trajectories; convolutions all through, so any horizon that can be halved often enough will do.
 
     Features of the first level are kept but no step up takes them, as in the reference.
@@ -227,7 +227,7 @@ class ActionTemporalUnet(TemporalUnet):
         return super().call(tf.concat([x, beside], axis=-1), time)
 
 
-class ValueFunction(keras.layers.Layer):
+class ValueFunction(Network):
     """The return of a noisy trajectory.
 
     Args:
