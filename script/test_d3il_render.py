@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.append(str(REPOSITORY / "code"))  # a checkout that is not installed
+sys.path.insert(0, str(REPOSITORY / "code"))  # the package of this checkout
 
 from diffusion_rl.cli import commands  # noqa: E402
 

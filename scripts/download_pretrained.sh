@@ -1,7 +1,11 @@
 #!/bin/sh
-# The PyTorch Diffuser's published models, to logs/pretrained (about 1 GB; needs gdown: pip install gdown).
+# The PyTorch Diffuser's published models, to logs/pretrained (about 1 GB; needs gdown).
 set -eu
 cd "$(dirname "$0")/.."
+if ! command -v gdown >/dev/null; then
+  echo "error: gdown is not installed: pip install gdown" >&2
+  exit 2
+fi
 mkdir -p logs
 archive=$(mktemp)
 trap 'rm -f "$archive"' EXIT

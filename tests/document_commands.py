@@ -32,9 +32,9 @@ CANNOT = "cannot be had here"
 class Command:
     """A command line of a document.
 
-    line: as the document spells it, where that is no command yet (`{?img}` and the like). shorten: what is added to make
-    it short. environment: variables. status, says: what it ends with, and what its last line holds. needs: what it needs
-    that few machines have.
+    line: as the document spells it, where that is no command yet (`{?img}` and the like). shorten: what is added to
+    make it short. environment: variables. status, says: what it ends with, and what its last line holds. needs: what it
+    needs that few machines have.
     """
 
     document: str

@@ -7,10 +7,10 @@ import re
 import shlex
 
 import pytest
+from tests import document_commands
 from tests.document_commands import LIST, read
 
 from diffusion_rl.config.compose import REPOSITORY
-from tests import document_commands
 
 COMMANDS = [command for command in read() if not command.needs]
 OWN = "exp_specs/my_vae_rl_config.yaml"  # a command before makes it

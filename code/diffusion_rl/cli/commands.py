@@ -18,6 +18,7 @@ from diffusion_rl.training import signals
 
 #: The method whose options the commands of a module have.
 OPTIONS_OF = {"diffuser": "diffuser", "kuka": "diffuser", "diffuser_lite": "diffuser_lite"}
+PRETRAINED = "logs/pretrained"
 Command = Callable[[Sequence[str]], int | None]
 
 
@@ -47,14 +48,16 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
 
 
 def read_results(arguments: Sequence[str]) -> None:
-    """Prints (`[--dataset NAME] [--logbase DIR]`) scores of the plans below a folder (logs/pretrained)."""
+    """Prints (`[--dataset NAME] [--logbase DIR]`) scores of plans below a folder (logs/pretrained, or else logs)."""
     options = _parse(
         arguments,
         dataset=Option("the data set; none: all of locomotion", TEXT_OR_NONE, default=None),
-        logbase=Option("folder of the plans", TEXT, default="logs/pretrained"),
+        logbase=Option("folder of the plans; logs where there is no such folder", TEXT, default=PRETRAINED),
     )
     if options is None:
         return
+    if options["logbase"] == PRETRAINED and not Path(PRETRAINED).is_dir():
+        options["logbase"] = "logs"
     datasets = [options["dataset"]] if options["dataset"] else plan_results.DATASETS
     for experiment in _experiments(options["logbase"], datasets):
         print(experiment)

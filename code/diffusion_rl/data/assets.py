@@ -88,6 +88,8 @@ def _by_destination(path: Path, assets: Mapping[str, Asset]) -> Asset | None:
 def _cure(path: Path) -> str:
     if path.name in ("train.npz", "val.npz", "normalization.npz"):
         return "make it with `python script/dataset/convert.py SOURCE OUT_DIR`, or set DPPO_DATA_DIR to where it lies"
+    if path.name.startswith("pre_"):
+        return f"pre-train one (--config-name={path.stem} of cfg/<suite>/pretrain), and set base_policy_path to it"
     return "nothing in the list of downloadable files has this name either; check the path or set DPPO_DATA_DIR"
 
 
