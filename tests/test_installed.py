@@ -14,9 +14,7 @@ from diffusion_rl.config.compose import REPOSITORY
 def installed(tmp_path_factory):
     """A copy of the sources, installed without its requirements into a folder, which is then on the import path."""
     checkout, target = tmp_path_factory.mktemp("content") / "checkout", tmp_path_factory.mktemp("site")
-    ignored = shutil.ignore_patterns(
-        ".*", "data", "figure", "parity_tests", "tests", "*.egg-info", "log*", "benchmarks"
-    )
+    ignored = shutil.ignore_patterns(".*", "figure", "parity_tests", "tests", "*.egg-info", "logs", "log", "benchmarks")
     shutil.copytree(REPOSITORY, checkout, ignore=ignored)
     quiet = ["-q", "--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "install", *quiet, "--target", target, checkout], check=True)

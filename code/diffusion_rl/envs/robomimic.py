@@ -270,7 +270,8 @@ def vector(request: EnvRequest) -> ProcessVectorEnv:
     """Builds the environments of a request, each in a process."""
     builders = recipes(request.config, request.seeds, request.normalizer, request.chunks)
     builders[0] = dataclasses.replace(builders[0], window=request.window)
-    processes.preload("diffusion_rl.envs.quiet_robosuite")
+    if not request.window:  # which cannot be opened in a process that was forked after robosuite was imported
+        processes.preload("diffusion_rl.envs.quiet_robosuite")
     return ProcessVectorEnv(builders, request.act_steps, request.seeds, request.worker_timeout)
 
 
