@@ -109,7 +109,7 @@ class BatchedVectorEnv(abc.ABC):
 
     def _watch(self, rows: np.ndarray, executed: np.ndarray, states: Callable[[int], np.ndarray]) -> None:
         """Sends videos and window the executed part of states(i) [Ta,1+nq+nv], those of environment rows[i]."""
-        for row, watcher in [*self._recorders.items(), *([(0, self._viewer)] if self._viewer else [])]:
+        for row, watcher in [*self._recorders.items(), *([] if self._viewer is None else [(0, self._viewer)])]:
             for i in np.flatnonzero(rows == row):
                 for state in states(int(i))[: executed[i]]:
                     watcher.add(state)

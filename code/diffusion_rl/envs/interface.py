@@ -112,7 +112,7 @@ class EnvRequest:
     @property
     def window(self) -> bool:
         """Returns whether environment 0 is shown in a window."""
-        return bool(self.config.get("render", False))
+        return bool(self.config.get("render"))
 
     @property
     def worker_timeout(self) -> float:

@@ -21,7 +21,7 @@ tfd, tfb = distributions(), bijectors()
 DETERMINISTIC_STD = 1e-4  # "deterministic" samples still have a little noise
 
 
-class SquashingTanh(tfb.Tanh):
+class SquashingTanh(tfb.Tanh):  # type: ignore[name-defined]  # a class of a module that is imported late
     """Tanh whose log-determinant has 1e-6 in the logarithm, which keeps it finite where tanh saturates."""
 
     def _forward_log_det_jacobian(self, x: Array) -> Array:
