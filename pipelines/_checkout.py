@@ -1,8 +1,6 @@
-"""Importing this makes the package of a checkout that is not installed importable."""
+"""Importing this lets the package of this checkout be imported, whatever is installed."""
 
 import sys
 from pathlib import Path
 
-CODE = str(Path(__file__).resolve().parent.parent / "code")
-if CODE not in sys.path:
-    sys.path.append(CODE)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))

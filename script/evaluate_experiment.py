@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "code"))  # a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))  # the package of this checkout
 
 from diffusion_rl.cli import commands  # noqa: E402
 

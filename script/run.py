@@ -3,13 +3,9 @@
 import sys
 from pathlib import Path
 
-try:
-    from diffusion_rl.cli import app
-except ModuleNotFoundError as error:
-    if error.name != "diffusion_rl":
-        raise
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))  # a checkout that is not installed
-    from diffusion_rl.cli import app
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))  # the package of this checkout
+
+from diffusion_rl.cli import app  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(app.main())

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests import test_vae_diffusion
 
 from diffusion_rl.cli import experiments, variants
 from diffusion_rl.config.compose import REPOSITORY
@@ -60,7 +61,7 @@ def start(folder, *options):
 
 def finish(folder, *options):
     process = start(folder, *options)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
@@ -76,9 +77,26 @@ def test_every_combination_with_the_last_variable_fastest():
     assert found[1]["net"]["depth"] == 3, "variants share nothing"
 
 
-def test_the_guides_grid_has_54_runs():
-    variables = {"seed": [100, 200, 300], "vae_latent_dim": [32, 64, 128], "online_training": [False, True]}
-    assert len(grid(variables={**variables, "rl_learning_rate": [1e-4, 3e-4, 1e-3]}, constants={})) == 54
+GUIDES_GRID = {
+    **{"seed": [100, 200, 300], "vae_latent_dim": [32, 64, 128], "online_training": [False, True]},
+    "rl_learning_rate": [1e-4, 3e-4, 1e-3],
+}
+
+
+def test_the_guides_grid_has_54_runs_in_folders_of_their_own(monkeypatch):
+    assert len(grid(variables=GUIDES_GRID, constants={})) == 54
+    monkeypatch.chdir(REPOSITORY)
+    where, _ = folders(spec_of("train.py", GUIDES_GRID, dataset="toy"), *GUIDES_GRID)
+    assert len(set(where)) == 54
+
+
+def test_the_example_is_the_guides():
+    spec = experiments.read_spec(REPOSITORY / "exp_specs" / "vae_diffusion_rl_example.yaml")
+    guide = {"diffusion": "models.DiffusionRL", "loader": "datasets.VAESequenceDataset", "vae_latent_dim": 64}
+    guide |= {"trajectory_latent_dim": 128, "vae_weight": 1.0, "rl_learning_rate": 3e-4, "use_value_function": True}
+    guide |= {"evaluator": "utils.MADEvaluator", "continue_training": True}
+    assert spec["meta_data"]["script_path"] == "train.py" and spec["variables"] == {"online_training": [False, True]}
+    assert {key: spec["constants"].get(key) for key in guide} == guide
 
 
 @pytest.mark.parametrize("variables", [None, {}])
@@ -174,6 +192,39 @@ def test_runs_are_started_and_failures_counted_and_resumed(tmp_path):
     assert status == 0 and "3 of 3 runs done" in output
     assert [p.name for p in (folder / "done").iterdir()] == ["1"], "those that were done are not run again"
     assert len(list((folder / "logs" / "variants" / "variants-for-some").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_the_guides_grid_is_finished_by_resuming(tmp_path):
+    """Two seeds of three are done at first; the other 18 runs fail."""
+    write_spec(tmp_path, variables=GUIDES_GRID)
+    script = CHILD.replace('variant["status"]', "STATUS")
+    (tmp_path / "child.py").write_text(script.replace("STATUS", 'variant["seed"] == 300'))
+    status, output = finish(tmp_path)
+    assert status == 1 and "36 of 54 runs done" in output
+    for path in (tmp_path / "done").iterdir():
+        path.unlink()
+    (tmp_path / "child.py").write_text(script.replace("STATUS", "0"))
+    status, output = finish(tmp_path, "--resume")
+    assert status == 0 and "54 of 54 runs done" in output
+    assert sorted(int(path.name) for path in (tmp_path / "done").iterdir()) == list(range(36, 54))
+
+
+@pytest.mark.slow
+def test_some_of_the_guides_grid_train_and_leave_results(tmp_path):
+    small = {**test_vae_diffusion.SMALL, "eval_freq": 12, "save_freq": 12, "num_eval": 2, "num_envs": 2}
+    del small["vae_latent_dim"]
+    variables = {"vae_latent_dim": [4, 6], "online_training": [False, True]}
+    write_spec(tmp_path, variables=variables, constants={**small, "seed": 100, "continue_training": True})
+    spec = yaml.safe_load((tmp_path / "spec.yaml").read_text())
+    spec["meta_data"]["script_path"] = str(REPOSITORY / "train.py")
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    status, output = finish(tmp_path)
+    assert status == 0, output
+    results = {path.parent.parent for path in (tmp_path / "logs" / "some").rglob("results/step_*.json")}
+    assert len(results) == 4
+    status, output = finish(tmp_path, "--resume")
+    assert status == 0 and "4 of 4 runs done" in output
 
 
 def test_interrupting_stops_the_children(tmp_path):

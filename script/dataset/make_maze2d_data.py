@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "code"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
 from diffusion_rl.config.overrides import Arguments  # noqa: E402

@@ -113,7 +113,7 @@ _ENV = {
     "max_episode_steps": Option("environment steps after which an episode is truncated", STEPS_OR_NONE),
     "reset_at_iteration": Option("start new episodes at each iteration", FLAG, default=True),
     "save_video": Option("write videos of evaluations to render/", FLAG, default=False),
-    "render": Option("avoiding: show environment 0 in a window; elsewhere without effect", FLAG),
+    "render": Option("show environment 0 in a window", FLAG),
     "save_full_observations": Option("keep every observation, not only one per chunk", FLAG),
     "best_reward_threshold_for_success": Option(
         "an episode whose best chunk reward per action reaches it is a success", number(null=True)

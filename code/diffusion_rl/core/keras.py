@@ -7,20 +7,29 @@ from typing import Any
 
 import tf_keras as keras
 
-__all__ = ["distributions", "floatx", "keras", "precision"]
+__all__ = ["bijectors", "distributions", "floatx", "keras", "precision"]
 
 keras.backend.set_floatx("float32")
 keras.backend.set_epsilon(1e-7)
 keras.backend.set_image_data_format("channels_last")
 
 
-def distributions() -> Any:
-    """Returns the distributions of TensorFlow Probability, which misses a module of Keras if that was imported before
-    this package."""
+def _probability() -> Any:
+    """Imports TensorFlow Probability, which misses a module of Keras if that was imported before this package."""
     sys.modules.setdefault("tensorflow.compat.v2.keras", keras)
     import tensorflow_probability
 
-    return tensorflow_probability.distributions
+    return tensorflow_probability
+
+
+def distributions() -> Any:
+    """Returns the distributions of TensorFlow Probability."""
+    return _probability().distributions
+
+
+def bijectors() -> Any:
+    """Returns the bijectors of TensorFlow Probability."""
+    return _probability().bijectors
 
 
 def floatx() -> str:

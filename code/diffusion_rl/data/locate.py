@@ -32,7 +32,7 @@ def find_data(name: str, data_dir: str | None = None) -> Found:
     """Finds a data set.
 
     Looks in `data_dir` (a file of D4RL or Minari, or a folder with train.npz), then for D4RL's file in
-    D4RL_DATASET_DIR, then among the data that ship with this repository or are made with it; else downloads D4RL's file.
+    D4RL_DATASET_DIR, then among the data that ship with this repository or are made with it; else downloads D4RL's.
 
     Raises:
         UserError: there is none; the message says where to get it.

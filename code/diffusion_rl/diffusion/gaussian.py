@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import tensorflow as tf
 
+from diffusion_rl.core.keras import distributions
 from diffusion_rl.core.typing import Array
 
 
 def normal_log_prob(x: Array, mean: Array, std: Array) -> Array:
     """Returns log N(x; mean, std^2) elementwise, [...] as x."""
-    return -tf.square(x - mean) / (2 * tf.square(std)) - tf.math.log(std) - 0.5 * math.log(2 * math.pi)
+    return distributions().Normal(mean, std).log_prob(x)
 
 
 def clip(x: Array, bound: float | None) -> Array:

@@ -6,7 +6,7 @@ Shape letters: E environments, N of them, Ta actions of a chunk, To history, O o
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ class BatchedVectorEnv(abc.ABC):
 
     normalizer: bounds of the data set, or None for raw observations and actions. max_episode_steps: time limit, None
     for none. reset_within_step: begin the next episode in the step that ended one. full_observations: add the
-    observation after each action to the infos.
+    observation after each action to the infos. render: show environment 0 in a window.
     """
 
     restorable = True
@@ -40,6 +40,7 @@ class BatchedVectorEnv(abc.ABC):
         reset_within_step: bool = False,
         full_observations: bool = False,
         normalizer: MinMaxNormalizer | None = None,
+        render: bool = False,
     ):
         self.name = name
         self.n_envs = n_envs
@@ -53,6 +54,11 @@ class BatchedVectorEnv(abc.ABC):
         self._history = ChunkHistory(n_envs, n_obs_steps, obs_dim, max_episode_steps, name)
         self._started = np.zeros(n_envs, dtype=bool)
         self._recorders: dict[int, Any] = {}
+        self._viewer: Any = None
+        if render:
+            from diffusion_rl.envs.video import StateViewer  # rendering libraries load only when asked for
+
+            self._viewer = StateViewer(*self.scene()[:2])
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Seeds environment i with seeds[i]; it takes effect with the next reset."""
@@ -85,13 +91,28 @@ class BatchedVectorEnv(abc.ABC):
             array[...] = state[name]
         self._started[:] = True
 
-    def recorder(self, path: str) -> Any:
-        """Returns an object that films the states given to its `add` until its `close`.
+    def scene(self) -> tuple[Callable[[], Any], dict[str, Any], int]:
+        """Returns what videos and the window show: a function that makes the MuJoCo model, attributes of the camera,
+        and frames a second.
 
         Raises:
             UserError: there is nothing to see in this environment.
         """
-        raise UserError(f"{self.name}: its episodes cannot be filmed, leave {path} out")
+        raise UserError(f"{self.name}: there is nothing to see in it, leave videos and windows out")
+
+    def recorder(self, path: str) -> Any:
+        """Returns an object that films the states given to its `add` until its `close`."""
+        from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
+
+        load, camera, fps = self.scene()
+        return StateRecorder(load, camera, path, fps)
+
+    def _watch(self, rows: np.ndarray, executed: np.ndarray, states: Callable[[int], np.ndarray]) -> None:
+        """Sends videos and window the executed part of states(i) [Ta,1+nq+nv], those of environment rows[i]."""
+        for row, watcher in [*self._recorders.items(), *([] if self._viewer is None else [(0, self._viewer)])]:
+            for i in np.flatnonzero(rows == row):
+                for state in states(int(i))[: executed[i]]:
+                    watcher.add(state)
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         """Begins new episodes everywhere and returns their observations {"state": [E,To,O]}.
@@ -174,5 +195,8 @@ class BatchedVectorEnv(abc.ABC):
             self._stop_video(row)
 
     def close(self) -> None:
-        """Ends videos."""
+        """Ends videos and the window."""
         self._stop_videos()
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None

@@ -16,6 +16,7 @@ Shape letters: E environments, N of them, Ta actions of a chunk, To history.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def vector(request: EnvRequest) -> AvoidingVectorEnv:
         len(request.seeds),
         act_steps=request.act_steps,
         normalizer=request.normalizer,
-        render=bool(request.config.get("render", False)),
+        render=request.window,
         **request.chunks,
     )
 
@@ -51,14 +52,13 @@ class AvoidingVectorEnv(BatchedVectorEnv):
 
     Args:
         name: avoiding-m5 to avoiding-m8.
-        render: show environment 0 in a window.
         chunks: arguments of `BatchedVectorEnv`.
 
     Raises:
         UserError: the name is unknown, or there is no display.
     """
 
-    def __init__(self, name: str, n_envs: int, *, render: bool = False, **chunks: Any):
+    def __init__(self, name: str, n_envs: int, **chunks: Any):
         if name not in REWARDED:
             raise UserError(f"environment {name!r} is unknown: choose one of {', '.join(REWARDED)}")
         self.physics = panda.PandaPhysics()
@@ -67,11 +67,6 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         self._setpoints = np.zeros((n_envs, 2))
         self._modes = avoiding.new_modes(n_envs)
         self.collided = np.zeros(n_envs, dtype=bool)
-        self._viewer: Any = None
-        if render:
-            from diffusion_rl.envs.video import StateViewer  # rendering libraries load only when asked for
-
-            self._viewer = StateViewer(functools.partial(panda.load_model, visible=True), CAMERA)
 
     def _simulate(self, rows: np.ndarray, actions: np.ndarray) -> ChunkOutcome:
         arms = self._arms[rows]
@@ -88,7 +83,10 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         self._arms[rows] = after[last]
         self._setpoints[rows], self._modes[rows] = setpoints[:, 1:][last], modes[:, 1:][last]
         self.collided[rows] = collided[last]
-        self._watch(rows, after, outcome.executed)
+        time = np.zeros((actions.shape[1], 1))  # of a full physics state; nothing shows it
+        self._watch(
+            rows, outcome.executed, lambda i: np.concatenate([time, after.position[i], after.velocity[i]], axis=-1)
+        )
         return outcome
 
     def _modes_along(self, first: np.ndarray, tools: np.ndarray) -> np.ndarray:
@@ -122,22 +120,5 @@ class AvoidingVectorEnv(BatchedVectorEnv):
         episode = {"setpoints": self._setpoints, "modes": self._modes, "collided": self.collided}
         return episode | {f"arm_{name}": array for name, array in self._arms.arrays().items()}
 
-    def recorder(self, path: str) -> Any:
-        from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
-
-        return StateRecorder(functools.partial(panda.load_model, visible=True), CAMERA, path, FPS)
-
-    def _watch(self, rows: np.ndarray, after: panda.ArmStates, executed: np.ndarray) -> None:
-        """Sends the new states to videos and window."""
-        watchers = [*self._recorders.items(), *([(0, self._viewer)] if self._viewer else [])]
-        for row, watcher in watchers:
-            for i in np.flatnonzero(rows == row):
-                for t in range(executed[i]):
-                    watcher.add(np.concatenate([[0.0], after.position[i, t], after.velocity[i, t]]))
-
-    def close(self) -> None:
-        """Ends videos and the window."""
-        super().close()
-        if self._viewer is not None:
-            self._viewer.close()
-            self._viewer = None
+    def scene(self) -> tuple[Callable[[], Any], dict[str, Any], int]:
+        return functools.partial(panda.load_model, visible=True), CAMERA, FPS

@@ -32,8 +32,8 @@ _SERVER = Path(__file__).with_name("furniture_server.py")
 def vector(request: EnvRequest) -> FurnitureVectorEnv:
     """Builds the environments of a request."""
     config = request.config
-    count = len(request.seeds)
-    return FurnitureVectorEnv(config.get("specific") or {}, count, request.act_steps, config["max_episode_steps"])
+    specific = {**(config.get("specific") or {}), **({"headless": False} if request.window else {})}
+    return FurnitureVectorEnv(specific, len(request.seeds), request.act_steps, config["max_episode_steps"])
 
 
 class FurnitureVectorEnv(Unrestorable):

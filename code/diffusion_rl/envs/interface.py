@@ -110,6 +110,11 @@ class EnvRequest:
         return self.config.get("d4rl_time_limit", task.episode_steps if task else None)
 
     @property
+    def window(self) -> bool:
+        """Returns whether environment 0 is shown in a window."""
+        return bool(self.config.get("render"))
+
+    @property
     def worker_timeout(self) -> float:
         """Seconds that a process may take to answer. Raises UserError where that is no such number."""
         seconds = self.config.get("worker_timeout", WORKER_TIMEOUT)

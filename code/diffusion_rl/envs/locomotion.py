@@ -98,6 +98,7 @@ def vector(request: EnvRequest) -> LocomotionVectorEnv:
         d4rl_time_limit=request.time_limit,
         act_steps=request.act_steps,
         normalizer=request.normalizer,
+        render=request.window,
         **request.chunks,
     )
 
@@ -349,7 +350,7 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._warmstarts[rows] = self._warmstarts_after(rows, raw, outcome.executed, trajectory)
         self._states[rows] = trajectory.states[last]
         self._elapsed[rows] += outcome.executed
-        self._record(rows, trajectory.states, outcome.executed)
+        self._watch(rows, outcome.executed, trajectory.states.__getitem__)
         return outcome
 
     def _warmstarts_after(
@@ -398,22 +399,13 @@ class LocomotionVectorEnv(BatchedVectorEnv):
         self._started[:] = state["started"]
         self._rngs = dict(enumerate(map(_unpack_generator, np.asarray(state["random"]))))
 
-    def recorder(self, path: str) -> Any:
-        from diffusion_rl.envs.video import StateRecorder  # rendering libraries load only when asked for
-
-        load = functools.partial(load_model, require(self.name))
+    def scene(self) -> tuple[Callable[[], Any], dict[str, Any], int]:
         tracking = {"type": mujoco.mjtCamera.mjCAMERA_TRACKING.value, "trackbodyid": 1, "distance": 4.0}
-        camera = tracking | {"elevation": -15.0}
-        return StateRecorder(load, camera, path, fps=round(1 / self.physics.dt))
-
-    def _record(self, indices: np.ndarray, states: np.ndarray, executed: np.ndarray) -> None:
-        for position, row in enumerate(indices if self._recorders else ()):
-            if int(row) in self._recorders:
-                for state in states[position, : executed[position]]:
-                    self._recorders[int(row)].add(state)
+        load = functools.partial(load_model, require(self.name))
+        return load, tracking | {"elevation": -15.0}, round(1 / self.physics.dt)
 
     def close(self) -> None:
-        """Ends videos and threads."""
+        """Ends videos, the window and threads."""
         super().close()
         self.physics.close()
 

@@ -9,6 +9,7 @@ Every simulator is a module of this folder, named in `tasks.registry`, with one 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from diffusion_rl.config.instantiate import plain
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import robomimic, room
+from diffusion_rl.envs import robomimic, room, video
 from diffusion_rl.envs.interface import EnvRequest, VectorEnv
 from diffusion_rl.envs.vector import ProcessVectorEnv
 from diffusion_rl.envs.worker import EnvRecipe, simulator_named
@@ -39,7 +40,7 @@ def make_vector_env(
     env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
     `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
     `mujoco_locomotion_lowdim.normalization_path` (or `d3il_lowdim`), `specific` (keyword arguments of the environment),
-    `save_full_observations`, `render` (avoiding: a window), `env_type` (furniture: Furniture-Bench), those of robomimic
+    `save_full_observations`, `render` (a window), `env_type` (furniture: Furniture-Bench), those of robomimic
     (envs/robomimic.py); ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every environment a
     process, "d4rl" too, with D4RL's own simulators), `threads` (default 2), `d4rl_time_limit` (null: a time-out is
     truncation alone), `worker_timeout` (seconds that a process may take to answer, default 600).
@@ -71,6 +72,8 @@ def make_vector_env(
         normalizer=_normalizer(config.get("wrappers") or {}, obs_dim, action_dim),
         obs_dim=obs_dim,
     )
+    if request.window:
+        video.require_display()
     venv = _made(request, _simulator(request), engine)
     try:
         _check_dims(name, venv, obs_dim, action_dim)
@@ -106,6 +109,11 @@ def _made(request: EnvRequest, simulator: str, engine: str) -> VectorEnv:
         simulator, module = engine, importlib.import_module(f"{__package__}.{engine}")
     module.require(request.name)
     builders = [EnvRecipe.of(request, simulator)] * len(request.seeds)
+    if request.window:
+        if engine == "d4rl" or builders[0].render:
+            rival = "env.save_video=true" if builders[0].render else "env.engine=d4rl"
+            raise UserError(f"env.render=true and {rival} exclude each other here: leave one of them out")
+        builders[0] = dataclasses.replace(builders[0], window=True)
     return ProcessVectorEnv(builders, request.act_steps, request.seeds, request.worker_timeout)
 
 

@@ -43,13 +43,14 @@ def require(name: str) -> None:
 
 def single(recipe: EnvRecipe) -> OwnEnv:
     """Builds the environment of a recipe. Raises UserError if it is to be filmed and cannot be."""
-    rendering: dict[str, Any] = {"render_mode": recipe.render_mode} if recipe.render else {}
+    rendering: dict[str, Any] = {"render_mode": recipe.render_mode} if recipe.render_mode else {}
     try:
         env = gymnasium.make(recipe.name, disable_env_checker=True, **rendering, **recipe.kwargs)
     except TypeError as error:
         if "unexpected keyword argument 'render_mode'" not in str(error):
             raise
-        raise UserError("env.save_video=true: its constructor takes no render_mode, so it cannot be filmed") from error
+        option = "env.render=true" if recipe.window else "env.save_video=true"
+        raise UserError(f"{option}: its constructor takes no render_mode, so it cannot be seen") from error
     return OwnEnv(_with_current_interface(env), recipe.obs_dim)
 
 

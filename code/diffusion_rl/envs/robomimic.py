@@ -13,6 +13,7 @@ end          none of its own: episodes last until their time limit
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -33,6 +34,7 @@ from diffusion_rl.envs import processes, room
 from diffusion_rl.envs.interface import EnvRequest
 from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
 from diffusion_rl.envs.vector import ProcessVectorEnv
+from diffusion_rl.envs.video import Window
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SUBSET = REPOSITORY / "changed_robomimic"
@@ -140,7 +142,7 @@ class Robomimic(gymnasium.Env):
 
     base: an `EnvRobosuite` (see `make_simulator`), which draws from numpy's global generator: seeding this seeds that.
     init_state: flat simulator state that every episode begins with, instead of a drawn one. camera, render_hw: of
-    `render`.
+    `render`. window: show every step in a window, through the same camera.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
@@ -154,6 +156,7 @@ class Robomimic(gymnasium.Env):
         init_state: np.ndarray | None = None,
         render_hw: Sequence[int] = (256, 256),
         camera: str = "agentview",
+        window: bool = False,
     ):
         self.base = base
         self.keys = list(keys)
@@ -163,6 +166,7 @@ class Robomimic(gymnasium.Env):
         raw = self._pick(base.get_observation())
         self._shows_pictures = any(value.ndim == 3 for value in raw.values())
         self._was_reset = False
+        self._window = _open_window(base.env.sim, camera) if window else None
         self.observation_space = gymnasium.spaces.Dict({key: _box(value) for key, value in raw.items()})
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (base.action_dimension,), np.float64)
 
@@ -176,7 +180,7 @@ class Robomimic(gymnasium.Env):
         if self.init_state is None:
             if seed is not None:
                 np.random.seed(seed)
-            return self._pick(self.base.reset()), {}
+            return self._seen(self.base.reset()), {}
         if self._shows_pictures and not self._was_reset:
             self.base.reset()  # the first pictures are right only after one
             self._was_reset = True
@@ -184,21 +188,35 @@ class Robomimic(gymnasium.Env):
 
     def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
         """Puts the simulation into a flat state; returns its observation."""
-        return self._pick(self.base.reset_to({"states": state}))
+        return self._seen(self.base.reset_to({"states": state}))
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Executes an action [A]; an episode never ends by itself."""
         raw, reward, _, info = self.base.step(action)
-        return self._pick(raw), reward, False, False, info
+        return self._seen(raw), reward, False, False, info
+
+    def _seen(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._window is not None:
+            self._window.show()
+        return self._pick(raw)
 
     def render(self) -> Any:
         height, width = self.render_hw
         return self.base.render(mode="rgb_array", height=height, width=width, camera_name=self.camera)
 
     def close(self) -> None:
+        if self._window is not None:
+            self._window.close()
         close = getattr(self.base, "close", None)
         if close is not None:
             close()
+
+
+def _open_window(sim: Any, camera: str) -> Window:
+    """Opens a window on robosuite's simulation, without the shapes that only collide."""
+    model, data = sim.model._model, sim.data._data
+    fixed = {"type": 2, "fixedcamid": model.camera(camera).id}  # mjCAMERA_FIXED
+    return Window(model, data, fixed, hidden=[0])
 
 
 def _channels_first(value: np.ndarray) -> np.ndarray:
@@ -216,7 +234,7 @@ class RobomimicRecipe:
     """Everything a worker needs to build its environment.
 
     meta: contents of the env_meta file. wrapper: options of the configuration's robomimic wrapper. chunks: keyword
-    arguments of MultiStep. render: able to film.
+    arguments of MultiStep. render: able to film. window: shown in a window.
     """
 
     meta: dict[str, Any]
@@ -226,6 +244,7 @@ class RobomimicRecipe:
     chunks: dict[str, Any]
     render: bool
     reflections: bool
+    window: bool = False
 
     @property
     def name(self) -> str:
@@ -237,7 +256,7 @@ class RobomimicRecipe:
         modalities = {"low_dim_keys": keys, "image_keys": image_keys}
         base = make_simulator(self.meta, **modalities, render=self.render, seed=self.seed, reflections=self.reflections)
         options = {ours: self.wrapper[name] for name, ours in _OPTIONS.items() if self.wrapper.get(name) is not None}
-        env: gymnasium.Env = Robomimic(base, [*keys, *image_keys], **options)
+        env: gymnasium.Env = Robomimic(base, [*keys, *image_keys], window=self.window, **options)
         clamp = bool(self.wrapper.get("clamp_obs"))
         common: dict[str, Any] = {"keys": keys, "clamp": clamp, "never_terminates": True}
         if image_keys:
@@ -260,7 +279,9 @@ def env_node(task: str, pictures: bool) -> dict[str, Any]:
 def vector(request: EnvRequest) -> ProcessVectorEnv:
     """Builds the environments of a request, each in a process."""
     builders = recipes(request.config, request.seeds, request.normalizer, request.chunks)
-    processes.preload("diffusion_rl.envs.quiet_robosuite")
+    builders[0] = dataclasses.replace(builders[0], window=request.window)
+    if not request.window:  # which cannot be opened in a process that was forked after robosuite was imported
+        processes.preload("diffusion_rl.envs.quiet_robosuite")
     return ProcessVectorEnv(builders, request.act_steps, request.seeds, request.worker_timeout)
 
 

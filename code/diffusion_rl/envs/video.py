@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,17 +161,59 @@ class StateRecorder(_StateProcess):
         super().close()
 
 
-class StateViewer(_StateProcess):
-    """Shows states of a MuJoCo model in a window, as fast as they come.
+_NO_WINDOW = "env.render=true: cannot open a window ({reason}); leave it out, or check DISPLAY"
 
-    Closing the window ends the show, not the run. Arguments as of `StateRecorder`.
+
+def require_display() -> None:
+    """Raises UserError where no window can be opened."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        raise UserError("env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
+
+
+class Window:
+    """Shows a MuJoCo simulation of this process, as fast as it goes; closing the window ends the show, not the run.
+
+    Args:
+        model, data: MuJoCo's own objects.
+        camera: attributes of an MjvCamera.
+        hidden: groups of shapes that are not shown.
+
+    Raises:
+        UserError: no window can be opened here.
     """
 
-    failure = "++env.render=true: cannot open a window ({reason}); leave it out, or check DISPLAY"
+    def __init__(self, model: Any, data: Any, camera: dict[str, Any], hidden: Sequence[int] = ()):
+        require_display()
+        try:
+            import mujoco.viewer
+
+            self._window = mujoco.viewer.launch_passive(model, data, show_left_ui=False, show_right_ui=False)
+        except Exception as error:  # a library is missing, or the display refuses
+            raise UserError(_NO_WINDOW.format(reason=error)) from error
+        _aim(self._window.cam, camera)
+        for group in hidden:
+            self._window.opt.geomgroup[group] = 0
+
+    def is_open(self) -> bool:
+        """Returns whether the user has left it open."""
+        return self._window.is_running()
+
+    def show(self) -> None:
+        """Shows the present state."""
+        if self.is_open():
+            self._window.sync()
+
+    def close(self) -> None:
+        self._window.close()
+
+
+class StateViewer(_StateProcess):
+    """Shows states of a MuJoCo model in a `Window`. Arguments as of `StateRecorder`."""
+
+    failure = _NO_WINDOW
 
     def __init__(self, load: Load, camera: dict[str, Any]):
-        if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-            raise UserError("++env.render=true opens a window and there is no display: leave it out, or set DISPLAY")
+        require_display()
         self._start(_show, load, camera)
 
 
@@ -219,16 +261,14 @@ def _show(connection: Connection, load: Load, camera: dict[str, Any]) -> None:
     """Runs in the helper process: shows each state received until the other end hangs up or the window is closed."""
     with _answering(connection):
         import mujoco
-        import mujoco.viewer
 
         model = load()
         data = mujoco.MjData(model)
-        with mujoco.viewer.launch_passive(model, data, show_left_ui=False, show_right_ui=False) as window:
-            _aim(window.cam, camera)
+        with contextlib.closing(Window(model, data, camera)) as window:
             connection.send(None)
-            while window.is_running():
+            while window.is_open():
                 _put(model, data, connection.recv())
-                window.sync()
+                window.show()
 
 
 def _put(model: Any, data: Any, state: np.ndarray) -> None:

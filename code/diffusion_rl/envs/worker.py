@@ -33,7 +33,8 @@ class EnvRecipe:
     """Everything a worker needs to build its environment.
 
     name: a gymnasium id, with the module that registers it if it is the user's own ("my_pkg:MyEnv-v0"), or a name of
-    the registry's tasks. kwargs: for its constructor. chunks: keyword arguments of MultiStep.
+    the registry's tasks. kwargs: for its constructor. chunks: keyword arguments of MultiStep. render: able to film.
+    window: shown in a window of its own.
     simulator: the module of `envs` whose `single` builds it; None: as the name says. obs_dim: what the user's own
     should show (None: whatever it shows).
     """
@@ -43,6 +44,7 @@ class EnvRecipe:
     chunks: dict[str, Any] = field(default_factory=dict)
     normalizer: MinMaxNormalizer | None = None
     render: bool = False
+    window: bool = False
     d4rl_time_limit: int | None = None
     simulator: str | None = None
     obs_dim: int | None = None
@@ -64,7 +66,7 @@ class EnvRecipe:
     @property
     def render_mode(self) -> str | None:
         """Returns the `render_mode` for gymnasium's constructors."""
-        return "rgb_array" if self.render else None
+        return "human" if self.window else "rgb_array" if self.render else None
 
     def __call__(self) -> MultiStep:
         env = importlib.import_module(f"{__package__}.{self.simulator or simulator_named(self.name)}").single(self)

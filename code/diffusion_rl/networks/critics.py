@@ -8,13 +8,13 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import flatten_state, named_variables, with_variables
+from diffusion_rl.networks.layers import Network, flatten_state, named_variables, variables_of, with_variables
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 
 
-class CriticObs(keras.layers.Layer):
+class CriticObs(Network):
     """State value: the flattened observation history to one number."""
 
     def __init__(
@@ -37,7 +37,7 @@ class CriticObs(keras.layers.Layer):
         return self.Q1(flatten_state(cond) if isinstance(cond, dict) else cond)
 
 
-class CriticObsAct(keras.layers.Layer):
+class CriticObsAct(Network):
     """Action value, with a second network for double Q-learning.
 
     The reference spells its argument `residual_tyle` and ignores the `residual_style` that its configurations pass,
@@ -71,7 +71,7 @@ class CriticObsAct(keras.layers.Layer):
         return (q1, tf.squeeze(self.Q2(x), -1)) if self.double_q else q1
 
 
-class DistributionalCritic(keras.layers.Layer):
+class DistributionalCritic(Network):
     """Two Gaussians over the return of an action (DSAC-T, Duan et al. 2023, arXiv:2310.05858)."""
 
     def __init__(
@@ -94,7 +94,7 @@ class DistributionalCritic(keras.layers.Layer):
         return outputs[..., 0], tf.nn.softplus(outputs[..., 1])
 
 
-class CriticEnsemble(keras.layers.Layer):
+class CriticEnsemble(Network):
     """M action values by one batched product per layer (RLPD, Ball et al. 2023): weights with a leading axis M.
 
     The reference starts all members as copies of one network: `CriticEnsemble([critic] * M)`.
@@ -113,6 +113,7 @@ class CriticEnsemble(keras.layers.Layer):
             members[0],
             lambda path, variable: tf.Variable(tf.stack([w[path] for w in weights]), trainable=variable.trainable),
         )
+        self._stacked = variables_of(self.members)  # Keras does not look into what `with_variables` returns
 
     def call(self, cond: dict[str, Array], action: Array, subset: Array | None = None) -> Array:
         """Maps cond {"state": [B,To,O]}, action [B,Ta,A] to [M,B]; with `subset` [N] of indices only these: [N,B]."""

@@ -15,7 +15,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, mish, normal_linear, sequential, without_bias
+from diffusion_rl.networks.layers import Linear, Network, mish, normal_linear, sequential, without_bias
 from diffusion_rl.networks.transformer import SelfAttention
 
 FREQUENCY_SCALE = 16.0
@@ -148,7 +148,7 @@ class FinalLayer(keras.layers.Layer):
         return self.linear(normal(x) * (1 + scale) + shift)
 
 
-class DiT1d(keras.layers.Layer):
+class DiT1d(Network):
     """A transformer over H states.
 
     Args:
@@ -208,6 +208,7 @@ class Perceptron(keras.layers.Layer):
         super().__init__(dtype=floatx())
         hidden = [[Linear(a, b), leaky_relu] for a, b in zip(dims[:-2], dims[1:-1], strict=True)]
         self.mlp: list[Any] = [*hidden, Linear(*dims[-2:])]
+        self._linears = [layer for layer, _ in hidden]  # Keras saves no layers of lists in lists
 
     def call(self, x: Array) -> Array:
         """Maps x [...,in] to [...,out]."""
@@ -244,7 +245,7 @@ class ReturnCondition(keras.layers.Layer):
         return embedded if keep is None else embedded * keep[:, None]
 
 
-class ConditionalDiT(keras.layers.Layer):
+class ConditionalDiT(Network):
     """The network of one level: transformer and return embedding. Arguments: `DiT1d`."""
 
     def __init__(self, in_dim: int, emb_dim: int, **transformer: Any):

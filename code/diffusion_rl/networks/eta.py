@@ -13,10 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, flatten_state, without_bias
+from diffusion_rl.networks.layers import Linear, Network, flatten_state, without_bias
 from diffusion_rl.networks.mlp import MLP
 
 
@@ -31,7 +31,7 @@ def _batch(cond: dict[str, Array]) -> Array:
     return tf.shape(cond["state"] if "state" in cond else cond["rgb"])[0]
 
 
-class EtaAction(keras.layers.Layer):
+class EtaAction(Network):
     """Returns one number per action dimension."""
 
     def __init__(
@@ -62,7 +62,7 @@ class EtaFixed(EtaAction):
         return tf.stop_gradient(self.eta_logit)
 
 
-class EtaState(keras.layers.Layer):
+class EtaState(Network):
     """One number per observation: base + tanh(mlp(observation)), clamped to [min, max]."""
 
     per_action = False

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, dropped, gelu
+from diffusion_rl.networks.layers import LayerNorm, Linear, Network, dropped, gelu
 
 
-class InverseDynamics(keras.layers.Layer):
+class InverseDynamics(Network):
     """[s, s'] -> action in [-1, 1].
 
     Args:

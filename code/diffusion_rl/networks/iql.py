@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, mish, sequential
+from diffusion_rl.networks.layers import LayerNorm, Linear, Network, mish, sequential
 
 
 def perceptron(in_dim: int, hidden_dim: int) -> list:
@@ -15,7 +15,7 @@ def perceptron(in_dim: int, hidden_dim: int) -> list:
     return [*first, Linear(hidden_dim, hidden_dim), LayerNorm(hidden_dim), mish, Linear(hidden_dim, 1)]
 
 
-class TwinQ(keras.layers.Layer):
+class TwinQ(Network):
     """Two action values."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int = 256):
@@ -33,7 +33,7 @@ class TwinQ(keras.layers.Layer):
         return tf.minimum(*self.both(obs, act))
 
 
-class StateValue(keras.layers.Layer):
+class StateValue(Network):
     """The value of a state."""
 
     def __init__(self, obs_dim: int, hidden_dim: int = 256):

@@ -12,7 +12,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import LayerNorm, Linear, sequential, sinusoidal_embedding
+from diffusion_rl.networks.layers import LayerNorm, Linear, Network, sequential, sinusoidal_embedding
 from diffusion_rl.networks.mlp import MLP
 from diffusion_rl.networks.transformer import SelfAttention
 
@@ -20,7 +20,7 @@ ENCODERS = ("transformer", "lstm", "gru")
 BACKBONES = ("mlp", "attention")
 
 
-class ActionVAE(keras.layers.Layer):
+class ActionVAE(Network):
     """Variational autoencoder (Kingma & Welling 2014) of one agent's action, shared by the agents.
 
     Args:
@@ -107,7 +107,7 @@ class RecurrentLayer(keras.layers.Layer):
         return tf.stack(outputs, axis=1)
 
 
-class TrajectoryEncoder(keras.layers.Layer):
+class TrajectoryEncoder(Network):
     """The recent past of one agent as a code. No dropout (the published one has 0.1).
 
     Args:
@@ -175,7 +175,7 @@ class BackboneLayer(keras.layers.Layer):
         return tf.nn.relu(self.linear2(tf.nn.relu(self.linear1(x)) + self.time(tf.nn.relu(t))))
 
 
-class DiffusionBackbone(keras.layers.Layer):
+class DiffusionBackbone(Network):
     """Noise of the agents' latents from the noisy latents, the codes of their pasts, the step, and the return.
 
     Args:
@@ -221,7 +221,7 @@ class DiffusionBackbone(keras.layers.Layer):
         return self.project(x)
 
 
-class LatentDenoiser(keras.layers.Layer):
+class LatentDenoiser(Network):
     """Trajectory encoder and backbone as a network of `policies.diffusion`: (x [B,H,N*Z], t [B], cond) -> noise.
 
     cond is {"state": [B,To,N*(A+O)]}, agent by agent its action and observation, or what `encode` made of it. With

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -64,6 +66,50 @@ def activation(name: str) -> Callable[[Array], Array]:
     if name not in ACTIVATIONS:
         raise UserError(f"unknown activation {name!r}: choose one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
+
+
+class Network(keras.Model):
+    """A Keras model whose constructor makes all its layers and weights; actors, critics and planners are made of it.
+
+    `summary`, `count_params`, `get_weights`, `save_weights` and `load_weights` need no example input. Weights are saved
+    as NAME.weights.h5, or as a checkpoint of TensorFlow.
+    """
+
+    __reduce__ = object.__reduce__  # copies are those of any layer; Keras would go through a SavedModel
+    __copy__ = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Network:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied._checkpoint = tf.train.Checkpoint(root=weakref.ref(copied))
+        return copied
+
+    @property
+    def built(self) -> bool:
+        """Returns that all weights exist."""
+        return True
+
+    @built.setter
+    def built(self, value: bool) -> None:
+        """Does nothing: Keras sets it."""
+
+    def summary(self, *args: Any, **kwargs: Any) -> None:
+        """Prints layers and numbers of parameters; arguments of Keras."""
+        for part in self._flatten_layers():
+            part.built = True  # Keras counts no weights of layers that were never called
+        super().summary(*args, **kwargs)
+
+    def save_weights(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves all weights; arguments of Keras.
+
+        Raises:
+            UserError: the file's name asks for Keras' older HDF5 format, in which weights of one name cannot lie.
+        """
+        name = os.fspath(filepath)
+        if name.endswith((".h5", ".hdf5", ".keras")) and not name.endswith(".weights.h5"):
+            raise UserError(f"{name}: save weights as NAME.weights.h5")
+        super().save_weights(filepath, *args, **kwargs)
 
 
 class Linear(keras.layers.Layer):

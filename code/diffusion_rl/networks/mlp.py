@@ -15,6 +15,7 @@ from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.networks.layers import (
     LayerNorm,
     Linear,
+    Network,
     TimeEmbedding,
     activation,
     dropped,
@@ -171,7 +172,7 @@ class ResidualMLP(keras.layers.Layer):
         return self.activate_out(sequential(self.layers, x))
 
 
-class DiffusionMLP(keras.layers.Layer):
+class DiffusionMLP(Network):
     """Noise prediction from [action chunk, time embedding, observation] (DPPO, Ren et al. 2024, appendix).
 
     Args:

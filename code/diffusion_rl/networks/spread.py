@@ -8,11 +8,12 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Array
+from diffusion_rl.networks.layers import Network
 
 
-class SpreadOwner(keras.layers.Layer):
+class SpreadOwner(Network):
     """A network with a range for its standard deviation and, where it is fixed but learned, the variable for it."""
 
     def init_spread(

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Array
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, gelu, mish, sequential
+from diffusion_rl.networks.layers import Linear, Network, TimeEmbedding, gelu, mish, sequential
 from diffusion_rl.networks.temporal_unet import ResidualTemporalBlock, TemporalUnet
 
 
@@ -42,7 +42,7 @@ class MaskedTemporalUnet(TemporalUnet):
         return self.denoise(tf.concat([x, channel], axis=-1), seen)
 
 
-class StackClassifier(keras.layers.Layer):
+class StackClassifier(Network):
     """Logits of every noisy state by itself, whatever comes before and after: an MLP into which the time is added.
 
     Args:

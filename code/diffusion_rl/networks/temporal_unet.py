@@ -18,7 +18,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, mish, sequential
+from diffusion_rl.networks.layers import Linear, Network, TimeEmbedding, mish, sequential
 from diffusion_rl.networks.unet1d import ConvBlock, Downsample, Upsample
 from diffusion_rl.networks.vision import ImageFeatures
 from diffusion_rl.networks.vit import VitEncoder, VitEncoderConfig
@@ -116,7 +116,7 @@ class AttentionBlock(keras.layers.Layer):
         return x + self.linear_attention(self.channel_norm(x))
 
 
-class TemporalUnet(keras.layers.Layer):
+class TemporalUnet(Network):
     """Denoises trajectories; convolutions all through, so any horizon that can be halved often enough will do.
 
     Features of the first level are kept but no step up takes them, as in the reference.
@@ -251,7 +251,7 @@ class ActionTemporalUnet(TemporalUnet):
         return super().call(tf.concat([x, beside], axis=-1), time)
 
 
-class ValueFunction(keras.layers.Layer):
+class ValueFunction(Network):
     """The return of a noisy trajectory.
 
     Args:

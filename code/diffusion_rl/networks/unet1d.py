@@ -15,7 +15,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.convolution import Conv1d, ConvTranspose1d, GroupNorm
-from diffusion_rl.networks.layers import Linear, TimeEmbedding, activation, flatten_state, sequential
+from diffusion_rl.networks.layers import Linear, Network, TimeEmbedding, activation, flatten_state, sequential
 from diffusion_rl.networks.mlp import ResidualMLP
 
 
@@ -104,7 +104,7 @@ class Upsample(keras.layers.Layer):
         return self.conv(x)
 
 
-class UNetTrunk(keras.layers.Layer):
+class UNetTrunk(Network):
     """The U of convolutions, conditioned on one vector: base of the networks for states and for images.
 
     L levels are joined by L-1 halvings on the way down and as many doublings on the way up; the features of the first

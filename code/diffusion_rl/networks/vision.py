@@ -20,7 +20,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_rng
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.layers import LayerNorm, Linear, TimeEmbedding, dropped, flatten_state
+from diffusion_rl.networks.layers import LayerNorm, Linear, Network, TimeEmbedding, dropped, flatten_state
 from diffusion_rl.networks.mlp import MLP, ResidualMLP
 from diffusion_rl.networks.spread import SpreadOwner
 from diffusion_rl.networks.vit import VitEncoder
@@ -230,7 +230,7 @@ def check_images(network: Any, shape: Sequence[int] | None, whose: str) -> None:
         raise UserError(f"{whose}: images [C,H,W] = {list(shape)}, and the network is built for {seen}: {cure}")
 
 
-class VisionDiffusionMLP(SeesImages, keras.layers.Layer):
+class VisionDiffusionMLP(SeesImages, Network):
     """`DiffusionMLP` with images (DPPO, Ren et al. 2024, appendix).
 
     Args:

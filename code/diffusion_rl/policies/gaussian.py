@@ -6,41 +6,38 @@ Shape letters: B batch, To observation history, O observation, H chunk, A action
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.keras import keras
+from diffusion_rl.core.keras import bijectors, distributions, keras
 from diffusion_rl.core.typing import Array, Rng
-from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks.layers import clone, variables_of
 from diffusion_rl.policies.diffusion import Cond
 
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+tfd, tfb = distributions(), bijectors()
 DETERMINISTIC_STD = 1e-4  # "deterministic" samples still have a little noise
+
+
+class SquashingTanh(tfb.Tanh):  # type: ignore[name-defined]  # a class of a module that is imported late
+    """Tanh whose log-determinant has 1e-6 in the logarithm, which keeps it finite where tanh saturates."""
+
+    def _forward_log_det_jacobian(self, x: Array) -> Array:
+        return tf.math.log(1.0 - tf.square(tf.tanh(x)) + 1e-6)
 
 
 def gaussian_sample(mean: Array, std: Array, noise: Array, clip: float, squash: bool) -> tuple[Array, Array]:
     """Returns a sample with its log-density: x = mean + std * clip(noise), and tanh(x) with `squash`.
 
     mean, std, noise [B,D] -> sample [B,D], log_prob [B]. The density (Haarnoja et al. 2018, appendix C, eq. 26) is
-    taken at the clipped x; 1e-6 keeps the logarithm finite where tanh saturates.
+    taken at the clipped x.
     """
     z = tf.clip_by_value(noise, -clip, clip)
-    sample = mean + std * z
-    log_prob = -0.5 * tf.square(z) - tf.math.log(std) - _HALF_LOG_2PI
-    if squash:
-        sample = tf.tanh(sample)
-        log_prob -= tf.math.log(1.0 - tf.square(sample) + 1e-6)
-    return sample, tf.reduce_sum(log_prob, axis=-1)
-
-
-def gaussian_entropy(std: Array) -> Array:
-    """Returns the entropy of N(., std^2) elementwise, [...] as std."""
-    return 0.5 + _HALF_LOG_2PI + tf.math.log(std)
+    bijector = tfb.Chain([*([SquashingTanh()] if squash else []), tfb.Shift(mean), tfb.Scale(std)])
+    log_prob = tfd.Normal(tf.zeros([], z.dtype), 1).log_prob(z) - bijector.forward_log_det_jacobian(z, event_ndims=0)
+    return bijector.forward(z), tf.reduce_sum(log_prob, axis=-1)
 
 
 class GaussianPolicy:
@@ -93,6 +90,12 @@ class GaussianPolicy:
         mean, std = (network or self.network)(cond, **({"keep_masks": keep_masks} if keep_masks else {}))
         return mean, tf.ones_like(mean) * DETERMINISTIC_STD if deterministic else std
 
+    def distribution(
+        self, cond: Cond, network: keras.layers.Layer | None = None, keep_masks: Sequence[Array] = ()
+    ) -> Any:
+        """Returns TensorFlow Probability's Gaussian of every element, before squashing, as batch [B,H*A]."""
+        return tfd.Normal(*self.mean_std(cond, network=network, keep_masks=keep_masks))
+
     def sample(
         self,
         cond: Cond,
@@ -114,9 +117,9 @@ class GaussianPolicy:
         return self._log_probs(cond, actions, self.network)
 
     def _log_probs(self, cond: Cond, actions: Array, network: keras.layers.Layer) -> tuple[Array, Array, Array]:
-        mean, std = self.mean_std(cond, network=network)
-        log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
-        return tf.reduce_mean(log_prob, axis=-1), tf.reduce_mean(gaussian_entropy(std)), tf.reduce_mean(std)
+        normal = self.distribution(cond, network)
+        log_prob = normal.log_prob(tf.reshape(actions, tf.shape(normal.loc)))
+        return tf.reduce_mean(log_prob, axis=-1), tf.reduce_mean(normal.entropy()), tf.reduce_mean(normal.scale)
 
     def loss(
         self, actions: Array, cond: Cond, ent_coef: float, keep_masks: Sequence[Array] = ()
@@ -126,9 +129,9 @@ class GaussianPolicy:
         Both are means over batch and elements (of the Gaussian before squashing). `keep_masks`: dropout's, of networks
         that have it, when training. Returns the loss and the entropy.
         """
-        mean, std = self.mean_std(cond, keep_masks=keep_masks)
-        log_prob = normal_log_prob(tf.reshape(actions, tf.shape(mean)), mean, std)
-        entropy = tf.reduce_mean(gaussian_entropy(std))
+        normal = self.distribution(cond, keep_masks=keep_masks)
+        log_prob = normal.log_prob(tf.reshape(actions, tf.shape(normal.loc)))
+        entropy = tf.reduce_mean(normal.entropy())
         return -tf.reduce_mean(log_prob) - ent_coef * entropy, entropy
 
 

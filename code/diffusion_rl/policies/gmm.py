@@ -16,7 +16,7 @@ from diffusion_rl.core.keras import distributions, keras
 from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.policies.diffusion import Cond
-from diffusion_rl.policies.gaussian import DETERMINISTIC_STD, gaussian_entropy
+from diffusion_rl.policies.gaussian import DETERMINISTIC_STD
 
 tfd = distributions()
 
@@ -72,9 +72,10 @@ class GMMPolicy:
         mixing itself.
         """
         mixture = self.distribution(cond, keep_masks=keep_masks)
-        stds = mixture.components_distribution.distribution.scale
+        gaussians = mixture.components_distribution
+        stds = gaussians.distribution.scale
         weights = tf.nn.softmax(mixture.mixture_distribution.logits)
-        entropy = tf.reduce_sum(weights * tf.reduce_sum(gaussian_entropy(stds), axis=-1), axis=-1)
+        entropy = tf.reduce_sum(weights * gaussians.entropy(), axis=-1)
         std = tf.reduce_sum(weights * tf.reduce_mean(stds, axis=-1), axis=-1)
         log_prob = mixture.log_prob(tf.reshape(actions, [-1, stds.shape[-1]]))
         return log_prob, tf.reduce_mean(entropy), tf.reduce_mean(std)

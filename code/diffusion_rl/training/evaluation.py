@@ -102,9 +102,11 @@ class Evaluation:
         checkpoint = open_checkpoint(path)
         compare_policy(checkpoint, cfg, path, evaluating=True)
         self.policy: Policy = instantiate(model_of(checkpoint, cfg["model"]))
+        asked = int(cfg.get("ft_denoising_steps", 0) or 0)
         if isinstance(self.policy, FineTunedDiffusionPolicy):
-            asked = int(cfg.get("ft_denoising_steps", 0) or 0)
             self.policy.ft_denoising_steps = fine_tuned_steps(checkpoint, asked, path)
+        elif asked:
+            log.warning("%s has no denoising steps: ft_denoising_steps=%d changes nothing", path, asked)
         load_policy(self.policy, checkpoint, path)
         # Decide by the same program as the training did: the other one rounds differently.
         self.fast = bool(((checkpoint.metadata.get("config") or {}).get("train") or {}).get("fast", True))
