@@ -20,7 +20,7 @@ H, O, A, T = 4, 9, 7, 3  # noqa: E741
 NAME = "lift-img"
 SIZE = ["--dataset", NAME, "--horizon", str(H), "--n_diffusion_steps", str(T), "--seed", "0"]
 TRAIN = {"dim_mults": "(1,)", "n_saves": 2, "save_freq": 3, "batch_size": 4, "image_dim": 8, "n_train_steps": 6}
-TRAIN |= {"renderer": "utils.LineRenderer", "sample_freq": 4, "data_dir": "data"}
+TRAIN |= {"renderer": "utils.LineRenderer", "sample_freq": 4, "n_reference": 1, "data_dir": "data"}
 
 
 def train(**changes):

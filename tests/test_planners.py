@@ -223,31 +223,29 @@ def test_the_documents_commands_follow_each_other(folder, capsys):
 
 def test_pictures_of_samples_leave_the_training_as_it_is(folder, capsys):
     """Equal weights with and without; resumed, the same pictures."""
-    lines = ["--n_train_steps", "6", "--renderer", "utils.LineRenderer"]
+    place = TRAIN.index("--sample_freq")
+    lines = [*TRAIN[:place], "--n_train_steps", "6", "--renderer", "utils.LineRenderer", "--n_reference", "2"]
     runs = {
         "plain": [["--sample_freq", "0"]],
         "drawn": [["--sample_freq", "2"]],
         "again": [["--sample_freq", "2", "--stop_at", "3"], ["--sample_freq", "2", "--resume", "True"]],
     }
-    place = TRAIN.index("--sample_freq")
-    for diffusion_type, prefix in (("states_actions", "defaults"), ("actions_only", "actions")):
-        found, pictures = [], []
-        for base, parts in runs.items():
-            for part in parts:
-                with eagerly():
-                    own = [*TRAIN[:place], *lines, "--logbase", base, "--diffusion_type", diffusion_type]
-                    diffuser.train([*own, *part])
-            run = folder / base / NAME / "diffusion" / f"{prefix}_H4_T3"
-            found.append(load_checkpoint(run / "state_6.safetensors"))
-            pictures.append({path.name: path.read_bytes() for path in run.glob("*.png")})
-        for other in found[1:]:
-            for name, value in found[0].tensors.items():
-                if name != "train.shown":
-                    np.testing.assert_array_equal(value, other.tensors[name], err_msg=name)
-            assert found[0].metadata["train"]["noise"] == other.metadata["train"]["noise"]
-        assert found[1].metadata["train"] == found[2].metadata["train"]
-        names = {"_sample-reference.png", *(f"sample-{step}-{i}.png" for step in (0, 2, 4) for i in (0, 1))}
-        assert not pictures[0] and {*pictures[1]} == names and pictures[1] == pictures[2]
+    found, pictures = [], []
+    for base, parts in runs.items():
+        for part in parts:
+            with eagerly():
+                diffuser.train([*lines, "--logbase", base, *part])
+        run = folder / base / NAME / "diffusion" / "defaults_H4_T3"
+        found.append(load_checkpoint(run / "state_6.safetensors"))
+        pictures.append({path.name: path.read_bytes() for path in run.glob("*.png")})
+    for other in found[1:]:
+        for name, value in found[0].tensors.items():
+            if name != "train.shown":
+                np.testing.assert_array_equal(value, other.tensors[name], err_msg=name)
+        assert found[0].metadata["train"]["noise"] == other.metadata["train"]["noise"]
+    assert found[1].metadata["train"] == found[2].metadata["train"]
+    names = {"_sample-reference.png", *(f"sample-{step}-{i}.png" for step in (0, 2, 4) for i in (0, 1))}
+    assert not pictures[0] and {*pictures[1]} == names and pictures[1] == pictures[2]
     with pytest.raises(UserError, match="a value has no samples"):
         diffuser.train_values([*TRAIN[:place], "--sample_freq", "2"])
 

@@ -95,7 +95,7 @@ def save_samples(path: Path, samples: np.ndarray, plan: np.ndarray, seen: np.nda
     with _panels(path, plan.shape[1] + (seen is not None)) as axes:
         if seen is not None:
             axes[0].imshow(np.moveaxis(seen[:3], 0, -1).astype(np.uint8))
-            axes[0].set_title("seen")
+            axes[0].set(title="seen", xticks=[], yticks=[])
         for i, axis in enumerate(axes[len(axes) - plan.shape[1] :]):
             axis.plot(samples[:, :, i].T, color="tab:blue", alpha=0.2, linewidth=1)
             axis.plot(plan[:, i], color="black", linewidth=2)
@@ -108,7 +108,7 @@ def _panels(path: Path, count: int) -> Iterator[list[Any]]:
     from matplotlib.figure import Figure
 
     columns = min(count, IN_A_ROW)
-    figure = Figure(figsize=(4 * columns, 4 * -(-count // columns)))
+    figure = Figure(figsize=(4 * columns, 4 * -(-count // columns)), layout="constrained")
     axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
     yield axes[:count]
     for axis in axes[count:]:

@@ -249,13 +249,13 @@ def load_experiment(*where: str | Path, epoch: str | int = "latest", data_dir: s
         raise UserError(f"{path} is no checkpoint of a planner (its kind is {checkpoint.metadata.get('kind')})")
     try:
         model, kind = _described_model(facts, checkpoint), normalizer(facts["dataset"]["normalizer"])
+        home_made = bool((checkpoint.metadata.get("config") or {}).get("home_made_data"))
     except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"{path}: its description is damaged ({error}): use another checkpoint") from error
     weights = checkpoint.select("ema.")
     require_finite(weights, path)
     load_state_dict(model, weights)
     fitted = {field: kind(checkpoint.select(f"normalizer.{field}.")) for field in FIELDS}
-    home_made = bool((checkpoint.metadata.get("config") or {}).get("home_made_data"))
     return Experiment(model, fitted, kind.__name__, label, folder, str(facts["dataset"]["env"]), home_made)
 
 

@@ -65,6 +65,7 @@ KINDS = {
     "diffusion_type": schema.one_of("states_actions", "actions_only"),
     "obs_embed": schema.one_of("mlp", "raw"),
     "obs_type": schema.one_of("state_features", "pixel"),
+    "n_samples": schema.whole(1, 10_000),
     "image_dim": schema.whole(8, 1024),
     # data
     "preprocess_fns": dataclasses.replace(schema.LIST, null=True),
@@ -77,9 +78,7 @@ KINDS = {
     "batch_size": schema.BATCH,
     "gradient_accumulate_every": schema.whole(1, 65_536),
     **dict.fromkeys(("learning_rate", "lr_scale"), schema.RATE),
-    **dict.fromkeys(
-        ("lr_decay_steps", "sample_freq", "n_reference", "n_samples", "max_render"), schema.FREQUENCY_OR_OFF
-    ),
+    **dict.fromkeys(("lr_decay_steps", "sample_freq", "n_reference", "max_render"), schema.FREQUENCY_OR_OFF),
     "ema_decay": schema.SHARE,
     "renderer": schema.one_of(*RENDERERS),
     "seed": dataclasses.replace(schema.SEED, null=True),
