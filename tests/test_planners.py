@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import pickle
 from ctypes.util import find_library
 
@@ -175,6 +176,16 @@ def test_what_is_missing_is_named(trained):
         load_experiment(trained, epoch="5")
     with pytest.raises(UserError, match=r"defaults_H4_T3_d0.99; there are .*--discount"):
         diffuser.plan_guided([*PLAN, "--discount", "0.99"])
+
+
+def test_the_value_of_another_discount_is_taken_if_none_was_asked_for(trained, capsys, tmp_path):
+    """The published defaults train a value with 0.99 and plan with 0.997."""
+    values = trained.parents[1] / "values"
+    shutil.copytree(trained, tmp_path / NAME / "diffusion" / trained.name)
+    shutil.copytree(values / "defaults_H4_T3_d0.997", tmp_path / NAME / "values" / "defaults_H4_T3_d0.99")
+    diffuser.plan_guided([*PLAN, "--logbase", str(tmp_path)])
+    expected = "no values/defaults_H4_T3_d0.997; planning with values/defaults_H4_T3_d0.99"
+    assert expected in capsys.readouterr().out
 
 
 def test_scores_are_drawn_beside_each_other(tmp_path):
