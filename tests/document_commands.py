@@ -3,14 +3,15 @@
     python -m tests.document_commands [--only DOCUMENT] [--match TEXT] [--folder FOLDER]
 
 `data/document_commands.yaml` lists them in the order of the documents, each with what shortens it. They run in a folder
-with links to all that a checkout has, so that what they write (log/, logs/, results/) lies there; later commands find
-what earlier ones have left. A command that needs what few machines have is listed and not run.
+with links to what a checkout has, so that what they write (log/, logs/, results/) lies there; later commands find what
+earlier ones have left. A command that needs what few machines have is listed and not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -81,11 +82,13 @@ def read(path: Path = LIST) -> list[Command]:
 
 
 def prepare(folder: Path) -> None:
-    """Fill the folder with links to what a checkout has."""
+    """Fill the folder with links to what a checkout has, and a copy of exp_specs/, which a command writes to."""
     folder.mkdir(parents=True, exist_ok=True)
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     for name in sorted({line.partition("/")[0] for line in tracked.splitlines()}):
-        if not (folder / name).exists():
+        if name == "exp_specs":
+            shutil.copytree(REPOSITORY / name, folder / name, dirs_exist_ok=True)
+        elif not (folder / name).exists():
             (folder / name).symlink_to(REPOSITORY / name)
 
 

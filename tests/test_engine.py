@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,9 @@ def test_a_run_in_two_phases_is_one_run(data, whole, name, tmp_path, capsys):
     program.train(data, folder, stop_at=stop)
     assert re.search(rf"stopped after {stop} of \d+ \w+s, as stop_at says; state saved in", capsys.readouterr().out)
     program.train(data, folder, go_on=True, stop_at=stop)  # nothing is left of this phase
+    shutil.copytree(folder, tmp_path / "backup")
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "backup", folder)
     program.train(data, folder, go_on=True)
     assert_same_run(name, folder, whole(name))
 
