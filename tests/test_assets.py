@@ -232,7 +232,7 @@ def test_resolve(server, tmp_path, monkeypatch):
         resolve(spelling, known).unlink()
     with pytest.raises(UserError, match="no such file: .*normalization.npz; make it with .*convert.py SOURCE gym/y"):
         resolve("gym/y/normalization.npz", known)
-    with pytest.raises(UserError, match="no such file: missing.pt; set DPPO_DATA_DIR"):
+    with pytest.raises(UserError, match="no such file: missing.pt; check the path, or set DPPO_DATA_DIR"):
         resolve("missing.pt", known)
 
 

@@ -132,7 +132,7 @@ def _instead(path: Path) -> str:
         ways.append(f"make home-made ones with `python script/dataset/render_robomimic_demos.py {task}`")
     elif stem in ("train", "val", "normalization") and suite != "furniture":  # which nothing of ours replaces
         ways.append(f"make it with `python script/dataset/convert.py SOURCE {path.parent}` of data that you have")
-    return ", or ".join(ways) or "set DPPO_DATA_DIR to where it lies, or check the path"
+    return ", or ".join([*ways, "check the path, or set DPPO_DATA_DIR"])
 
 
 def _pre_training(suite: str, task: str, name: str) -> str | None:
