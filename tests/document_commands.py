@@ -69,7 +69,7 @@ class Command:
         """The environment: this interpreter is `python` and `pip`; runs lie in the folder."""
         paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         kept = {k: v for k, v in os.environ.items() if k not in ("HYDRA_FULL_ERROR", "DPPO_LOG_DIR", "DPPO_DATA_DIR")}
-        return {**kept, "PATH": paths, "CUDA_VISIBLE_DEVICES": "", **self.environment}
+        return {**kept, "PATH": paths, **self.environment}
 
 
 def read(path: Path = LIST) -> list[Command]:
