@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import pickle
+import shutil
 from ctypes.util import find_library
 
 import h5py
