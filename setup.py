@@ -40,7 +40,7 @@ EXTRAS = {
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.21"],
     "ray": ["ray", "hydra-ray-launcher"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
-    + [*DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
+    + ["nbclient", "ipykernel", *DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}
