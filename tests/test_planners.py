@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 from ctypes.util import find_library
 
 import h5py
