@@ -263,10 +263,10 @@ def test_d4rls_files(server, tmp_path, monkeypatch):
     monkeypatch.setenv("DPPO_ASSETS_DIR", server.url)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     server.files["/hopper_random-v2.hdf5"] = CONTENT
-    assert locate._located("hopper-random-v2", print) == tmp_path / "d4rl/hopper_random-v2.hdf5"
-    assert locate._located("hopper-random-v2", print).read_bytes() == CONTENT
+    assert locate.find_data("hopper-random-v2").path == tmp_path / "d4rl/hopper_random-v2.hdf5"
+    assert locate.find_data("hopper-random-v2").path.read_bytes() == CONTENT
     with pytest.raises(UserError, match="404.*make_gym_data.py walker2d --flavour expert"):
-        locate._located("walker2d-expert-v2", print)
+        locate.find_data("walker2d-expert-v2")
 
 
 def test_data_dir_defaults_to_the_repository(monkeypatch):
