@@ -398,7 +398,7 @@ MISFITS = {
     ),
     "resumed with longer episodes": (
         *(FINE_TUNE, ["base_policy_path={base}", "resume={run}", "env.max_episode_steps=44"]),
-        ["state_2.safetensors", "that run has env.max_episode_steps=40 (now 44), which resuming cannot change"],
+        ["state_2.safetensors", "that run has env.max_episode_steps=40 (now 44)", "which resuming cannot change"],
     ),
     "a warm-up as long as the fine-tuning": (
         *(FINE_TUNE, ["base_policy_path={base}", "train.actor_lr_scheduler.warmup_steps=1000"]),

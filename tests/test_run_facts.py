@@ -166,7 +166,6 @@ def test_shipped_policies_fit_their_own_bounds():
     [
         ("ft_denoising_steps=1", "ft_denoising_steps=2"),
         ("seed=7", "seed=42"),
-        ("env.n_envs=4", "env.n_envs=3"),
         ("act_steps=2", "act_steps=4"),
         ("model.actor.activation_type=Mish", "model.actor.activation_type=ReLU"),
         ("model.use_ddim=true", "model.use_ddim=False"),
