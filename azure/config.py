@@ -1,10 +1,11 @@
 """Account, image and storage of the jobs on Azure: the environment variables of these names, or else what stands here.
 
-python azure/config.py prints them for a shell: eval "$(python azure/config.py)".
+python azure/config.py prints them for a shell: eval "$(python azure/config.py)". Names behind it must not be empty.
 """
 
 import os
 import shlex
+import sys
 
 DEFAULTS = {
     "DOCKER_USERNAME": "",  # to whose account the image was pushed
@@ -29,5 +30,8 @@ def values() -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    if not all(values()[name] for name in sys.argv[1:]):
+        print("set AZURE_STORAGE_CONNECTION_STRING, or fill it in in azure/config.py", file=sys.stderr)
+        sys.exit(2)
     for name, value in values().items():
         print(f"export {name}={shlex.quote(value)}")

@@ -2,11 +2,8 @@
 # Writes azure/fuse.yaml, with which azure/mount.sh mounts the storage container (blobfuse2). It holds the account's key.
 set -eu
 cd "$(dirname "$0")"
-eval "$("${PYTHON:-python}" config.py)"
-if [ -z "$AZURE_STORAGE_KEY" ]; then
-    echo "set AZURE_STORAGE_CONNECTION_STRING, or fill it in in azure/config.py" >&2
-    exit 2
-fi
+settings=$("${PYTHON:-python}" config.py AZURE_STORAGE_KEY)
+eval "$settings"
 umask 077
 cat >fuse.yaml <<CONFIG
 components: [libfuse, file_cache, attr_cache, azstorage]

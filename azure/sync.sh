@@ -2,11 +2,8 @@
 # Fetches the runs in the storage container to logs/. `./azure/sync.sh up` sends those here to the container.
 set -eu
 cd "$(dirname "$0")/.."
-eval "$("${PYTHON:-python}" azure/config.py)"
-if [ -z "$AZURE_STORAGE_ACCOUNT" ]; then
-    echo "set AZURE_STORAGE_CONNECTION_STRING, or fill it in in azure/config.py" >&2
-    exit 2
-fi
+settings=$("${PYTHON:-python}" azure/config.py AZURE_STORAGE_ACCOUNT)
+eval "$settings"
 if [ ! -x bin/azcopy ]; then
     echo "there is no bin/azcopy: ./azure/download.sh" >&2
     exit 2

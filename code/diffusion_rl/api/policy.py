@@ -20,13 +20,11 @@ from diffusion_rl.config.compose import compose_job, plain_copy
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Array, Rng
-from diffusion_rl.data.assets import resolve
 from diffusion_rl.export.deployed import DeployedPolicy, noise_shapes, observation_shapes
 from diffusion_rl.export.saved import open_policy
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
-from diffusion_rl.training.checkpoint import latest_checkpoint
-from diffusion_rl.training.policy_files import SAMPLING
+from diffusion_rl.training.policy_files import SAMPLING, find_checkpoint
 
 Observation = np.ndarray | Mapping[str, np.ndarray]
 Randomness = int | Rng | None
@@ -50,12 +48,8 @@ def load_policy(source: str | os.PathLike[str], config: str | Mapping[str, Any] 
 
 def _found(source: str | os.PathLike[str]) -> Path:
     path = Path(source).expanduser()
-    if path.is_dir():
-        newest = latest_checkpoint(path / "checkpoint") or latest_checkpoint(path)
-        if newest is None:
-            raise UserError(f"{source}: no checkpoint in this folder; give a run folder or a checkpoint")
-        return newest
-    return resolve(path if path.suffix in (".safetensors", ".pt") else f"{path}.safetensors")
+    named = path.is_dir() or path.suffix in (".safetensors", ".pt")
+    return find_checkpoint(path if named else f"{path}.safetensors", "source")
 
 
 def _source_of(rng: Randomness) -> Rng:

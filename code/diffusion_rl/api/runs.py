@@ -17,7 +17,7 @@ from diffusion_rl.config.compose import CONFIG_ROOT, compose_job, plain_copy, sh
 from diffusion_rl.config.schema import near_words
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.envs.interface import VectorEnv
+from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.export import saved
 from diffusion_rl.reports.metrics import observed
@@ -142,27 +142,26 @@ def _history(policy: LoadedPolicy) -> list[str]:
 def _in_vector(policy: LoadedPolicy, venv: VectorEnv, episodes: int, seed: int) -> Evaluated:
     if venv.act_steps != policy.act_steps:
         raise UserError(f"the environments take {venv.act_steps} actions, the policy gives {policy.act_steps}")
-    parts = []
-    for begin in range(0, episodes, venv.n_envs):
-        rng, reached = NoiseSource(seed + begin), np.zeros(venv.n_envs, bool)
-        known: list[bool] = []
-
-        def note(step: acting.Step, reached: np.ndarray = reached, known: list[bool] = known) -> None:
-            if "success" in step.result.infos:
-                known.append(True)
-                reached |= step.alive & step.result.infos["success"]
-
-        observations = venv.reset(acting.seeded_options(seed + begin, venv.n_envs))
-        keys = ("state", "rgb") if "rgb" in observations else ("state",)
-
-        def act(number: int, seen: Any, rng: NoiseSource = rng, keys: Sequence[str] = keys) -> np.ndarray:
-            return policy.act({key: seen[key] for key in keys}, rng)
-
-        first = acting.run(act, venv, observations, LONGEST, note)
-        parts.append((first.returns, first.steps, reached if known else None))
-    returns, steps, successes = zip(*parts, strict=True)
+    rounds = [_round(policy, venv, seed + begin) for begin in range(0, episodes, venv.n_envs)]
+    returns, steps, successes = zip(*rounds, strict=True)
     joined = None if any(one is None for one in successes) else np.concatenate(successes)[:episodes]
     return Evaluated(np.concatenate(returns)[:episodes], np.concatenate(steps)[:episodes], joined)
+
+
+def _round(policy: LoadedPolicy, venv: VectorEnv, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Returns returns, steps and, where they are told, successes of an episode of each environment, all [E]."""
+    rng, reached, told = NoiseSource(seed), np.zeros(venv.n_envs, bool), False
+
+    def act(number: int, seen: Observations) -> np.ndarray:
+        return policy.act({key: seen[key] for key in ("state", "rgb") if key in seen}, rng)
+
+    def note(step: acting.Step) -> None:
+        nonlocal reached, told
+        if "success" in step.result.infos:
+            told, reached = True, reached | (step.alive & step.result.infos["success"])
+
+    first = acting.run(act, venv, venv.reset(acting.seeded_options(seed, venv.n_envs)), LONGEST, note)
+    return first.returns, first.steps, reached if told else None
 
 
 def _alone(policy: LoadedPolicy, env: Any, episodes: int, seed: int) -> Evaluated:

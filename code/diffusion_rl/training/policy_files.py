@@ -39,6 +39,21 @@ GAUSSIAN_SAMPLING = ("randn_clip_value", "tanh_output")
 Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
 
+def find_checkpoint(path: str | Path, what: str = "base_policy_path") -> Path:
+    """Returns the file of a checkpoint: of a run folder its newest one, else the file, fetched if need be.
+
+    Raises UserError naming the cure: there is none.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return resolve(str(path))
+    newest = latest_checkpoint(folder / "checkpoint") or latest_checkpoint(folder)
+    if newest is None:
+        raise UserError(f"{what}={path}: no checkpoint in this folder; give a run folder or a checkpoint")
+    log.info("%s: %s", what, newest)
+    return newest
+
+
 def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> Checkpoint:
     """Loads the checkpoint that the configuration names, of a run folder its newest one.
 
@@ -46,14 +61,7 @@ def open_checkpoint(path: str | Path | None, what: str = "base_policy_path") -> 
     """
     if not path:
         raise UserError(f"{what} is not set: give the path of a checkpoint (.safetensors, or the reference's .pt)")
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return load_checkpoint(resolve(str(path)))
-    newest = latest_checkpoint(folder / "checkpoint") or latest_checkpoint(folder)
-    if newest is None:
-        raise UserError(f"{what}={path}: no checkpoint in this folder; give a run folder or a checkpoint")
-    log.info("%s: %s", what, newest)
-    return load_checkpoint(newest)
+    return load_checkpoint(find_checkpoint(path, what))
 
 
 def build_policy(cfg: Config, seed: int, what: str = "base_policy_path") -> Any:
