@@ -8,10 +8,10 @@
 # make coverage        the share of the package's statements that make test runs
 # make clean           remove .venv and caches (runs in log/ stay)
 #
-# Variables: PYTHON (an interpreter, 3.10 to 3.12), PIP_ARGS (more options for pip), WORKERS (test processes).
+# Variables: PYTHON (an interpreter, 3.11 to 3.13), PIP_ARGS (more options for pip), WORKERS (test processes).
 
-SUITABLE := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 13))
-PYTHON ?= $(shell for name in python3.11 python3.12 python3.10 python3; do \
+SUITABLE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
   "$$name" -c '$(SUITABLE)' 2>/dev/null && { echo "$$name"; break; }; done)
 PIP_ARGS ?=
 WORKERS ?= 2
@@ -75,9 +75,9 @@ echo "$$(($$(date +%s) - start)) s"
 endef
 
 $(VENV)/.made:
-	@test -n "$(PYTHON)" || { echo "Python 3.10, 3.11 or 3.12 is needed: install it, or name it: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install it, or name it: make PYTHON=/path/to/python3.11 …"; exit 2; }
 	@$(PYTHON) -c '$(SUITABLE)' \
-	|| { echo "$(PYTHON) is $$($(PYTHON) --version); 3.10, 3.11 or 3.12 is needed: make PYTHON=/path/to/python3.11 …"; exit 2; }
+	|| { echo "$(PYTHON) is $$($(PYTHON) --version); 3.11, 3.12 or 3.13 is needed: make PYTHON=/path/to/python3.11 …"; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 	|| { echo "$(PYTHON) lacks the venv module: on Debian or Ubuntu, apt install python3-venv"; exit 2; }
 	@mkdir -p $(VENV)

@@ -14,12 +14,12 @@ import pytest
 gymnasium = pytest.importorskip("gymnasium")
 pytest.importorskip("mujoco", reason='needs pip install -e ".[gym]"')
 
-from diffusion_rl.core.errors import UserError  # noqa: E402
 from diffusion_rl.envs.locomotion import (  # noqa: E402
     TASKS,
     LocomotionPhysics,
     LocomotionVectorEnv,
     known_names,
+    load_model,
     single_locomotion,
     task_of,
 )
@@ -130,10 +130,12 @@ def test_a_subset_steps_as_in_the_whole() -> None:
             np.testing.assert_array_equal(result.rewards, expected.rewards[rows])
 
 
-def test_versions_of_mujoco_with_other_physics_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mujoco.__version__", "3.5.0")
-    with pytest.raises(UserError, match="mujoco 3.5.0 no longer follows"):
-        LocomotionPhysics("hopper")
+def test_margins_are_halved_where_the_engine_adds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    margins = []
+    for version in ("3.4.0", "3.5.0", "4.0.0"):
+        monkeypatch.setattr("mujoco.__version__", version)
+        margins.append(load_model("hopper").geom_margin.max())
+    assert margins == [0.001, 0.0005, 0.0005]
 
 
 def test_names() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion_rl.config.compose import CONFIG_ROOT, check_hydra, check_own_files, compose, mending, shipped_configs
@@ -24,6 +23,21 @@ from diffusion_rl.core.errors import UserError
 EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks, ours and Hydra's
 USAGE = f"usage: python script/run.py --config-name=NAME --config-dir=DIR [key=value ...]   e.g. {EXAMPLE}"
+HYDRA_FLAGS = {
+    "--help": ["-h"],
+    "--hydra-help": [],
+    "--resolve": [],
+    "--run": ["-r"],
+    "--multirun": ["-m"],
+    "--shell-completion": ["-sc"],
+}
+HYDRA_VALUES = {
+    "--package": ["-p"],
+    "--config-path": ["-cp"],
+    "--config-name": ["-cn"],
+    "--config-dir": ["-cd"],
+    "--experimental-rerun": [],
+}
 INTERRUPTED = "interrupted; resume=auto goes on from the last checkpoint"  # where a run cannot say more
 
 
@@ -34,7 +48,15 @@ def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """Parses Hydra's own options. Raises UserError for an unknown one."""
-    parser = get_args_parser()
+    parser = ArgumentParser(add_help=False, usage=USAGE)
+    parser.add_argument("overrides", nargs="*")
+    for long, short in HYDRA_FLAGS.items():
+        parser.add_argument(long, *short, action="store_true")
+    for long, short in HYDRA_VALUES.items():
+        parser.add_argument(long, *short)
+    parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"])
+    parser.add_argument("--info", "-i", nargs="?", const="all")
+    parser.add_argument("--version", action="version", version=f"Hydra {hydra.__version__}")
 
     def error(message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")

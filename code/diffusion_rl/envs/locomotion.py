@@ -112,11 +112,6 @@ def single(recipe: EnvRecipe) -> gymnasium.Env:
 
 def load_model(task: str) -> mujoco.MjModel:
     """Loads the task's model with the bodies of MuJoCo 2.1.0."""
-    if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5):
-        raise UserError(
-            f"mujoco {mujoco.__version__} no longer follows the physics of D4RL's data: "
-            'pip install "mujoco>=3.1.6,<3.5" (or the extra: pip install -e ".[gym]")'
-        )
     xml = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets" / TASKS[task].xml
     model = mujoco.MjModel.from_xml_path(str(xml))
     restore_bodies(model, task)
@@ -124,9 +119,14 @@ def load_model(task: str) -> mujoco.MjModel:
 
 
 def restore_bodies(model: mujoco.MjModel, task: str) -> None:
-    """Gives `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place."""
+    """Gives `model` the masses, inertias and inertial frames that MuJoCo 2.1.0 compiles for the task, in place.
+
+    From MuJoCo 3.5 on the margins of a pair of geometries add up, where the larger one counted: they are halved.
+    """
     for name, values in json.loads(_BODIES.read_text())[task].items():
         getattr(model, name)[:] = values
+    if tuple(int(part) for part in mujoco.__version__.split(".")[:2]) >= (3, 5):
+        model.geom_margin /= 2
     mujoco.mj_setConst(model, mujoco.MjData(model))
 
 
