@@ -81,3 +81,7 @@ def test_a_compact_policy_has_eight_bits_and_loads_close_to_its_weights(tmp_path
     save_checkpoint(tmp_path / "wrong.safetensors", compact | {scale: compact[scale][:-1]}, whole.metadata)
     with pytest.raises(UserError, match="not one for each of its rows"):
         load_checkpoint(tmp_path / "wrong.safetensors")
+    lonely = {name: value for name, value in compact.items() if name != scale.removesuffix(SCALE)}
+    save_checkpoint(tmp_path / "lonely.safetensors", lonely, whole.metadata)
+    with pytest.raises(UserError, match="belongs to no tensor of 8 bits"):
+        load_checkpoint(tmp_path / "lonely.safetensors")

@@ -267,6 +267,9 @@ def _widened(tensors: dict[str, np.ndarray], file: str) -> dict[str, np.ndarray]
                 raise UserError(f"{file} is damaged: the scale of {name} is not one for each of its rows; use another")
             value = value * scale.astype(np.float32).reshape(-1, *[1] * (value.ndim - 1))
         elif name.endswith(SCALE):
+            of = tensors.get(name.removesuffix(SCALE))
+            if of is None or of.dtype != np.int8:
+                raise UserError(f"{file} is damaged: {name} belongs to no tensor of 8 bits; use another")
             continue
         wide[name] = value
     return wide
