@@ -31,6 +31,7 @@ EXTRAS = {
     "mpe": ["mpe2>=1.0"],
     "kuka": ["gymnasium>=1.0,<2", "pybullet>=3.2.5; python_version < '3.13'"],  # later ones have no wheel
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
+    "lerobot": ["pyarrow"],
     # dm_control is not used; d4rl asks for it, and later ones for a MuJoCo that the other engine cannot use
     "d4rl": ["gymnasium>=1.0,<2", MUJOCO, "imageio", "d4rl==1.1", "gym==0.23.1", "mujoco-py==2.1.2.14"]
     + ["cython<3", "numpy<2", "packaging", "setuptools<70", "dm_control<1.0.37"],
@@ -43,7 +44,7 @@ EXTRAS = {
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.22"],
     "ray": ["ray", "hydra-ray-launcher"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
-    + ["nbclient", "ipykernel", *DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
+    + ["nbclient", "ipykernel", "pyarrow", *DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}

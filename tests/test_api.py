@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tests.small_runs import FINE_TUNE, SMALL
+from tests.test_sources import minari_file
 
 import diffusion_rl
 from diffusion_rl.config.compose import REPOSITORY
@@ -142,3 +143,11 @@ def test_raw_episodes_are_written_and_read(tmp_path):
         diffusion_rl.write_dataset(episodes, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert len(diffusion_rl.load_dataset("gym/hopper-medium-v2").traj_lengths) > 10
+
+
+def test_a_minari_data_set_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(UserError, match="minari download mujoco/hopper/expert-v0"):
+        diffusion_rl.load_dataset("mujoco/hopper/expert-v0")
+    minari_file(tmp_path / "mujoco" / "hopper" / "expert-v0")
+    assert diffusion_rl.load_dataset("mujoco/hopper/expert-v0").traj_lengths.tolist() == [3] * 11

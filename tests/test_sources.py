@@ -1,5 +1,6 @@
 """D4RL and Minari files (written here in their layouts), conversion, the validator, and both command lines."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,85 @@ def test_robomimic_pictures_from_the_command_line(tmp_path):
     assert (found.images[:, [1, 2, 4, 5]] == np.array([50, 100, 50, 100])[None, :, None, None]).all()
     wrong = run("process_robomimic_dataset.py", *options.replace("agentview", "above").split())
     assert wrong.returncode == 2 and "data/demo_0: missing obs/above_image" in wrong.stderr
+
+
+def test_robomimic_filter_keys(tmp_path):
+    source, out = robomimic_file(tmp_path / "r.hdf5"), tmp_path / "out"
+    with h5py.File(source, "a") as f:
+        f["mask/train"] = np.array([b"demo_10", b"demo_2"])
+    episodes, _ = load(source, ["robot0_joint_pos"], filter_key="train")
+    assert episodes.states.shape == (6, 7) and episodes.states[:, 0].tolist() == [20, 21, 22, 100, 101, 102]
+    done = run("process_robomimic_dataset.py", "--load_path", source, "--save_dir", out, "--filter_key", "train")
+    assert done.returncode == 0 and "train.npz: 2 episodes" in done.stdout, done.stderr
+    with pytest.raises(UserError, match="no filter key 'test'; there: train"):
+        load(source, filter_key="test")
+    with pytest.raises(UserError, match="no file of robomimic, so it lists no demonstrations as 'train'"):
+        load(d4rl_file(tmp_path / "d.hdf5"), filter_key="train")
+
+
+def lerobot_folder(folder: Path, **changes) -> Path:
+    """Three episodes of 2 steps in two files, the last one first."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    features = {key: {"dtype": "float32", "shape": [1]} for key in ("observation.state", "action", "next.reward")}
+    features |= {key: {"dtype": "int64", "shape": [1]} for key in ("episode_index", "frame_index")}
+    info = {"codebase_version": "v3.0", "total_frames": 6, "features": features}
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps(info | changes.pop("info", {})))
+    for file, episodes in enumerate(([2], [0, 1])):
+        steps = [(episode, frame) for episode in episodes for frame in (0, 1)]
+        columns = {
+            "observation.state": pyarrow.array(
+                [[10.0 * e + f, e, f] for e, f in steps], pyarrow.list_(pyarrow.float32(), 3)
+            ),
+            "action": pyarrow.array([[float(e), -1.0] for e, _ in steps], pyarrow.list_(pyarrow.float32())),
+            "next.reward": [float(f) for _, f in steps],
+            "episode_index": [e for e, _ in steps],
+            "frame_index": [f for _, f in steps],
+            "task_index": [0] * len(steps),
+        } | changes
+        path = folder / "data" / "chunk-000" / f"file-00{file}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table({k: v for k, v in columns.items() if v is not None}), path)
+    return folder
+
+
+def test_lerobot_folders(tmp_path):
+    episodes, normalization = load(lerobot_folder(tmp_path / "pusht"))
+    assert episodes.traj_lengths.tolist() == [2, 2, 2] and episodes.returns.tolist() == [1, 1, 1]
+    assert episodes.states.tolist() == [[10 * e + f, e, f] for e in range(3) for f in range(2)]
+    assert episodes.actions.shape == (6, 2) and not episodes.terminals.any()
+    assert normalization.obs_max.tolist() == [21, 2, 1]
+    done = run("convert.py", tmp_path / "pusht", tmp_path / "out")
+    assert done.returncode == 0 and "train.npz: 3 episodes" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"info": {"total_frames": 9}}, "6 of 9 steps are there"),
+        ({"info": {"features": {"action": {}}}}, "no observation.state; choose with --obs-keys from action"),
+        ({"info": {"features": 3}}, "names no features"),
+        ({"action": None}, "lacks action"),
+        ({"action": ["a", "b"]}, "is no Parquet file, or it is damaged"),
+        ({"action": [[1.0], [1.0, 2.0, 3.0]]}, "rows of as many numbers each"),
+    ],
+)
+def test_wrong_lerobot_folders(changes, message, tmp_path):
+    if "action" in changes and changes["action"]:
+        changes = {"action": changes["action"] * 2}
+        folder = lerobot_folder(tmp_path / "wrong", **{"info": {"total_frames": 6}})
+        from pyarrow import parquet, table
+
+        path = folder / "data" / "chunk-000" / "file-001.parquet"
+        parquet.write_table(
+            parquet.read_table(path).drop_columns("action").append_column("action", table(changes)[0]), path
+        )
+    else:
+        folder = lerobot_folder(tmp_path / "wrong", **changes)
+    with pytest.raises(UserError, match=message):
+        load(folder)
 
 
 def test_unknown_files(tmp_path):

@@ -1,4 +1,4 @@
-"""Convert a D4RL or Minari HDF5 file (or a Minari folder) to train.npz and normalization.npz.
+"""Convert a file of D4RL, Minari or robomimic, or a folder of Minari or LeRobot, to train.npz and normalization.npz.
 
 Example: python script/dataset/convert.py hopper_medium-v2.hdf5 data/gym/hopper-medium-v2
 """
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--keep-unrewarded", action="store_true", help="keep episodes whose return is not positive")
     parser.add_argument("--obs-keys", nargs="*", default=[], help="parts of dictionary observations, in order")
+    parser.add_argument("--filter-key", default="", help="of robomimic's files: the list of demonstrations to take")
     parser.add_argument(
         "--kitchen", metavar="TASK", help="Minari's kitchen sets: make D4RL's observations of this task"
     )
@@ -37,6 +38,7 @@ def main() -> None:
         args.source,
         args.out_dir,
         ["observation"] if args.kitchen else args.obs_keys,
+        filter_key=args.filter_key,
         kitchen_goal=goal,
         max_episodes=args.max_episodes,
         val_split=args.val_split,

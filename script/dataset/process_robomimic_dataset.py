@@ -25,6 +25,10 @@ def main() -> None:
     parser.add_argument("--val_split", type=float, default=0.0, help="share of episodes for val.npz (default: none)")
     parser.add_argument("--max_episodes", type=int, default=-1, help="take the first ones only (default: all)")
     parser.add_argument("--cameras", nargs="*", default=[], help="take their images, and leave out the object's state")
+    parser.add_argument(
+        "--obs_keys", nargs="*", default=[], help="entries of the state, in order (default: the reference's)"
+    )
+    parser.add_argument("--filter_key", default="", help="the file's list of demonstrations to take (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--normalize", action="store_true", help="always done; accepted for the reference's command")
     args = parser.parse_args()
@@ -32,6 +36,8 @@ def main() -> None:
     convert_file(
         args.load_path,
         args.save_dir,
+        args.obs_keys,
+        filter_key=args.filter_key,
         cameras=args.cameras,
         max_episodes=None if args.max_episodes == -1 else args.max_episodes,
         val_split=args.val_split,

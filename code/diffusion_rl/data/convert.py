@@ -75,14 +75,15 @@ def convert_file(
     *,
     kitchen_goal: np.ndarray | None = None,
     cameras: Sequence[str] = (),
+    filter_key: str = "",
     **options: Any,
 ) -> Converted:
     """Reads `source`, converts it, and writes `train.npz` (`val.npz`) and `normalization.npz` into `out_dir`.
 
     kitchen_goal: [30]; the source is one of Minari's kitchen sets and gets D4RL's observations with this goal.
-    cameras: whose pictures to take from a file of robomimic.
+    cameras, filter_key: whose pictures, and which demonstrations, to take from a file of robomimic.
     """
-    episodes, normalization = load(source, obs_keys, cameras, options.get("max_episodes"))
+    episodes, normalization = load(source, obs_keys, cameras, options.get("max_episodes"), filter_key)
     if kitchen_goal is not None:
         episodes = replace(episodes, states=kitchen_states(episodes.states, kitchen_goal))
         normalization = bounds_of(episodes)

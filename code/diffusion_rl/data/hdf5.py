@@ -89,14 +89,22 @@ class Group:
         """Whether there is an array of that name."""
         return isinstance(self._find(name), h5py.Dataset)
 
-    def array(self, name: str) -> Array:
-        """Returns the array of that name ("a/b"). Raises UserError where there is none or something else."""
+    def texts(self, name: str) -> list[str]:
+        """Reads a list of short texts of a fixed length. Raises UserError where there is none or something else."""
+        with reading(self._place(name), _CURE):
+            return [text.decode() for text in self.array(name, kinds="S").read().ravel()]
+
+    def array(self, name: str, kinds: str = _NUMBERS) -> Array:
+        """Returns the array of that name ("a/b"). Raises UserError where there is none or something else.
+
+        kinds: of numpy's types that it may hold.
+        """
         where = self._place(name)
         node = self._find(name)
         if not isinstance(node, h5py.Dataset):
             raise UserError(f"{where} is {'missing' if node is None else 'no array'}: {_CURE}")
         with reading(where, _CURE):
-            return Array(node, where, self._allowance)
+            return Array(node, where, self._allowance, kinds)
 
     def _find(self, name: str) -> Any:
         """Finds a node, following links within the file one by one; None where nothing has this name."""
@@ -123,13 +131,13 @@ class Group:
 class Array:
     """An array of numbers in a file that is read only by `read`; has a `shape`, a `dtype` and `len`."""
 
-    def __init__(self, node: h5py.Dataset, where: str, allowance: Allowance):
+    def __init__(self, node: h5py.Dataset, where: str, allowance: Allowance, kinds: str = _NUMBERS):
         self._node, self.where, self._allowance = node, where, allowance
         if node.is_virtual or node.external:
             raise UserError(f"{where} lies in another file: copy it into this one")
         if not node.shape:
             raise UserError(f"{where} is empty or a single value, not an array of rows")
-        if node.dtype.kind not in _NUMBERS:
+        if node.dtype.kind not in kinds:
             raise UserError(f"{where} holds values of type {node.dtype}, not numbers")
         self.shape, self.dtype = node.shape, node.dtype
 

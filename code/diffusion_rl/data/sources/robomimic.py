@@ -38,23 +38,40 @@ def _demos(data: Group) -> list[str]:
 
 
 def read(
-    file: Group, obs_keys: Sequence[str] = (), cameras: Sequence[str] = (), max_episodes: int | None = None
+    file: Group,
+    obs_keys: Sequence[str] = (),
+    cameras: Sequence[str] = (),
+    max_episodes: int | None = None,
+    filter_key: str = "",
 ) -> Episodes:
-    """Reads demonstrations in numerical order, at most `max_episodes`.
+    """Reads demonstrations in numerical order, at most `max_episodes`; with `filter_key` those of `mask/<filter_key>`.
 
     obs_keys: entries of the state; by default those that the reference takes, `object` only where there are no
     cameras. cameras: whose pictures to read, one after the other in the channels.
     """
     data = file.group("data")
     assert data is not None
-    demos = [data.group(key) for key in _demos(data)[:max_episodes]]
+    names = _demos(data)
+    if filter_key:
+        listed_ones = _mask(file, filter_key)
+        names = [name for name in names if name in listed_ones]
+    demos = [data.group(key) for key in names[:max_episodes]]
     if not demos:
-        raise UserError(f"{file.where}: no demonstration is left of max_episodes={max_episodes}")
+        raise UserError(f"{file.where}: no demonstration is left of {filter_key or f'max_episodes={max_episodes}'}")
     if not obs_keys:
         n_arms = 2 if demos[0] is not None and "obs/robot1_eef_pos" in demos[0] else 1
         obs_keys = low_dim_keys(n_arms, with_object=not cameras)
     parts = [_demo(group, obs_keys, cameras) for group in demos if group is not None]
     return join(parts, file.where)
+
+
+def _mask(file: Group, filter_key: str) -> set[str]:
+    """Returns the names of demonstrations that the file lists under a filter key."""
+    masks = file.group("mask")
+    if masks is None or not masks.is_array(filter_key):
+        there = listed(masks.names()) if masks else "none"
+        raise UserError(f"{file.where} has no filter key {filter_key!r}; there: {there}")
+    return set(masks.texts(filter_key))
 
 
 def _demo(group: Group, obs_keys: Sequence[str], cameras: Sequence[str]) -> dict[str, np.ndarray]:
