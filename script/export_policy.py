@@ -30,12 +30,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the folder or file to write; default: beside the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--config", help="name of a configuration under cfg/, for a checkpoint that holds none")
+    parser.add_argument(
+        "--allow", action="append", default=[], help="your own network's class (my_module.Net)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to --config")
     args = parser.parse_intermixed_args()
     config = configuration(args.config, args.overrides, args.checkpoint)
     from diffusion_rl.export.saved import export_policy
 
-    print(export_policy(args.checkpoint, args.format, args.output, config, args.force).report())
+    print(export_policy(args.checkpoint, args.format, args.output, config, args.force, args.allow).report())
 
 
 def configuration(name: str | None, overrides: list[str], checkpoint: Path) -> dict[str, Any] | None:

@@ -9,9 +9,11 @@ import textwrap
 
 import numpy as np
 import pytest
-from tests.small_runs import REPOSITORY, rows
+from tests.small_runs import FINE_TUNE, PRE_TRAIN, REPOSITORY, SMALL, rows
 
+import diffusion_rl
 from diffusion_rl.cli import app
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.export import saved
 from diffusion_rl.methods import off_policy
 from diffusion_rl.reports import compare
@@ -79,6 +81,26 @@ ALGORITHM_YAML = """
       choosy_bar: 1.0
     model: {_target_: MODULE.Choosy, actor: {mlp_dims: [16, 16, 16]}}
 """
+NETWORK = '''
+    """A linear denoiser, without anything of this package."""
+
+    import tensorflow as tf
+    import tf_keras
+
+
+    class Linear(tf_keras.Model):
+        def __init__(self, obs_dim, action_dim, horizon_steps):
+            super().__init__()
+            self.layer = tf_keras.layers.Dense(horizon_steps * action_dim)
+            self.layer.build((None, horizon_steps * action_dim + 1 + obs_dim))
+
+        def call(self, x, t, cond):
+            """Maps actions x [B,H,A], steps t [B] and cond {"state": [B,To,O]} to the noise [B,H,A]."""
+            rows = tf.shape(x)[0]
+            parts = [x, tf.cast(t, x.dtype), cond["state"]]
+            return tf.reshape(self.layer(tf.concat([tf.reshape(part, [rows, -1]) for part in parts], 1)), tf.shape(x))
+'''
+OWN_NETWORK = "{_target_: toy_network.Linear, obs_dim: 11, action_dim: 3, horizon_steps: 4}"
 ENVIRONMENT = '''
     """A point that is to be at the origin."""
 
@@ -167,6 +189,25 @@ def test_an_off_policy_algorithm_is_one_module_and_one_yaml_file(tmp_path, add, 
     if inside:
         assert compare.declaring(off_policy.__name__, "LABEL")[f"{module}.Choosy"] == "Choosy imitation"
         assert saved.export_policy(state, "savedmodel").kind == "choosy"
+
+
+def test_a_network_is_one_class(tmp_path, monkeypatch, capsys):
+    """One of one's own is pre-trained, fine-tuned and exported; a checkpoint alone has nothing imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+    write(tmp_path / "toy_network.py", NETWORK)
+    for name, place, changes in (
+        (PRE_TRAIN, "network", ["train.save_model_freq=2", "train.n_epochs=2"]),
+        (FINE_TUNE, "actor", [f"base_policy_path={tmp_path / PRE_TRAIN}", "train.n_train_itr=2"]),
+    ):
+        small = [one for one in SMALL[name] if not one.startswith(f"model.{place}.")]
+        own = [f"~model.{place}", f"+model.{place}={OWN_NETWORK}"]
+        diffusion_rl.train(name, [*small, *own, *changes, f"logdir={tmp_path / name}"])
+    folder = tmp_path / FINE_TUNE
+    with pytest.raises(UserError, match=r"toy_network.Linear is no network or policy of this package.*--allow"):
+        diffusion_rl.load_policy(folder)
+    policy = diffusion_rl.load_policy(folder, allow=["toy_network.Linear"])
+    exported = diffusion_rl.export_policy(policy, tmp_path / "exported")
+    assert exported.deviation <= 1e-5 and policy.act(np.zeros(11), 0).shape == (4, 3)
 
 
 def test_an_environment_is_one_module_and_one_yaml_file(add, capsys):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.export.deployed import DeployedPolicy, noise_shapes, observation_shapes
-from diffusion_rl.export.saved import open_policy
+from diffusion_rl.export.saved import Exported, export_policy, open_policy
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.policy_files import SAMPLING, find_checkpoint
@@ -30,7 +30,9 @@ Observation = np.ndarray | Mapping[str, np.ndarray]
 Randomness = int | Rng | None
 
 
-def load_policy(source: str | os.PathLike[str], config: str | Mapping[str, Any] | None = None) -> LoadedPolicy:
+def load_policy(
+    source: str | os.PathLike[str], config: str | Mapping[str, Any] | None = None, *, allow: Collection[str] = ()
+) -> LoadedPolicy:
     """Loads a trained policy.
 
     Args:
@@ -38,12 +40,14 @@ def load_policy(source: str | os.PathLike[str], config: str | Mapping[str, Any] 
             (.safetensors, or the PyTorch reference's .pt), or a run folder, of which the newest checkpoint is taken.
         config: for a .pt, which does not hold it: the name below cfg/ of the configuration it was trained with, or the
             resolved configuration itself.
+        allow: classes of networks of your own that the checkpoint may name ("my_networks.Denoiser"); a checkpoint alone
+            never has anything imported.
 
     Raises:
         UserError: there is no such policy, it is damaged, or it is of a kind that cannot act alone.
     """
     settings = plain_copy(compose_job(config)) if isinstance(config, str) else config
-    return LoadedPolicy(_found(source), settings)
+    return LoadedPolicy(_found(source), settings, allow)
 
 
 def _found(source: str | os.PathLike[str]) -> Path:
@@ -67,8 +71,9 @@ class LoadedPolicy:
         cond_steps, horizon_steps, act_steps: To, H and Ta.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any] | None = None):
-        source = open_policy(path, config)
+    def __init__(self, path: Path, config: Mapping[str, Any] | None = None, allow: Collection[str] = ()):
+        source = open_policy(path, config, allow)
+        self._made_with = {"config": config, "allow": allow}
         self.path, self.policy, self.normalizer = path, source.policy, source.normalizer
         self.cond_steps, self.act_steps = source.cond_steps, source.act_steps
         self.horizon_steps: int = self.policy.horizon_steps
@@ -152,6 +157,10 @@ class LoadedPolicy:
         else:
             total = log_probs * (1 if isinstance(policy, GMMPolicy) else self.horizon_steps * self.action_dim)
         return total[0] if alone else total
+
+    def export(self, kind_of_file: str, output: str | os.PathLike[str], force: bool = False) -> Exported:
+        """Writes it as `diffusion_rl.export_policy` does; kind_of_file: savedmodel or tflite."""
+        return export_policy(self.path, kind_of_file, Path(output), force=force, **self._made_with)
 
     def session(self, rng: Randomness = None) -> Session:
         """Begins to act in one environment, observation by observation."""

@@ -188,6 +188,5 @@ def export_policy(
     Raises:
         UserError: it cannot be exported, or there is something at `output` (`force` replaces an export).
     """
-    path = (policy if isinstance(policy, LoadedPolicy) else load_policy(policy)).path
-    kind = "tflite" if str(output).endswith(".tflite") else "savedmodel"
-    return saved.export_policy(path, kind, output, force=force)
+    policy = policy if isinstance(policy, LoadedPolicy) else load_policy(policy)
+    return policy.export("tflite" if str(output).endswith(".tflite") else "savedmodel", output, force)

@@ -159,8 +159,9 @@ def instantiate(node: Any, **arguments: Any) -> Any:
         raise UserError(first_line(error)) from error
 
 
-def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
-    """Builds what a configuration out of a checkpoint describes: classes of the closed list `allowed` only.
+def instantiate_trusted(node: Any, allowed: Collection[str], own: Collection[str] = ()) -> Any:
+    """Builds what a configuration out of a checkpoint describes: classes of the closed list `allowed` only, and those
+    of `own`, which whoever reads the checkpoint named.
 
     Raises UserError for any other `_target_`, before anything is imported or built, and for an interpolation or a
     Hydra directive, which a saved (resolved) configuration has no need of.
@@ -172,9 +173,12 @@ def instantiate_trusted(node: Any, allowed: Collection[str]) -> Any:
     for where, mapping in targets(content):
         name = mapping["_target_"]
         directives = [key for key in mapping if str(key).startswith("_") and key != "_target_"]
-        if directives or not isinstance(name, str) or name not in allowed:
+        if directives or not isinstance(name, str) or (name not in allowed and name not in own):
             what = f"{where}.{directives[0]}" if directives else f"{where}._target_ = {name}"
-            raise UserError(f"checkpoint's configuration: {what} is no network or policy of this package; refused")
+            raise UserError(
+                f"checkpoint's configuration: {what} is no network or policy of this package; refused "
+                "(a class of your own is taken where you name it: allow=, --allow)"
+            )
     return instantiate(OmegaConf.create(content))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def export_policy(
     output: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     force: bool = False,
+    allow: Collection[str] = (),
 ) -> Exported:
     """Writes the policy of `checkpoint` as a SavedModel (a folder, any batch) or a TFLite model (a file, batch 1).
 
@@ -103,6 +104,7 @@ def export_policy(
         output: default: beside the checkpoint, named after it.
         config: the resolved configuration, for checkpoints that hold none (the reference's).
         force: replace an export that is there.
+        allow: as of `open_policy`.
 
     Raises:
         UserError: the checkpoint cannot be read or says too little, its policy is of a kind that cannot be exported,
@@ -113,7 +115,7 @@ def export_policy(
     path = Path(checkpoint)
     target = Path(output) if output else path.with_name(path.stem + DEFAULT_ENDING[kind_of_file])
     require_free(target, force)
-    source = open_policy(path, config)
+    source = open_policy(path, config, allow)
     batch = 1 if kind_of_file == "tflite" else None
     with work_folder(target) as folder:
         written = write_saved_model(source, folder / "savedmodel", batch)
@@ -129,8 +131,11 @@ def export_policy(
 # ---------- from the checkpoint ----------
 
 
-def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
-    """Returns the policy in a checkpoint, built as its configuration says and filled with its weights."""
+def open_policy(path: Path, config: Mapping[str, Any] | None = None, allow: Collection[str] = ()) -> Source:
+    """Returns the policy in a checkpoint, built as its configuration says and filled with its weights.
+
+    allow: classes of networks that are not this package's ("my_networks.Denoiser"), which the checkpoint may name.
+    """
     checkpoint = load_checkpoint(path)
     if "description" in checkpoint.metadata:
         raise UserError(
@@ -142,7 +147,7 @@ def open_policy(path: Path, config: Mapping[str, Any] | None = None) -> Source:
     with reading(path, "use another checkpoint", "holds a configuration that describes no policy"):
         check_numbers(config)
         cls = exportable_class(str(config["model"].get("_target_")), path)
-        policy = build_policy(cls, checkpoint, config, path)
+        policy = build_policy(cls, checkpoint, config, path, allow)
         load_policy(policy, checkpoint, path)
         if acting := checkpoint.select(f"model.{getattr(cls, 'ACTS_WITH', ' ')}."):
             load_state_dict(policy.network, acting)
@@ -168,13 +173,15 @@ def exportable_class(target: str, path: Path) -> type:
     raise UserError(f"{path} is of a {target.rpartition('.')[2]}, which cannot be exported; these can: {names}")
 
 
-def build_policy(cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> Policy:
+def build_policy(
+    cls: type, checkpoint: Checkpoint, config: Mapping[str, Any], path: Path, allow: Collection[str] = ()
+) -> Policy:
     """Returns the acting part of what the configuration describes: networks of values are not built."""
     node = {key: value for key, value in config["model"].items() if key != "_target_"}
     acts_as = next(family for family in FAMILIES if issubclass(cls, family))
     network = node.pop("network", None) or node.pop("actor", None)
     refuse_larger(network, checkpoint, path)
-    network = instantiate_trusted(network, CHECKPOINT_CLASSES)
+    network = instantiate_trusted(network, CHECKPOINT_CLASSES, allow)
     sampling = checkpoint.metadata.get("sampling") or {}
     if issubclass(acts_as, DiffusionPolicy):
         if fine_tuned := is_fine_tuned(policy_weights(checkpoint)):
