@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the folder or file to write; default: beside the checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--config", help="name of a configuration under cfg/, for a checkpoint that holds none")
-    parser.add_argument(
-        "--allow", action="append", default=[], help="your own network's class (my_module.Net)"
-    )
+    parser.add_argument("--allow", action="append", default=[], help="your own network's class (my_module.Net)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to --config")
     args = parser.parse_intermixed_args()
     config = configuration(args.config, args.overrides, args.checkpoint)
