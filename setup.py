@@ -9,14 +9,15 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "code/diffusion_rl/__init__.py").read_text()).group(1)
 
 MUJOCO = "mujoco>=3.1.6,<5"
-MUJOCO_OF_ROBOSUITE = "mujoco>=3.1.6,<3.5"  # what its data here were made with; on later ones boxes settle differently
+# Robosuite's boxes settle differently on later ones than in the data here; gymnasium-robotics' kitchen fails there.
+OLDER_MUJOCO = "mujoco>=3.1.6,<3.5"
 
 FIGURES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 DOWNLOAD = ["gdown>=6.5,<7"]  # earlier ones neither go on after a broken connection nor notice a short answer
 SWEEP = ["hydra-joblib-launcher>=1.2"]
 # What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
 # `make test` installs robosuite without its requirements.
-ROBOSUITE_NEEDS = [MUJOCO_OF_ROBOSUITE, "numba", "scipy", "opencv-python-headless", "termcolor", "Pillow"]
+ROBOSUITE_NEEDS = [OLDER_MUJOCO, "numba", "scipy", "opencv-python-headless", "termcolor", "Pillow"]
 ROBOSUITE_NEEDS += ["imageio[ffmpeg]"]
 # hardware, clusters, packages that need numpy < 2 and a compiler, and one that needs a compiler on some systems
 NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka")
@@ -24,10 +25,10 @@ NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka")
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
     # robosuite asks for numba, scipy and opencv itself; 1.5 has other controllers
-    "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO_OF_ROBOSUITE, "imageio[ffmpeg]"],
+    "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", OLDER_MUJOCO, "imageio[ffmpeg]"],
     # for its model of the Panda; not imported
-    "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", MUJOCO_OF_ROBOSUITE, "imageio"],
-    "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", MUJOCO, "imageio"],
+    "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", OLDER_MUJOCO, "imageio"],
+    "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", OLDER_MUJOCO, "imageio"],
     "mpe": ["mpe2>=1.0"],
     "kuka": ["gymnasium>=1.0,<2", "pybullet>=3.2.5; python_version < '3.13'"],  # later ones have no wheel
     "minari": ["gymnasium>=1.0,<2", "minari[hdf5]"],
