@@ -6,10 +6,9 @@ import ast
 import re
 import sys
 
+from diffusion_rl.cli.status import USER_ERROR, show
 from diffusion_rl.core.places import REPOSITORY
 from diffusion_rl.core.programs import COMMAND, GROUPS, PROGRAMS
-
-USER_ERROR = 2
 
 
 def main() -> int:
@@ -20,8 +19,9 @@ def main() -> int:
     name, rest = " ".join(words[:length]), words[length:]
     if name in PROGRAMS:
         _start(name, rest)
+        return 0
     if len(words) < length or words[length - 1] in ("-h", "--help"):
-        print(help_text(group))
+        show(help_text(group))
         return 0
     from diffusion_rl.config.schema import did_you_mean
 
