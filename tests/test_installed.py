@@ -36,7 +36,8 @@ def python(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text("\n".join(LIBRARIES))
+    distutils = "import _distutils_hack; _distutils_hack.add_shim()"  # as setuptools' own .pth does
+    (packages / "others.pth").write_text("\n".join([*LIBRARIES, distutils]))
     install = ["-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", "--disable-pip-version-check", wheel]
     subprocess.run([folder / "bin" / "python", *install], check=True)
     return folder / "bin" / "python"

@@ -61,7 +61,7 @@ def as_here(text: str) -> str:
 
     `python script/run.py` becomes `diffusion-rl run` in an installed package, and for who has called it so.
     """
-    if not INSTALLED and not sys.argv[0].startswith(f"{COMMAND} "):
+    if not INSTALLED and not "".join(sys.argv[:1]).startswith(f"{COMMAND} "):
         return text
     text = _WRITTEN.sub(lambda found: f"{COMMAND} {_NAMES[found[1]]}", text)
     if INSTALLED:
