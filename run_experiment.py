@@ -1,4 +1,4 @@
-"""Every run of an experiment's grid: python run_experiment.py -e exp_specs/NAME.yaml [-g GPU] [--resume]."""
+"""Start every run of an experiment's grid: python run_experiment.py -e exp_specs/NAME.yaml [-g GPU] [--resume]."""
 
 import sys
 from pathlib import Path

@@ -1,9 +1,15 @@
-"""Packaging of diffusion-rl: the package lives below `code/`; simulators and tools are extras."""
+"""Packaging of diffusion-rl: the package lives below `code/`; simulators and tools are extras.
+
+MANIFEST.in says what else ships.
+"""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import FileList
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "code/diffusion_rl/__init__.py").read_text()).group(1)
@@ -51,13 +57,55 @@ EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}
 )
 
+
+class BuildWithShipped(build_py):
+    """Copies what MANIFEST.in names (configurations, scripts, data) into diffusion_rl/shipped of a wheel."""
+
+    def run(self):
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier build left would be in the wheel
+            for name in shipped_files():
+                target = Path(self.build_lib, "diffusion_rl", "shipped", name)
+                self.mkpath(str(target.parent))
+                self.copy_file(name, str(target))
+        super().run()
+
+
+def shipped_files():
+    """Returns the files that MANIFEST.in names."""
+    found = FileList()
+    for line in (HERE / "MANIFEST.in").read_text().splitlines():
+        if line and not line.startswith("#"):
+            found.process_template_line(line)
+    return sorted(set(found.files))
+
+
+PAPERS = {"DPPO": "2409.00588", "Diffuser": "2205.09991", "DiffuserLite": "2401.15443"}
+
 setup(
     name="diffusion-rl",
     version=VERSION,
-    description="Fine-tuning diffusion policies with reinforcement learning, in TensorFlow",
+    description="Diffusion policies and planners with reinforcement learning in TensorFlow: DPPO (Ren et al.), "
+    "Diffuser (Janner et al.), DiffuserLite (Dong et al.), VAE + Diffusion RL",
+    author="the diffusion-rl authors",
+    project_urls={f"Paper: {name}": f"https://arxiv.org/abs/{number}" for name, number in PAPERS.items()},
+    keywords="reinforcement-learning diffusion-policy planning robotics tensorflow",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE", "CITATION.cff"],
+    cmdclass={"build_py": BuildWithShipped},
+    entry_points={"console_scripts": ["diffusion-rl = diffusion_rl.cli.main:main"]},
     packages=find_packages("code"),
     package_dir={"": "code"},
     package_data={"diffusion_rl": ["py.typed", "**/*.json", "**/*.yaml", "**/*.xml", "**/*.npz", "**/*.csv"]},

@@ -1,4 +1,4 @@
-"""One experiment of VAE + Diffusion RL: python train.py -e FILE.yaml [-g GPU]."""
+"""Train VAE + Diffusion RL, one experiment: python train.py -e FILE.yaml [-g GPU]."""
 
 import sys
 from pathlib import Path

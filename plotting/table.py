@@ -1,4 +1,4 @@
-"""The table of offline scores in LaTeX: python plotting/table.py [--logbase DIR] [--labels FILE]."""
+"""Show the table of offline scores in LaTeX: python plotting/table.py [--logbase DIR] [--labels FILE]."""
 
 import sys
 from pathlib import Path

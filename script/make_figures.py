@@ -1,4 +1,4 @@
-"""Figures from run folders and policies. `python script/make_figures.py --help` lists them."""
+"""Draw figures from run folders and policies: python script/make_figures.py --help lists them."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Scores of plans: python scripts/read_results.py [--dataset NAME] [--logbase DIR]."""
+"""Show scores of plans: python scripts/read_results.py [--dataset NAME] [--logbase DIR]."""
 
 import sys
 

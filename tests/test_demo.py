@@ -57,6 +57,14 @@ def test_it_evaluates_both_policies_on_the_same_seeds_and_shows_the_ratio(loops,
     assert (tmp_path / figure).stat().st_size > 10_000 and (tmp_path / figure).with_suffix(".csv").exists()
 
 
+def test_a_quick_one_cuts_episodes_short_and_says_so(loops, capsys):
+    assert demo.main(["train.n_steps=100"], quick=True) == 0
+    before, tuning, after = (overrides for _, overrides in loops)
+    assert set(demo.QUICK_EVALUATE) <= set(before) & set(after) and set(demo.QUICK_FINE_TUNE) <= set(tuning)
+    assert tuning.index("train.n_steps=25") < tuning.index("train.n_steps=100"), "the last one counts"
+    assert "episodes were cut short" in capsys.readouterr().out
+
+
 def test_an_evaluation_without_an_episode_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "compose", lambda name, overrides: OmegaConf.create({}))
     monkeypatch.setattr(demo.app, "run", lambda config: MetricsWriter(tmp_path, tensorboard=False).close())

@@ -197,7 +197,7 @@ def test_the_documents_commands_follow_each_other(folder, capsys):
     own = ["--logbase", "as_spelled"]
     with eagerly():
         diffuser.train([*TRAIN, *own, "--n_train_steps", "1"])
-    with pytest.raises(UserError, match="train a value with scripts/train_values.py, or plan without one"):
+    with pytest.raises(UserError, match="train a value .python scripts/train_values.py., or plan without one"):
         diffuser.plan_guided([*PLAN, *own])
     with eagerly():
         diffuser.train_values([*TRAIN, *own, "--n_train_steps", "1"])

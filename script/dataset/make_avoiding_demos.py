@@ -14,7 +14,7 @@ from diffusion_rl.cli.status import exit_status  # noqa: E402
 from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.config.schema import require_range, require_seed  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
-from diffusion_rl.data.assets import data_dir  # noqa: E402
+from diffusion_rl.core.places import data_dir  # noqa: E402
 from diffusion_rl.data.sources.d3il import MODE_SETS, read_folder, select  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.generate.avoiding import make, save  # noqa: E402

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 from diffusion_rl.cli.status import exit_status  # noqa: E402
 from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
-from diffusion_rl.data.assets import data_dir  # noqa: E402
+from diffusion_rl.core.places import data_dir  # noqa: E402
 from diffusion_rl.generate.gym_settings import FLAVOURS, MEDIUM_RETURN, Settings  # noqa: E402
 
 

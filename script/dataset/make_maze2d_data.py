@@ -1,4 +1,4 @@
-"""Data of a controller that follows waypoints through a maze, in the layout of D4RL's files.
+"""Make data of a controller that follows waypoints through a maze, in the layout of D4RL's files.
 
 python script/dataset/make_maze2d_data.py maze2d-umaze-v1 [--steps N] [--seed S] [--output FILE]
 """
@@ -14,7 +14,7 @@ from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.config.schema import require_range, require_seed  # noqa: E402
 from diffusion_rl.core.files import require_writable  # noqa: E402
 from diffusion_rl.core.noise import NoiseSource  # noqa: E402
-from diffusion_rl.data.assets import data_dir  # noqa: E402
+from diffusion_rl.core.places import data_dir  # noqa: E402
 from diffusion_rl.data.hdf5 import write_hdf5  # noqa: E402
 from diffusion_rl.envs.maze2d import Maze2D  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Data for simple_spread: python script/dataset/make_mpe_data.py [--quality medium|expert] [--episodes 1000]."""
+"""Make data for simple_spread: python script/dataset/make_mpe_data.py [--quality medium|expert] [--episodes 1000]."""
 
 import sys
 from pathlib import Path

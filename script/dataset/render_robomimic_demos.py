@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "code"))
 
 from diffusion_rl.cli.status import exit_status  # noqa: E402
 from diffusion_rl.config.overrides import Arguments  # noqa: E402
-from diffusion_rl.data.assets import data_dir  # noqa: E402
+from diffusion_rl.core.places import data_dir, data_folder  # noqa: E402
 from diffusion_rl.data.validate import validate  # noqa: E402
 from diffusion_rl.generate import robomimic as demos  # noqa: E402
 
@@ -28,10 +28,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.episodes is not None and args.episodes < 1:
         parser.error("--episodes must be 1 or more")
-    folder = data_dir() / "robomimic"
-    out_dir = args.out_dir or folder / f"{args.task}-img"
+    source = args.source or data_folder(f"robomimic/{args.task}")
+    out_dir = args.out_dir or data_dir() / "robomimic" / f"{args.task}-img"
     report = functools.partial(print, flush=True)
-    demos.render(args.task, args.source or folder / args.task, out_dir, report, args.episodes)
+    demos.render(args.task, source, out_dir, report, args.episodes)
     print("\n".join(validate(out_dir)))
 
 

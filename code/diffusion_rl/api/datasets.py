@@ -11,7 +11,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
-from diffusion_rl.data.assets import data_dir
+from diffusion_rl.core.places import data_folder
 from diffusion_rl.data.convert import convert
 from diffusion_rl.data.episodes import Episodes, bounds_of, check, join, load_unscaled, save_episodes
 from diffusion_rl.data.sources import load
@@ -32,7 +32,7 @@ def load_dataset(source: str | os.PathLike[str], *, obs_keys: Sequence[str] = ()
     Raises:
         UserError: there is none, it is damaged, or its layout is not known.
     """
-    for folder in (Path(source).expanduser(), data_dir() / source):
+    for folder in (Path(source).expanduser(), data_folder(source)):
         if (folder / "train.npz").is_file() and (folder / "normalization.npz").is_file():
             return load_unscaled(folder)
     return load(_found(source), obs_keys, filter_key=filter_key)[0]

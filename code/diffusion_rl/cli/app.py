@@ -18,6 +18,7 @@ from diffusion_rl.config.compose import Config, prepare
 from diffusion_rl.config.instantiate import find_class, plain, register_resolvers
 from diffusion_rl.config.keys import check_arguments
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.programs import as_here
 from diffusion_rl.training import signals
 
 __all__ = ["main", "prepare", "run"]
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = command_line.optional_wandb_keys(sys.argv[1:] if arguments is None else arguments)
     if not arguments:
-        print(f"{command_line.USAGE}   (--help explains)", file=sys.stderr)
+        print(as_here(f"{command_line.USAGE}   (--help explains)"), file=sys.stderr)
         return USER_ERROR
     register_resolvers()
     with _reported() as status, signals.interrupting():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from diffusion_rl.cli.status import exit_status, show
@@ -13,6 +12,7 @@ from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, spl
 from diffusion_rl.config.schema import FLAGS, TEXT_OR_NONE, Option
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
+from diffusion_rl.core.programs import script
 from diffusion_rl.reports import plan_results
 from diffusion_rl.training import signals
 
@@ -39,7 +39,7 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
     module, _, name = command.partition(":")
     if module in OPTIONS_OF and split_help(arguments)[0]:
         options = importlib.import_module(f"diffusion_rl.methods.{OPTIONS_OF[module]}.options")
-        show(options.help_text(Path(sys.argv[0]).stem, arguments))
+        show(options.help_text(script().stem, arguments))
         return None
     with signals.held():
         function = getattr(importlib.import_module(f"diffusion_rl.cli.{module}"), name)
@@ -114,5 +114,5 @@ def _parse(arguments: Sequence[str], **known: Option) -> dict[str, Any] | None:
     wanted, rest = split_help(arguments)
     values = flags(pairs(rest), known, "this command")
     if wanted:
-        show(f"usage: python {sys.argv[0]} [--option value ...]\n\n{help_rows(values, meanings(known), FLAGS)}")
+        show(f"usage: python {script()} [--option value ...]\n\n{help_rows(values, meanings(known), FLAGS)}")
     return None if wanted else values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from diffusion_rl.cli import app
 from diffusion_rl.config.compose import compose_job as compose
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports.figures import learning_curve
 from diffusion_rl.reports.metrics import read_rows
 from diffusion_rl.reports.progress import duration
@@ -26,6 +28,9 @@ FINE_TUNE_OVERRIDES = (f"train.n_train_itr={ITERATIONS}", "train.val_freq=5", f"
 # 40 environments for 250 chunks of 4 actions, that is 1000 steps: each finishes at least one episode.
 EVALUATE_OVERRIDES = ("env.n_envs=40", "n_steps=250", "seed=1000")
 MIN_EPISODES = 20
+# Episodes cut short, which show that all parts work and no more.
+QUICK_FINE_TUNE = ("env.n_envs=8", "env.max_episode_steps=40", "train.n_steps=25", "train.n_train_itr=2")
+QUICK_EVALUATE = ("env.n_envs=4", "n_steps=50", "env.max_episode_steps=200")
 
 
 class Score(NamedTuple):
@@ -35,22 +40,25 @@ class Score(NamedTuple):
     episodes: int
 
 
-def main(overrides: Sequence[str] = ()) -> int:
+def main(overrides: Sequence[str] = (), quick: bool = False) -> int:
     """Runs the demonstration; `overrides` (Hydra's syntax) go to the fine-tuning. Returns the exit status."""
+    overrides = [*(QUICK_FINE_TUNE if quick else ()), *overrides]
     check(overrides)
-    began = time.monotonic()
-    folder = Path("log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    began, fewer = time.monotonic(), QUICK_EVALUATE if quick else ()
+    folder = Path(os.environ.get("DPPO_LOG_DIR") or "log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
     print("1/4  evaluating the pre-trained Hopper policy", flush=True)
-    before = evaluate(folder / "before")
+    before = evaluate(folder / "before", overrides=fewer)
     print(f"     return {before.episode_return:.0f}, mean of {before.episodes} episodes", flush=True)
     print("2/4  fine-tuning it with DPPO", flush=True)
     tuned = folder / "fine-tuning"
     run(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides], tuned)
     print("3/4  evaluating the fine-tuned policy on the same seeds", flush=True)
-    after = evaluate(folder / "after", checkpoint_of(tuned))
+    after = evaluate(folder / "after", checkpoint_of(tuned), fewer)
     print("4/4  drawing the learning curve", flush=True)
     figure = draw(tuned)
     report(before, after, tuned, figure, time.monotonic() - began)
+    if quick:
+        print("note: episodes were cut short (--quick), so these returns show only that everything runs")
     return 0
 
 
@@ -64,9 +72,10 @@ def run(config_name: str, overrides: Sequence[str], logdir: Path) -> Any:
     return app.run(compose(config_name, [*overrides, f"logdir={logdir}"]))
 
 
-def evaluate(logdir: Path, checkpoint: Path | None = None) -> Score:
+def evaluate(logdir: Path, checkpoint: Path | None = None, overrides: Sequence[str] = ()) -> Score:
     """Evaluates the pre-trained policy, or that of `checkpoint`."""
-    run(EVALUATE, [*EVALUATE_OVERRIDES, *([f"base_policy_path={checkpoint}"] if checkpoint else [])], logdir)
+    policy = [f"base_policy_path={checkpoint}"] if checkpoint else []
+    run(EVALUATE, [*EVALUATE_OVERRIDES, *overrides, *policy], logdir)
     rows = [row for row in read_rows(logdir / "metrics.jsonl") if row.get("kind") == "eval"]
     if not rows or rows[-1].get("episode_return") is None:
         raise UserError(f"{logdir}: the evaluation finished no episode")
@@ -84,8 +93,8 @@ def checkpoint_of(logdir: Path) -> Path:
 def draw(logdir: Path) -> Path:
     """Draws the learning curve of a run, in its own folder."""
     output = logdir / "figure" / "learning_curve.png"
-    words = ["python", "script/make_figures.py", "learning_curve", str(logdir), "--output", str(output)]
-    return learning_curve([logdir], output, command=shlex.join(words))
+    words = shlex.join(["learning_curve", str(logdir), "--output", str(output)])
+    return learning_curve([logdir], output, command=as_here(f"python script/make_figures.py {words}"))
 
 
 def report(before: Score, after: Score, tuned: Path, figure: Path, seconds: float) -> None:

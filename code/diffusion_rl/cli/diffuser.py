@@ -190,7 +190,7 @@ def plan_guided(arguments: Sequence[str]) -> None:
     experiment = _trajectory_model(_load(options, options.diffusion_loadpath, options.diffusion_epoch))
     values = _load(options, options.value_loadpath, options.value_epoch)
     if not isinstance(values.model, ValueDiffusion):
-        raise UserError(f"{values.folder} holds no value: train one with scripts/train_values.py")
+        raise UserError(f"{values.folder} holds no value: train one with python scripts/train_values.py")
     Diffuser(experiment.model, experiment.normalizers, Guide(values.model.value))  # says what cannot be guided
     require_compatible(experiment, values)
     guide = Guide(
@@ -254,7 +254,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
 def _trajectory_model(experiment: Experiment) -> Experiment:
     """Returns the experiment. Raises UserError where it holds something that makes no plans."""
     if not isinstance(experiment.model, TrajectoryDiffusion):
-        raise UserError(f"{experiment.folder} holds no model of trajectories: train one with scripts/train.py")
+        raise UserError(f"{experiment.folder} holds no model of trajectories: train one with python scripts/train.py")
     return experiment
 
 

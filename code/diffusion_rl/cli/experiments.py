@@ -32,6 +32,7 @@ from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
 from diffusion_rl.core.files import read_json, write_json
+from diffusion_rl.core.places import here_or_shipped
 from diffusion_rl.reports.progress import duration
 from diffusion_rl.training import signals
 from diffusion_rl.training.locks import child_lock, locked
@@ -68,6 +69,7 @@ def variants(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
     for key in ("exp_name", "script_path"):
         if meta.get(key) in (None, ""):
             raise UserError(f"meta_data needs {key}")
+    meta = {**meta, "script_path": str(here_or_shipped(str(meta["script_path"])))}
     require_inside(str(meta["exp_name"]), f"exp_name: {meta['exp_name']}")
     check_ranges({"num_workers": meta.get("num_workers") or 1}, {"num_workers": whole(1, 1000)}, FILE)
     variables = dict(flat(variables))
@@ -100,7 +102,7 @@ def flat_variant(spec: Mapping[str, Any], name: str) -> dict[str, Any]:
         return dict(spec)
     runs = variants(spec)
     if len(runs) > 1:
-        raise UserError(f"{name} describes {len(runs)} runs: start it with run_experiment.py -e {name}")
+        raise UserError(f"{name} describes {len(runs)} runs: start it with python run_experiment.py -e {name}")
     return runs[0]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.overrides import Arguments
+from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.figures import learning_curve
@@ -35,7 +36,8 @@ def main(more: Sequence[AddCommand] = ()) -> int:
 
     def draw() -> None:
         options = vars(parser.parse_args())
-        print(options.pop("draw")(**options, command=shlex.join(["python", "script/make_figures.py", *sys.argv[1:]])))
+        command = as_here(f"python script/make_figures.py {shlex.join(sys.argv[1:])}")
+        print(options.pop("draw")(**options, command=command))
 
     return exit_status(draw)
 

@@ -99,7 +99,7 @@ def _load(options: Options, kind: type, part: str) -> Experiment:
     experiment = load_experiment(options.loadbase, options.dataset, path, epoch=epoch)
     if not isinstance(experiment.model, kind):
         raise UserError(
-            f"{experiment.folder} holds no model of this kind ({part}): train one with scripts/train_kuka.py"
+            f"{experiment.folder} holds no model of this kind ({part}): train one with python scripts/train_kuka.py"
         )
     return experiment
 

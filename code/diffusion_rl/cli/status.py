@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from diffusion_rl.core.errors import Interrupted, UserError, is_out_of_memory, one_line
+from diffusion_rl.core.programs import as_here
 from diffusion_rl.training import signals
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -53,9 +54,9 @@ def reported(label: str = "", smaller: str = "", interrupted: str = "") -> Itera
 
 
 def show(text: str) -> None:
-    """Prints a text of which the reader may take the first lines only (`| head`)."""
+    """Prints a text, its commands spelled as here. The reader may take the first lines only (`| head`)."""
     try:
-        print(text, flush=True)
+        print(as_here(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

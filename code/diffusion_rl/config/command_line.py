@@ -19,6 +19,7 @@ from diffusion_rl.config.keys import KEYS, OPEN, OPTIONS
 from diffusion_rl.config.overrides import help_rows
 from diffusion_rl.config.schema import ABSENT, did_you_mean
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import here_or_shipped
 
 EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks, ours and Hydra's
@@ -47,7 +48,8 @@ def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """Parses Hydra's own options. Raises UserError for an unknown one."""
+    """Parses Hydra's own options; a folder of configurations that is not here is that of cfg/. Raises UserError for an
+    unknown one."""
     parser = ArgumentParser(add_help=False, usage=USAGE)
     parser.add_argument("overrides", nargs="*")
     for long, short in HYDRA_FLAGS.items():
@@ -62,7 +64,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
         raise UserError(f"{message} (--help lists the options)")
 
     parser.error = error  # type: ignore[method-assign]
-    return parser.parse_intermixed_args(list(arguments))
+    options = parser.parse_intermixed_args(list(arguments))
+    if options.config_dir:
+        options.config_dir = str(here_or_shipped(options.config_dir))
+    return options
 
 
 def overrides_last(arguments: Sequence[str], options: Namespace, defaults: Mapping[str, Any]) -> list[str]:

@@ -22,10 +22,10 @@ from diffusion_rl.config.reads import interpolated
 from diffusion_rl.config.targets import translate
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import REPOSITORY, data_dir, here_or_shipped
 
 HYDRAS_OWN = ("hydra.", "hydra_plugins.", "logging.", "colorlog.", "ext://sys.std")
-REPOSITORY = Path(__file__).resolve().parents[3]
-CONFIG_ROOT = next((d for d in (REPOSITORY / "cfg", Path.cwd() / "cfg") if (d / "_base").is_dir()), REPOSITORY / "cfg")
+CONFIG_ROOT = REPOSITORY / "cfg"
 Config = DictConfig  # what loops receive: a mapping whose values are attributes, too
 
 
@@ -70,10 +70,10 @@ def compose(name: str, overrides: Sequence[str] = (), *, folder: str | Path | No
     """Returns the configuration `name`, resolved lazily, in `folder` or below cfg/, with its `hydra` node."""
     register_resolvers()
     GlobalHydra.instance().clear()
-    overrides = list(overrides)
-    if folder is not None and Path(folder).resolve() != CONFIG_ROOT:
+    overrides, place = list(overrides), here_or_shipped(folder or CONFIG_ROOT).resolve()
+    if place != CONFIG_ROOT:
         overrides.append(f"hydra.searchpath=['file://{CONFIG_ROOT}']")
-    with hydra.initialize_config_dir(str(Path(folder or CONFIG_ROOT).resolve()), version_base="1.3"):
+    with hydra.initialize_config_dir(str(place), version_base="1.3"):
         return hydra.compose(name.removesuffix(".yaml"), overrides, return_hydra_config=True)
 
 
@@ -130,11 +130,9 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _find_data(config: DictConfig) -> None:
-    """Keeps the repository's data folder as the default where the program starts in another folder."""
-    folder = Path(str(config.get("data_dir", ".")))
-    shipped = REPOSITORY / folder
-    if "DPPO_DATA_DIR" not in os.environ and not folder.exists() and shipped.is_dir():
-        config.data_dir = str(shipped)
+    """Keeps the default data directory where the program starts in a folder without data/."""
+    if "DPPO_DATA_DIR" not in os.environ and config.get("data_dir") == "data" and not Path("data").exists():
+        config.data_dir = str(data_dir())
 
 
 def _complete_wandb(config: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import data_dir
 
 PACKAGE = "diffusion_rl."
 Number = int | float
-SHIPPED_DATA = Path(__file__).resolve().parents[3] / "data"
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -90,7 +90,7 @@ def _environment(name: str, default: Any = ...) -> Any:
     """Returns an environment variable, else the default, else what stands for those of the reference that are not
     set."""
     if default is ...:
-        data = "data" if Path("data").exists() or not SHIPPED_DATA.is_dir() else str(SHIPPED_DATA)
+        data = "data" if Path("data").exists() else str(data_dir())
         default = {"DPPO_DATA_DIR": data, "DPPO_LOG_DIR": "log", "DPPO_WANDB_ENTITY": None}.get(name, ...)
     if name not in os.environ and default is ...:
         raise UserError(f"the configuration needs the environment variable {name}, which is not set")

@@ -28,6 +28,8 @@ from diffusion_rl.config.schema import (
 )
 from diffusion_rl.config.yaml_files import parse_yaml, read_yaml
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import here_or_shipped
+from diffusion_rl.core.programs import as_here
 
 #: Keys of an experiment's `meta_data`, which every variant carries.
 META_KEYS = ("exp_name", "script_path", "num_workers", "job_name", "exp_id", "arguments")
@@ -171,6 +173,10 @@ class Arguments(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
         self.register("action", None, _Once)
 
+    def format_help(self) -> str:
+        """Returns the help, with its commands as they are here."""
+        return as_here(super().format_help())
+
     def error(self, message: str) -> NoReturn:
         """Raises UserError."""
         raise UserError(f"{message} (--help says what there is)")
@@ -212,7 +218,7 @@ def gpu_number(text: str) -> str:
 
 def read_spec(path: Path) -> dict[str, Any]:
     """Returns a YAML mapping. Raises UserError for a file that is missing, damaged or no mapping of texts to values."""
-    spec = read_yaml(path)
+    spec = read_yaml(here_or_shipped(path))
     if not isinstance(spec, dict):
         raise UserError(f"{path}: a mapping of keys to values is needed")
     _check_keys(spec, str(path))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
+from diffusion_rl.core.programs import as_here
+
 LONGEST = 900  # characters of a message
 
 
@@ -12,11 +14,12 @@ class UserError(Exception):
     """Something the user can mend: one line that names the thing and the cure.
 
     The command lines print it without a traceback and exit with status 2 (with a traceback under `HYDRA_FULL_ERROR=1`).
-    Whatever a file or a library put into it, its text has no line breaks and a bearable length.
+    Whatever a file or a library put into it, its text has no line breaks and a bearable length. Commands that it names
+    are spelled as they are here (`as_here`).
     """
 
     def __str__(self) -> str:
-        text = " ".join(super().__str__().splitlines())
+        text = as_here(" ".join(super().__str__().splitlines()))
         return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 

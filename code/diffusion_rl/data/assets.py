@@ -5,7 +5,7 @@ that it goes to (`data`, `log`, `logs`): name (the path below that folder) -> ad
 where they are known. gdown fetches, from Drive and from any other server. A file gets its name only once it is complete
 and checked; its sha256 then stands in `<file>.sha256` and is compared whenever the file is asked for.
 
-Environment: DPPO_DATA_DIR   the data directory (default: `data/` of the repository)
+Environment: DPPO_DATA_DIR   the data directory (core/places.py)
              DPPO_LOG_DIR    run folders, and the authors' policies (default: `log`)
              DPPO_ASSETS_DIR a folder, or a server's address, that holds the files under their names: used instead
              DPPO_OFFLINE=1  never touch the network
@@ -27,12 +27,13 @@ from typing import Any
 
 from diffusion_rl.core.errors import UserError, one_line
 from diffusion_rl.core.files import atomic_file, lock_file, read_bytes, read_json, require_file, write_bytes
+from diffusion_rl.core.places import INSTALLED, REPOSITORY, SHIPPED_DATA, data_dir, data_file, data_folder
 
 _TIMEOUT = 30.0  # seconds without a byte
 _RETRIES = 3  # after a connection that broke, each going on where the last one stopped
 _MOST = 16 << 30  # bytes of a file whose size is not known
+_LEFT_OUT = ("train", "sac_actor", "simulator_states")  # of a wheel, where they are large
 _DRIVE = "https://drive.google.com/uc?id="
-_SHIPPED = Path(__file__).resolve().parents[3] / "data"
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,6 @@ class Asset:
         return f"get it from {self.url} and put it at {self.destination}; or {instead}"
 
 
-def data_dir() -> Path:
-    """Returns the data directory: DPPO_DATA_DIR, by default `data/` of the repository."""
-    configured = os.environ.get("DPPO_DATA_DIR")
-    return Path(configured).expanduser() if configured else _SHIPPED
-
-
 def manifest(path: Path | None = None) -> dict[str, Asset]:
     """Reads which files can be fetched, by name."""
     path = path or Path(__file__).with_name("assets.json")
@@ -116,16 +111,18 @@ def resolve(path: str | os.PathLike, assets: Mapping[str, Asset] | None = None) 
 
 
 def _places(path: Path) -> tuple[Path, Path]:
-    return path, data_dir() / path
+    return path, data_file(path)
 
 
 def _instead(path: Path) -> str:
     """Returns how one comes by another file like this one, going by the names of file and folder."""
     suite, folder, stem = path.parent.parent.name, path.parent.name, path.stem
     task, _, kind = folder.rpartition("-") if folder.endswith(("-img", "-ph")) else (folder, "", "")
-    ways = []
-    if data_dir() != _SHIPPED and (_SHIPPED / suite / folder / path.name).is_file():
+    ways, shipped = [], SHIPPED_DATA / suite / folder
+    if os.environ.get("DPPO_DATA_DIR") and (shipped / path.name).is_file():
         ways.append("take the home-made one that ships with the repository (unset DPPO_DATA_DIR)")
+    elif INSTALLED and shipped.is_dir() and stem in _LEFT_OUT:
+        ways.append("set DPPO_DATA_DIR to data/ of a checkout of the repository, which has a home-made one")
     if command := _pre_training(suite, task, f"{stem}_{kind}" if kind else stem):
         ways.append(f"make it with `{command}` and give base_policy_path=<its run folder>")
     elif kind == "img":
@@ -138,7 +135,7 @@ def _instead(path: Path) -> str:
 def _pre_training(suite: str, task: str, name: str) -> str | None:
     folder = f"cfg/{suite}/pretrain/{task}"
     for stem, change in ((name, ""), (name.removesuffix("_ta1"), " horizon_steps=1")):  # "ta1": one action at a time
-        if (_SHIPPED.parent / folder / f"{stem}.yaml").is_file():
+        if (REPOSITORY / folder / f"{stem}.yaml").is_file():
             return f"python script/run.py --config-name={stem} --config-dir={folder}{change}"
     return None
 
@@ -180,7 +177,7 @@ def fetch_folder(asset: Asset) -> Path:
 
 def _require_its_statistics(asset: Asset) -> None:
     """Raises UserError where the data here have statistics of their own, with which the authors' files mean nothing."""
-    statistics = data_dir() / (asset.folder or Path(asset.name).parent) / "normalization.npz"
+    statistics = data_folder(asset.folder or Path(asset.name).parent) / "normalization.npz"
     if (asset.folder or asset.root == data_dir()) and statistics.is_file() and not _record(statistics).is_file():
         raise UserError(
             f"{asset.stands_for}: {_instead(asset.stands_for)}; the authors' ({asset.name}) does not fit {statistics}, "

@@ -256,7 +256,7 @@ def check_scaled(episodes: Episodes, name: str, limit: float = 5.0) -> None:
         reach = f"dimension {worst} reaches from {low[worst]:.4g} to {high[worst]:.4g}"
         if max(-low[worst], high[worst]) > limit:
             raise UserError(
-                f"{name}: {key} must be scaled to [-1, 1], but {reach}; use script/dataset/convert.py, or "
+                f"{name}: {key} must be scaled to [-1, 1], but {reach}; use python script/dataset/convert.py, or "
                 "2 * (x - min) / (max - min + 1e-6) - 1"
             )
         if max(-low[worst], high[worst]) > SCALED:

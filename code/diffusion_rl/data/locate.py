@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import data_folder
 from diffusion_rl.data import assets, sources
 from diffusion_rl.data.episodes import Episodes, load_unscaled
 from diffusion_rl.data.plan_windows import flat_of, read_flat
@@ -44,13 +45,13 @@ def find_data(name: str, data_dir: str | None = None) -> Found:
             return Found(assets.unchanged(path))
     task = task_named(name)
     if task is not None and task.simulator == "robomimic":
-        if _is_npz(own := assets.data_dir() / "robomimic" / name):
+        if _is_npz(own := data_folder(f"robomimic/{name}")):
             return Found(own)
         maker = "render" if name.endswith("-img") else "make"
         command = f"python script/dataset/{maker}_robomimic_demos.py {task.name}"
         raise UserError(f"no data for {name}: make them ({command}) or name a folder with --data_dir (looked in {own})")
-    own = assets.data_dir() / "gym" / name
-    for path in (assets.data_dir() / "maze2d" / f"{name}.hdf5", own):
+    own = data_folder(f"gym/{name}")
+    for path in (data_folder("maze2d") / f"{name}.hdf5", own):
         if path.is_file() or _is_npz(path):
             return Found(path, home_made=True)
     if asset := d4rl_assets().get(name):

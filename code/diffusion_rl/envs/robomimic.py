@@ -28,6 +28,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
+from diffusion_rl.core.places import REPOSITORY, here_or_shipped
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources.robomimic import IMAGE_SUFFIX, low_dim_keys
 from diffusion_rl.envs import processes, room
@@ -36,7 +37,6 @@ from diffusion_rl.envs.multi_step import ImageWrapper, LowdimWrapper, MultiStep
 from diffusion_rl.envs.vector import ProcessVectorEnv
 from diffusion_rl.envs.video import Window
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SUBSET = REPOSITORY / "changed_robomimic"
 ROBOMIMIC, ROBOSUITE = "0.3.0", "1.4.1"
 WRAPPERS = ("robomimic_lowdim", "robomimic_image")
@@ -82,8 +82,8 @@ def _check_version(package: str, wanted: str, required: bool) -> None:
 
 def read_env_meta(path: str | Path) -> dict[str, Any]:
     """Reads the description of an environment. Looks for a relative path here, then in the repository."""
-    file = next((candidate for candidate in (Path(path), REPOSITORY / path) if candidate.is_file()), None)
-    if file is None:
+    file = here_or_shipped(path)
+    if not file.is_file():
         raise UserError(f"robomimic_env_cfg_path={path}: no such file")
     meta = read_json(file)
     try:

@@ -14,8 +14,8 @@ from diffusion_rl.config.overrides import Arguments
 from diffusion_rl.config.schema import require_range
 from diffusion_rl.core.files import atomic_file, require_writable
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.places import data_dir
 from diffusion_rl.data.agent_windows import AgentEpisodes
-from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.envs import toy_agents
 from diffusion_rl.envs.interface import VectorEnv

@@ -23,8 +23,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file, require_file, require_writable
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.npz import read_npz, write_npz
+from diffusion_rl.core.places import data_folder
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import (
     Episodes,
     bounds_of,
@@ -334,7 +334,7 @@ def make(
     print(f"rolling out {actor}", flush=True)
     if flavour != "medium-expert":
         return record(task, actor, transitions, settings)
-    halves = load_unscaled(data_dir() / "gym" / f"{task}-medium-v2"), record(task, actor, transitions // 2, settings)
+    halves = load_unscaled(data_folder(f"gym/{task}-medium-v2")), record(task, actor, transitions // 2, settings)
     return joined(*(thinned(half, transitions // 2) for half in halves))
 
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.npz import read_npy
+from diffusion_rl.core.places import data_dir
 from diffusion_rl.data.agent_windows import AgentEpisodes
-from diffusion_rl.data.assets import data_dir
 from diffusion_rl.data.episodes import Episodes, check
 
 _MOST_ACTIONS = 10_000

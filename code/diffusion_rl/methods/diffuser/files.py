@@ -353,7 +353,7 @@ def _others(folder: Path) -> str:
     """Returns experiments beside one that is missing, and the usual cause."""
     near = sorted(f"{p.parent.parent.name}/{p.parent.name}" for p in folder.parent.glob("*/state_*"))
     if not near and folder.parent.name == "values":
-        return ": train a value with scripts/train_values.py, or plan without one (scripts/plan_unguided.py)"
+        return ": train a value (python scripts/train_values.py), or plan without one (python scripts/plan_unguided.py)"
     if not near:
         return ": train a model first, or point --logbase (--loadbase) to where it is"
     discount = " (--discount chooses among values)" if "_d" in folder.name else ""

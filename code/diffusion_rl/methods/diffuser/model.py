@@ -287,7 +287,7 @@ class Diffuser:
         if guide is not None and diffusion.transition_dim == diffusion.action_dim:
             raise UserError(
                 "guided planning needs a model of states and actions, and this one has actions only, of which no "
-                "value is known: plan with scripts/plan_unguided.py, or train with --diffusion_type states_actions"
+                "value is known: use python scripts/plan_unguided.py, or train with --diffusion_type states_actions"
             )
         self.diffusion, self.normalizers, self.guide = diffusion, normalizers, guide
         self.batch_size, self.horizon = batch_size, horizon or diffusion.horizon

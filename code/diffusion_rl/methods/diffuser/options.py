@@ -18,11 +18,12 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from diffusion_rl.config import schema
-from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY
+from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.overrides import PYTHON, comments, help_rows, override, pairs, split_help
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
+from diffusion_rl.core.places import INSTALLED, REPOSITORY
 
 FOLDER = CONFIG_ROOT / "planning"
 SHIPPED = [FOLDER / f"{name}.yaml" for name in ("locomotion", "kuka", "maze2d")]
@@ -165,6 +166,8 @@ def _write(path: Path, text: str) -> None:
 
 def _git(*arguments: str) -> str:
     """Returns what git says of this checkout; nothing where there is none."""
+    if INSTALLED:
+        return ""
     try:
         ended = subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
