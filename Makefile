@@ -4,6 +4,7 @@
 # make parity-report   how far this port is from the PyTorch reference, quantity by quantity, to figure/parity/
 # make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side, and with
 #                      UPSTREAM_PYTHON=<interpreter that has its simulators> whole iterations as well
+# make docs            the documentation as a site, to build/site; broken links fail
 # make lint            style, types, and the contracts of the package: what may import what, sizes, shapes in docstrings
 # make coverage        the share of the package's statements that make test runs
 # make clean           remove .venv and caches (runs in log/ stay)
@@ -28,7 +29,7 @@ SUITES := parity_tests tests
 # worksteal: each process begins with tests that stand together, so that few fixtures of modules are made twice.
 pytest = $(RUN) -m pytest $(1) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 
-.PHONY: help demo test test-slow coverage parity-report benchmark lint clean
+.PHONY: help demo test test-slow coverage docs parity-report benchmark lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -54,6 +55,10 @@ parity-report: $(VENV)/.test
 benchmark: $(VENV)/.test
 	@$(RUN) benchmarks/run.py $(if $(UPSTREAM),--upstream $(UPSTREAM)) \
 	  $(if $(UPSTREAM_PYTHON),--upstream-python $(UPSTREAM_PYTHON))
+
+docs: $(VENV)/.docs
+	@$(RUN) -m mkdocs build --quiet --strict
+	@echo build/site/index.html
 
 lint: $(VENV)/.test
 	@$(RUN) -m ruff check .
@@ -86,6 +91,10 @@ $(VENV)/.made:
 
 $(VENV)/.gym: $(VENV)/.made $(PACKAGING)
 	$(call step,Installing TensorFlow and MuJoCo with pip (a few minutes the first time),$(RUN) -m pip install $(PIP_ARGS) -e '.[gym]')
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.gym $(PACKAGING)
+	$(call step,Installing the tools of the site with pip,$(RUN) -m pip install $(PIP_ARGS) -e '.[docs]')
 	@touch $@
 
 # One of the packages that robosuite asks for needs a C compiler (evdev, for keyboards); the extra `test` has the others.

@@ -25,8 +25,8 @@ SWEEP = ["hydra-joblib-launcher>=1.2"]
 # `make test` installs robosuite without its requirements.
 ROBOSUITE_NEEDS = [OLDER_MUJOCO, "numba", "scipy", "opencv-python-headless", "termcolor", "Pillow"]
 ROBOSUITE_NEEDS += ["imageio[ffmpeg]"]
-# hardware, clusters, packages that need numpy < 2 and a compiler, and one that needs a compiler on some systems
-NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka")
+# hardware, clusters, packages that need numpy < 2 and a compiler, one that needs a compiler on some systems, the site
+NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka", "docs")
 
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
@@ -50,6 +50,7 @@ EXTRAS = {
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.22"],
     "ray": ["ray", "hydra-ray-launcher"],
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
     + ["nbclient", "ipykernel", "pyarrow", *DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
 }

@@ -5,11 +5,11 @@ takes 2 places: its module and its YAML file. Neither touches a file of the pack
 """
 
 import re
-import textwrap
 
 import numpy as np
 import pytest
 from tests.small_runs import FINE_TUNE, PRE_TRAIN, REPOSITORY, SMALL, rows
+from tests.test_pages import files
 
 import diffusion_rl
 from diffusion_rl.cli import app
@@ -19,130 +19,8 @@ from diffusion_rl.methods import off_policy
 from diffusion_rl.reports import compare
 from diffusion_rl.training.checkpoint import load_checkpoint
 
-ALGORITHM = '''
-    """Choosy imitation: the denoising loss on the actions of the buffer whose reward is above a bar."""
-
-    import tensorflow as tf
-
-    from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Part
-    from diffusion_rl.networks.layers import variables_of
-    from diffusion_rl.policies.exploring import ExploringDiffusionPolicy
-
-
-    class Choosy(OffPolicy, ExploringDiffusionPolicy):
-        """A diffusion policy; arguments of `ExploringDiffusionPolicy`."""
-
-        KIND = "choosy"
-        LABEL = "Choosy imitation"
-        TRAIN_KEYS = "actor n_critic_warmup_itr replay_ratio choosy_bar"
-
-        def parts(self, settings):
-            return {"actor": Part(variables_of(self.network), "actor_")}
-
-        def draw(self, rng, rows, settings, train_actor):
-            b = int(settings["batch_size"])
-            noise = rng.normal((b, self.horizon_steps, self.action_dim))
-            return {"rows": rows.online(b), "t": rng.integers(0, self.denoising_steps, (b,)), "noise": noise}
-
-        def update(self, data, draws, step, settings, train_actor):
-            batch = data.online.at(draws["rows"])
-            above = tf.cast(batch.rewards > settings["choosy_bar"], self.dtype)
-
-            def loss():
-                errors = self.errors(batch.actions, {"state": batch.obs}, draws["t"], draws["noise"])
-                return tf.reduce_mean(above * tf.reduce_mean(errors, axis=[1, 2]))
-
-            return {"loss_actor": step("actor", loss, apply=train_actor)}
-'''
-ALGORITHM_YAML = """
-    # @package _global_
-    defaults:
-      - /_base/run
-      - /_base/task: hopper-medium
-      - /_base/env: locomotion
-      - /_base/algorithm: off_policy_diffusion
-      - /_base/network@model.actor: diffusion_mlp_locomotion
-      - _self_
-    name: choosy
-    denoising_steps: 3
-    env: {n_envs: 2, max_episode_steps: 24, threads: 1}
-    train:
-      n_train_itr: 3
-      n_steps: 8
-      val_freq: 3
-      batch_size: 8
-      n_critic_warmup_itr: 0
-      actor_lr: 1e-3
-      actor_weight_decay: 0
-      actor_lr_scheduler: {first_cycle_steps: 10, warmup_steps: 0, min_lr: 1e-3}
-      scale_reward_factor: 1
-      buffer_size: 100
-      replay_ratio: 2
-      choosy_bar: 1.0
-    model: {_target_: MODULE.Choosy, actor: {mlp_dims: [16, 16, 16]}}
-"""
-NETWORK = '''
-    """A linear denoiser, without anything of this package."""
-
-    import tensorflow as tf
-    import tf_keras
-
-
-    class Linear(tf_keras.Model):
-        def __init__(self, obs_dim, action_dim, horizon_steps):
-            super().__init__()
-            self.layer = tf_keras.layers.Dense(horizon_steps * action_dim)
-            self.layer.build((None, horizon_steps * action_dim + 1 + obs_dim))
-
-        def call(self, x, t, cond):
-            """Maps actions x [B,H,A], steps t [B] and cond {"state": [B,To,O]} to the noise [B,H,A]."""
-            rows = tf.shape(x)[0]
-            parts = [x, tf.cast(t, x.dtype), cond["state"]]
-            return tf.reshape(self.layer(tf.concat([tf.reshape(part, [rows, -1]) for part in parts], 1)), tf.shape(x))
-'''
-OWN_NETWORK = "{_target_: toy_network.Linear, obs_dim: 11, action_dim: 3, horizon_steps: 4}"
-ENVIRONMENT = '''
-    """A point that is to be at the origin."""
-
-    import gymnasium
-    import numpy as np
-
-
-    class Point(gymnasium.Env):
-        observation_space = gymnasium.spaces.Box(-1, 1, (2,))
-        action_space = gymnasium.spaces.Box(-1, 1, (2,))
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            self.place = self.np_random.uniform(-1, 1, 2)
-            return self.place.astype(np.float32), {}
-
-        def step(self, action):
-            self.place = np.clip(self.place + 0.1 * action, -1, 1)
-            return self.place.astype(np.float32), -float(np.abs(self.place).sum()), False, False, {"success": False}
-
-
-    gymnasium.register("Point-v0", entry_point=Point)
-'''
-ENVIRONMENT_YAML = """
-    # @package _global_
-    defaults:
-      - /gym/finetune/hopper-v2/ft_ppo_diffusion_mlp
-      - _self_
-    env_name: point
-    obs_dim: 2
-    action_dim: 2
-    denoising_steps: 4
-    ft_denoising_steps: 2
-    normalization_path: null
-    env: {name: "toy_point:Point-v0", n_envs: 2, max_episode_steps: 16}
-    train: {n_train_itr: 3, n_steps: 8, val_freq: 3, batch_size: 8, update_epochs: 2}
-    model: {network_path: null, actor: {mlp_dims: [16, 16, 16]}, critic: {mlp_dims: [16, 16, 16]}}
-"""
-
-
-def write(path, text):
-    path.write_text(textwrap.dedent(text))
+ALGORITHM, ENVIRONMENT, NETWORK = map(files, ("own_algorithm.md", "own_environment.md", "own_network.md"))
+OWN_NETWORK = "{_target_: gated.GatedDenoiser, action_dim: 3, horizon_steps: 4, cond_dim: 11}"
 
 
 @pytest.fixture
@@ -155,8 +33,8 @@ def add(tmp_path, monkeypatch):
         monkeypatch.setattr(function, lambda config: None, raising=False)  # it would close pytest's handlers
 
     def files(module, source, name, yaml):
-        write(tmp_path / f"{module}.py", source)
-        write(tmp_path / f"{name}.yaml", yaml)
+        (tmp_path / f"{module}.py").write_text(source)
+        (tmp_path / f"{name}.yaml").write_text(yaml)
         folder = tmp_path / "run"
         return [f"--config-dir={tmp_path}", f"--config-name={name}", f"logdir={folder}", "tensorboard=false"], folder
 
@@ -170,7 +48,8 @@ def test_an_off_policy_algorithm_is_one_module_and_one_yaml_file(tmp_path, add, 
         monkeypatch.setattr(off_policy, "__path__", [*off_policy.__path__, str(tmp_path)])
     name = f"toy_choosy_{'inside' if inside else 'own'}"
     module = f"diffusion_rl.methods.off_policy.{name}" if inside else name
-    command, folder = add(name, ALGORITHM, "ft_choosy", ALGORITHM_YAML.replace("MODULE", module))
+    yaml = ALGORITHM["my_cfg/ft_choosy.yaml"].replace("choosy.C", f"{module}.C")
+    command, folder = add(name, ALGORITHM["choosy.py"], "ft_choosy", yaml)
     assert app.main(command) == 0, capsys.readouterr().err
     trained = [row for row in rows(folder) if row["kind"] == "train"]
     assert len(trained) == 2 and all(row["updates"] > 0 and np.isfinite(row["loss_actor"]) for row in trained)
@@ -194,7 +73,7 @@ def test_an_off_policy_algorithm_is_one_module_and_one_yaml_file(tmp_path, add, 
 def test_a_network_is_one_class(tmp_path, monkeypatch, capsys):
     """One of one's own is pre-trained, fine-tuned and exported; a checkpoint alone has nothing imported."""
     monkeypatch.syspath_prepend(tmp_path)
-    write(tmp_path / "toy_network.py", NETWORK)
+    (tmp_path / "gated.py").write_text(NETWORK["gated.py"])
     for name, place, changes in (
         (PRE_TRAIN, "network", ["train.save_model_freq=2", "train.n_epochs=2"]),
         (FINE_TUNE, "actor", [f"base_policy_path={tmp_path / PRE_TRAIN}", "train.n_train_itr=2"]),
@@ -203,15 +82,16 @@ def test_a_network_is_one_class(tmp_path, monkeypatch, capsys):
         own = [f"~model.{place}", f"+model.{place}={OWN_NETWORK}"]
         diffusion_rl.train(name, [*small, *own, *changes, f"logdir={tmp_path / name}"])
     folder = tmp_path / FINE_TUNE
-    with pytest.raises(UserError, match=r"toy_network.Linear is no network or policy of this package.*--allow"):
+    with pytest.raises(UserError, match=r"gated.GatedDenoiser is no network or policy of this package.*--allow"):
         diffusion_rl.load_policy(folder)
-    policy = diffusion_rl.load_policy(folder, allow=["toy_network.Linear"])
+    policy = diffusion_rl.load_policy(folder, allow=["gated.GatedDenoiser"])
     exported = diffusion_rl.export_policy(policy, tmp_path / "exported")
     assert exported.deviation <= 1e-5 and policy.act(np.zeros(11), 0).shape == (4, 3)
 
 
 def test_an_environment_is_one_module_and_one_yaml_file(add, capsys):
-    command, folder = add("toy_point", ENVIRONMENT, "ft_point", ENVIRONMENT_YAML)
+    yaml = ENVIRONMENT["my_cfg/ft_point.yaml"].replace("point:Point-v0", "toy_point:Point-v0")
+    command, folder = add("toy_point", ENVIRONMENT["point.py"], "ft_point", yaml)
     assert app.main(command) == 0, capsys.readouterr().err
     assert [row["kind"] for row in rows(folder)] == ["eval", "train", "train"]
     assert all(-32 <= row["episode_return"] < 0 for row in rows(folder))

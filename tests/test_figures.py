@@ -14,7 +14,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.video import VideoWriter
 from diffusion_rl.reports import figures
 from diffusion_rl.reports.metrics import MetricsWriter
-from diffusion_rl.reports.pictures import GAP
+from diffusion_rl.reports.pictures import GAP, animation
 
 SCRIPT = Path(__file__).resolve().parents[1] / "script" / "make_figures.py"
 
@@ -156,15 +156,28 @@ def test_a_wrong_folder_is_one_line_and_exit_status_2(tmp_path, prepare, message
 # Videos
 
 
-def test_a_contact_sheet_shows_first_and_last_frame(tmp_path):
-    imageio = pytest.importorskip("imageio.v2")
+@pytest.fixture
+def videos(tmp_path):
     pytest.importorskip("imageio_ffmpeg")
-    videos = [tmp_path / f"{name}.mp4" for name in ("up", "down")]
-    for path, levels in zip(videos, (range(0, 250, 10), range(240, -1, -10)), strict=True):
+    paths = [tmp_path / f"{name}.mp4" for name in ("up", "down")]
+    for path, levels in zip(paths, (range(0, 250, 10), range(240, -1, -10)), strict=True):
         writer = VideoWriter(path, fps=20)
         for level in levels:
             writer.add(np.full((32, 48, 3), level))
         writer.close()
+    return paths
+
+
+def test_an_animation_shows_videos_side_by_side(tmp_path, videos):
+    image = pytest.importorskip("PIL.Image").open(animation(videos, tmp_path / "both.gif", every=6, height=16))
+    assert (image.size, image.n_frames, image.info["duration"]) == ((2 * 24 + GAP, 16), 5, 300)
+    image.seek(4)
+    last = np.asarray(image.convert("RGB")).astype(int)
+    np.testing.assert_allclose([last[8, 12].mean(), last[8, 40].mean()], [240, 0], atol=12)
+
+
+def test_a_contact_sheet_shows_first_and_last_frame(tmp_path, videos):
+    imageio = pytest.importorskip("imageio.v2")
     output = tmp_path / "sheets" / "sheet.png"
     command = [sys.executable, SCRIPT, "contact_sheet", *videos, "--columns", "3", "--output", output]
     ended = subprocess.run([str(part) for part in command], capture_output=True, text=True)

@@ -68,7 +68,9 @@ class LoadedPolicy:
         path: of the checkpoint.
         policy: the policy itself (`diffusion_rl.policies`), on normalised observations and actions.
         normalizer: bounds of observations and actions.
-        cond_steps, horizon_steps, act_steps: To, H and Ta.
+        cond_steps: To, observations that it sees.
+        horizon_steps: H, actions that it plans.
+        act_steps: Ta, actions of a plan that are executed.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any] | None = None, allow: Collection[str] = ()):

@@ -15,7 +15,7 @@ from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
 from diffusion_rl.reports.figures import learning_curve
-from diffusion_rl.reports.pictures import contact_sheet
+from diffusion_rl.reports.pictures import animation, contact_sheet
 from diffusion_rl.reports.plan_results import bars_of, plan_scores
 
 AddCommand = Callable[[argparse._SubParsersAction], None]
@@ -31,7 +31,7 @@ def main(more: Sequence[AddCommand] = ()) -> int:
     """
     parser = Arguments(description="Figures from run folders, each with a CSV of the numbers drawn.")
     commands = parser.add_subparsers(required=True, metavar="figure")
-    for add_command in (_learning_curve, _compare, _contact_sheet, _plan_scores, _lite, *more):
+    for add_command in (_learning_curve, _compare, _contact_sheet, _animation, _plan_scores, _lite, *more):
         add_command(commands)
 
     def draw() -> None:
@@ -89,6 +89,15 @@ def _contact_sheet(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--output", default="figure/contact_sheet.png", help="the PNG")
     command.add_argument("--columns", type=int, default=6, help="pictures of each video")
     command.set_defaults(draw=contact_sheet)
+
+
+def _animation(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("animation", help="videos side by side, as a GIF")
+    command.add_argument("videos", metavar="video", nargs="+", help="mp4 files, as a run's render/ holds them")
+    command.add_argument("--output", default="figure/animation.gif", help="the GIF")
+    command.add_argument("--every", type=int, default=3, help="show every n-th frame")
+    command.add_argument("--height", type=int, default=180, help="pixels")
+    command.set_defaults(draw=lambda command, **options: animation(**options))
 
 
 def _plan_scores(commands: argparse._SubParsersAction) -> None:

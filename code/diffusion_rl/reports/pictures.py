@@ -15,6 +15,7 @@ from diffusion_rl.core.files import atomic_file
 
 GAP = 4  # white pixels between pictures
 IN_A_ROW = 5
+COLOURS = 48  # of an animation
 
 
 def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
@@ -32,6 +33,44 @@ def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike
     with atomic_file(output) as file:
         imsave(file, sheet[:-GAP], format="png", metadata={"Description": command})
     return Path(output)
+
+
+def animation(videos: Sequence[str | os.PathLike], output: str | os.PathLike, every: int, height: int) -> Path:
+    """Writes a GIF of videos side by side, again and again; one that is over stands still until the others are.
+
+    Args:
+        every: shows each `every`-th frame, for as long as that many take in the first video.
+        height: of the pictures, in pixels.
+
+    Raises:
+        UserError: a video cannot be read.
+    """
+    from PIL import Image
+
+    shown = [[Image.fromarray(picture) for picture in frames(video)[::every]] for video in videos]
+    width = [round(height * pictures[0].width / pictures[0].height) for pictures in shown]
+    sheets = []
+    for i in range(max(map(len, shown))):
+        sheet = Image.new("RGB", (sum(width) + GAP * (len(width) - 1), height), "white")
+        for n, pictures in enumerate(shown):
+            small = pictures[min(i, len(pictures) - 1)].resize((width[n], height), Image.Resampling.LANCZOS)
+            sheet.paste(small, (sum(width[:n]) + GAP * n, 0))
+        sheets.append(sheet)
+    some = np.concatenate([np.asarray(sheets[i]) for i in (0, len(sheets) // 2, -1)])
+    palette = Image.fromarray(some).quantize(COLOURS)
+    drawn = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
+    with atomic_file(output) as file:
+        timing: dict[str, Any] = {"duration": round(1000 * every / _rate(videos[0])), "loop": 0}
+        drawn[0].save(file, format="GIF", save_all=True, append_images=drawn[1:], optimize=True, **timing)
+    return Path(output)
+
+
+def _rate(video: str | os.PathLike) -> float:
+    """Returns the frames a second of a video."""
+    import imageio.v2 as imageio
+
+    with imageio.get_reader(os.fspath(video)) as opened:
+        return float(opened.get_meta_data()["fps"])
 
 
 def frames(video: str | os.PathLike) -> list[np.ndarray]:
