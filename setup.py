@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "code/diffusion_rl/__init__
 
 MUJOCO = "mujoco>=3.1.6,<3.5"  # from 3.5 on the engine no longer follows MuJoCo 2.1.0's trajectories
 
-FIGURES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
+ORACLES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 DOWNLOAD = ["gdown>=6.5,<7"]  # earlier ones neither go on after a broken connection nor notice a short answer
 SWEEP = ["hydra-joblib-launcher>=1.2"]
 # What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
@@ -32,7 +32,7 @@ EXTRAS = {
     "d4rl": ["gymnasium>=1.0,<2", MUJOCO, "imageio", "d4rl==1.1", "gym==0.23.1", "mujoco-py==2.1.2.14"]
     + ["cython<3", "numpy<2", "packaging", "setuptools<70", "dm_control<1.0.37"],
     "download": DOWNLOAD,
-    "figures": FIGURES,
+    "figures": [],  # needs nothing more any longer
     "sweep": SWEEP,
     "submitit": ["hydra-submitit-launcher"],
     "parity": ["torch==2.13.0", "hypothesis", "einops", "pytest>=8"],
@@ -40,7 +40,7 @@ EXTRAS = {
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.21"],
     "ray": ["ray", "hydra-ray-launcher"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
-    + ["nbclient", "ipykernel", *DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
+    + ["nbclient", "ipykernel", *DOWNLOAD, *ORACLES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def main(overrides: Sequence[str] = ()) -> int:
     """Runs the demonstration; `overrides` (Hydra's syntax) go to the fine-tuning. Returns the exit status."""
     check(overrides)
     began = time.monotonic()
-    folder = Path("log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(os.environ.get("DPPO_LOG_DIR") or "log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
     print("1/4  evaluating the pre-trained Hopper policy", flush=True)
     before = evaluate(folder / "before")
     print(f"     return {before.episode_return:.0f}, mean of {before.episodes} episodes", flush=True)
