@@ -17,6 +17,7 @@ LINE_SHARE = 0.05  # … and after this share of the time since the beginning
 WARM_UP = 2  # turns that no estimate is made from: what they compile is not compiled again
 FIRST, COLUMN = 6, 9  # letters of the first column and of the others, at least
 HEADING_EVERY = 30  # lines
+COMPILING = "compiling"  # what begins so is shown at once
 
 
 class Progress:
@@ -72,13 +73,14 @@ class Progress:
             self._print_line()
 
     def doing(self, text: str = "") -> None:
-        """Says what takes time now, such as compiling; nothing: the usual."""
+        """Says what takes time now, such as "compiling …"; nothing: the usual."""
         if text == self._doing:
             return
         self._doing = text
         if self._bar is not None:
-            self._bar.set_description_str(self._where())
-        elif text:
+            waited = time.time() - self._bar.last_print_t > self._bar.mininterval  # loops may turn fast
+            self._bar.set_description_str(self._where(), refresh=waited or text.startswith(COMPILING))
+        elif text.startswith(COMPILING):
             self._print_line()
 
     def row(self, values: Mapping[str, Any]) -> None:

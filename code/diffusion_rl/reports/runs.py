@@ -318,6 +318,8 @@ def _algorithm_of(run: Run) -> str:
     name, _, variant = _short_name(run).partition(",")
     if run.algorithm in class_labels():
         return f"{class_labels()[run.algorithm]} {variant}".strip()
+    if stages := re.search(r"models\.\w+-online_(True|False)$", name):  # VAE + Diffusion RL's usual name of a job
+        return "latent diffusion, offline" + (", then online" if stages[1] == "True" else "")
     for word, algorithm in NAMES.items():
         if re.match(rf"{word}(_mlp|_unet|_img|_ta\d|$)", name):
             return f"{algorithm} {variant}".strip()

@@ -66,7 +66,7 @@ def task_title(name: str) -> str:
 
 
 def style_axes(panel: Any, x: str, y: str) -> None:
-    """Names the axes of a panel that is drawn; nothing that is never negative is shown without its zero."""
+    """Names the axes of a panel that is drawn, and lets them begin at zero: differences look as large as they are."""
     from matplotlib.ticker import EngFormatter
 
     panel.set_xlabel(axis_label(x))
@@ -75,8 +75,10 @@ def style_axes(panel: Any, x: str, y: str) -> None:
         panel.xaxis.set_major_formatter(EngFormatter(sep=" "))  # 500 k, 2 M
     if y == "success_rate":
         panel.set_ylim(-0.03, 1.03)
-    elif panel.get_ylim()[0] >= 0 or panel.dataLim.y0 >= 0:
+    elif panel.dataLim.y0 >= 0:
         panel.set_ylim(bottom=0)
+    elif panel.dataLim.y1 <= 0:
+        panel.set_ylim(top=0)
     if panel.get_xlim()[0] > 0:
         panel.set_xlim(left=0)
 

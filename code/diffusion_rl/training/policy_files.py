@@ -102,18 +102,20 @@ def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 def evaluation_of(settings: Mapping[str, Any], run: Path) -> str:
     """Returns the command that evaluates the policy of a run with a configuration that ships; empty: none fits it."""
     flat, network = flatten(settings), _network_of(settings["model"])
-    env_name, place = str(flat.get("env_name")), flat.get("env.name")
+    place, scales = flat.get("env.name"), flat.get("normalization_path")
+    where = f"{flat.get('env_name')} {scales} {flat.get('train_dataset_path')}"
     own_env = ":" in str(place)
     keys = [*SHAPE, "env.name", "normalization_path"] if own_env else SHAPE
     names = [name for name in shipped_configs() if name.startswith(f"{flat.get('suite')}/eval/")]
-    names.sort(key=lambda name: not env_name.startswith(name.split("/")[2].removesuffix("-v2")))
+    names.sort(key=lambda name: name.split("/")[2].removesuffix("-v2") not in where)
     for name in names:
         with contextlib.suppress(UserError):
             config = plain_copy(prepare(compose_job(name)))
             usual = flatten(config)
             own = [f"{key}={flat[key]}" for key in keys if key in usual and flat.get(key, usual[key]) != usual[key]]
             config = plain_copy(prepare(compose_job(name, own))) if own else config
-            if _network_of(config["model"]) == network and place in (None, config["env"]["name"]):
+            alike = _network_of(config["model"]) == network and place in (None, config["env"]["name"])
+            if alike and scales in (None, config.get("normalization_path")):
                 folder, _, file = name.rpartition("/")
                 path = f"'{run}'" if re.search(r"[^\w./-]", str(run)) else run
                 asked = [f"--config-name={file}", f"--config-dir=cfg/{folder}", f"base_policy_path={path}", *own]
