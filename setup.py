@@ -18,7 +18,7 @@ MUJOCO = "mujoco>=3.1.6,<5"
 # Robosuite's boxes settle differently on later ones than in the data here; gymnasium-robotics' kitchen fails there.
 OLDER_MUJOCO = "mujoco>=3.1.6,<3.5"
 
-FIGURES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
+ORACLES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 DOWNLOAD = ["gdown>=6.5,<7"]  # earlier ones neither go on after a broken connection nor notice a short answer
 SWEEP = ["hydra-joblib-launcher>=1.2"]
 # What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
@@ -43,7 +43,7 @@ EXTRAS = {
     "d4rl": ["gymnasium>=1.0,<2", MUJOCO, "imageio", "d4rl==1.1", "gym==0.23.1", "mujoco-py==2.1.2.14"]
     + ["cython<3", "numpy<2", "packaging", "setuptools<70", "dm_control<1.0.37"],
     "download": DOWNLOAD,
-    "figures": FIGURES,
+    "figures": [],  # needs nothing more any longer
     "sweep": SWEEP,
     "submitit": ["hydra-submitit-launcher"],
     "parity": ["torch==2.13.0", "hypothesis", "einops", "pytest>=8"],
@@ -52,7 +52,7 @@ EXTRAS = {
     "ray": ["ray", "hydra-ray-launcher"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
-    + ["nbclient", "ipykernel", "pyarrow", *DOWNLOAD, *FIGURES, *SWEEP, *ROBOSUITE_NEEDS],
+    + ["nbclient", "ipykernel", "pyarrow", *DOWNLOAD, *ORACLES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}

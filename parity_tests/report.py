@@ -1,7 +1,8 @@
 """How far this package is from the PyTorch reference: `make parity-report`, or `python parity_tests/report.py [DIR]`.
 
 Replays a folder of recordings in this process and writes figure/parity/parity.md and parity.png: for each rung of the
-ladder and each quantity, the worst deviation in float32 and in float64, beside the gate.
+ladder and each quantity, the worst deviation in float32 and in float64, beside the gate. summary.png has a line for
+each rung.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import logging
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 for _path in (ROOT, ROOT / "code"):
@@ -20,6 +23,7 @@ for _path in (ROOT, ROOT / "code"):
         sys.path.insert(0, str(_path))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from diffusion_rl.reports.style import COLOURS, csv_text, write_figure  # noqa: E402
 from parity_tests import tolerances  # noqa: E402
 from parity_tests.replay.compare import DEVIATIONS, Deviation, Mismatch  # noqa: E402
 from parity_tests.replay.dispatch import NotImplementedCase, replay  # noqa: E402
@@ -36,6 +40,9 @@ RUNGS = {
     7: "whole iterations",
 }
 EXACT = 1e-17  # where the picture puts what is bit-equal
+PRECISIONS = {"float32": COLOURS[1], "float64": COLOURS[0]}
+COMMAND = "make parity-report"
+CAPTION = "Each dot: the worst deviation of one quantity over all recorded cases; parity.md and parity.png name them."
 
 
 @dataclass
@@ -125,46 +132,74 @@ def markdown(rows: list[Row], counts: tuple[int, int, int], source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(rows: list[Row], path: Path) -> None:
+def picture(rows: list[Row], path: Path, command: str) -> None:
     """One line per quantity: both deviations, and the gates as strokes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     by_rung: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         by_rung[row.rung].append(row)
-    colours = {"float32": "#d1853b", "float64": "#2b6a99"}
+
+    def draw(figure: Any) -> None:
+        axes, labels, ticks, y = figure.subplots(), [], [], 0.0
+        for rung, members in by_rung.items():
+            y += 1.2
+            axes.text(EXACT, y, f"  {rung}  {RUNGS[rung]}", va="center", ha="left", fontsize=8, weight="bold")
+            for row in members:
+                y += 1
+                ticks.append(y)
+                labels.append(row.quantity)
+                _draw_row(axes, row, y)
+        axes.set_ylim(y + 0.8, 0.2)
+        _label(axes, ticks, labels, 7)
+
     height = 0.22 * (len(rows) + 1.2 * len(by_rung)) + 1.1
-    figure, axes = plt.subplots(figsize=(8.5, height))
-    labels, ticks, y = [], [], 0.0
-    for rung, members in by_rung.items():
-        y += 1.2
-        axes.text(EXACT, y, f"  {rung}  {RUNGS[rung]}", va="center", ha="left", fontsize=8, weight="bold")
-        for row in members:
-            y += 1
-            ticks.append(y)
-            labels.append(row.quantity)
-            axes.axhline(y, color="0.92", linewidth=0.7, zorder=0)
-            for dtype, colour in colours.items():
-                if dtype in row.worst:
-                    axes.plot(max(row.worst[dtype], EXACT), y, "o", color=colour, markersize=4.5)
-                    if row.gate[dtype] > 0:
-                        axes.plot(row.gate[dtype], y, "|", color=colour, markersize=9, markeredgewidth=1.6)
-    axes.set(xscale="log", xlim=(EXACT / 2, 1e-2), ylim=(y + 0.8, 0.2))
-    axes.set_yticks(ticks, labels, fontsize=7)
+    write_figure(draw, (8.5, height), path, _table(rows), command)
+
+
+def summary(rows: list[Row], path: Path, command: str) -> None:
+    """One line per rung: all quantities' deviations, and the rung's gates as strokes."""
+    rows = [row for row in rows if row.quantity != "the reference's own rounding"]
+
+    def draw(figure: Any) -> None:
+        axes, rungs = figure.subplots(), sorted({row.rung for row in rows})
+        for row in rows:
+            _draw_row(axes, row, rungs.index(row.rung))
+        axes.set_ylim(len(rungs) - 0.5, -0.5)
+        counts = [len([row for row in rows if row.rung == rung]) for rung in rungs]
+        names = [f"{RUNGS[rung]} ({count})" for rung, count in zip(rungs, counts, strict=True)]
+        _label(axes, range(len(rungs)), names, 8.5)
+
+    write_figure(draw, (8.5, 3.4), path, _table(rows), command, [CAPTION])
+
+
+def _draw_row(axes: Any, row: Row, y: float) -> None:
+    for dtype, colour in PRECISIONS.items():
+        above = y + (0.16 if dtype == "float32" else -0.16)
+        if dtype in row.worst:
+            axes.plot(max(row.worst[dtype], EXACT), above, "o", color=colour, markersize=4, alpha=0.7)
+            if row.gate[dtype] > 0:
+                axes.plot(row.gate[dtype], above, "|", color=colour, markersize=8, markeredgewidth=1.6)
+
+
+def _label(axes: Any, ticks: Sequence[float], labels: Sequence[str], size: float) -> None:
+    from matplotlib.lines import Line2D
+
+    axes.set(xscale="log", xlim=(EXACT / 2, 1e-2))
+    axes.set_yticks(ticks, labels, fontsize=size)
     axes.set_xticks([EXACT, *(10.0**k for k in range(-16, -1, 2))], ["exact", *(f"1e{k}" for k in range(-16, -1, 2))])
-    axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("worst deviation from the PyTorch reference (dot) and gate (stroke)", fontsize=8)
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=c, label=d) for d, c in colours.items()]
-    axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncol=2, frameon=False, fontsize=8)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.set_xlabel("worst deviation from the PyTorch reference (dot) and gate (stroke)")
+    axes.spines["left"].set_visible(False)
+    handles = [Line2D([], [], marker="o", linestyle="", color=c, label=d) for d, c in PRECISIONS.items()]
+    axes.figure.legend(handles=handles, loc="outside upper right", ncols=2)
+
+
+def _table(rows: list[Row]) -> str:
+    columns = ["rung", "quantity", "cases", "float32", "gate_float32", "float64", "gate_float64"]
+    lines: list[Sequence[Any]] = [columns]
+    for row in rows:
+        pairs = [(row.worst.get(dtype, ""), row.gate.get(dtype, "")) for dtype in PRECISIONS]
+        lines.append([row.rung, row.quantity, len(row.cases), *pairs[0], *pairs[1]])
+    return csv_text(lines, "make parity-report")
 
 
 def main() -> int:
@@ -180,7 +215,8 @@ def main() -> int:
     source = "the shipped folder" if arguments.folder == GOLDENS else "another folder"
     text = markdown(rows, (len(passed) + len(failed), len(failed), len(missing)), source)
     (arguments.output / "parity.md").write_text(text, encoding="utf-8")
-    picture(rows, arguments.output / "parity.png")
+    picture(rows, arguments.output / "parity.png", COMMAND)
+    summary(rows, arguments.output / "summary.png", COMMAND)
     for rung in RUNGS:
         worst = {
             d: max((r.worst[d] for r in rows if r.rung == rung and d in r.worst), default=0.0)
@@ -192,7 +228,7 @@ def main() -> int:
             f"float64 {worst['float64']:.1e} (gate {double:.0e})"
         )
     print(f"{len(passed)} passed, {len(failed)} failed, {len(missing)} not implemented")
-    print(f"written: {arguments.output / 'parity.md'}, {arguments.output / 'parity.png'}")
+    print(f"written: {arguments.output / 'parity.md'}, parity.png and summary.png beside it")
     return 1 if failed else 0
 
 

@@ -10,44 +10,49 @@ import pytest
 from test_figures import make_run, png_text, read_csv
 
 from diffusion_rl.config.compose import compose, shipped_configs
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports import compare as comparison
 from diffusion_rl.reports import published
-from diffusion_rl.reports.figures import Run, read_run
+from diffusion_rl.reports.runs import Run, class_labels, iqm_and_interval, read_run
 
 SCRIPT = Path(__file__).resolve().parents[1] / "script" / "make_figures.py"
 DPPO = "hopper-medium-v2_ppo_diffusion_mlp_ta4_td20_tdf10"
 
 
-@pytest.fixture
-def rliable():
-    return pytest.importorskip("rliable.library", reason='needs pip install -e ".[figures]"')
-
-
-def test_interquartile_mean_by_hand_and_as_rliable_has_it(rliable):
-    from rliable import metrics
-
+def test_interquartile_mean_by_hand():
     values = np.array([[0.0, 4.0], [10.0, 2.0], [20.0, 1.0], [1000.0, 3.0]])
-    iqm, low, high = comparison.iqm_and_interval(values)
+    iqm, low, high = iqm_and_interval(values)
     np.testing.assert_array_equal(iqm, [15.0, 2.5])  # the middle two of four
-    assert [metrics.aggregate_iqm(values[:, [point]]) for point in (0, 1)] == list(iqm)
     # Resampling 4 seeds, the middle two of a sample are at most 1000 and at least 0.
     assert (low >= [0, 1]).all() and (low < iqm).all() and (iqm < high).all() and (high <= [1000, 4]).all()
 
 
-def test_intervals_are_the_same_in_every_call_and_hold_the_true_mean_about_95_times_in_100(rliable):
+def test_interquartile_means_and_intervals_are_those_of_rliable():
+    library = pytest.importorskip("rliable.library")
+    metrics = pytest.importorskip("rliable.metrics")
+    values = np.random.default_rng(1).normal(size=(10, 3))
+    iqm, low, high = iqm_and_interval(values)
+    for point in range(3):
+        scores = {"": values[:, [point]]}
+        centre, interval = library.get_interval_estimates(
+            scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=20000
+        )
+        assert iqm[point] == pytest.approx(centre[""][0])
+        np.testing.assert_allclose([low[point], high[point]], interval[""][:, 0], atol=0.1)  # of resampling
+
+
+def test_intervals_are_the_same_in_every_call_and_hold_the_true_mean_about_95_times_in_100():
     samples = np.random.default_rng(0).normal(size=(10, 200))  # 200 experiments of 10 seeds, true mean 0
-    _, low, high = comparison.iqm_and_interval(samples)
-    again = comparison.iqm_and_interval(samples)
+    _, low, high = iqm_and_interval(samples)
+    again = iqm_and_interval(samples)
     np.testing.assert_array_equal(low, again[1])
     np.testing.assert_array_equal(high, again[2])
     covered = np.mean((low < 0) & (high > 0))
     assert 0.82 < covered <= 1.0, covered  # percentile intervals of so few seeds are somewhat narrow
 
 
-def test_a_point_uses_the_seeds_that_have_it(rliable):
+def test_a_point_uses_the_seeds_that_have_it():
     values = np.array([[1.0, 1.0, 1.0], [2.0, 2.0, np.nan], [3.0, np.nan, np.nan]])
-    iqm, low, high = comparison.iqm_and_interval(values)
+    iqm, low, high = iqm_and_interval(values)
     np.testing.assert_array_equal(iqm, [2.0, 1.5, 1.0])
     assert not np.isnan(low[0]) and np.isnan(low[1:]).all() and np.isnan(high[1:]).all()
 
@@ -94,7 +99,7 @@ def test_every_fine_tuning_run_has_the_label_of_its_algorithm(config):
     """Runs of the algorithms that have several names in one task keep them: they are different experiments."""
     cfg = compose(config)
     run = Run(Path(cfg.name), cfg.name, cfg.env_name, "0", [], cfg.model._target_.rpartition(".")[2])
-    assert comparison.algorithm_labels([run]) == [comparison.class_labels()[run.algorithm]]
+    assert comparison.algorithm_labels([run]) == [class_labels()[run.algorithm]]
 
 
 def test_the_class_of_the_model_is_read_from_the_configuration(tmp_path):
@@ -132,7 +137,7 @@ def figure_of(tmp_path, **options):
     return comparison.compare(runs, tmp_path / "out" / "figure.png", command="python x", **options)
 
 
-def test_the_figure_has_its_numbers_command_and_published_values_beside_it(tmp_path, rliable):
+def test_the_figure_has_its_numbers_command_and_published_values_beside_it(tmp_path):
     path, tables = figure_of(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG") and png_text(path)["Description"] == "python x"
     text = path.with_suffix(".csv").read_text()
@@ -156,7 +161,7 @@ def test_the_figure_has_its_numbers_command_and_published_values_beside_it(tmp_p
     assert "DAWR" not in text
 
 
-def test_tables(tmp_path, rliable):
+def test_tables(tmp_path):
     _, tables = figure_of(tmp_path)
     markdown, latex = tables.split("\n\n")
     lines = markdown.splitlines()
@@ -166,7 +171,7 @@ def test_tables(tmp_path, rliable):
     assert r"IQM [95\% interval]" in latex and latex.count(r" \\") == 4 and r"\end{tabular}" in latex
 
 
-def test_which_published_values(tmp_path, rliable):
+def test_which_published_values(tmp_path):
     none, _ = figure_of(tmp_path, references="none")
     assert "published" not in none.with_suffix(".csv").read_text()
     every, _ = figure_of(tmp_path, references="all", tasks=["hopper-medium-v2"])
@@ -177,13 +182,13 @@ def test_which_published_values(tmp_path, rliable):
     assert "published" not in by_iteration.with_suffix(".csv").read_text()
 
 
-def test_labels_rename_or_regroup(tmp_path, rliable):
+def test_labels_rename_or_regroup(tmp_path):
     path, _ = figure_of(tmp_path, labels=["ours", "another", "ours"])  # one for each name
     labels = [row["label"] for row in read_csv(path.with_suffix(".csv"))]
     assert labels == ["ours"] * 2 + ["another"] * 2 + ["ours"]
 
 
-def test_success_rates_are_drawn_where_they_are_what_is_published(tmp_path, rliable):
+def test_success_rates_are_drawn_where_they_are_what_is_published(tmp_path):
     folder = tmp_path / "lift_ppo_diffusion_mlp_ta4_td20_tdf10" / "2026-01-01_00-00-00_0"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"name: {folder.parent.name}\nenv_name: lift\nseed: 0\n")
@@ -196,7 +201,7 @@ def command(*arguments):
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
 
 
-def test_the_command(tmp_path, rliable):
+def test_the_command(tmp_path):
     folder = make_run(tmp_path, DPPO)
     output = tmp_path / "figure.png"
     ended = command("compare", "--task", "hopper", folder, "--output", output, "--table")
@@ -220,12 +225,6 @@ def test_what_cannot_be_drawn_is_one_line_and_exit_status_2(tmp_path, options, m
     ended = command("compare", folder, "--output", tmp_path / "out" / "figure.png", *options)
     assert ended.returncode == 2 and message in ended.stderr and ended.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_without_rliable_one_line_names_the_cure(monkeypatch):
-    monkeypatch.setitem(sys.modules, "rliable", None)
-    with pytest.raises(UserError, match=r'need rliable: pip install -e "\.\[figures\]"'):
-        comparison.iqm_and_interval(np.zeros((3, 2)))
 
 
 def test_the_published_files_are_tables():

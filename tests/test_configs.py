@@ -12,11 +12,17 @@ from omegaconf import OmegaConf
 from diffusion_rl.cli import app
 from diffusion_rl.cli.status import line_for_user
 from diffusion_rl.config import command_line
-from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY, compose, shipped_configs
+from diffusion_rl.config.compose import CONFIG_ROOT, REPOSITORY, compose, compose_job, plain_copy, shipped_configs
 from diffusion_rl.config.instantiate import calc, find_class, flatten, instantiate, instantiate_trusted, targets
 from diffusion_rl.config.keys import KEYS, check_arguments, check_keys
 from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import Interrupted, UserError
+from diffusion_rl.methods.diffuser import options as diffuser
+from diffusion_rl.methods.diffuser_lite import options as diffuser_lite
+from diffusion_rl.methods.vae_latent import options as vae_latent
+from diffusion_rl.training.policy_files import evaluation_of
+from diffusion_rl.training.run_dir import RunDir
+from diffusion_rl.training.state_files import StateFiles
 
 HOPPER = ["--config-dir=cfg/gym/finetune/hopper-v2", "--config-name=ft_ppo_diffusion_mlp"]
 PARAMETERS = json.loads((REPOSITORY / "parity_tests/goldens/config_parameters.json").read_text())
@@ -465,3 +471,57 @@ def test_too_little_memory_is_one_line():
     for error in (MemoryError("Unable to allocate 3 PiB"), ResourceExhaustedError("OOM when\nallocating")):
         line = line_for_user(error, app.SMALLER)
         assert line and line.startswith("not enough memory (") and "train.batch_size" in line and "\n" not in line
+
+
+HOPPER = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
+
+
+@pytest.mark.parametrize(("own", "name"), [([], "MyEnv-v0"), (["env_name=mine"], "mine")])
+def test_a_run_in_an_environment_of_ones_own_is_named_after_it(own, name):
+    usual = flatten(plain_copy(compose_job(HOPPER)))
+    config = app.prepare(compose_job(HOPPER, ["env.name=my_package:MyEnv-v0", "obs_dim=7", *own]), usual)
+    assert config.env_name == name and config.name.startswith(f"{name}_ppo_") and f"/{name}_ppo_" in config.logdir
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "evaluation"),
+    [
+        (HOPPER, [], ["eval_diffusion_mlp", "gym/eval/hopper-v2"]),
+        (HOPPER, ["act_steps=2"], ["eval_diffusion_mlp", "gym/eval/hopper-v2", "act_steps=2"]),
+        ("d3il/pretrain/avoid_m2/pre_gmm_mlp", [], ["eval_gmm_mlp", "d3il/eval/avoid_m2"]),
+        (HOPPER, ["model.actor.mlp_dims=[8,8,8]"], []),
+    ],
+)
+def test_a_run_knows_the_command_that_evaluates_it(config, overrides, evaluation, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    settings = plain_copy(app.prepare(compose_job(config, overrides)))
+    words = evaluation_of(settings, Path("log/x")).split()
+    if not evaluation:
+        assert not words
+        return
+    name, folder, *own = evaluation
+    asked = [f"--config-name={name}", f"--config-dir=cfg/{folder}", "base_policy_path=log/x"]
+    assert words == ["python", "script/run.py", *asked, *own]
+
+
+def test_one_variable_moves_what_all_programs_write(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPPO_LOG_DIR", str(tmp_path))
+    assert app.prepare(compose_job(HOPPER)).logdir.startswith(str(tmp_path))
+    assert diffuser.parse_command("train", []).logbase == str(tmp_path / "logs")
+    assert diffuser.parse_command("train", ["--logbase", "here"]).logbase == "here"
+    assert diffuser_lite.parse("mujoco", []).results_dir == str(tmp_path / "results")
+    assert vae_latent.settings({"env_type": "toy", "dataset": "toy"})["logbase"] == str(tmp_path / "logs")
+
+
+def test_a_run_that_fails_before_its_first_row_leaves_nothing(tmp_path):
+    folder = tmp_path / "name" / "date"
+    with pytest.raises(ValueError), RunDir(folder, {"seed": 1}, StateFiles("a kind", {})) as run_dir:
+        run_dir.begin()
+        assert (folder / "config.yaml").is_file()
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError), RunDir(folder, {"seed": 1}, StateFiles("a kind", {})) as run_dir:
+        run_dir.begin()
+        run_dir.log({"itr": 0, "kind": "train", "loss": 1.0})
+        raise ValueError
+    assert (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()

@@ -16,7 +16,7 @@ from diffusion_rl.cli import app
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.export import saved
 from diffusion_rl.methods import off_policy
-from diffusion_rl.reports import compare
+from diffusion_rl.reports import runs
 from diffusion_rl.training.checkpoint import load_checkpoint
 
 ALGORITHM, ENVIRONMENT, NETWORK = map(files, ("own_algorithm.md", "own_environment.md", "own_network.md"))
@@ -66,7 +66,7 @@ def test_an_off_policy_algorithm_is_one_module_and_one_yaml_file(tmp_path, add, 
     evaluate = ["--config-dir=cfg/gym/eval/hopper-v2", "--config-name=eval_diffusion_mlp"]
     assert app.main([*evaluate, *small, *folders, f"base_policy_path={state}"]) == 0, capsys.readouterr().err
     if inside:
-        assert compare.declaring(off_policy.__name__, "LABEL")[f"{module}.Choosy"] == "Choosy imitation"
+        assert runs.declaring(off_policy.__name__, "LABEL")[f"{module}.Choosy"] == "Choosy imitation"
         assert saved.export_policy(state, "savedmodel").kind == "choosy"
 
 

@@ -1,6 +1,7 @@
 """Learning curves: the numbers drawn, how runs are grouped, and what is said to someone who names a wrong folder."""
 
 import csv
+import json
 import math
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.video import VideoWriter
 from diffusion_rl.reports import figures
+from diffusion_rl.reports import runs as run_tables
 from diffusion_rl.reports.metrics import MetricsWriter
 from diffusion_rl.reports.pictures import GAP, animation
 
@@ -49,7 +51,7 @@ def test_mean_and_interval_by_hand():
     # Three seeds 1, 2, 3: mean 2, standard deviation 1, half width 4.303 / sqrt(3) = 2.4843 (Student, 2 degrees).
     # Two seeds 1, 3: mean 2, deviation sqrt(2), half width 12.706 * sqrt(2) / sqrt(2) = 12.706.
     values = np.array([[1.0, 1.0, 5.0], [2.0, 3.0, np.nan], [3.0, np.nan, np.nan]])
-    mean, low, high = figures.mean_and_interval(values)
+    mean, low, high = run_tables.mean_and_interval(values)
     np.testing.assert_allclose(mean, [2, 2, 5])
     np.testing.assert_allclose(high[:2] - mean[:2], [4.303 / math.sqrt(3), 12.706])
     np.testing.assert_allclose(mean[:2] - low[:2], high[:2] - mean[:2])
@@ -58,7 +60,7 @@ def test_mean_and_interval_by_hand():
 
 @pytest.mark.parametrize(("degrees", "exact"), [(1, 12.706), (9, 2.262), (21, 2.0796), (30, 2.0423), (100, 1.9840)])
 def test_student_quantiles(degrees, exact):
-    assert figures.student_t(degrees) == pytest.approx(exact, abs=0.005)
+    assert run_tables.student_t(degrees) == pytest.approx(exact, abs=0.005)
 
 
 def test_csv_has_the_numbers_of_the_figure_and_the_command(tmp_path):
@@ -74,15 +76,15 @@ def test_csv_has_the_numbers_of_the_figure_and_the_command(tmp_path):
 
 
 def test_same_name_is_one_line_and_labels_rename_or_regroup(tmp_path):
-    runs = [figures.read_run(make_run(tmp_path, name, seed=seed)) for name in ("a", "b") for seed in (1, 2)]
-    assert {key: len(group) for key, group in figures.group_runs(runs, None).items()} == {
+    runs = [run_tables.read_run(make_run(tmp_path, name, seed=seed)) for name in ("a", "b") for seed in (1, 2)]
+    assert {key: len(group) for key, group in run_tables.group_runs(runs, None).items()} == {
         ("a", "hopper-medium-v2"): 2,
         ("b", "hopper-medium-v2"): 2,
     }
-    assert [key[0] for key in figures.group_runs(runs, ["A", "B"])] == ["A", "B"]
-    assert [len(group) for group in figures.group_runs(runs, ["x", "y", "y", "y"]).values()] == [1, 3]
+    assert [key[0] for key in run_tables.group_runs(runs, ["A", "B"])] == ["A", "B"]
+    assert [len(group) for group in run_tables.group_runs(runs, ["x", "y", "y", "y"]).values()] == [1, 3]
     with pytest.raises(UserError, match="3 labels for 4 runs with 2 names"):
-        figures.group_runs(runs, ["x", "y", "z"])
+        run_tables.group_runs(runs, ["x", "y", "z"])
 
 
 def test_tasks_are_never_averaged_with_each_other(tmp_path):
@@ -99,6 +101,31 @@ def test_a_seed_that_was_run_twice_counts_twice(tmp_path):
     assert (row["n_seeds"], row["mean"], row["seed_42"], row["seed_42 (2)"]) == ("2", "2", "1", "3")
 
 
+def test_a_figure_is_drawn_again_from_its_table(tmp_path):
+    folders = [make_run(tmp_path, seed=seed, returns=(1.0 + seed, 2.0 + seed)) for seed in (0, 1, 2)]
+    first = figures.learning_curve(folders, tmp_path / "first.png").with_suffix(".csv")
+    second = figures.learning_curve([first], tmp_path / "second.png").with_suffix(".csv")
+    assert read_csv(first) == read_csv(second) and len(read_csv(first)) == 2
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is no table of curves"):
+        figures.learning_curve([tmp_path / "other.csv"], tmp_path / "third.png")
+
+
+def test_a_caption_says_what_is_seen_the_seeds_and_the_command(tmp_path):
+    folders = [make_run(tmp_path, "hopper-medium-v2_ppo_diffusion_mlp_ta4", seed=seed) for seed in (3, 5)]
+    lines = figures.learning_curve(folders, tmp_path / "c.png", command="python x").with_suffix(".txt").read_text()
+    assert "Seeds, hopper-medium-v2: 3, 5 of DPPO\n" in lines and lines.endswith("Made by: python x\n")
+
+
+def test_a_seed_that_ends_early_does_not_turn_the_line_back(tmp_path):
+    long, short = make_run(tmp_path, seed=1, returns=(1.0, 2.0, 3.0)), make_run(tmp_path, seed=2, returns=(1.0, 2.0))
+    rows = [{"itr": i, "kind": "eval", "env_steps": n, "episode_return": 1.0} for i, n in enumerate((0, 400000))]
+    (short / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = read_csv(figures.learning_curve([long, short], tmp_path / "c.png").with_suffix(".csv"))
+    steps = [float(row["env_steps"]) for row in drawn]
+    assert len(steps) == 3 and steps == sorted(steps)
+
+
 def test_rows_without_a_return_and_a_shorter_seed_are_fine(tmp_path):
     runs = [
         make_run(tmp_path, seed=1, returns=(math.nan, 2.0, 4.0), kind="train"),
@@ -111,7 +138,7 @@ def test_rows_without_a_return_and_a_shorter_seed_are_fine(tmp_path):
 def test_a_run_folder_without_a_config_is_named_after_its_folder(tmp_path):
     folder = make_run(tmp_path, "some_name", seed=7)
     (folder / "config.yaml").unlink()
-    run = figures.read_run(folder)
+    run = run_tables.read_run(folder)
     assert (run.name, run.seed, run.task) == ("some_name", "7", "")
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -275,49 +276,65 @@ def test_wandb_that_is_missing_names_the_cure(tmp_path, monkeypatch):
         writer(tmp_path, wandb={"entity": "me"})
 
 
-def test_progress_away_from_a_terminal_is_a_few_plain_lines():
+def test_progress_away_from_a_terminal_is_a_few_plain_lines(capsys):
     stream = io.StringIO()
-    with Progress(total=1000, label="fine-tuning", stream=stream) as progress:
+    with Progress(total=1000, label="fine-tuning", unit="iteration", units=10, stream=stream) as progress:
         for k in range(1000):
-            progress.update(episode_return=1000.0 + k, loss=0.0123456)
+            progress.update(turn=k % 10 == 9)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 1
-    assert lines[0] == "fine-tuning: 1000/1000, 0 s elapsed, episode return 1999.0, loss 0.0123"
+    assert lines == ["fine-tuning, iteration 100 of 100: 100%, 0 s elapsed"]
 
 
-def test_progress_is_sparse_however_long_the_run(monkeypatch):
+def test_progress_is_sparse_however_long_the_run_and_estimates_nothing_from_what_compiles(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     stream = io.StringIO()
     with Progress(total=36000, label="pre-training", stream=stream) as progress:
+        progress.doing("compiling")
+        clock[0] += 1000.0
+        progress.doing()
         for _ in range(36000):
             clock[0] += 1.0
             progress.update()
     lines = stream.getvalue().splitlines()
     assert 10 <= len(lines) <= 150
-    assert lines[0] == "pre-training: 10/36000, 10 s elapsed, about 9:59:50 left"
+    assert lines[0] == "pre-training, compiling: 0%, 0 s elapsed" and "left" not in lines[1]
+    assert re.fullmatch(r"pre-training: 0%, 17:3\d elapsed, about 9:59:\d\d left", lines[2]), lines[2]
 
 
-def test_the_last_values_are_shown_once_even_if_they_come_after_the_last_step():
-    stream = io.StringIO()
-    with Progress(total=2, label="fine-tuning", stream=stream) as progress:
-        progress.update(2)
-        progress.update(0, train_return=1500.0)
-    assert stream.getvalue() == "fine-tuning: 2/2, 0 s elapsed, train return 1500.0\n"
+def test_rows_stand_below_their_headings(capsys):
+    with Progress(total=2, label="demo", stream=io.StringIO()) as progress:
+        progress.row({"itr": 0, "kind": "eval", "return": 1432.123, "seconds": 1.0})
+        progress.row({"itr": 1, "kind": "train", "return": None, "seconds": 12.34, "loss": -0.00123})
+        progress.row({"itr": 2, "kind": "eval", "return": 1500, "seconds": 1.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "   itr     kind   return  seconds",
+        "     0     eval   1432.1        1",
+        "   itr     kind   return  seconds     loss",
+        "     1    train        -     12.3 -0.00123",
+        "     2     eval     1500        1        -",
+    ]
 
 
-def test_progress_on_a_terminal_is_a_bar_with_live_values():
+@pytest.mark.parametrize("columns", [80, 120])
+def test_progress_on_a_terminal_fits_its_width(columns, monkeypatch, capsys):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
+    monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
-    with Progress(total=2, label="demo", stream=stream) as progress:
-        progress.update(episode_return=1432.0)
+    monkeypatch.setattr("tqdm.utils._environ_cols_wrapper", lambda: lambda file: columns)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (columns, 30))
+    with Progress(total=4, label="fine-tuning", unit="iteration", stream=stream) as progress:
+        progress.doing("compiling the update")
+        for _ in range(4):
+            progress.update()
         progress.note("a line")
-        progress.update(episode_return=1500.0)
-    assert "episode return 1500.0" in stream.getvalue() and "\ra line\n" in stream.getvalue().replace("\x1b[A", "")
-    assert "2/2" in stream.getvalue()
+    shown = stream.getvalue()
+    assert "fine-tuning, iteration 1 of 4, compiling the update" in shown
+    assert max(map(len, re.split(r"[\r\n]", shown.replace("\x1b[A", "")))) <= columns
+    assert "a line" in capsys.readouterr().out
 
 
 def test_duration():

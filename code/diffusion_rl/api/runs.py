@@ -14,6 +14,7 @@ import numpy as np
 from diffusion_rl.api.policy import LoadedPolicy, load_policy
 from diffusion_rl.cli import app
 from diffusion_rl.config.compose import CONFIG_ROOT, compose_job, plain_copy, shipped_configs
+from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.config.schema import near_words
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
@@ -107,7 +108,7 @@ def train(
     """
     cfg = compose_job(config, overrides, folder=folder)
     with observed(on_row):
-        app.run(cfg, plain_copy(compose_job(config, folder=folder)))
+        app.run(cfg, flatten(plain_copy(compose_job(config, folder=folder))))
     return Path(cfg["logdir"])
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ from diffusion_rl.methods.diffuser.trainer import DiffuserTrainer
 from diffusion_rl.methods.diffuser.training import DiffuserSettings, DiffuserTraining
 from diffusion_rl.networks.temporal_unet import require_horizon
 from diffusion_rl.reports.pictures import contact_sheet, save_maze, save_samples
+from diffusion_rl.reports.progress import say
 from diffusion_rl.tasks.registry import normalized_score, score, task_named
-from diffusion_rl.training.continuation import Spelling
+from diffusion_rl.training.continuation import Spelling, program
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir
 
@@ -94,7 +96,7 @@ def train_model(
     options.seed = recorded_seed(options) if options.seed is None else options.seed
     rng, files = NoiseSource(seed_of(options)), ExperimentFiles(options, description)
     drawn = bool(options.sample_freq)
-    renderer = Renderer(options.renderer, options.dataset, Path(options.savepath), _say) if drawn else None
+    renderer = Renderer(options.renderer, options.dataset, Path(options.savepath), say) if drawn else None
     try:
         with initial_weights(rng):
             model = description.build()
@@ -105,8 +107,7 @@ def train_model(
         dataset,
         rng,
         DiffuserSettings.of(options),
-        run_dir=RunDir(options.savepath, files.settings, files, SPELLING),
-        say=_say,
+        run_dir=RunDir(options.savepath, files.settings, files, replace(SPELLING, evaluate=_planning(options))),
         renderer=renderer,
         picture_rng=NoiseSource(options.seed + 1),
     )
@@ -116,8 +117,14 @@ def train_model(
     run.run()
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _planning(options: Options) -> str:
+    """Returns the command that plans with what these options train."""
+    kind = str(options.prefix).partition("/")[0]
+    script = {"kuka": "plan_kuka", "maze2d": "plan_maze2d"}.get(str(options.config).rpartition(".")[2])
+    script = script or ("plan_guided" if kind == "values" else "plan_unguided")
+    words = ["--dataset", options.dataset, "--config", options.config, "--logbase", options.logbase]
+    words += ["--horizon", str(options.horizon), "--n_diffusion_steps", str(options.n_diffusion_steps)]
+    return program(f"scripts/{script}.py", *map(str, words))
 
 
 def seed_of(options: Options) -> int:

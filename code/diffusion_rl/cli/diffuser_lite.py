@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from diffusion_rl.networks.inverse_dynamics import InverseDynamics
 from diffusion_rl.networks.iql import StateValue
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.tasks.registry import dims_of, normalized_score, steps_of
-from diffusion_rl.training.continuation import Spelling
+from diffusion_rl.training.continuation import Spelling, program
 from diffusion_rl.training.locks import locked
 from diffusion_rl.training.run_dir import RunDir
 
@@ -48,24 +49,26 @@ SPELLING = Spelling(GO_ON, "name another results_dir", GO_ON)
 
 def mujoco(arguments: Sequence[str]) -> None:
     """Runs `pipelines/diffuserlite_d4rl_mujoco.py`."""
-    Pipeline(parse("mujoco", arguments)).run()
+    Pipeline("mujoco", arguments).run()
 
 
 def kitchen(arguments: Sequence[str]) -> None:
     """Runs `pipelines/diffuserlite_d4rl_kitchen.py`."""
-    Pipeline(parse("kitchen", arguments)).run()
+    Pipeline("kitchen", arguments).run()
 
 
 def antmaze(arguments: Sequence[str]) -> None:
     """Runs `pipelines/diffuserlite_d4rl_antmaze.py`."""
-    Pipeline(parse("antmaze", arguments)).run()
+    Pipeline("antmaze", arguments).run()
 
 
 class Pipeline:
-    """One mode of one task."""
+    """One mode of one task of a domain ("mujoco", "kitchen", "antmaze"), with the arguments of its command line."""
 
-    def __init__(self, options: LiteOptions):
-        self.options, self.folder, self.results = options, options.folder, Path(options.results_dir)
+    def __init__(self, kind: str, arguments: Sequence[str]):
+        options: LiteOptions = parse(kind, arguments)
+        self.arguments, self.options = arguments, options
+        self.folder, self.results = options.folder, Path(options.results_dir)
         self.kind, self.name, self.domain = options.kind, options.env_name, DOMAINS[options.kind]
         self.rng = NoiseSource(options.seed)
         self.shapes = level_shapes(self.domain.horizons)
@@ -237,12 +240,18 @@ class Pipeline:
         settings = {"name": o.pipeline_name, "env_name": self.name, **vars(o)}
         state_files = files.PipelineFiles(self.folder, settings, steps, save, log, self.backup)
         folder = self.folder if mode == "training" else self.folder / mode
-        run_dir = RunDir(folder, settings, state_files, SPELLING)
+        run_dir = RunDir(folder, settings, state_files, replace(SPELLING, evaluate=self._acting()))
         intervals = {"log_interval": o.log_interval, "save_interval": o.save_interval}
         build(steps=steps, run_dir=run_dir, record=log.add, **intervals).run()
         curves = lite_figures.by_name(list(log.rows.values()))
         lite_figures.plot_loss_curves(curves, self.results / lite_figures.FIGURES)
         self.backup()
+
+    def _acting(self) -> str:
+        """Returns the command that acts with what this mode trains."""
+        words = [word for word in self.arguments if not word.startswith(("mode=", "test_model="))]
+        model = ["test_model=R2"] if self.options.mode == "reflow" else []
+        return program(f"pipelines/diffuserlite_d4rl_{self.kind}.py", *words, "mode=inference", *model)
 
     # ---------- modes that act ----------
 

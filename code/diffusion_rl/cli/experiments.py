@@ -31,7 +31,7 @@ from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read
 from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
-from diffusion_rl.core.files import read_json, write_json
+from diffusion_rl.core.files import output_folder, read_json, write_json
 from diffusion_rl.core.places import here_or_shipped
 from diffusion_rl.reports.progress import duration
 from diffusion_rl.training import signals
@@ -342,7 +342,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(list(arguments))
     gpu, spec = gpu_number(parsed.gpu), read_spec(Path(parsed.experiment))
     runs = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
-    root = Path("logs") / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
+    root = Path(output_folder("logs")) / "variants" / f"variants-for-{spec['meta_data']['exp_name']}"
     for variant in runs:  # what cannot be started is said before anything is written
         command = command_of(variant, root / f"{variant['exp_id']}.yaml", gpu)
         if parsed.dry_run:

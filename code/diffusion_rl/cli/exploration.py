@@ -11,6 +11,7 @@ import numpy as np
 from diffusion_rl.cli import app
 from diffusion_rl.cli.figures import OUTPUT, with_table
 from diffusion_rl.config.compose import Config, compose_job
+from diffusion_rl.core.files import output_folder
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources.d3il import MODE_SETS
@@ -25,7 +26,7 @@ def add_command(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--mode", action="append", choices=sorted(MODE_SETS), help="a row each; default: all")
     command.add_argument("--policy", action="append", choices=POLICIES, help="a column each; default: all")
     command.add_argument("--paths", type=int, default=50, help="environments, one path each")
-    command.add_argument("--output", default="figure/d3il/exploration.png", help=OUTPUT)
+    command.add_argument("--output", default=output_folder("figure/d3il/exploration.png"), help=OUTPUT)
     command.add_argument("override", nargs="*", help="of the fine-tuning configurations, seed=1 for instance")
     command.set_defaults(draw=_draw)
 

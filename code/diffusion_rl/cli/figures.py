@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.overrides import Arguments
+from diffusion_rl.core.files import output_folder
 from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
@@ -51,7 +52,7 @@ def _add_common(command: argparse.ArgumentParser, output: str, x: str | None) ->
     command.add_argument(
         "run_folders", metavar="run_folder", nargs="+", help="log/<suite>-<stage>/<name>/<date>_<seed>"
     )
-    command.add_argument("--output", default=output, help=OUTPUT)
+    command.add_argument("--output", default=output_folder(output), help=OUTPUT)
     command.add_argument("--x", default=x, help="env_steps, itr, epoch or any other column of the metrics")
     label = "legend text: once for each name, or once for each run"
     command.add_argument("--label", dest="labels", metavar="LABEL", action="append", help=label)
@@ -86,7 +87,7 @@ def _compare(commands: argparse._SubParsersAction) -> None:
 def _contact_sheet(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("contact_sheet", help="videos at a glance: a row of pictures for each")
     command.add_argument("videos", metavar="video", nargs="+", help="mp4 files, as a run's render/ holds them")
-    command.add_argument("--output", default="figure/contact_sheet.png", help="the PNG")
+    command.add_argument("--output", default=output_folder("figure/contact_sheet.png"), help="the PNG")
     command.add_argument("--columns", type=int, default=6, help="pictures of each video")
     command.set_defaults(draw=contact_sheet)
 
@@ -103,7 +104,7 @@ def _animation(commands: argparse._SubParsersAction) -> None:
 def _plan_scores(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("plan_scores", help="scores of planners, with standard errors, by data set")
     command.add_argument("logbase", help="folder that the plans were written to, as --logbase")
-    command.add_argument("--output", default="figure/plan_scores.png", help=OUTPUT)
+    command.add_argument("--output", default=output_folder("figure/plan_scores.png"), help=OUTPUT)
     command.add_argument("--label", action="append", default=[], help="EXPERIMENT=TEXT: draw this folder of plans only")
     command.add_argument("--also", action="append", default=[], help="TEXT:DATASET=MEAN,ERROR: scores from elsewhere")
 
@@ -115,7 +116,7 @@ def _plan_scores(commands: argparse._SubParsersAction) -> None:
 
 def _lite(commands: argparse._SubParsersAction) -> None:
     losses = commands.add_parser("lite_losses", help="DiffuserLite: losses against gradient steps")
-    losses.add_argument("log", nargs="?", default="results/loss_log.json", help="a loss log (JSON)")
+    losses.add_argument("log", nargs="?", default=output_folder("results/loss_log.json"), help="a loss log (JSON)")
     losses.set_defaults(draw=_lite_losses)
     scores = commands.add_parser("lite_scores", help="DiffuserLite: scores of a sweep over checkpoints")
     scores.add_argument(
@@ -123,9 +124,9 @@ def _lite(commands: argparse._SubParsersAction) -> None:
     )
     scores.set_defaults(draw=_lite_scores)
     for command in (losses, scores):
-        command.add_argument("--output", default="results/figures", help="folder of the PNG files")
+        command.add_argument("--output", default=output_folder("results/figures"), help="folder of the PNG files")
     organize = commands.add_parser("lite_organize", help="DiffuserLite: move pictures of a results folder to figures/")
-    organize.add_argument("folder", nargs="?", default="results")
+    organize.add_argument("folder", nargs="?", default=output_folder("results"))
     organize.set_defaults(draw=lambda folder, command: "\n".join(map(str, lite_figures.organize_figures(folder))))
 
 

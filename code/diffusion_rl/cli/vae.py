@@ -29,6 +29,10 @@ def options(arguments: Sequence[str], evaluation: bool = False) -> Mapping[str, 
         list(arguments)
     )
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu_number(parsed.gpu)
+    if evaluation and Path(parsed.experiment).is_dir():  # a run's folder: its last checkpoint
+        states = Path(parsed.experiment).glob("checkpoint/state_*.safetensors")
+        steps = sorted(int(path.stem.partition("_")[2]) for path in states)
+        return {"log_dir": parsed.experiment, "load_steps": steps[-1:], "overwrite": True}
     return flat_variant(read_spec(Path(parsed.experiment)), parsed.experiment)
 
 
@@ -127,7 +131,7 @@ def training_of(cfg: dict[str, Any]) -> Any:
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Evaluates (`script/evaluate_experiment.py`) checkpoints of a finished run, `log_dir` and `load_steps` of the
-    YAML."""
+    YAML, or the last one of a run whose folder takes the place of the YAML."""
     asked = evaluation_settings(options(arguments, evaluation=True))
     folder, changes = Path(asked["log_dir"]), {key: asked[key] for key in EVALUATION_KEYS if key in asked}
     _start_tensorflow()

@@ -110,6 +110,7 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     check_keys(values, defaults or {}, used)
     check_numbers(values)
     complete(values)
+    _name_own(values, defaults or {})
     _complete_wandb(values)
     return OmegaConf.create(values)
 
@@ -133,6 +134,17 @@ def _find_data(config: DictConfig) -> None:
     """Keeps the default data directory where the program starts in a folder without data/."""
     if "DPPO_DATA_DIR" not in os.environ and config.get("data_dir") == "data" and not Path("data").exists():
         config.data_dir = str(data_dir())
+
+
+def _name_own(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Names a run after the environment of the user's own ("module:Env-v0") that took the place of a task's."""
+    env, task = config.get("env"), config.get("env_name")
+    own = str(env.get("name") if isinstance(env, Mapping) else env)
+    if ":" in own and own != defaults.get("env.name") and task == defaults.get("env_name", task):
+        name = own.rpartition(":")[2].replace("/", "_")
+        for key in ("name", "logdir"):
+            config[key] = str(config[key]).replace(str(task), name) if config.get(key) else config.get(key)
+        config["env_name"] = name
 
 
 def _complete_wandb(config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,10 @@ def without_stderr() -> Iterator[None]:
 
 
 def silence_compiler() -> None:
-    """Makes XLA print its line of every process ("Compiled cluster using XLA!") now, where nobody has to read it."""
+    """Makes XLA print its line of every process ("Compiled cluster using XLA!") now, where nobody has to read it.
+
+    TensorFlow's advice on functions that are traced often goes, too: each job of a multirun compiles its own.
+    """
+    logging.getLogger("tensorflow").addFilter(lambda record: "tf.function retracing" not in record.getMessage())
     with without_stderr():
         tf.function(lambda x: x + x, jit_compile=True)(tf.zeros([]))

@@ -1,68 +1,37 @@
 """Algorithms beside each other, task by task, and beside what is published: the figure and table of a paper.
 
-Over seeds stands the interquartile mean with its stratified bootstrap interval (Agarwal et al. 2021,
-arXiv:2108.13264), computed by rliable.
+Over seeds stands the interquartile mean with its bootstrap interval (Agarwal et al. 2021, arXiv:2108.13264).
 """
 
 from __future__ import annotations
 
-import functools
 import re
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.config.declared import declaring
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports import published
-from diffusion_rl.reports.figures import (
-    AXIS_LABELS,
-    COLOURS,
-    MIN_SEEDS_FOR_INTERVAL,
+from diffusion_rl.reports.figures import Look, draw_curve, handles_of, looks_of, seeds_of
+from diffusion_rl.reports.runs import (
+    RESAMPLES,
     Curve,
     Run,
+    algorithm_labels,
     curve_of,
     curves_csv,
-    draw_curve,
-    footer_of,
     group_runs,
-    picture_path,
-    read_run,
+    iqm_and_interval,
+    read_runs,
     run_labels,
-    style_panel,
-    write_figure,
-    write_footer,
+    task_of,
 )
+from diffusion_rl.reports.style import AXIS_LABELS, legend_below, picture_path, style_axes, task_title, write_figure
 
-RESAMPLES = 2000
-ALGORITHMS = ("diffusion_rl.methods.on_policy", "diffusion_rl.methods.off_policy")
-# What the papers call the algorithms, by the runs' names where the class of a run's model is not known.
-NAMES = {
-    "sac_ppo_diffusion": "DPOER",
-    "ppo_diffusion": "DPPO",
-    "awr_diffusion": "DAWR",
-    "rwr_diffusion": "DRWR",
-    "dql_diffusion": "DQL",
-    "idql_diffusion": "IDQL",
-    "dipo_diffusion": "DIPO",
-    "qsm_diffusion": "QSM",
-    "ppo_gaussian": "Gaussian PPO",
-    "ppo_gmm": "GMM PPO",
-    "ppo_exact_diffusion": "DPPO (exact)",
-    "ft_diffusion": "DPPO",
-    "ft_gaussian": "Gaussian PPO",
-    "dacer": "DACER",
-    "original_dacer": "DACER",
-    "sac": "SAC",
-    "rlpd": "RLPD",
-    "calql": "Cal-QL",
-    "ibrl": "IBRL",
-}
-WIDTH = 105  # letters of a line below a panel
+FAR = 2.5  # times as many steps in published curves as in ours: they get a panel beside ours
 CAPTION = (
     f"line: interquartile mean over seeds; band (3 seeds or more): its 95% bootstrap interval, {RESAMPLES} resamples"
 )
@@ -77,76 +46,6 @@ class Panel:
     y: str
     curves: list[Curve]
     references: list[str]
-
-
-def iqm_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the interquartile mean over seeds and its 95% interval: percentiles of a bootstrap that resamples seeds.
-
-    values [seeds, points], NaN where missing; iqm, low, high [points]. Low and high are NaN where there are fewer
-    than three seeds. The resamples are the same in every call.
-    """
-    try:
-        import scipy.stats
-        from rliable import library
-    except ImportError as error:
-        raise UserError(f'comparisons need {error.name}: pip install -e ".[figures]"') from error
-
-    def iqm(scores: np.ndarray) -> np.ndarray:
-        return scipy.stats.trim_mean(scores[:, 0], 0.25, axis=0)
-
-    result = np.full((3, values.shape[1]), np.nan)
-    present = ~np.isnan(values)
-    for seeds in np.unique(present.T, axis=0):  # points at which the same seeds have a value
-        here = np.flatnonzero((seeds == present.T).all(axis=1))
-        scores = values[seeds][:, None, here]  # rliable's order: runs, tasks, points
-        if seeds.sum() < MIN_SEEDS_FOR_INTERVAL:
-            result[0, here] = iqm(scores)
-            continue
-        np.random.seed(0)  # rliable draws from numpy's global generator
-        centres, intervals = library.get_interval_estimates({"": scores}, iqm, reps=RESAMPLES)
-        result[:, here] = [centres[""], *intervals[""]]
-    return result[0], result[1], result[2]
-
-
-def task_of(env_name: str) -> str:
-    """Returns the task as the papers name it: hopper-medium-v2 -> hopper; other names as they are."""
-    short = env_name.split("-")[0]
-    return short if any(short == task for task, _ in published.final_values()) else env_name
-
-
-def algorithm_labels(runs: Sequence[Run]) -> list[str]:
-    """Returns each run's algorithm under the papers' name, with what a sweep varied ("DPPO train.gamma=0.9").
-
-    Runs of one task that would get the same label under different names keep their names: they are no seeds of one
-    experiment.
-    """
-    labels = [_algorithm_of(run) for run in runs]
-    names: dict[tuple[str, str], set[str]] = {}
-    for run, label in zip(runs, labels, strict=True):
-        names.setdefault((run.task, label), set()).add(run.name)
-    unclear = {label for (_, label), different in names.items() if len(different) > 1}
-    return [_short_name(run) if label in unclear else label for run, label in zip(runs, labels, strict=True)]
-
-
-def _short_name(run: Run) -> str:
-    return run.name.removeprefix(f"{run.task}_")
-
-
-@functools.cache
-def class_labels() -> dict[str, str]:
-    """Returns what the papers call the algorithms, by the name of their class (its `LABEL`)."""
-    labels = [declaring(package, "LABEL") for package in ALGORITHMS]
-    return {path.rpartition(".")[2]: label for by_path in labels for path, label in by_path.items()}
-
-
-def _algorithm_of(run: Run) -> str:
-    name, _, variant = _short_name(run).partition(",")
-    if run.algorithm in class_labels():
-        return f"{class_labels()[run.algorithm]} {variant}".strip()
-    for word, algorithm in NAMES.items():
-        if re.match(rf"{word}(_mlp|_unet|_img|_ta\d|$)", name):
-            return f"{algorithm} {variant}".strip()
-    return _short_name(run)
 
 
 def compare(
@@ -168,10 +67,10 @@ def compare(
     the published curves of the "same" algorithms as the runs', of "all", or "none".
 
     Returns the path of the figure, and the final values as Markdown and LaTeX tables. Raises UserError for folders that
-    hold no such numbers and where rliable is not installed.
+    hold no such numbers.
     """
     output = picture_path(output)
-    runs = [read_run(folder) for folder in run_folders]
+    runs = [run for folder in run_folders for run in read_runs(folder)]
     known = list(dict.fromkeys(task_of(run.task) for run in runs))
     wanted = list(dict.fromkeys(map(task_of, tasks))) or known
     for task in wanted:
@@ -182,7 +81,20 @@ def compare(
     heading = f"{y or 'success_rate or episode_return'} against {x}; {CAPTION}"
     numbers = curves_csv([c for panel in panels for c in panel.curves], x, heading, command, centre="iqm")
     numbers += "".join(_published_csv(panel) for panel in panels)
-    return write_figure(_draw(panels, x, command), output, numbers, command), _tables(panels)
+    looks = looks_of(dict.fromkeys(n for p in panels for n in [*(c.label for c in p.curves), *p.references]))
+    views = 1 + any(map(_is_far, panels))  # the beginning apart, where published curves go on
+
+    def draw(figure: Any) -> None:
+        wide = len(panels) == 1 and views == 2
+        axes = figure.subplots(*((1, 2) if wide else (views, len(panels))), squeeze=False).reshape(views, -1)
+        for i, panel in enumerate(panels):
+            for view in range(views):
+                _draw_panel(axes[view, i], panel, x, looks, (_end_of(panel) or None) if view < views - 1 else None)
+        legend_below(figure, _handles(panels, looks))
+
+    size = (1.2 + 3.4 * max(len(panels), views), 4.8) if len(panels) == 1 else (1 + 3 * len(panels), 1.6 + 2.8 * views)
+    path = write_figure(draw, size, output, numbers, command, _captions(panels))
+    return path, _tables(panels)
 
 
 def _panel(
@@ -228,43 +140,32 @@ def _published_csv(panel: Panel) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _draw(panels: Sequence[Panel], x: str, command: str) -> Any:
-    from matplotlib.figure import Figure
-
-    names = [name for panel in panels for name in [*(c.label for c in panel.curves), *panel.references]]
-    order = list(dict.fromkeys(names))
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(order)}
-    figure = Figure(figsize=(1.2 + 4.8 * len(panels), 5.2), dpi=140, layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for curve in panel.curves:
-            draw_curve(axes, curve, colours[curve.label], None)
-        for algorithm in panel.references:
-            _draw_published(axes, panel.task, algorithm, colours[algorithm])
-        style_panel(axes, x)
-        axes.set_title(panel.task, fontsize=11)
-        axes.set_ylabel(AXIS_LABELS.get(panel.y, panel.y.replace("_", " ")))
-    handles = _handles(panels, colours)
-    columns = min(len(handles), 3 * len(panels))
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8.5)
-    caption = "\n".join([*_captions(panels), footer_of(command, width=WIDTH * len(panels))])
-    write_footer(figure, caption)
-    return figure
+def _is_far(panel: Panel) -> bool:
+    """Returns whether published curves are so much longer than ours that these would be a corner of the panel."""
+    ends = [published.final_values()[panel.task, algorithm].env_steps for algorithm in panel.references]
+    return bool(ends) and max(ends) > FAR * _end_of(panel)
 
 
-def _draw_published(axes: Any, task: str, algorithm: str, colour: str) -> None:
-    curve = published.curves().get((task, algorithm))
-    if curve is not None:
-        line = {"linestyle": "--", "linewidth": 1.0, "marker": "o", "markersize": 3, "markerfacecolor": "white"}
-        axes.plot(curve.env_steps, curve.values, color=colour, alpha=0.75, zorder=2, **line)
-    final = published.final_values()[task, algorithm]
-    if final.original is not None:
-        axes.plot([final.env_steps], [final.original], "D", color=colour, markersize=5, clip_on=False, zorder=3)
+def _end_of(panel: Panel) -> float:
+    return max(curve.x.max() for curve in panel.curves)
 
 
-def _handles(panels: Sequence[Panel], colours: dict[str, str]) -> list[Any]:
+def _draw_panel(axes: Any, panel: Panel, x: str, looks: Mapping[str, Look], end: float | None = None) -> None:
+    """Draws a panel. end: of its axis, where published curves go further."""
+    for curve in sorted(panel.curves, key=lambda curve: -curve.x.max()):  # short ones on top
+        draw_curve(axes, curve, looks[curve.label])
+    for algorithm in panel.references:
+        _draw_published(axes, panel.task, algorithm, looks[algorithm]["color"], end is None)
+    style_axes(axes, x, panel.y)
+    axes.set_title(f"{task_title(panel.task)}{'' if end is None else ': the beginning'}")
+    if end is not None:
+        axes.set_xlim(-0.03 * end, 1.1 * end)
+
+
+def _handles(panels: Sequence[Panel], looks: Mapping[str, Look]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour, linewidth=2, label=name) for name, colour in colours.items()]
+    handles = handles_of([curve for panel in panels for curve in panel.curves], looks, {})
     if any(panel.references for panel in panels):
         hollow: dict[str, Any] = {"marker": "o", "markersize": 3, "markerfacecolor": "white", "linewidth": 1}
         handles.append(Line2D([], [], color="0.4", linestyle="--", label="published replication", **hollow))
@@ -273,19 +174,23 @@ def _handles(panels: Sequence[Panel], colours: dict[str, str]) -> list[Any]:
 
 
 def _captions(panels: Sequence[Panel]) -> list[str]:
-    """Returns lines below the figure: what is drawn, and the seeds of each line."""
+    """Returns what is drawn, and the seeds of each line."""
     lines = [CAPTION]
     metrics = sorted({panel.y for panel in panels if panel.references})
     if metrics:
         errors = ", ".join(f"±{published.READING_ERROR[y]:g} in the {AXIS_LABELS[y].split(' of')[0]}" for y in metrics)
         lines.append(PUBLISHED_CAPTION.format(errors=errors))
-    for panel in panels:
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for curve in panel.curves:
-            alike.setdefault(tuple(curve.seeds), []).append(curve.label)
-        seeds = "; ".join(f"{', '.join(seeds)} of {', '.join(labels)}" for seeds, labels in alike.items())
-        lines += textwrap.wrap(f"seeds, {panel.task}: {seeds}", WIDTH * len(panels))
-    return lines
+    return lines + seeds_of([curve for panel in panels for curve in panel.curves], {})
+
+
+def _draw_published(axes: Any, task: str, algorithm: str, colour: str, final_too: bool) -> None:
+    curve = published.curves().get((task, algorithm))
+    if curve is not None:
+        line = {"linestyle": "--", "linewidth": 1.0, "marker": "o", "markersize": 3, "markerfacecolor": "white"}
+        axes.plot(curve.env_steps, curve.values, color=colour, alpha=0.75, zorder=2, **line)
+    final = published.final_values()[task, algorithm]
+    if final.original is not None and final_too:
+        axes.plot([final.env_steps], [final.original], "D", color=colour, markersize=5, clip_on=False, zorder=3)
 
 
 def _tables(panels: Sequence[Panel]) -> str:

@@ -10,11 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.reports.figures import csv_text, picture_path, write_figure
+from diffusion_rl.reports.style import COLOURS, counted, csv_text, legend_below, picture_path, write_figure
 from diffusion_rl.tasks import avoiding
 
 X_LIMITS, Y_LIMITS = (0.2, 0.8), (-0.3, 0.5)
-DATA_COLOUR, PATH_COLOUR, COLLISION_COLOUR = "#000000", "#0072B2", "#D55E00"
+PATH_COLOUR, COLLISION_COLOUR, FINISH_COLOUR = COLOURS[:3]
+DATA_COLOUR = "#000000"
+NAMES = {"data": "demonstrations", "diffusion": "DPPO", "gaussian": "Gaussian PPO", "gmm": "GMM PPO"}
+CAPTION = (
+    "Ways from below to the line at the top. Each panel: how many of the ways through the obstacles (modes) are taken,"
+)
+CAPTION += " and the share of paths that reach the line without touching an obstacle."
 COLUMNS = ("modes", "policy", "paths", "distinct_modes", "finishing", "colliding", "spread_mm", "off_data_mm", "taken")
 
 
@@ -88,20 +94,20 @@ def draw(panels: Sequence[Panel], output: str | Path, command: str = "") -> tupl
 
     Returns the PNG's path and the numbers as lines of text.
     """
-    from matplotlib.figure import Figure
-
     output = picture_path(output)
     rows = list(dict.fromkeys(panel.modes for panel in panels))
     columns = list(dict.fromkeys(panel.policy for panel in panels))
     data = {panel.modes: panel.paths for panel in panels if panel.policy == "data"}
-    figure = Figure(figsize=(2.6 * len(columns), 3.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    records = []
-    for panel in panels:
-        numbers = measure(panel, data[panel.modes])
-        records.append((panel, numbers))
-        _draw_panel(axes[rows.index(panel.modes), columns.index(panel.policy)], panel, numbers)
-    write_figure(figure, output, csv_text(_rows(records), command), command)
+    records = [(panel, measure(panel, data[panel.modes])) for panel in panels]
+
+    def on(figure: Any) -> None:
+        axes = figure.subplots(len(rows), len(columns), squeeze=False)
+        for panel, numbers in records:
+            _draw_panel(axes[rows.index(panel.modes), columns.index(panel.policy)], panel, numbers)
+        legend_below(figure, _handles())
+
+    size = (1.9 * len(columns), 0.6 + 2.9 * len(rows))
+    write_figure(on, size, output, csv_text(_rows(records), command), command, [CAPTION])
     return output, "\n".join(describe(panel, numbers) for panel, numbers in records)
 
 
@@ -110,13 +116,22 @@ def _draw_panel(axis: Any, panel: Panel, numbers: Numbers) -> None:
 
     for x, y, radius, _ in avoiding.OBSTACLES:
         axis.add_patch(Circle((x, y), radius, color="#999999"))
-    axis.axhline(avoiding.FINISH_Y, color="#009E73", linewidth=1.5)
+    axis.axhline(avoiding.FINISH_Y, color=FINISH_COLOUR, linewidth=1.5)
     colour = DATA_COLOUR if panel.policy == "data" else PATH_COLOUR
     for path, collided in zip(panel.paths, panel.collided, strict=True):
         axis.plot(path[:, 0], path[:, 1], color=COLLISION_COLOUR if collided else colour, linewidth=0.7, alpha=0.6)
     axis.set(xlim=X_LIMITS, ylim=Y_LIMITS, aspect="equal", xticks=[], yticks=[])
-    title = f"{panel.modes} {panel.policy}"
-    axis.set_title(f"{title}\n{numbers.distinct_modes} modes, {numbers.finishing:.0%} finish", fontsize=8)
+    title = f"{panel.modes.upper()}, {NAMES.get(panel.policy, panel.policy)}"
+    axis.set_title(f"{title}\n{counted(numbers.distinct_modes, 'mode')}, {numbers.finishing:.0%} finish", fontsize=8)
+
+
+def _handles() -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    names = {DATA_COLOUR: "demonstration", PATH_COLOUR: "path", COLLISION_COLOUR: "path that touches an obstacle"}
+    handles = [Line2D([], [], color=colour, label=name) for colour, name in names.items()]
+    handles.append(Line2D([], [], color="#999999", marker="o", markersize=8, linestyle="", label="obstacle"))
+    return [*handles, Line2D([], [], color=FINISH_COLOUR, label="finish")]
 
 
 def describe(panel: Panel, numbers: Numbers) -> str:

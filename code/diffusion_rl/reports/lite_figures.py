@@ -9,10 +9,13 @@ from typing import Any
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
-from diffusion_rl.reports.figures import csv_text, write_figure
+from diffusion_rl.reports.style import COLOURS, MARKERS, csv_text, legend_below, style_axes, write_figure
 
 Points = Sequence[tuple[int, float]]  # (gradient step, value)
-DPI = 150
+#: What the levels' losses are called, from the coarse plan to the fine one.
+LEGEND = {"loss0": "level 1, the coarsest", "loss1": "level 2", "loss2": "level 3, the finest"}
+LEGEND |= {"R1": "R1, the diffusion", "R2": "R2, after the reflow"}
+STEPS_OF = {"R1": "gradient steps of the training", "R2": "gradient steps of the reflow"}
 FIGURES = "figures"
 LOSSES = {"gradient_steps": int}  # what rows must hold
 SCORES = {"checkpoint": (int, str), "score": (int, float), "standard_error": (int, float)}
@@ -50,12 +53,12 @@ def plot_loss_curves(loss_data: Mapping[str, Points], save_dir: str | Path, comm
     levels = {name: points for name, points in loss_data.items() if name.startswith("loss") and points}
     inverse = {name: points for name, points in loss_data.items() if name == "invdyn_loss" and points}
     drawn = []
-    for name, curves, colour, title in (
-        ("loss_curve.png", levels, None, "Diffusion Model Training Loss"),
-        ("invdyn_loss_curve.png", inverse, "orange", "Inverse Dynamics Model Training Loss"),
+    for name, curves, title in (
+        ("loss_curve.png", levels, "Diffusion Model Training Loss"),
+        ("invdyn_loss_curve.png", inverse, "Inverse Dynamics Model Training Loss"),
     ):
         if curves:
-            drawn.append(_draw(Path(save_dir) / name, curves, title, "Loss", colour, command=command))
+            drawn.append(_draw(Path(save_dir) / name, {"gradient steps": curves}, title, "loss", command=command))
     return drawn
 
 
@@ -71,45 +74,51 @@ def score_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, fl
 def plot_scores(rows: Sequence[Mapping[str, Any]], save_dir: str | Path, command: str = "") -> Path:
     """Draws `normalized_score.png` of sweeps' rows: mean and standard error by training step, a curve for each
     model."""
-    names = {"R1": "R1", "R2": "R2, by steps of the reflow"}
     points = {
-        names[model]: score_points([row for row in rows if row["test_model"] == model])
+        model: score_points([row for row in rows if row["test_model"] == model])
         for model in sorted({row["test_model"] for row in rows})
     }
-    curves = {name: [(step, mean) for step, mean, _ in scores] for name, scores in points.items()}
-    errors = {name: [error for _, _, error in scores] for name, scores in points.items()}
-    path = Path(save_dir) / "normalized_score.png"
-    return _draw(path, curves, "Normalized Score", "Score", None, errors, command)
+    panels = {STEPS_OF[model]: {model: [(step, mean) for step, mean, _ in scores]} for model, scores in points.items()}
+    errors = {model: [error for _, _, error in scores] for model, scores in points.items()}
+    return _draw(
+        Path(save_dir) / "normalized_score.png", panels, "Normalized Score", "normalised score", errors, command
+    )
 
 
 def _draw(
     path: Path,
-    curves: Mapping[str, Points],
+    panels: Mapping[str, Mapping[str, Points]],
     title: str,
-    label: str,
-    colour: str | None,
+    y: str,
     errors: Mapping[str, Sequence[float]] | None = None,
     command: str = "",
 ) -> Path:
-    from matplotlib.figure import Figure
+    """Draws {what the steps are of: {name of a curve: points}}, a panel for each."""
+    curves = {name: points for inner in panels.values() for name, points in inner.items()}
 
-    figure = Figure(figsize=(10, 6))
-    panel = figure.subplots()
-    for name, points in curves.items():
-        steps, values = zip(*points, strict=True)
-        marker = "." if len(points) == 1 else None
-        if errors is None:
-            panel.plot(steps, values, label=name, color=colour, marker=marker)
-        else:
-            panel.errorbar(steps, values, errors[name], label=name, capsize=3, marker="o")
-    panel.set(xlabel="Gradient Steps", ylabel=label, title=title)
-    panel.legend()
-    panel.grid(True)
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        looks = iter(zip(COLOURS, MARKERS, strict=False))
+        for panel, (x, inner) in zip(axes, panels.items(), strict=True):
+            for name, points in inner.items():
+                steps, values = zip(*points, strict=True)
+                colour, marker = next(looks)
+                few = marker if errors is not None or len(points) == 1 else None
+                spread = None if errors is None else errors[name]
+                panel.errorbar(steps, values, spread, label=LEGEND.get(name, name), color=colour, marker=few)
+            style_axes(panel, "gradient_steps", y)
+            panel.set_xlabel(x)
+            panel.label_outer()
+        figure.suptitle(title)
+        if len(curves) > 1:
+            legend_below(figure, [handle for panel in axes for handle in panel.get_legend_handles_labels()[0]])
+
     rows: list[list[Any]] = [["curve", "gradient_steps", "value", *(["standard_error"] if errors is not None else [])]]
     for name, points in curves.items():
         extra = [[]] * len(points) if errors is None else [[error] for error in errors[name]]
         rows += [[name, *point, *more] for point, more in zip(points, extra, strict=True)]
-    return write_figure(figure, path, csv_text(rows, command), command, dpi=DPI, bbox_inches="tight")
+    caption = [f"{title}, one training" + ("; bars: standard error of the mean over episodes." if errors else ".")]
+    return write_figure(draw, (1.4 + 4.2 * len(panels), 3.8), path, csv_text(rows, command), command, caption)
 
 
 def organize_figures(results: str | Path = "results") -> list[Path]:

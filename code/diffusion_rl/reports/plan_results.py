@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import read_json
-from diffusion_rl.reports.figures import csv_text, picture_path, write_figure
+from diffusion_rl.core.files import read_bytes, read_json
 from diffusion_rl.reports.published import rows
+from diffusion_rl.reports.style import COLOURS, csv_text, picture_path, task_title, write_figure
 from diffusion_rl.tasks.registry import tasks_of
 
 BUFFERS = ("medium-replay", "medium", "medium-expert")
@@ -201,12 +202,16 @@ def bars_of(logbase: str | Path, labels: Sequence[str], also: Sequence[str] = ()
     """Returns every experiment below a folder of plans that has a label, in the order of the labels.
 
     Args:
+        logbase: the folder; or the CSV of an earlier figure, whose bars are returned.
         labels: "EXPERIMENT=TEXT", where EXPERIMENT is the name of a folder below plans; none: all, by their names.
         also: "TEXT:DATASET=MEAN,ERROR", scores from elsewhere.
 
     Raises:
         UserError: a text of another form, or nothing to draw.
     """
+    if Path(logbase).suffix == ".csv":
+        _, *table = csv.reader(line for line in read_bytes(logbase).decode().splitlines() if not line.startswith("#"))
+        return [Bar(row[0], row[1], float(row[2]), float(row[3]), int(row[4])) for row in table]
     results = experiments(logbase)
     words = dict(_split(label, "=") for label in labels) or {
         result.folder.name: result.folder.name for result in results
@@ -239,20 +244,25 @@ def _split(text: str, separator: str) -> tuple[str, str]:
 
 def plan_scores(bars: Sequence[Bar], output: str | Path, command: str = "") -> Path:
     """Draws the bars with their standard errors."""
-    from matplotlib.figure import Figure
-
     datasets, labels = (list(dict.fromkeys(names)) for names in zip(*(bar[:2] for bar in bars), strict=True))
-    figure = Figure(figsize=(4.5 + 2.5 * len(datasets), 4), layout="constrained")
-    panel = figure.subplots()
     width = WIDTH / len(labels)
-    for i, label in enumerate(labels):
-        own = [bar for bar in bars if bar.label == label]
-        x = np.array([datasets.index(bar.dataset) for bar in own]) + (i + 0.5) * width - WIDTH / 2
-        panel.bar(x, [bar.mean for bar in own], 0.9 * width, yerr=[bar.error for bar in own], capsize=3, label=label)
-        for where, bar in zip(x, own, strict=True):
-            panel.annotate(f"{bar.mean:.0f}", (where, bar.mean + bar.error), ha="center", va="bottom", fontsize=8)
-    panel.set_xticks(range(len(datasets)), datasets)
-    panel.set(ylabel="normalised score")
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    return write_figure(figure, picture_path(output), csv_text([Bar._fields, *bars], command), command, dpi=150)
+
+    def draw(figure: Any) -> None:
+        panel = figure.subplots()
+        for i, label in enumerate(labels):
+            own = [bar for bar in bars if bar.label == label]
+            x = np.array([datasets.index(bar.dataset) for bar in own]) + (i + 0.5) * width - WIDTH / 2
+            look = {"color": COLOURS[i % len(COLOURS)], "label": label}
+            panel.bar(x, [bar.mean for bar in own], 0.9 * width, yerr=[bar.error for bar in own], **look)
+            for where, bar in zip(x, own, strict=True):
+                panel.annotate(f"{bar.mean:.0f}", (where, bar.mean + bar.error), ha="center", va="bottom", fontsize=8)
+        panel.set_xticks(range(len(datasets)), [task_title(dataset) for dataset in datasets])
+        panel.tick_params(axis="x", length=0)
+        panel.grid(False, axis="x")
+        panel.set(ylabel="normalised score (0: random, 100: expert)", ylim=(min(0, panel.get_ylim()[0]), None))
+        figure.legend(loc="outside right upper")
+
+    caption = ["Mean of the episodes and its standard error (one model each, so not over trainings); the numbers of"]
+    caption[0] += " episodes are in the CSV, 0 where they are not known."
+    size = (3.6 + 0.45 * len(bars), 3.6)
+    return write_figure(draw, size, picture_path(output), csv_text([Bar._fields, *bars], command), command, caption)

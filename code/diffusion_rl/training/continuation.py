@@ -8,11 +8,13 @@ import contextlib
 import copy
 import fnmatch
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, targets
 from diffusion_rl.config.keys import complete
 from diffusion_rl.core.errors import UserError
@@ -66,10 +68,16 @@ class Spelling:
     again: str = "resume=auto"  # go on with what is in the folder
     anew: str = "name another logdir"
     last: str = "resume={path}"  # the last line of an interrupted run
+    evaluate: str = ""  # the command that evaluates what was trained
 
     def go_on(self, run: Path) -> str:
         """Returns how to go on with a run folder."""
         return self.last.format(path=run)
+
+
+def program(script: str, *words: str) -> str:
+    """Returns a command line that runs a program of the repository from the working directory."""
+    return shlex.join(["python", script if Path(script).exists() else str(REPOSITORY / script), *words])
 
 
 def asked_state(settings: Mapping[str, Any]) -> str:

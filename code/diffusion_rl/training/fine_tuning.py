@@ -23,11 +23,12 @@ from diffusion_rl.training.continuation import BEGAN_ANEW, FINE_TUNING_MAY_CHANG
 from diffusion_rl.training.episodes import seeded_options
 from diffusion_rl.training.evaluation import make_venv
 from diffusion_rl.training.loop import Losses, TrainingLoop, restore_rng, rng_state
-from diffusion_rl.training.policy_files import build_policy, policy_facts
+from diffusion_rl.training.policy_files import build_policy, evaluation_of, policy_facts
 from diffusion_rl.training.rollout import (
     EpisodeStatistics,
     Rollout,
     episode_statistics,
+    knows_success,
     no_episode_ended,
     success_threshold,
 )
@@ -78,7 +79,8 @@ class FineTuning(TrainingLoop):
         self.began_anew = False  # goes on, but without the simulators' state
         self.episodes_ended, self._warned = 0, False
         self._row: dict[str, Any] = {}
-        self._logged = True
+        self._logged, self._updated = True, False  # the last row; something, in this process
+        self.has_success = False
 
     @property
     def itr(self) -> int:
@@ -115,7 +117,7 @@ class FineTuning(TrainingLoop):
         """Returns what the observer gets beside the statistics of the episodes."""
 
     def _live(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the values shown beside the progress after a training iteration."""
+        """Returns the losses that people see of a training iteration."""
         return {}
 
     def _reported(self, rollout: Rollout, evaluating: bool, stats: EpisodeStatistics) -> EpisodeStatistics:
@@ -147,25 +149,29 @@ class FineTuning(TrainingLoop):
     def row(self) -> dict[str, Any]:
         return self._row
 
-    def live(self) -> dict[str, Any]:
-        if not self._logged:
-            return {}
-        row = self._row
-        live = {"itr": row["itr"], f"{row['kind']}_return": row["episode_return"]}
-        if row["kind"] == "train":
-            live |= self._live(row)
-        return {k: v for k, v in live.items() if v is not None}
+    def visible(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        shown = {"itr": row["itr"], "kind": row["kind"], "steps": row["env_steps"], "return": row["episode_return"]}
+        if self.has_success:
+            shown["success"] = row["success_rate"]
+        return {**shown, "seconds": row["seconds"], **(self._live(row) if row["kind"] == "train" else {})}
+
+    def evaluation(self) -> str:
+        exportable = getattr(self.model, "EXPORTABLE", True)  # else it decides by more than its policy
+        return evaluation_of(self.run_dir.settings, self.run_dir.path) if exportable else ""
 
     def _iteration(self) -> dict[str, Any]:
         evaluating = self._evaluating()
 
         def on_step(step: int, rewards: np.ndarray) -> None:
-            self.progress.update(1 if step < self.n_steps else 0)
+            self.progress.doing("evaluating" if evaluating else "")
+            self.progress.update(1 if step < self.n_steps else 0, turn=False)
             self.run_dir.stop_if_requested()
 
         rollout = self._evaluate(on_step) if evaluating else self._collect(on_step)
         self.observations, self.done = rollout.last_observations, rollout.firsts[-1]
-        threshold = success_threshold(self.cfg["env"], rollout.successes is not None)
+        told = rollout.successes is not None
+        threshold = success_threshold(self.cfg["env"], told)
+        self.has_success = told or knows_success(str(self.cfg.get("env_name")))
         stats = episode_statistics(rollout, self.act_steps, threshold)
         reported = self._reported(rollout, evaluating, stats)
         row: dict[str, Any] = {
@@ -179,6 +185,9 @@ class FineTuning(TrainingLoop):
         if self.began_anew:
             row[BEGAN_ANEW] = True
             self.began_anew = False
+        if not evaluating:
+            self.progress.doing("updating" if self._updated else "compiling the update")
+            self._updated = True
         update = {} if evaluating else self._update(rollout)
         row |= {k: v for k, v in update.items() if np.isscalar(v)}
         row |= self._end_iteration()

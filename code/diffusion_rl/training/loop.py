@@ -14,9 +14,10 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.core.typing import Rng, StatefulRng
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
-from diffusion_rl.reports.progress import Progress
+from diffusion_rl.reports.metrics import step_of
+from diffusion_rl.reports.progress import Progress, say
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.continuation import announce, fitting
+from diffusion_rl.training.continuation import announce, fitting, program
 from diffusion_rl.training.run_dir import Nowhere, RunDir
 
 State = tuple[dict[str, np.ndarray], dict[str, Any]]  # tensors and JSON values
@@ -79,15 +80,13 @@ class TrainingLoop(ABC):
         """Returns whether `state` holds everything now."""
         return True
 
-    def live(self) -> dict[str, Any]:
-        """Returns the values shown beside the progress."""
-        return {}
+    def visible(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns what people see of a row of the metrics, by heading: the number, the seconds, then the losses."""
+        losses = {name: value for name, value in row.items() if name not in ("itr", "kind", "env_steps", "seconds")}
+        return {self.UNIT: step_of(row), "seconds": row["seconds"], **losses}
 
     def begin(self) -> None:  # noqa: B027
         """Does what comes before the first step, once the folder is there."""
-
-    def say(self, row: Mapping[str, Any]) -> None:  # noqa: B027
-        """Shows a row to people beyond the progress."""
 
     def saved(self, keep: bool) -> None:  # noqa: B027
         """Does what comes after steps and their state: evaluations, observers."""
@@ -116,7 +115,24 @@ class TrainingLoop(ABC):
             self._turns(self._phase_end if until is None else until)
             if self.step < self.total and until is None:
                 run_dir.pause(self.UNIT, self.step, self.total)
+        if self.step >= self.total and isinstance(run_dir, RunDir):
+            self._conclude(run_dir)
         return run_dir.rows
+
+    def _conclude(self, run_dir: RunDir) -> None:
+        """Says what came out, where everything lies, and how to go on with it."""
+        measured = [row for row in run_dir.rows if row.get("episode_return") is not None]
+        evaluated = [row for row in measured if row["kind"] == "eval"]
+        best = max(evaluated or measured, key=_return, default=None)
+        number = "" if best is None else f"{_return(best):.1f}, in {self.UNIT} {step_of(best)} ({best['kind']})"
+        path = str(run_dir.path)
+        draw = program("script/make_figures.py", "learning_curve", path, "--output", f"{path}/learning_curve.png")
+        lines = {"best return": number, "everything in": path, "to evaluate": self.evaluation(), "to draw": draw}
+        say("".join(f"\n{name:<15}{text}" for name, text in lines.items() if text))
+
+    def evaluation(self) -> str:
+        """Returns the command that evaluates what was trained; empty where there is none."""
+        return self.run_dir.spelling.evaluate if isinstance(self.run_dir, RunDir) else ""
 
     @property
     def _phase_end(self) -> int:
@@ -125,13 +141,16 @@ class TrainingLoop(ABC):
     def _turns(self, end: int) -> None:
         start = self.step * self.units
         self._row_began, self._held_at = time.monotonic(), -math.inf
-        with Progress(self.total * self.units, self.LABEL, start=start) as self.progress:
+        shape = {"unit": self.UNIT, "units": self.units, "start": start}
+        with Progress(self.total * self.units, self.LABEL, **shape) as self.progress:
+            self.progress.doing("compiling")
             self.begin()
             while self.step < end:
                 count, losses = self.advance(end)
                 self.step += count
                 self.check_finite(losses, self.number)
-                self.progress.update(max(0, self.step * self.units - self.progress.done), **self.live())
+                self.progress.doing()
+                self.progress.update(max(0, self.step * self.units - self.progress.done))
                 self._log()
                 self._save()
                 self.run_dir.stop_if_requested()
@@ -143,7 +162,7 @@ class TrainingLoop(ABC):
             return
         now = time.monotonic()
         row = {**self.row(), "seconds": now - self._row_began}
-        self.say(row)
+        self.progress.row(self.visible(row))
         self.run_dir.log(row)
         self._row_began = now
 
@@ -164,6 +183,10 @@ class TrainingLoop(ABC):
                 worst = values[~np.isfinite(values)][0]
                 last_good = self.run_dir.last_good()
                 raise UserError(f"{name} is {worst} in {self.UNIT} {number}: {self.CURE}; {last_good}")
+
+
+def _return(row: Mapping[str, Any]) -> float:
+    return float(row["episode_return"])
 
 
 def part_tensors(parts: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.config.compose import Config
-from diffusion_rl.config.instantiate import instantiate
+from diffusion_rl.config.compose import Config, compose_job, plain_copy, prepare, shipped_configs
+from diffusion_rl.config.instantiate import default_arguments, flatten, instantiate
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.data.assets import resolve
@@ -19,6 +22,7 @@ from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionP
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
+from diffusion_rl.training.continuation import program
 from diffusion_rl.training.run_facts import compare_policy
 
 log = logging.getLogger(__name__)
@@ -35,6 +39,9 @@ SAMPLING = (
     "ddim_steps",
 )
 GAUSSIAN_SAMPLING = ("randn_clip_value", "tanh_output")
+
+#: Keys of a configuration that are a policy's own.
+SHAPE = ("env_name", "obs_dim", "action_dim", "horizon_steps", "act_steps", "cond_steps", "denoising_steps")
 
 Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
 
@@ -90,6 +97,36 @@ def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     last = checkpoint.metadata.get("kind") in (GaussianPolicy.KIND, GMMPolicy.KIND)
     first, second = ("model.", "ema.") if last else ("ema.", "model.")
     return checkpoint.select(first) or checkpoint.select(second)
+
+
+def evaluation_of(settings: Mapping[str, Any], run: Path) -> str:
+    """Returns the command that evaluates the policy of a run with a configuration that ships; empty: none fits it."""
+    flat, network = flatten(settings), _network_of(settings["model"])
+    place, scales = flat.get("env.name"), flat.get("normalization_path")
+    where = f"{flat.get('env_name')} {scales} {flat.get('train_dataset_path')}"
+    own_env = ":" in str(place)
+    keys = [*SHAPE, "env.name", "normalization_path"] if own_env else SHAPE
+    names = [name for name in shipped_configs() if name.startswith(f"{flat.get('suite')}/eval/")]
+    names.sort(key=lambda name: name.split("/")[2].removesuffix("-v2") not in where)
+    for name in names:
+        with contextlib.suppress(UserError):
+            config = plain_copy(prepare(compose_job(name)))
+            usual = flatten(config)
+            own = [f"{key}={flat[key]}" for key in keys if key in usual and flat.get(key, usual[key]) != usual[key]]
+            config = plain_copy(prepare(compose_job(name, own))) if own else config
+            alike = _network_of(config["model"]) == network and place in (None, config["env"]["name"])
+            if alike and scales in (None, config.get("normalization_path")):
+                folder, _, file = name.rpartition("/")
+                path = f"'{run}'" if re.search(r"[^\w./-]", str(run)) else run
+                asked = [f"--config-name={file}", f"--config-dir=cfg/{folder}", f"base_policy_path={path}", *own]
+                return program("script/run.py", *asked)
+    return ""
+
+
+def _network_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of the network that acts, its defaults included."""
+    network = model.get("actor") or model.get("network") or {}
+    return {**default_arguments(network["_target_"]), **network} if network else {}
 
 
 def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from diffusion_rl.config.instantiate import set_by_user
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.interface import Observations, StepResult
+from diffusion_rl.tasks.registry import task_named
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +232,12 @@ def success_threshold(env_cfg: Mapping[str, Any], environments_say: bool) -> flo
     if configured is not None:
         _say_unused(configured)
     return None
+
+
+def knows_success(env_name: str) -> bool:
+    """Returns whether success is more than a threshold that a file sets for form's sake, as in locomotion."""
+    task = task_named(env_name)
+    return set_by_user(f"env.{THRESHOLD}") if task is None else task.simulator != "locomotion"
 
 
 @functools.cache

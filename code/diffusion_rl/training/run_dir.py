@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,8 +212,17 @@ class RunDir:
             if error is None or isinstance(error, Interrupted):
                 self.files.copy(self.path)
         finally:
+            if error is not None and self._last_saved is None and not self.rows:
+                self._leave_nothing()
             self._lock.close()
             self._stop.__exit__()
+
+    def _leave_nothing(self) -> None:
+        """Removes what `begin` wrote for a run that ended before its first row: an empty run is no run."""
+        for name in ("config.yaml", "metrics.jsonl", "metrics.csv"):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        self._lock.undo()
 
     @property
     def stopping(self) -> bool:

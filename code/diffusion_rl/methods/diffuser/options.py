@@ -22,7 +22,7 @@ from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.overrides import PYTHON, comments, help_rows, override, pairs, split_help
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import atomic_file
+from diffusion_rl.core.files import atomic_file, output_folder
 from diffusion_rl.core.places import INSTALLED, REPOSITORY
 
 FOLDER = CONFIG_ROOT / "planning"
@@ -220,6 +220,7 @@ def parse(
     own, changed = (chosen.get("overrides", {}).get(dataset, {}).get(experiment, {}) for chosen in (settings, preset))
     values |= own | changed
     values |= {key: tuple(values[key]) for key in ("dim_mults",) if key in values}  # YAML has lists only
+    values["logbase"] = output_folder(values["logbase"])
     override(values, flags, KINDS, PYTHON, experiment, ("dataset", "config", "preset", "exp_name"))
     if values.get("diffusion_type") == "actions_only" and values.get("prefix") == "diffusion/defaults":
         values["prefix"] = "diffusion/actions"  # the two kinds of model never share a folder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,6 @@ class DiffuserSettings:
         n_train_steps, save_freq, label_freq, log_freq, sample_freq: all in steps; a checkpoint saved at step s is
             called after the last multiple of `label_freq`, so later ones take the place of earlier ones.
         batch_size, gradient_accumulate_every: windows of a micro-batch, micro-batches of a step.
-        epoch_steps: steps between two lines that say which epoch begins; 0: no such lines.
         n_reference, n_samples: windows of the picture of the data, samples of one of samples.
         lr_decay_steps: so many last steps have a tenth of the trainer's learning rate.
     """
@@ -47,7 +46,6 @@ class DiffuserSettings:
     sample_freq: int = 0
     batch_size: int = 32
     gradient_accumulate_every: int = 2
-    epoch_steps: int = 0
     n_reference: int = 8
     n_samples: int = 2
     lr_decay_steps: int = 0
@@ -59,7 +57,6 @@ class DiffuserSettings:
         return cls(
             n_train_steps=int(options.n_train_steps),
             label_freq=max(int(options.n_train_steps // options.n_saves), 1),
-            epoch_steps=options.n_steps_per_epoch,
             n_samples=getattr(options, "n_samples", cls.n_samples),
             **{name: getattr(options, name) for name in same},
         )
@@ -72,7 +69,6 @@ class DiffuserTraining(TrainingLoop):
         trainer: steps of training.
         rng: the source of all draws.
         run_dir: where everything goes.
-        say: prints a line.
         renderer: draws pictures (`pictures.Renderer.composite`); None: no pictures.
         picture_rng: the source of what they show, so that training's draws are those of a run without; None: `rng`.
         merge: the micro-batches of a step as one batch, which gives the same gradient in less time.
@@ -89,7 +85,6 @@ class DiffuserTraining(TrainingLoop):
         settings: DiffuserSettings,
         *,
         run_dir: RunDir | Nowhere | None = None,
-        say: Callable[[str], None] = print,
         renderer: Any = None,
         picture_rng: Rng | None = None,
         merge: bool = True,
@@ -99,7 +94,7 @@ class DiffuserTraining(TrainingLoop):
         self.windows = WindowOrder(len(dataset), settings.batch_size, rng)
         self.picture_rng = picture_rng or rng
         self.shown = WindowOrder(len(dataset), 1, self.picture_rng)
-        self.total, self.run_dir, self.print = settings.n_train_steps, run_dir or Nowhere(), say
+        self.total, self.run_dir = settings.n_train_steps, run_dir or Nowhere()
         self.renderer, self.merge, self.observer = renderer, merge, observer
         self.learning_rate, self.decays_at = (
             trainer.optimizer.learning_rate.numpy(),
@@ -113,10 +108,6 @@ class DiffuserTraining(TrainingLoop):
 
     def advance(self, end: int) -> tuple[int, Losses]:
         """Trains up to where something is due after a step, or enough steps are together."""
-        epoch_steps = self.settings.epoch_steps
-        if epoch_steps and self.step % epoch_steps == 0:
-            epoch, epochs = self.step // epoch_steps, -(-self.total // epoch_steps)
-            self.print(f"Epoch {epoch} / {epochs} | {self.run_dir.path}")
         count = next(n for n in range(1, end - self.step + 1) if self._ends(n, end))
         factor = DECAYED if self.step >= self.decays_at else 1.0
         self.trainer.optimizer.learning_rate.assign(self.learning_rate * factor)
@@ -140,18 +131,10 @@ class DiffuserTraining(TrainingLoop):
     def row(self) -> dict[str, Any]:
         return {"itr": self.number, "kind": "train", **self._row}
 
-    def live(self) -> dict[str, Any]:
-        return {"loss": self._row["loss"]}
-
-    def say(self, row: Mapping[str, Any]) -> None:
-        shown = " | ".join(f"{name}: {row[name]:8.4f}" for name in self._row if name != "loss")
-        self.print(f"{self.number}: {row['loss']:8.4f} | {shown} | t: {row['seconds']:8.4f}")
-
     def _ends(self, n: int, end: int) -> bool:
         """Returns whether n steps from here are a call: something is due after the last, or enough are together."""
         last, s = self.step + n - 1, self.settings
         due = any(every and last % every == 0 for every in (s.save_freq, s.log_freq, s.sample_freq))
-        due |= bool(s.epoch_steps) and (last + 1) % s.epoch_steps == 0
         return due or n == STEPS_PER_CALL or last + 1 in (end, self.decays_at)
 
     def _steps(self, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

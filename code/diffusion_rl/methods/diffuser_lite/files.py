@@ -220,8 +220,7 @@ class LossLog:
         self.rows = {k: v for k, v in self.rows.items() if k <= step}
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Prints a row and keeps it."""
-        print(dict(row), flush=True)
+        """Keeps a row."""
         self.rows[row["gradient_steps"]] = dict(row)
         self.write()
 

@@ -14,6 +14,7 @@ from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.config.overrides import YAML, assignments, comments, help_rows, override, split_help
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import output_folder
 from diffusion_rl.tasks.registry import tasks_of
 
 GO_ON = "resume=auto"  # how a user goes on with a training
@@ -121,6 +122,7 @@ def _values(kind: str, assigned: dict[str, str]) -> dict[str, Any]:
     values = read_yaml(FOLDER / f"{kind}.yaml")
     values["task"] = assigned.pop("task", values["task"])
     values |= flatten({"task": {"return_scale": None} | read_task(values["task"])})
+    values["results_dir"] = output_folder(values["results_dir"])
     override(values, assigned, KINDS, YAML, kind, ("task",))
     if values.get("task.diffusion_ckpt") is not None and "diffusion_ckpt" not in assigned:
         values["diffusion_ckpt"] = values["task.diffusion_ckpt"]

@@ -54,7 +54,7 @@ class LiteLoop(TrainingLoop):
         log_interval: int,
         save_interval: int,
         run_dir: RunDir | Nowhere | None = None,
-        record: Callable[[dict[str, Any]], None] = print,
+        record: Callable[[dict[str, Any]], None] = lambda row: None,
     ):
         self.names, self.rng, self.total = list(names), rng, steps
         self.log_interval, self.save_interval, self.record = log_interval, save_interval, record
@@ -79,10 +79,11 @@ class LiteLoop(TrainingLoop):
         means = dict(zip(self.names, (self.sums / self.log_interval).tolist(), strict=True))
         self.sums[:] = 0
         main = [value for name, value in means.items() if name.startswith("loss")]
+        self.record({**means, "gradient_steps": self.step})
         return {"itr": self.step, "kind": "train", "loss": float(np.mean(main)), **means}
 
-    def say(self, row: Mapping[str, Any]) -> None:
-        self.record({name: row[name] for name in self.names} | {"gradient_steps": self.step})
+    def visible(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return super().visible({name: value for name, value in row.items() if name != "loss"})
 
     @abstractmethod
     def updates(self, count: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
 from diffusion_rl.training.loop import Losses, TrainingLoop, part_tensors, restore_parts, restore_rng, rng_state
-from diffusion_rl.training.policy_files import build_policy, policy_facts
+from diffusion_rl.training.policy_files import build_policy, evaluation_of, policy_facts
 from diffusion_rl.training.run_dir import RunDir
 from diffusion_rl.training.run_facts import normalization_facts
 from diffusion_rl.training.state_files import StateFiles
@@ -102,6 +102,9 @@ class PreTraining(TrainingLoop):
     def row(self) -> dict[str, Any]:
         return self._row
 
+    def evaluation(self) -> str:
+        return evaluation_of(self.run_dir.settings, self.run_dir.path)
+
     def saved(self, keep: bool) -> None:
         if self.observer is not None:
             self.observer(self._observed(self._losses))
@@ -121,7 +124,8 @@ class PreTraining(TrainingLoop):
             t, noise = self._draw(items.shape, self.rng)
             shifts = self._draw_shifts(items.shape)
             losses.append(self.trainer.steps(items, t, noise, self._averaging(len(items)), shifts))
-            self.progress.update(len(items), epoch=self.epoch, loss=float(losses[-1][-1]))
+            self.progress.doing()
+            self.progress.update(len(items), turn=False)
             self.run_dir.stop_if_requested()
         return np.concatenate(losses)
 

@@ -18,6 +18,7 @@ from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.overrides import META_KEYS, as_whole, comments, help_rows, meanings
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.files import output_folder
 
 # The class names of published experiments and what they ask for beyond the keys.
 REGISTRY: dict[str, dict[str, dict[str, Any]]] = {
@@ -140,7 +141,8 @@ def settings(variant: Mapping[str, Any]) -> dict[str, Any]:
         UserError: an unknown key, a class name that is not registered, a number out of its range, or a name that leads
             out of `logbase`.
     """
-    cfg = {**default_settings(), **conform(variant, experiment_kinds(), "an experiment")}
+    cfg = {**default_settings(), "logbase": output_folder(default_settings()["logbase"])}
+    cfg |= conform(variant, experiment_kinds(), "an experiment")
     cfg |= asked_by_classes(cfg)
     check_settings(cfg)
     cfg["exp_name"] = str(cfg.get("exp_name") or "vae_diffusion_rl")

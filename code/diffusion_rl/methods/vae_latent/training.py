@@ -21,7 +21,7 @@ from diffusion_rl.methods.vae_latent.model import Batch, Draws, LatentDiffusionR
 from diffusion_rl.methods.vae_latent.trainer import COPY, KEEP, LatentTrainer
 from diffusion_rl.policies.acting import DiffusionActor
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.continuation import LATENT_MAY_CHANGE, Spelling
+from diffusion_rl.training.continuation import LATENT_MAY_CHANGE, Spelling, program
 from diffusion_rl.training.loop import Losses, TrainingLoop, part_tensors, restore_parts
 from diffusion_rl.training.rollout import Rollout, RunningEpisodes, collect
 from diffusion_rl.training.run_dir import RunDir
@@ -100,8 +100,13 @@ class VAEDiffusionTraining(TrainingLoop):
         """Says False within a collection: a rollout is not part of the state."""
         return not self.algorithm.online or self._every("rl_collect_freq")
 
-    def live(self) -> dict[str, Any]:
-        return {k: v[-1] for k, v in self.sums.items() if k in ("loss", "policy_loss")}
+    def visible(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        shown = {"step": row["itr"], "kind": row["kind"], "env steps": row["env_steps"]}
+        losses = {k: v for k, v in row.items() if k in METRICS and v is not None}
+        return {**shown, "return": row.get("episode_return"), "seconds": row.get("seconds"), **losses}
+
+    def evaluation(self) -> str:
+        return program("script/evaluate_experiment.py", "-e", str(self.run_dir.path))
 
     def saved(self, keep: bool) -> None:
         if self.cfg["eval_freq"] and self.due("save") and self.due("eval"):
@@ -272,11 +277,11 @@ class VAEDiffusionTraining(TrainingLoop):
             self.evaluating = evaluating_actor(self.algorithm, cfg)
         self.evaluating.weights_changed()
         episodes = evaluate_policy(self.decode, self.eval_venv, cfg, self.evaluating)
-        path = write_result(self.run_dir.path, self.step, episodes, cfg)
+        write_result(self.run_dir.path, self.step, episodes, cfg)
         mean = float(np.mean(episodes.returns))
         row = {"itr": self.step, "kind": "eval", "env_steps": self.env_steps, "episode_return": mean}
         self.run_dir.log({**row, "std_return": float(np.std(episodes.returns)), "episodes": len(episodes.returns)})
-        self.progress.note(f"step {self.step}: mean return {mean:.3f} of {len(episodes.returns)} episodes, {path}")
+        self.progress.row(self.visible(row))
 
     # ---------- state ----------
 
