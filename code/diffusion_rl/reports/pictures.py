@@ -71,7 +71,8 @@ def _rate(video: str | os.PathLike) -> float:
     import imageio.v2 as imageio
 
     with imageio.get_reader(os.fspath(video)) as opened:
-        return float(opened.get_meta_data()["fps"])
+        reader: Any = opened  # whose class declares no data
+        return float(reader.get_meta_data()["fps"])
 
 
 def frames(video: str | os.PathLike) -> list[np.ndarray]:
