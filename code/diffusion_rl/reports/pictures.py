@@ -39,7 +39,7 @@ def animation(videos: Sequence[str | os.PathLike], output: str | os.PathLike, ev
     """Writes a GIF of videos side by side, again and again; one that is over stands still until the others are.
 
     Args:
-        every: shows each `every`-th frame, for as long as that many take in the first video.
+        every: shows each `every`-th frame, for as long as so many take in the first video; the last, a second more.
         height: of the pictures, in pixels.
 
     Raises:
@@ -60,7 +60,8 @@ def animation(videos: Sequence[str | os.PathLike], output: str | os.PathLike, ev
     palette = Image.fromarray(some).quantize(COLOURS)
     drawn = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     with atomic_file(output) as file:
-        timing: dict[str, Any] = {"duration": round(1000 * every / _rate(videos[0])), "loop": 0}
+        shown_for = round(1000 * every / _rate(videos[0]))  # milliseconds
+        timing: dict[str, Any] = {"duration": [shown_for] * (len(drawn) - 1) + [shown_for + 1000], "loop": 0}
         drawn[0].save(file, format="GIF", save_all=True, append_images=drawn[1:], optimize=True, **timing)
     return Path(output)
 
@@ -70,7 +71,8 @@ def _rate(video: str | os.PathLike) -> float:
     import imageio.v2 as imageio
 
     with imageio.get_reader(os.fspath(video)) as opened:
-        return float(opened.get_meta_data()["fps"])
+        reader: Any = opened  # whose class declares no data
+        return float(reader.get_meta_data()["fps"])
 
 
 def frames(video: str | os.PathLike) -> list[np.ndarray]:
