@@ -222,6 +222,8 @@ class RunDir:
         for name in ("config.yaml", "metrics.jsonl", "metrics.csv"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.files.folder(self.path).rmdir()  # where there is nothing else in it
         self._lock.undo()
 
     @property
