@@ -212,7 +212,7 @@ class RunDir:
             if error is None or isinstance(error, Interrupted):
                 self.files.copy(self.path)
         finally:
-            if error is not None and self._last_saved is None and not self.rows:
+            if isinstance(error, Exception) and self._last_saved is None and not self.rows:
                 self._leave_nothing()
             self._lock.close()
             self._stop.__exit__()
