@@ -16,7 +16,7 @@ from diffusion_rl.tasks.registry import task_named
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255", "#999933", "#999999")
 MARKERS = "os^DvPX<>h"  # beside the colours, for prints in grey
 TIME = "cividis"  # colour map of time
-STYLE = {
+STYLE: dict[Any, Any] = {  # of matplotlib
     "font.size": 9,
     "axes.titlesize": 10,
     "legend.fontsize": 8.5,

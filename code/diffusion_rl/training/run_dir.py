@@ -212,7 +212,7 @@ class RunDir:
             if error is None or isinstance(error, Interrupted):
                 self.files.copy(self.path)
         finally:
-            if error is not None and self._last_saved is None and not self.rows:
+            if isinstance(error, Exception) and self._last_saved is None and not self.rows:
                 self._leave_nothing()
             self._lock.close()
             self._stop.__exit__()
@@ -222,6 +222,8 @@ class RunDir:
         for name in ("config.yaml", "metrics.jsonl", "metrics.csv"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.files.folder(self.path).rmdir()  # where there is nothing else in it
         self._lock.undo()
 
     @property
