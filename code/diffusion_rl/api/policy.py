@@ -75,7 +75,7 @@ class LoadedPolicy:
 
     def __init__(self, path: Path, config: Mapping[str, Any] | None = None, allow: Collection[str] = ()):
         source = open_policy(path, config, allow)
-        self._made_with = {"config": config, "allow": allow}
+        self._config, self._allow = config, allow
         self.path, self.policy, self.normalizer = path, source.policy, source.normalizer
         self.cond_steps, self.act_steps = source.cond_steps, source.act_steps
         self.horizon_steps: int = self.policy.horizon_steps
@@ -162,7 +162,7 @@ class LoadedPolicy:
 
     def export(self, kind_of_file: str, output: str | os.PathLike[str], force: bool = False) -> Exported:
         """Writes it as `diffusion_rl.export_policy` does; kind_of_file: savedmodel or tflite."""
-        return export_policy(self.path, kind_of_file, Path(output), force=force, **self._made_with)
+        return export_policy(self.path, kind_of_file, Path(output), self._config, force, self._allow)
 
     def session(self, rng: Randomness = None) -> Session:
         """Begins to act in one environment, observation by observation."""

@@ -134,7 +134,7 @@ def handles_of(curves: Sequence[Curve], looks: Mapping[str, Look], shown: Mappin
     from matplotlib.patches import Patch
 
     kinds = {curve.kind for curve in curves}
-    handles = []
+    handles: list[Any] = []
     for label, look in looks.items():
         own = [curve for curve in curves if curve.label == label]
         counts = sorted({len(curve.seeds) for curve in own})

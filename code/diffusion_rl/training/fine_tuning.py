@@ -116,7 +116,7 @@ class FineTuning(TrainingLoop):
     def _observed(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:
         """Returns what the observer gets beside the statistics of the episodes."""
 
-    def _live(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _live(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the losses that people see of a training iteration."""
         return {}
 
@@ -157,7 +157,7 @@ class FineTuning(TrainingLoop):
 
     def evaluation(self) -> str:
         exportable = getattr(self.model, "EXPORTABLE", True)  # else it decides by more than its policy
-        return evaluation_of(self.run_dir.settings, self.run_dir.path) if exportable else ""
+        return evaluation_of(plain_copy(self.cfg), self.run_dir.path) if exportable else ""
 
     def _iteration(self) -> dict[str, Any]:
         evaluating = self._evaluating()

@@ -141,8 +141,8 @@ class TrainingLoop(ABC):
     def _turns(self, end: int) -> None:
         start = self.step * self.units
         self._row_began, self._held_at = time.monotonic(), -math.inf
-        shape = {"unit": self.UNIT, "units": self.units, "start": start}
-        with Progress(self.total * self.units, self.LABEL, **shape) as self.progress:
+        total = self.total * self.units
+        with Progress(total, self.LABEL, unit=self.UNIT, units=self.units, start=start) as self.progress:
             self.progress.doing("compiling")
             self.begin()
             while self.step < end:

@@ -252,7 +252,7 @@ class OffPolicyTraining(FineTuning):
     def _is_logged(self, row: dict[str, Any]) -> bool:
         return row["kind"] == "eval" or self.itr % int(self.train.get("log_freq", 1)) == 0
 
-    def _live(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _live(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name.startswith("loss_")}
 
     def _observed(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:

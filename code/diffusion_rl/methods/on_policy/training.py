@@ -89,7 +89,7 @@ class OnPolicyTraining(FineTuning):
 
     # ---------- watching ----------
 
-    def _live(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _live(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {"pg_loss": row.get("pg_loss"), "v_loss": row.get("v_loss"), "kl": row.get("approx_kl")}
 
     def _observed(self, rollout: Rollout, update: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class PreTraining(TrainingLoop):
         return self._row
 
     def evaluation(self) -> str:
-        return evaluation_of(self.run_dir.settings, self.run_dir.path)
+        return evaluation_of(plain_copy(self.cfg), self.run_dir.path)
 
     def saved(self, keep: bool) -> None:
         if self.observer is not None:
