@@ -473,23 +473,23 @@ def test_too_little_memory_is_one_line():
         assert line and line.startswith("not enough memory (") and "train.batch_size" in line and "\n" not in line
 
 
-HOPPER = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
+FINE_TUNE = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
 
 
 @pytest.mark.parametrize(("own", "name"), [([], "MyEnv-v0"), (["env_name=mine"], "mine")])
 def test_a_run_in_an_environment_of_ones_own_is_named_after_it(own, name):
-    usual = flatten(plain_copy(compose_job(HOPPER)))
-    config = app.prepare(compose_job(HOPPER, ["env.name=my_package:MyEnv-v0", "obs_dim=7", *own]), usual)
+    usual = flatten(plain_copy(compose_job(FINE_TUNE)))
+    config = app.prepare(compose_job(FINE_TUNE, ["env.name=my_package:MyEnv-v0", "obs_dim=7", *own]), usual)
     assert config.env_name == name and config.name.startswith(f"{name}_ppo_") and f"/{name}_ppo_" in config.logdir
 
 
 @pytest.mark.parametrize(
     ("config", "overrides", "evaluation"),
     [
-        (HOPPER, [], ["eval_diffusion_mlp", "gym/eval/hopper-v2"]),
-        (HOPPER, ["act_steps=2"], ["eval_diffusion_mlp", "gym/eval/hopper-v2", "act_steps=2"]),
+        (FINE_TUNE, [], ["eval_diffusion_mlp", "gym/eval/hopper-v2"]),
+        (FINE_TUNE, ["act_steps=2"], ["eval_diffusion_mlp", "gym/eval/hopper-v2", "act_steps=2"]),
         ("d3il/pretrain/avoid_m2/pre_gmm_mlp", [], ["eval_gmm_mlp", "d3il/eval/avoid_m2"]),
-        (HOPPER, ["model.actor.mlp_dims=[8,8,8]"], []),
+        (FINE_TUNE, ["model.actor.mlp_dims=[8,8,8]"], []),
     ],
 )
 def test_a_run_knows_the_command_that_evaluates_it(config, overrides, evaluation, monkeypatch):
@@ -506,7 +506,7 @@ def test_a_run_knows_the_command_that_evaluates_it(config, overrides, evaluation
 
 def test_one_variable_moves_what_all_programs_write(monkeypatch, tmp_path):
     monkeypatch.setenv("DPPO_LOG_DIR", str(tmp_path))
-    assert app.prepare(compose_job(HOPPER)).logdir.startswith(str(tmp_path))
+    assert app.prepare(compose_job(FINE_TUNE)).logdir.startswith(str(tmp_path))
     assert diffuser.parse_command("train", []).logbase == str(tmp_path / "logs")
     assert diffuser.parse_command("train", ["--logbase", "here"]).logbase == "here"
     assert diffuser_lite.parse("mujoco", []).results_dir == str(tmp_path / "results")

@@ -16,6 +16,7 @@ from diffusion_rl.config.declared import declaring
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_bytes
+from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.reports import published
 from diffusion_rl.reports.metrics import STEP_KEYS, Row, read_rows, step_of
 from diffusion_rl.reports.style import csv_text
@@ -126,7 +127,7 @@ def iqm_and_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
         scores = values[seeds][:, here]
         result[0, here] = _iqm(scores)
         if count >= MIN_SEEDS_FOR_INTERVAL:
-            drawn = np.random.default_rng(0).integers(0, count, (count, RESAMPLES))
+            drawn = NoiseSource(0).integers(0, count, (count, RESAMPLES))
             result[1:, here] = np.percentile(_iqm(scores[drawn]), (2.5, 97.5), axis=0)
     return result[0], result[1], result[2]
 

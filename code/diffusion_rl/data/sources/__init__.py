@@ -32,11 +32,11 @@ def load(
         UserError: the layout is none of these, or the data are damaged.
     """
     path = Path(path)
-    if path.is_dir() and lerobot.recognises(path):
+    if os.path.isdir(path) and lerobot.recognises(path):
         _require_robomimic(path, filter_key)
         episodes = lerobot.read(path, obs_keys)
         return episodes, bounds_of(episodes)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = minari.file_in(path)
     if path.suffix == ".npz":
         _require_robomimic(path, filter_key)
