@@ -101,14 +101,14 @@ def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
 def evaluation_of(settings: Mapping[str, Any], run: Path) -> str:
     """Returns the command that evaluates the policy of a run with a configuration that ships; empty: none fits it."""
-    flat, network = flatten(settings), _network_of(settings["model"])
+    flat, network = flatten(settings), _network_of(settings.get("model"))
     place, scales = flat.get("env.name"), flat.get("normalization_path")
     where = f"{flat.get('env_name')} {scales} {flat.get('train_dataset_path')}"
     own_env = ":" in str(place)
     keys = [*SHAPE, "env.name", "normalization_path"] if own_env else SHAPE
     names = [name for name in shipped_configs() if name.startswith(f"{flat.get('suite')}/eval/")]
-    names.sort(key=lambda name: name.split("/")[2].removesuffix("-v2") not in where)
-    for name in names:
+    of_task = [name for name in names if name.split("/")[2].removesuffix("-v2") in where]
+    for name in of_task if of_task or not network else names:
         with contextlib.suppress(UserError):
             config = plain_copy(prepare(compose_job(name)))
             usual = flatten(config)
@@ -123,10 +123,10 @@ def evaluation_of(settings: Mapping[str, Any], run: Path) -> str:
     return ""
 
 
-def _network_of(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of the network that acts, its defaults included."""
-    network = model.get("actor") or model.get("network") or {}
-    return {**default_arguments(network["_target_"]), **network} if network else {}
+def _network_of(model: Any) -> dict[str, Any]:
+    """Returns the settings of the network that acts, its defaults included; nothing where the configuration has none."""
+    network = (model.get("actor") or model.get("network")) if isinstance(model, Mapping) else None
+    return {**default_arguments(network["_target_"]), **network} if isinstance(network, Mapping) else {}
 
 
 def is_fine_tuned(weights: dict[str, np.ndarray]) -> bool:
