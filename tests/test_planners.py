@@ -86,6 +86,7 @@ def test_plans_and_results(folder, capsys):
     assert found.out.splitlines() == lines and "below logs/pretrained: those below logs" in found.err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(map(find_library, ("EGL", "OSMesa"))), reason="no library that renders off-screen")
 def test_plans_are_filmed(folder):
     pytest.importorskip("imageio_ffmpeg")
@@ -221,6 +222,7 @@ def test_the_documents_commands_follow_each_other(folder, capsys):
     diffuser.plan_guided([*plain, "--discount", "0.9"])
 
 
+@pytest.mark.slow
 def test_pictures_of_samples_leave_the_training_as_it_is(folder, capsys):
     """Equal weights with and without; resumed, the same pictures."""
     place = TRAIN.index("--sample_freq")

@@ -22,6 +22,7 @@ def run(script: str, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     pytest.importorskip("robosuite", reason='needs pip install -e ".[robomimic]"')
     states, pictures = tmp_path / "lift", tmp_path / "lift-img"
