@@ -220,7 +220,7 @@ ODD = {
         "a chunk of /rewards claims 536870912 bytes",
     ),
     "a chunk that expands": (
-        *("rewards", put("rewards", (20,), zlib.compress(bytes(1 << 27)), chunks=(20,), **ZIPPED)),
+        *("rewards", put("rewards", (20,), zlib.compress(bytes(1 << 21)), chunks=(20,), **ZIPPED)),
         "where 80 fit",
     ),
     "a larger one": (
