@@ -124,7 +124,7 @@ def evaluation_of(settings: Mapping[str, Any], run: Path) -> str:
 
 
 def _network_of(model: Any) -> dict[str, Any]:
-    """Returns the settings of the network that acts, its defaults included; nothing where the configuration has none."""
+    """Returns the settings of the network that acts, its defaults included; nothing where none is described."""
     network = (model.get("actor") or model.get("network")) if isinstance(model, Mapping) else None
     return {**default_arguments(network["_target_"]), **network} if isinstance(network, Mapping) else {}
 
