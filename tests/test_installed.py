@@ -1,6 +1,6 @@
 """The wheel, installed where there is no checkout: commands, the demonstration and the README's Python.
 
-`.ci/run` runs the demonstration.
+They are slow; `pytest -m slow tests/test_installed.py` runs them.
 """
 
 import os
