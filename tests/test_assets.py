@@ -291,7 +291,6 @@ def configurations(stage: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_every_base_policy_can_be_had(monkeypatch, tmp_path):
     """Where a configuration's policy is not there, the line names a configuration that makes it."""
     monkeypatch.setenv("DPPO_DATA_DIR", str(tmp_path / "data"))

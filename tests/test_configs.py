@@ -481,6 +481,9 @@ def test_a_run_in_an_environment_of_ones_own_is_named_after_it(own, name):
     usual = flatten(plain_copy(compose_job(FINE_TUNE)))
     config = app.prepare(compose_job(FINE_TUNE, ["env.name=my_package:MyEnv-v0", "obs_dim=7", *own]), usual)
     assert config.env_name == name and config.name.startswith(f"{name}_ppo_") and f"/{name}_ppo_" in config.logdir
+    chosen = "logdir=runs/hopper-medium-v2/mine"
+    config = app.prepare(compose_job(FINE_TUNE, ["env.name=my_package:MyEnv-v0", "obs_dim=7", chosen, *own]), usual)
+    assert config.logdir == "runs/hopper-medium-v2/mine"
 
 
 @pytest.mark.parametrize(

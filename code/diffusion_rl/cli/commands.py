@@ -11,7 +11,8 @@ from diffusion_rl.cli.status import exit_status, show
 from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
 from diffusion_rl.config.schema import FLAGS, TEXT_OR_NONE, Option
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import output_folder, read_json
+from diffusion_rl.core.files import read_json
+from diffusion_rl.core.places import output_folder
 from diffusion_rl.core.programs import script
 from diffusion_rl.reports import plan_results
 from diffusion_rl.training import signals

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from diffusion_rl.cli import app
 from diffusion_rl.config.compose import compose_job as compose
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import log_dir
 from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports.figures import learning_curve
 from diffusion_rl.reports.metrics import read_rows
@@ -45,7 +45,7 @@ def main(overrides: Sequence[str] = (), quick: bool = False) -> int:
     overrides = [*(QUICK_FINE_TUNE if quick else ()), *overrides]
     check(overrides)
     began, fewer = time.monotonic(), QUICK_EVALUATE if quick else ()
-    folder = Path(os.environ.get("DPPO_LOG_DIR") or "log") / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = log_dir() / "demo" / time.strftime("%Y-%m-%d_%H-%M-%S")
     print("1/4  evaluating the pre-trained Hopper policy", flush=True)
     before = evaluate(folder / "before", overrides=fewer)
     print(f"     return {before.episode_return:.0f}, mean of {before.episodes} episodes", flush=True)

@@ -31,8 +31,8 @@ from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read
 from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
 from diffusion_rl.core.errors import Interrupted, UserError
-from diffusion_rl.core.files import output_folder, read_json, write_json
-from diffusion_rl.core.places import here_or_shipped
+from diffusion_rl.core.files import read_json, write_json
+from diffusion_rl.core.places import here_or_shipped, output_folder
 from diffusion_rl.reports.progress import duration
 from diffusion_rl.training import signals
 from diffusion_rl.training.locks import child_lock, locked

@@ -11,7 +11,7 @@ import numpy as np
 from diffusion_rl.cli import app
 from diffusion_rl.cli.figures import OUTPUT, with_table
 from diffusion_rl.config.compose import Config, compose_job
-from diffusion_rl.core.files import output_folder
+from diffusion_rl.core.places import output_folder
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.data.sources.d3il import MODE_SETS

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.overrides import Arguments
-from diffusion_rl.core.files import output_folder
+from diffusion_rl.core.places import output_folder
 from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports import lite_figures
 from diffusion_rl.reports.compare import compare
@@ -95,7 +95,7 @@ def _contact_sheet(commands: argparse._SubParsersAction) -> None:
 def _animation(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser("animation", help="videos side by side, as a GIF")
     command.add_argument("videos", metavar="video", nargs="+", help="mp4 files, as a run's render/ holds them")
-    command.add_argument("--output", default="figure/animation.gif", help="the GIF")
+    command.add_argument("--output", default=output_folder("figure/animation.gif"), help="the GIF")
     command.add_argument("--every", type=int, default=3, help="show every n-th frame")
     command.add_argument("--height", type=int, default=180, help="pixels")
     command.set_defaults(draw=lambda command, **options: animation(**options))

@@ -98,7 +98,8 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     """
     with mending():
         _find_data(config)
-        used = interpolated(OmegaConf.to_container(config))
+        written = OmegaConf.to_container(config)
+        used = interpolated(written)
         OmegaConf.resolve(config)
     missing = sorted(OmegaConf.missing_keys(config), key=lambda key: (key.count("."), key))
     if missing:
@@ -110,7 +111,7 @@ def prepare(config: DictConfig, defaults: Mapping[str, Any] | None = None) -> Di
     check_keys(values, defaults or {}, used)
     check_numbers(values)
     complete(values)
-    _name_own(values, defaults or {})
+    _name_own(values, written, defaults or {})
     _complete_wandb(values)
     return OmegaConf.create(values)
 
@@ -136,14 +137,18 @@ def _find_data(config: DictConfig) -> None:
         config.data_dir = str(data_dir())
 
 
-def _name_own(config: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Names a run after the environment of the user's own ("module:Env-v0") that took the place of a task's."""
+def _name_own(config: dict[str, Any], written: Any, defaults: Mapping[str, Any]) -> None:
+    """Names a run after the environment of the user's own ("module:Env-v0") that took the place of a task's.
+
+    written: `config` before it was resolved; a name or folder that is a text there is somebody's choice and stays.
+    """
     env, task = config.get("env"), config.get("env_name")
     own = str(env.get("name") if isinstance(env, Mapping) else env)
     if ":" in own and own != defaults.get("env.name") and task == defaults.get("env_name", task):
         name = own.rpartition(":")[2].replace("/", "_")
         for key in ("name", "logdir"):
-            config[key] = str(config[key]).replace(str(task), name) if config.get(key) else config.get(key)
+            if "${" in str(written.get(key)):
+                config[key] = str(config[key]).replace(str(task), name)
         config["env_name"] = name
 
 

@@ -50,11 +50,6 @@ def require_file(path: str | os.PathLike[str], missing: str = "") -> Path:
     return Path(path)
 
 
-def output_folder(usual: str) -> str:
-    """Returns where a program writes unless it is told otherwise: `usual`, below $DPPO_LOG_DIR where that is set."""
-    return os.path.join(os.environ.get("DPPO_LOG_DIR") or "", usual)
-
-
 def read_bytes(path: str | os.PathLike[str], missing: str = "", most: int | None = None) -> bytes:
     """Returns the contents of a regular file (see `require_file`) of at most `most` bytes."""
     with reading(path, "get it again, or check who may read it"), open(require_file(path, missing), "rb") as file:

@@ -1,10 +1,12 @@
-"""Where what ships with the package lies, in a checkout and in an installed package; where data are looked for.
+"""Where what ships with the package lies, in a checkout and in an installed package; where data are looked for, and
+where programs write.
 
 In a checkout cfg/, data/, changed_robomimic/ and the scripts lie beside code/. A wheel carries them in `shipped/` of
 the package (setup.py), but for the larger data (MANIFEST.in); what is made or downloaded goes to the user's cache then.
 
 Environment: DPPO_DATA_DIR   the data directory (default: `data/` of the checkout; of an installed package
                              `diffusion-rl/data` in XDG_CACHE_HOME or ~/.cache, and what ships)
+             DPPO_LOG_DIR    where programs write (default: `log`, `logs`, `results` and `figure` of the present folder)
 """
 
 from __future__ import annotations
@@ -22,6 +24,16 @@ def here_or_shipped(path: str | os.PathLike[str]) -> Path:
     """Returns a path that exists here, else the one of its name among what ships where there is one, else itself."""
     here, shipped = Path(path).expanduser(), REPOSITORY / path
     return shipped if shipped.exists() and not here.exists() else here
+
+
+def output_folder(usual: str) -> str:
+    """Returns where a program writes unless it is told otherwise: `usual`, below $DPPO_LOG_DIR where that is set."""
+    return os.path.join(os.environ.get("DPPO_LOG_DIR") or "", usual)
+
+
+def log_dir() -> Path:
+    """Returns the folder of the run folders."""
+    return Path(os.environ.get("DPPO_LOG_DIR") or "log")
 
 
 def data_dir() -> Path:

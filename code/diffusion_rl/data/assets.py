@@ -27,7 +27,16 @@ from typing import Any
 
 from diffusion_rl.core.errors import UserError, one_line
 from diffusion_rl.core.files import atomic_file, lock_file, read_bytes, read_json, require_file, write_bytes
-from diffusion_rl.core.places import INSTALLED, REPOSITORY, SHIPPED_DATA, data_dir, data_file, data_folder
+from diffusion_rl.core.places import (
+    INSTALLED,
+    REPOSITORY,
+    SHIPPED_DATA,
+    data_dir,
+    data_file,
+    data_folder,
+    log_dir,
+    output_folder,
+)
 
 _TIMEOUT = 30.0  # seconds without a byte
 _RETRIES = 3  # after a connection that broke, each going on where the last one stopped
@@ -84,7 +93,7 @@ class Asset:
 def manifest(path: Path | None = None) -> dict[str, Asset]:
     """Reads which files can be fetched, by name."""
     path = path or Path(__file__).with_name("assets.json")
-    roots = {"data": data_dir(), "log": Path(os.environ.get("DPPO_LOG_DIR") or "log"), "logs": Path("logs")}
+    roots = {"data": data_dir(), "log": log_dir(), "logs": Path(output_folder("logs"))}
     try:
         groups = read_json(path)
         return {

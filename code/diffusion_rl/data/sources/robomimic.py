@@ -53,8 +53,8 @@ def read(
     assert data is not None
     names = _demos(data)
     if filter_key:
-        listed_ones = _mask(file, filter_key)
-        names = [name for name in names if name in listed_ones]
+        chosen = _mask(file, filter_key)
+        names = [name for name in names if name in chosen]
     demos = [data.group(key) for key in names[:max_episodes]]
     if not demos:
         raise UserError(f"{file.where}: no demonstration is left of {filter_key or f'max_episodes={max_episodes}'}")

@@ -22,8 +22,8 @@ from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.overrides import PYTHON, comments, help_rows, override, pairs, split_help
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import atomic_file, output_folder
-from diffusion_rl.core.places import INSTALLED, REPOSITORY
+from diffusion_rl.core.files import atomic_file
+from diffusion_rl.core.places import INSTALLED, REPOSITORY, output_folder
 
 FOLDER = CONFIG_ROOT / "planning"
 SHIPPED = [FOLDER / f"{name}.yaml" for name in ("locomotion", "kuka", "maze2d")]

@@ -14,7 +14,7 @@ from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.config.overrides import YAML, assignments, comments, help_rows, override, split_help
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import output_folder
+from diffusion_rl.core.places import output_folder
 from diffusion_rl.tasks.registry import tasks_of
 
 GO_ON = "resume=auto"  # how a user goes on with a training

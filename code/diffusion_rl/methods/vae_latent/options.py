@@ -18,7 +18,7 @@ from diffusion_rl.config.compose import CONFIG_ROOT
 from diffusion_rl.config.overrides import META_KEYS, as_whole, comments, help_rows, meanings
 from diffusion_rl.config.yaml_files import read_yaml
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.files import output_folder
+from diffusion_rl.core.places import output_folder
 
 # The class names of published experiments and what they ask for beyond the keys.
 REGISTRY: dict[str, dict[str, dict[str, Any]]] = {
