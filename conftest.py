@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ import pytest
 os.environ.setdefault("DPPO_OFFLINE", "1")  # a file that is missing is an error of a test, not a download
 # PyTorch with CUDA brings Triton, whose LLVM and TensorFlow's crash in one process; PyTorch does without it.
 sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
+
+# What `make test` installs. A test that needs one of these is skipped where it is missing, but not there.
+PACKAGES = ("torch", "einops", "mujoco", "gymnasium", "gymnasium_robotics", "robosuite", "mpe2", "imageio_ffmpeg")
+PACKAGES += ("gdown", "pyarrow", "rliable", "nbclient", "nbformat", "PIL", "hydra_plugins.hydra_joblib_launcher")
+PACKAGES += ("pybullet",) if sys.version_info < (3, 13) else ()  # setup.py: later Pythons have no wheel of it
 
 OPTIONS = {
     "--golden-dir": "folder of recordings to replay instead of the shipped one",
@@ -29,6 +35,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name, text in OPTIONS.items():
         with contextlib.suppress(ValueError):  # registered already, by a conftest nearer to the tests
             parser.addoption(name, default=None, metavar="PATH", help=text)
+
+
+def pytest_configure() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing and "MAKELEVEL" in os.environ:
+        raise pytest.UsageError(f"make test needs {', '.join(missing)}: rm .venv/.test, and make test installs them")
 
 
 @pytest.fixture(scope="module", autouse=True)

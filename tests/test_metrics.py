@@ -316,6 +316,13 @@ def test_rows_stand_below_their_headings(capsys):
     ]
 
 
+def test_columns_of_a_row_never_touch(capsys):
+    numbers = [-0.000123456, -8.7654e-06, -123456.7, 1e-300, float("nan"), -0.5]
+    with Progress(total=1, label="demo", stream=io.StringIO()) as progress:
+        progress.row({"itr": 12345, **{f"v{i}": number for i, number in enumerate(numbers)}})
+    assert len(capsys.readouterr().out.splitlines()[1].split()) == 1 + len(numbers)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_progress_on_a_terminal_fits_its_width(columns, monkeypatch, capsys):
     class Terminal(io.StringIO):

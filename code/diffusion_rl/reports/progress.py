@@ -152,7 +152,9 @@ def _short(value: Any) -> str:
     if isinstance(value, str | bool | int):
         return str(value)
     number = float(value)
-    return f"{number:.1f}" if abs(number) >= 100 else f"{number:.3g}"
+    usual, shorter = (".1f", ".0f") if abs(number) >= 100 else (".3g", ".2g")
+    text = format(number, usual)
+    return text if len(text) < COLUMN else format(number, shorter)  # else columns touch
 
 
 def duration(seconds: float) -> str:
