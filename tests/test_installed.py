@@ -66,7 +66,7 @@ def test_it_is_small_and_says_what_it_is(wheel, run, tmp_path):
     )
     told = run("-c", code, folder=tmp_path)
     assert str(REPOSITORY) not in told and "Author: the diffusion-rl authors" in told and "Ren et al." in told
-    assert "CITATION.cff" in told and "# Diffusion-policy reinforcement learning" in told
+    assert "CITATION.cff" in told and "# diffusion-rl\n" in told
 
 
 @pytest.mark.parametrize(
