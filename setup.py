@@ -26,12 +26,14 @@ SWEEP = ["hydra-joblib-launcher>=1.2"]
 ROBOSUITE_NEEDS = [OLDER_MUJOCO, "numba", "scipy", "opencv-python-headless", "termcolor", "Pillow"]
 ROBOSUITE_NEEDS += ["imageio[ffmpeg]"]
 # hardware, clusters, packages that need numpy < 2 and a compiler, one that needs a compiler on some systems, the site
-NOT_IN_ALL = ("cuda", "ray", "submitit", "d4rl", "kuka", "docs")
+NOT_IN_ALL = ("robosuite15", "cuda", "ray", "submitit", "d4rl", "kuka", "docs")
 
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
-    # robosuite asks for numba, scipy and opencv itself; 1.5 has other controllers
+    # robosuite asks for numba, scipy and opencv itself
     "robomimic": ["robosuite==1.4.1", "gymnasium>=1.0,<2", OLDER_MUJOCO, "imageio[ffmpeg]"],
+    # a second generation, in an environment of its own
+    "robosuite15": ["robosuite>=1.5,<1.6", "gymnasium>=1.0,<2", "mujoco>=3.3,<3.5", "imageio[ffmpeg]"],
     # for its model of the Panda; not imported
     "d3il": ["robosuite==1.4.1", "gymnasium>=1.0,<2", OLDER_MUJOCO, "imageio"],
     "kitchen": ["gymnasium>=1.2,<2", "gymnasium-robotics==1.4.2", OLDER_MUJOCO, "imageio"],

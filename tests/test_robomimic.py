@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import multiprocessing
 import subprocess
 import sys
@@ -272,8 +273,25 @@ def test_another_version_of_robomimic_is_named(monkeypatch):
     with pytest.raises(UserError, match="robomimic 0.2.0 is installed, 0.3.0 is needed"):
         tasks.activate()
     versions |= {"robomimic": "0.3.0", "robosuite": "1.5.2"}
-    with pytest.raises(UserError, match="robosuite 1.5.2 is installed, 1.4.1 is needed"):
+    with pytest.raises(UserError, match=r"robosuite 1.5.2 is installed, 1.4.1 is needed: .*env.robosuite=1.5"):
         tasks.activate()
+    tasks.activate("1.5")
+    versions |= {"robosuite": "1.4.1"}
+    with pytest.raises(UserError, match=r"robosuite 1.4.1 is installed, >=1.5,<1.6 is needed: pip install"):
+        tasks.activate("1.5")
+
+
+def test_robosuite_s_generation_is_the_description_s_or_asked_for(tmp_path):
+    meta = json.loads((REPOSITORY / "cfg/robomimic/env_meta/lift.json").read_text())
+    assert tasks.read_env_meta("cfg/robomimic/env_meta/lift.json")["robosuite"] == "1.4"
+    file = tmp_path / "newer.json"
+    file.write_text(json.dumps(meta | {"env_version": "1.5.1"}))
+    with pytest.raises(UserError, match="robosuite 1.4.1 is installed, >=1.5,<1.6 is needed"):
+        recipe("lift", robomimic_env_cfg_path=str(file))
+    with pytest.raises(UserError, match="env.robosuite=1.4: the description is of 1.5"):
+        recipe("lift", robomimic_env_cfg_path=str(file), robosuite=1.4)
+    with pytest.raises(UserError, match="env.robosuite=1.6 is unknown: choose one of 1.4, 1.5"):
+        recipe("lift", robosuite=1.6)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,12 @@ import numpy as np
 import robosuite
 
 from robomimic.envs.env_base import EnvType
-from robomimic.envs.quick_step import quick
 from robomimic.utils import obs_utils
+
+if robosuite.__version__.startswith("1.4"):
+    from robomimic.envs.quick_step import quick
+else:  # from 1.5 on, robosuite has other controllers and computes what follows from a state once a substep itself
+    quick = contextlib.nullcontext
 
 Observation = dict[str, np.ndarray]
 

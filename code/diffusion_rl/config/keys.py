@@ -119,6 +119,9 @@ _ENV = {
         "an episode whose best chunk reward per action reaches it is a success", number(null=True)
     ),
     "robomimic_env_cfg_path": Option("robomimic: the description of the environment (JSON)"),
+    "robosuite": Option(
+        "robomimic: generation of the simulator, 1.4 or 1.5; default: that of the description [ours]", number(null=True)
+    ),
     "reward_shaping": Option("robomimic: robosuite's shaped reward instead of 0 and 1; default false", FLAG),
     "reflections": Option("robomimic: images with the floor's reflections, slower; default false [ours]", FLAG),
     "wrappers.mujoco_locomotion_lowdim.normalization_path": Option(

@@ -38,7 +38,8 @@ from diffusion_rl.envs.vector import ProcessVectorEnv
 from diffusion_rl.envs.video import Window
 
 SUBSET = REPOSITORY / "changed_robomimic"
-ROBOMIMIC, ROBOSUITE = "0.3.0", "1.4.1"
+ROBOMIMIC = "0.3.0"
+ROBOSUITE = {"1.4": "==1.4.1", "1.5": ">=1.5,<1.6"}  # generations of the simulator: what is installed for them
 WRAPPERS = ("robomimic_lowdim", "robomimic_image")
 FPS = 20  # actions per second, so that videos run at the speed of the simulation
 _OPTIONS = {"init_state": "init_state", "render_hw": "render_hw", "render_camera_name": "camera"}  # of the wrapper
@@ -48,48 +49,84 @@ PROCESS_GB = {"Lift": (0.45, 0.75), "PickPlaceCan": (0.45, 0.75), "NutAssemblySq
 PROCESS_GB["TwoArmTransport"] = (0.65, 1.0)
 
 
-def activate() -> None:
+def activate(generation: str = "1.4") -> None:
     """Puts the subset in changed_robomimic/ on the import path of this process as `robomimic`. Further calls do
     nothing.
 
+    Args:
+        generation: the robosuite that is needed, a key of `ROBOSUITE`.
+
     Raises:
         UserError: another robomimic is imported or installed in another version than the subset's; robosuite is missing
-            or another version.
+            or of another generation.
     """
     loaded = sys.modules.get("robomimic")
     if loaded is not None and SUBSET not in Path(str(loaded.__file__)).parents:
         raise UserError(f"another robomimic is already imported ({loaded.__file__}): start a process without it")
-    _check_version("robomimic", ROBOMIMIC, required=False)
-    _check_version("robosuite", ROBOSUITE, required=True)
+    if _installed("robomimic") not in (None, ROBOMIMIC):
+        raise UserError(
+            f"robomimic {_installed('robomimic')} is installed, {ROBOMIMIC} is needed: "
+            f"pip install 'robomimic=={ROBOMIMIC}'"
+        )
+    _require_robosuite(generation)
     if not (SUBSET / "robomimic").is_dir():
         raise UserError(f"{SUBSET} is missing: install with pip install -e '.[robomimic]' from the repository")
     if str(SUBSET) not in sys.path:
         sys.path.insert(0, str(SUBSET))
 
 
-def _check_version(package: str, wanted: str, required: bool) -> None:
+def _installed(package: str) -> str | None:
     try:
-        version = importlib.metadata.version(package)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        if required:
-            raise UserError(
-                f"{package} is not installed: pip install -e '.[robomimic]' (see installation/robomimic.md)"
-            ) from None
+        return None
+
+
+def _require_robosuite(generation: str) -> None:
+    installed = _installed("robosuite")
+    if installed is None:
+        raise UserError("robosuite is not installed: pip install -e '.[robomimic]' (see installation/robomimic.md)")
+    wanted = ROBOSUITE[generation]
+    if installed == wanted.removeprefix("==") or (generation != "1.4" and installed.startswith(f"{generation}.")):
         return
-    if version != wanted:
-        raise UserError(f"{package} {version} is installed, {wanted} is needed: pip install '{package}=={wanted}'")
+    cure = f"pip install 'robosuite{wanted}'"
+    if generation == "1.4" and installed.startswith("1.5."):
+        cure += ", or take env.robosuite=1.5, where policies of 1.4 may do otherwise (see installation/robomimic.md)"
+    raise UserError(f"robosuite {installed} is installed, {wanted.removeprefix('==')} is needed: {cure}")
 
 
 def read_env_meta(path: str | Path) -> dict[str, Any]:
-    """Reads the description of an environment. Looks for a relative path here, then in the repository."""
+    """Reads the description of an environment. Looks for a relative path here, then in the repository.
+
+    `robosuite` of what it returns is the generation that the description was made with, "1.4" if it does not say.
+    """
     file = here_or_shipped(path)
     if not file.is_file():
         raise UserError(f"robomimic_env_cfg_path={path}: no such file")
     meta = read_json(file)
     try:
-        return {"env_name": str(meta["env_name"]), "type": int(meta["type"]), "env_kwargs": dict(meta["env_kwargs"])}
+        named = {"env_name": str(meta["env_name"]), "type": int(meta["type"]), "env_kwargs": dict(meta["env_kwargs"])}
+        return named | {"robosuite": "1.5" if str(meta.get("env_version", "")).startswith("1.5") else "1.4"}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a robomimic env_meta file ({type(error).__name__}: {error})") from error
+
+
+def _composed(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keyword arguments for robosuite 1.5, where the arm's controller is a part of a robot's.
+
+    A description of 1.4 says how the arm is controlled and nothing else. The names of its values are changed, and its
+    actions stay in the frame of the world, in which 1.4 takes them (1.5's own default is that of the robot's base).
+    """
+    given = dict(env_kwargs["controller_configs"])
+    if "body_parts" in given:
+        parts = dict(given["body_parts"])  # robosuite's own files have arms in a group, which it flattens on reading
+        parts = {**parts.pop("arms", {}), **parts}
+        return {**env_kwargs, "controller_configs": {**given, "body_parts": parts}}
+    renamed = {"damping": "damping_ratio", "damping_limits": "damping_ratio_limits"}
+    arm = {renamed.get(name, name): value for name, value in given.items()}
+    frame = {"input_type": "delta" if arm.pop("control_delta", True) else "absolute", "input_ref_frame": "world"}
+    parts = {"right": arm | frame | {"gripper": {"type": "GRIP"}}}
+    return {**env_kwargs, "controller_configs": {"type": "BASIC", "body_parts": parts}}
 
 
 def make_simulator(
@@ -111,7 +148,10 @@ def make_simulator(
     Raises:
         UserError: pictures cannot be rendered here.
     """
-    activate()
+    generation = meta.get("robosuite", "1.4")
+    activate(generation)
+    if generation != "1.4":
+        meta = {**meta, "env_kwargs": _composed(meta["env_kwargs"])}
     import robomimic.utils.env_utils as env_utils
     import robomimic.utils.obs_utils as obs_utils
 
@@ -120,6 +160,8 @@ def make_simulator(
     modalities = {"low_dim": list(low_dim_keys)} | ({"rgb": list(image_keys)} if image_keys else {})
     obs_utils.initialize_obs_modality_mapping_from_dict(modalities)
     np.random.seed(seed)
+    kwargs = {} if generation == "1.4" else {"seed": seed}  # later ones draw from a generator of their own
+    meta = {**meta, "env_kwargs": {**meta["env_kwargs"], **kwargs}}
     try:
         env = env_utils.create_env_from_metadata(
             env_meta=meta, render=False, render_offscreen=render, use_image_obs=bool(image_keys)
@@ -140,7 +182,8 @@ def make_simulator(
 class Robomimic(gymnasium.Env):
     """A robomimic environment under gymnasium's interface.
 
-    base: an `EnvRobosuite` (see `make_simulator`), which draws from numpy's global generator: seeding this seeds that.
+    base: an `EnvRobosuite` (see `make_simulator`), which draws from numpy's global generator, or from its own in
+    robosuite 1.5: seeding this seeds that.
     init_state: flat simulator state that every episode begins with, instead of a drawn one. camera, render_hw: of
     `render`. window: show every step in a window, through the same camera.
     """
@@ -179,12 +222,18 @@ class Robomimic(gymnasium.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
         if self.init_state is None:
             if seed is not None:
-                np.random.seed(seed)
+                self._seed(seed)
             return self._seen(self.base.reset()), {}
         if self._shows_pictures and not self._was_reset:
             self.base.reset()  # the first pictures are right only after one
             self._was_reset = True
         return self.show(self.init_state), {}
+
+    def _seed(self, seed: int) -> None:
+        np.random.seed(seed)
+        own = getattr(self.base.env, "rng", None)
+        if own is not None:  # its parts hold the same generator
+            own.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
     def show(self, state: np.ndarray) -> dict[str, np.ndarray]:
         """Puts the simulation into a flat state; returns its observation."""
@@ -290,11 +339,10 @@ def recipes(
 ) -> list[RobomimicRecipe]:
     """Returns the recipes of the environments of an `env` node, one for each seed.
 
-    Reads `robomimic_env_cfg_path`, `reward_shaping`, `save_video`, `reflections` and `wrappers.robomimic_lowdim` or
-    `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`, `render_hw`,
-    `render_camera_name`). Raises UserError if robosuite is missing or the memory will not do.
+    Reads `robomimic_env_cfg_path`, `robosuite` (its generation), `reward_shaping`, `save_video`, `reflections` and
+    `wrappers.robomimic_lowdim` or `wrappers.robomimic_image` (`low_dim_keys`, `image_keys`, `clamp_obs`, `init_state`,
+    `render_hw`, `render_camera_name`). Raises UserError if robosuite is missing or the memory will not do.
     """
-    activate()
     wrappers = env_cfg["wrappers"]
     wrapper = dict(next(wrappers[name] for name in WRAPPERS if name in wrappers))
     path = env_cfg.get("robomimic_env_cfg_path")
@@ -303,6 +351,8 @@ def recipes(
             "env.robomimic_env_cfg_path is missing: name an env_meta file, as cfg/robomimic/env_meta/can.json"
         )
     meta = read_env_meta(path)
+    meta["robosuite"] = _generation(env_cfg.get("robosuite"), meta["robosuite"])
+    activate(meta["robosuite"])
     meta["env_kwargs"]["reward_shaping"] = bool(env_cfg.get("reward_shaping", False))
     cameras = [key.removesuffix(IMAGE_SUFFIX) for key in wrapper.get("image_keys") or []]
     if cameras:
@@ -310,6 +360,17 @@ def recipes(
     render, reflections = (bool(env_cfg.get(key, False)) for key in ("save_video", "reflections"))
     check_memory(meta["env_name"], len(seeds), bool(cameras) or render)
     return [RobomimicRecipe(meta, seed, wrapper, normalizer, chunks, render, reflections) for seed in seeds]
+
+
+def _generation(asked: Any, described: str) -> str:
+    """Returns robosuite's generation: the one that is asked for, or else the one of the description."""
+    if asked is None:
+        return described
+    if str(asked) not in ROBOSUITE:
+        raise UserError(f"env.robosuite={asked} is unknown: choose one of {', '.join(ROBOSUITE)}")
+    if str(asked) < described:
+        raise UserError(f"env.robosuite={asked}: the description is of {described}, whose controllers are newer")
+    return str(asked)
 
 
 def check_memory(env_name: str, n_envs: int, pictures: bool, available: float | None = None) -> None:

@@ -29,8 +29,9 @@ class Arm:
 
     def __init__(self, env: Any, index: int, speed: float = 1.0):
         self.sim, self.speed, self.grip = env.sim, speed, OPEN
-        self._site = env.robots[index].eef_site_id
-        self._finger = self.sim.model.joint_name2id(f"gripper{index}_finger_joint1")
+        site = env.robots[index].eef_site_id  # robosuite 1.5 has one for each hand of a robot
+        self._site, hand = (site["right"], "right_") if isinstance(site, dict) else (site, "")
+        self._finger = self.sim.model.joint_name2id(f"gripper{index}_{hand}finger_joint1")
 
     @property
     def position(self) -> np.ndarray:
