@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from ctypes.util import find_library
@@ -279,6 +280,21 @@ def test_another_version_of_robomimic_is_named(monkeypatch):
     versions |= {"robosuite": "1.4.1"}
     with pytest.raises(UserError, match=r"robosuite 1.4.1 is installed, >=1.5,<1.6 is needed: pip install"):
         tasks.activate("1.5")
+
+
+@pytest.mark.parametrize(
+    ("visible", "device"), [("", "0"), ("-1", "0"), ("GPU-8932", "0"), ("1,0", None), (None, None)]
+)
+def test_hidden_gpus_do_not_hide_the_renderer(visible, device, monkeypatch):
+    """robosuite would fail with "invalid literal for int()"."""
+    monkeypatch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    tasks._choose_renderer()
+    assert os.environ.get("MUJOCO_EGL_DEVICE_ID") == device
+    os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
 
 
 def test_robosuite_s_generation_is_the_description_s_or_asked_for(tmp_path):

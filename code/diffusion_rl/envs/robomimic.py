@@ -129,6 +129,13 @@ def _composed(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**env_kwargs, "controller_configs": {"type": "BASIC", "body_parts": parts}}
 
 
+def _choose_renderer() -> None:
+    """Names a device for EGL where CUDA_VISIBLE_DEVICES hides all: robosuite takes its entries for EGL's numbers."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not visible.partition(",")[0].strip().isdigit():
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
+
+
 def make_simulator(
     meta: Mapping[str, Any],
     *,
@@ -157,6 +164,7 @@ def make_simulator(
 
     import diffusion_rl.envs.quiet_robosuite  # noqa: F401
 
+    _choose_renderer()
     modalities = {"low_dim": list(low_dim_keys)} | ({"rgb": list(image_keys)} if image_keys else {})
     obs_utils.initialize_obs_modality_mapping_from_dict(modalities)
     np.random.seed(seed)
