@@ -101,6 +101,7 @@ def test_training_resuming_and_what_is_refused(tmp_path, monkeypatch):
         diffuser.train(["--dataset", "hopper-medium-v2", "--obs_type", "pixel", "--diffusion_type", "actions_only"])
 
 
+@pytest.mark.slow
 def test_planning_in_lift(tmp_path, monkeypatch):
     pytest.importorskip("robosuite")
     monkeypatch.chdir(tmp_path)

@@ -70,6 +70,7 @@ def test_an_off_policy_algorithm_is_one_module_and_one_yaml_file(tmp_path, add, 
         assert saved.export_policy(state, "savedmodel").kind == "choosy"
 
 
+@pytest.mark.slow
 def test_a_network_is_one_class(tmp_path, monkeypatch, capsys):
     """One of one's own is pre-trained, fine-tuned and exported; a checkpoint alone has nothing imported."""
     monkeypatch.syspath_prepend(tmp_path)

@@ -26,8 +26,8 @@ def loops(tmp_path, monkeypatch):
                 row = {"itr": 0, "kind": "eval", "episode_return": 2800.0 if tuned else 1400.0, "episodes": 40}
                 metrics.write(row)
             else:
-                for itr in range(3):
-                    row = {"itr": itr, "kind": "train", "env_steps": itr * 80000, "episode_return": 1400.0 + itr}
+                for itr, kind in enumerate(("eval", "train", "eval")):
+                    row = {"itr": itr, "kind": kind, "env_steps": itr * 80000, "episode_return": 1400.0 + itr}
                     metrics.write(row)
                 (folder / "checkpoint").mkdir()
                 save_checkpoint(folder / "checkpoint" / "state_2.safetensors", {"model.a": np.zeros(3)}, {"itr": 2})
@@ -53,6 +53,7 @@ def test_it_evaluates_both_policies_on_the_same_seeds_and_shows_the_ratio(loops,
     out = capsys.readouterr().out
     assert "before fine-tuning    1400.0         40" in out and "after fine-tuning     2800.0         40" in out
     assert "after / before          2.00" in out
+    assert out.count("learning curve so far: ") == 1
     (figure,) = [line.split()[-1] for line in out.splitlines() if line.startswith("learning curve")]
     assert (tmp_path / figure).stat().st_size > 10_000 and (tmp_path / figure).with_suffix(".csv").exists()
 

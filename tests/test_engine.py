@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Container
 
 import numpy as np
 import pytest
@@ -26,7 +27,17 @@ from diffusion_rl.training.loop import TrainingLoop
 from diffusion_rl.training.run_dir import RunDir
 
 QUICK_TO_KILL = ("Diffuser",)
-every_program = pytest.mark.parametrize("name", PROGRAMS)
+QUICK_TO_FAIL = ("DPPO", "DiffuserLite")  # in how a run ends, the loops share the engine's code
+
+
+def over_programs(quick: Container[str]) -> pytest.MarkDecorator:
+    """Parametrises over all programs; those that are not quick are slow tests."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in quick)) for n in PROGRAMS]
+    )
+
+
+every_program = over_programs(PROGRAMS)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +111,7 @@ def test_every_run_has_the_same_folder(whole, name, tmp_path, monkeypatch):
         assert figures.main() == 0 and drawn.stat().st_size > 10_000
 
 
-@every_program
+@over_programs(QUICK_TO_FAIL)
 def test_two_signals_are_one_and_two_runs_do_not_mix(data, whole, name, tmp_path, monkeypatch, capsys):
     program, folder = PROGRAMS[name], begun(name, data, tmp_path / "run")
     refused = []
@@ -137,7 +148,7 @@ def test_a_run_in_two_phases_is_one_run(data, whole, name, tmp_path, capsys):
     assert_same_run(name, folder, whole(name))
 
 
-@every_program
+@over_programs(QUICK_TO_FAIL)
 def test_a_disk_that_is_full(data, whole, name, tmp_path, monkeypatch):
     program, folder = PROGRAMS[name], begun(name, data, tmp_path / "run")
     original, saved = RunDir._save, []
@@ -162,7 +173,7 @@ def test_a_disk_that_is_full(data, whole, name, tmp_path, monkeypatch):
     assert_same_run(name, folder, whole(name))
 
 
-@every_program
+@over_programs(QUICK_TO_FAIL)
 def test_a_loss_that_is_not_a_number(data, whole, name, tmp_path, monkeypatch):
     program, folder = PROGRAMS[name], begun(name, data, tmp_path / "run")
 
@@ -214,9 +225,7 @@ def test_weights_that_are_not_numbers_are_not_saved(data, name, tmp_path, monkey
         assert all(np.isfinite(v).all() for v in load_checkpoint(path).tensors.values() if v.dtype.kind == "f")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK_TO_KILL else pytest.mark.slow) for name in PROGRAMS]
-)
+@over_programs(QUICK_TO_KILL)
 def test_killed_at_any_moment(data, whole, name, tmp_path):
     program, folder = PROGRAMS[name], begun(name, data, tmp_path / "run")
     command = [sys.executable, "-m", "tests.engine_programs", name, str(data), str(folder)]

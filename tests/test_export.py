@@ -153,7 +153,7 @@ def in_a_fresh_process(exports: dict[Path, dict[str, np.ndarray]]) -> list[dict[
     return [dict(np.load(result)) for result in results]
 
 
-QUICK = ("mlp", "gaussian")
+QUICK = ("gaussian",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])

@@ -103,7 +103,7 @@ def test_stopped_in_the_middle_of_an_iteration_and_resumed_equals_never_stopped(
     assert_same_checkpoint(state(folder, 3), state(tmp_path, 3))
 
 
-@pytest.mark.parametrize("variant", ["DDIM", "annealing"])
+@pytest.mark.parametrize("variant", ["DDIM", pytest.param("annealing", marks=pytest.mark.slow)])
 def test_fine_tuning_resumed_equals_fine_tuning_at_once(tmp_path, whole, variant):
     overrides, folder = whole(variant)
     halves = tmp_path / "halves"

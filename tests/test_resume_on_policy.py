@@ -76,10 +76,14 @@ def state(folder, n):
     return folder / "checkpoint" / f"state_{n}.safetensors"
 
 
-LONG = {"plain exact", "corrected DPOER"}  # what is written is what the fast and the published form write
+# What is written is what the fast and the published form, the Gaussian and DPPO write.
+LONG = {"plain exact", "corrected DPOER", "exact", "mixture"}
+every_variant = pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v in LONG)) for v in VARIANTS]
+)
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=pytest.mark.slow) if v in LONG else v for v in VARIANTS])
+@every_variant
 def test_resumed_equals_at_once(tmp_path, whole, variant):
     name, overrides, folder = whole(variant)
     halves = tmp_path / "halves"
@@ -91,7 +95,7 @@ def test_resumed_equals_at_once(tmp_path, whole, variant):
     assert_same_checkpoint(state(folder, 3), state(halves, 3))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@every_variant
 def test_the_variants_train(whole, variant):
     _, _, folder = whole(variant)
     assert [row["kind"] for row in rows(folder)] == ["eval", "train", "train", "eval"]

@@ -88,8 +88,7 @@ def lift():
     "task, shaped",
     [
         ("can", True),
-        ("transport", False),
-        *(pytest.param(task, False, marks=pytest.mark.slow) for task in ("lift", "square")),
+        *(pytest.param(task, False, marks=pytest.mark.slow) for task in ("lift", "square", "transport")),
     ],
 )
 def test_200_random_steps_equal_robosuites_bit_for_bit(task, shaped):
@@ -131,7 +130,7 @@ def pictures_of(env, action: np.ndarray, reflections: bool) -> list[np.ndarray]:
     return [env.reset(seed=5)["rgb"][0], *(env.step(action[None])[0]["rgb"][0] for _ in range(2))]
 
 
-@pytest.mark.parametrize("task", ["lift", "square", "transport"])
+@pytest.mark.parametrize("task", ["lift", "square", pytest.param("transport", marks=pytest.mark.slow)])
 def test_pictures_with_reflections_are_robosuites_and_those_without_are_close(task):
     rendering(compare_pictures, task)
 

@@ -109,6 +109,7 @@ def test_a_wrong_name_among_several_is_found_before_the_first_run(sweep):
     assert status == 2 and "did you mean cfg/gym/finetune/walker2d-v2" in err and not Loop.seen
 
 
+@pytest.mark.slow
 def test_jobs_in_processes_of_their_own(tmp_path):
     """With the joblib launcher: a job that fails at once, two that train, no folder shared."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason='needs pip install -e ".[sweep]"')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.places import log_dir
 from diffusion_rl.core.programs import as_here
 from diffusion_rl.reports.figures import learning_curve
-from diffusion_rl.reports.metrics import read_rows
-from diffusion_rl.reports.progress import duration
+from diffusion_rl.reports.metrics import observed, read_rows
+from diffusion_rl.reports.progress import duration, say
 from diffusion_rl.training.checkpoint import latest_checkpoint
 
 FINE_TUNE = "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"
@@ -51,7 +51,8 @@ def main(overrides: Sequence[str] = (), quick: bool = False) -> int:
     print(f"     return {before.episode_return:.0f}, mean of {before.episodes} episodes", flush=True)
     print("2/4  fine-tuning it with DPPO", flush=True)
     tuned = folder / "fine-tuning"
-    run(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides], tuned)
+    with observed(Curve(tuned)):
+        run(FINE_TUNE, [*FINE_TUNE_OVERRIDES, *overrides], tuned)
     print("3/4  evaluating the fine-tuned policy on the same seeds", flush=True)
     after = evaluate(folder / "after", checkpoint_of(tuned), fewer)
     print("4/4  drawing the learning curve", flush=True)
@@ -60,6 +61,21 @@ def main(overrides: Sequence[str] = (), quick: bool = False) -> int:
     if quick:
         print("note: episodes were cut short (--quick), so these returns show only that everything runs")
     return 0
+
+
+class Curve:
+    """Draws the learning curve of a run so far with each of its evaluations but the first; says where it lies, once."""
+
+    def __init__(self, logdir: Path):
+        self.logdir, self._said = logdir, False
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        if row.get("kind") != "eval" or not row.get("itr"):
+            return
+        figure = draw(self.logdir)
+        if not self._said:
+            say(f"     learning curve so far: {figure} (drawn anew with each evaluation)")
+        self._said = True
 
 
 def check(overrides: Sequence[str]) -> None:

@@ -142,8 +142,6 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Records one row everywhere. Values: numbers (numpy scalars too), strings, None."""
         plain = plain_row(row)
-        if (on_row := _on_row.get()) is not None:
-            on_row(plain)
         self._jsonl.append(_json_line(plain))
         self.rows.append(plain)
         if self._csv is None or not self._known(plain):
@@ -154,6 +152,8 @@ class MetricsWriter:
             self._tensorboard.write(plain)
         if self._wandb is not None:
             self._wandb.log(_tagged(plain), step=step_of(plain))
+        if (on_row := _on_row.get()) is not None:
+            on_row(plain)
 
     def truncate(self, after_itr: int) -> None:
         """Drops the rows of iterations later than `after_itr`: a run that goes on writes them again."""
