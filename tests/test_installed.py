@@ -95,6 +95,8 @@ def test_data_that_a_wheel_leaves_out_are_said_in_one_line(run, tmp_path):
 def test_the_demonstration_runs_in_an_empty_folder(run, tmp_path):
     told = run("demo", "--quick", folder=tmp_path)
     assert "after / before" in told and [path.name for path in tmp_path.iterdir()] == ["log"]
+    assert "to evaluate    diffusion-rl run --config-name=eval_diffusion_mlp" in told
+    assert "to draw        diffusion-rl figures learning_curve" in told
 
 
 def test_the_readme_s_example_and_robomimic_s_subset(run, tmp_path):

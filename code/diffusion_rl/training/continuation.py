@@ -18,6 +18,7 @@ from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, targets
 from diffusion_rl.config.keys import complete
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.programs import as_here
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.run_facts import bounds_difference, bounds_path, recorded_config
 
@@ -77,7 +78,10 @@ class Spelling:
 
 def program(script: str, *words: str) -> str:
     """Returns a command line that runs a program of the repository from the working directory."""
-    return shlex.join(["python", script if Path(script).exists() else str(REPOSITORY / script), *words])
+    written = shlex.join(["python", script, *words])
+    if (command := as_here(written)) != written or Path(script).exists():
+        return command
+    return shlex.join(["python", str(REPOSITORY / script), *words])
 
 
 def asked_state(settings: Mapping[str, Any]) -> str:
