@@ -76,6 +76,7 @@ def test_what_is_sampled_has_a_density(policy):
         policy.log_prob(rows, plan)
 
 
+@pytest.mark.slow
 def test_an_exported_policy_is_the_loaded_one(policy, tmp_path):
     """Up to the rounding of the program that is written."""
     written = diffusion_rl.export_policy(policy, tmp_path / "hopper")

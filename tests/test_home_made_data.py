@@ -28,6 +28,7 @@ def test_mantissas_are_rounded():
     assert home_made.round_mantissa(np.array([1, -1, 0], np.float32)).tolist() == [1, -1, 0]
 
 
+@pytest.mark.slow
 def test_a_short_run_from_the_command_line(tmp_path):
     args = "hopper --hidden 8 --max-updates 20 --eval-every 10 --updates-per-call 10 --explore-steps 100 "
     args += "--batch-size 16 --n-envs 4 --n-eval-envs 2 --transitions 500 --work-dir work --out-dir out"

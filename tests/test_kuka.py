@@ -325,6 +325,7 @@ def again(folder, train):
     assert any(not np.array_equal(value, start.tensors[name]) for name, value in after.tensors.items())
 
 
+@pytest.mark.slow
 def test_a_restored_training_ends_alike(trained):
     def train(start):
         Kept.last.run_dir.settings["resume"] = "3"

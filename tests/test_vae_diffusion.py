@@ -470,6 +470,7 @@ def test_a_checkpoint_imports_nothing_and_is_as_large_as_it_says(tmp_path, monke
             vae.evaluate_checkpoint(path, {}, overwrite=False)
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_that_is_optional(tmp_path):
     with eagerly():
         rows, training = run(
