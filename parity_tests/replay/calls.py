@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from parity_tests.replay import off_policy_calls
+from parity_tests.replay import flow_calls, off_policy_calls
 from parity_tests.replay.build import EVALUATION, OURS, locate, table
 from parity_tests.replay.files import Cast, Golden, Outputs
 
@@ -214,6 +214,7 @@ for _class in (_VPG, _PPO):
         (_class, "get_logprobs_subsample"): (log_probs_subsample, 3),
     }
 CALLS |= off_policy_calls.CALLS
+CALLS |= flow_calls.CALLS
 for _class in off_policy_calls.DIFFUSION:
     CALLS |= {
         (_class, "__attrs__"): (attributes, 1),

@@ -30,6 +30,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     (r"compress\.norm\.", "compress.1."),
     (r"time_(embedding|mlp)\.expand\.", r"time_\1.1."),
     (r"time_(embedding|mlp)\.project\.", r"time_\1.3."),
+    (r"(^|\.)t_emb\.expand\.", r"\1t_emb.0."),
+    (r"(^|\.)t_emb\.project\.", r"\1t_emb.2."),
     (r"linear_attention\.", "fn.fn."),
     (r"inner_attention\.", "attn.fn."),
     (r"channel_norm\.", "fn.norm."),
