@@ -30,7 +30,7 @@ LOOPS = {
     "Evaluation": "",
 }
 #: Keys of `env` that one kind of environment reads.
-ROBOMIMIC = ("env.reward_shaping", "env.reflections", "env.robomimic_env_cfg_path")
+ROBOMIMIC = ("env.reward_shaping", "env.reflections", "env.robosuite", "env.robomimic_env_cfg_path")
 TOP_LEVEL = {
     "PreTraining": "env obs_dim action_dim train_dataset_path ema",
     "OnPolicyTraining": "obs_dim action_dim act_steps reward_horizon",
