@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.methods.on_policy.reinflow import Counting
-from diffusion_rl.policies.flow import FlowPolicy
+from diffusion_rl.policies.flow import Counting, FlowPolicy
 from parity_tests.replay.files import Cast, Golden, Outputs
 
 FLOW, SHORTCUT = "model.flow.mlp_flow.", "model.flow.mlp_shortcut."

@@ -162,6 +162,13 @@ _TRAIN = {
     "max_grad_norm": Option("clip the actor's gradient to this norm", positive(null=True)),
     "use_bc_loss": Option("add a behaviour-cloning loss on the base policy's own samples", FLAG, default=False),
     "bc_loss_coeff": Option("its weight", NOT_NEGATIVE, default=0),
+    "repeat_samples": Option("show every sample ten times an epoch (ReinFlow)", FLAG, default=False),
+    "max_noise_hold_ratio": Option(
+        "share of the iterations in which the noise's upper bound stays (ReinFlow)", SHARE, default=0.35
+    ),
+    "max_noise_decay_ratio": Option(
+        "where that bound ends: 0 at the lower one, 1 at its first value (ReinFlow)", SHARE, default=0.7
+    ),
     "fast": Option("the compiled fast path; false: the plain one, same numbers, slower [ours]", FLAG, default=True),
     "force_train": Option("train in every iteration, evaluations included", FLAG, default=False),
     "save_model_freq": Option("iterations (epochs) between checkpoints", STEPS),

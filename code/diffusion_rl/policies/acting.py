@@ -40,7 +40,9 @@ class Decision(NamedTuple):
 
 
 def actor_for(policy: FineTunedDiffusionPolicy | GaussianPolicy | GMMPolicy, fast: bool = True) -> Any:
-    """Returns the actor of a policy; `fast` concerns diffusion policies only."""
+    """Returns the actor of a policy, its own where it has one; `fast` concerns diffusion policies only."""
+    if hasattr(policy, "make_actor"):
+        return policy.make_actor()
     if isinstance(policy, GaussianPolicy | GMMPolicy):
         return SingleStepActor(policy)
     return DiffusionActor(policy, fast)

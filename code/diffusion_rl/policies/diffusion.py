@@ -15,7 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.keras import keras
+from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion import ddim, process
 from diffusion_rl.diffusion.gaussian import clip, normal_log_prob
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
@@ -108,6 +109,11 @@ class DiffusionPolicy:
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise that a sample takes: [sampling_steps+1,B,H,A]."""
         return (self.sampling_steps + 1, batch, self.horizon_steps, self.action_dim)
+
+    def draw_training(self, rng: Rng, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Draws what the loss of chunks of that shape takes: denoising steps [...] and noise [...,H,A]."""
+        t = rng.integers(0, self.denoising_steps, shape)
+        return t, rng.normal((*shape, self.horizon_steps, self.action_dim), floatx())
 
     def table(self, values: np.ndarray, index: Array) -> Array:
         """Returns entries of a schedule's table for a batch of indices, as [B,1,1]."""

@@ -10,7 +10,9 @@ Time runs from 0 (noise x_0) to 1 (data x_1), against the denoising steps of dif
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,12 +20,19 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.diffusion.gaussian import normal_log_prob
+from diffusion_rl.interop.torch_names import load_state_dict
+from diffusion_rl.networks.flow import NoisyFlow
+from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.policies.acting import Decision
 from diffusion_rl.policies.diffusion import Cond, Sample
 
 TIMES = ("uniform", "logitnormal", "beta")
 #: Where Euler's N steps look: closed is linspace(0, 1, N), whose last is 1; left is 0, 1/N, ..., 1 - 1/N.
 GRIDS = ("closed", "left")
+#: Constructor arguments that decide, beside the weights, which action a flow takes.
+SAMPLING = ("inference_steps", "time_grid", "act_min", "act_max")
+HALF_LOG_2PI_E = 0.5 * math.log(2 * math.pi * math.e)
 BETA_SHARPNESS, BETA_END = 1.5, 0.999  # times 0.999 (1 - Beta(1.5, 1)), denser near the noise
 
 
@@ -42,6 +51,40 @@ def draw_times(rng: Rng, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     return uniform.astype(floatx())
 
 
+class FlowActor:
+    """Decides for all environments at once with a flow, in one compiled program.
+
+    policy: has `noise_shape` and `decide` (cond, noise, deterministic) -> actions [E,H,A] or (actions, chains
+        [E,K+1,H,A], log-probabilities [E]).
+    """
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+        self._decide = tf.function(policy.decide, jit_compile=True, autograph=False)
+
+    def weights_changed(self) -> None:
+        """Must be called after every change of the weights; nothing is kept between decisions here."""
+
+    def draw(self, rng: Rng, n_envs: int) -> np.ndarray:
+        """Draws the noise of one decision, of the policy's `noise_shape`."""
+        return rng.normal(self.policy.noise_shape(n_envs), floatx())
+
+    def act(self, state: np.ndarray, noise: np.ndarray, deterministic: bool, rgb: np.ndarray | None = None) -> Decision:
+        """Decides for all environments.
+
+        Args:
+            state: [E,To,O];  noise: of `draw`;  deterministic: evaluate instead of explore.
+            rgb: must be None: flows do not see images yet.
+        """
+        if rgb is not None:
+            raise UserError("flow policies do not see images yet: take a configuration without _img")
+        dtype = self.policy.dtype
+        cond = {"state": tf.constant(state, dtype)}
+        actions, *chain = (x.numpy() for x in self._decide(cond, tf.constant(noise, dtype), deterministic))
+        chains, log_probs = chain or (None, np.zeros(len(actions), actions.dtype))
+        return Decision(actions, chains, log_probs)
+
+
 class FlowPolicy:
     """A policy that carries noise to an action chunk along a learned velocity.
 
@@ -57,6 +100,7 @@ class FlowPolicy:
     """
 
     KIND = "flow_policy"  # of checkpoints of pre-training
+    SAMPLING = SAMPLING
     fast = False
 
     def __init__(
@@ -99,6 +143,20 @@ class FlowPolicy:
         """Draws what the loss of chunks of that shape takes: times [...] and noise [...,H,A]."""
         times = draw_times(rng, self.sample_t_type, shape)
         return times, rng.normal((*shape, self.horizon_steps, self.action_dim), floatx())
+
+    def take_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Takes the velocity of a pre-trained or fine-tuned flow, under the reference's names."""
+        start = "network." if any(name.startswith("network.") for name in weights) else "actor_ft.policy."
+        own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
+        load_state_dict(self.network, own)
+
+    def make_actor(self) -> FlowActor:
+        """Builds what decides for a vector of environments."""
+        return FlowActor(self)
+
+    def decide(self, cond: Cond, noise: Array, deterministic: bool) -> tuple[Array, ...]:
+        """Returns action chunks [B,H,A] from noise [B,H,A], of which alone they are a function."""
+        return (self.sample(cond, noise).trajectories,)
 
     def velocity(self, x: Array, time: Array, cond: Cond, step: float) -> Array:
         """Returns the velocity [B,H,A] at x [B,H,A] and time [B]; `step` is the size of the step that will be made."""
@@ -201,3 +259,205 @@ class ShortcutFlowPolicy(FlowPolicy):
         first = self.network(x, time, cond, half)
         second = self.network(x + first * half[:, None, None], time + half, cond, half)
         return tf.stop_gradient((first + second) / 2)
+
+
+#: How the log-probability of a chain is counted: with that of x_0, per term, per element of the chunk.
+class Counting(NamedTuple):
+    initial: bool
+    per_step: bool
+    per_element: bool
+
+
+FULL = Counting(True, True, True)
+
+
+class ChainSample(NamedTuple):
+    """Action chunks and the chains that led to them."""
+
+    trajectories: Array  # [B,H,A]
+    chains: Array  # [B,K+1,H,A], from noise to action
+    log_probs: Array  # [B]
+
+
+class FineTunedFlowPolicy:
+    """A flow under training whose steps have noise, its critic, and a frozen copy of how it began.
+
+    The chain of a sample (ReinFlow, Zhang et al. 2025, arXiv:2505.22094) is
+
+        x_0 ~ N(0, I),    x_{i+1} ~ N(clip(x_i + v(x_i, t_i, o) / N), std_i(o, t_i)^2)
+
+    Args:
+        policy: the velocity's network; `actor_ft` adds the noise, `actor_old` is the copy.
+        critic: state value, cond -> [B,1].
+        act_dim, horizon_steps, obs_dim, cond_steps: A, H, O, To.
+        act_min, act_max: bounds of the chain's last sample.
+        inference_steps, ft_denoising_steps: N, and how many of the last steps have learned noise.
+        noise_scheduler_type, learn_explore_time_embedding, time_dim_explore, use_time_independent_noise,
+            noise_hidden_dims, explore_net_activation_type, min_logprob_denoising_std, max_logprob_denoising_std: of
+            the noise, see `NoisyFlow`.
+        min_sampling_denoising_std: floor of the noise when sampling.
+        randn_clip_value: bound on the noise of each step, in standard deviations.
+        denoised_clip_value: bound on the mean of each step.
+        time_grid: closed or left (see `GRIDS`), where steps look when sampling and in the log-probability alike.
+            "upstream": closed when sampling, left in the log-probability, as the reference has it by mistake.
+        actor_policy_path, network_path, device, logprob_debug_sample, logprob_debug_recalculate, clip_ploss_coef_base,
+            clip_ploss_coef_rate: accepted for the reference's configurations.
+    """
+
+    GRID = "closed"
+    SAMPLING = SAMPLING
+
+    def __init__(
+        self,
+        policy: Any,
+        critic: Any,
+        act_dim: int,
+        horizon_steps: int,
+        obs_dim: int,
+        noise_scheduler_type: str,
+        inference_steps: int,
+        ft_denoising_steps: int,
+        min_logprob_denoising_std: float,
+        max_logprob_denoising_std: float,
+        min_sampling_denoising_std: float,
+        cond_steps: int = 1,
+        act_min: float = -1.0,
+        act_max: float = 1.0,
+        randn_clip_value: float = 3.0,
+        denoised_clip_value: float = 1.0,
+        time_grid: str | None = None,
+        explore_net_activation_type: str = "Tanh",
+        learn_explore_time_embedding: bool = False,
+        time_dim_explore: int = 0,
+        use_time_independent_noise: bool = False,
+        noise_hidden_dims: Sequence[int] | None = None,
+        network_path: str | None = None,
+        device: str | None = None,
+        **unused: Any,
+    ):
+        self.time_grid = self.GRID if time_grid is None else time_grid
+        if self.time_grid not in (*GRIDS, "upstream"):
+            raise UserError(f"model.time_grid={time_grid}: take one of {', '.join((*GRIDS, 'upstream'))}")
+        if not 0 <= ft_denoising_steps <= inference_steps:
+            raise UserError(f"model.ft_denoising_steps={ft_denoising_steps}: 0 to inference_steps={inference_steps}")
+        self.horizon_steps, self.obs_dim, self.action_dim = horizon_steps, obs_dim, act_dim
+        self.inference_steps, self.act_min, self.act_max = int(inference_steps), float(act_min), float(act_max)
+        self.min_sampling_denoising_std = float(min_sampling_denoising_std)
+        self.randn_clip_value, self.denoised_clip_value = float(randn_clip_value), float(denoised_clip_value)
+        self.actor_old, self.critic = policy, critic
+        self.actor_ft = NoisyFlow(
+            clone(policy),
+            self.inference_steps,
+            self.inference_steps - int(ft_denoising_steps),
+            noise_scheduler_type,
+            min_logprob_denoising_std,
+            max_logprob_denoising_std,
+            learn_explore_time_embedding,
+            time_dim_explore,
+            use_time_independent_noise,
+            noise_hidden_dims,
+            explore_net_activation_type,
+        )
+
+    @property
+    def dtype(self) -> tf.DType:
+        """Returns the precision of the weights, and so of all results."""
+        return variables_of(self.actor_old)[0].dtype
+
+    def noise_shape(self, batch: Any) -> tuple[Any, ...]:
+        """Returns the shape of the noise of a sample: [K+1,B,H,A]."""
+        return (self.inference_steps + 1, batch, self.horizon_steps, self.action_dim)
+
+    @property
+    def network(self) -> Any:
+        """Returns the velocity's network that is being trained."""
+        return self.actor_ft.policy
+
+    def take_weights(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Takes the reference's names: of a pre-trained flow its velocity, of ReinFlow's own training everything.
+
+        Raises UserError where neither is there.
+        """
+        velocity = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
+        if velocity:
+            load_state_dict(self.actor_old, velocity)
+            load_state_dict(self.network, velocity)
+        else:
+            load_state_dict(self, weights)
+
+    def make_actor(self) -> FlowActor:
+        """Builds what decides for a vector of environments."""
+        return FlowActor(self)
+
+    def decide(self, cond: Cond, noise: Array, deterministic: bool) -> tuple[Array, ...]:
+        """Returns action chunks [B,H,A], their chains [B,K+1,H,A] and log-probabilities [B]; arguments of `sample`."""
+        return self.sample(cond, noise, deterministic)
+
+    # ---------- the chain ----------
+
+    def _grid(self, sampling: bool) -> list[float]:
+        upstream = "closed" if sampling else "left"
+        return time_grid(upstream if self.time_grid == "upstream" else self.time_grid, self.inference_steps).tolist()
+
+    def size(self, batch: Array, dtype: tf.DType) -> tuple[Array, ...]:
+        """Returns what the velocity's network takes beside the time: nothing; of shortcut models a step's size [B]."""
+        return ()
+
+    def step(self, i: int, time: float, x: Array, cond: Cond) -> tuple[Array, Array]:
+        """Returns mean and standard deviation [B,H,A] of what follows x [B,H,A] in step i, which begins at `time`."""
+        batch = tf.shape(x)[0]
+        now = tf.fill([batch], tf.constant(time, x.dtype))
+        velocity, std = self.actor_ft(x, now, cond, i, *self.size(batch, x.dtype))
+        bound = self.denoised_clip_value
+        return tf.clip_by_value(x + velocity / self.inference_steps, -bound, bound), tf.reshape(std, tf.shape(x))
+
+    def sample(self, cond: Cond, noise: Array, deterministic: bool = False, counting: Counting = FULL) -> ChainSample:
+        """Samples action chunks [B,H,A] with their chains [B,K+1,H,A] and log-probabilities [B].
+
+        The log-probability is that of the samples as they are after clipping, by the densities from before.
+
+        Args:
+            cond: {"state": [B,To,O]};  noise: [K+1,B,H,A];  deterministic: no noise but the first.
+        """
+        x = noise[0]
+        chain, terms = [x], [normal_log_prob(x, tf.zeros_like(x), tf.ones_like(x))] if counting.initial else []
+        for i, time in enumerate(self._grid(sampling=True)):
+            mean, std = self.step(i, time, x, cond)
+            std = tf.maximum(std, self.min_sampling_denoising_std)
+            reach = self.randn_clip_value * std
+            x = mean if deterministic else tf.clip_by_value(mean + std * noise[i + 1], mean - reach, mean + reach)
+            if i == self.inference_steps - 1:
+                x = tf.clip_by_value(x, self.act_min, self.act_max)
+            chain.append(x)
+            terms.append(normal_log_prob(x, mean, std))
+        return ChainSample(x, tf.stack(chain, axis=1), self._counted(terms, counting))
+
+    def log_probs(self, cond: Cond, chains: Array, counting: Counting = FULL) -> tuple[Array, Array, Array]:
+        """Returns the log-probability [B] of chains [B,K+1,H,A], the entropy [B] of their steps, and the noise's mean
+        standard deviation."""
+        x = tf.unstack(chains, axis=1)
+        terms = [normal_log_prob(x[0], tf.zeros_like(x[0]), tf.ones_like(x[0]))] if counting.initial else []
+        entropies, stds = [tf.fill(tf.shape(x[0]), tf.constant(HALF_LOG_2PI_E, x[0].dtype))] * len(terms), []
+        for i, time in enumerate(self._grid(sampling=False)):
+            mean, std = self.step(i, time, x[i], cond)
+            terms.append(normal_log_prob(x[i + 1], mean, std))
+            entropies.append(HALF_LOG_2PI_E + tf.math.log(std))
+            stds.append(std)
+        entropy = self._counted(entropies, counting._replace(per_step=True))
+        return self._counted(terms, counting), entropy, tf.reduce_mean(tf.stack(stds))
+
+    @staticmethod
+    def _counted(terms: list[Array], counting: Counting) -> Array:
+        """Sums terms [B,H,A] of the steps to [B]."""
+        total = tf.reduce_sum(tf.add_n(terms), axis=[1, 2])
+        elements = int(terms[0].shape[1]) * int(terms[0].shape[2])
+        return total / ((len(terms) if counting.per_step else 1) * (elements if counting.per_element else 1))
+
+
+class FineTunedShortcutPolicy(FineTunedFlowPolicy):
+    """A shortcut model under training: its velocity knows the size of the step. Arguments of `FineTunedFlowPolicy`."""
+
+    GRID = "left"
+
+    def size(self, batch: Array, dtype: tf.DType) -> tuple[Array, ...]:
+        return (tf.fill([batch], tf.constant(1 / self.inference_steps, dtype)),)

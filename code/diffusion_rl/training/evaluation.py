@@ -19,6 +19,7 @@ from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations, VectorEnv
 from diffusion_rl.envs.make import make_vector_env
 from diffusion_rl.networks.vision import check_images
+from diffusion_rl.policies import flow
 from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.policies.diffusion import FineTunedDiffusionPolicy
 from diffusion_rl.reports.metrics import MetricsWriter
@@ -176,7 +177,7 @@ def model_of(checkpoint: Checkpoint, model: Config) -> Config:
     if not sampling:
         return model
     model = merged(model, {})
-    sampling = {k: v for k, v in sampling.items() if k in (*SAMPLING, *GAUSSIAN_SAMPLING)}
+    sampling = {k: v for k, v in sampling.items() if k in (*SAMPLING, *GAUSSIAN_SAMPLING, *flow.SAMPLING)}
     different = {k: v for k, v in sampling.items() if k in model and model[k] != v}
     if different:
         log.info("from the checkpoint: %s", ", ".join(f"model.{k}={v}" for k, v in different.items()))

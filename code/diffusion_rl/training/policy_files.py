@@ -19,6 +19,7 @@ from diffusion_rl.data.assets import resolve
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
+from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
@@ -43,7 +44,7 @@ GAUSSIAN_SAMPLING = ("randn_clip_value", "tanh_output")
 #: Keys of a configuration that are a policy's own.
 SHAPE = ("env_name", "obs_dim", "action_dim", "horizon_steps", "act_steps", "cond_steps", "denoising_steps")
 
-Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
+Policy = DiffusionPolicy | FlowPolicy | GaussianPolicy | GMMPolicy
 
 
 def find_checkpoint(path: str | Path, what: str = "base_policy_path") -> Path:
@@ -125,7 +126,8 @@ def evaluation_of(settings: Mapping[str, Any], run: Path) -> str:
 
 def _network_of(model: Any) -> dict[str, Any]:
     """Returns the settings of the network that acts, its defaults included; nothing where none is described."""
-    network = (model.get("actor") or model.get("network")) if isinstance(model, Mapping) else None
+    names = ("actor", "network", "policy")
+    network = next((model[name] for name in names if model.get(name)), None) if isinstance(model, Mapping) else None
     return {**default_arguments(network["_target_"]), **network} if isinstance(network, Mapping) else {}
 
 
@@ -157,6 +159,9 @@ def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
 
 def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
     weights = policy_weights(checkpoint)
+    if hasattr(policy, "take_weights"):
+        policy.take_weights(weights)
+        return
     if getattr(policy, "CONTINUES", False):  # the same algorithm's earlier training: critics and all
         load_state_dict(policy, weights)
         return
@@ -188,8 +193,8 @@ def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
 def policy_facts(policy: Policy) -> dict[str, Any]:
     """Returns what a checkpoint says of its policy, beside the configuration."""
     if not isinstance(policy, DiffusionPolicy):
-        network = policy.network
-        sampling = {name: getattr(policy, name) for name in GAUSSIAN_SAMPLING if hasattr(policy, name)}
+        network, names = policy.network, getattr(policy, "SAMPLING", GAUSSIAN_SAMPLING)
+        sampling = {name: getattr(policy, name) for name in names if hasattr(policy, name)}
         return {"action_dim": network.action_dim, "horizon_steps": policy.horizon_steps, "sampling": sampling}
     return {
         "denoising_steps": policy.denoising_steps,

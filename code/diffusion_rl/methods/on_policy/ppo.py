@@ -185,7 +185,9 @@ class PPOTrainer:
         self.policy, self.settings, self.reward_horizon = policy, settings, reward_horizon
         if getattr(getattr(policy, "network", None), "dropout", 0):
             log.warning("the network's dropout acts in supervised training alone: fine-tuning drops nothing")
-        self.trained = {name: variables_of(module) for name, module in self.modules().items()}
+        self.trained = {
+            name: [v for v in variables_of(module) if v.trainable] for name, module in self.modules().items()
+        }
         schedules = {name: CosineWarmupRestarts.of(settings, f"{name}_") for name in self.trained}
         optimizers = {
             name: AdamW(variables, schedules[name].lr, settings[f"{name}_weight_decay"])

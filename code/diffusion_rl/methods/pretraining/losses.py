@@ -1,6 +1,6 @@
 """Supervised training of a policy on demonstrations: its own loss, AdamW, an average of the weights.
 
-Diffusion policies learn by DDPM's loss, Gaussian and mixture policies by maximum likelihood.
+Diffusion policies learn by DDPM's loss, flows by flow matching, Gaussian and mixture policies by maximum likelihood.
 
 Many steps run in one compiled call. Shapes: M windows of the data set, n steps, B windows per step; H, O, A, To as in
 `policies.diffusion`.
@@ -21,13 +21,14 @@ from diffusion_rl.networks.folded import can_fold
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.networks.mlp import split_masks
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
+from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
 BATCHES_PER_CALL = 10  # of the compiled training function
 
 
-PreTrainable = DiffusionPolicy | GaussianPolicy | GMMPolicy
+PreTrainable = DiffusionPolicy | FlowPolicy | GaussianPolicy | GMMPolicy
 
 
 class PreTrainer:
@@ -82,7 +83,7 @@ class PreTrainer:
         """Returns the policy's loss, a scalar; folded networks give the same number for less work."""
         chunk, cond, t, noise = batch
         p = self.policy
-        if isinstance(p, DiffusionPolicy):
+        if isinstance(p, DiffusionPolicy | FlowPolicy):
             return p.loss(chunk, cond, t, noise)
         masks = split_masks(p.network, noise)
         dropout = {"keep_masks": masks} if masks else {}
@@ -102,8 +103,8 @@ class PreTrainer:
 
         Args:
             items: [n,B] window numbers;  t: [n,B];  noise: [n,B,H,A];  average: [n] of KEEP, COPY, AVERAGE.
-                (t and noise are of diffusion policies. Others do not look at t; their noise are dropout's masks,
-                [n,B,sum of their widths].)
+                (t and noise are of diffusion policies and flows, some of whose times are pairs, [n,B,2]. Others do not
+                look at t; their noise are dropout's masks, [n,B,sum of their widths].)
             shifts: [n,B,cameras,2], where images are augmented.
 
         Returns:
@@ -117,7 +118,8 @@ class PreTrainer:
 
     def _inputs(self, items: np.ndarray, t: np.ndarray, noise: np.ndarray, shifts: np.ndarray | None) -> list[Array]:
         shifts = np.zeros((*items.shape, 0)) if shifts is None else shifts
-        types = (tf.int32, tf.int32, self.policy.dtype, tf.int32)
+        time = tf.int32 if t.dtype.kind == "i" else self.policy.dtype
+        types = (tf.int32, time, self.policy.dtype, tf.int32)
         return [tf.constant(array, dtype) for array, dtype in zip((items, t, noise, shifts), types, strict=True)]
 
     def _train_steps(self, items: Array, t: Array, noise: Array, shifts: Array, average: Array) -> Array:

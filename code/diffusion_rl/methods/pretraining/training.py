@@ -18,7 +18,6 @@ from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainable, PreTrainer
 from diffusion_rl.networks.mlp import draw_masks
 from diffusion_rl.networks.vision import check_images
-from diffusion_rl.policies.diffusion import DiffusionPolicy
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import PRE_TRAINING_MAY_CHANGE
 from diffusion_rl.training.loop import Losses, TrainingLoop, part_tensors, restore_parts, restore_rng, rng_state
@@ -31,7 +30,7 @@ Observer = Callable[[dict[str, Any]], None]
 
 
 class PreTraining(TrainingLoop):
-    """`pre_*` configurations: diffusion, Gaussian and mixture policies.
+    """`pre_*` configurations: diffusion, flow, Gaussian and mixture policies.
 
     Args:
         cfg: the configuration (keys as in the reference).
@@ -130,13 +129,11 @@ class PreTraining(TrainingLoop):
         return np.concatenate(losses)
 
     def _draw(self, shape: tuple[int, ...], rng: Rng, training: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Draws denoising steps and noise for windows of that shape; of likelihoods zeros, and dropout's masks."""
-        m = self.model
-        if not isinstance(m, DiffusionPolicy):
-            masks = draw_masks(m.network, rng, shape) if training else np.zeros((*shape, 0), floatx())
-            return np.zeros(shape, np.int64), masks
-        t = rng.integers(0, m.denoising_steps, shape)
-        return t, rng.normal((*shape, m.horizon_steps, m.action_dim), floatx())
+        """Draws times and noise for windows of that shape; of likelihoods zeros, and dropout's masks."""
+        if hasattr(self.model, "draw_training"):
+            return self.model.draw_training(rng, shape)
+        masks = draw_masks(self.model.network, rng, shape) if training else np.zeros((*shape, 0), floatx())
+        return np.zeros(shape, np.int64), masks
 
     def _draw_shifts(self, shape: tuple[int, ...]) -> np.ndarray | None:
         """Draws shifts of the images of windows of that shape, for networks that augment them."""
