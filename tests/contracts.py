@@ -26,6 +26,8 @@ _KEYS = "its parameters are keys of configurations"
 KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("networks/unet1d.py UNetTrunk.__init__", "parameters"): (13, _KEYS),
     ("policies/diffusion.py DiffusionPolicy.__init__", "parameters"): (15, _KEYS),
+    ("policies/flow.py FlowPolicy.__init__", "parameters"): (13, _KEYS),
+    ("policies/flow.py FineTunedFlowPolicy.__init__", "parameters"): (24, _KEYS),
 }
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -15,6 +15,7 @@ from parity_tests.replay import (
     diffuser_lite_pipelines,
     diffuser_lite_runs,
     diffuser_runs,
+    flow_runs,
 )
 from parity_tests.replay.files import Golden
 
@@ -53,6 +54,9 @@ def replay(path: str | Path) -> None:
         return
     if golden.meta.get("runner") in diffuser_lite_runs.RUNNERS:
         diffuser_lite_runs.RUNNERS[golden.meta["runner"]](golden)
+        return
+    if golden.meta.get("custom_type") in flow_runs.RUNNERS:
+        flow_runs.RUNNERS[golden.meta["custom_type"]](golden)
         return
     if diffuser.recognises(golden):
         diffuser.replay(golden)

@@ -107,3 +107,16 @@ class CosineWarmupRestarts:
             self.cycle_steps = self.first_cycle_steps
         self.max_lr = self.base_max_lr * self.gamma**self.cycle
         self.lr = self._rate() if self.epoch else self.min_lr
+
+
+def held(x: float, low: float, high: float, hold: int, fall: int, warmup: int = 0, cosine: bool = True) -> float:
+    """Returns a value that rises from `low` to `high` in `warmup` steps, stays for `hold` and falls within `fall`.
+
+    Args:
+        x: the step.
+        cosine: fall as half a cosine, else along a line.
+    """
+    if x < warmup:
+        return low + (high - low) * x / warmup
+    share = min(max((x - warmup - hold) / fall, 0.0), 1.0) if fall else 0.0
+    return low + (high - low) * (0.5 * (1 + math.cos(math.pi * share)) if cosine else 1 - share)

@@ -162,7 +162,7 @@ def _log_variance(std: float) -> np.ndarray:
     return np.log(np.square(np.float32(std)))
 
 
-SCHEDULED = ("const", "const_schedule_itr", "vp", "lin")
+SCHEDULED = ("const", "vp", "lin")
 LEARNED = ("learn", "learn_decay")
 
 
@@ -173,8 +173,8 @@ class NoisyFlow(Network):
         policy: the velocity's network, `FlowMLP` or `ShortcutFlowMLP`.
         denoising_steps: K.
         learn_explore_noise_from: steps before it have fixed noise.
-        inital_noise_scheduler_type: learn, learn_decay (the network says how much), const, const_schedule_itr, vp or
-            lin (fixed levels of the steps). The spelling is the reference's.
+        inital_noise_scheduler_type: learn, learn_decay (the network says how much), const, vp or lin (fixed levels of
+            the steps). The spelling is the reference's.
         min_logprob_denoising_std, max_logprob_denoising_std: bounds of the noise's standard deviation.
         use_time_independent_noise: noise from the observation alone.
         learn_explore_time_embedding, time_dim_explore: noise from the observation and an embedding of the step that is

@@ -331,6 +331,11 @@ def variables_of(module: object) -> list[tf.Variable]:
     return [v for _, v in named_variables(module)]
 
 
+def trainable_of(module: object) -> list[tf.Variable]:
+    """Returns the variables of a module that are trained, in order of definition."""
+    return [v for v in variables_of(module) if v.trainable]
+
+
 def copy_weights(source: object, target: object) -> None:
     """Gives `target` the weights of `source` (same architecture)."""
     for a, b in zip(variables_of(source), variables_of(target), strict=True):

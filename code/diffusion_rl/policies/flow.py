@@ -11,7 +11,7 @@ Time runs from 0 (noise x_0) to 1 (data x_1), against the denoising steps of dif
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,6 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
-from diffusion_rl.interop.torch_names import load_state_dict
 from diffusion_rl.networks.flow import NoisyFlow
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.acting import Decision
@@ -144,11 +143,12 @@ class FlowPolicy:
         times = draw_times(rng, self.sample_t_type, shape)
         return times, rng.normal((*shape, self.horizon_steps, self.action_dim), floatx())
 
-    def take_weights(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Takes the velocity of a pre-trained or fine-tuned flow, under the reference's names."""
+    def take_weights(self, weights: Mapping[str, np.ndarray], load: Callable[[Any, Any], Any]) -> None:
+        """Takes the velocity of a pre-trained or fine-tuned flow, under the reference's names; `load` (module, weights)
+        fills a module."""
         start = "network." if any(name.startswith("network.") for name in weights) else "actor_ft.policy."
         own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
-        load_state_dict(self.network, own)
+        load(self.network, own)
 
     def make_actor(self) -> FlowActor:
         """Builds what decides for a vector of environments."""
@@ -373,17 +373,15 @@ class FineTunedFlowPolicy:
         """Returns the velocity's network that is being trained."""
         return self.actor_ft.policy
 
-    def take_weights(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Takes the reference's names: of a pre-trained flow its velocity, of ReinFlow's own training everything.
-
-        Raises UserError where neither is there.
-        """
+    def take_weights(self, weights: Mapping[str, np.ndarray], load: Callable[[Any, Any], Any]) -> None:
+        """Takes the velocity of a pre-trained flow, or everything of a fine-tuned one; arguments as of
+        `FlowPolicy.take_weights`."""
         velocity = {k.removeprefix("network."): v for k, v in weights.items() if k.startswith("network.")}
         if velocity:
-            load_state_dict(self.actor_old, velocity)
-            load_state_dict(self.network, velocity)
+            load(self.actor_old, velocity)
+            load(self.network, velocity)
         else:
-            load_state_dict(self, weights)
+            load(self, weights)
 
     def make_actor(self) -> FlowActor:
         """Builds what decides for a vector of environments."""

@@ -160,7 +160,7 @@ def load_policy(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
 def _fill(policy: Policy, checkpoint: Checkpoint, path: Any) -> None:
     weights = policy_weights(checkpoint)
     if hasattr(policy, "take_weights"):
-        policy.take_weights(weights)
+        policy.take_weights(weights, load_state_dict)
         return
     if getattr(policy, "CONTINUES", False):  # the same algorithm's earlier training: critics and all
         load_state_dict(policy, weights)

@@ -26,7 +26,7 @@ from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup, clip_by_global_norm
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import Array, trainable_of
 from diffusion_rl.networks.vision import RandomShiftsAug
 from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.training.rollout import Rollout
@@ -180,14 +180,13 @@ class PPOTrainer:
     """
 
     SAMPLES: ClassVar[str] = "actions"  # which part of a decision the update is about
+    CLIPPED: ClassVar[tuple[str, ...]] = ("actor",)  # whose gradients `train.max_grad_norm` is for
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
         self.policy, self.settings, self.reward_horizon = policy, settings, reward_horizon
         if getattr(getattr(policy, "network", None), "dropout", 0):
             log.warning("the network's dropout acts in supervised training alone: fine-tuning drops nothing")
-        self.trained = {
-            name: [v for v in variables_of(module) if v.trainable] for name, module in self.modules().items()
-        }
+        self.trained = {name: trainable_of(module) for name, module in self.modules().items()}
         schedules = {name: CosineWarmupRestarts.of(settings, f"{name}_") for name in self.trained}
         optimizers = {
             name: AdamW(variables, schedules[name].lr, settings[f"{name}_weight_decay"])
@@ -358,8 +357,7 @@ class PPOTrainer:
         losses: dict[str, list[float]] = defaultdict(list)
         for _ in range(int(self.settings["update_epochs"]) if n_rows else 0):
             permutation = rng.permutation(n_rows)
-            for number in range(max(1, n_rows // size)):  # what is left over is dropped
-                rows = permutation[number * size : (number + 1) * size]
+            for number, rows in enumerate(self.batches(permutation, size)):
                 stop()
                 values = self.minibatch(rows, train_actor, number, self.draw(rng, len(rows)))
                 check(values)
@@ -370,6 +368,10 @@ class PPOTrainer:
                 if target_kl is not None and values["approx_kl"] > target_kl and stepped:
                     return losses
         return losses
+
+    def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        """Deals rows [N] to minibatches [B]; what is left over is dropped."""
+        return [rows[i * size : (i + 1) * size] for i in range(max(1, len(rows) // size))]
 
     def draw(self, rng: Rng, rows: int) -> Any:
         """Draws what the update of a minibatch of that many rows needs; None if nothing."""
@@ -414,7 +416,7 @@ class PPOTrainer:
                 g if g is None else total.assign_add(g) for total, g in zip(totals, grads[name], strict=True)
             ]
         for name in stepped:
-            if name == "actor" and self.max_grad_norm is not None:
+            if name in self.CLIPPED and self.max_grad_norm is not None:
                 grads[name], _ = clip_by_global_norm(grads[name], self.max_grad_norm)
             self.optimizers.apply(name, grads[name])
         for total in sum(self.pending.values(), []) if complete else []:

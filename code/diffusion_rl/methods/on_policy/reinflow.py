@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.lr_schedules import held
 from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, padded
 from diffusion_rl.methods.on_policy.ppo import (
     ChunkPPO,
@@ -154,6 +155,7 @@ class ReinFlowTrainer(PPOTrainer):
     """
 
     SAMPLES = "chains"
+    CLIPPED = ("actor", "critic")
     REPEATS = 10
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
@@ -162,11 +164,15 @@ class ReinFlowTrainer(PPOTrainer):
 
     def compile(self) -> None:
         super().compile()
-        self.fast = bool(self.settings.get("fast", True))
+        self.fast = bool(self.settings["fast"])
 
     @property
     def rows_per_sample(self) -> int:
-        return self.REPEATS if self.settings.get("repeat_samples", False) else 1
+        return self.REPEATS if self.settings.get("repeat_samples") else 1
+
+    def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        """Deals rows [N] to minibatches [B], the last of which may be short."""
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
         return super().losses(rows // self.rows_per_sample, data, draws)
@@ -222,11 +228,9 @@ class ReinFlowTrainer(PPOTrainer):
     def upper_bound(self, iteration: int) -> float:
         """Returns the noise's upper bound after an iteration: it stays, then falls as a cosine does."""
         low, high = self.policy.actor_ft.bounds
-        n, held = int(self.settings["n_train_itr"]), float(self.settings.get("max_noise_hold_ratio", 0.35))
-        rest = float(self.settings.get("max_noise_decay_ratio", 0.7))
-        least = low * (1 - rest) + high * rest
-        share = min(max((iteration - int(n * held)) / max(int(n * (1 - held)), 1), 0), 1)
-        return least + (high - least) * 0.5 * (1 + math.cos(math.pi * share))
+        n, hold = int(self.settings["n_train_itr"]), float(self.settings["max_noise_hold_ratio"])
+        rest = float(self.settings["max_noise_decay_ratio"])
+        return held(iteration, low * (1 - rest) + high * rest, high, int(n * hold), int(n * (1 - hold)))
 
     def watched(self) -> dict[str, float]:
         return {"max_noise_std": math.exp(0.5 * float(self.policy.actor_ft.explore_noise_net.logvar_max.numpy()))}

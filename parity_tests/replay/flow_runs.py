@@ -1,0 +1,169 @@
+"""Replay of ReinFlow's recordings that are no single call: schedules, its buffer, pre-training, whole updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.ema import average_into
+from diffusion_rl.core.keras import precision
+from diffusion_rl.core.lr_schedules import CosineWarmupRestarts, held
+from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.core.returns import gae
+from diffusion_rl.core.reward_scaling import RunningRewardScaler
+from diffusion_rl.interop import torch_names
+from diffusion_rl.networks.layers import clone, copy_weights, variables_of
+from diffusion_rl.training.rollout import Rollout, episode_statistics
+from parity_tests.replay.build import build, load
+from parity_tests.replay.calls import caster
+from parity_tests.replay.compare import Comparison
+from parity_tests.replay.files import Golden
+from parity_tests.replay.scripted import Tape
+
+PRECISIONS = (("float32", ""), ("float64", "64"))
+LOSSES = ("pg_loss", "entropy_loss", "v_loss", "bc_loss", "clipfrac", "approx_kl", "ratio")  # the first of each call
+ABSOLUTE = ("pg_loss", "bc_loss", "approx_kl")  # differences of nearly equal numbers
+
+
+def schedule(golden: Golden) -> None:
+    """The noise's bounds and levels over the iterations."""
+    ours = {}
+    for name, (kind, given) in golden.meta["schedules"].items():
+        warmup, hold = given.get("warmup_steps", 0), given.get("hold_steps", 0)
+        ours[name] = [
+            held(x, given["min"], given["max"], hold, given.get("anneal_steps", 0), warmup, kind != "linear")
+            for x in range(golden.meta["n"])
+        ]
+    Comparison(golden.name, 1, "float64").check_all(ours, golden.group("out64"), "out64/", quantity="noise schedule")
+
+
+def learning_rates(golden: Golden) -> None:
+    """The reference's agent steps its schedules through the whole training to draw them, and trains from there."""
+    names = ("max_lr", "min_lr", "first_cycle_steps", "warmup_steps")
+    cosine = CosineWarmupRestarts(**{name: golden.meta[name] for name in names})
+    ours: dict[str, Any] = {"initial": [cosine.lr]}
+    ours["visualize_lr"] = [cosine.step() for _ in range(golden.meta["n_train_itr"])]
+    ours["used"] = [cosine.lr, *(cosine.step() for _ in range(golden.meta["n_used"] - 1))]
+    Comparison(golden.name, 1, "float64").check_all(ours, golden.group("out64"), "out64/", quantity="learning rates")
+
+
+def buffer(golden: Golden) -> None:
+    """Statistics of episodes, scaled rewards, advantages and returns of a rollout."""
+    settings, given = golden.meta["buffer"], golden.group("in")
+    ended = (given["terminated"] > 0) | (given["truncated"] > 0)
+    firsts = np.concatenate([np.zeros((1, settings["n_envs"])), ended.astype(float)])  # nothing was reset before
+    rollout = Rollout(
+        observations={"state": given["obs"]},
+        last_observations={"state": given["last_obs"]},
+        decisions={"chains": given["chains"]},
+        rewards=given["reward"],
+        terminated=given["terminated"],
+        firsts=firsts,
+    )
+    stats = episode_statistics(rollout, settings["act_steps"], settings["best_reward_threshold_for_success"])
+    scaler = RunningRewardScaler(settings["n_envs"], gamma=settings["gamma"])
+    rewards = scaler(reward=given["reward"].T, first=firsts[:-1].T).T
+    with precision("float64"):
+        critic = build({"class": golden.meta["class"], "kwargs": golden.meta["constructor_kwargs"]})
+        load(golden.name, critic, golden.weights)
+        last = critic({"state": tf.constant(given["last_obs"], tf.float64)}).numpy().reshape(-1)
+    arguments = (settings["gamma"], settings["gae_lambda"], settings["reward_scale_const"])
+    advantages, returns = gae(rewards, given["value"], last, given["terminated"], *arguments)
+    ours = {
+        "avg_episode_reward": stats.mean_return,
+        "avg_best_reward": stats.mean_best_reward,
+        "success_rate": stats.success_rate,
+        "num_episode_finished": stats.n_episodes,
+        "reward_trajs": rewards,
+        "firsts_trajs": firsts,
+        "advantages_trajs": advantages,
+        "returns_trajs": returns,
+    }
+    recorded = golden.group("out")
+    narrow = {"advantages_trajs", "returns_trajs"}  # from a critic in single precision
+    exact = Comparison(golden.name, 3, "float64")
+    for name, value in ours.items():
+        comparison = Comparison(golden.name, 3, "float32") if name in narrow else exact
+        comparison.check(f"out/{name}", value, recorded[name], quantity="rollouts of flows")
+
+
+def pre_training(golden: Golden) -> None:
+    """Two steps of flow matching with AdamW and the average of the weights."""
+    meta = golden.meta
+    for dtype, suffix in PRECISIONS:
+        with precision(dtype):
+            cast = caster(dtype)
+            policy = build({"class": meta["class"], "kwargs": meta["constructor_kwargs"]})
+            load(golden.name, policy, golden.weights)
+            averaged = clone(policy.network)
+            copy_weights(policy.network, averaged)
+            variables = variables_of(policy.network)
+            optimizer = AdamW(variables, meta["lr"], meta["weight_decay"])
+            losses = []
+            for step in range(meta["steps"]):
+                actions, state = (cast(golden.arrays[f"in/{name}{step}"]) for name in ("act", "state"))
+                (_, time), (_, noise) = golden.draws[2 * step : 2 * step + 2]
+                with tf.GradientTape() as tape:
+                    loss = policy.loss(actions, {"state": state}, cast(time), cast(noise))
+                optimizer.apply(tape.gradient(loss, variables))
+                average_into(variables_of(averaged), variables, meta["ema_decay"])
+                losses.append(loss.numpy())
+            ours = {"losses": np.array(losses)}
+            for start, network in (("final", policy.network), ("ema", averaged)):
+                ours |= {f"{start}.network.{k}": v for k, v in torch_names.state_dict(network).items()}
+        recorded = golden.group("out" + suffix)
+        comparison = Comparison(golden.name, 6, dtype)
+        for name, value in recorded.items():
+            comparison.check(f"out/{name}", ours[name], value, quantity="pre-training of flows")
+
+
+def update(golden: Golden) -> None:
+    """A whole update: permutations, minibatches, both optimizers; the plain form and the one in chunks."""
+    for dtype, suffix in PRECISIONS:
+        for fast in (False, True):
+            with precision(dtype):
+                _update(golden, dtype, suffix, fast)
+
+
+def _update(golden: Golden, dtype: str, suffix: str, fast: bool) -> None:
+    meta, given = golden.meta, golden.group("in")
+    policy = build({"class": meta["class"], "kwargs": meta["constructor_kwargs"]})
+    load(golden.name, policy, golden.weights)
+    policy.time_grid = "upstream" if policy.GRID == "closed" else "left"
+    agent = meta["agent"]
+    rates: dict[str, Any] = {}
+    for name in ("actor", "critic"):
+        rate = agent[f"{name}_lr"]
+        rates |= {f"{name}_lr": rate, f"{name}_weight_decay": agent[f"{name}_weight_decay"]}
+        rates[f"{name}_lr_scheduler"] = {"first_cycle_steps": 10, "warmup_steps": 0, "min_lr": rate}
+    taken = ("update_epochs", "batch_size", "target_kl", "repeat_samples", "ent_coef", "vf_coef", "max_grad_norm")
+    settings = {name: agent[name] for name in taken} | rates
+    settings |= {"fast": fast, "use_bc_loss": agent["use_bc_loss"], "bc_loss_coeff": agent["bc_coeff"]}
+    trainer = policy.make_trainer(settings, policy.horizon_steps)
+    columns = (given[name] for name in ("obs", "chains", "returns", "oldvalues", "advantages", "oldlogprobs"))
+    rows = trainer.load(*(np.asarray(column, dtype) for column in columns))
+    train_actor = agent["itr"] >= agent["n_critic_warmup_itr"]
+    losses = trainer.minibatches(rows, Tape(golden.draws), train_actor, lambda: None, lambda values: None)
+    recorded = golden.group("out" + suffix)
+    comparison = Comparison(golden.name, 6, dtype)
+    form = "" if fast else " plain"
+    for i, name in enumerate(LOSSES):
+        scale = 1.0 if name in ABSOLUTE else None
+        options: dict[str, Any] = {"quantity": f"ReinFlow {name}", "scale": scale}
+        comparison.check(f"out/calls.{name}{form}", losses[name], recorded["calls"][:, i], **options)
+    ours = torch_names.state_dict(policy)
+    for name, value in recorded.items():
+        if name.startswith("final."):
+            comparison.check(f"out/{name}{form}", ours[name.removeprefix("final.")], value, quantity="ReinFlow weights")
+
+
+RUNNERS: dict[str, Callable[[Golden], None]] = {
+    "schedule": schedule,
+    "lr": learning_rates,
+    "buffer": buffer,
+    "pretrain": pre_training,
+    "agent_update": update,
+}
