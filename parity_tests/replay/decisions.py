@@ -13,7 +13,11 @@ from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.data.episodes import Episodes, split_episodes
 from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.data.trajectories import TrajectoryDataset
+from diffusion_rl.methods.on_policy.reinflow import ReinFlow, ShortcutReinFlow
+from diffusion_rl.networks.critics import CriticObs
+from diffusion_rl.networks.flow import FlowMLP, ShortcutFlowMLP
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
+from diffusion_rl.policies.flow import FlowPolicy
 from parity_tests.replay.build import build
 from parity_tests.replay.compare import Mismatch
 from parity_tests.replay.files import Golden
@@ -153,6 +157,38 @@ def _a_kitchen_item_is_there() -> None:
     assert data.states[data.rows(0)[data.at(np.array([0]))[0]]].shape == (1, 4, 2)
 
 
+def _flow(shortcut: bool, **kwargs: Any) -> Any:
+    network: dict[str, Any] = dict(horizon_steps=3, action_dim=2, cond_dim=4, mlp_dims=[8, 8, 8], residual_style=True)
+    network |= {"td_emb_dim": 4, "cond_mlp_dims": [6, 4]} if shortcut else {"time_dim": 4}
+    policy = (ShortcutFlowMLP if shortcut else FlowMLP)(**network)
+    noise = dict(noise_scheduler_type="learn", min_logprob_denoising_std=0.1, max_logprob_denoising_std=0.2)
+    common = dict(act_dim=2, horizon_steps=3, obs_dim=4, inference_steps=4, ft_denoising_steps=4)
+    common |= {"policy": policy, "critic": CriticObs(4, [8, 8, 8]), "min_sampling_denoising_std": 0.1}
+    return (ShortcutReinFlow if shortcut else ReinFlow)(**common | noise | kwargs)
+
+
+def _chains_have_the_probability_that_they_were_drawn_with() -> None:
+    for grid, same in (("closed", True), ("left", True), ("upstream", False)):
+        policy = _flow(False, time_grid=grid)
+        cond = {"state": tf.random.stateless_normal([5, 1, 4], [1, 2])}
+        drawn = policy.sample(cond, tf.random.stateless_normal(policy.noise_shape(5), [3, 4]))
+        again = policy.log_probs(cond, drawn.chains)[0]
+        assert np.allclose(drawn.log_probs, again, rtol=0, atol=1e-6) == same, grid
+
+
+def _imitation_of_a_shortcut_model_works() -> None:
+    policy, cond = _flow(True), {"state": tf.ones([5, 1, 4])}
+    assert policy.bc_loss(cond, tf.random.stateless_normal([5, 3, 2], [1, 2])).numpy() == 0
+    weight = policy.network.vel_head.layers[0].kernel
+    weight.assign(weight + 0.1)
+    assert policy.bc_loss(cond, tf.random.stateless_normal([5, 3, 2], [1, 2])).numpy() > 0
+
+
+def _samples_of_flows_of_any_batch() -> None:
+    policy = FlowPolicy(FlowMLP(2, 3, 4, time_dim=4, mlp_dims=[8, 8]), 3, 4, 2)
+    assert policy.sample({"state": tf.ones([5, 1, 4])}, tf.ones([5, 3, 2])).trajectories.shape == (5, 3, 2)
+
+
 # Calls that raise in the reference: what ours does, asserted by a function.
 UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_diffusion_base_forward": _sampling_a_pretrained_policy_works,  # quirk 22: fixed
@@ -161,6 +197,11 @@ UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_ppo_exact_small_step_index": _flow_at_the_end_of_time_works,  # quirk 42: fixed
     "err_rwr_gaussian_batch": _weighted_likelihood_of_any_batch,  # quirk 45: fixed
     "err_reward_scaler_per_env": _scaling_per_environment_says_what_it_needs,  # quirk 60: same semantics, clear error
+    # ReinFlow
+    "err_ppoflow_first_ratio_k4": _chains_have_the_probability_that_they_were_drawn_with,  # one grid of times
+    "err_reflow_sample_record_intermediate": _samples_of_flows_of_any_batch,  # no such switch
+    "err_shortcut_bc_loss": _imitation_of_a_shortcut_model_works,  # fixed
+    "err_time_embedding_without_hidden_dims": _refused(lambda: _flow(False, learn_explore_time_embedding=True)),
     # Diffuser
     "err_unet_indivisible": _refused(lambda: TemporalUnet(6, 5, dim=8, dim_mults=(1, 2, 4))),
     "err_value_narrow": _refused(lambda: ValueFunction(4, 5, dim=8, dim_mults=(1, 2))),

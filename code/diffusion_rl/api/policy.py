@@ -143,6 +143,8 @@ class LoadedPolicy:
         Of a diffusion policy it is that of the whole chain of denoising steps, their standard deviations floored as in
         PPO's log-probabilities; the density of its actions alone has no closed form.
         """
+        if not hasattr(self.policy, "log_probs") and not isinstance(self.policy, DiffusionPolicy):
+            raise UserError(f"{self.path}: a flow's plans are a function of its noise, and have no density here")
         inputs, alone = self._batch(observation)
         chain = np.asarray(chain, self.policy.dtype.as_numpy_dtype)
         policy, batch = self._explorer(), len(inputs["state"])

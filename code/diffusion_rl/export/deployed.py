@@ -15,10 +15,11 @@ from diffusion_rl.core.typing import Array
 from diffusion_rl.data.normalizers import MinMaxNormalizer
 from diffusion_rl.networks.convolution import plain_convolutions
 from diffusion_rl.policies.diffusion import DiffusionPolicy
+from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
-Policy = DiffusionPolicy | GaussianPolicy | GMMPolicy
+Policy = DiffusionPolicy | FlowPolicy | GaussianPolicy | GMMPolicy
 Shapes = dict[str, tuple[int | None, ...]]
 
 
@@ -26,7 +27,7 @@ def noise_shapes(policy: Policy, batch: int | None) -> Shapes:
     """Returns what one decision draws: "noise", standard normal, and for mixtures "uniform" in [0, 1), which picks the
     mode.
 
-    Diffusion [sampling_steps + 1, B, H, A]; Gaussian [B, H*A]; mixture [B, M, H*A] and [B].
+    Diffusion [sampling_steps + 1, B, H, A]; flow [B, H, A]; Gaussian [B, H*A]; mixture [B, M, H*A] and [B].
     """
     shapes: Shapes = {"noise": policy.noise_shape(batch)}
     return shapes | {"uniform": (batch,)} if isinstance(policy, GMMPolicy) else shapes
@@ -48,6 +49,8 @@ def deterministic_plan(policy: Policy, cond: dict[str, Array], noise: dict[str, 
     with plain_convolutions():  # other programs, TFLite's for one, round otherwise: the plain ones magnify it less
         if isinstance(policy, DiffusionPolicy):
             return policy.sample(cond, noise["noise"], deterministic=True).trajectories
+        if isinstance(policy, FlowPolicy):
+            return policy.sample(cond, noise["noise"]).trajectories
         if isinstance(policy, GMMPolicy):
             return policy.sample(cond, noise["noise"], noise["uniform"], deterministic=True)
         return policy.sample(cond, noise["noise"], deterministic=True)[0]

@@ -34,7 +34,9 @@ from diffusion_rl.export.deployed import (
     observation_shapes,
 )
 from diffusion_rl.interop.torch_names import load_state_dict
+from diffusion_rl.policies import flow
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
+from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint
@@ -48,7 +50,7 @@ LARGEST_SETTING = 1024  # of a network, that need not show in the shape of a wei
 CHECKED = 32  # random observations
 TIMED, WARM_UP = 300, 20  # decisions
 
-FAMILIES = (DiffusionPolicy, GaussianPolicy, GMMPolicy)  # one of these is what every policy acts as
+FAMILIES = (DiffusionPolicy, FlowPolicy, GaussianPolicy, GMMPolicy)  # one of these is what every policy acts as
 POLICIES = ("diffusion_rl.policies", "diffusion_rl.methods.on_policy", "diffusion_rl.methods.off_policy")
 
 Run = Callable[[str, Mapping[str, np.ndarray]], dict[str, np.ndarray]]  # (signature, inputs by name) -> outputs
@@ -164,6 +166,7 @@ def exportable_class(target: str, path: Path) -> type:
     """
     if target.startswith(tuple(f"{package}." for package in POLICIES)) and declared(target, "KIND"):
         cls = find_class(target)
+        cls = getattr(cls, "ACTS_AS", cls)
         if issubclass(cls, FAMILIES) and getattr(cls, "EXPORTABLE", True):
             return cls
     classes = [
@@ -179,7 +182,7 @@ def build_policy(
     """Returns the acting part of what the configuration describes: networks of values are not built."""
     node = {key: value for key, value in config["model"].items() if key != "_target_"}
     acts_as = next(family for family in FAMILIES if issubclass(cls, family))
-    network = node.pop("network", None) or node.pop("actor", None)
+    network = node.pop("network", None) or node.pop("actor", None) or node.pop("policy", None)
     refuse_larger(network, checkpoint, path)
     network = instantiate_trusted(network, CHECKPOINT_CLASSES, allow)
     sampling = checkpoint.metadata.get("sampling") or {}
@@ -191,6 +194,10 @@ def build_policy(
             node["ft_denoising_steps"] = fine_tuned_steps(checkpoint, node["ft_denoising_steps"], path)
         plain = {k: v for k, v in node.items() if not isinstance(v, Mapping)}  # neither critic nor eta
         return (FineTunedDiffusionPolicy if fine_tuned else DiffusionPolicy)(network=network, **plain)
+    if issubclass(acts_as, FlowPolicy):
+        settings = {k: facts[k] for facts in (node, sampling) for k in flow.SAMPLING if k in facts}
+        sizes = {name: int(config[name]) for name in ("horizon_steps", "obs_dim", "action_dim")}
+        return cls(network=network, **sizes, **settings)
     settings = {k: facts[k] for facts in (node, sampling) for k in GAUSSIAN_SAMPLING if k in facts}
     settings = getattr(cls, "EXPORT_SETTINGS", {}) | settings
     return acts_as(network=network, horizon_steps=int(node["horizon_steps"]), **settings)

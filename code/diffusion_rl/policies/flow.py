@@ -246,10 +246,11 @@ class ShortcutFlowPolicy(FlowPolicy):
                 noise: [B,H,A].
         """
         time, step = time[:, 0], time[:, 1]
-        t, k = time[:, None, None], self.n_consistent(x1.shape[0])
+        t = time[:, None, None]
         x = (1 - (1 - self.delta) * t) * noise + t * x1
         target = x1 - (1 - self.delta) * noise
-        if k:
+        if self.self_consistency_k:
+            k = tf.cast(tf.cast(tf.shape(x1)[0], tf.float64) * self.self_consistency_k, tf.int32)
             seen = {name: array[:k] for name, array in cond.items()}
             target = tf.concat([self._two_steps(x[:k], time[:k], seen, step[:k] / 2), target[k:]], axis=0)
         return tf.reduce_mean(tf.square(self.network(x, time, cond, step) - target))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -32,7 +32,14 @@ from diffusion_rl.methods.on_policy.ppo import (
 )
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond
-from diffusion_rl.policies.flow import FULL, Counting, FineTunedFlowPolicy, FineTunedShortcutPolicy
+from diffusion_rl.policies.flow import (
+    FULL,
+    Counting,
+    FineTunedFlowPolicy,
+    FineTunedShortcutPolicy,
+    FlowPolicy,
+    ShortcutFlowPolicy,
+)
 
 CHUNK = 1000  # rows
 WATCHED = ("pg_loss", "ratio", "approx_kl", "clipfrac", "entropy_loss", "std", "bc_loss")
@@ -49,6 +56,7 @@ class ReinFlow(ChunkPPO, FineTunedFlowPolicy):
 
     KIND = "reinflow"
     LABEL = "ReinFlow"
+    ACTS_AS: ClassVar[type[FlowPolicy]] = FlowPolicy  # without noise
     TRAIN_KEYS = "repeat_samples max_noise_hold_ratio max_noise_decay_ratio"
 
     def __init__(
@@ -141,6 +149,7 @@ class ShortcutReinFlow(ReinFlow, FineTunedShortcutPolicy):
 
     KIND = "shortcut_reinflow"
     LABEL = "ReinFlow (shortcut)"
+    ACTS_AS = ShortcutFlowPolicy
 
 
 # ---------- the update ----------
