@@ -59,6 +59,14 @@ class Difference:
         return keys + [p for p in self.configs if not any(fnmatchcase(config, p) for config, _ in self.found)]
 
 
+ELSEWHERE = re.compile(r"_(reflow|shortcut)_mlp$")  # ReinFlow's, whose configurations are not recorded
+
+
+def compared_configs() -> list[str]:
+    """The shipped configurations that the reference has."""
+    return [name for name in shipped_configs() if not ELSEWHERE.search(name)]
+
+
 def _matches(value: Any, pattern: Any) -> bool:
     if value == ABSENT or not isinstance(pattern, str):
         return value == pattern and type(value) is type(pattern)
@@ -143,7 +151,7 @@ def table(rows: Sequence[Difference]) -> str:
     for row in rows:
         cells = [_code(row.keys), _code(row.configs), _code([row.ours]), _code([row.reference]), row.why]
         lines.append("| " + " | ".join(cells) + " |")
-    count = f"{len(shipped_configs())} configurations, {sum(len(r) for r in reference_values().values())} values"
+    count = f"{len(compared_configs())} configurations, {sum(len(r) for r in reference_values().values())} values"
     head = [
         "# Configurations: deliberate differences from the reference",
         "",
@@ -170,7 +178,9 @@ def _code(values: Sequence[Any]) -> str:
 def main() -> int:
     """Compare everything, write the table; exit status 1 if something differs that is not listed."""
     rows, golden = differences(), reference_values()
-    wrong = [line for config in shipped_configs() for line in compare(config, our_values(config), golden[config], rows)]
+    wrong = [
+        line for config in compared_configs() for line in compare(config, our_values(config), golden[config], rows)
+    ]
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(table(rows))
     print("\n".join([*wrong, f"wrote {TABLE.relative_to(REPOSITORY)}"]))

@@ -8,9 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from diffusion_rl.cli.app import prepare
-from diffusion_rl.config.compose import shipped_configs
 from diffusion_rl.config.instantiate import flatten
 from parity_tests import r0_config
+from parity_tests.r0_config import compared_configs
 
 GOLDEN = r0_config.reference_values()
 
@@ -44,18 +44,18 @@ def unlisted(config, composed, rows):
 def found(composed):
     """The table of differences with what was found in all configurations."""
     rows = r0_config.differences()
-    for name in reversed(shipped_configs()):  # another process may be going through them from the front
+    for name in reversed(compared_configs()):  # another process may be going through them from the front
         unlisted(name, composed, rows)
     return rows
 
 
-@pytest.mark.parametrize("config", shipped_configs())
+@pytest.mark.parametrize("config", compared_configs())
 def test_values_equal_the_references(config, composed):
     assert not (lines := unlisted(config, composed, r0_config.differences())), "\n".join(lines)
 
 
 def test_every_recorded_configuration_is_shipped():
-    assert sorted(GOLDEN) == shipped_configs()
+    assert sorted(GOLDEN) == compared_configs()
 
 
 @pytest.mark.parametrize("row", range(len(r0_config.differences())))
@@ -81,7 +81,7 @@ def test_a_line_without_a_difference_is_reported():
     assert list(r0_config.compare("any", values, values, [row])) == [] and row.stale() == ["seed", "*"]
 
 
-@pytest.mark.parametrize("config", [name for name in shipped_configs() if "wandb.project" in GOLDEN.get(name, {})])
+@pytest.mark.parametrize("config", [name for name in compared_configs() if "wandb.project" in GOLDEN.get(name, {})])
 def test_wandb_values_when_it_is_on(config, composed):
     cfg = composed(config, ".cfg")
     OmegaConf.update(cfg, "wandb.mode", "online", force_add=True)

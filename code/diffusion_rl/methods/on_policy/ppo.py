@@ -265,8 +265,6 @@ class PPOTrainer:
         details = {"losses": losses, "values": values, "advantages": advantages, "returns": returns}
         return _summary(losses, targets, expected) | details | {"log_probs": log_probs}
 
-    # ---------- of a whole rollout ----------
-
     def values(self, state: np.ndarray, rgb: np.ndarray | None = None) -> np.ndarray:
         """Returns state values [N] of observations [N,To,O]."""
         state = tf.constant(state, self.policy.dtype)
@@ -401,10 +399,7 @@ class PPOTrainer:
         return self.complete(number) and (name == "critic" or train_actor)
 
     def complete(self, number: int) -> bool:
-        """Says whether `train.grad_accumulate` gradients have come together; they are added, not averaged.
-
-        What an epoch leaves over waits for the next one's, as in the reference.
-        """
+        """Says whether `train.grad_accumulate` gradients are added up; what an epoch leaves over waits for the next."""
         return (number + 1) % self.grad_accumulate == 0
 
     def _minibatch_step(
