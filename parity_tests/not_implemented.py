@@ -10,9 +10,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 NOT_IMPLEMENTED: dict[str, str] = {
-    "model.flow.mlp_flow.VisionFlowMLP": "flows do not see images yet",
-    "case:err_shortcut_vit_concate": "flows do not see images yet",
-    "case:agent_run_*": "whole iterations of ReinFlow's agent",
+    "case:err_shortcut_vit_concate": "shortcut models do not see images yet",
 }
 
 

@@ -109,7 +109,8 @@ def get_actions(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 def get_logprobs(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     given = cast(golden.arguments)
     results = as_recorded(obj).log_probs(given["cond"], given["x_chain"], _counting(golden))
-    return dict(zip(("logprob", "entropy", "std_mean"), results, strict=True))
+    outputs = dict(zip(("logprob", "entropy", "std_mean"), results, strict=True))
+    return outputs | {"std_mean": tf.reduce_mean(outputs["std_mean"])}
 
 
 def ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -134,6 +135,7 @@ def ppo_loss(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 CALLS = {
     (f"{FLOW}FlowMLP", "forward"): (velocity, 2),
+    (f"{FLOW}VisionFlowMLP", "forward"): (velocity, 2),
     (f"{SHORTCUT}ShortCutFlowMLP", "forward"): (velocity, 2),
     (f"{FLOW}NoisyFlowMLP", "forward"): (noisy, 2),
     (f"{SHORTCUT}NoisyShortCutFlowMLP", "forward"): (noisy, 2),

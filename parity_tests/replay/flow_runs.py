@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +11,20 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.ema import average_into
-from diffusion_rl.core.keras import precision
+from diffusion_rl.core.keras import floatx, precision
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts, held
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.interop import torch_names
+from diffusion_rl.methods.on_policy.training import OnPolicyTraining
 from diffusion_rl.networks.layers import clone, copy_weights, variables_of
 from diffusion_rl.training.rollout import Rollout, episode_statistics
-from parity_tests.replay.build import build, load
+from parity_tests.replay.build import build, build_case, load
 from parity_tests.replay.calls import caster
 from parity_tests.replay.compare import Comparison
 from parity_tests.replay.files import Golden
-from parity_tests.replay.scripted import Tape
+from parity_tests.replay.scripted import ScriptedEnv, Tape
 
 PRECISIONS = (("float32", ""), ("float64", "64"))
 LOSSES = ("pg_loss", "entropy_loss", "v_loss", "bc_loss", "clipfrac", "approx_kl", "ratio")  # the first of each call
@@ -160,10 +163,82 @@ def _update(golden: Golden, dtype: str, suffix: str, fast: bool) -> None:
             comparison.check(f"out/{name}{form}", ours[name.removeprefix("final.")], value, quantity="ReinFlow weights")
 
 
+def iterations(golden: Golden) -> None:
+    """The agent from its first evaluation to its last update, in a scripted environment; both forms of the update."""
+    for fast in (False, True):
+        with precision("float32"), tempfile.TemporaryDirectory() as folder:
+            _iterations(golden, folder, fast)
+
+
+def _iterations(golden: Golden, folder: str, fast: bool) -> None:
+    cfg = copy.deepcopy(golden.meta["cfg"]) | {"logdir": folder}
+    cfg["train"] |= {"fast": fast}
+    for name in ("actor", "critic"):
+        del cfg["train"][f"{name}_lr_scheduler"]["type"]
+    policy, script = build_case(golden), golden.subgroup("env")
+    policy.time_grid = "upstream" if policy.GRID == "closed" else "left"
+    env = ScriptedEnv(script | {"final_obs": script["obs"]}, cfg["act_steps"])
+    tape, records = Tape(golden.draws), list[dict[str, Any]]()
+    after: list[dict[str, float]] = []
+
+    def observe(record: dict[str, Any]) -> None:
+        records.append(record)
+        rates, bound = loop.trainer.learning_rates, policy.actor_ft.explore_noise_net.logvar_max
+        after.append({"actor": rates["actor"], "critic": rates["critic"], "logvar_max": float(bound.numpy())})
+
+    loop = OnPolicyTraining(cfg, venv=env, rng=tape, model=policy, observer=observe)
+    _as_the_reference_begins(loop)
+    loop.run()
+    recorded, form = golden.group("out"), "" if fast else " plain"
+    comparison = Comparison(golden.name, 7, "float32")
+    comparison.check(f"out/env_actions{form}", np.stack(env.actions), recorded["env_actions"], quantity="ReinFlow")
+    for i, (record, then) in enumerate(zip(records, after, strict=True)):
+        ours = {name: record[name] for name in ("chains_trajs", "reward_trajs", "firsts_trajs") if name in record}
+        ours["next_lr"], ours["next_logvar_max"] = [then["actor"], then["critic"]], then["logvar_max"]
+        if not record["eval_mode"]:
+            ours["value_trajs"] = record["values_trajs"]
+            ours |= {name: record[name] for name in ("advantages_trajs", "returns_trajs")}
+            ours["logprobs_trajs"] = record["logprobs_trajs"].reshape(recorded["itr1.logprobs_trajs"].shape)
+        for name, value in ours.items():
+            if f"itr{i}.{name}" in recorded:
+                where = f"itr{i}.{name}"
+                comparison.check(f"out/{where}{form}", value, recorded[where], quantity="ReinFlow, whole iterations")
+    weights = torch_names.state_dict(policy)
+    for name, value in recorded.items():
+        if name.startswith("final."):
+            own = weights[name.removeprefix("final.")]
+            comparison.check(f"out/{name}{form}", own, value, quantity="ReinFlow, whole iterations")
+
+
+def _as_the_reference_begins(loop: OnPolicyTraining) -> None:
+    """Its schedules have been stepped through once; what an environment's last step ended is forgotten (quirks Q3, Q8);
+    an evaluation draws where its chains begin and no more."""
+    for _ in range(loop.total):
+        loop.trainer.optimizers.advance()
+    start = loop._start
+
+    def forgetful(options: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        loop.done = np.zeros(loop.n_envs)
+        if loop.itr == 1:  # after an evaluation the environments are reset
+            loop.observations = None
+        return (loop.venv.reset(options), np.ones(loop.n_envs)) if loop.observations is None else start(options)
+
+    def draw(rng: Any, n_envs: int) -> np.ndarray:
+        shape = loop.model.noise_shape(n_envs)
+        if loop._evaluating():
+            return np.concatenate(
+                [rng.normal((1, *shape[1:]), floatx()), np.zeros((shape[0] - 1, *shape[1:]), floatx())]
+            )
+        return rng.normal(shape, floatx())
+
+    loop._start, loop.trainer.actor.draw = forgetful, draw  # type: ignore[method-assign]
+
+
 RUNNERS: dict[str, Callable[[Golden], None]] = {
     "schedule": schedule,
     "lr": learning_rates,
     "buffer": buffer,
     "pretrain": pre_training,
     "agent_update": update,
+    "agent_run": iterations,
 }

@@ -86,6 +86,7 @@ REFERENCE_TARGETS = {
     "model.diffusion.eta.EtaState": "diffusion_rl.networks.eta.EtaState",
     "model.diffusion.eta.EtaStateAction": "diffusion_rl.networks.eta.EtaStateAction",
     "model.flow.mlp_flow.FlowMLP": "diffusion_rl.networks.flow.FlowMLP",
+    "model.flow.mlp_flow.VisionFlowMLP": "diffusion_rl.networks.flow.VisionFlowMLP",
     "model.flow.mlp_flow.NoisyFlowMLP": "diffusion_rl.networks.flow.NoisyFlow",
     "model.flow.mlp_shortcut.ShortCutFlowMLP": "diffusion_rl.networks.flow.ShortcutFlowMLP",
     "model.flow.mlp_shortcut.NoisyShortCutFlowMLP": "diffusion_rl.networks.flow.NoisyFlow",

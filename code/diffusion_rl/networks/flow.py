@@ -23,6 +23,7 @@ from diffusion_rl.networks.layers import (
     sinusoidal_embedding,
 )
 from diffusion_rl.networks.mlp import MLP, DiffusionMLP, ResidualMLP
+from diffusion_rl.networks.vision import VisionDiffusionMLP
 
 
 class FlowMLP(DiffusionMLP):
@@ -39,6 +40,14 @@ class FlowMLP(DiffusionMLP):
     def call(self, x: Array, time: Array, cond: dict[str, Array]) -> Array:
         """Maps x [B,H,A], time [B], cond {"state": [B,To,O]} to the velocity [B,H,A]."""
         return super().call(x, time, cond)
+
+
+class VisionFlowMLP(VisionDiffusionMLP):
+    """The velocity from [action chunk, time embedding, features of images and observation]: `VisionDiffusionMLP` at
+    times that are real numbers.
+
+    Arguments are those of `VisionDiffusionMLP`.
+    """
 
 
 class StepEmbedding(keras.layers.Layer):
@@ -204,6 +213,8 @@ class NoisyFlow(Network):
             raise UserError(f"noise_scheduler_type={kind}: take one of {', '.join((*LEARNED, *SCHEDULED))}")
         if not 0 < bounds[0] <= bounds[1]:
             raise UserError(f"min_logprob_denoising_std={bounds[0]}: more than 0, at most the maximum {bounds[1]}")
+        if not hasattr(policy, "embed"):
+            raise UserError(f"ReinFlow trains flows that see states alone, not yet a {type(policy).__name__}")
         self.policy, self.denoising_steps = policy, int(denoising_steps)
         self.learn_from, self.kind, self.bounds = int(learn_explore_noise_from), kind, bounds
         self.from_observation, self.own_embedding = use_time_independent_noise, learn_explore_time_embedding

@@ -24,7 +24,7 @@ from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks.flow import NoisyFlow
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.policies.acting import Decision
-from diffusion_rl.policies.diffusion import Cond, Sample
+from diffusion_rl.policies.diffusion import Cond, Sample, encoded
 
 TIMES = ("uniform", "logitnormal", "beta")
 #: Where Euler's N steps look: closed is linspace(0, 1, N), whose last is 1; left is 0, 1/N, ..., 1 - 1/N.
@@ -59,7 +59,8 @@ class FlowActor:
 
     def __init__(self, policy: Any):
         self.policy = policy
-        self._decide = tf.function(policy.decide, jit_compile=True, autograph=False)
+        sees = hasattr(policy.network, "encode")  # convolutions are slower when they are compiled
+        self._decide = tf.function(policy.decide, jit_compile=not sees, autograph=False)
 
     def weights_changed(self) -> None:
         """Must be called after every change of the weights; nothing is kept between decisions here."""
@@ -73,12 +74,10 @@ class FlowActor:
 
         Args:
             state: [E,To,O];  noise: of `draw`;  deterministic: evaluate instead of explore.
-            rgb: must be None: flows do not see images yet.
+            rgb: [E,To,C,Hi,Wi] pixels, where the network sees images.
         """
-        if rgb is not None:
-            raise UserError("flow policies do not see images yet: take a configuration without _img")
         dtype = self.policy.dtype
-        cond = {"state": tf.constant(state, dtype)}
+        cond = {"state": tf.constant(state, dtype)} | ({} if rgb is None else {"rgb": tf.constant(rgb)})
         actions, *chain = (x.numpy() for x in self._decide(cond, tf.constant(noise, dtype), deterministic))
         chains, log_probs = chain or (None, np.zeros(len(actions), actions.dtype))
         return Decision(actions, chains, log_probs)
@@ -173,7 +172,7 @@ class FlowPolicy:
         Returns:
             trajectories [B,H,A].
         """
-        n, x = steps or self.inference_steps, noise
+        n, x, cond = steps or self.inference_steps, noise, encoded(self.network, cond)
         for i, time in enumerate(time_grid(self.time_grid, n)):
             x = x + self.velocity(x, tf.fill([tf.shape(x)[0]], tf.constant(time, x.dtype)), cond, 1 / n) / n
             if clip_each or i == n - 1:
@@ -432,8 +431,8 @@ class FineTunedFlowPolicy:
         return ChainSample(x, tf.stack(chain, axis=1), self._counted(terms, counting))
 
     def log_probs(self, cond: Cond, chains: Array, counting: Counting = FULL) -> tuple[Array, Array, Array]:
-        """Returns the log-probability [B] of chains [B,K+1,H,A], the entropy [B] of their steps, and the noise's mean
-        standard deviation."""
+        """Returns the log-probability [B] of chains [B,K+1,H,A], the entropy [B] of their steps, and the mean [B] of
+        their standard deviations."""
         x = tf.unstack(chains, axis=1)
         terms = [normal_log_prob(x[0], tf.zeros_like(x[0]), tf.ones_like(x[0]))] if counting.initial else []
         entropies, stds = [tf.fill(tf.shape(x[0]), tf.constant(HALF_LOG_2PI_E, x[0].dtype))] * len(terms), []
@@ -443,7 +442,7 @@ class FineTunedFlowPolicy:
             entropies.append(HALF_LOG_2PI_E + tf.math.log(std))
             stds.append(std)
         entropy = self._counted(entropies, counting._replace(per_step=True))
-        return self._counted(terms, counting), entropy, tf.reduce_mean(tf.stack(stds))
+        return self._counted(terms, counting), entropy, tf.reduce_mean(tf.stack(stds), axis=[0, 2, 3])
 
     @staticmethod
     def _counted(terms: list[Array], counting: Counting) -> Array:

@@ -107,7 +107,7 @@ class ReinFlow(ChunkPPO, FineTunedFlowPolicy):
             **self.mean_losses(per_row, obs, returns, oldvalues),
             "entropy_loss": -tf.reduce_mean(entropy),
             "bc_loss": self.bc_loss(obs, bc_noise) if use_bc_loss else tf.zeros([], log_prob.dtype),
-            "std": tf.stop_gradient(std),
+            "std": tf.stop_gradient(tf.reduce_mean(std)),
         }
 
     def bc_noise_shape(self, rows: int) -> tuple[int, ...]:
@@ -187,16 +187,21 @@ class ReinFlowTrainer(PPOTrainer):
         return super().losses(rows // self.rows_per_sample, data, draws)
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
-        """Returns the parts of the loss of rows [B] and the gradients by name; the fast path goes chunk by chunk."""
+        """Returns the parts of the loss of rows [B] and the gradients by name; the fast path goes chunk by chunk, and
+        looks once at samples that come several times."""
         if not self.fast:
             return super().gradients(rows, data, draws)
-        p, b, samples = self.policy, rows.shape[0], rows // self.rows_per_sample
-        state, chains_, old, advantages = (
-            tf.gather(data[name], samples) for name in ("state", "chains", "old_log_prob", "advantages")
-        )
-        n_chunks, size, padding = chunks(b, CHUNK)
-        arrays = [state, chains_, old, p.normalised(advantages), tf.ones([b], p.dtype)]
-        arrays += [] if draws is None else [draws]
+        p, b, n, samples = self.policy, rows.shape[0], data["state"].shape[0], rows // self.rows_per_sample
+        advantages = p.normalised(tf.gather(data["advantages"], samples))
+        if draws is None and n < b:  # each sample once, counted as often as it comes
+            weight = tf.math.bincount(samples, minlength=n, maxlength=n, dtype=p.dtype)
+            advantages = tf.tensor_scatter_nd_update(tf.zeros([n], p.dtype), samples[:, None], advantages)
+            samples = tf.range(n)
+        else:
+            n, weight = b, tf.ones([b], p.dtype)
+        state, chains_, old = (tf.gather(data[name], samples) for name in ("state", "chains", "old_log_prob"))
+        n_chunks, size, padding = chunks(n, CHUNK)
+        arrays = [state, chains_, old, advantages, weight, *([] if draws is None else [draws])]
         per_row = [padded(x, padding) for x in arrays]
         actor = self.trained["actor"]
 
@@ -207,7 +212,7 @@ class ReinFlowTrainer(PPOTrainer):
             obs = {"state": state_c}
             with tf.GradientTape() as tape:
                 log_prob, entropy, std = p.log_probs(obs, chains_c)
-                watched = [*p.policy_loss(log_prob, old_c, advantages_c), -entropy, tf.fill([size], std)]
+                watched = [*p.policy_loss(log_prob, old_c, advantages_c), -entropy, std]
                 watched.append(p.bc_distance(obs, noise_c[0]) if noise_c else tf.zeros([size], p.dtype))
                 sums = [tf.reduce_sum(weight_c * value) for value in watched]
                 entropy_loss, bc_loss = (
@@ -222,7 +227,7 @@ class ReinFlowTrainer(PPOTrainer):
         with tf.GradientTape() as tape:
             values = tf.reshape(p.critic({"state": state}), [-1])
             returns, before = (tf.gather(data[name], samples) for name in ("returns", "values"))
-            losses["v_loss"] = tf.reduce_mean(p.value_loss(values, returns, before))
+            losses["v_loss"] = tf.reduce_sum(weight * p.value_loss(values, returns, before)) / b
             weighted = self.coefficients["v_loss"] * losses["v_loss"]
         grads = tape.gradient(weighted, self.trained["critic"])
         return losses, {"actor": [total / b for total in totals], "critic": grads}

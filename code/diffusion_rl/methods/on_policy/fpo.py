@@ -1,0 +1,145 @@
+"""FPO: PPO for flow policies without a likelihood (flow policy optimization, McAllister et al. 2025, arXiv:2507.21053).
+
+For every action of a rollout some pairs of a time and a noise are drawn, once. The ratio of PPO becomes
+
+    exp(mean over the pairs of (loss_old - loss)),
+
+with the conditional flow-matching loss of the action at each pair, before and now. Nothing is added to the flow: it
+explores by the noise that it begins with.
+
+Shapes: B rows, N samples of a rollout, P pairs; To, O, H, A as in `policies.diffusion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow as tf
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.keras import floatx
+from diffusion_rl.core.typing import Rng
+from diffusion_rl.methods.on_policy.ppo import ChunkPPO, Losses, PPOTrainer, clipped_policy_loss
+from diffusion_rl.networks.layers import Array
+from diffusion_rl.policies.diffusion import Cond
+from diffusion_rl.policies.flow import FlowPolicy, draw_times
+
+ROWS = 2000  # samples whose losses are computed together before the update
+
+
+class FPO(ChunkPPO, FlowPolicy):  # type: ignore[misc]  # `loss` is PPO's
+    """A flow policy with FPO's loss.
+
+    Args:
+        actor: the velocity's network, also known as `network` and `actor_ft`.
+        critic: state value, cond -> [B,1].
+        n_pairs: P.
+        clip_ploss_coef: clip range of the ratio.
+        difference_clip: bound on the difference of a pair's losses.
+        ratio_per_pair: a ratio and a clip for each pair instead of one for each action.
+        kwargs: of `ClippedPPO` and the policy.
+    """
+
+    KIND = "fpo"
+    LABEL = "FPO"
+    ACTS_AS: ClassVar[type[FlowPolicy]] = FlowPolicy
+
+    def __init__(
+        self,
+        actor: Any,
+        critic: Any,
+        n_pairs: int = 8,
+        clip_ploss_coef: float = 0.05,
+        difference_clip: float = 3.0,
+        ratio_per_pair: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(clip_ploss_coef, network=actor, **kwargs)
+        if n_pairs < 1:
+            raise UserError(f"model.n_pairs={n_pairs}: at least one pair of time and noise is needed")
+        self.actor_ft, self.critic = actor, critic
+        self.n_pairs, self.difference_clip = int(n_pairs), float(difference_clip)
+        self.ratio_per_pair = bool(ratio_per_pair)
+
+    def draw_pairs(self, rng: Rng, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Draws times [B,P] and noise [B,P,H,A]."""
+        times = draw_times(rng, self.sample_t_type, (rows, self.n_pairs))
+        return times, rng.normal((rows, self.n_pairs, self.horizon_steps, self.action_dim), floatx())
+
+    def pair_losses(self, obs: Cond, actions: Array, times: Array, noise: Array) -> Array:
+        """Returns the flow-matching loss [B,P] of actions [B,H,A] at times [B,P] with noise [B,P,H,A]."""
+        flat = {name: tf.repeat(array, self.n_pairs, axis=0) for name, array in obs.items()}
+        x1, t = tf.repeat(actions, self.n_pairs, axis=0), tf.reshape(times, [-1])
+        x, target = self.between(x1, t, tf.reshape(noise, [-1, *x1.shape[1:]]))
+        squared = tf.square(self.network(x, t, flat) - target)
+        return tf.reshape(tf.reduce_mean(squared, axis=[1, 2]), [-1, self.n_pairs])
+
+    def loss(  # type: ignore[override]  # with pairs
+        self,
+        obs: Cond,
+        actions: Array,
+        returns: Array,
+        oldvalues: Array,
+        advantages: Array,
+        oldlosses: Array,
+        times: Array,
+        noise: Array,
+    ) -> Losses:
+        """Returns the loss of one minibatch.
+
+        Args:
+            obs: {"state": [B,To,O]};  actions: [B,H,A];  returns, oldvalues, advantages: [B]
+            oldlosses, times: [B,P];  noise: [B,P,H,A], as they were drawn when the data were collected.
+        """
+        losses = self.pair_losses(obs, actions, times, noise)
+        difference = tf.clip_by_value(oldlosses - losses, -self.difference_clip, self.difference_clip)
+        advantages, clip = self.normalised(advantages), tf.constant(self.clip_ploss_coef, losses.dtype)
+        if self.ratio_per_pair:
+            per_pair = clipped_policy_loss(difference, tf.zeros_like(difference), advantages[:, None], clip)
+            loss, ratio, approx_kl, outside = (tf.reduce_mean(part, axis=1) for part in per_pair)
+            per_row = (loss, ratio, approx_kl, outside)
+        else:
+            mean = tf.reduce_mean(difference, axis=1)
+            per_row = clipped_policy_loss(mean, tf.zeros_like(mean), advantages, clip)
+        watched = {"flow_loss": tf.stop_gradient(tf.reduce_mean(losses))}
+        return {**self.mean_losses(per_row, obs, returns, oldvalues), **watched}
+
+    def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> FPOTrainer:
+        """Builds what updates this policy; arguments of `PPOTrainer`."""
+        return FPOTrainer(self, settings, reward_horizon)
+
+
+class FPOTrainer(PPOTrainer):
+    """Updates an `FPO` policy with pairs that stay the same through all epochs; arguments as of `PPOTrainer`."""
+
+    def compile(self) -> None:
+        super().compile()
+        p = self.policy
+        self.pairs: tuple[np.ndarray, np.ndarray] | None = None
+        self._pair_losses = tf.function(
+            lambda state, *rest: p.pair_losses({"state": state}, *rest), reduce_retracing=True
+        )
+
+    def old_log_probs(
+        self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Rng, rgb: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Draws the pairs of a rollout; returns their losses [N,P] under the policy that collected it."""
+        self.pairs = self.policy.draw_pairs(rng, len(state))
+        columns = (state, decisions["actions"], *self.pairs)
+        tensors = [tf.constant(column, self.policy.dtype) for column in columns]
+        cuts = [slice(i, i + ROWS) for i in range(0, len(state), ROWS)]
+        return np.concatenate([self._pair_losses(*(tensor[cut] for tensor in tensors)).numpy() for cut in cuts])
+
+    def load(self, *columns: Any) -> int:
+        n_rows = super().load(*columns)
+        assert self.pairs is not None
+        self.data["times"], self.data["noise"] = (tf.constant(pair, self.policy.dtype) for pair in self.pairs)
+        return n_rows
+
+    def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
+        """Returns the parts of the loss of rows [B]."""
+        names = ("state", "actions", "returns", "values", "advantages", "old_log_prob", "times", "noise")
+        state, *rest = (tf.gather(data[name], rows) for name in names)
+        return self.policy.loss({"state": state}, *rest)
