@@ -12,6 +12,7 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
 from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.methods.on_policy.fpo import FPO
 from diffusion_rl.methods.on_policy.reinflow import ReinFlow, ShortcutReinFlow
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.flow import FlowMLP, ShortcutFlowMLP
@@ -25,6 +26,7 @@ KINDS = ("reflow", "shortcut")
 PRE = {kind: f"gym/pretrain/hopper-medium-v2/pre_{kind}_mlp" for kind in KINDS}
 TUNE = {kind: f"gym/finetune/hopper-v2/ft_ppo_{kind}_mlp" for kind in KINDS}
 EVALUATE = {kind: f"gym/eval/hopper-v2/eval_{kind}_mlp" for kind in KINDS}
+FPO_RUN = "gym/finetune/hopper-v2/ft_fpo_reflow_mlp"
 SHORT = ("env.n_envs=3", "env.max_episode_steps=40", "++env.threads=1")
 for _kind in KINDS:
     SMALL[PRE[_kind]] = [
@@ -37,6 +39,13 @@ for _kind in KINDS:
         *("model.noise_hidden_dims=[8]", "+tensorboard=false"),
     ]
     SMALL[EVALUATE[_kind]] = [*SHORT, f"model.network.{DIMS}", "n_steps=20"]
+
+
+SMALL[FPO_RUN] = [
+    *(*SHORT, f"model.actor.{DIMS}", f"model.critic.{DIMS}", "train.n_steps=6", "train.batch_size=9"),
+    *("train.update_epochs=2", "train.val_freq=3", "train.save_model_freq=1", "train.n_train_itr=4"),
+    *("model.n_pairs=3", "+tensorboard=false"),
+]
 
 
 def state(folder, number):
@@ -91,6 +100,47 @@ def test_fine_tuning_resumed_equals_at_once_and_is_evaluated(base, kind, tmp_pat
     evaluated = run(EVALUATE[kind], tmp_path / "evaluated", f"base_policy_path={whole}")
     for ours, theirs in zip(variables_of(evaluated.policy.network), variables_of(loop.model.network), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_fpo_resumed_equals_at_once_and_is_evaluated(base, tmp_path, capsys):
+    policy, whole, halves = f"base_policy_path={base('reflow')}", tmp_path / "whole", tmp_path / "halves"
+    run(FPO_RUN, whole, policy)
+    first = rows(whole)[1]
+    assert abs(first["ratio"] - 1) < 0.1 and first["flow_loss"] > 0
+    shutil.copytree(whole, halves)
+    for n in (2, 3):
+        state(halves, n).unlink()
+    run(FPO_RUN, halves, policy, "resume=auto")
+    assert rows(halves) == rows(whole)
+    assert_same_checkpoint(state(whole, 3), state(halves, 3))
+    run(EVALUATE["reflow"], tmp_path / "evaluated", f"base_policy_path={whole}")
+    assert "eval: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ratio_per_pair", [False, True])
+def test_the_ratio_of_fpo(ratio_per_pair):
+    """It is 1 before any update; its gradient is minus that of the flow-matching loss; beyond the clip it has none."""
+    with precision("float64"), initial_weights(NoiseSource(0)):
+        network = FlowMLP(horizon_steps=H, action_dim=A, cond_dim=O, mlp_dims=[8, 8, 8], time_dim=4)
+        sizes = {"horizon_steps": H, "obs_dim": O, "action_dim": A, "norm_adv": False, "n_pairs": 5}
+        policy = FPO(network, CriticObs(O, [8, 8, 8]), ratio_per_pair=ratio_per_pair, **sizes)
+        rng = NoiseSource(1)
+        obs = {"state": tf.constant(rng.normal((7, 1, O), np.float64))}
+        actions, ones = tf.constant(rng.normal((7, H, A), np.float64)), tf.ones([7], tf.float64)
+        times, noise = (tf.constant(part) for part in policy.draw_pairs(rng, 7))
+        old = policy.pair_losses(obs, actions, times, noise)
+        variables = variables_of(network)
+        with tf.GradientTape(persistent=True) as tape:
+            losses = policy.loss(obs, actions, ones, ones, ones, old, times, noise)
+            matching = tf.reduce_mean(policy.pair_losses(obs, actions, times, noise))
+        assert losses["ratio"].numpy() == 1 and losses["approx_kl"].numpy() == 0
+        pairs = zip(tape.gradient(losses["pg_loss"], variables), tape.gradient(matching, variables), strict=True)
+        for ours, theirs in pairs:  # the policy's loss is minus the ratio
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+        with tf.GradientTape() as tape:
+            far = policy.loss(obs, actions, ones, ones, ones, old + 1, times, noise)
+        assert far["clipfrac"].numpy() == 1 and far["ratio"].numpy() == pytest.approx(np.e)
+        assert not any(np.any(g) for g in tape.gradient(far["pg_loss"], variables, unconnected_gradients="zero"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

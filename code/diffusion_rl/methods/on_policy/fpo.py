@@ -114,13 +114,16 @@ class FPO(ChunkPPO, FlowPolicy):  # type: ignore[misc]  # `loss` is PPO's
 class FPOTrainer(PPOTrainer):
     """Updates an `FPO` policy with pairs that stay the same through all epochs; arguments as of `PPOTrainer`."""
 
+    def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
+        if settings.get("use_bc_loss"):
+            raise UserError("train.use_bc_loss=true: FPO has no behaviour-cloning loss")
+        super().__init__(policy, settings, reward_horizon)
+        self.pairs: tuple[np.ndarray, np.ndarray] | None = None
+
     def compile(self) -> None:
         super().compile()
-        p = self.policy
-        self.pairs: tuple[np.ndarray, np.ndarray] | None = None
-        self._pair_losses = tf.function(
-            lambda state, *rest: p.pair_losses({"state": state}, *rest), reduce_retracing=True
-        )
+        losses = self.policy.pair_losses
+        self._pair_losses = tf.function(lambda state, *rest: losses({"state": state}, *rest), reduce_retracing=True)
 
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Rng, rgb: np.ndarray | None = None
