@@ -76,6 +76,7 @@ def test_compiled_networks_give_the_plain_samples(name, sampling):
     assert again.shape == (16 * policy.ft_denoising_steps, H, A)
 
 
+@pytest.mark.slow
 def test_compiled_networks_follow_their_weights():
     """Weights are read at every decision, not when the program is made; a U-Net gives its plain samples."""
     policy = make_policy("unet", ft_denoising_steps=2)

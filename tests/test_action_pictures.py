@@ -76,6 +76,7 @@ def test_pictures_are_encoded_once(monkeypatch):
     assert rows == [2]
 
 
+@pytest.mark.slow
 def test_training_resuming_and_what_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_data("data", side=16)

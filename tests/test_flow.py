@@ -26,6 +26,7 @@ KINDS = ("reflow", "shortcut")
 PRE = {kind: f"gym/pretrain/hopper-medium-v2/pre_{kind}_mlp" for kind in KINDS}
 TUNE = {kind: f"gym/finetune/hopper-v2/ft_ppo_{kind}_mlp" for kind in KINDS}
 EVALUATE = {kind: f"gym/eval/hopper-v2/eval_{kind}_mlp" for kind in KINDS}
+every_kind = pytest.mark.parametrize("kind", ["reflow", pytest.param("shortcut", marks=pytest.mark.slow)])
 FPO_RUN = "gym/finetune/hopper-v2/ft_fpo_reflow_mlp"
 SHORT = ("env.n_envs=3", "env.max_episode_steps=40", "++env.threads=1")
 for _kind in KINDS:
@@ -66,7 +67,7 @@ def base(tmp_path_factory):
     return once
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_pre_training_learns_resumes_and_is_evaluated(base, kind, tmp_path, capsys):
     losses = [row["loss"] for row in rows(base(kind))]
     assert losses[-1] < losses[0]
@@ -80,7 +81,7 @@ def test_pre_training_learns_resumes_and_is_evaluated(base, kind, tmp_path, caps
     assert "eval: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_fine_tuning_resumed_equals_at_once_and_is_evaluated(base, kind, tmp_path):
     policy, whole, halves = f"base_policy_path={base(kind)}", tmp_path / "whole", tmp_path / "halves"
     loop = run(TUNE[kind], whole, policy)
@@ -143,7 +144,7 @@ def test_the_ratio_of_fpo(ratio_per_pair):
         assert not any(np.any(g) for g in tape.gradient(far["pg_loss"], variables, unconnected_gradients="zero"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_what_was_trained_acts_in_python_and_is_exported(base, kind, tmp_path):
     """A fine-tuned flow acts without noise, as its evaluation does."""
     tuned = tmp_path / "tuned"

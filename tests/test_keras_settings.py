@@ -21,7 +21,9 @@ print(log_prob.dtype.name, log_prob.shape)
 """
 
 
-@pytest.mark.parametrize(("before", "floatx"), [("import tf_keras", "float64"), ("", "float16")])
+@pytest.mark.parametrize(
+    ("before", "floatx"), [pytest.param("import tf_keras", "float64", marks=pytest.mark.slow), ("", "float16")]
+)
 def test_settings_and_earlier_imports_do_not_matter(tmp_path, before, floatx):
     (tmp_path / ".keras").mkdir()
     settings = {"floatx": floatx, "image_data_format": "channels_first", "epsilon": 1e-3, "backend": "torch"}

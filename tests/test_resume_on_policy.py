@@ -77,7 +77,7 @@ def state(folder, n):
 
 
 # What is written is what the fast and the published form, the Gaussian and DPPO write.
-LONG = {"plain exact", "corrected DPOER", "exact", "mixture"}
+LONG = {"plain exact", "corrected DPOER", "DPOER", "exact", "mixture"}
 every_variant = pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v in LONG)) for v in VARIANTS]
 )

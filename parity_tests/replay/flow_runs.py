@@ -219,9 +219,7 @@ def _as_the_reference_begins(loop: OnPolicyTraining) -> None:
 
     def forgetful(options: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         loop.done = np.zeros(loop.n_envs)
-        if loop.itr == 1:  # after an evaluation the environments are reset
-            loop.observations = None
-        return (loop.venv.reset(options), np.ones(loop.n_envs)) if loop.observations is None else start(options)
+        return start(options)
 
     def draw(rng: Any, n_envs: int) -> np.ndarray:
         shape = loop.model.noise_shape(n_envs)

@@ -447,7 +447,8 @@ class FineTunedFlowPolicy:
     @staticmethod
     def _counted(terms: list[Array], counting: Counting) -> Array:
         """Sums terms [B,H,A] of the steps to [B]."""
-        total = tf.reduce_sum(tf.add_n(terms), axis=[1, 2])
+        # one sum over all: `add_n` begins with whichever term's memory is free, so its rounding depends on timing
+        total = tf.reduce_sum(tf.stack(terms, axis=1), axis=[1, 2, 3])
         elements = int(terms[0].shape[1]) * int(terms[0].shape[2])
         return total / ((len(terms) if counting.per_step else 1) * (elements if counting.per_element else 1))
 
