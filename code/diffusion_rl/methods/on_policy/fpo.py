@@ -29,7 +29,7 @@ from diffusion_rl.policies.flow import FlowPolicy, draw_times
 ROWS = 2000  # samples whose losses are computed together before the update
 
 
-class FPO(ChunkPPO, FlowPolicy):  # type: ignore[misc]  # `loss` is PPO's
+class FPO(ChunkPPO, FlowPolicy):
     """A flow policy with FPO's loss.
 
     Args:
