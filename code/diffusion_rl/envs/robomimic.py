@@ -13,12 +13,13 @@ end          none of its own: episodes last until their time limit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,11 +130,19 @@ def _composed(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**env_kwargs, "controller_configs": {"type": "BASIC", "body_parts": parts}}
 
 
-def _choose_renderer() -> None:
-    """Names a device for EGL where CUDA_VISIBLE_DEVICES hides all: robosuite takes its entries for EGL's numbers."""
+@contextlib.contextmanager
+def _any_renderer() -> Iterator[None]:
+    """Lets EGL take any device meanwhile where CUDA_VISIBLE_DEVICES hides all: robosuite takes its entries for EGL's
+    numbers, and fails on others."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and not visible.partition(",")[0].strip().isdigit():
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
+    if visible is None or visible.partition(",")[0].strip().isdigit():
+        yield
+        return
+    del os.environ["CUDA_VISIBLE_DEVICES"]
+    try:
+        yield
+    finally:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def make_simulator(
@@ -164,16 +173,16 @@ def make_simulator(
 
     import diffusion_rl.envs.quiet_robosuite  # noqa: F401
 
-    _choose_renderer()
     modalities = {"low_dim": list(low_dim_keys)} | ({"rgb": list(image_keys)} if image_keys else {})
     obs_utils.initialize_obs_modality_mapping_from_dict(modalities)
     np.random.seed(seed)
     kwargs = {} if generation == "1.4" else {"seed": seed}  # later ones draw from a generator of their own
     meta = {**meta, "env_kwargs": {**meta["env_kwargs"], **kwargs}}
     try:
-        env = env_utils.create_env_from_metadata(
-            env_meta=meta, render=False, render_offscreen=render, use_image_obs=bool(image_keys)
-        )
+        with _any_renderer():
+            env = env_utils.create_env_from_metadata(
+                env_meta=meta, render=False, render_offscreen=render, use_image_obs=bool(image_keys)
+            )
     except (ImportError, RuntimeError) as error:
         if not (render or image_keys):
             raise
