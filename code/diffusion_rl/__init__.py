@@ -5,7 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from diffusion_rl.api import NAMES
-from diffusion_rl.core import moved
+from diffusion_rl.core import moved, quiet
 
 if TYPE_CHECKING:
     from diffusion_rl.api.datasets import load_dataset, write_dataset
@@ -36,6 +36,7 @@ moved.install()
 
 def __getattr__(name: str) -> Any:
     if name in NAMES:
+        quiet.import_tensorflow()
         return getattr(importlib.import_module(f"diffusion_rl.api.{NAMES[name]}"), name)
     raise AttributeError(f"module 'diffusion_rl' has no attribute {name!r}")
 
