@@ -5,7 +5,8 @@
                          arXiv:2410.12557), so that one large step does what many small ones do
 
 Time runs from 0 (noise x_0) to 1 (data x_1), against the denoising steps of diffusion. Shapes as in
-`policies.diffusion`; N steps of Euler's method. Everything random is an argument.
+`policies.diffusion`; N steps of Euler's method, which are called K where they are fine-tuned. Everything random is an
+argument.
 """
 
 from __future__ import annotations
@@ -207,7 +208,7 @@ class ShortcutFlowPolicy(FlowPolicy):
     Args:
         self_consistency_k: share of the rows that learn from smaller steps.
         delta: the noise keeps that share of itself at time 1.
-        kwargs: of `FlowPolicy`; the time grid is "left" alone.
+        kwargs: of `FlowPolicy`; the time grid is "left" unless it is named.
     """
 
     KIND = "shortcut_flow_policy"
@@ -261,8 +262,9 @@ class ShortcutFlowPolicy(FlowPolicy):
         return tf.stop_gradient((first + second) / 2)
 
 
-#: How the log-probability of a chain is counted: with that of x_0, per term, per element of the chunk.
 class Counting(NamedTuple):
+    """How the log-probability of a chain is counted: with that of x_0, per term, per element of the chunk."""
+
     initial: bool
     per_step: bool
     per_element: bool
@@ -284,14 +286,14 @@ class FineTunedFlowPolicy:
 
     The chain of a sample (ReinFlow, Zhang et al. 2025, arXiv:2505.22094) is
 
-        x_0 ~ N(0, I),    x_{i+1} ~ N(clip(x_i + v(x_i, t_i, o) / N), std_i(o, t_i)^2)
+        x_0 ~ N(0, I),    x_{i+1} ~ N(clip(x_i + v(x_i, t_i, o) / K), std_i(o, t_i)^2)
 
     Args:
         policy: the velocity's network; `actor_ft` adds the noise, `actor_old` is the copy.
         critic: state value, cond -> [B,1].
         act_dim, horizon_steps, obs_dim, cond_steps: A, H, O, To.
         act_min, act_max: bounds of the chain's last sample.
-        inference_steps, ft_denoising_steps: N, and how many of the last steps have learned noise.
+        inference_steps, ft_denoising_steps: K, and how many of the last steps have learned noise.
         noise_scheduler_type, learn_explore_time_embedding, time_dim_explore, use_time_independent_noise,
             noise_hidden_dims, explore_net_activation_type, min_logprob_denoising_std, max_logprob_denoising_std: of
             the noise, see `NoisyFlow`.
