@@ -21,6 +21,16 @@ def streams() -> int:
     return min(cores(), 8)
 
 
+def equal_parts(rows: int | None, least: int) -> int:
+    """Returns into how many equal parts a batch is dealt to the cores, none smaller than `least` rows.
+
+    One, where the number of rows is not known yet, and on a GPU, which shares out its work itself.
+    """
+    if rows is None or tf.config.list_logical_devices("GPU"):
+        return 1
+    return next(n for n in range(max(1, min(cores(), rows // least)), 0, -1) if rows % n == 0)
+
+
 def configure_threads(shared: bool = False) -> None:
     """Gives each operation one thread, and runs several operations at a time. To be called before TensorFlow does
     anything.
