@@ -170,6 +170,11 @@ _TRAIN = {
         "where that bound ends: 0 at the lower one, 1 at its first value (ReinFlow)", SHARE, default=0.7
     ),
     "fast": Option("the compiled fast path; false: the plain one, same numbers, slower [ours]", FLAG, default=True),
+    "precision": Option(
+        "of the products of backward passes: float32, or bfloat16 where the processor has it [ours]",
+        one_of("float32", "bfloat16"),
+        default="float32",
+    ),
     "force_train": Option("train in every iteration, evaluations included", FLAG, default=False),
     "save_model_freq": Option("iterations (epochs) between checkpoints", STEPS),
     "stop_at": Option("end after this iteration (epoch) and go on another day; schedules stay [ours]", STEPS_OR_NONE),

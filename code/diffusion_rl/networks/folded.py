@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.precision import product
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import flatten_state
@@ -53,13 +54,15 @@ def _fold_blocks(mlp: ResidualMLP) -> tuple[list[Array], Array, Array]:
     return tensors, out.kernel, tf.linalg.matvec(out.kernel, last.l2.bias, transpose_a=True) + out.bias
 
 
-def _blocks_output(blocks: Sequence[Array], activate: Callable[[Array], Array], h: Array) -> tuple[Array, Array]:
+def _blocks_output(
+    blocks: Sequence[Array], activate: Callable[[Array], Array], h: Array, multiply: Callable[[Array, Array], Array]
+) -> tuple[Array, Array]:
     """Returns (what enters the last block [R,W], its folded product [R,out])."""
     for i in range(0, len(blocks) - 3, 4):
         w1, b1, w2, b2 = blocks[i : i + 4]
-        h = h + tf.matmul(activate(tf.matmul(activate(h), w1) + b1), w2) + b2
+        h = h + multiply(activate(multiply(activate(h), w1) + b1), w2) + b2
     w1, b1, w23 = blocks[-3:]
-    return h, tf.matmul(activate(tf.matmul(activate(h), w1) + b1), w23)
+    return h, multiply(activate(multiply(activate(h), w1) + b1), w23)
 
 
 def fold_actor(network: DiffusionMLP, timesteps: np.ndarray) -> list[Array]:
@@ -82,10 +85,10 @@ def actor_output(network: DiffusionMLP, folded: Sequence[Array], rows: Array) ->
     """Returns the network's output [R,X] for rows [R, X+O+T] = [x | observation | one-hot(step)]."""
     w_in, w_out, constant, *blocks = folded
     activate = network.mlp_mean.layers[1].activate
-    h, product = _blocks_output(blocks, activate, tf.matmul(rows, w_in))
+    h, last = _blocks_output(blocks, activate, product(rows, w_in), product)
     if len(blocks) > 3:
-        return product + tf.matmul(h, w_out) + constant
-    return product + tf.matmul(rows, w_out)
+        return last + product(h, w_out) + constant
+    return last + product(rows, w_out)
 
 
 class FoldedActor:
@@ -119,5 +122,6 @@ def fold_critic(critic: CriticObs) -> list[Array]:
 def critic_output(critic: CriticObs, folded: Sequence[Array], states: Array) -> Array:
     """Returns values [R] of observations [R,O]."""
     kernel, bias, out_kernel, constant, *blocks = folded
-    h, product = _blocks_output(blocks, critic.Q1.layers[1].activate, tf.matmul(states, kernel) + bias)
-    return (product + tf.matmul(h, out_kernel) + constant)[:, 0]
+    activate = critic.Q1.layers[1].activate
+    h, last = _blocks_output(blocks, activate, tf.matmul(states, kernel) + bias, tf.matmul)
+    return (last + tf.matmul(h, out_kernel) + constant)[:, 0]

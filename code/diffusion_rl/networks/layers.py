@@ -18,6 +18,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.noise import init_rng
+from diffusion_rl.core.precision import product
 from diffusion_rl.core.typing import Array
 
 T = TypeVar("T")
@@ -135,7 +136,7 @@ class Linear(keras.layers.Layer):
         if len(x.shape) > 2:  # one product over all rows: a batched one would sum a kernel gradient per batch entry
             rows = tf.reshape(x, [-1, x.shape[-1]])
             return tf.reshape(self(rows), [-1, *x.shape[1:-1], self.kernel.shape[1]])
-        return tf.matmul(x, self.kernel) + self.bias
+        return product(x, self.kernel) + self.bias
 
 
 class LayerNorm(keras.layers.Layer):

@@ -43,6 +43,7 @@ FINE_TUNING_MAY_CHANGE = (
     *("train.*lr", "train.*lr_scheduler.*", "train.*weight_decay", "train.*_freq", "train.render.*"),
     *("train.n_train_itr", "train.gamma", "train.gae_lambda", "train.target_kl", "train.*_coef"),
     *("train.bc_loss_coeff", "train.batch_size", "train.update_epochs", "train.max_grad_norm", "train.fast"),
+    "train.precision",
     *("train.force_train", "train.replay_ratio", "train.n_eval_episode", "train.eval_*"),
     *("train.logprob_batch_size", "train.n_critic_warmup_itr", "train.n_steps", "env.n_envs"),
     *("env.threads", "env.save_video", "env.render", "env.worker_timeout", "env.best_reward_threshold_for_success"),
@@ -51,7 +52,7 @@ FINE_TUNING_MAY_CHANGE = (
 PRE_TRAINING_MAY_CHANGE = (
     *NEUTRAL,
     *("train.n_epochs", "train.learning_rate", "train.lr_scheduler.*", "train.weight_decay", "train.*_freq"),
-    *("train.fast", "train.epoch_start_ema", "train.batch_size", "ema.decay", "*.device"),
+    *("train.fast", "train.precision", "train.epoch_start_ema", "train.batch_size", "ema.decay", "*.device"),
 )
 LATENT_MAY_CHANGE = (
     *NEUTRAL,

@@ -24,6 +24,7 @@ import tensorflow as tf
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup, clip_by_global_norm
+from diffusion_rl.core.precision import backward_in
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.networks.layers import Array, trainable_of
@@ -202,6 +203,7 @@ class PPOTrainer:
         self.max_grad_norm = settings.get("max_grad_norm", None)
         self.augment = RandomShiftsAug(pad=4) if settings.get("augment", False) else None
         self.batch_rows = int(settings.get("logprob_batch_size", 1000))  # images looked at together between updates
+        self.precision = str(settings.get("precision", "float32"))
         self.grad_accumulate = int(settings.get("grad_accumulate", 1))
         self.pending = {
             name: [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]
@@ -405,7 +407,8 @@ class PPOTrainer:
     def _minibatch_step(
         self, rows: Array, data: dict[str, Array], draws: Any, stepped: tuple[str, ...], complete: bool
     ) -> Array:
-        losses, grads = self.gradients(rows, data, draws)
+        with backward_in(self.precision):
+            losses, grads = self.gradients(rows, data, draws)
         for name, totals in self.pending.items():
             grads[name] = [
                 g if g is None else total.assign_add(g) for total, g in zip(totals, grads[name], strict=True)

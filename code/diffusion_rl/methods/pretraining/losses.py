@@ -17,6 +17,7 @@ import tensorflow as tf
 from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
+from diffusion_rl.core.precision import backward_in
 from diffusion_rl.core.threads import equal_parts
 from diffusion_rl.networks.folded import can_fold
 from diffusion_rl.networks.layers import Array, clone, variables_of
@@ -45,6 +46,7 @@ class PreTrainer:
     def __init__(self, policy: PreTrainable, dataset: Any, train: Mapping[str, Any], ema_decay: float):
         self.policy, self.dataset, self.ema_decay = policy, dataset, float(ema_decay)
         self.ent_coef, self.fast = float(train.get("ent_coef", 0)), bool(train.get("fast", True))
+        self.precision = str(train.get("precision", "float32"))
         self.ema_network = clone(policy.network)
         self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
         self.schedule = CosineWarmupRestarts.of(train, rate="learning_rate")
@@ -131,7 +133,8 @@ class PreTrainer:
         return losses.stack()
 
     def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
-        losses, grads = zip(*(self._part(part) for part in self._parts(inputs)), strict=True)
+        with backward_in(self.precision):
+            losses, grads = zip(*(self._part(part) for part in self._parts(inputs)), strict=True)
         self.optimizer.apply([_mean(parts) for parts in zip(*grads, strict=True)])
         follow(self.averaged, self.variables, average, self.ema_decay)
         return _mean(losses)

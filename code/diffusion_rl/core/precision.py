@@ -1,0 +1,75 @@
+"""Half precision where it is safe: the products of a backward pass in bfloat16, all else as it was.
+
+DPPO clips the ratio of two probabilities to a range of 1e-3 to 1e-2, which rounding of a forward pass in bfloat16 (three
+digits) would fill. So forward passes keep their precision, and with them losses, ratios and KL divergences, bit for bit;
+of the gradients, which are summed in float32, each product carries a rounding of about 2e-3, far below the noise of a
+minibatch. Weights, moments and everything between the products stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from diffusion_rl.core.typing import Array
+
+log = logging.getLogger(__name__)
+
+HALF = "bfloat16"
+_CPU = Path("/proc/cpuinfo")
+_halved: ContextVar[bool] = ContextVar("half precision", default=False)
+
+
+def has_half_products() -> bool:
+    """Returns whether this machine multiplies in bfloat16 faster than in float32: AVX512-BF16, AMX, or a GPU."""
+    if tf.config.list_logical_devices("GPU"):
+        return True
+    flags = _CPU.read_text().split() if _CPU.is_file() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextmanager
+def backward_in(precision: str) -> Iterator[None]:
+    """Lets gradients of each `product` made within be multiplied in that precision; to be entered while tracing.
+
+    On a processor without such products, where they would be slower, nothing changes, and a line says so.
+    """
+    halved = precision == HALF
+    if halved and not has_half_products():
+        _say_without()
+        halved = False
+    before = _halved.set(halved)
+    try:
+        yield
+    finally:
+        _halved.reset(before)
+
+
+@functools.cache
+def _say_without() -> None:
+    log.warning(
+        "train.precision=bfloat16: this processor has no bfloat16 products (AVX512-BF16 or AMX); computing in float32"
+    )
+
+
+def product(x: Array, kernel: Array) -> Array:
+    """Multiplies x [R,I] by kernel [I,J]: [R,J]; its gradients as `backward_in` says."""
+    return _half_product(x, kernel) if _halved.get() and x.dtype == tf.float32 else tf.matmul(x, kernel)
+
+
+@tf.custom_gradient
+def _half_product(x: Array, kernel: Array) -> tuple[Array, Callable[[Array], tuple[Any, Any]]]:
+    def gradient(upstream: Array) -> tuple[Array, Array]:
+        upstream, rows, weights = (tf.cast(value, tf.bfloat16) for value in (upstream, x, kernel))
+        by_x = tf.matmul(upstream, weights, transpose_b=True)
+        by_kernel = tf.matmul(rows, upstream, transpose_a=True)
+        return tf.cast(by_x, x.dtype), tf.cast(by_kernel, kernel.dtype)
+
+    return tf.matmul(x, kernel), gradient
