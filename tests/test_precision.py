@@ -88,7 +88,9 @@ def _minibatch(how, fast):
     )
     trainer = DPPOTrainer(policy, SETTINGS | {"fast": fast, "precision": how}, horizon)
     draws = NoiseSource(2)
-    arrays = (draws.normal(shape).astype(np.float32) for shape in ((n, 1, obs), (n, 6, horizon, action), (n,), (n,), (n,)))
+    arrays = (
+        draws.normal(shape).astype(np.float32) for shape in ((n, 1, obs), (n, 6, horizon, action), (n,), (n,), (n,))
+    )
     state, chains, returns, values, advantages = arrays
     log_probs = trainer.actor.log_probs(state, chains * 0.1)
     trainer.load(state, chains * 0.1, returns, values, advantages, log_probs)

@@ -29,6 +29,7 @@ from diffusion_rl.config.schema import (
     did_you_mean,
     near_words,
     number,
+    one_of,
     positive,
     whole,
 )

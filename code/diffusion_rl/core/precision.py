@@ -1,9 +1,9 @@
 """Half precision where it is safe: the products of a backward pass in bfloat16, all else as it was.
 
-DPPO clips the ratio of two probabilities to a range of 1e-3 to 1e-2, which rounding of a forward pass in bfloat16 (three
-digits) would fill. So forward passes keep their precision, and with them losses, ratios and KL divergences, bit for bit;
-of the gradients, which are summed in float32, each product carries a rounding of about 2e-3, far below the noise of a
-minibatch. Weights, moments and everything between the products stay as they are.
+DPPO clips the ratio of two probabilities to a range of 1e-3 to 1e-2, which rounding of a forward pass in bfloat16
+(three digits) would fill. So forward passes keep their precision, and with them losses, ratios and KL divergences, bit
+for bit; of the gradients, which are summed in float32, each product carries a rounding of about 2e-3, far below the
+noise of a minibatch. Weights, moments and everything between the products stay as they are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from diffusion_rl.core.typing import Array
 log = logging.getLogger(__name__)
 
 HALF = "bfloat16"
+WIDE = 128  # rows and columns of a kernel from which on a product saves more than turning its factors into halves costs
 _CPU = Path("/proc/cpuinfo")
 _halved: ContextVar[bool] = ContextVar("half precision", default=False)
 
@@ -60,8 +61,9 @@ def _say_without() -> None:
 
 
 def product(x: Array, kernel: Array) -> Array:
-    """Multiplies x [R,I] by kernel [I,J]: [R,J]; its gradients as `backward_in` says."""
-    return _half_product(x, kernel) if _halved.get() and x.dtype == tf.float32 else tf.matmul(x, kernel)
+    """Multiplies x [R,I] by kernel [I,J]: [R,J]; its gradients as `backward_in` says, where the kernel is wide."""
+    halved = _halved.get() and x.dtype == tf.float32 and min(kernel.shape) >= WIDE
+    return _half_product(x, kernel) if halved else tf.matmul(x, kernel)
 
 
 @tf.custom_gradient
