@@ -37,8 +37,8 @@ def has_half_products() -> bool:
 
 
 @contextmanager
-def backward_in(precision: str) -> Iterator[None]:
-    """Lets gradients of each `product` made within be multiplied in that precision; to be entered while tracing.
+def backward_in(precision: str | None) -> Iterator[None]:
+    """Lets gradients of each `product` made within be multiplied in that precision (None: as they come); to be entered while tracing.
 
     On a processor without such products, where they would be slower, nothing changes, and a line says so.
     """

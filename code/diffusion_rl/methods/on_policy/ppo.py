@@ -203,7 +203,7 @@ class PPOTrainer:
         self.max_grad_norm = settings.get("max_grad_norm", None)
         self.augment = RandomShiftsAug(pad=4) if settings.get("augment", False) else None
         self.batch_rows = int(settings.get("logprob_batch_size", 1000))  # images looked at together between updates
-        self.precision = str(settings.get("precision", "float32"))
+        self.precision = settings.get("precision")
         self.grad_accumulate = int(settings.get("grad_accumulate", 1))
         self.pending = {
             name: [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]

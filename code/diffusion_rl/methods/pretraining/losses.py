@@ -46,7 +46,7 @@ class PreTrainer:
     def __init__(self, policy: PreTrainable, dataset: Any, train: Mapping[str, Any], ema_decay: float):
         self.policy, self.dataset, self.ema_decay = policy, dataset, float(ema_decay)
         self.ent_coef, self.fast = float(train.get("ent_coef", 0)), bool(train.get("fast", True))
-        self.precision = str(train.get("precision", "float32"))
+        self.precision = train.get("precision")
         self.ema_network = clone(policy.network)
         self.variables, self.averaged = variables_of(policy.network), variables_of(self.ema_network)
         self.schedule = CosineWarmupRestarts.of(train, rate="learning_rate")
