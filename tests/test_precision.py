@@ -97,7 +97,7 @@ def _minibatch(how, fast):
 
     @tf.function
     def gradients(rows):
-        with precision.backward_in(trainer.precision):
+        with precision.backward_in(how):
             return trainer.gradients(rows, trainer.data, None)
 
     return gradients(tf.range(2000))

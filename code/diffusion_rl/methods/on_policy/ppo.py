@@ -203,7 +203,6 @@ class PPOTrainer:
         self.max_grad_norm = settings.get("max_grad_norm", None)
         self.augment = RandomShiftsAug(pad=4) if settings.get("augment", False) else None
         self.batch_rows = int(settings.get("logprob_batch_size", 1000))  # images looked at together between updates
-        self.precision = settings.get("precision")
         self.grad_accumulate = int(settings.get("grad_accumulate", 1))
         self.pending = {
             name: [tf.Variable(tf.zeros_like(v), trainable=False) for v in variables]
@@ -407,7 +406,7 @@ class PPOTrainer:
     def _minibatch_step(
         self, rows: Array, data: dict[str, Array], draws: Any, stepped: tuple[str, ...], complete: bool
     ) -> Array:
-        with backward_in(self.precision):
+        with backward_in(self.settings.get("precision")):
             losses, grads = self.gradients(rows, data, draws)
         for name, totals in self.pending.items():
             grads[name] = [

@@ -155,6 +155,6 @@ class PreTrainer:
         self.optimizer.learning_rate.assign(self.schedule.step())
 
 
-def _mean(parts: Sequence[Array | None]) -> Array | None:
-    """Averages tensors of one shape; None where all are."""
-    return None if parts[0] is None else sum(parts[1:], parts[0]) / len(parts)
+def _mean(parts: Sequence[Any]) -> Any:
+    """Averages tensors of one shape [...]; None where all are."""
+    return None if parts[0] is None else sum(parts) / len(parts)
