@@ -30,7 +30,7 @@ def halves(monkeypatch):
 
 def test_only_gradients_are_rounded():
     draws = NoiseSource(0)
-    x, kernel = (tf.constant(draws.normal(shape), tf.float32) for shape in ((200, 64), (64, 32)))
+    x, kernel = (tf.constant(draws.normal(shape), tf.float32) for shape in ((200, 160), (160, 128)))
 
     @tf.function
     def both(how):
@@ -72,7 +72,7 @@ def _minibatch(how, fast):
     """Losses and gradients of one minibatch of a small DPPO policy."""
     n, horizon, action, obs = 400, 4, 3, 11
     with initial_weights(NoiseSource(1)):
-        actor = DiffusionMLP(action, horizon, obs, time_dim=16, mlp_dims=[64, 64, 64], residual_style=True)
+        actor = DiffusionMLP(action, horizon, obs, time_dim=16, mlp_dims=[128, 128, 128], residual_style=True)
         critic = CriticObs(obs, [32, 32, 32], residual_style=True)
     policy = DPPO(
         actor=actor,

@@ -40,7 +40,8 @@ def has_half_products() -> bool:
 def backward_in(precision: str | None) -> Iterator[None]:
     """Lets gradients of each `product` made within be multiplied in that precision (None: as they come).
 
-    It acts while a function is traced. On a processor without such products, where they would be slower, nothing changes, and a line says so.
+    It acts while a function is traced. On a processor without such products, where they would be slower, nothing
+    changes, and a line says so.
     """
     halved = precision == HALF
     if halved and not has_half_products():
