@@ -32,11 +32,11 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 __version__ = "0.1.0"
 
 moved.install()
+quiet.install()
 
 
 def __getattr__(name: str) -> Any:
     if name in NAMES:
-        quiet.import_tensorflow()
         return getattr(importlib.import_module(f"diffusion_rl.api.{NAMES[name]}"), name)
     raise AttributeError(f"module 'diffusion_rl' has no attribute {name!r}")
 

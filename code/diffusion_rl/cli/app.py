@@ -17,7 +17,6 @@ from diffusion_rl.config.command_line import FULL_ERROR, set_environment
 from diffusion_rl.config.compose import Config, prepare
 from diffusion_rl.config.instantiate import find_class, plain, register_resolvers
 from diffusion_rl.config.keys import check_arguments
-from diffusion_rl.core import quiet
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.programs import as_here
 from diffusion_rl.training import signals
@@ -55,7 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(config: Config, defaults: Mapping[str, Any] | None = None) -> Any:
     """Builds the loop that `config` describes and runs it."""
     config = prepare(config, defaults)
-    quiet.import_tensorflow()
     _select_device(config.get("device"))
     loop_class = find_class(config._target_)
     _start_tensorflow(bool(getattr(loop_class, "SHARED_OPERATIONS", False)))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import tensorflow as tf
+
+from diffusion_rl.core.quiet import without_stderr
 
 
 def cores() -> int:
@@ -46,20 +45,6 @@ def configure_threads(shared: bool = False) -> None:
         tf.config.threading.set_inter_op_parallelism_threads(streams())
     except RuntimeError:  # TensorFlow is running already: a second job of a multirun
         pass
-
-
-@contextmanager
-def without_stderr() -> Iterator[None]:
-    """Sends to nowhere what native code writes to standard error in the meantime."""
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 def silence_compiler() -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from diffusion_rl.core.threads import streams, without_stderr
+from diffusion_rl.core.quiet import without_stderr
+from diffusion_rl.core.threads import streams
 from diffusion_rl.diffusion.rectified_flow import Steps, guided, time_grid
 from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
