@@ -80,9 +80,10 @@ def _side_by_side(body: Callable[..., tuple], start: Callable[[int], tuple], n_c
     `start(number of chunks of a loop)`."""
     n_loops = _n_loops(n_chunks)
     per_loop = n_chunks // n_loops
+    shared = tf.function(body)  # traced once, whatever the number of loops
     results = []
     for loop in range(n_loops):
         first, last = loop * per_loop, (loop + 1) * per_loop
         begin = (tf.constant(first), *start(per_loop))
-        results.append(tf.while_loop(lambda i, *_, last=last: i < last, body, begin, parallel_iterations=1))
+        results.append(tf.while_loop(lambda i, *_, last=last: i < last, shared, begin, parallel_iterations=1))
     return results
