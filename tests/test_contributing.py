@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 import pytest
+from tests.pages import files
 from tests.small_runs import FINE_TUNE, PRE_TRAIN, REPOSITORY, SMALL, rows
-from tests.test_pages import files
 
 import diffusion_rl
 from diffusion_rl.cli import app
@@ -19,7 +19,7 @@ from diffusion_rl.methods import off_policy
 from diffusion_rl.reports import runs
 from diffusion_rl.training.checkpoint import load_checkpoint
 
-ALGORITHM, ENVIRONMENT, NETWORK = map(files, ("own_algorithm.md", "own_environment.md", "own_network.md"))
+ALGORITHM, ENVIRONMENT, NETWORK = map(files, ("own_algorithm.ipynb", "own_environment.ipynb", "own_network.ipynb"))
 OWN_NETWORK = "{_target_: gated.GatedDenoiser, action_dim: 3, horizon_steps: 4, cond_dim: 11}"
 
 

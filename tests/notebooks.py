@@ -1,0 +1,78 @@
+"""Run notebooks and keep in them what they show: python -m tests.notebooks [FILE ...] (default: the tutorials)
+
+Each runs from top to bottom in a kernel of this interpreter, with an empty folder for what it writes. Names of folders
+of this machine are left out of what is kept, and of a line that was written again and again its last form stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.pages import TUTORIALS
+
+from diffusion_rl.config.compose import REPOSITORY
+
+TIMEOUT = 1800  # seconds of a cell
+
+
+def execute(path: Path, folder: Path, change: Callable[[str], str] = lambda source: source) -> Any:
+    """Run a notebook, each of its cells first changed; returns it with what it shows. Raises what a cell raises."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.source = change(cell.source)
+    own = {"TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY / "code")}
+    own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    places = {"metadata": {"path": str(path.parent)}}
+    client = nbclient.NotebookClient(notebook, timeout=TIMEOUT, resources=places, record_timing=False)
+    client.execute(env=os.environ | own)
+    return notebook
+
+
+def keep(path: Path) -> float:
+    """Run a notebook and write it with what it shows. Returns the seconds."""
+    import nbformat
+
+    before, began = nbformat.read(path, as_version=4), time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        after = execute(path, folder)
+        after.metadata = before.metadata
+        for cell in after.cells:
+            for output in cell.get("outputs", []):
+                clean(output, folder)
+    nbformat.write(after, path)
+    return time.monotonic() - began
+
+
+def clean(output: Any, folder: Path) -> None:
+    """Take out of an output what a terminal would not show, and folders of this machine."""
+    for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
+        if isinstance(holder.get(key), str):
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", holder[key])
+            shown = re.sub(r"[^\n]*\r(?!\n)", "", shown).replace("\r\n", "\n")
+            shown = re.sub(rf"{re.escape(str(folder))}/\w+/", "", shown)
+            holder[key] = shown.replace(f"{REPOSITORY}/", "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, help="notebooks")
+    for path in parser.parse_args().files or TUTORIALS:
+        print(f"{path}: {keep(path.resolve()):.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
