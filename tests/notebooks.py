@@ -16,28 +16,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.pages import TUTORIALS
+from tests.pages import TUTORIALS, joined
 
 from diffusion_rl.config.compose import REPOSITORY
 
 TIMEOUT = 1800  # seconds of a cell
 
 
-def execute(path: Path, folder: Path, change: Callable[[str], str] = lambda source: source) -> Any:
-    """Run a notebook, each of its cells first changed; returns it with what it shows. Raises what a cell raises."""
+def execute(path: Path, folder: Path, add: Callable[[str], str] = lambda command: "") -> Any:
+    """Run a notebook, its commands with what is to be added to them; returns it with what it shows.
+
+    Raises what a cell raises, and an AssertionError for a command that fails.
+    """
     import nbclient
     import nbformat
 
     notebook = nbformat.read(path, as_version=4)
+    sources = [cell.source for cell in notebook.cells]
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.source = change(cell.source)
+        if cell.cell_type == "code" and cell.source.startswith("!"):
+            cell.source = checked(cell.source, add)
     own = {"TMPDIR": str(folder), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY / "code")}
     own["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     places = {"metadata": {"path": str(path.parent)}}
     client = nbclient.NotebookClient(notebook, timeout=TIMEOUT, resources=places, record_timing=False)
     client.execute(env=os.environ | own)
+    for cell, source in zip(notebook.cells, sources, strict=True):
+        cell.source = source
     return notebook
+
+
+def checked(source: str, add: Callable[[str], str]) -> str:
+    """A cell of commands that fails where one of them does."""
+    lines = []
+    for line in joined(source).splitlines():
+        command, other, rest = line[1:].partition(" || ")
+        lines += [f"!{command} {add(command)}{other}{rest}", f"assert _exit_code == 0, {command!r}"]
+    return "\n".join(lines)
 
 
 def keep(path: Path) -> float:

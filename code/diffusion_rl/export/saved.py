@@ -214,10 +214,13 @@ def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def normalizer_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> MinMaxNormalizer:
-    """Returns the bounds in the checkpoint, else those of the file that the configuration names."""
+    """Returns the bounds in the checkpoint, else those of the file that the configuration names; none where it says
+    that there are none: `normalization_path: null`, in an environment that is in [-1, 1] already."""
     obs_dim, action_dim = int(config["obs_dim"]), int(config["action_dim"])
     bounds = checkpoint.metadata.get("normalization")
     if not bounds:
+        if "normalization_path" in config and config["normalization_path"] is None:
+            return MinMaxNormalizer.unit(obs_dim, action_dim)
         if not config.get("normalization_path"):
             raise UserError(f"{path} says nothing of the normalization, nor has its configuration a normalization_path")
         bounds = MinMaxNormalizer.from_npz(config["normalization_path"], obs_dim, action_dim).as_lists()
