@@ -58,15 +58,15 @@ def test_the_same_state_is_observed_as_in_the_first_generation(newer, tmp_path):
     print(told)
     distances = dict(re.findall(r"^(\w+) (\d\S+e\S+)$", told, re.MULTILINE))
     assert list(distances) == ["lift", "can", "square", "transport"]
-    assert all(float(distance) < 1e-6 for distance in distances.values()), told
+    assert set(map(float, distances.values())) == {0.0}, told
 
 
 def test_a_shipped_policy_acts_in_it(newer, tmp_path):
-    """Its success differs: the policy was trained on 1.4.1."""
+    """As well as in 1.4.1, which it was trained on."""
     short = ["env.n_envs=4", "n_steps=75", f"logdir={tmp_path}"]
     told = run(newer, *EVALUATE.split(), *short, "env.robosuite=1.5")
     print(told)
-    assert "success" in told
+    assert float(re.search(r"success rate (\S+)", told)[1]) >= 0.5
 
 
 def test_which_is_installed_is_never_passed_over(newer, tmp_path):
