@@ -65,10 +65,23 @@ def keep(path: Path) -> float:
         after = execute(path, folder)
         after.metadata = before.metadata
         for cell in after.cells:
-            for output in cell.get("outputs", []):
-                clean(output, folder)
+            if cell.cell_type == "code":
+                cell.outputs = joined_streams(cell.outputs)
+                for output in cell.outputs:
+                    clean(output, folder)
     nbformat.write(after, path)
     return time.monotonic() - began
+
+
+def joined_streams(outputs: list[Any]) -> list[Any]:
+    """Outputs, the pieces of one text together."""
+    kept: list[Any] = []
+    for output in outputs:
+        if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def clean(output: Any, folder: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_same_state_is_observed_as_in_the_first_generation(newer, tmp_path):
 
 
 def test_a_shipped_policy_acts_in_it(newer, tmp_path):
-    """As well as in 1.4.1, which it was trained on."""
+    """Trained on 1.4.1: it is given what it knows, and mostly succeeds."""
     short = ["env.n_envs=4", "n_steps=75", f"logdir={tmp_path}"]
     told = run(newer, *EVALUATE.split(), *short, "env.robosuite=1.5")
     print(told)
