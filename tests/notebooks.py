@@ -91,7 +91,9 @@ def clean(output: Any, folder: Path) -> None:
             shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", holder[key])
             shown = re.sub(r"[^\n]*\r(?!\n)", "", shown).replace("\r\n", "\n")
             shown = re.sub(rf"{re.escape(str(folder))}/\w+/", "", shown)
-            holder[key] = shown.replace(f"{REPOSITORY}/", "")
+            for place in (REPOSITORY, REPOSITORY.resolve(), Path(sys.prefix).parent, Path(sys.prefix).resolve().parent):
+                shown = shown.replace(f"{place}/", "")
+            holder[key] = shown
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import reading
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.threads import without_stderr
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.normalizers import KEYS, MinMaxNormalizer
 from diffusion_rl.export.deployed import (
@@ -298,8 +300,10 @@ def load_saved_model(path: Path) -> Run:
 
 def load_tflite(path: Path) -> Run:
     """Loads the programs of a TFLite model, by signature."""
-    interpreter = tf.lite.Interpreter(str(path))
-    runners = {name: interpreter.get_signature_runner(name) for name in SIGNATURES}
+    with without_stderr(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the interpreter will move to a package of its own
+        interpreter = tf.lite.Interpreter(str(path))
+        runners = {name: interpreter.get_signature_runner(name) for name in SIGNATURES}
     return lambda signature, inputs: runners[signature](**inputs)
 
 
