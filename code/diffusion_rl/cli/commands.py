@@ -10,6 +10,7 @@ from typing import Any
 from diffusion_rl.cli.status import exit_status, show
 from diffusion_rl.config.overrides import flags, help_rows, meanings, pairs, split_help
 from diffusion_rl.config.schema import FLAGS, TEXT_OR_NONE, Option
+from diffusion_rl.core import quiet
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_json
 from diffusion_rl.core.places import output_folder
@@ -43,6 +44,8 @@ def _started(command: str | Command, arguments: Sequence[str]) -> int | None:
         show(options.help_text(script().stem, arguments))
         return None
     with signals.held():
+        if module in OPTIONS_OF:  # the others choose a GPU first
+            quiet.import_tensorflow()
         function = getattr(importlib.import_module(f"diffusion_rl.cli.{module}"), name)
     return function(arguments)
 

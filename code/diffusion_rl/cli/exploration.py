@@ -11,6 +11,7 @@ import numpy as np
 from diffusion_rl.cli import app
 from diffusion_rl.cli.figures import OUTPUT, with_table
 from diffusion_rl.config.compose import Config, compose_job
+from diffusion_rl.core import quiet
 from diffusion_rl.core.places import output_folder
 from diffusion_rl.data.episodes import load_episodes
 from diffusion_rl.data.normalizers import MinMaxNormalizer
@@ -64,7 +65,8 @@ def positions(states: np.ndarray, bounds: MinMaxNormalizer) -> np.ndarray:
 def sample(config: Config) -> tuple[Sequence[np.ndarray], np.ndarray]:
     """Returns paths [T, 2] of the first iteration of a fine-tuning run, as it explores, and which touched an
     obstacle."""
-    from diffusion_rl.methods.on_policy.training import OnPolicyTraining  # TensorFlow, which other figures do not need
+    quiet.import_tensorflow()  # which other figures do not need
+    from diffusion_rl.methods.on_policy.training import OnPolicyTraining
     from diffusion_rl.training.evaluation import deciding
     from diffusion_rl.training.rollout import collect
 

@@ -10,6 +10,7 @@ from typing import Any
 from diffusion_rl.cli.experiments import flat_variant
 from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read_spec
 from diffusion_rl.config.schema import shown
+from diffusion_rl.core import quiet
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.methods.vae_latent.options import (
     EVALUATION_KEYS,
@@ -195,6 +196,7 @@ def evaluate_checkpoint(path: Path, changes: Mapping[str, Any], overwrite: bool)
 
 def _start_tensorflow() -> None:
     with signals.held():
+        quiet.import_tensorflow()
         from diffusion_rl.core.threads import configure_threads, silence_compiler
 
         configure_threads()
