@@ -158,8 +158,8 @@ def save_samples(path: Path, samples: np.ndarray, plan: np.ndarray, seen: np.nda
             axis.plot(samples[:, :, i].T, color=COLOURS[0], alpha=0.3, linewidth=0.8)
             axis.plot(plan[:, i], color="black", linewidth=2)
             axis.set(title=f"action {i}", xlabel="step of the plan", ylim=(low - 0.1, high + 0.1))
-        looks = {"a sample": {"color": COLOURS[0], "alpha": 0.5}, "the plan: their mean": {"color": "black", "lw": 2}}
-        legend_below(axes[0].figure, [Line2D([], [], label=name, **look) for name, look in looks.items()])
+        one = Line2D([], [], color=COLOURS[0], alpha=0.5, label="a sample")
+        legend_below(axes[0].figure, [one, Line2D([], [], color="black", linewidth=2, label="the plan: their mean")])
 
 
 @contextlib.contextmanager
