@@ -1,7 +1,7 @@
 """Run notebooks and keep in them what they show: python -m tests.notebooks [FILE ...] (default: the tutorials)
 
 Each runs from top to bottom in a kernel of this interpreter, with an empty folder for what it writes. Names of folders
-of this machine are left out of what is kept, and of a line that was written again and again its last form stays.
+of this machine are left out of what is kept, and bars of progress.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tests.pages import TUTORIALS, joined
 from diffusion_rl.config.compose import REPOSITORY
 
 TIMEOUT = 1800  # seconds of a cell
+BAR = r"[^\n|]*\d+%\|[^\n|]*\| [\d:]+(, about [^\n]*? left)?\n?"  # of progress
 
 
 def execute(path: Path, folder: Path, add: Callable[[str], str] = lambda command: "") -> Any:
@@ -88,8 +89,9 @@ def clean(output: Any, folder: Path) -> None:
     """Take out of an output what a terminal would not show, and folders of this machine."""
     for holder, key in ((output, "text"), (output.get("data", {}), "text/plain")):
         if isinstance(holder.get(key), str):
-            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", holder[key])
-            shown = re.sub(r"[^\n]*\r(?!\n)", "", shown).replace("\r\n", "\n")
+            shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", holder[key]).replace("\r\n", "\n")
+            shown = re.sub(r"[^\n]*\r", "", shown)  # what was written over
+            shown = re.sub(BAR, "", shown)
             shown = re.sub(rf"{re.escape(str(folder))}/\w+/", "", shown)
             for place in (REPOSITORY, REPOSITORY.resolve(), Path(sys.prefix).parent, Path(sys.prefix).resolve().parent):
                 shown = shown.replace(f"{place}/", "")
