@@ -14,6 +14,7 @@ from pathlib import Path
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.overrides import Arguments
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import here_or_shipped
 from diffusion_rl.interop.description import describe_networks, infer_kind
 from diffusion_rl.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -28,7 +29,7 @@ def main() -> None:
         raise UserError("of IN and OUT, one must end in .pt and the other in .safetensors")
     if os.path.lexists(arguments.target) and not arguments.force:
         raise UserError(f"{arguments.target} exists: choose another name, or add --force to overwrite it")
-    checkpoint = load_checkpoint(arguments.source)
+    checkpoint = load_checkpoint(here_or_shipped(arguments.source))
     if infer_kind(checkpoint.tensors) == "unknown" and checkpoint.metadata.get("kind", "unknown") == "unknown":
         parts = ", ".join(sorted({name.partition(".")[0] for name in checkpoint.select("model.")})[:8]) or "none"
         raise UserError(f"{arguments.source} is of no method that this package knows (parts of its model: {parts})")

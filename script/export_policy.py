@@ -21,6 +21,7 @@ from diffusion_rl.config.compose import compose_job, prepare  # noqa: E402
 from diffusion_rl.config.instantiate import plain  # noqa: E402
 from diffusion_rl.config.overrides import Arguments  # noqa: E402
 from diffusion_rl.core.errors import UserError  # noqa: E402
+from diffusion_rl.core.places import here_or_shipped  # noqa: E402
 
 
 def main() -> None:
@@ -33,10 +34,11 @@ def main() -> None:
     parser.add_argument("--allow", action="append", default=[], help="your own network's class (my_module.Net)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to --config")
     args = parser.parse_intermixed_args()
-    config = configuration(args.config, args.overrides, args.checkpoint)
+    checkpoint = here_or_shipped(args.checkpoint)
+    config = configuration(args.config, args.overrides, checkpoint)
     from diffusion_rl.export.saved import export_policy
 
-    print(export_policy(args.checkpoint, args.format, args.output, config, args.force, args.allow).report())
+    print(export_policy(checkpoint, args.format, args.output, config, args.force, args.allow).report())
 
 
 def configuration(name: str | None, overrides: list[str], checkpoint: Path) -> dict[str, Any] | None:

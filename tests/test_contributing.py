@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 import pytest
+from tests.pages import files
 from tests.small_runs import FINE_TUNE, PRE_TRAIN, REPOSITORY, SMALL, rows
-from tests.test_pages import files
 
 import diffusion_rl
 from diffusion_rl.cli import app
@@ -19,7 +19,7 @@ from diffusion_rl.methods import off_policy
 from diffusion_rl.reports import runs
 from diffusion_rl.training.checkpoint import load_checkpoint
 
-ALGORITHM, ENVIRONMENT, NETWORK = map(files, ("own_algorithm.md", "own_environment.md", "own_network.md"))
+ALGORITHM, ENVIRONMENT, NETWORK = map(files, ("own_algorithm.ipynb", "own_environment.ipynb", "own_network.ipynb"))
 OWN_NETWORK = "{_target_: gated.GatedDenoiser, action_dim: 3, horizon_steps: 4, cond_dim: 11}"
 
 
@@ -96,6 +96,10 @@ def test_an_environment_is_one_module_and_one_yaml_file(add, capsys):
     assert app.main(command) == 0, capsys.readouterr().err
     assert [row["kind"] for row in rows(folder)] == ["eval", "train", "train"]
     assert all(-32 <= row["episode_return"] < 0 for row in rows(folder))
+    seen = np.random.default_rng(0).uniform(-1, 1, (5, 1, 2))
+    policy = diffusion_rl.load_policy(folder)  # which is in [-1, 1] without a normalization
+    np.testing.assert_allclose(policy.normalizer.normalize_obs(seen), seen, atol=2e-6)
+    assert policy.act(seen, 0).shape == (5, 4, 2)
 
 
 def test_checklists_are_short_and_name_what_there_is():

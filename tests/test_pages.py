@@ -1,7 +1,8 @@
 """The pages: their files are those of tests, their Python and their commands run, what is generated is up to date.
 
 A code block with a title is a file; other Python runs in the order of the page, as do the commands of console blocks,
-which `data/page_commands.yaml` makes short.
+which `data/page_commands.yaml` makes short. Notebooks run in `test_notebooks.py`; here it is their Python before the
+first command, which takes no time.
 """
 
 from __future__ import annotations
@@ -9,50 +10,16 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import yaml
 from tests import document_commands
-from tests.document_commands import Command
+from tests.pages import PAGES, RULES, TUTORIALS, blocks, commands, name_of, rule_of, text
 
 from diffusion_rl.config.compose import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
-RULES = yaml.safe_load((Path(__file__).parent / "data" / "page_commands.yaml").read_text())
 LONGEST = 150  # lines of README.md
-
-
-class Block(NamedTuple):
-    """A code block of a page: language, title (a file's name, or nothing) and text."""
-
-    language: str
-    title: str
-    text: str
-
-
-def blocks(page: Path) -> list[Block]:
-    found = re.findall(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', page.read_text(), re.MULTILINE | re.DOTALL)
-    return [Block(*one) for one in found]
-
-
-def files(page: str) -> dict[str, str]:
-    """The files of a page below docs/tutorials by name."""
-    return {block.title: block.text for block in blocks(REPOSITORY / "docs" / "tutorials" / page) if block.title}
-
-
-def commands(block: Block, page: Path) -> list[Command]:
-    """What a console block runs; nothing, if the block is another one."""
-    if block.language != "console":
-        return []
-    lines = [line.partition("  #")[0].strip() for line in block.text.splitlines() if not line.startswith("#")]
-    made = []
-    for line in filter(None, lines):
-        rule = next((rule for rule in RULES if re.search(rule["match"], line)), None)
-        assert rule, f"{page}: tests/data/page_commands.yaml says nothing of {line}"
-        made.append(Command(page.name, line, shorten=rule.get("add", ""), needs=rule.get("needs", "")))
-    return made
 
 
 def with_commands(page: Path) -> bool:
@@ -64,10 +31,6 @@ def with_python_first(page: Path) -> bool:
     return found[:1] == ["python"]
 
 
-def name_of(page: Path) -> str:
-    return str(page.relative_to(REPOSITORY))
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder like a checkout, where figures may be written."""
@@ -75,6 +38,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "figure").unlink()
     shutil.copytree(REPOSITORY / "figure", tmp_path / "figure")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # a notebook makes a folder of its own
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -106,7 +70,7 @@ def test_python_that_needs_no_command_runs(page, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [*filter(with_commands, PAGES)], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in TUTORIALS and with_commands(page)], ids=name_of)
 def test_a_page_runs_from_its_beginning_to_its_end(page, folder):
     write(folder, page)
     names: dict = {}
@@ -119,8 +83,8 @@ def test_a_page_runs_from_its_beginning_to_its_end(page, folder):
 
 
 def test_every_rule_of_the_commands_is_used():
-    lines = [command.command for page in PAGES for block in blocks(page) for command in commands(block, page)]
-    first = [next(i for i, rule in enumerate(RULES) if re.search(rule["match"], line)) for line in lines]
+    lines = [(command.command, page) for page in PAGES for block in blocks(page) for command in commands(block, page)]
+    first = [rule_of(*line) for line in lines]
     assert set(first) == set(range(len(RULES)))
 
 
@@ -134,8 +98,8 @@ def test_the_configuration_s_page_is_that_of_the_tables():
 
 
 def test_every_page_is_in_the_site():
-    text = (REPOSITORY / "mkdocs.yml").read_text()
-    nav = set(re.findall(r"([\w./]+\.md)$", text.partition("\nnav:")[2], re.MULTILINE))
+    site = (REPOSITORY / "mkdocs.yml").read_text()
+    nav = set(re.findall(r"([\w./-]+\.(?:md|ipynb))$", site.partition("\nnav:")[2], re.MULTILINE))
     assert {name_of(page) for page in PAGES} <= nav
     assert all((REPOSITORY / name).is_file() for name in nav)
 
@@ -144,15 +108,15 @@ def test_what_links_name_within_a_page_is_there():
     """The anchor of a link is the heading's words in small letters, as GitHub and the site write it."""
     wrong = []
     for page in PAGES:
-        for link in re.findall(r"\]\((?!https?:)([^)\s]*#[^)\s]+)", page.read_text()):
+        for link in re.findall(r"\]\((?!https?:)([^)\s]*#[^)\s]+)", text(page)):
             name, _, anchor = link.partition("#")
             target = page.parent / name if name else page
-            if target.suffix == ".md" and anchor not in anchors(target):
+            if target.suffix in (".md", ".ipynb") and anchor not in anchors(target):
                 wrong.append(f"{name_of(page)}: {link}")
     assert not wrong, "\n".join(wrong)
 
 
 def anchors(page: Path) -> set[str]:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    words = [re.sub(r"[^\w\s-]", "", head).strip().lower() for head in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    prose = re.sub(r"^```.*?^```", "", text(page), flags=re.MULTILINE | re.DOTALL)
+    words = [re.sub(r"[^\w\s-]", "", head).strip().lower() for head in re.findall(r"^#+ (.+)$", prose, re.MULTILINE)]
     return {re.sub(r"\s", "-", head) for head in words}

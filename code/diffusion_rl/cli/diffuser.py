@@ -237,7 +237,7 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
 
     with locked(folder, ANOTHER_SUFFIX):
         options.save()
-        scores, plans, ways, goals = [], [], [], []
+        scores, plans, ways, goals, titles = [], [], [], [], []
         for i in range(options.n_episodes):
             start, own = env.reset(rng), beside(folder, i)
             if options.conditional:
@@ -248,13 +248,14 @@ def plan_maze2d(arguments: Sequence[str]) -> None:
             plans.append(episode.plans.observations[0])
             ways.append(episode.observations)
             goals.append(env.target)
+            titles.append(f"score {100 * scores[-1]:.0f}")
             save_maze(own / "0.png", env.cells != "#", plans[-1], env.target)
-            save_maze(own / "rollout.png", env.cells != "#", episode.observations[None], env.target)
+            save_maze(own / "rollout.png", env.cells != "#", episode.observations[None], env.target, titles[-1:])
             write_json(own / "rollout.json", {**facts, "term": False, "epoch_diffusion": experiment.epoch})
         if options.n_episodes > 1:
             first = np.stack([plan[0] for plan in plans])
-            save_maze(folder / "plans.png", env.cells != "#", first, np.stack(goals))
-            save_maze(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals))
+            save_maze(folder / "plans.png", env.cells != "#", first, np.stack(goals), titles)
+            save_maze(folder / "rollouts.png", env.cells != "#", np.stack(ways), np.stack(goals), titles)
         print(score_line(np.array(scores), folder))
 
 

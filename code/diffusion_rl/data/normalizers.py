@@ -64,6 +64,12 @@ class MinMaxNormalizer:
         return cls(observations.min(axis=0), observations.max(axis=0), actions.min(axis=0), actions.max(axis=0))
 
     @classmethod
+    def unit(cls, obs_dim: int, action_dim: int) -> MinMaxNormalizer:
+        """Takes what is in [-1, 1] as it is, but for the 1e-6 in the formula."""
+        one = np.ones(obs_dim, np.float32), np.ones(action_dim, np.float32)
+        return cls(-one[0], one[0], -one[1], one[1])
+
+    @classmethod
     def from_npz(cls, path: str | Path, obs_dim: int | None = None, action_dim: int | None = None) -> MinMaxNormalizer:
         """Reads the bounds from `normalization.npz`.
 

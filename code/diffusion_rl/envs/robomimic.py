@@ -45,6 +45,10 @@ WRAPPERS = ("robomimic_lowdim", "robomimic_image")
 FPS = 20  # actions per second, so that videos run at the speed of the simulation
 _OPTIONS = {"init_state": "init_state", "render_hw": "render_hw", "render_camera_name": "camera"}  # of the wrapper
 
+#: Parts of `object` that come last in robosuite 1.4, in this order.
+_LAST_PARTS = [f"{thing}_to_robot0_eef_{part}" for thing in ("Can", "SquareNut") for part in ("pos", "quat")]
+_LAST_PARTS += ["payload_in_target_bin", "trash_in_trash_bin"]
+
 #: Memory of a process in GB, measured: with states alone, with pictures.
 PROCESS_GB = {"Lift": (0.45, 0.75), "PickPlaceCan": (0.45, 0.75), "NutAssemblySquare": (0.45, 0.75)}
 PROCESS_GB["TwoArmTransport"] = (0.65, 1.0)
@@ -99,7 +103,8 @@ def _require_robosuite(generation: str) -> None:
 def read_env_meta(path: str | Path) -> dict[str, Any]:
     """Reads the description of an environment. Looks for a relative path here, then in the repository.
 
-    `robosuite` of what it returns is the generation that the description was made with, "1.4" if it does not say.
+    `robosuite` of what it returns is the generation that simulates, `described` the one that the description was made
+    with, "1.4" if it does not say, whose observations and actions are meant. They are the same here.
     """
     file = here_or_shipped(path)
     if not file.is_file():
@@ -107,7 +112,8 @@ def read_env_meta(path: str | Path) -> dict[str, Any]:
     meta = read_json(file)
     try:
         named = {"env_name": str(meta["env_name"]), "type": int(meta["type"]), "env_kwargs": dict(meta["env_kwargs"])}
-        return named | {"robosuite": "1.5" if str(meta.get("env_version", "")).startswith("1.5") else "1.4"}
+        described = "1.5" if str(meta.get("env_version", "")).startswith("1.5") else "1.4"
+        return named | {"robosuite": described, "described": described}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a robomimic env_meta file ({type(error).__name__}: {error})") from error
 
@@ -128,6 +134,26 @@ def _composed(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     frame = {"input_type": "delta" if arm.pop("control_delta", True) else "absolute", "input_ref_frame": "world"}
     parts = {"right": arm | frame | {"gripper": {"type": "GRIP"}}}
     return {**env_kwargs, "controller_configs": {"type": "BASIC", "body_parts": parts}}
+
+
+def _observe_as_14(env: Any) -> None:
+    """Lets an environment of robosuite 1.5 observe objects as 1.4 does: in its order, with its signs, as they are now.
+
+    1.5 computes where the can and the nut are from the gripper before it looks where they are: from the step before.
+    """
+    from robosuite.utils.observables import sensor
+
+    for name in _LAST_PARTS:
+        if name in env._observables:
+            env._observables[name] = env._observables.pop(name)
+
+    @sensor(modality="object")
+    def gripper_to_cube_pos(seen: Mapping[str, np.ndarray]) -> np.ndarray:
+        known = "robot0_eef_pos" in seen and "cube_pos" in seen
+        return seen["robot0_eef_pos"] - seen["cube_pos"] if known else np.zeros(3)
+
+    if gripper_to_cube_pos.__name__ in env._observables:
+        env.modify_observable(gripper_to_cube_pos.__name__, "sensor", gripper_to_cube_pos)
 
 
 @contextlib.contextmanager
@@ -190,6 +216,8 @@ def make_simulator(
             f"cannot render here with MUJOCO_GL={os.environ.get('MUJOCO_GL', 'unset')} ({error}); set MUJOCO_GL=egl or "
             "MUJOCO_GL=osmesa and install that library (Debian: libegl1 or libosmesa6)"
         ) from error
+    if generation != meta.get("described", generation):
+        _observe_as_14(env.env)
     env.env.hard_reset = False  # a hard one builds the model anew: slow, and memory grows
     env.postprocess_visual_obs = False
     env.reflections = reflections

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffusion_rl.config.targets import CHECKPOINT_CLASSES
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import reading
 from diffusion_rl.core.noise import NoiseSource
+from diffusion_rl.core.quiet import without_stderr
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.data.normalizers import KEYS, MinMaxNormalizer
 from diffusion_rl.export.deployed import (
@@ -214,10 +216,13 @@ def refuse_larger(node: Any, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def normalizer_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: Path) -> MinMaxNormalizer:
-    """Returns the bounds in the checkpoint, else those of the file that the configuration names."""
+    """Returns the bounds in the checkpoint, else those of the file that the configuration names; none where it says
+    that there are none: `normalization_path: null`, in an environment that is in [-1, 1] already."""
     obs_dim, action_dim = int(config["obs_dim"]), int(config["action_dim"])
     bounds = checkpoint.metadata.get("normalization")
     if not bounds:
+        if "normalization_path" in config and config["normalization_path"] is None:
+            return MinMaxNormalizer.unit(obs_dim, action_dim)
         if not config.get("normalization_path"):
             raise UserError(f"{path} says nothing of the normalization, nor has its configuration a normalization_path")
         bounds = MinMaxNormalizer.from_npz(config["normalization_path"], obs_dim, action_dim).as_lists()
@@ -295,8 +300,10 @@ def load_saved_model(path: Path) -> Run:
 
 def load_tflite(path: Path) -> Run:
     """Loads the programs of a TFLite model, by signature."""
-    interpreter = tf.lite.Interpreter(str(path))
-    runners = {name: interpreter.get_signature_runner(name) for name in SIGNATURES}
+    with without_stderr(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the interpreter will move to a package of its own
+        interpreter = tf.lite.Interpreter(str(path))
+        runners = {name: interpreter.get_signature_runner(name) for name in SIGNATURES}
     return lambda signature, inputs: runners[signature](**inputs)
 
 

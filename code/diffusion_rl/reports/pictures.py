@@ -12,10 +12,11 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import atomic_file
+from diffusion_rl.reports.style import COLOURS, STYLE, TIME, legend_below
 
 GAP = 4  # white pixels between pictures
 IN_A_ROW = 5
-COLOURS = 48  # of an animation
+PALETTE = 48  # colours of an animation
 
 
 def contact_sheet(videos: Sequence[str | os.PathLike], output: str | os.PathLike, columns: int, command: str) -> Path:
@@ -57,7 +58,7 @@ def animation(videos: Sequence[str | os.PathLike], output: str | os.PathLike, ev
             sheet.paste(small, (sum(width[:n]) + GAP * n, 0))
         sheets.append(sheet)
     some = np.concatenate([np.asarray(sheets[i]) for i in (0, len(sheets) // 2, -1)])
-    palette = Image.fromarray(some).quantize(COLOURS)
+    palette = Image.fromarray(some).quantize(PALETTE)
     drawn = [sheet.quantize(palette=palette, dither=Image.Dither.NONE) for sheet in sheets]
     with atomic_file(output) as file:
         shown_for = round(1000 * every / _rate(videos[0]))  # milliseconds
@@ -102,22 +103,34 @@ def _white(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), 255, np.uint8)
 
 
-def save_maze(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray) -> None:
+def save_maze(path: Path, free: np.ndarray, ways: np.ndarray, goal: np.ndarray, titles: Sequence[str] = ()) -> None:
     """Draws ways [n,steps,2 or more] over the cells of a maze [rows, columns] (true: no wall), a picture for each.
 
     goal: [2] of all, or [n,2].
 
     Positions are drawn as in D4RL, where a cell's centre is 0.2 less than its number.
     """
+    from matplotlib.lines import Line2D
+
     goals = np.broadcast_to(goal, (len(ways), 2))
-    with _panels(path, len(ways)) as axes:
-        for axis, way, goal in zip(axes, ways, goals, strict=False):
-            axis.axis("off")
-            axis.imshow(np.where(free, 1.0, 0.5), cmap="gray", vmin=0, vmax=1)
+    black: dict[str, Any] = {"markeredgecolor": "black", "linestyle": ""}
+    start = Line2D([], [], marker="o", color="white", markersize=6, label="start", **black)
+    end = Line2D([], [], marker="*", color=COLOURS[1], markersize=13, label="goal", **black)
+    with _panels(path, len(ways), side=2.2) as axes:
+        for i, (axis, way, goal) in enumerate(zip(axes, ways, goals, strict=False)):
+            axis.set(xticks=[], yticks=[], title=titles[i] if titles else "")
+            axis.spines[:].set_visible(False)
+            axis.imshow(np.where(free, 1.0, 0.75), cmap="gray", vmin=0, vmax=1)
             y, x = way[:, 0] + 0.2, way[:, 1] + 0.2
-            axis.plot(x, y, color="black", linewidth=1, zorder=1)
-            axis.scatter(x, y, c=np.linspace(0, 1, len(way)), cmap="jet", s=12, zorder=2)
-            axis.plot(goal[1] + 0.2, goal[0] + 0.2, marker="*", color="gold", markeredgecolor="black", markersize=14)
+            axis.plot(x, y, color="0.6", linewidth=0.8, zorder=1)
+            time = axis.scatter(x, y, c=np.linspace(0, 1, len(way)), cmap=TIME, s=7, zorder=2)
+            for mark, place in ((start, (x[0], y[0])), (end, (goal[1] + 0.2, goal[0] + 0.2))):
+                look = {name: getattr(mark, f"get_{name}")() for name in ("marker", "color", "markersize")}
+                axis.plot(*place, zorder=3, **look, **black)
+        figure = axes[0].figure
+        colours = {"first step": 0.0, "half of the time": 0.5, "last step": 1.0}
+        dots = [Line2D([], [], marker="o", ls="", color=time.cmap(at), label=name) for name, at in colours.items()]
+        legend_below(figure, [start, *dots, end])
 
 
 def save_lines(path: Path, plans: np.ndarray) -> None:
@@ -133,26 +146,35 @@ def save_samples(path: Path, samples: np.ndarray, plan: np.ndarray, seen: np.nda
 
     seen: pictures [C,Hi,Wi] that they were planned from, of which the first camera's comes first.
     """
-    with _panels(path, plan.shape[1] + (seen is not None)) as axes:
+    from matplotlib.lines import Line2D
+
+    low, high = min(samples.min(), plan.min()), max(samples.max(), plan.max())
+    with _panels(path, plan.shape[1] + (seen is not None), side=2.4) as axes:
         if seen is not None:
             axes[0].imshow(np.moveaxis(seen[:3], 0, -1).astype(np.uint8))
-            axes[0].set(title="seen", xticks=[], yticks=[])
+            axes[0].set(title="what is seen", xticks=[], yticks=[])
+            axes[0].grid(False)
         for i, axis in enumerate(axes[len(axes) - plan.shape[1] :]):
-            axis.plot(samples[:, :, i].T, color="tab:blue", alpha=0.2, linewidth=1)
+            axis.plot(samples[:, :, i].T, color=COLOURS[0], alpha=0.3, linewidth=0.8)
             axis.plot(plan[:, i], color="black", linewidth=2)
-            axis.set(title=f"action {i}", xlabel="step of the plan")
+            axis.set(title=f"action {i}", xlabel="step of the plan", ylim=(low - 0.1, high + 0.1))
+        one = Line2D([], [], color=COLOURS[0], alpha=0.5, label="a sample")
+        legend_below(axes[0].figure, [one, Line2D([], [], color="black", linewidth=2, label="the plan: their mean")])
 
 
 @contextlib.contextmanager
-def _panels(path: Path, count: int) -> Iterator[list[Any]]:
-    """Yields so many panels to draw on, in rows of `IN_A_ROW`; writes them as a PNG."""
+def _panels(path: Path, count: int, side: float = 3.0) -> Iterator[list[Any]]:
+    """Yields so many panels to draw on, `side` inches wide, in rows of `IN_A_ROW`; writes them as a PNG."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     columns = min(count, IN_A_ROW)
-    figure = Figure(figsize=(4 * columns, 4 * -(-count // columns)), layout="constrained")
-    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
-    yield axes[:count]
-    for axis in axes[count:]:
-        axis.remove()
-    with atomic_file(path) as file:
-        figure.savefig(file, format="png", bbox_inches="tight", dpi=80)
+    rows = -(-count // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(side * columns, side * rows + 0.4), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        yield axes[:count]
+        for axis in axes[count:]:
+            axis.remove()
+        with atomic_file(path) as file:
+            figure.savefig(file, format="png", bbox_inches="tight", dpi=110)

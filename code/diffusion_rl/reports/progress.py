@@ -6,11 +6,15 @@ import contextlib
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import TqdmWarning, tqdm
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", TqdmWarning)  # in a notebook, of widgets that are not used here
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
 LINE_SECONDS = 10.0  # without a terminal: a line about the progress at least so long after any line …
 LINE_SHARE = 0.05  # … and after this share of the time since the beginning
