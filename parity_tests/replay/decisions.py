@@ -15,8 +15,9 @@ from diffusion_rl.data.plan_windows import PlanDataset
 from diffusion_rl.data.trajectories import TrajectoryDataset
 from diffusion_rl.methods.on_policy.reinflow import ReinFlow, ShortcutReinFlow
 from diffusion_rl.networks.critics import CriticObs
-from diffusion_rl.networks.flow import FlowMLP, ShortcutFlowMLP
+from diffusion_rl.networks.flow import FlowMLP, ShortcutFlowMLP, ShortcutFlowViT
 from diffusion_rl.networks.temporal_unet import TemporalUnet, ValueFunction
+from diffusion_rl.networks.vit import VitEncoder, VitEncoderConfig
 from diffusion_rl.policies.flow import FlowPolicy
 from parity_tests.replay.build import build
 from parity_tests.replay.compare import Mismatch
@@ -167,6 +168,13 @@ def _flow(shortcut: bool, **kwargs: Any) -> Any:
     return (ShortcutReinFlow if shortcut else ReinFlow)(**common | noise | kwargs)
 
 
+def _seeing_shortcut(combination: str) -> Any:
+    config = VitEncoderConfig(patch_size=8, depth=1, embed_dim=8, num_heads=2, embed_style="embed2", embed_norm=0)
+    backbone = VitEncoder([3, 32, 32], config, num_channel=3, img_h=32, img_w=32)
+    sizes = dict(action_dim=2, horizon_steps=3, prop_dim=4, td_emb_dim=4, mlp_dims=[8, 8, 8], spatial_emb=8)
+    return ShortcutFlowViT(backbone=backbone, embed_combination_type=combination, **sizes)
+
+
 def _chains_have_the_probability_that_they_were_drawn_with() -> None:
     for grid, same in (("closed", True), ("left", True), ("upstream", False)):
         policy = _flow(False, time_grid=grid)
@@ -201,6 +209,7 @@ UPSTREAM_ERRORS: dict[str, Callable[[], None]] = {
     "err_ppoflow_first_ratio_k4": _chains_have_the_probability_that_they_were_drawn_with,  # one grid of times
     "err_reflow_sample_record_intermediate": _samples_of_flows_of_any_batch,  # no such switch
     "err_shortcut_bc_loss": _imitation_of_a_shortcut_model_works,  # fixed
+    "err_shortcut_vit_concate": _refused(lambda: _seeing_shortcut("concate")),
     "err_time_embedding_without_hidden_dims": _refused(lambda: _flow(False, learn_explore_time_embedding=True)),
     # Diffuser
     "err_unet_indivisible": _refused(lambda: TemporalUnet(6, 5, dim=8, dim_mults=(1, 2, 4))),

@@ -182,6 +182,7 @@ class PPOTrainer:
 
     SAMPLES: ClassVar[str] = "actions"  # which part of a decision the update is about
     CLIPPED: ClassVar[tuple[str, ...]] = ("actor",)  # whose gradients `train.max_grad_norm` is for
+    SHIFTS_LAST: ClassVar[bool] = False  # whether images are shifted also where a rollout ends
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
         self.policy, self.settings, self.reward_horizon = policy, settings, reward_horizon
@@ -251,10 +252,11 @@ class PPOTrainer:
         state, rgb = obs["state"].astype(floatx()), self.shifted(obs.get("rgb"), rng)
         values = self.values(state, rgb).reshape(rollout.rewards.shape)
         log_probs = self.old_log_probs(state, decisions, rng, rgb)
+        last_rgb = self.shifted(last.get("rgb"), rng) if self.SHIFTS_LAST else last.get("rgb")
         advantages, returns = gae(
             rollout.rewards,
             values,
-            self.values(last["state"].astype(floatx()), last.get("rgb")),
+            self.values(last["state"].astype(floatx()), last_rgb),
             rollout.terminated,
             float(settings["gamma"]),
             float(settings.get("gae_lambda", 0.95)),
@@ -362,11 +364,14 @@ class PPOTrainer:
                 check(values)
                 for name, value in values.items():
                     losses[name].append(value)
-                # where gradients are accumulated, only after a step of the actor
-                stepped = self.grad_accumulate == 1 or (train_actor and self.complete(number))
-                if target_kl is not None and values["approx_kl"] > target_kl and stepped:
+                if target_kl is not None and values["approx_kl"] > target_kl and self.may_stop(train_actor, number):
                     return losses
         return losses
+
+    def may_stop(self, train_actor: bool, number: int) -> bool:
+        """Says whether a large KL divergence ends the update here: where gradients are accumulated, only after a step
+        of the actor."""
+        return self.grad_accumulate == 1 or (train_actor and self.complete(number))
 
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """Deals rows [N] to minibatches [B]; what is left over is dropped."""
@@ -412,14 +417,23 @@ class PPOTrainer:
             grads[name] = [
                 g if g is None else total.assign_add(g) for total, g in zip(totals, grads[name], strict=True)
             ]
+        self.before_steps(losses)
         for name in stepped:
-            if name in self.CLIPPED and self.max_grad_norm is not None:
-                grads[name], _ = clip_by_global_norm(grads[name], self.max_grad_norm)
-            self.optimizers.apply(name, grads[name])
+            for _ in range(self.steps_at_once(name)):
+                if name in self.CLIPPED and self.max_grad_norm is not None:
+                    grads[name], _ = clip_by_global_norm(grads[name], self.max_grad_norm)
+                self.optimizers.apply(name, grads[name])
         for total in sum(self.pending.values(), []) if complete else []:
             total.assign(tf.zeros_like(total))
         self.loss_names = tuple(losses)
         return tf.stack([tf.cast(value, tf.float64) for value in losses.values()])
+
+    def before_steps(self, losses: Losses) -> None:
+        """Does what comes between the losses of a minibatch and the optimizers' steps; compiled."""
+
+    def steps_at_once(self, name: str) -> int:
+        """Returns how many steps that optimizer takes along one gradient."""
+        return 1
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         """Returns the parts of the loss of rows [B] and the gradients by name; compiled as part of the step."""
