@@ -144,6 +144,30 @@ def test_the_ratio_of_fpo(ratio_per_pair):
         assert not any(np.any(g) for g in tape.gradient(far["pg_loss"], variables, unconnected_gradients="zero"))
 
 
+def test_the_trust_region_of_fpo_plus_draws_back():
+    """By hand: PPO's clip where the advantage is positive, r A - |A| / (2 clip) (r - 1)^2 where it is negative."""
+    with precision("float64"), initial_weights(NoiseSource(0)):
+        network = FlowMLP(horizon_steps=H, action_dim=A, cond_dim=O, mlp_dims=[8, 8, 8], time_dim=4)
+        sizes = {"horizon_steps": H, "obs_dim": O, "action_dim": A, "clip_ploss_coef": 0.1}
+        policy = FPO(network, CriticObs(O, [8, 8, 8]), trust_region="asymmetric", zero_noise=True, **sizes)
+        log_ratio = tf.math.log(tf.constant([1.3, 1.3, 0.5, 0.5], tf.float64))
+        advantages = tf.constant([2.0, -2.0, 2.0, -2.0], tf.float64)
+        with tf.GradientTape() as tape:
+            tape.watch(log_ratio)
+            loss = policy.ratio_loss(log_ratio, advantages)[0]
+        expected = [-2 * 1.1, 2 * 1.3 + 2 / 0.2 * 0.09, -2 * 0.5, 2 * 0.5 + 2 / 0.2 * 0.25]
+        np.testing.assert_allclose(loss, expected, rtol=0, atol=1e-12)
+        slope = tape.gradient(loss, log_ratio).numpy()
+        assert slope[0] == 0 and slope[1] > 0 > slope[3]  # towards 1 from both sides
+        cond = {"state": tf.ones([3, 1, O], tf.float64)}
+        noise = tf.constant(NoiseSource(1).normal((2, 3, H, A), np.float64))
+        zero, other = (policy.decide(cond, part, True)[0] for part in noise)
+        np.testing.assert_array_equal(zero, other)
+        assert np.any(policy.decide(cond, noise[0], False)[0] != policy.decide(cond, noise[1], False)[0])
+    with pytest.raises(UserError, match="model.trust_region=round: take clip or asymmetric"):
+        FPO(network, CriticObs(O, [8, 8, 8]), trust_region="round", **sizes)
+
+
 @every_kind
 def test_what_was_trained_acts_in_python_and_is_exported(base, kind, tmp_path):
     """A fine-tuned flow acts without noise, as its evaluation does."""

@@ -74,9 +74,9 @@ RUNS = {
     "gym/pretrain/halfcheetah-medium-v2/calql_mlp_offline": [*STEPS, "train.n_train_itr=4", "train.num_update=3"],
     f"{CHEETAH}/calql_mlp_online": [*STEPS, "train.n_train_itr=4", "train.val_freq=3"],
     f"{HOPPER}/ft_dsrl_diffusion_mlp": [*STEERED, "denoising_steps=3", "ddim_steps=3"],
-    f"{HOPPER}/ft_dsrl_reflow_mlp": [*STEERED, "model.noise_aliased=false", "model.backup_entropy=false"],
+    f"{HOPPER}/ft_dsrl_reflow_mlp": [*STEERED, "model.noise_aliased=false", "+model.backup_entropy=false"],
     "gym/pretrain/halfcheetah-medium-v2/fql_mlp_offline": [*FLOWS, *ONE_STEP, "train.n_train_itr=4"],
-    f"{CHEETAH}/qc_fql_mlp_online": [*FLOWS, *ONE_STEP, "model.q_agg=min", "model.normalize_q_loss=true"],
+    f"{CHEETAH}/qc_fql_mlp_online": [*FLOWS, *ONE_STEP, "+model.q_agg=min", "+model.normalize_q_loss=true"],
     f"{CHEETAH}/qc_mlp_online": [*FLOWS, "model.n_candidates=3"],
 }
 

@@ -41,7 +41,7 @@ def each_look_shifted(obj: Any, golden: Golden, cast: Cast) -> Iterator[None]:
     shifts = iter(draw[:, 0, 0] for draw in drawn(golden, "torch.randint") if draw.ndim == 4)
 
     def look(network: Any) -> Callable[[Any], Any]:
-        def encode(cond: Any) -> Any:
+        def encode(cond: Any, *given: Any) -> Any:
             if "features" in cond:
                 return cond
             cameras = [next(shifts) for _ in range(network.vision.num_img)]
@@ -157,15 +157,16 @@ def flow_sample(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     start = given["z"] if given.get("z") is not None else cast(noise_draws(golden)[0])
     n, each = given["inference_steps"], given.get("clip_intermediate_actions", True)
     outputs = {"trajectories": obj.sample(given["cond"], start, n, each).trajectories}
-    if given.get("record_intermediate"):
-        x, steps = start, []
-        for i, time in enumerate(time_grid(obj.time_grid, n)):
-            now = tf.fill([x.shape[0]], tf.constant(time, x.dtype))
-            x = x + obj.velocity(x, now, given["cond"], 1 / n) / n
-            x = tf.clip_by_value(x, obj.act_min, obj.act_max) if each or i == n - 1 else x
-            steps.append(x[0])
-        outputs["chains"] = tf.stack(steps)
-    return outputs
+    if not given.get("record_intermediate") and given.get("z") is None:
+        return outputs
+    x, after, steps = start, None, []
+    for i, time in enumerate(time_grid(obj.time_grid, n)):
+        now = tf.fill([x.shape[0]], tf.constant(time, x.dtype))
+        moved = x + obj.velocity(x, now, given["cond"], 1 / n) / n
+        after = moved if after is None or not each else after
+        x = tf.clip_by_value(moved, obj.act_min, obj.act_max) if each or i == n - 1 else moved
+        steps.append(x[0])
+    return outputs | {"chains": tf.stack(steps), "after.z": after}
 
 
 def times_of(golden: Golden) -> np.ndarray:

@@ -62,6 +62,7 @@ def learning_rates(golden: Golden) -> None:
 def buffer(golden: Golden) -> None:
     """Statistics of episodes, scaled rewards, advantages and returns of a rollout."""
     settings, given = golden.meta["buffer"], golden.group("in")
+    given["reward"] = given["reward"].astype(np.float64)
     ended = (given["terminated"] > 0) | (given["truncated"] > 0)
     reset = np.full((1, settings["n_envs"]), float(bool(golden.meta.get("first0"))))
     firsts = np.concatenate([reset, ended.astype(float)])
@@ -167,6 +168,8 @@ def _update(golden: Golden, dtype: str, suffix: str, fast: bool) -> None:
     settings |= {"fast": fast, "use_bc_loss": agent["use_bc_loss"], "bc_loss_coeff": agent["bc_coeff"]}
     trainer = policy.make_trainer(settings, policy.horizon_steps)
     trainer.iteration = agent["itr"]
+    if agent["use_bc_loss"]:  # from zeros there
+        trainer.draw = lambda rng, rows: np.zeros(policy.bc_noise_shape(rows), dtype)
     columns = (given[name] for name in ("obs", "chains", "returns", "oldvalues", "advantages", "oldlogprobs"))
     rows = trainer.load(*(np.asarray(column, dtype) for column in columns))
     train_actor = agent["itr"] >= agent["n_critic_warmup_itr"]

@@ -391,7 +391,7 @@ class NoisyFlow(Network):
 
     def set_level(self, std: float) -> None:
         """Gives all steps this fixed standard deviation, within the bounds."""
-        self._levels.variable.assign(np.full(self.denoising_steps, np.clip(np.float32(std), *np.float32(self.bounds))))
+        self._levels.variable.assign(np.full(self.denoising_steps, np.clip(std, *self.bounds)))
 
     def call(self, x: Array, time: Array, cond: dict[str, Array], step: int, *size: Array) -> tuple[Array, Array]:
         """Maps x [B,H,A], time [B], cond, the step's number and, for shortcut models, its size [B] to the velocity
@@ -438,7 +438,9 @@ class _Entries(keras.layers.Layer):
 def fixed_levels(kind: str, steps: int, min_std: float, max_std: float) -> np.ndarray:
     """Returns fixed standard deviations [K] of the steps: by the variance of a bridge (vp), growing with time (lin), or
     the least one; within the bounds."""
-    t = np.linspace(0, 1, steps, dtype=np.float32)
+    step, i = float(np.float32(1 / max(steps - 1, 1))), np.arange(steps)
+    t = np.where(i < max(steps // 2, 1), i * step, 1 - i[::-1] * step)  # from both ends, as the reference rounds it
+    t = t.astype(np.float32)
     levels = {"vp": np.sqrt(np.float32(0.2) * t * (1 - t)), "lin": np.float32(0.1) * t}.get(
         kind, np.full_like(t, min_std)
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -99,7 +99,7 @@ class FlowPolicy:
     """
 
     KIND = "flow_policy"  # of checkpoints of pre-training
-    SAMPLING = SAMPLING
+    SAMPLING: ClassVar[tuple[str, ...]] = SAMPLING
     fast = False
 
     def __init__(

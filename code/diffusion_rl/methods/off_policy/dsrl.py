@@ -18,7 +18,7 @@ cond = {"state": [B,To,O]}.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -58,7 +58,7 @@ class SteeredPolicy(FlowPolicy):
         network_path, device: accepted for configurations; the loops load weights.
     """
 
-    SAMPLING = ()
+    SAMPLING: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -83,6 +83,7 @@ class SteeredPolicy(FlowPolicy):
             raise UserError("model.sampling.use_ddim=true is needed: with DDPM plans have further noise")
         self.noise_actor, self.noise_bound = noise_actor, float(noise_bound)
         self._gaussian = GaussianPolicy(noise_actor, horizon_steps, tanh_output=True)
+        self.steering = tf.Variable(0.0, trainable=False)  # 1 once `noise_actor` chooses; before that noise is normal
 
     @classmethod
     def from_description(cls, node: Mapping[str, Any], build: Callable[[Any], Any]) -> SteeredPolicy:
@@ -101,6 +102,7 @@ class SteeredPolicy(FlowPolicy):
         own = {k.removeprefix("noise_actor."): v for k, v in weights.items() if k.startswith("noise_actor.")}
         if own:
             load(self.noise_actor, own)
+            self.steering.assign(weights["steering"])
         tuned = any(name.startswith("actor_ft.") for name in weights)
         if tuned and isinstance(self._base, DiffusionPolicy):
             raise UserError("a fine-tuned diffusion policy has two networks: steer the pre-trained one")
@@ -119,10 +121,16 @@ class SteeredPolicy(FlowPolicy):
         chosen, log_prob = self._gaussian.sample(cond, noise, deterministic)
         return self.noise_bound * chosen, log_prob
 
-    def sample(self, cond: Cond, noise: Array, steps: int | None = None, clip_each: bool = True) -> Sample:
-        """Decides as an evaluation does: noise [B,H,A] is that of the choice; the last two arguments are not used."""
+    def used(self, cond: Cond, noise: Array, deterministic: bool, within: bool = False) -> Array:
+        """Returns the noise w [B,H,A] to begin with: the chosen one, drawn with `noise` [B,H,A], or while nothing has
+        been learned `noise` itself; `within`: that too within the bound."""
         flat = tf.reshape(noise, [-1, self.horizon_steps * self.action_dim])
-        return Sample(self.steered(cond, self.steer(cond, flat, deterministic=True)[0]))
+        plain = tf.clip_by_value(noise, -self.noise_bound, self.noise_bound) if within else noise
+        return tf.where(self.steering > 0, self.steer(cond, flat, deterministic)[0], plain)
+
+    def sample(self, cond: Cond, noise: Array, steps: int | None = None, clip_each: bool = True) -> Sample:
+        """Decides as an evaluation does, with noise [B,H,A]; the last two arguments are not used."""
+        return Sample(self.steered(cond, self.used(cond, noise, deterministic=True)))
 
 
 class DSRL(OffPolicy, SteeredPolicy):
@@ -142,7 +150,7 @@ class DSRL(OffPolicy, SteeredPolicy):
         "actor critic init_temperature target_entropy target_ema_rate n_explore_steps n_eval_episode num_update "
         "noise_critic_num_update"
     )
-    ACTS_AS = SteeredPolicy
+    ACTS_AS: ClassVar[type[FlowPolicy]] = SteeredPolicy
 
     def __init__(
         self, critic: keras.layers.Layer, noise_aliased: bool = True, backup_entropy: bool = True, **kwargs: Any
@@ -152,7 +160,6 @@ class DSRL(OffPolicy, SteeredPolicy):
         self.noise_aliased, self.backup_entropy = noise_aliased, backup_entropy
         if noise_aliased:
             self.noise_critic = clone(critic)
-        self.steering = tf.Variable(0.0, trainable=False)  # 1 once the actor chooses; before that the noise is normal
 
     # ---------- what the loop asks ----------
 
@@ -225,17 +232,17 @@ class DSRL(OffPolicy, SteeredPolicy):
 
     def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         """Steps the critics and their target, then the noise critics several times, actor and temperature."""
-        batch, alpha, (next_noise, actor_noise, noise) = data.online.at(draws["rows"]), self.alpha, draws["noise"]
+        batch, alpha, noise = data.online.at(draws["rows"]), self.alpha, draws["noise"]
         gamma = settings["gamma"]
-        losses = {"loss_critic": step("critic", lambda: self.loss_critic(batch, gamma, alpha, next_noise))}
+        losses = {"loss_critic": step("critic", lambda: self.loss_critic(batch, gamma, alpha, noise[0]))}
         self.update_target_critic(settings["target_ema_rate"])
         for k in range(draws["aliases"].shape[0]) if self.noise_aliased else ():
             aliases = draws["aliases"][k]
             loss = step("noise_critic", lambda aliases=aliases: self.loss_noise_critic(batch.obs, aliases))
             losses["loss_noise_critic"] = loss
-        losses["loss_actor"] = step("actor", lambda: self.loss_actor(batch.obs, alpha, actor_noise))
+        losses["loss_actor"] = step("actor", lambda: self.loss_actor(batch.obs, alpha, noise[1]))
         target = float(settings["target_entropy"])
-        losses["loss_temperature"] = step("log_alpha", lambda: self.loss_temperature(batch.obs, target, noise))
+        losses["loss_temperature"] = step("log_alpha", lambda: self.loss_temperature(batch.obs, target, noise[2]))
         return losses
 
     # ---------- acting ----------
@@ -245,15 +252,8 @@ class DSRL(OffPolicy, SteeredPolicy):
         return {"noise": rng.normal(self.noise_shape(batch), floatx())}
 
     def act(self, cond: Cond, draws: Draws, deterministic: bool, settings: Settings) -> Array:
-        """Returns action chunks [E,H,A]; exploring in DSRL-SAC with the noise w / b behind them, [E,2H,A].
-
-        Before the actor has been trained the noise is normal, as in the frozen policy's own evaluation.
-        """
-        noise = draws["noise"]
-        chosen, _ = self.steer(cond, tf.reshape(noise, [-1, self.horizon_steps * self.action_dim]), deterministic)
-        plain = noise if self.noise_aliased else tf.clip_by_value(noise, -self.noise_bound, self.noise_bound)
-        used = tf.where(self.steering > 0, chosen, plain)
+        """Returns action chunks [E,H,A]; exploring in DSRL-SAC with the noise w / b behind them, [E,2H,A]."""
+        both = not deterministic and not self.noise_aliased
+        used = self.used(cond, draws["noise"], deterministic, within=both)
         actions = self.steered(cond, used)
-        if deterministic or self.noise_aliased:
-            return actions
-        return tf.concat([actions, used / self.noise_bound], axis=1)
+        return tf.concat([actions, used / self.noise_bound], axis=1) if both else actions

@@ -96,10 +96,14 @@ class FQL(OffPolicy, OneStepPolicy):
     # ---------- what the loop asks ----------
 
     def experience(self, settings: Settings) -> Experience:
-        counted = {"counts_episodes": True, "evaluates_at_once": True}
-        if settings["train_online"]:
-            return Experience(starts_with_dataset=True, **counted)
-        return Experience(offline_fields=Experience().fields, n_episodes=0, **counted)
+        online = bool(settings["train_online"])
+        return Experience(
+            offline_fields=() if online else Experience().fields,
+            starts_with_dataset=online,
+            n_episodes=None if online else 0,
+            counts_episodes=True,
+            evaluates_at_once=True,
+        )
 
     def parts(self, settings: Settings) -> dict[str, Part]:
         modules = {"actor": self.actor, "flow": self.flow, "critic": self.critic}
@@ -203,9 +207,9 @@ class BestOfFlow(FQL):
     DISTILS: ClassVar[bool] = False
 
     def __init__(self, flow: keras.layers.Layer, n_candidates: int = 32, **kwargs: Any):
-        super().__init__(actor=flow, flow=flow, **kwargs)
         if n_candidates < 1:
             raise UserError(f"model.n_candidates={n_candidates}: at least one sample is needed")
+        super().__init__(actor=flow, flow=flow, **kwargs)
         self.n_candidates = int(n_candidates)
 
     def parts(self, settings: Settings) -> dict[str, Part]:

@@ -44,6 +44,7 @@ from diffusion_rl.policies.flow import (
 CHUNK = 1000  # rows
 REPEATS = {False: 10, True: 5}  # of samples in an epoch: without images, with
 RATES = {"actor": (1e-5, 5e-4), "critic": (1e-5, 1e-3)}  # within which adaptive learning rates stay
+ROUNDED = 1e-12  # a KL divergence of equal policies in single precision is less
 SCHEDULED_LEVELS = (0.016, 0.08)  # of the noise that follows the iterations
 WATCHED = ("pg_loss", "ratio", "approx_kl", "clipfrac", "entropy_loss", "std", "bc_loss")
 
@@ -183,14 +184,14 @@ class ReinFlowTrainer(PPOTrainer):
     SHIFTS_LAST = True
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
-        kind = settings.get("lr_schedule", "fixed")
+        kind = settings.get("lr_schedule") or "fixed"
         if kind not in ("fixed", "adaptive_kl"):
             raise UserError(f"train.lr_schedule={kind}: take fixed or adaptive_kl")
-        if not settings.get("clip_intermediate_actions", True):
+        if settings.get("clip_intermediate_actions") is False:
             policy.denoised_clip_value = math.inf
-        policy.counting = FULL._replace(initial=bool(settings.get("account_for_initial_stochasticity", True)))
+        policy.counting = FULL._replace(initial=settings.get("account_for_initial_stochasticity") is not False)
         self.iteration = 0
-        self.target_kl = settings.get("target_kl", None) if kind == "adaptive_kl" else None
+        self.target_kl = settings.get("target_kl") if kind == "adaptive_kl" else None
         self.rates = {name: tf.Variable(settings[f"{name}_lr"], dtype=tf.float64) for name in RATES}
         super().__init__(policy, settings, reward_horizon)
 
@@ -202,22 +203,23 @@ class ReinFlowTrainer(PPOTrainer):
         return self.target_kl is None and (train_actor or "rgb" not in self.data)
 
     def steps(self, name: str, train_actor: bool, number: int) -> bool:
-        every = int(self.settings.get("actor_update_freq", 1))
+        every = int(self.settings.get("actor_update_freq") or 1)
         if name == "actor" and every > 1 and (self.iteration - int(self.settings["n_critic_warmup_itr"])) % every:
             return False
         return super().steps(name, train_actor, number)
 
     def steps_at_once(self, name: str) -> int:
-        return int(self.settings.get("actor_update_epoch", 1)) if name == "actor" else 1
+        return int(self.settings.get("actor_update_epoch") or 1) if name == "actor" else 1
 
     def before_steps(self, losses: Losses) -> None:
         """Adapts the learning rates to the KL divergence, where that is asked for."""
         if self.target_kl is None:
             return
         kl, aim = tf.cast(losses["approx_kl"], tf.float64), float(self.target_kl)
+        least = ROUNDED if losses["approx_kl"].dtype == tf.float32 else 0.0  # before the first step it is zero
         for name, (low, high) in RATES.items():
             rate = self.rates[name].read_value()
-            grown = tf.where((kl > 0) & (kl < aim / 2), tf.minimum(rate * 1.5, high), rate)
+            grown = tf.where((kl > least) & (kl < aim / 2), tf.minimum(rate * 1.5, high), rate)
             rate = self.rates[name].assign(tf.where(kl > aim * 2, tf.maximum(rate / 1.5, low), grown))
             self.optimizers.optimizers[name].learning_rate.assign(rate)
 
@@ -291,8 +293,8 @@ class ReinFlowTrainer(PPOTrainer):
             noisy.explore_noise_net.set_range(noisy.bounds[0], self.upper_bound(self.iteration))
         elif noisy.kind == "const_schedule_itr":
             n = int(self.settings["n_train_itr"])
-            cycle = (int(n * part) for part in (0.29, 0.7, 0.01))
-            noisy.set_level(held(self.iteration, *SCHEDULED_LEVELS, *cycle))
+            hold, fall, warmup = (int(n * part) for part in (0.29, 0.7, 0.01))
+            noisy.set_level(held(self.iteration, *SCHEDULED_LEVELS, hold, fall, warmup))
 
     def upper_bound(self, iteration: int) -> float:
         """Returns the noise's upper bound after an iteration: it stays, then falls as a cosine does."""
@@ -310,7 +312,7 @@ class ReinFlowTrainer(PPOTrainer):
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         self.iteration = int(state["iteration"])
-        for name, rate in state.get("rates", {}).items():
+        for name, rate in (state.get("rates") or {}).items():
             self.rates[name].assign(rate)
         super().restore(tensors, state)
         if self.target_kl is not None:
