@@ -1,6 +1,7 @@
 """Flow policies and ReinFlow: whole small runs, resumed to the bit, and the mathematics beside recordings."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from diffusion_rl.methods.on_policy.fpo import FPO
 from diffusion_rl.methods.on_policy.reinflow import ReinFlow, ShortcutReinFlow
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.flow import FlowMLP, ShortcutFlowMLP
-from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.networks.layers import Network, variables_of
 from diffusion_rl.policies.flow import FlowPolicy, ShortcutFlowPolicy, draw_times
 from diffusion_rl.training.checkpoint import load_checkpoint
 from diffusion_rl.training.rollout import Rollout
@@ -142,6 +143,46 @@ def test_the_ratio_of_fpo(ratio_per_pair):
             far = policy.loss(obs, actions, ones, ones, ones, old + 1, times, noise)
         assert far["clipfrac"].numpy() == 1 and far["ratio"].numpy() == pytest.approx(np.e)
         assert not any(np.any(g) for g in tape.gradient(far["pg_loss"], variables, unconnected_gradients="zero"))
+
+
+class PlainVelocity(Network):
+    """The network of FPO's authors in their gridworld: three layers from [observation, x, time]."""
+
+    def __init__(self, weights):
+        super().__init__(dtype="float64")
+        self.horizon_steps, self.action_dim = 1, weights["w.layer3.bias"].shape[0]
+        self.weights_by_name = {name[2:]: tf.Variable(value) for name, value in weights.items() if name[:2] == "w."}
+
+    def call(self, x, time, cond):
+        h = tf.concat([cond["state"][:, 0], x[:, 0], time[:, None]], axis=1)
+        for i in (1, 2, 3):
+            w = self.weights_by_name
+            h = tf.matmul(h, w[f"layer{i}.weight"], transpose_b=True) + w[f"layer{i}.bias"]
+            h = tf.nn.relu(h) if i < 3 else h
+        return h[:, None]
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.2])
+def test_fpo_beside_its_authors_code(clip):
+    """Losses of pairs, ratios, clipped loss, gradients and a sample, recorded with the classes of their gridworld."""
+    recorded = dict(np.load(Path(__file__).parent / "data" / "fpo_gridworld.npz"))
+    with precision("float64"), initial_weights(NoiseSource(0)):
+        network, n_pairs = PlainVelocity(recorded), recorded["times"].shape[1]
+        sizes = {"horizon_steps": 1, "obs_dim": 3, "action_dim": 2, "inference_steps": 10, "time_grid": "left"}
+        policy = FPO(network, CriticObs(3, [8, 8, 8]), n_pairs=n_pairs, clip_ploss_coef=clip, **sizes)
+        obs, actions = {"state": recorded["obs"][:, None]}, tf.constant(recorded["actions"][:, None])
+        times, noise = tf.constant(recorded["times"]), tf.constant(recorded["noise"][:, :, None])
+        np.testing.assert_allclose(policy.pair_losses(obs, actions, times, noise), recorded["new"], rtol=1e-12)
+        ones, old, advantages = tf.ones([6], tf.float64), tf.constant(recorded["old"]), recorded["advantages"]
+        with tf.GradientTape() as tape:
+            losses = policy.loss(obs, actions, ones, ones, tf.constant(advantages), old, times, noise)
+        np.testing.assert_allclose(losses["ratio"], np.mean(recorded[f"rho_{clip}"]), rtol=1e-12)
+        np.testing.assert_allclose(losses["pg_loss"], recorded[f"loss_{clip}"], rtol=0, atol=1e-7)  # 1e-8 in advantages
+        for name, grad in tape.gradient(losses["pg_loss"], network.weights_by_name).items():
+            np.testing.assert_allclose(grad, recorded[f"grad_{clip}.{name}"], rtol=0, atol=1e-7)
+        policy.act_min, policy.act_max = -9.0, 9.0
+        drawn = policy.sample({"state": recorded["obs"][:1, None]}, tf.constant(recorded["start"][:, None]))
+        np.testing.assert_allclose(drawn.trajectories[0, 0], recorded["sampled"], rtol=0, atol=1e-12)
 
 
 def test_the_trust_region_of_fpo_plus_draws_back():

@@ -97,6 +97,9 @@ def buffer(golden: Golden) -> None:
     }
     recorded = golden.group("out")
     narrow = {"advantages_trajs", "returns_trajs"}  # from a critic in single precision
+    if settings["furniture_sparse_reward"]:  # there the reference counts a whole episode's reward as its best
+        ours["avg_best_reward"] = stats.mean_return
+        ours["success_rate"] = np.mean(stats.returns >= settings["best_reward_threshold_for_success"])
     exact = Comparison(golden.name, 3, "float64")
     for name, value in ours.items():
         comparison = Comparison(golden.name, 3, "float32") if name in narrow else exact

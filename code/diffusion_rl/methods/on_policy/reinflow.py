@@ -208,15 +208,17 @@ class ReinFlowTrainer(PPOTrainer):
             return False
         return super().steps(name, train_actor, number)
 
-    def steps_at_once(self, name: str) -> int:
-        return int(self.settings.get("actor_update_epoch") or 1) if name == "actor" else 1
+    def take_steps(self, names: tuple[str, ...], losses: Losses, grads: Gradients) -> None:
+        """Steps as `PPOTrainer` does, the actor as often as `train.actor_update_epoch` says."""
+        if self.target_kl is not None:
+            self.adapt_rates(losses["approx_kl"], float(self.target_kl))
+        super().take_steps(names, losses, grads)
+        for _ in range(int(self.settings.get("actor_update_epoch") or 1) - 1 if "actor" in names else 0):
+            super().take_steps(("actor",), losses, grads)
 
-    def before_steps(self, losses: Losses) -> None:
-        """Adapts the learning rates to the KL divergence, where that is asked for."""
-        if self.target_kl is None:
-            return
-        kl, aim = tf.cast(losses["approx_kl"], tf.float64), float(self.target_kl)
-        least = ROUNDED if losses["approx_kl"].dtype == tf.float32 else 0.0  # before the first step it is zero
+    def adapt_rates(self, approx_kl: Array, aim: float) -> None:
+        """Lowers the learning rates where the KL divergence, a scalar, is far above `aim`, raises them far below."""
+        kl, least = tf.cast(approx_kl, tf.float64), ROUNDED if approx_kl.dtype == tf.float32 else 0.0
         for name, (low, high) in RATES.items():
             rate = self.rates[name].read_value()
             grown = tf.where((kl > least) & (kl < aim / 2), tf.minimum(rate * 1.5, high), rate)
