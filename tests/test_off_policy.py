@@ -103,7 +103,7 @@ def overrides(name: str, folder: Path) -> list[str]:
 
 
 def make_flow(path: Path) -> Path:
-    """Writes a flow of random weights."""
+    """Writes a flow of random weights, for Hopper."""
     network = FlowMLP(horizon_steps=4, action_dim=3, cond_dim=11, mlp_dims=[16, 16, 16], residual_style=True)
     policy = FlowPolicy(network, 4, 11, 3)
     weights = {f"model.{name}": value for name, value in state_dict(policy).items()}

@@ -98,13 +98,13 @@ def velocity(obj: Any, golden: Golden, cast: Cast) -> Outputs:
 
 def noisy(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     """A velocity with noise; calls that come before, and attributes that are read after."""
-    for name, arguments in golden.meta["pre_calls"] or []:
+    for name, arguments in golden.meta.get("pre_calls") or []:
         before(obj, name, arguments)
     given = cast(golden.arguments)
     action, time, cond, *size = _inputs(given)
     velocity, std = obj(action, time, cond, given.get("step", obj.denoising_steps - 1), *size)
     outputs = named(golden, velocity, std if given.get("learn_exploration_noise") else tf.stop_gradient(std))
-    return outputs | {f"attr.{name}": attribute(obj, name) for name in golden.meta["attrs"] or []}
+    return outputs | {f"attr.{name}": attribute(obj, name) for name in golden.meta.get("attrs") or []}
 
 
 def before(obj: Any, name: str, arguments: dict[str, Any]) -> None:
@@ -128,11 +128,11 @@ def attribute(obj: Any, name: str) -> Any:
 
 def noise_network(obj: Any, golden: Golden, cast: Cast) -> Outputs:
     """The network of the noise; the bounds may have been moved before."""
-    for name, arguments in golden.meta["pre_calls"] or []:
+    for name, arguments in golden.meta.get("pre_calls") or []:
         before(obj, name, arguments)
     (features,) = cast(golden.arguments).values()
     outputs = named(golden, obj(features) if golden.meta["method"] == "forward" else obj.within_bounds(features))
-    return outputs | {f"attr.{name}": getattr(obj, name) for name in golden.meta["attrs"] or []}
+    return outputs | {f"attr.{name}": getattr(obj, name) for name in golden.meta.get("attrs") or []}
 
 
 def sample_action(obj: Any, golden: Golden, cast: Cast) -> Outputs:
@@ -225,7 +225,7 @@ def _counting(golden: Golden, initial: bool = True) -> Counting:
 def as_recorded(obj: Any, golden: Golden) -> Any:
     """The reference's own time grids, what was called before, and the switch that is an argument there."""
     obj.time_grid = "upstream" if type(obj).__name__ == "ReinFlow" else obj.time_grid
-    for name, arguments in golden.meta["pre_calls"] or []:
+    for name, arguments in golden.meta.get("pre_calls") or []:
         before(obj, name, arguments)
     if not golden.arguments.get("clip_intermediate_actions", True):
         obj.denoised_clip_value = float("inf")
