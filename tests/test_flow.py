@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.small_runs import DIMS, SMALL, assert_same_checkpoint, rows, run
+from tests.small_runs import DIMS, SMALL, assert_same_checkpoint, make_data, rows, run
 
 import diffusion_rl
 from diffusion_rl.core.errors import UserError
@@ -80,6 +80,18 @@ def test_pre_training_learns_resumes_and_is_evaluated(base, kind, tmp_path, caps
     assert_same_checkpoint(state(base(kind), 3), state(halves, 3))
     run(EVALUATE[kind], tmp_path / "evaluated", f"base_policy_path={base(kind)}")
     assert "eval: " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_is_dealt_to_the_cores_has_the_loss_of_the_whole(tmp_path, kind):
+    """Of a shortcut model the first quarter of the batch learns from smaller steps, wherever it is computed."""
+    losses = []
+    for name, changes in (("fast", ()), ("plain", ("+train.fast=false",))):
+        data = f"train_dataset_path={make_data(tmp_path / 'train.npz')}"
+        run(PRE[kind], tmp_path / name, data, "train.batch_size=128", "train.n_epochs=1", *changes)
+        losses.append(rows(tmp_path / name)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @every_kind

@@ -212,6 +212,7 @@ class ShortcutFlowPolicy(FlowPolicy):
     """
 
     KIND = "shortcut_flow_policy"
+    DEALT: ClassVar[bool] = False  # a batch is not dealt to the cores: its first rows learn otherwise
 
     def __init__(
         self, network: keras.layers.Layer, *, self_consistency_k: float = 0.25, delta: float = 1e-5, **kwargs: Any
