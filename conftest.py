@@ -28,6 +28,7 @@ OPTIONS = {
     "--upstream": "checkout of the PyTorch reference to compare with live",
     "--upstream-diffuser": "checkout of the PyTorch Diffuser (jannerm/diffuser) to compare with live",
     "--upstream-kuka": "the same of its branch kuka",
+    "--upstream-reinflow": "checkout of the PyTorch ReinFlow to compare with live",
 }
 
 

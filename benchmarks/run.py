@@ -7,6 +7,7 @@
     python benchmarks/run.py --upstream PATH --algorithms                 # updates of the algorithms with a buffer
     python benchmarks/run.py --upstream-diffuser PATH                     # Diffuser beside a checkout of its authors'
     python benchmarks/run.py --upstream-lite PATH                         # DiffuserLite beside its authors' code
+    python benchmarks/run.py --upstream-reinflow PATH                     # ReinFlow beside its authors' code
 
 Prints a Markdown table of medians and ratios. benchmarks/README.md explains the rows and how to run the reference.
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import algorithms
+import flows
 import iteration
 import lite
 import machine
@@ -33,7 +35,13 @@ import workloads
 from worker import Side
 from workloads import Row, our_flops, reference_flops
 
-ROWS = workloads.ROWS | networks.rows() | algorithms.rows() | planners.rows() | lite.rows()
+ROWS = workloads.ROWS | networks.rows() | algorithms.rows() | planners.rows() | lite.rows() | flows.rows()
+# options that name checkouts of other authors' code: their rows, and the modules of both sides
+OTHERS = {
+    "upstream_diffuser": (planners.rows, "planners"),
+    "upstream_lite": (lite.rows, "lite"),
+    "upstream_reinflow": (flows.rows, "flows"),
+}
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "data" / "gym" / "hopper-medium-v2"
 TORCH_THREADS = (1, 2)[: machine.describe()["cores"]]
@@ -46,7 +54,7 @@ def main() -> int:
     if machine.load() > BUSY:
         print(f"note: the machine is busy (load {machine.load():.1f}), timings will be off", file=sys.stderr)
     results: dict[str, Any] = {"command": _command(options)}
-    upstream = any((options.upstream, options.upstream_diffuser, options.upstream_lite))
+    upstream = any((options.upstream, *(getattr(options, name) for name in OTHERS)))
     results |= {"machine": machine.describe(), "upstream": upstream, "rows": {}}
     results["load_before"] = machine.load()
     wanted = options.rows or _selection(options)
@@ -80,6 +88,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--algorithms", action="store_true", help="updates of the algorithms with a replay buffer")
     parser.add_argument("--upstream-diffuser", type=Path, metavar="PATH", help="checkout of the authors' Diffuser")
     parser.add_argument("--upstream-lite", type=Path, metavar="PATH", help="checkout of the authors' DiffuserLite")
+    parser.add_argument("--upstream-reinflow", type=Path, metavar="PATH", help="checkout of the authors' ReinFlow")
     parser.add_argument("--quick", action="store_true", help="few turns: to see that it works")
     parser.add_argument(
         "--rows", nargs="+", choices=[*ROWS, "iteration"], metavar="ROW", help=f"of {[*ROWS]}, iteration"
@@ -91,7 +100,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--readme", type=Path, metavar="FILE.md", help="put the table between this file's markers")
     options = parser.parse_args()
-    for name in ("upstream", "upstream_diffuser", "upstream_lite", "policy", "data"):
+    for name in ("upstream", *OTHERS, "policy", "data"):
         path = getattr(options, name)
         if path is not None and not path.exists():
             parser.error(f"--{name}: {path} does not exist")
@@ -107,8 +116,8 @@ def _command(options: argparse.Namespace) -> str:
     words += ["--upstream", "PATH"] * bool(options.upstream) + ["--upstream-python", "PYTHON"] * bool(
         options.upstream_python
     )
-    words += ["--upstream-diffuser", "PATH"] * bool(options.upstream_diffuser)
-    words += ["--upstream-lite", "PATH"] * bool(options.upstream_lite)
+    for name in OTHERS:
+        words += [f"--{name.replace('_', '-')}", "PATH"] * bool(getattr(options, name))
     words += ["--networks"] * options.networks + ["--algorithms"] * options.algorithms
     words += ["--quick"] * options.quick
     words += ["--rows", *options.rows] if options.rows else []
@@ -116,22 +125,19 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _selection(options: argparse.Namespace) -> list[str]:
-    if options.upstream_diffuser:
-        return [*planners.rows()]
-    if options.upstream_lite:
-        return [*lite.rows()]
+    for name, (rows, _) in OTHERS.items():
+        if getattr(options, name):
+            return [*rows()]
     if options.networks or options.algorithms:
         return [*(networks.rows() if options.networks else ()), *(algorithms.rows() if options.algorithms else ())]
     return [*workloads.ROWS, "iteration"]
 
 
 def _sides(options: argparse.Namespace, with_algorithms: bool) -> tuple[Side, Side]:
-    if options.upstream_diffuser:
-        reference = Side(sys.executable, HERE / "reference_planners.py", [str(options.upstream_diffuser)])
-        return reference, Side(sys.executable, HERE / "our_planners.py")
-    if options.upstream_lite:
-        reference = Side(sys.executable, HERE / "reference_lite.py", [str(options.upstream_lite)])
-        return reference, Side(sys.executable, HERE / "our_lite.py", [])
+    for name, (_, side) in OTHERS.items():
+        if checkout := getattr(options, name):
+            reference = Side(sys.executable, HERE / f"reference_{side}.py", [str(checkout)])
+            return reference, Side(sys.executable, HERE / f"our_{side}.py", [])
     arguments = ["--upstream", str(options.upstream), "--data", str(options.data)] if options.upstream else []
     ours = []
     if with_algorithms:

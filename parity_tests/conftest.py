@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("parity")
 
 def pytest_collection_modifyitems(config, items):
     """Live comparisons exist only with a checkout to compare with."""
-    for marker in ("upstream", "upstream_diffuser", "upstream_kuka"):
+    for marker in ("upstream", "upstream_diffuser", "upstream_kuka", "upstream_reinflow"):
         if config.getoption("--" + marker.replace("_", "-")):
             continue
         live = [item for item in items if item.get_closest_marker(marker)]
@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure(config):
     config.addinivalue_line("markers", "upstream: compares with a live checkout of the reference (--upstream PATH)")
     config.addinivalue_line("markers", "upstream_diffuser: the same of jannerm/diffuser (--upstream-diffuser PATH)")
+    config.addinivalue_line("markers", "upstream_reinflow: the same of ReinFlow (--upstream-reinflow PATH)")
     config.addinivalue_line("markers", "upstream_kuka: the same of its branch kuka (--upstream-kuka PATH)")
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-NOT_IMPLEMENTED: dict[str, str] = {
-    "case:err_shortcut_vit_concate": "shortcut models do not see images yet",
-}
+NOT_IMPLEMENTED: dict[str, str] = {}
 
 
 def reason_for(case: str, classes: Iterable[str]) -> str | None:

@@ -59,7 +59,8 @@ class Difference:
         return keys + [p for p in self.configs if not any(fnmatchcase(config, p) for config, _ in self.found)]
 
 
-ELSEWHERE = re.compile(r"_(reflow|shortcut)_mlp$")  # ReinFlow's, whose configurations are not recorded
+# of ReinFlow, DSRL and flow Q-learning, whose configurations are not recorded
+ELSEWHERE = re.compile(r"_(reflow|shortcut)_mlp(_img|_regularize)?$|_dsrl_|/(qc_)?fql_mlp_|/qc_mlp_")
 
 
 def compared_configs() -> list[str]:

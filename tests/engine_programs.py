@@ -15,7 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import tensorflow as tf
-from tests import test_off_policy
+from tests import test_flow, test_off_policy
 from tests.small_runs import FINE_TUNE, PRE_TRAIN, make_base_policy, make_data, run
 from tests.test_vae_diffusion import SMALL as VAE
 
@@ -37,6 +37,8 @@ LITE = [
 ]
 PLAIN = "+train.fast=false"  # compiles faster
 RLPD = "gym/scratch/halfcheetah-v2/rlpd_mlp"
+DSRL, FQL = "gym/finetune/hopper-v2/ft_dsrl_reflow_mlp", "gym/pretrain/halfcheetah-medium-v2/fql_mlp_offline"
+FLOWS = ("ReinFlow", "DSRL", "FQL")  # of whose engine nothing is their own
 VAE_QUICK = {
     **{"n_train_steps": 6, "rl_warmup_steps": 2, "rl_collect_freq": 2, "rl_collect_steps": 3, "log_freq": 2},
     **{"save_freq": 2, "step_start_ema": 2, "vae_pretrain_steps": 1},
@@ -72,6 +74,20 @@ def _off_policy(data: Path, folder: Path, options: list[str]) -> None:
     test_off_policy.run(RLPD, folder / "run", *given, f"offline_dataset_path={data / 'cheetah.npz'}", *options)
 
 
+def _reinflow(data: Path, folder: Path, options: list[str]) -> None:
+    run(test_flow.TUNE["reflow"], folder / "run", PLAIN, f"base_policy_path={data / 'flow.safetensors'}", *options)
+
+
+def _dsrl(data: Path, folder: Path, options: list[str]) -> None:
+    given = [*test_off_policy.RUNS[DSRL], "train.n_train_itr=6", "train.n_explore_steps=1"]
+    test_off_policy.run(DSRL, folder / "run", *given, f"base_policy_path={data / 'flow.safetensors'}", *options)
+
+
+def _fql(data: Path, folder: Path, options: list[str]) -> None:
+    given = [*test_off_policy.RUNS[FQL], f"offline_dataset_path={data / 'cheetah.npz'}"]
+    test_off_policy.run(FQL, folder / "run", *given, *options)
+
+
 def _pre_train(data: Path, folder: Path, options: list[str]) -> None:
     run(PRE_TRAIN, folder / "run", "train.save_model_freq=1", f"train_dataset_path={data / 'train.npz'}", *options)
 
@@ -105,6 +121,9 @@ KEYS = ("stop_at=", "", "resume=auto")
 PROGRAMS = {
     "DPPO": Program(_fine_tune, "run", "checkpoint/state_3.safetensors", *HYDRA),
     "RLPD": Program(_off_policy, "run", "checkpoint/state_5.safetensors", *HYDRA),
+    "ReinFlow": Program(_reinflow, "run", "checkpoint/state_3.safetensors", *HYDRA),
+    "DSRL": Program(_dsrl, "run", "checkpoint/state_5.safetensors", *HYDRA),
+    "FQL": Program(_fql, "run", "checkpoint/state_3.safetensors", *HYDRA),
     "pre-training": Program(_pre_train, "run", "checkpoint/state_4.safetensors", *HYDRA),
     "Diffuser": Program(_diffuser, f"{TASK}/diffusion/defaults_H4_T3", "state_6.safetensors", *FLAGS),
     "values": Program(_values, f"{TASK}/values/defaults_H4_T3_d0.99", "state_6.safetensors", *FLAGS),
@@ -132,6 +151,7 @@ def prepare(data: Path) -> None:
     make_data(data / "train.npz")
     make_data(data / "cheetah.npz", 17, 6)
     make_base_policy(data / "base.safetensors")
+    test_off_policy.make_flow(data / "flow.safetensors")
     draw, n = NoiseSource(0), 60
     with h5py.File(data / "hopper_medium-v2.hdf5", "w") as file:
         file["observations"], file["actions"] = draw.normal((n, 11)), draw.uniform((n, 3), -1, 1)

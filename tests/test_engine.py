@@ -14,7 +14,7 @@ from collections.abc import Container
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.engine_programs import PROGRAMS, prepare, surroundings
+from tests.engine_programs import FLOWS, PROGRAMS, prepare, surroundings
 from tests.small_runs import assert_same_checkpoint, rows
 
 from diffusion_rl.cli import figures
@@ -37,7 +37,7 @@ def over_programs(quick: Container[str]) -> pytest.MarkDecorator:
     )
 
 
-every_program = over_programs(PROGRAMS)
+every_program = over_programs(PROGRAMS.keys() - FLOWS)
 
 
 @pytest.fixture(scope="module")

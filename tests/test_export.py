@@ -125,13 +125,15 @@ def make_checkpoint(folder: Path, name: str, **metadata: Any) -> Path:
     draw = NoiseSource(1)
     for variable in variables_of(getattr(policy, "actor_ft", policy.network)):
         variable.assign_add(0.05 * draw.normal(variable.shape))
+    if hasattr(policy, "steering"):
+        policy.steering.assign(1.0)
     normalization = {
         "obs_min": [-1.0, 0.0, 3.0, -10.0, 0.5],
         "obs_max": [1.0, 2.0, 3.1, 10.0, 0.5],
         "action_min": [-1.0, -0.5, -4.0],
         "action_max": [1.0, 0.7, 4.0],
     }
-    config = {"obs_dim": OBS, "action_dim": A, "cond_steps": TO, "act_steps": TA, "model": model}
+    config = {"obs_dim": OBS, "action_dim": A, "cond_steps": TO, "act_steps": TA, "horizon_steps": H, "model": model}
     facts = {"kind": "dppo" if "actor_ft" in vars(policy) else policy.KIND, **policy_facts(policy)}
     facts |= {"normalization": normalization, "config": config, **metadata}
     path = folder / "state_7.safetensors"
@@ -179,6 +181,17 @@ DIFFUSING = {**PRE, "actor": MLP, "denoising_steps": 4, "randn_clip_value": 3}
 DISTRIBUTIONAL = {**CRITIC_ACT, "_target_": "diffusion_rl.networks.critics.DistributionalCritic"}
 SQUASHED = {**MODELS["sac"], "tanh_output": True}
 SINGLE = {**SQUASHED, "critic": {**CRITIC_ACT, "double_q": False}, "n_critics": 2}
+FLOW = {"horizon_steps": H, "obs_dim": OBS, "action_dim": A}
+VELOCITY = {**MLP, "_target_": "diffusion_rl.networks.flow.FlowMLP"}
+ONE_STEP = {
+    "_target_": "diffusion_rl.networks.flow.OneStepMLP",
+    **{"horizon_steps": H, "action_dim": A, "cond_dim": OBS * TO, "mlp_dims": [16, 16]},
+}
+STEERED = {
+    **FLOW,
+    **{"network": VELOCITY, "noise_actor": {**GAUSSIAN, "tanh_output": False}, "critic": CRITIC_ACT},
+    "sampling": {"inference_steps": 3},
+}
 OFF_POLICY = {
     "rwr.RWR": {**PRE, "network": MLP, "denoising_steps": 4},
     "awr.AWR": {**DIFFUSING, "critic": CRITIC},
@@ -187,6 +200,8 @@ OFF_POLICY = {
     "dacer.DACER": {**DIFFUSING, "critic": DISTRIBUTIONAL},
     "sac.SAC": SQUASHED,
     "rlpd.RLPD": SINGLE,
+    "dsrl.DSRL": STEERED,
+    "fql.FQL": {**FLOW, "actor": {**ONE_STEP}, "flow": VELOCITY, "critic": CRITIC_ACT},
 }
 
 

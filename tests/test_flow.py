@@ -1,11 +1,12 @@
 """Flow policies and ReinFlow: whole small runs, resumed to the bit, and the mathematics beside recordings."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from tests.small_runs import DIMS, SMALL, assert_same_checkpoint, rows, run
+from tests.small_runs import DIMS, SMALL, assert_same_checkpoint, make_data, rows, run
 
 import diffusion_rl
 from diffusion_rl.core.errors import UserError
@@ -16,7 +17,7 @@ from diffusion_rl.methods.on_policy.fpo import FPO
 from diffusion_rl.methods.on_policy.reinflow import ReinFlow, ShortcutReinFlow
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.flow import FlowMLP, ShortcutFlowMLP
-from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.networks.layers import Network, variables_of
 from diffusion_rl.policies.flow import FlowPolicy, ShortcutFlowPolicy, draw_times
 from diffusion_rl.training.checkpoint import load_checkpoint
 from diffusion_rl.training.rollout import Rollout
@@ -81,6 +82,18 @@ def test_pre_training_learns_resumes_and_is_evaluated(base, kind, tmp_path, caps
     assert "eval: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_is_dealt_to_the_cores_has_the_loss_of_the_whole(tmp_path, kind):
+    """Of a shortcut model the first quarter of the batch learns from smaller steps, wherever it is computed."""
+    losses = []
+    for name, changes in (("fast", ()), ("plain", ("+train.fast=false",))):
+        data = f"train_dataset_path={make_data(tmp_path / 'train.npz')}"
+        run(PRE[kind], tmp_path / name, data, "train.batch_size=128", "train.n_epochs=1", *changes)
+        losses.append(rows(tmp_path / name)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @every_kind
 def test_fine_tuning_resumed_equals_at_once_and_is_evaluated(base, kind, tmp_path):
     policy, whole, halves = f"base_policy_path={base(kind)}", tmp_path / "whole", tmp_path / "halves"
@@ -142,6 +155,70 @@ def test_the_ratio_of_fpo(ratio_per_pair):
             far = policy.loss(obs, actions, ones, ones, ones, old + 1, times, noise)
         assert far["clipfrac"].numpy() == 1 and far["ratio"].numpy() == pytest.approx(np.e)
         assert not any(np.any(g) for g in tape.gradient(far["pg_loss"], variables, unconnected_gradients="zero"))
+
+
+class PlainVelocity(Network):
+    """The network of FPO's authors in their gridworld: three layers from [observation, x, time]."""
+
+    def __init__(self, weights):
+        super().__init__(dtype="float64")
+        self.horizon_steps, self.action_dim = 1, weights["w.layer3.bias"].shape[0]
+        self.weights_by_name = {name[2:]: tf.Variable(value) for name, value in weights.items() if name[:2] == "w."}
+
+    def call(self, x, time, cond):
+        h = tf.concat([cond["state"][:, 0], x[:, 0], time[:, None]], axis=1)
+        for i in (1, 2, 3):
+            w = self.weights_by_name
+            h = tf.matmul(h, w[f"layer{i}.weight"], transpose_b=True) + w[f"layer{i}.bias"]
+            h = tf.nn.relu(h) if i < 3 else h
+        return h[:, None]
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.2])
+def test_fpo_beside_its_authors_code(clip):
+    """Losses of pairs, ratios, clipped loss, gradients and a sample, recorded with the classes of their gridworld."""
+    recorded = dict(np.load(Path(__file__).parent / "data" / "fpo_gridworld.npz"))
+    with precision("float64"), initial_weights(NoiseSource(0)):
+        network, n_pairs = PlainVelocity(recorded), recorded["times"].shape[1]
+        sizes = {"horizon_steps": 1, "obs_dim": 3, "action_dim": 2, "inference_steps": 10, "time_grid": "left"}
+        policy = FPO(network, CriticObs(3, [8, 8, 8]), n_pairs=n_pairs, clip_ploss_coef=clip, **sizes)
+        obs, actions = {"state": recorded["obs"][:, None]}, tf.constant(recorded["actions"][:, None])
+        times, noise = tf.constant(recorded["times"]), tf.constant(recorded["noise"][:, :, None])
+        np.testing.assert_allclose(policy.pair_losses(obs, actions, times, noise), recorded["new"], rtol=1e-12)
+        ones, old, advantages = tf.ones([6], tf.float64), tf.constant(recorded["old"]), recorded["advantages"]
+        with tf.GradientTape() as tape:
+            losses = policy.loss(obs, actions, ones, ones, tf.constant(advantages), old, times, noise)
+        np.testing.assert_allclose(losses["ratio"], np.mean(recorded[f"rho_{clip}"]), rtol=1e-12)
+        np.testing.assert_allclose(losses["pg_loss"], recorded[f"loss_{clip}"], rtol=0, atol=1e-7)  # 1e-8 in advantages
+        for name, grad in tape.gradient(losses["pg_loss"], network.weights_by_name).items():
+            np.testing.assert_allclose(grad, recorded[f"grad_{clip}.{name}"], rtol=0, atol=1e-7)
+        policy.act_min, policy.act_max = -9.0, 9.0
+        drawn = policy.sample({"state": recorded["obs"][:1, None]}, tf.constant(recorded["start"][:, None]))
+        np.testing.assert_allclose(drawn.trajectories[0, 0], recorded["sampled"], rtol=0, atol=1e-12)
+
+
+def test_the_trust_region_of_fpo_plus_draws_back():
+    """By hand: PPO's clip where the advantage is positive, r A - |A| / (2 clip) (r - 1)^2 where it is negative."""
+    with precision("float64"), initial_weights(NoiseSource(0)):
+        network = FlowMLP(horizon_steps=H, action_dim=A, cond_dim=O, mlp_dims=[8, 8, 8], time_dim=4)
+        sizes = {"horizon_steps": H, "obs_dim": O, "action_dim": A, "clip_ploss_coef": 0.1}
+        policy = FPO(network, CriticObs(O, [8, 8, 8]), trust_region="asymmetric", zero_noise=True, **sizes)
+        log_ratio = tf.math.log(tf.constant([1.3, 1.3, 0.5, 0.5], tf.float64))
+        advantages = tf.constant([2.0, -2.0, 2.0, -2.0], tf.float64)
+        with tf.GradientTape() as tape:
+            tape.watch(log_ratio)
+            loss = policy.ratio_loss(log_ratio, advantages)[0]
+        expected = [-2 * 1.1, 2 * 1.3 + 2 / 0.2 * 0.09, -2 * 0.5, 2 * 0.5 + 2 / 0.2 * 0.25]
+        np.testing.assert_allclose(loss, expected, rtol=0, atol=1e-12)
+        slope = tape.gradient(loss, log_ratio).numpy()
+        assert slope[0] == 0 and slope[1] > 0 > slope[3]  # towards 1 from both sides
+        cond = {"state": tf.ones([3, 1, O], tf.float64)}
+        noise = tf.constant(NoiseSource(1).normal((2, 3, H, A), np.float64))
+        zero, other = (policy.decide(cond, part, True)[0] for part in noise)
+        np.testing.assert_array_equal(zero, other)
+        assert np.any(policy.decide(cond, noise[0], False)[0] != policy.decide(cond, noise[1], False)[0])
+    with pytest.raises(UserError, match="model.trust_region=round: take clip or asymmetric"):
+        FPO(network, CriticObs(O, [8, 8, 8]), trust_region="round", **sizes)
 
 
 @every_kind

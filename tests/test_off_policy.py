@@ -20,7 +20,9 @@ from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.dql import DQL
 from diffusion_rl.methods.off_policy.learner import Learner
 from diffusion_rl.networks.critics import CriticObsAct
+from diffusion_rl.networks.flow import FlowMLP
 from diffusion_rl.networks.mlp import DiffusionMLP
+from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from diffusion_rl.training.policy_files import policy_facts
 from diffusion_rl.training.rollout import Rollout, RunningEpisodes
@@ -38,6 +40,16 @@ STEPS = [
     *("model.actor.mlp_dims=[16,16]", "model.critic.mlp_dims=[16,16]", "train.n_eval_episode=1"),
     *("train.n_train_itr=14", "train.save_model_freq=1", "train.val_freq=5", "train.buffer_size=1000"),
 ]
+STEERED = [
+    *(o for o in STEPS if not o.startswith("model.actor")),
+    *(f"model.network.{SMALL}", "model.noise_actor.mlp_dims=[16,16]", "env.n_envs=2", "train.n_explore_steps=3"),
+    *("train.num_update=2", "train.noise_critic_num_update=2"),
+]
+FLOWS = [
+    *(o for o in STEPS if not o.startswith("model.actor")),
+    *("model.flow.mlp_dims=[16,16]", "model.flow_steps=2", "train.num_update=2"),
+]
+ONE_STEP = ["model.actor.mlp_dims=[16,16]"]
 HOPPER, CHEETAH = "gym/finetune/hopper-v2", "gym/finetune/halfcheetah-v2"
 # configuration -> overrides; a buffer of 40 rows overflows
 RUNS = {
@@ -61,18 +73,25 @@ RUNS = {
     f"{CHEETAH}/ibrl_mlp": [*STEPS, "++model.actor.dropout=0.5", "++model.actor.residual_style=false"],
     "gym/pretrain/halfcheetah-medium-v2/calql_mlp_offline": [*STEPS, "train.n_train_itr=4", "train.num_update=3"],
     f"{CHEETAH}/calql_mlp_online": [*STEPS, "train.n_train_itr=4", "train.val_freq=3"],
+    f"{HOPPER}/ft_dsrl_diffusion_mlp": [*STEERED, "denoising_steps=3", "ddim_steps=3"],
+    f"{HOPPER}/ft_dsrl_reflow_mlp": [*STEERED, "model.noise_aliased=false", "+model.backup_entropy=false"],
+    "gym/pretrain/halfcheetah-medium-v2/fql_mlp_offline": [*FLOWS, *ONE_STEP, "train.n_train_itr=4"],
+    f"{CHEETAH}/qc_fql_mlp_online": [*FLOWS, *ONE_STEP, "+model.q_agg=min", "+model.normalize_q_loss=true"],
+    f"{CHEETAH}/qc_mlp_online": [*FLOWS, "model.n_candidates=3"],
 }
 
 
 def overrides(name: str, folder: Path) -> list[str]:
     """Those of `RUNS`, with the files that the run starts from."""
     given = [*RUNS[name]]
-    if name.startswith(HOPPER):
+    if "dsrl_reflow" in name:
+        given.append(f"base_policy_path={make_flow(folder / 'base.safetensors')}")
+    elif name.startswith(HOPPER):
         base = folder / "base.safetensors"
         given.append(f"base_policy_path={make_base_policy(base, 'denoising_steps=3', f'model.network.{SMALL}')}")
     elif not name.endswith("sac_mlp"):
         given.append(f"offline_dataset_path={make_data(folder / 'demonstrations.npz', 17, 6)}")
-    if name.endswith(("ibrl_mlp", "calql_mlp_online")):
+    if name.endswith(("ibrl_mlp", "_online")):
         cfg = prepared(name, folder, *given, "base_policy_path=none")
         with initial_weights(NoiseSource(5)):
             policy = instantiate({**cfg.model, "network_path": None})
@@ -81,6 +100,15 @@ def overrides(name: str, folder: Path) -> list[str]:
         save_checkpoint(path, weights, {"kind": policy.KIND, **policy_facts(policy)})
         given.append(f"base_policy_path={path}")
     return given
+
+
+def make_flow(path: Path) -> Path:
+    """Writes a flow of random weights, for Hopper."""
+    network = FlowMLP(horizon_steps=4, action_dim=3, cond_dim=11, mlp_dims=[16, 16, 16], residual_style=True)
+    policy = FlowPolicy(network, 4, 11, 3)
+    weights = {f"model.{name}": value for name, value in state_dict(policy).items()}
+    save_checkpoint(path, weights, {"kind": policy.KIND, **policy_facts(policy)})
+    return path
 
 
 def prepared(name: str, logdir: Path, *given: str):

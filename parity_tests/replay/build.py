@@ -20,6 +20,7 @@ from parity_tests.replay.roots import Roots
 # From the reference's classes and functions to ours: those that configurations name, and what recordings name besides.
 OURS: dict[str, str] = REFERENCE_TARGETS | {
     "model.common.mlp.MLP": "diffusion_rl.networks.mlp.MLP",
+    "model.flow.mlp_flow.ExploreNoiseNet": "diffusion_rl.networks.flow.NoiseRange",
     "model.common.mlp.ResidualMLP": "diffusion_rl.networks.mlp.ResidualMLP",
     "model.common.vit.VitEncoderConfig": "diffusion_rl.networks.vit.VitEncoderConfig",
     "model.common.modules.SpatialEmb": "diffusion_rl.networks.vision.SpatialEmb",
@@ -34,6 +35,7 @@ OURS: dict[str, str] = REFERENCE_TARGETS | {
 }
 
 SINUSOIDAL = "model.diffusion.modules.SinusoidalPosEmb"
+NOISE_NETWORK = "model.flow.mlp_flow.ExploreNoiseNet"
 EVALUATION = "model.diffusion.diffusion_eval.DiffusionEval"
 
 
@@ -49,10 +51,24 @@ def build(spec: Any) -> Any:
         kwargs = {k: build(v) for k, v in spec["kwargs"].items() if v != "@CKPT"}
         if spec["class"] == SINUSOIDAL:
             return _Sinusoidal(**kwargs)
+        if spec["class"] == NOISE_NETWORK:
+            return _noise_network(**kwargs)
         return locate(spec["class"])(**kwargs)
     if isinstance(spec, dict):
         return {k: build(v) for k, v in spec.items()}
     return [build(v) for v in spec] if isinstance(spec, list) else spec
+
+
+def _noise_network(
+    in_dim: int,
+    out_dim: int,
+    logprob_denoising_std_range: list[float],
+    device: str,
+    hidden_dims: list[int] | None = None,
+    activation_type: str = "Tanh",
+) -> Any:
+    """ReinFlow's network of the noise, whose bounds are one argument there."""
+    return locate(NOISE_NETWORK)(in_dim, out_dim, hidden_dims or [16], *logprob_denoising_std_range, activation_type)
 
 
 class _Sinusoidal:

@@ -38,10 +38,11 @@ def replay(path: str | Path) -> None:
     if reason:
         raise NotImplementedCase(reason)
     if golden.kind == "upstream_error":
-        if golden.name not in decisions.UPSTREAM_ERRORS:
+        check = decisions.decision(golden.name, golden.meta["error"])
+        if check is None:
             error = golden.meta["error"]
             raise case.NotCovered(f"{golden.name}: no decision in parity_tests/replay/decisions.py for: {error}")
-        decisions.UPSTREAM_ERRORS[golden.name]()
+        check()
         return
     if golden.kind == "schedules":
         custom.schedules(golden)

@@ -19,15 +19,22 @@ from diffusion_rl.core.reward_scaling import RunningRewardScaler
 from diffusion_rl.interop import torch_names
 from diffusion_rl.methods.on_policy.training import OnPolicyTraining
 from diffusion_rl.networks.layers import clone, copy_weights, variables_of
+from diffusion_rl.policies.flow import ShortcutFlowPolicy
 from diffusion_rl.training.rollout import Rollout, episode_statistics
 from parity_tests.replay.build import build, build_case, load
 from parity_tests.replay.calls import caster
 from parity_tests.replay.compare import Comparison
 from parity_tests.replay.files import Golden
+from parity_tests.replay.flow_calls import TIMES, shortcut_draws
 from parity_tests.replay.scripted import ScriptedEnv, Tape
 
 PRECISIONS = (("float32", ""), ("float64", "64"))
 LOSSES = ("pg_loss", "entropy_loss", "v_loss", "bc_loss", "clipfrac", "approx_kl", "ratio")  # the first of each call
+TAKEN = (
+    *("update_epochs", "batch_size", "target_kl", "repeat_samples", "ent_coef", "vf_coef", "max_grad_norm"),
+    *("lr_schedule", "actor_update_freq", "actor_update_epoch", "n_critic_warmup_itr"),
+    *("clip_intermediate_actions", "account_for_initial_stochasticity"),
+)
 ABSOLUTE = ("pg_loss", "bc_loss", "approx_kl")  # differences of nearly equal numbers
 
 
@@ -35,11 +42,10 @@ def schedule(golden: Golden) -> None:
     """The noise's bounds and levels over the iterations."""
     ours = {}
     for name, (kind, given) in golden.meta["schedules"].items():
-        warmup, hold = given.get("warmup_steps", 0), given.get("hold_steps", 0)
-        ours[name] = [
-            held(x, given["min"], given["max"], hold, given.get("anneal_steps", 0), warmup, kind != "linear")
-            for x in range(golden.meta["n"])
-        ]
+        low, high = given.get("min", given.get("level")), given.get("max", given.get("level"))
+        hold, fall, warmup = (int(given.get(f"{part}_steps", 0)) for part in ("hold", "anneal", "warmup"))
+        cosine = not kind.startswith("linear")
+        ours[name] = [held(x, low, high, hold, fall, warmup, cosine) for x in range(golden.meta["n"])]
     Comparison(golden.name, 1, "float64").check_all(ours, golden.group("out64"), "out64/", quantity="noise schedule")
 
 
@@ -56,8 +62,10 @@ def learning_rates(golden: Golden) -> None:
 def buffer(golden: Golden) -> None:
     """Statistics of episodes, scaled rewards, advantages and returns of a rollout."""
     settings, given = golden.meta["buffer"], golden.group("in")
+    given["reward"] = given["reward"].astype(np.float64)
     ended = (given["terminated"] > 0) | (given["truncated"] > 0)
-    firsts = np.concatenate([np.zeros((1, settings["n_envs"])), ended.astype(float)])  # nothing was reset before
+    reset = np.full((1, settings["n_envs"]), float(bool(golden.meta.get("first0"))))
+    firsts = np.concatenate([reset, ended.astype(float)])
     rollout = Rollout(
         observations={"state": given["obs"]},
         last_observations={"state": given["last_obs"]},
@@ -67,8 +75,10 @@ def buffer(golden: Golden) -> None:
         firsts=firsts,
     )
     stats = episode_statistics(rollout, settings["act_steps"], settings["best_reward_threshold_for_success"])
-    scaler = RunningRewardScaler(settings["n_envs"], gamma=settings["gamma"])
-    rewards = scaler(reward=given["reward"].T, first=firsts[:-1].T).T
+    rewards = given["reward"]
+    if settings["reward_scale_running"]:
+        scaler = RunningRewardScaler(settings["n_envs"], gamma=settings["gamma"])
+        rewards = scaler(reward=rewards.T, first=firsts[:-1].T).T
     with precision("float64"):
         critic = build({"class": golden.meta["class"], "kwargs": golden.meta["constructor_kwargs"]})
         load(golden.name, critic, golden.weights)
@@ -87,6 +97,9 @@ def buffer(golden: Golden) -> None:
     }
     recorded = golden.group("out")
     narrow = {"advantages_trajs", "returns_trajs"}  # from a critic in single precision
+    if settings["furniture_sparse_reward"]:  # there the reference counts a whole episode's reward as its best
+        ours["avg_best_reward"] = stats.mean_return
+        ours["success_rate"] = np.mean(stats.returns >= settings["best_reward_threshold_for_success"])
     exact = Comparison(golden.name, 3, "float64")
     for name, value in ours.items():
         comparison = Comparison(golden.name, 3, "float32") if name in narrow else exact
@@ -106,14 +119,20 @@ def pre_training(golden: Golden) -> None:
             variables = variables_of(policy.network)
             optimizer = AdamW(variables, meta["lr"], meta["weight_decay"])
             losses = []
-            for step in range(meta["steps"]):
+            for step, draws in enumerate(_steps_of(golden)):
                 actions, state = (cast(golden.arrays[f"in/{name}{step}"]) for name in ("act", "state"))
-                (_, time), (_, noise) = golden.draws[2 * step : 2 * step + 2]
+                if isinstance(policy, ShortcutFlowPolicy):
+                    time, noise = shortcut_draws(draws)
+                else:
+                    ((fn, time), (_, noise)) = draws
+                    time = TIMES[fn](time.astype(np.float64))
                 with tf.GradientTape() as tape:
                     loss = policy.loss(actions, {"state": state}, cast(time), cast(noise))
                 optimizer.apply(tape.gradient(loss, variables))
-                average_into(variables_of(averaged), variables, meta["ema_decay"])
                 losses.append(loss.numpy())
+                if step % meta["update_ema_freq"] == 0:
+                    decay = meta["ema_decay"] if meta["epoch"] >= meta["epoch_start_ema"] else 0.0
+                    average_into(variables_of(averaged), variables, decay)
             ours = {"losses": np.array(losses)}
             for start, network in (("final", policy.network), ("ema", averaged)):
                 ours |= {f"{start}.network.{k}": v for k, v in torch_names.state_dict(network).items()}
@@ -121,6 +140,12 @@ def pre_training(golden: Golden) -> None:
         comparison = Comparison(golden.name, 6, dtype)
         for name, value in recorded.items():
             comparison.check(f"out/{name}", ours[name], value, quantity="pre-training of flows")
+
+
+def _steps_of(golden: Golden) -> list[list[tuple[str, np.ndarray]]]:
+    """The draws of each step of pre-training, all of as many draws."""
+    draws, steps = golden.draws, golden.meta["steps"]
+    return [draws[i * len(draws) // steps : (i + 1) * len(draws) // steps] for i in range(steps)]
 
 
 def update(golden: Golden) -> None:
@@ -142,10 +167,12 @@ def _update(golden: Golden, dtype: str, suffix: str, fast: bool) -> None:
         rate = agent[f"{name}_lr"]
         rates |= {f"{name}_lr": rate, f"{name}_weight_decay": agent[f"{name}_weight_decay"]}
         rates[f"{name}_lr_scheduler"] = {"first_cycle_steps": 10, "warmup_steps": 0, "min_lr": rate}
-    taken = ("update_epochs", "batch_size", "target_kl", "repeat_samples", "ent_coef", "vf_coef", "max_grad_norm")
-    settings = {name: agent[name] for name in taken} | rates
+    settings = {name: agent[name] for name in TAKEN} | rates
     settings |= {"fast": fast, "use_bc_loss": agent["use_bc_loss"], "bc_loss_coeff": agent["bc_coeff"]}
     trainer = policy.make_trainer(settings, policy.horizon_steps)
+    trainer.iteration = agent["itr"]
+    if agent["use_bc_loss"]:  # from zeros there
+        trainer.draw = lambda rng, rows: np.zeros(policy.bc_noise_shape(rows), dtype)
     columns = (given[name] for name in ("obs", "chains", "returns", "oldvalues", "advantages", "oldlogprobs"))
     rows = trainer.load(*(np.asarray(column, dtype) for column in columns))
     train_actor = agent["itr"] >= agent["n_critic_warmup_itr"]
@@ -157,6 +184,8 @@ def _update(golden: Golden, dtype: str, suffix: str, fast: bool) -> None:
         scale = 1.0 if name in ABSOLUTE else None
         options: dict[str, Any] = {"quantity": f"ReinFlow {name}", "scale": scale}
         comparison.check(f"out/calls.{name}{form}", losses[name], recorded["calls"][:, i], **options)
+    now = [trainer.learning_rates[name] for name in ("actor", "critic")]
+    comparison.check(f"out/lr{form}", now, recorded["lr"], quantity="ReinFlow learning rates")
     ours = torch_names.state_dict(policy)
     for name, value in recorded.items():
         if name.startswith("final."):
@@ -215,7 +244,16 @@ def _as_the_reference_begins(loop: OnPolicyTraining) -> None:
     an evaluation draws where its chains begin and no more."""
     for _ in range(loop.total):
         loop.trainer.optimizers.advance()
-    start = loop._start
+    start, minibatches = loop._start, loop.trainer.minibatches
+    epochs = int(loop.train["update_epochs"])
+
+    def all_permutations(n_rows: int, rng: Any, *rest: Any) -> Any:
+        """Where an update stops early, the reference goes on to draw the permutations of its epochs."""
+        counted = _Counted(rng)
+        losses = minibatches(n_rows, counted, *rest)
+        for _ in range(epochs - counted.permutations):
+            rng.permutation(n_rows)
+        return losses
 
     def forgetful(options: list[dict[str, Any]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         loop.done = np.zeros(loop.n_envs)
@@ -230,6 +268,21 @@ def _as_the_reference_begins(loop: OnPolicyTraining) -> None:
         return rng.normal(shape, floatx())
 
     loop._start, loop.trainer.actor.draw = forgetful, draw  # type: ignore[method-assign]
+    loop.trainer.minibatches = all_permutations  # type: ignore[method-assign]
+
+
+class _Counted:
+    """A source of draws that counts its permutations."""
+
+    def __init__(self, rng: Any):
+        self._rng, self.permutations = rng, 0
+
+    def permutation(self, n: int) -> np.ndarray:
+        self.permutations += 1
+        return self._rng.permutation(n)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rng, name)
 
 
 RUNNERS: dict[str, Callable[[Golden], None]] = {

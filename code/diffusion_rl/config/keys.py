@@ -163,7 +163,20 @@ _TRAIN = {
     "max_grad_norm": Option("clip the actor's gradient to this norm", positive(null=True)),
     "use_bc_loss": Option("add a behaviour-cloning loss on the base policy's own samples", FLAG, default=False),
     "bc_loss_coeff": Option("its weight", NOT_NEGATIVE, default=0),
-    "repeat_samples": Option("show every sample ten times an epoch (ReinFlow)", FLAG, default=False),
+    "repeat_samples": Option(
+        "show every sample ten times an epoch, five times with images (ReinFlow)", FLAG, default=False
+    ),
+    "lr_schedule": Option(
+        "fixed, or adaptive_kl: learning rates follow the KL divergence, which stops nothing (ReinFlow)",
+        one_of("fixed", "adaptive_kl"),
+        default="fixed",
+    ),
+    "actor_update_freq": Option("iterations from one training of the actor to the next (ReinFlow)", STEPS, default=1),
+    "actor_update_epoch": Option("steps of the actor along each gradient (ReinFlow)", COUNT, default=1),
+    "clip_intermediate_actions": Option("clip the means of a flow's steps (ReinFlow)", FLAG, default=True),
+    "account_for_initial_stochasticity": Option(
+        "count the noise that a chain begins with in its log-probability (ReinFlow)", FLAG, default=True
+    ),
     "max_noise_hold_ratio": Option(
         "share of the iterations in which the noise's upper bound stays (ReinFlow)", SHARE, default=0.35
     ),
@@ -217,8 +230,9 @@ _TRAIN = {
     "actor_replay_ratio": Option("rows drawn for the actor per step (SAC)", positive()),
     "critic_num_update": Option("critic updates for each of the actor's (RLPD, IBRL)", COUNT),
     "update_freq": Option("iterations between updates (IBRL)", STEPS),
-    "train_online": Option("collect in the environment too (Cal-QL)", FLAG),
-    "num_update": Option("updates of an offline iteration (Cal-QL)", FROM_ZERO),
+    "train_online": Option("collect in the environment too (Cal-QL, FQL)", FLAG),
+    "num_update": Option("updates of an iteration, offline (Cal-QL) or always (DSRL, FQL)", FROM_ZERO),
+    "noise_critic_num_update": Option("updates of the noise critics for each of the critics' (DSRL)", COUNT),
     "n_episode_per_epoch": Option("episodes collected per iteration (Cal-QL)", FROM_ZERO),
     "n_random_actions": Option("random actions of the conservative term (Cal-QL)", COUNT),
     # images

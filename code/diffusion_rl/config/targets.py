@@ -89,6 +89,7 @@ REFERENCE_TARGETS = {
     "model.flow.mlp_flow.VisionFlowMLP": "diffusion_rl.networks.flow.VisionFlowMLP",
     "model.flow.mlp_flow.NoisyFlowMLP": "diffusion_rl.networks.flow.NoisyFlow",
     "model.flow.mlp_shortcut.ShortCutFlowMLP": "diffusion_rl.networks.flow.ShortcutFlowMLP",
+    "model.flow.mlp_shortcut.ShortCutFlowViT": "diffusion_rl.networks.flow.ShortcutFlowViT",
     "model.flow.mlp_shortcut.NoisyShortCutFlowMLP": "diffusion_rl.networks.flow.NoisyFlow",
     "model.flow.reflow.ReFlow": "diffusion_rl.policies.flow.FlowPolicy",
     "model.flow.shortcutflow.ShortCutFlow": "diffusion_rl.policies.flow.ShortcutFlowPolicy",

@@ -201,6 +201,24 @@ class QLearningDataset(SequenceDataset):
         return Transition(actions, conditions, self.rewards[start, None], self.dones[start, None], to_go)
 
 
+class ChunkDataset(QLearningDataset):
+    """Transitions of whole chunks: what their actions earned together, whether the episode ended in them, and the
+    state that followed."""
+
+    def gather(self, indices: Sequence[int] | np.ndarray) -> Transition:  # type: ignore[override]  # holds more
+        """Returns the transitions of windows number `indices` [B]."""
+        indices = np.asarray(indices) % len(self)
+        actions, conditions = SequenceDataset.gather(self, indices)
+        start, since_start = self.indices[indices].T
+        rows = start[:, None] + np.arange(self.horizon_steps)
+        following = np.minimum(start + self.horizon_steps, len(self.states) - 1)  # where one ended nobody looks
+        history = self._history(following, since_start + self.horizon_steps, self.cond_steps)
+        conditions["next_state"] = self.states[history]
+        to_go = self.reward_to_go[start, None] if self.get_mc_return else None
+        rewards, dones = self.rewards[rows].sum(axis=1), self.dones[rows].max(axis=1)
+        return Transition(actions, conditions, rewards[:, None], dones[:, None], to_go)
+
+
 def _first(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _first(v) for k, v in value.items()}

@@ -184,6 +184,9 @@ def build_policy(
     """Returns the acting part of what the configuration describes: networks of values are not built."""
     node = {key: value for key, value in config["model"].items() if key != "_target_"}
     acts_as = next(family for family in FAMILIES if issubclass(cls, family))
+    if hasattr(cls, "from_description"):  # of more than one network
+        refuse_larger(node, checkpoint, path)
+        return cls.from_description(node, lambda network: instantiate_trusted(network, CHECKPOINT_CLASSES, allow))
     network = node.pop("network", None) or node.pop("actor", None) or node.pop("policy", None)
     refuse_larger(network, checkpoint, path)
     network = instantiate_trusted(network, CHECKPOINT_CLASSES, allow)

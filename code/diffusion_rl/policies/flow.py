@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -99,7 +99,7 @@ class FlowPolicy:
     """
 
     KIND = "flow_policy"  # of checkpoints of pre-training
-    SAMPLING = SAMPLING
+    SAMPLING: ClassVar[tuple[str, ...]] = SAMPLING
     fast = False
 
     def __init__(
@@ -212,6 +212,7 @@ class ShortcutFlowPolicy(FlowPolicy):
     """
 
     KIND = "shortcut_flow_policy"
+    DEALT: ClassVar[bool] = False  # a batch is not dealt to the cores: its first rows learn otherwise
 
     def __init__(
         self, network: keras.layers.Layer, *, self_consistency_k: float = 0.25, delta: float = 1e-5, **kwargs: Any
@@ -249,6 +250,7 @@ class ShortcutFlowPolicy(FlowPolicy):
         t = time[:, None, None]
         x = (1 - (1 - self.delta) * t) * noise + t * x1
         target = x1 - (1 - self.delta) * noise
+        cond = encoded(self.network, cond)
         if self.self_consistency_k:
             k = tf.cast(tf.cast(tf.shape(x1)[0], tf.float64) * self.self_consistency_k, tf.int32)
             seen = {name: array[:k] for name, array in cond.items()}
@@ -346,6 +348,7 @@ class FineTunedFlowPolicy:
         self.inference_steps, self.act_min, self.act_max = int(inference_steps), float(act_min), float(act_max)
         self.min_sampling_denoising_std = float(min_sampling_denoising_std)
         self.randn_clip_value, self.denoised_clip_value = float(randn_clip_value), float(denoised_clip_value)
+        self.counting = FULL
         self.actor_old, self.critic = policy, critic
         self.actor_ft = NoisyFlow(
             clone(policy),
@@ -411,15 +414,19 @@ class FineTunedFlowPolicy:
         bound = self.denoised_clip_value
         return tf.clip_by_value(x + velocity / self.inference_steps, -bound, bound), tf.reshape(std, tf.shape(x))
 
-    def sample(self, cond: Cond, noise: Array, deterministic: bool = False, counting: Counting = FULL) -> ChainSample:
+    def sample(
+        self, cond: Cond, noise: Array, deterministic: bool = False, counting: Counting | None = None
+    ) -> ChainSample:
         """Samples action chunks [B,H,A] with their chains [B,K+1,H,A] and log-probabilities [B].
 
         The log-probability is that of the samples as they are after clipping, by the densities from before.
 
         Args:
             cond: {"state": [B,To,O]};  noise: [K+1,B,H,A];  deterministic: no noise but the first.
+            counting: of the log-probability; the policy's own (`self.counting`) where it is not given.
         """
-        x = noise[0]
+        counting = counting or self.counting
+        x, cond = noise[0], encoded(self.network, cond)
         chain, terms = [x], [normal_log_prob(x, tf.zeros_like(x), tf.ones_like(x))] if counting.initial else []
         for i, time in enumerate(self._grid(sampling=True)):
             mean, std = self.step(i, time, x, cond)
@@ -432,10 +439,11 @@ class FineTunedFlowPolicy:
             terms.append(normal_log_prob(x, mean, std))
         return ChainSample(x, tf.stack(chain, axis=1), self._counted(terms, counting))
 
-    def log_probs(self, cond: Cond, chains: Array, counting: Counting = FULL) -> tuple[Array, Array, Array]:
+    def log_probs(self, cond: Cond, chains: Array, counting: Counting | None = None) -> tuple[Array, Array, Array]:
         """Returns the log-probability [B] of chains [B,K+1,H,A], the entropy [B] of their steps, and the mean [B] of
-        their standard deviations."""
-        x = tf.unstack(chains, axis=1)
+        their standard deviations; counting as in `sample`."""
+        counting = counting or self.counting
+        x, cond = tf.unstack(chains, axis=1), encoded(self.network, cond)
         terms = [normal_log_prob(x[0], tf.zeros_like(x[0]), tf.ones_like(x[0]))] if counting.initial else []
         entropies, stds = [tf.fill(tf.shape(x[0]), tf.constant(HALF_LOG_2PI_E, x[0].dtype))] * len(terms), []
         for i, time in enumerate(self._grid(sampling=False)):

@@ -98,6 +98,7 @@ class Experience:
         counts_episodes: an evaluation lasts `n_eval_episode` episodes instead of `n_steps` steps.
         explores: uniformly random actions in the first `n_explore_steps` iterations.
         evaluates_at_once: evaluations begin in iteration `n_explore_steps`, not after it.
+        stores_rest: what is kept as the action is not what is executed but what the policy decides behind it.
     """
 
     fields: tuple[str, ...] = ("obs", "actions", "next_obs", "rewards", "terminated")
@@ -110,6 +111,7 @@ class Experience:
     counts_episodes: bool = False
     explores: bool = False
     evaluates_at_once: bool = False
+    stores_rest: bool = False
 
 
 class OffPolicy:

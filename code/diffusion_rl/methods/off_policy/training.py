@@ -40,7 +40,8 @@ HELD_SECONDS = 5.0  # between two states held for a signal, where iterations are
 
 
 class OffPolicyTraining(FineTuning):
-    """`ft_{rwr,awr,dipo,idql,dql,qsm,dacer}_*`, `sac_*`, `rlpd_*`, `ibrl_*` and `calql_*` configurations.
+    """`ft_{rwr,awr,dipo,idql,dql,qsm,dacer,dsrl}_*`, `sac_*`, `rlpd_*`, `ibrl_*`, `calql_*`, `fql_*` and `qc_*`
+    configurations.
 
     Args:
         dataset: a `QLearningDataset` instead of the one the configuration's `offline_dataset` describes.
@@ -60,6 +61,7 @@ class OffPolicyTraining(FineTuning):
             self.HELD_SECONDS = HELD_SECONDS
         self.iterations_trained, self.updates = 0, 0  # in this process
         self.episodes = RunningEpisodes(self.n_envs)
+        self._decided = np.zeros(0)  # by the last decision, executed or not
 
     def _counts_rollouts(self) -> bool:
         return not self.experience.counts_episodes
@@ -146,6 +148,7 @@ class OffPolicyTraining(FineTuning):
     def _decisions(self, rng: Rng, deterministic: bool) -> Decide:
         def decide(obs: Observations) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             actions = self.trainer.act(obs["state"], rng, deterministic)
+            self._decided = actions
             return actions, {"actions": actions} if self.experience.whole_episodes else {}
 
         return decide
@@ -158,6 +161,8 @@ class OffPolicyTraining(FineTuning):
         """Keeps transitions. A truncation is followed by the old episode's last observation, not a new one's first."""
         if self.experience.whole_episodes:
             return
+        if self.experience.stores_rest:
+            actions = self._decided[:, self.act_steps :]
         following, truncated = np.array(result.observations["state"]), np.asarray(result.truncated, bool)
         if truncated.any():
             following[truncated] = result.infos["final_observations"]["state"][truncated]

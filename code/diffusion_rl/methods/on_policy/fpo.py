@@ -7,6 +7,13 @@ For every action of a rollout some pairs of a time and a noise are drawn, once. 
 with the conditional flow-matching loss of the action at each pair, before and now. Nothing is added to the flow: it
 explores by the noise that it begins with.
 
+FPO++ (Yi et al. 2026, arXiv:2602.02481) has a ratio for each pair (`ratio_per_pair`); where an advantage A is negative
+it takes the gradient back to 1 instead of cutting it off (`trust_region: asymmetric`), with SPO's objective
+
+    r A - |A| / (2 clip) (r - 1)^2;
+
+and it acts from zeros instead of noise when it is evaluated (`zero_noise`).
+
 Shapes: B rows, N samples of a rollout, P pairs; To, O, H, A as in `policies.diffusion`.
 """
 
@@ -21,7 +28,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.on_policy.ppo import ChunkPPO, Losses, PPOTrainer, clipped_policy_loss
+from diffusion_rl.methods.on_policy.ppo import ChunkPPO, Losses, PerRow, PPOTrainer, clipped_policy_loss
 from diffusion_rl.networks.layers import Array
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.flow import FlowPolicy, draw_times
@@ -39,6 +46,8 @@ class FPO(ChunkPPO, FlowPolicy):
         clip_ploss_coef: clip range of the ratio.
         difference_clip: bound on the difference of a pair's losses.
         ratio_per_pair: a ratio and a clip for each pair instead of one for each action.
+        trust_region: clip, or asymmetric as in FPO++.
+        zero_noise: evaluations begin with zeros.
         kwargs: of `ClippedPPO` and the policy.
     """
 
@@ -54,14 +63,24 @@ class FPO(ChunkPPO, FlowPolicy):
         clip_ploss_coef: float = 0.05,
         difference_clip: float = 3.0,
         ratio_per_pair: bool = False,
+        trust_region: str = "clip",
+        zero_noise: bool = False,
         **kwargs: Any,
     ):
         super().__init__(clip_ploss_coef, network=actor, **kwargs)
+        if trust_region not in ("clip", "asymmetric"):
+            raise UserError(f"model.trust_region={trust_region}: take clip or asymmetric")
+        if hasattr(actor, "encode"):
+            raise UserError("FPO fine-tunes flows that see states, not images: take ReinFlow")
         if n_pairs < 1:
             raise UserError(f"model.n_pairs={n_pairs}: at least one pair of time and noise is needed")
         self.actor_ft, self.critic = actor, critic
         self.n_pairs, self.difference_clip = int(n_pairs), float(difference_clip)
-        self.ratio_per_pair = bool(ratio_per_pair)
+        self.ratio_per_pair, self.zero_noise = bool(ratio_per_pair), bool(zero_noise)
+        self.trust_region = trust_region
+
+    def decide(self, cond: Cond, noise: Array, deterministic: bool) -> tuple[Array, ...]:
+        return super().decide(cond, tf.zeros_like(noise) if deterministic and self.zero_noise else noise, deterministic)
 
     def draw_pairs(self, rng: Rng, rows: int) -> tuple[np.ndarray, np.ndarray]:
         """Draws times [B,P] and noise [B,P,H,A]."""
@@ -95,16 +114,24 @@ class FPO(ChunkPPO, FlowPolicy):
         """
         losses = self.pair_losses(obs, actions, times, noise)
         difference = tf.clip_by_value(oldlosses - losses, -self.difference_clip, self.difference_clip)
-        advantages, clip = self.normalised(advantages), tf.constant(self.clip_ploss_coef, losses.dtype)
+        advantages = self.normalised(advantages)
         if self.ratio_per_pair:
-            per_pair = clipped_policy_loss(difference, tf.zeros_like(difference), advantages[:, None], clip)
+            per_pair = self.ratio_loss(difference, advantages[:, None])
             loss, ratio, approx_kl, outside = (tf.reduce_mean(part, axis=1) for part in per_pair)
             per_row = (loss, ratio, approx_kl, outside)
         else:
-            mean = tf.reduce_mean(difference, axis=1)
-            per_row = clipped_policy_loss(mean, tf.zeros_like(mean), advantages, clip)
+            per_row = self.ratio_loss(tf.reduce_mean(difference, axis=1), advantages)
         watched = {"flow_loss": tf.stop_gradient(tf.reduce_mean(losses))}
         return {**self.mean_losses(per_row, obs, returns, oldvalues), **watched}
+
+    def ratio_loss(self, log_ratio: Array, advantages: Array) -> PerRow:
+        """Returns `clipped_policy_loss` of ratios [...], in the policy's trust region."""
+        clip = tf.constant(self.clip_ploss_coef, log_ratio.dtype)
+        loss, ratio, approx_kl, outside = clipped_policy_loss(log_ratio, tf.zeros_like(log_ratio), advantages, clip)
+        if self.trust_region == "asymmetric":
+            drawn_back = tf.abs(advantages) / (2 * clip) * tf.square(ratio - 1) - advantages * ratio
+            loss = tf.where(advantages < 0, drawn_back, loss)
+        return loss, ratio, approx_kl, outside
 
     def make_trainer(self, settings: Mapping[str, Any], reward_horizon: int) -> FPOTrainer:
         """Builds what updates this policy; arguments of `PPOTrainer`."""

@@ -182,6 +182,7 @@ class PPOTrainer:
 
     SAMPLES: ClassVar[str] = "actions"  # which part of a decision the update is about
     CLIPPED: ClassVar[tuple[str, ...]] = ("actor",)  # whose gradients `train.max_grad_norm` is for
+    SHIFTS_LAST: ClassVar[bool] = False  # whether images are shifted also where a rollout ends
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
         self.policy, self.settings, self.reward_horizon = policy, settings, reward_horizon
@@ -251,10 +252,11 @@ class PPOTrainer:
         state, rgb = obs["state"].astype(floatx()), self.shifted(obs.get("rgb"), rng)
         values = self.values(state, rgb).reshape(rollout.rewards.shape)
         log_probs = self.old_log_probs(state, decisions, rng, rgb)
+        last_rgb = last.get("rgb") if not self.SHIFTS_LAST else self.shifted(last.get("rgb"), rng)
         advantages, returns = gae(
             rollout.rewards,
             values,
-            self.values(last["state"].astype(floatx()), last.get("rgb")),
+            self.values(last["state"].astype(floatx()), last_rgb),
             rollout.terminated,
             float(settings["gamma"]),
             float(settings.get("gae_lambda", 0.95)),
@@ -271,16 +273,11 @@ class PPOTrainer:
         state = tf.constant(state, self.policy.dtype)
         if rgb is None:
             return self._values(state).numpy()
-        return np.concatenate([self._values(state[cut], tf.constant(rgb[cut])).numpy() for cut in self._cuts(rgb)])
+        return in_parts(lambda s, r: self._values(s, tf.constant(r)).numpy(), self.batch_rows, state, rgb)
 
     def shifted(self, rgb: np.ndarray | None, rng: Rng) -> np.ndarray | None:
         """Shifts images [N,To,C,Hi,Wi] at random, each by its own number of pixels, if `train.augment` says so."""
-        if rgb is None or self.augment is None:
-            return rgb
-        images = rgb.reshape(-1, *rgb.shape[2:])
-        shifts = rng.integers(0, 2 * self.augment.pad + 1, (len(images), 1, 1, 2))
-        parts = [self.augment(tf.constant(images[cut]), tf.constant(shifts[cut])) for cut in self._cuts(images)]
-        return np.concatenate([part.numpy() for part in parts]).reshape(rgb.shape)
+        return rgb if rgb is None or self.augment is None else shift_images(self.augment, rgb, rng, self.batch_rows)
 
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Rng, rgb: np.ndarray | None = None
@@ -292,14 +289,11 @@ class PPOTrainer:
         if rgb is None or self.augment is None:
             return decisions["log_probs"]
         state, samples = (tf.constant(x, self.policy.dtype) for x in (state, decisions[self.SAMPLES]))
-        return np.concatenate([self.seen_log_probs(state[c], samples[c], tf.constant(rgb[c])) for c in self._cuts(rgb)])
+        return in_parts(lambda s, c, r: self.seen_log_probs(s, c, tf.constant(r)), self.batch_rows, state, samples, rgb)
 
     def seen_log_probs(self, state: Array, samples: Array, rgb: Array) -> np.ndarray:
         """Returns log-probabilities [N,...] of samples [N,...], as those captured while sampling."""
         return self._seen_log_probs(samples, state, rgb).numpy()
-
-    def _cuts(self, rows: np.ndarray) -> list[slice]:
-        return [slice(i, i + self.batch_rows) for i in range(0, len(rows), self.batch_rows)]
 
     def load(
         self,
@@ -362,11 +356,13 @@ class PPOTrainer:
                 check(values)
                 for name, value in values.items():
                     losses[name].append(value)
-                # where gradients are accumulated, only after a step of the actor
-                stepped = self.grad_accumulate == 1 or (train_actor and self.complete(number))
-                if target_kl is not None and values["approx_kl"] > target_kl and stepped:
+                if target_kl is not None and values["approx_kl"] > target_kl and self.may_stop(train_actor, number):
                     return losses
         return losses
+
+    def may_stop(self, train_actor: bool, number: int) -> bool:
+        """Says whether a large KL divergence ends the update here: with accumulated gradients after an actor's step."""
+        return self.grad_accumulate == 1 or (train_actor and self.complete(number))
 
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """Deals rows [N] to minibatches [B]; what is left over is dropped."""
@@ -412,14 +408,18 @@ class PPOTrainer:
             grads[name] = [
                 g if g is None else total.assign_add(g) for total, g in zip(totals, grads[name], strict=True)
             ]
-        for name in stepped:
-            if name in self.CLIPPED and self.max_grad_norm is not None:
-                grads[name], _ = clip_by_global_norm(grads[name], self.max_grad_norm)
-            self.optimizers.apply(name, grads[name])
+        self.take_steps(stepped, losses, grads)
         for total in sum(self.pending.values(), []) if complete else []:
             total.assign(tf.zeros_like(total))
         self.loss_names = tuple(losses)
         return tf.stack([tf.cast(value, tf.float64) for value in losses.values()])
+
+    def take_steps(self, names: tuple[str, ...], losses: Losses, grads: Gradients) -> None:
+        """Steps those optimizers along the gradients of a minibatch; compiled."""
+        for name in names:
+            if name in self.CLIPPED and self.max_grad_norm is not None:
+                grads[name], _ = clip_by_global_norm(grads[name], self.max_grad_norm)
+            self.optimizers.apply(name, grads[name])
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         """Returns the parts of the loss of rows [B] and the gradients by name; compiled as part of the step."""
@@ -471,6 +471,20 @@ class PPOTrainer:
             for i, total in enumerate(totals):
                 total.assign(tensors[f"pending.{name}.{i}"])
         self.compile()
+
+
+def in_parts(f: Callable[..., np.ndarray], size: int, *columns: Any) -> np.ndarray:
+    """Joins what f makes of columns [N,...], `size` rows at a time."""
+    cuts = [slice(i, i + size) for i in range(0, len(columns[0]), size)]
+    return np.concatenate([f(*(column[cut] for column in columns)) for cut in cuts])
+
+
+def shift_images(augment: RandomShiftsAug, rgb: np.ndarray, rng: Rng, size: int) -> np.ndarray:
+    """Shifts images [N,To,C,Hi,Wi], each by its own number of pixels; `size` of them together."""
+    images = rgb.reshape(-1, *rgb.shape[2:])
+    shifts = rng.integers(0, 2 * augment.pad + 1, (len(images), 1, 1, 2))
+    shifted = in_parts(lambda x, by: augment(tf.constant(x), tf.constant(by)).numpy(), size, images, shifts)
+    return shifted.reshape(rgb.shape)
 
 
 def observations(data: Mapping[str, Array], rows: Array) -> Obs:

@@ -31,7 +31,7 @@ from diffusion_rl.methods.on_policy.ppo import (
     clipped_policy_loss,
 )
 from diffusion_rl.networks.layers import Array
-from diffusion_rl.policies.diffusion import Cond
+from diffusion_rl.policies.diffusion import Cond, encoded
 from diffusion_rl.policies.flow import (
     FULL,
     Counting,
@@ -42,6 +42,10 @@ from diffusion_rl.policies.flow import (
 )
 
 CHUNK = 1000  # rows
+REPEATS = {False: 10, True: 5}  # of samples in an epoch: without images, with
+RATES = {"actor": (1e-5, 5e-4), "critic": (1e-5, 1e-3)}  # within which adaptive learning rates stay
+ROUNDED = 1e-12  # a KL divergence of equal policies in single precision is less
+SCHEDULED_LEVELS = (0.016, 0.08)  # of the noise that follows the iterations
 WATCHED = ("pg_loss", "ratio", "approx_kl", "clipfrac", "entropy_loss", "std", "bc_loss")
 
 
@@ -57,7 +61,10 @@ class ReinFlow(ChunkPPO, FineTunedFlowPolicy):
     KIND = "reinflow"
     LABEL = "ReinFlow"
     ACTS_AS: ClassVar[type[FlowPolicy]] = FlowPolicy  # without noise
-    TRAIN_KEYS = "repeat_samples max_noise_hold_ratio max_noise_decay_ratio"
+    TRAIN_KEYS = (
+        "repeat_samples max_noise_hold_ratio max_noise_decay_ratio lr_schedule actor_update_freq actor_update_epoch "
+        "clip_intermediate_actions account_for_initial_stochasticity"
+    )
 
     def __init__(
         self,
@@ -93,13 +100,14 @@ class ReinFlow(ChunkPPO, FineTunedFlowPolicy):
         oldlogprobs: Array,
         use_bc_loss: bool = False,
         bc_noise: Array | None = None,
-        counting: Counting = FULL,
+        counting: Counting | None = None,
     ) -> Losses:
         """Returns the loss of one minibatch.
 
         Args:
             obs: {"state": [B,To,O]};  chains: [B,K+1,H,A];  returns, oldvalues, advantages, oldlogprobs: [B]
             use_bc_loss: add `bc_loss`, from bc_noise [B,H,A].
+            counting: of the log-probabilities, see `FineTunedFlowPolicy.sample`.
         """
         log_prob, entropy, std = self.log_probs(obs, chains, counting)
         per_row = self.policy_loss(log_prob, oldlogprobs, self.normalised(advantages))
@@ -138,6 +146,7 @@ class ReinFlow(ChunkPPO, FineTunedFlowPolicy):
 
     def _carried(self, network: Any, x: Array, obs: Cond) -> Array:
         """Returns the action chunks [B,H,A] to which a velocity carries noise [B,H,A]."""
+        obs = encoded(network, obs)
         for time in self._grid(sampling=True):
             x = x + self._velocity(network, x, time, obs) / self.inference_steps
             x = tf.clip_by_value(x, self.act_min, self.act_max)
@@ -158,26 +167,67 @@ class ShortcutReinFlow(ReinFlow, FineTunedShortcutPolicy):
 class ReinFlowTrainer(PPOTrainer):
     """Updates a `ReinFlow` policy, and narrows its noise; arguments as of `PPOTrainer`.
 
-    `train.repeat_samples`: every sample comes ten times in an epoch, in minibatches of their own draw.
+    `train.repeat_samples`: every sample comes ten times in an epoch, five times with images, in minibatches of their
+    own draw.
     `train.max_noise_hold_ratio`, `train.max_noise_decay_ratio`: with learn_decay, the share of the iterations in which
     the noise's upper bound stays, and how far it then goes towards the lower one.
+    `train.lr_schedule`: fixed, or adaptive_kl, which shrinks the learning rates where the KL divergence is far above
+    `train.target_kl`, lets them grow where it is far below, and does not stop at it.
+    `train.actor_update_freq`, `train.actor_update_epoch`: iterations from one training of the actor to the next, and
+    its steps along each gradient.
+    `train.clip_intermediate_actions`, `train.account_for_initial_stochasticity`: whether means of steps are clipped,
+    and whether the noise that a chain begins with counts in its log-probability.
     """
 
     SAMPLES = "chains"
     CLIPPED = ("actor", "critic")
-    REPEATS = 10
+    SHIFTS_LAST = True
 
     def __init__(self, policy: Any, settings: Mapping[str, Any], reward_horizon: int):
-        super().__init__(policy, settings, reward_horizon)
+        kind = settings.get("lr_schedule") or "fixed"
+        if kind not in ("fixed", "adaptive_kl"):
+            raise UserError(f"train.lr_schedule={kind}: take fixed or adaptive_kl")
+        if settings.get("clip_intermediate_actions") is False:
+            policy.denoised_clip_value = math.inf
+        policy.counting = FULL._replace(initial=settings.get("account_for_initial_stochasticity") is not False)
         self.iteration = 0
+        self.target_kl = settings.get("target_kl") if kind == "adaptive_kl" else None
+        self.rates = {name: tf.Variable(settings[f"{name}_lr"], dtype=tf.float64) for name in RATES}
+        super().__init__(policy, settings, reward_horizon)
 
     def compile(self) -> None:
         super().compile()
         self.fast = bool(self.settings["fast"])
 
+    def may_stop(self, train_actor: bool, number: int) -> bool:
+        return self.target_kl is None and (train_actor or "rgb" not in self.data)
+
+    def steps(self, name: str, train_actor: bool, number: int) -> bool:
+        every = int(self.settings.get("actor_update_freq") or 1)
+        if name == "actor" and every > 1 and (self.iteration - int(self.settings["n_critic_warmup_itr"])) % every:
+            return False
+        return super().steps(name, train_actor, number)
+
+    def take_steps(self, names: tuple[str, ...], losses: Losses, grads: Gradients) -> None:
+        """Steps as `PPOTrainer` does, the actor as often as `train.actor_update_epoch` says."""
+        if self.target_kl is not None:
+            self.adapt_rates(losses["approx_kl"], float(self.target_kl))
+        super().take_steps(names, losses, grads)
+        for _ in range(int(self.settings.get("actor_update_epoch") or 1) - 1 if "actor" in names else 0):
+            super().take_steps(("actor",), losses, grads)
+
+    def adapt_rates(self, approx_kl: Array, aim: float) -> None:
+        """Lowers the learning rates where the KL divergence, a scalar, is far above `aim`, raises them far below."""
+        kl, least = tf.cast(approx_kl, tf.float64), ROUNDED if approx_kl.dtype == tf.float32 else 0.0
+        for name, (low, high) in RATES.items():
+            rate = self.rates[name].read_value()
+            grown = tf.where((kl > least) & (kl < aim / 2), tf.minimum(rate * 1.5, high), rate)
+            rate = self.rates[name].assign(tf.where(kl > aim * 2, tf.maximum(rate / 1.5, low), grown))
+            self.optimizers.optimizers[name].learning_rate.assign(rate)
+
     @property
     def rows_per_sample(self) -> int:
-        return self.REPEATS if self.settings.get("repeat_samples") else 1
+        return REPEATS["rgb" in self.data] if self.settings.get("repeat_samples") else 1
 
     def batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
         """Deals rows [N] to minibatches [B], the last of which may be short."""
@@ -187,9 +237,9 @@ class ReinFlowTrainer(PPOTrainer):
         return super().losses(rows // self.rows_per_sample, data, draws)
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
-        """Returns the parts of the loss of rows [B] and the gradients by name; the fast path goes chunk by chunk, and
-        looks once at samples that come several times."""
-        if not self.fast:
+        """Returns the parts of the loss of rows [B] and the gradients by name; the fast path, of observations without
+        images, goes chunk by chunk, and looks once at samples that come several times."""
+        if not self.fast or "rgb" in data:
             return super().gradients(rows, data, draws)
         p, b, n, samples = self.policy, rows.shape[0], data["state"].shape[0], rows // self.rows_per_sample
         advantages = p.normalised(tf.gather(data["advantages"], samples))
@@ -233,11 +283,20 @@ class ReinFlowTrainer(PPOTrainer):
         return losses, {"actor": [total / b for total in totals], "critic": grads}
 
     def end_iteration(self, train_actor: bool) -> None:
-        super().end_iteration(train_actor)
-        p = self.policy.actor_ft
-        if p.kind == "learn_decay":
-            p.explore_noise_net.set_range(p.bounds[0], self.upper_bound(self.iteration))
+        if self.target_kl is None:
+            super().end_iteration(train_actor)
+        self._set_noise()
         self.iteration += 1
+
+    def _set_noise(self) -> None:
+        """Sets the noise as it is after this iteration."""
+        noisy = self.policy.actor_ft
+        if noisy.kind == "learn_decay":
+            noisy.explore_noise_net.set_range(noisy.bounds[0], self.upper_bound(self.iteration))
+        elif noisy.kind == "const_schedule_itr":
+            n = int(self.settings["n_train_itr"])
+            hold, fall, warmup = (int(n * part) for part in (0.29, 0.7, 0.01))
+            noisy.set_level(held(self.iteration, *SCHEDULED_LEVELS, hold, fall, warmup))
 
     def upper_bound(self, iteration: int) -> float:
         """Returns the noise's upper bound after an iteration: it stays, then falls as a cosine does."""
@@ -250,8 +309,18 @@ class ReinFlowTrainer(PPOTrainer):
         return {"max_noise_std": math.exp(0.5 * float(self.policy.actor_ft.explore_noise_net.logvar_max.numpy()))}
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"iteration": self.iteration}
+        rates = {name: float(rate.numpy()) for name, rate in self.rates.items()}
+        return super().state() | {"iteration": self.iteration, "rates": rates}
 
     def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
         self.iteration = int(state["iteration"])
+        for name, rate in (state.get("rates") or {}).items():
+            self.rates[name].assign(rate)
         super().restore(tensors, state)
+        if self.target_kl is not None:
+            for name, optimizer in self.optimizers.optimizers.items():
+                optimizer.learning_rate.assign(float(tensors[f"optimizer.{name}.learning_rate"]))
+        if self.iteration and self.policy.actor_ft.kind == "const_schedule_itr":
+            self.iteration -= 1
+            self._set_noise()
+            self.iteration += 1

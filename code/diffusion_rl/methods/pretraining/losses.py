@@ -146,8 +146,10 @@ class PreTrainer:
         return loss, tape.gradient(loss, self.variables)
 
     def _parts(self, inputs: tuple[Array, ...]) -> list[tuple[Array, ...]]:
-        """Deals the rows of a batch to the cores, as many to each; TensorFlow works on the parts side by side."""
-        n = equal_parts(inputs[0].shape[0], ROWS_OF_A_PART) if self.fast else 1
+        """Deals the rows of a batch to the cores, as many to each; TensorFlow works on the parts side by side. Policies
+        whose rows depend on their place in the batch (`DEALT = False`) keep it whole."""
+        deals = self.fast and getattr(self.policy, "DEALT", True)
+        n = equal_parts(inputs[0].shape[0], ROWS_OF_A_PART) if deals else 1
         return list(zip(*(tf.split(values, n) for values in inputs), strict=True))
 
     def end_epoch(self) -> None:
