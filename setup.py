@@ -54,7 +54,7 @@ EXTRAS = {
     "ray": ["ray", "hydra-ray-launcher"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
-    + ["nbclient", "ipykernel", "pyarrow", *DOWNLOAD, *ORACLES, *SWEEP, *ROBOSUITE_NEEDS],
+    + ["nbclient", "ipykernel", "pyarrow", "mkdocs>=1.6,<2", *DOWNLOAD, *ORACLES, *SWEEP, *ROBOSUITE_NEEDS],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}

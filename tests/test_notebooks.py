@@ -67,7 +67,6 @@ def test_a_notebook_runs(path, tmp_path):
 
 
 def test_a_page_of_the_site_is_made_of_a_notebook():
-    pytest.importorskip("mkdocs")
     specification = importlib.util.spec_from_file_location("site_hooks", REPOSITORY / "docs" / "hooks.py")
     hooks = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(hooks)
