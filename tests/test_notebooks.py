@@ -19,7 +19,6 @@ nbformat = pytest.importorskip("nbformat")
 pytest.importorskip("nbclient")
 SESSIONS = [REPOSITORY / "scripts" / "diffuser-sample.ipynb", REPOSITORY / "test.ipynb"]
 NOTEBOOKS = [*SESSIONS, *TUTORIALS]
-NOT_KEPT = [REPOSITORY / "docs" / "tutorials" / "five_minutes.ipynb"]  # minutes of quiet cores: without outputs yet
 LARGEST = 300_000  # bytes
 LONGEST = 60  # lines that a cell shows
 TORCH = importlib.util.find_spec("torch") is not None
@@ -35,7 +34,7 @@ def pictures(notebook):
     return [sum(cell) for cell in drawn]
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path not in NOT_KEPT], ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_is_committed_with_what_it_shows(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -63,7 +62,7 @@ def test_a_notebook_runs(path, tmp_path):
         pytest.skip("needs PyTorch")
     before = nbformat.read(path, as_version=4)
     after = execute(path, tmp_path, *([shortening] if path in TUTORIALS else []))
-    assert path in NOT_KEPT or pictures(after) == pictures(before)
+    assert pictures(after) == pictures(before)
 
 
 def test_a_page_of_the_site_is_made_of_a_notebook():
