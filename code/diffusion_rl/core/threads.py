@@ -9,6 +9,8 @@ import tensorflow as tf
 
 from diffusion_rl.core.quiet import without_stderr
 
+SHARED = 8  # threads that share one product at the most: the products here are too small for more
+
 
 def cores() -> int:
     """Returns how many cores this process may use."""
@@ -16,8 +18,8 @@ def cores() -> int:
 
 
 def streams() -> int:
-    """Returns how many independent loops an update is dealt to: one per core, at most eight."""
-    return min(cores(), 8)
+    """Returns how many independent loops an update is dealt to: one per core."""
+    return cores()
 
 
 def equal_parts(rows: int | None, least: int) -> int:
@@ -41,7 +43,7 @@ def configure_threads(shared: bool = False) -> None:
         shared: all threads for each operation instead, for updates that have no independent parts.
     """
     try:
-        tf.config.threading.set_intra_op_parallelism_threads(streams() if shared else 1)
+        tf.config.threading.set_intra_op_parallelism_threads(min(cores(), SHARED) if shared else 1)
         tf.config.threading.set_inter_op_parallelism_threads(streams())
     except RuntimeError:  # TensorFlow is running already: a second job of a multirun
         pass

@@ -50,9 +50,9 @@ def accumulate(
         return i + 1, [s + g for s, g in zip(sums, grads, strict=True)], statistics + more
 
     start = ([tf.zeros_like(w) for w in like], tf.zeros([n_statistics], dtype))
-    results = _side_by_side(body, lambda n: start, n_chunks)
-    sums = [tf.add_n(parts) for parts in zip(*(r[1] for r in results), strict=True)]
-    return sums, tf.add_n([r[2] for r in results])
+    results = _side_by_side(body, lambda n: start, n_chunks, lambda i, *sums: sums)
+    grads, statistics = zip(*results, strict=True)
+    return [_in_order(parts) for parts in zip(*grads, strict=True)], _in_order(statistics)
 
 
 def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype: tf.DType) -> Array:
@@ -67,23 +67,34 @@ def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype:
     def body(i: Array, values: tf.TensorArray) -> tuple[Array, tf.TensorArray]:
         return i + 1, values.write(i % per_loop, one_chunk(i * size))
 
-    results = _side_by_side(body, lambda n: (tf.TensorArray(dtype, n, element_shape=[size]),), n_chunks)
-    return tf.concat([r[1].concat() for r in results], axis=0)
+    def start(n: int) -> tuple[tf.TensorArray]:
+        return (tf.TensorArray(dtype, n, element_shape=[size]),)
+
+    return tf.concat(_side_by_side(body, start, n_chunks, lambda i, values: values.concat()), axis=0)
+
+
+def _in_order(parts: Sequence[Array]) -> Array:
+    """Sums tensors of one shape [...]; `tf.add_n` would begin with whichever is there first, and round accordingly."""
+    return tf.reduce_sum(tf.stack(parts), axis=0)
 
 
 def _n_loops(n_chunks: int) -> int:
     return streams() if n_chunks > 1 else 1
 
 
-def _side_by_side(body: Callable[..., tuple], start: Callable[[int], tuple], n_chunks: int) -> list[tuple[Any, ...]]:
-    """Deals the chunks to loops; `body` gets the number of a chunk and the loop's own values, which begin as
-    `start(number of chunks of a loop)`."""
+def _side_by_side(
+    body: Callable[..., tuple], start: Callable[[int], tuple], n_chunks: int, end: Callable[..., Any]
+) -> list[Any]:
+    """Deals the chunks to loops and returns what each of them ends with, `end(chunk, *its values)`.
+
+    `body` gets the number of a chunk and the loop's own values, which begin as `start(number of chunks of a loop)`.
+    """
     n_loops = _n_loops(n_chunks)
     per_loop = n_chunks // n_loops
-    shared = tf.function(body)  # traced once, whatever the number of loops
-    results = []
-    for loop in range(n_loops):
-        first, last = loop * per_loop, (loop + 1) * per_loop
-        begin = (tf.constant(first), *start(per_loop))
-        results.append(tf.while_loop(lambda i, *_, last=last: i < last, shared, begin, parallel_iterations=1))
-    return results
+
+    @tf.function(experimental_attributes={"_noinline": True})  # one graph, whatever the number of loops
+    def loop(first: Array) -> Any:
+        last, begin = first + per_loop, (first, *start(per_loop))
+        return end(*tf.while_loop(lambda i, *_: i < last, body, begin, parallel_iterations=1))
+
+    return [loop(tf.constant(number * per_loop)) for number in range(n_loops)]
