@@ -77,9 +77,6 @@ class Reference:
 
 
 if __name__ == "__main__":
-
-    def multiply(m: int, k: int, n: int) -> Workload:
-        a, b = torch.randn(m, k), torch.randn(k, n)
-        return lambda: a @ b
+    from reference import multiply
 
     serve(Reference(Path(sys.argv[1])).makers(), multiply, torch.set_num_threads, packages=["torch"])

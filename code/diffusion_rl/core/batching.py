@@ -10,14 +10,19 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from diffusion_rl.core.threads import streams
+from diffusion_rl.core.threads import cores
 
 
 def parts(rows: int, least: int) -> list[slice]:
     """Returns as many equal parts of the rows as there are cores, of at least that many; fewer where they do not
     divide."""
-    count = max(k for k in range(1, streams() + 1) if k == 1 or (rows % k == 0 and rows // k >= least))
+    count = max(k for k in range(1, cores() + 1) if k == 1 or (rows % k == 0 and rows // k >= least))
     return _cut(rows, rows // count)
+
+
+def summed(parts: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Sums tensors of one shape [...] in their order; `tf.add_n` begins with whichever is there first."""
+    return tf.reduce_sum(tf.stack(parts), axis=0)
 
 
 def side_by_side(function: Callable[..., tf.Tensor], least: int, *arrays: tf.Tensor) -> tf.Tensor:
@@ -42,8 +47,8 @@ def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Calla
         rows = arrays[0].shape[0]
         results: list[Sequence[tf.Tensor]] = []
         for cut in _cut(rows, _even(rows, about)):
-            with tf.control_dependencies([results[-streams()][0]] if len(results) >= streams() else []):
-                results.append(one_chunk(*(tf.identity(a[cut]) for a in arrays)))  # after the one `streams` before it
+            with tf.control_dependencies([results[-cores()][0]] if len(results) >= cores() else []):
+                results.append(one_chunk(*(tf.identity(a[cut]) for a in arrays)))  # as many at a time as cores
         return [tf.concat(outputs, axis=0) for outputs in zip(*results, strict=True)]
 
     return compute

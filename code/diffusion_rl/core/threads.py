@@ -17,19 +17,9 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def streams() -> int:
-    """Returns how many independent loops an update is dealt to: one per core."""
-    return cores()
-
-
-def equal_parts(rows: int | None, least: int) -> int:
-    """Returns into how many equal parts a batch is dealt to the cores, none smaller than `least` rows.
-
-    One, where the number of rows is not known yet, and on a GPU, which shares out its work itself.
-    """
-    if rows is None or tf.config.list_logical_devices("GPU"):
-        return 1
-    return next(n for n in range(max(1, min(cores(), rows // least)), 0, -1) if rows % n == 0)
+def sharing() -> int:
+    """Returns how many threads share one product where products do not run side by side."""
+    return min(cores(), SHARED)
 
 
 def configure_threads(shared: bool = False) -> None:
@@ -43,8 +33,8 @@ def configure_threads(shared: bool = False) -> None:
         shared: all threads for each operation instead, for updates that have no independent parts.
     """
     try:
-        tf.config.threading.set_intra_op_parallelism_threads(min(cores(), SHARED) if shared else 1)
-        tf.config.threading.set_inter_op_parallelism_threads(streams())
+        tf.config.threading.set_intra_op_parallelism_threads(sharing() if shared else 1)
+        tf.config.threading.set_inter_op_parallelism_threads(cores())
     except RuntimeError:  # TensorFlow is running already: a second job of a multirun
         pass
 

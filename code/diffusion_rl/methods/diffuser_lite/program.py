@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core.quiet import without_stderr
-from diffusion_rl.core.threads import streams
+from diffusion_rl.core.threads import sharing
 from diffusion_rl.diffusion.rectified_flow import Steps, guided, time_grid
 from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel
 from diffusion_rl.networks.inverse_dynamics import InverseDynamics
@@ -155,7 +155,7 @@ class Program:
         """Returns `act` as TFLite runs it, whose kernels lay weights out for products of a few rows."""
         compiled = tf.function(self.act, autograph=False)
         concrete = compiled.get_concrete_function(*self.specs(n_envs, n_returns))
-        threads = 1 if n_envs < ENVS_FOR_THREADS else streams()
+        threads = 1 if n_envs < ENVS_FOR_THREADS else sharing()
         with without_stderr(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the interpreter will move to a package of its own
             model = tf.lite.TFLiteConverter.from_concrete_functions([concrete], self.inverse).convert()

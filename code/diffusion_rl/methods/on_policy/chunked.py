@@ -11,7 +11,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from diffusion_rl.core.threads import streams
+from diffusion_rl.core.batching import summed
+from diffusion_rl.core.threads import cores
 from diffusion_rl.networks.layers import Array
 
 
@@ -21,7 +22,7 @@ def chunks(rows: int, largest: int) -> tuple[int, int, int]:
         return 1, rows, 0
     n_chunks = max(1, round(rows / largest))
     if n_chunks > 1:
-        n_chunks = -(-n_chunks // streams()) * streams()  # the same number for every loop
+        n_chunks = -(-n_chunks // cores()) * cores()  # the same number for every loop
     size = -(-rows // n_chunks)
     return n_chunks, size, n_chunks * size - rows
 
@@ -52,7 +53,7 @@ def accumulate(
     start = ([tf.zeros_like(w) for w in like], tf.zeros([n_statistics], dtype))
     results = _side_by_side(body, lambda n: start, n_chunks, lambda i, *sums: sums)
     grads, statistics = zip(*results, strict=True)
-    return [_in_order(parts) for parts in zip(*grads, strict=True)], _in_order(statistics)
+    return [summed(parts) for parts in zip(*grads, strict=True)], summed(statistics)
 
 
 def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype: tf.DType) -> Array:
@@ -73,13 +74,8 @@ def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype:
     return tf.concat(_side_by_side(body, start, n_chunks, lambda i, values: values.concat()), axis=0)
 
 
-def _in_order(parts: Sequence[Array]) -> Array:
-    """Sums tensors of one shape [...]; `tf.add_n` would begin with whichever is there first, and round accordingly."""
-    return tf.reduce_sum(tf.stack(parts), axis=0)
-
-
 def _n_loops(n_chunks: int) -> int:
-    return streams() if n_chunks > 1 else 1
+    return cores() if n_chunks > 1 else 1
 
 
 def _side_by_side(

@@ -285,18 +285,18 @@ class ReinFlowTrainer(PPOTrainer):
     def end_iteration(self, train_actor: bool) -> None:
         if self.target_kl is None:
             super().end_iteration(train_actor)
-        self._set_noise()
+        self._set_noise(self.iteration)
         self.iteration += 1
 
-    def _set_noise(self) -> None:
-        """Sets the noise as it is after this iteration."""
+    def _set_noise(self, iteration: int) -> None:
+        """Sets the noise as it is after an iteration."""
         noisy = self.policy.actor_ft
         if noisy.kind == "learn_decay":
-            noisy.explore_noise_net.set_range(noisy.bounds[0], self.upper_bound(self.iteration))
+            noisy.explore_noise_net.set_range(noisy.bounds[0], self.upper_bound(iteration))
         elif noisy.kind == "const_schedule_itr":
             n = int(self.settings["n_train_itr"])
             hold, fall, warmup = (int(n * part) for part in (0.29, 0.7, 0.01))
-            noisy.set_level(held(self.iteration, *SCHEDULED_LEVELS, hold, fall, warmup))
+            noisy.set_level(held(iteration, *SCHEDULED_LEVELS, hold, fall, warmup))
 
     def upper_bound(self, iteration: int) -> float:
         """Returns the noise's upper bound after an iteration: it stays, then falls as a cosine does."""
@@ -321,6 +321,4 @@ class ReinFlowTrainer(PPOTrainer):
             for name, optimizer in self.optimizers.optimizers.items():
                 optimizer.learning_rate.assign(float(tensors[f"optimizer.{name}.learning_rate"]))
         if self.iteration and self.policy.actor_ft.kind == "const_schedule_itr":
-            self.iteration -= 1
-            self._set_noise()
-            self.iteration += 1
+            self._set_noise(self.iteration - 1)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.batching import parts, summed
 from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.core.precision import backward_in
-from diffusion_rl.core.threads import equal_parts
 from diffusion_rl.networks.folded import can_fold
 from diffusion_rl.networks.layers import Array, clone, variables_of
 from diffusion_rl.networks.mlp import split_masks
@@ -135,7 +135,7 @@ class PreTrainer:
     def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
         with backward_in(self.precision):
             losses, grads = zip(*(self._part(part) for part in self._parts(inputs)), strict=True)
-        self.optimizer.apply([_mean(parts) for parts in zip(*grads, strict=True)])
+        self.optimizer.apply([_mean(each) for each in zip(*grads, strict=True)])
         follow(self.averaged, self.variables, average, self.ema_decay)
         return _mean(losses)
 
@@ -146,17 +146,21 @@ class PreTrainer:
         return loss, tape.gradient(loss, self.variables)
 
     def _parts(self, inputs: tuple[Array, ...]) -> list[tuple[Array, ...]]:
-        """Deals the rows of a batch to the cores, as many to each; TensorFlow works on the parts side by side. Policies
-        whose rows depend on their place in the batch (`DEALT = False`) keep it whole."""
-        deals = self.fast and getattr(self.policy, "DEALT", True)
-        n = equal_parts(inputs[0].shape[0], ROWS_OF_A_PART) if deals else 1
-        return list(zip(*(tf.split(values, n) for values in inputs), strict=True))
+        """Deals the rows of a batch to the cores, as many to each; TensorFlow works on the parts side by side.
+
+        A GPU shares out its work itself, and policies whose rows depend on their place in the batch (`DEALT = False`)
+        keep it whole.
+        """
+        rows, deals = inputs[0].shape[0], self.fast and getattr(self.policy, "DEALT", True)
+        if not deals or rows is None or tf.config.list_logical_devices("GPU"):
+            return [inputs]
+        return [tuple(values[cut] for values in inputs) for cut in parts(rows, ROWS_OF_A_PART)]
 
     def end_epoch(self) -> None:
         """Advances the learning rate."""
         self.optimizer.learning_rate.assign(self.schedule.step())
 
 
-def _mean(parts: Sequence[Any]) -> Any:
+def _mean(values: Sequence[Any]) -> Any:
     """Averages tensors of one shape [...]; None where all are."""
-    return None if parts[0] is None else sum(parts) / len(parts)
+    return None if values[0] is None else summed(values) / len(values)
