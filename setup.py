@@ -20,13 +20,15 @@ OLDER_MUJOCO = "mujoco>=3.1.6,<3.5"
 
 ORACLES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 DOWNLOAD = ["gdown>=6.5,<7"]  # earlier ones neither go on after a broken connection nor notice a short answer
+RAY = ["ray[default,train]>=2.60,<3"]
+CLUSTER = [*RAY, "hydra-ray-launcher>=1.2"]
 SWEEP = ["hydra-joblib-launcher>=1.2"]
 # What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
 # `make test` installs robosuite without its requirements.
 ROBOSUITE_NEEDS = [OLDER_MUJOCO, "numba", "scipy", "opencv-python-headless", "termcolor", "Pillow"]
 ROBOSUITE_NEEDS += ["imageio[ffmpeg]"]
 # hardware, clusters, packages that need numpy < 2 and a compiler, one that needs a compiler on some systems, the site
-NOT_IN_ALL = ("robosuite15", "cuda", "ray", "submitit", "d4rl", "kuka", "docs")
+NOT_IN_ALL = ("robosuite15", "cuda", "ray", "cluster", "submitit", "d4rl", "kuka", "docs")
 
 EXTRAS = {
     "gym": ["gymnasium>=1.0,<2", MUJOCO, "imageio[ffmpeg]"],
@@ -51,10 +53,22 @@ EXTRAS = {
     "parity": ["torch==2.13.0", "hypothesis", "einops", "pytest>=8"],
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.22"],
-    "ray": ["ray", "hydra-ray-launcher"],
+    "ray": CLUSTER,  # the extra's former name
+    "cluster": CLUSTER,
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
-    + ["nbclient", "ipykernel", "pyarrow", "mkdocs>=1.6,<2", *DOWNLOAD, *ORACLES, *SWEEP, *ROBOSUITE_NEEDS],
+    + [
+        "nbclient",
+        "ipykernel",
+        "pyarrow",
+        "mkdocs>=1.6,<2",
+        *DOWNLOAD,
+        *ORACLES,
+        *SWEEP,
+        *RAY,
+        "submitit",
+        *ROBOSUITE_NEEDS,
+    ],
 }
 EXTRAS["all"] = sorted(
     {requirement for name, group in EXTRAS.items() if name not in NOT_IN_ALL for requirement in group}

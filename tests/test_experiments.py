@@ -335,3 +335,14 @@ def test_two_launches_in_the_same_second_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda text: "variants-2026_01_01_00_00_00")
     assert experiments._new_folder(tmp_path) != experiments._new_folder(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["variants-2026_01_01_00_00_00", "variants-2026_01_01_00_00_00-1"]
+
+
+@pytest.mark.parametrize("place", ["ray", "local"])
+def test_runs_elsewhere_end_with_their_statuses_and_logs(place, tmp_path):
+    pytest.importorskip({"ray": "ray", "local": "submitit"}[place])
+    write_spec(tmp_path, variables={"status": [0, 3]})
+    process = start(tmp_path, "--on", place)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "run 1: FAILED (exit status 3): working: 3/3" in output and "1 of 2 runs done" in output
+    assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["0", "1"]

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diffusion_rl.cli.status import INTERRUPTED, USER_ERROR, reported, show
@@ -53,16 +53,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(config: Config, defaults: Mapping[str, Any] | None = None) -> Any:
     """Builds the loop that `config` describes and runs it."""
-    config = prepare(config, defaults)
-    _select_device(config.get("device"))
+    return run_prepared(prepare(config, defaults))
+
+
+def run_prepared(config: Config) -> Any:
+    """Builds the loop that a configuration describes, which `prepare` has completed, and runs it."""
+    train = config.get("train") or {}
+    n_devices = int(train.get("devices") or 1)
+    _select_device(config.get("device"), n_devices)
     loop_class = find_class(config._target_)
-    _start_tensorflow(bool(getattr(loop_class, "SHARED_OPERATIONS", False)))
+    shared = bool(getattr(loop_class, "SHARED_OPERATIONS", False))
     check_arguments(plain(config))
-    return loop_class(config).run()
+    with _replicas(config, loop_class, n_devices, int(train.get("replicas") or 1), shared):
+        _start_tensorflow(shared)
+        return loop_class(config).run()
 
 
-def _select_device(device: str | None) -> None:
-    """Shows TensorFlow the GPU that `device` ("cuda:N", "cpu", null) names; without any GPU all are the processor."""
+@contextlib.contextmanager
+def _replicas(config: Config, loop_class: Any, devices: int, processes: int, shared: bool) -> Iterator[None]:
+    """Deals minibatches to devices of this process, or to processes of a cluster, as the configuration says."""
+    if devices > 1 and processes > 1:
+        raise UserError("train.devices and train.replicas exclude each other: give every replica a device of its own")
+    if devices > 1:
+        from diffusion_rl.core.replicas import Replicas, used
+        from diffusion_rl.core.replicas import devices as names_of
+
+        with used(Replicas(devices=names_of(devices))):
+            yield
+    elif processes > 1:
+        from diffusion_rl.cluster.replicas import Group, sharing
+        from diffusion_rl.cluster.session import ClusterSettings
+        from diffusion_rl.core.threads import configure_threads
+
+        if not hasattr(loop_class, "replica"):
+            raise UserError(f"train.replicas={processes}: {loop_class.__name__} is not shared among processes")
+        configure_threads(shared)  # nothing may be computed before the processes have met
+        with sharing(Group(processes, ClusterSettings.of(config), loop_class.replica, plain(config))):
+            yield
+    else:
+        yield
+
+
+def _select_device(device: str | None, n: int = 1) -> None:
+    """Shows TensorFlow the GPU that `device` ("cuda:N", "cpu", null) names, and the n - 1 after it; without any GPU all
+    are the processor."""
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
@@ -73,7 +107,7 @@ def _select_device(device: str | None) -> None:
         raise UserError(f"device={device}: this machine has {len(gpus)} GPUs, numbered from 0")
     if not gpus:
         return
-    visible = [] if name == "cpu" else [gpus[int(number or 0)]]
+    visible = [] if name == "cpu" else gpus[int(number or 0) :][:n]
     with contextlib.suppress(RuntimeError):  # a later job of a multirun: TensorFlow is already running
         tf.config.set_visible_devices(visible, "GPU")
         for gpu in visible:

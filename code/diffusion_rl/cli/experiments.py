@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from diffusion_rl.cli.variants import HYDRA_OPTIONS, append_to_name, as_flags, as_overrides, flat, folder_of
+from diffusion_rl.cluster.launch import PLACES, Process, launched
 from diffusion_rl.config.overrides import experiment_arguments, gpu_number, read_spec
 from diffusion_rl.config.schema import FILE, check_ranges, require_inside, whole
 from diffusion_rl.config.yaml_files import write_yaml
@@ -117,15 +118,23 @@ class Job:
     command: list[str]
     status: int | None = None
     seconds: float = 0.0
-    process: subprocess.Popen | None = None
+    process: Process | None = None
     began: float = field(default=0.0)
 
     @property
     def log(self) -> Path:
         return self.variant.with_suffix(".log")
 
-    def start(self, environment: Mapping[str, str]) -> bool:
-        """Starts it as a process that ends with this one; False while the process of an earlier launch still runs."""
+    def start(self, environment: Mapping[str, str], place: str = "here") -> bool:
+        """Starts it, here as a process that ends with this one; False while that of an earlier launch still runs.
+
+        Args:
+            place: one of `cluster.launch.PLACES`.
+        """
+        if place != "here":
+            self.began = time.monotonic()
+            self.process = launched(place, self.command, self.log)
+            return True
         lock = child_lock(self.variant.with_suffix(".lock"))
         if lock is None:
             return False
@@ -237,9 +246,19 @@ class Pool:
 
     Args:
         stream: where lines about the progress go.
+        place: where jobs run, one of `cluster.launch.PLACES`.
     """
 
-    def __init__(self, folder: Path, jobs: Sequence[Job], workers: int, gpu: str, stream: TextIO | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        jobs: Sequence[Job],
+        workers: int,
+        gpu: str,
+        stream: TextIO | None = None,
+        place: str = "here",
+    ):
+        self.place = place
         self.folder, self.jobs, self.workers = folder, list(jobs), max(1, min(workers, len(jobs)))
         self.stream = sys.stderr if stream is None else stream
         self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
@@ -269,7 +288,7 @@ class Pool:
     def _start(self, waiting: list[Job], running: list[Job]) -> None:
         """Starts as many as there are workers for; those of an earlier launch are waited for."""
         for job in waiting[: self.workers - len(running)]:
-            if job.start(self.environment):
+            if job.start(self.environment, self.place):
                 waiting.remove(job)
                 running.append(job)
             elif job not in self.awaited:
@@ -339,6 +358,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = experiment_arguments("Run every combination of an experiment's variables.", HELP)
     parser.add_argument("--resume", action="store_true", help="go on with the last launch: skip the runs that are done")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and start nothing")
+    where = "on this machine, on a Ray cluster, as jobs of Slurm, or as those without Slurm"
+    parser.add_argument("--on", choices=PLACES, default="here", help=f"where runs go: {where}")
     parsed = parser.parse_args(list(arguments))
     gpu, spec = gpu_number(parsed.gpu), read_spec(Path(parsed.experiment))
     runs = tell_apart(variants(spec), [key for key, _ in flat(spec.get("variables") or {})])
@@ -356,7 +377,8 @@ def main(arguments: Sequence[str]) -> int:
         for variant in runs:
             write_yaml(folder / f"{variant['exp_id']}.yaml", variant)
     with locked(folder, "start it anew without --resume"):
-        return Pool(folder, _jobs(folder, runs, gpu), int(spec["meta_data"].get("num_workers") or 1), gpu).run()
+        workers = int(spec["meta_data"].get("num_workers") or 1)
+        return Pool(folder, _jobs(folder, runs, gpu), workers, gpu, place=parsed.on).run()
 
 
 def _jobs(folder: Path, runs: Sequence[Mapping[str, Any]], gpu: str) -> list[Job]:

@@ -64,6 +64,7 @@ _TOP = {
     "wandb.entity": Option("default $DPPO_WANDB_ENTITY, else wandb's own"),
     "wandb.project": Option("default `project`"),
     "wandb.run": Option("default <time>_<name>"),
+    "ray.address": Option("local | auto (the cluster of this machine) | host:port of its head [ours]", default="local"),
     # the task
     "env_name": Option("the environment's name"),
     "task": Option("Furniture-Bench: the piece of furniture; avoiding: the set of demonstrations"),
@@ -103,6 +104,17 @@ _ENV = {
     "engine": Option(
         "mujoco (locomotion batched and restorable) | gymnasium | d4rl (a process per environment) [ours]"
     ),
+    "cluster": Option(
+        "null: simulators on this machine | ray: at actors in a cluster [ours]", Kind("text", words=("ray",), null=True)
+    ),
+    "actors": Option("cluster: processes that simulate; default one for each core [ours]", whole(1, 10**5, null=True)),
+    "nodes": Option("cluster: machines to wait for; default those that are there [ours]", whole(1, 10**5, null=True)),
+    "collect": Option(
+        "cluster: exact, the driver decides in every step | wide, actors decide, of rollouts of their own [ours]",
+        one_of("exact", "wide"),
+        default="exact",
+    ),
+    "spares": Option("cluster: processes ready to take over from late or lost ones [ours]", whole(0, 1000), default=0),
     "threads": Option("threads that step batched environments; default 2 [ours]", whole(1, 1024)),
     "worker_timeout": Option(
         "seconds that an environment's process may take to answer; default 600 [ours]", positive(null=True)
@@ -189,6 +201,8 @@ _TRAIN = {
         one_of("float32", "bfloat16"),
         default="float32",
     ),
+    "devices": Option("GPUs of this machine to which minibatches are dealt [ours]", whole(1, 1024), default=1),
+    "replicas": Option("processes of a cluster that update together [ours]", whole(1, 10**4), default=1),
     "force_train": Option("train in every iteration, evaluations included", FLAG, default=False),
     "save_model_freq": Option("iterations (epochs) between checkpoints", STEPS),
     "stop_at": Option("end after this iteration (epoch) and go on another day; schedules stay [ours]", STEPS_OR_NONE),

@@ -13,18 +13,18 @@ from typing import Any
 from diffusion_rl.config.declared import declared
 from diffusion_rl.config.instantiate import PACKAGE, flatten
 
-RUN = "suite stage project name seed device data_dir log_dir logdir resume tensorboard wandb"
+RUN = "suite stage project name seed device data_dir log_dir logdir resume tensorboard wandb ray"
 ITERATIONS = "n_train_itr stop_at n_steps val_freq save_model_freq force_train render fast gamma batch_size"
 PPO = (
     "gae_lambda update_epochs n_critic_warmup_itr reward_scale_const reward_scale_running target_kl ent_coef vf_coef "
     "max_grad_norm use_bc_loss bc_loss_coeff grad_accumulate augment logprob_batch_size "
-    "precision eta_lr eta_weight_decay eta_lr_scheduler eta_update_interval"
+    "precision devices replicas eta_lr eta_weight_decay eta_lr_scheduler eta_update_interval"
 )
 
 #: What each loop reads of `train`. "actor" stands for the actor's learning rate, its schedule and its weight decay.
 LOOPS = {
     "PreTraining": "n_epochs stop_at batch_size epoch_start_ema update_ema_freq train_split save_model_freq val_freq "
-    "learning_rate weight_decay lr_scheduler ent_coef fast precision",
+    "learning_rate weight_decay lr_scheduler ent_coef fast precision devices replicas",
     "OnPolicyTraining": f"{ITERATIONS} {PPO} actor critic",
     "OffPolicyTraining": f"{ITERATIONS} scale_reward_factor log_freq buffer_size",
     "Evaluation": "",

@@ -19,7 +19,7 @@ from diffusion_rl.core.typing import Rng
 class NoiseSource:
     """Random draws as numpy arrays, with a state that can be saved and restored exactly."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int | Sequence[int]):
         self._generator = np.random.Generator(np.random.Philox(seed))
 
     def normal(self, shape: Sequence[int], dtype: Any = np.float32) -> np.ndarray:

@@ -67,6 +67,10 @@ class VectorEnv(Protocol):
         """Releases processes, threads and files."""
 
 
+class SimulatorDied(UserError):
+    """The process of an environment has ended, or does not answer: another one may do better."""
+
+
 class Unrestorable:
     """Implements saving and restoring for environments whose simulators cannot be saved."""
 
@@ -74,6 +78,10 @@ class Unrestorable:
 
     def get_state(self) -> dict[str, np.ndarray]:
         return {}
+
+    def get_random(self) -> Any:
+        """Returns what the next resets draw from; None: nothing is known of it."""
+        return None
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Raises UserError for a state, which is that of other environments."""

@@ -25,7 +25,53 @@ from diffusion_rl.envs.worker import EnvRecipe, simulator_named
 ENGINES = ("mujoco", "gymnasium", "d4rl")
 
 
-def make_vector_env(
+@dataclasses.dataclass(frozen=True)
+class EnvPlan:
+    """What is needed to build environments anywhere, without the files of this machine's configuration.
+
+    Attributes:
+        request: which environments.
+        simulator: module of `envs` that builds them.
+        engine: one of `ENGINES`.
+        action_dim: A of the configuration.
+    """
+
+    request: EnvRequest
+    simulator: str
+    engine: str
+    action_dim: int
+
+    def build(self) -> VectorEnv:
+        """Builds the environments. Raises UserError where they have other dimensions than the configuration."""
+        venv = _made(self.request, self.simulator, self.engine)
+        try:
+            _check_dims(self.request.name, venv, self.request.obs_dim, self.action_dim)
+        except UserError:
+            venv.close()
+            raise
+        return venv
+
+    def part(self, rows: slice, **settings: Any) -> EnvPlan:
+        """Returns the plan of some of the environments. settings: of the `env` node, instead of the configured ones."""
+        request = dataclasses.replace(
+            self.request, seeds=self.request.seeds[rows], config={**self.request.config, **settings}
+        )
+        return dataclasses.replace(self, request=request)
+
+
+def make_vector_env(env_cfg: Mapping[str, Any], **facts: Any) -> VectorEnv:
+    """Builds the environments of a run, environment i seeded with seed + i.
+
+    Arguments and errors as of `plan_vector_env`; also raises UserError where this machine has no room for them.
+    """
+    plan = plan_vector_env(env_cfg, **facts)
+    room.require_memory(len(plan.request.seeds), room.ROW_GB)
+    if plan.request.window:
+        video.require_display()
+    return plan.build()
+
+
+def plan_vector_env(
     env_cfg: Mapping[str, Any],
     *,
     obs_dim: int,
@@ -34,8 +80,8 @@ def make_vector_env(
     seed: int,
     n_envs: int | None = None,
     threads: int | None = None,
-) -> VectorEnv:
-    """Builds the environments of a run, environment i seeded with seed + i.
+) -> EnvPlan:
+    """Reads the description of the environments of a run, environment i seeded with seed + i.
 
     env_cfg, under the reference's keys: `name`, `n_envs`, `max_episode_steps`, `wrappers` with
     `multi_step.{n_obs_steps, n_action_steps, max_episode_steps, reset_within_step}` and
@@ -44,8 +90,7 @@ def make_vector_env(
     (envs/robomimic.py); ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every environment a
     process, "d4rl" too, with D4RL's own simulators), `threads` (default 2), `d4rl_time_limit` (null: a time-out is
     truncation alone), `worker_timeout` (seconds that a process may take to answer, default 600).
-    n_envs, threads: override the configured ones. Raises UserError for unknown names, wrong dimensions, or more
-    environments than this machine has room for.
+    n_envs, threads: override the configured ones. Raises UserError for unknown engines and contradictions.
     """
     config = dict(plain(env_cfg))  # its interpolations resolved: workers do not know OmegaConf
     config |= {} if threads is None else {"threads": threads}
@@ -57,7 +102,6 @@ def make_vector_env(
     configured = chunks.get("n_action_steps", act_steps)
     if configured != act_steps:
         raise UserError(f"env.wrappers.multi_step.n_action_steps={configured}, act_steps={act_steps}: make them equal")
-    room.require_memory(count, room.ROW_GB)
     request = EnvRequest(
         name=name,
         config=config,
@@ -72,15 +116,7 @@ def make_vector_env(
         normalizer=_normalizer(config.get("wrappers") or {}, obs_dim, action_dim),
         obs_dim=obs_dim,
     )
-    if request.window:
-        video.require_display()
-    venv = _made(request, _simulator(request), engine)
-    try:
-        _check_dims(name, venv, obs_dim, action_dim)
-    except UserError:
-        venv.close()
-        raise
-    return venv
+    return EnvPlan(request, _simulator(request), engine, action_dim)
 
 
 def _normalizer(wrappers: Mapping[str, Any], obs_dim: int, action_dim: int) -> MinMaxNormalizer | None:

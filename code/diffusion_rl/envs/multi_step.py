@@ -16,7 +16,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.data.normalizers import MinMaxNormalizer
-from diffusion_rl.envs import chunks
+from diffusion_rl.envs import chunks, randomness
 from diffusion_rl.envs.interface import Observations
 
 STATE, PICTURE = "state", "rgb"  # entries of observations
@@ -269,6 +269,14 @@ class MultiStep:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
+
+    def get_random(self) -> randomness.State:
+        """Returns the states of all generators that the environment may draw from."""
+        return randomness.capture(self.env)
+
+    def set_random(self, state: randomness.State) -> None:
+        """Takes back what `get_random` returned; it takes effect with the next reset."""
+        randomness.restore(self.env, state)
 
     def close(self) -> None:
         self._stop_video()

@@ -274,10 +274,14 @@ class Robomimic(gymnasium.Env):
             self._was_reset = True
         return self.show(self.init_state), {}
 
+    def generators(self) -> list[np.random.Generator]:
+        """Returns what it draws from beside numpy's global generator: one of its own in robosuite 1.5."""
+        own = getattr(self.base.env, "rng", None)
+        return [] if own is None else [own]
+
     def _seed(self, seed: int) -> None:
         np.random.seed(seed)
-        own = getattr(self.base.env, "rng", None)
-        if own is not None:  # its parts hold the same generator
+        for own in self.generators():  # its parts hold the same one
             own.bit_generator.state = np.random.default_rng(seed).bit_generator.state
 
     def show(self, state: np.ndarray) -> dict[str, np.ndarray]:

@@ -16,7 +16,14 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs import processes, room, worker
-from diffusion_rl.envs.interface import WORKER_TIMEOUT, Observations, StepResult, Unrestorable, require_one_each
+from diffusion_rl.envs.interface import (
+    WORKER_TIMEOUT,
+    Observations,
+    SimulatorDied,
+    StepResult,
+    Unrestorable,
+    require_one_each,
+)
 from diffusion_rl.envs.multi_step import MultiStep
 
 log = logging.getLogger(__name__)
@@ -83,6 +90,15 @@ class MultiStepVectorEnv(Unrestorable, abc.ABC):
             merged,
         )
 
+    def get_random(self) -> Any:
+        """Returns what the next resets draw from; with it, their episodes can be repeated."""
+        return {"seeds": list(self._seeds), "states": self._call("get_random", [()] * self.n_envs)}
+
+    def set_random(self, random: Any) -> None:
+        """Takes back what `get_random` returned."""
+        self._call("set_random", [(state,) for state in random["states"]])
+        self._seeds = list(random["seeds"])
+
     def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         for i, lane in enumerate(self._lanes):
             try:
@@ -98,14 +114,14 @@ class MultiStepVectorEnv(Unrestorable, abc.ABC):
         except TimeoutError as silence:
             self._lanes[index].wait(0)
             self.close()
-            raise UserError(f"environment {index} ({name}) stands still: {silence}") from None
+            raise SimulatorDied(f"environment {index} ({name}) stands still: {silence}") from None
         except (EOFError, OSError):
             code = self._lanes[index].exit_code()
             self.close()
             cause = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
             hint = " (out of memory?)" if code == -9 else ""
             line = f"environment {index} died: its process ended without a word, {cause}{hint} [{name}]"
-            raise UserError(line) from None
+            raise SimulatorDied(line) from None
         if status == "refused":
             self.close()
             raise UserError(f"environment {index} ({name}): {value}")

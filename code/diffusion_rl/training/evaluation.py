@@ -17,7 +17,7 @@ from diffusion_rl.core.files import atomic_file
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import Observations, VectorEnv
-from diffusion_rl.envs.make import make_vector_env
+from diffusion_rl.envs.make import EnvPlan, make_vector_env, plan_vector_env
 from diffusion_rl.networks.vision import check_images
 from diffusion_rl.policies import flow
 from diffusion_rl.policies.acting import actor_for
@@ -78,16 +78,31 @@ def deciding(actor: Any, rng: Rng, deterministic: bool) -> Decide:
     return decide
 
 
-def make_venv(cfg: Config, policy: Any, seed: int) -> VectorEnv:
-    """Makes the environments of a run. Raises UserError also where they show other images than `policy` sees."""
+def make_venv(cfg: Config, policy: Any, seed: int, shared: Callable[[EnvPlan], EnvPlan] | None = None) -> VectorEnv:
+    """Makes the environments of a run. Raises UserError also where they show other images than `policy` sees.
+
+    Args:
+        shared: what actors of a cluster build instead.
+    """
     dims = {name: cfg[name] for name in ("obs_dim", "action_dim", "act_steps")}
-    venv = make_vector_env(cfg["env"], **dims, seed=seed)
+    venv = _made(cfg, dims, seed, shared)
     try:
         check_images(getattr(policy, "network", None), venv.obs_spec.get("rgb"), f"environment {cfg['env']['name']}")
     except UserError:
         venv.close()
         raise
     return venv
+
+
+def _made(cfg: Config, dims: dict[str, int], seed: int, shared: Callable[[EnvPlan], EnvPlan] | None) -> VectorEnv:
+    """Makes environments on this machine, or in a cluster where `env.cluster` says so, there of `shared(plan)`."""
+    if cfg["env"].get("cluster") is None:
+        return make_vector_env(cfg["env"], **dims, seed=seed)
+    from diffusion_rl.cluster.remote import RemoteVectorEnv  # needs the extra `cluster`
+    from diffusion_rl.cluster.session import ClusterSettings
+
+    plan = plan_vector_env(cfg["env"], **dims, seed=seed)
+    return RemoteVectorEnv(plan if shared is None else shared(plan), ClusterSettings.of(cfg))
 
 
 class Evaluation:

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.config.compose import Config, plain_copy
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
+from diffusion_rl.envs.interface import VectorEnv
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.continuation import BEGAN_ANEW, FINE_TUNING_MAY_CHANGE
@@ -69,7 +71,7 @@ class FineTuning(TrainingLoop):
         self.seed = int(cfg.get("seed", 42))
         self.model = model if model is not None else self._build_policy()
         self.n_envs = int(cfg["env"]["n_envs"])
-        self.venv = venv if venv is not None else make_venv(cfg, self.model, self.seed)
+        self.venv = venv if venv is not None else self._make_venv()
         self.owns_rng = rng is None
         self.rng = NoiseSource(self.seed) if rng is None else rng
         self.act_steps, self.n_steps = int(cfg["act_steps"]), int(self.train["n_steps"])
@@ -95,6 +97,11 @@ class FineTuning(TrainingLoop):
 
     def _build_policy(self) -> Any:
         return build_policy(self.cfg, self.seed)
+
+    def _make_venv(self) -> VectorEnv:
+        if self.cfg["env"].get("collect") == "wide":
+            raise UserError("env.collect=wide is for on-policy fine-tuning: leave it out")
+        return make_venv(self.cfg, self.model, self.seed)
 
     @abc.abstractmethod
     def _collect(self, on_step: OnStep) -> Rollout:
@@ -191,6 +198,7 @@ class FineTuning(TrainingLoop):
         update = {} if evaluating else self._update(rollout)
         row |= {k: v for k, v in update.items() if np.isscalar(v)}
         row |= self._end_iteration()
+        row |= self.venv.measured() if hasattr(self.venv, "measured") else {}
         if self.observer is not None:
             self.observer(self._observed_episodes(rollout, stats, evaluating) | self._observed(rollout, update))
         return row

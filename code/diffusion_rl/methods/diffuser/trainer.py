@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core import replicas
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP, follow
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.data.trajectories import TrajectoryDataset
@@ -128,12 +129,17 @@ class DiffuserTrainer:
             results = results.write(i, self._micro_batches([(items[i], t[i], noise[i])], average[i])[0])
         return results.stack()
 
+    def _gradients(self, items: Array, t: Array, noise: Array) -> tuple[Array, dict[str, Array], list[Array]]:
+        """Returns the loss of windows [B], what else is reported of them, and the gradients."""
+        with tf.GradientTape() as tape:
+            loss, infos = self.loss(items, t, noise)
+        return loss, infos, tape.gradient(loss, self.variables)
+
     def _micro_batches(self, batches: Sequence[tuple[Array, Array, Array]], average: Array) -> Array:
         gradients, results = [], []
         for batch in batches:
-            with tf.GradientTape() as tape:
-                loss, infos = self.loss(*batch)
-            gradients.append(tape.gradient(loss, self.variables))
+            loss, infos, grads = replicas.averaged(self._gradients, *batch)
+            gradients.append(grads)
             self.names = list(infos)
             results.append(tf.stack([loss, *infos.values()]))
         if len(batches) > 1:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core import replicas
 from diffusion_rl.core.ema import average_into
 from diffusion_rl.core.optimizers import AdamW, clip_by_global_norm
 from diffusion_rl.methods.diffuser_lite.levels import PlanLevel
@@ -51,9 +52,7 @@ class LevelTrainer:
     ) -> tuple[Array, Array]:
         """Makes one step at a learning rate (float64). Graph-safe. Returns the loss and, with `max_norm`, the
         gradient's norm before clipping."""
-        with tf.GradientTape() as tape:
-            loss = self.level.loss(x0, x1, t, condition, keep)
-        grads = tape.gradient(loss, self.variables)
+        loss, grads = replicas.averaged(self._gradients, x0, x1, t, condition, keep)
         norm = tf.zeros_like(loss)
         if self.max_norm is not None:
             grads, norm = clip_by_global_norm(grads, self.max_norm)
@@ -64,6 +63,13 @@ class LevelTrainer:
                 optimizer.apply(own)
         average_into(variables_of(self.level.ema), variables_of(self.level.network), self.ema_rate)
         return loss, norm
+
+    def _gradients(
+        self, x0: Array, x1: Array, t: Array, condition: Array | None, keep: Array | None
+    ) -> tuple[Array, list[Array]]:
+        with tf.GradientTape() as tape:
+            loss = self.level.loss(x0, x1, t, condition, keep)
+        return loss, tape.gradient(loss, self.variables)
 
 
 class InverseTrainer:
@@ -81,11 +87,31 @@ class InverseTrainer:
     ) -> Array:
         """Makes one step on pairs [...,O], actions [...,A], dropout's mask [...,W]; `valid` [...] of 0 and 1 leaves
         some pairs out. Returns the loss. Graph-safe."""
+        weights = None if valid is None else valid / tf.reduce_mean(valid)  # of all rows, whoever has them
+        loss, grads = replicas.averaged(self._gradients, state, action, following, keep, valid, weights)
+        self.optimizer.apply(grads)
+        return loss
+
+    def _gradients(
+        self,
+        state: Array,
+        action: Array,
+        following: Array,
+        keep: Array | None,
+        valid: Array | None,
+        weights: Array | None,
+    ) -> tuple[Array, list[Array]]:
+        """Returns the mean loss of the pairs that are valid, and its gradients; of some of the rows it is a part of
+        that."""
         with tf.GradientTape() as tape:
             errors = tf.reduce_mean(tf.square(self.inverse(state, following, keep) - action), axis=-1)
-            loss = tf.reduce_mean(errors) if valid is None else tf.reduce_sum(errors * valid) / tf.reduce_sum(valid)
-        self.optimizer.apply(tape.gradient(loss, self.optimizer.variables))
-        return loss
+            if valid is None or weights is None:
+                loss = tf.reduce_mean(errors)
+            elif replicas.count() == 1:
+                loss = tf.reduce_sum(errors * valid) / tf.reduce_sum(valid)
+            else:
+                loss = tf.reduce_mean(errors * weights)
+        return loss, tape.gradient(loss, self.optimizer.variables)
 
 
 class LevelDraws(NamedTuple):

@@ -219,9 +219,10 @@ class DPOERTrainer(DPPOTrainer):
     def _temperature_step(self) -> None:
         self.temperature_optimizer.apply([self.policy.temperature_gradient(self.entropy)])
 
-    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
-        """Returns the parts of the loss of rows [B] and the gradients by name, the entropy's own included."""
-        losses, grads = super().gradients(rows, data, None)
+    def shared_gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        """Returns the parts of the loss of rows [B] and the gradients by name, the entropy's own included; that is
+        small, and every replica computes it."""
+        losses, grads = super().shared_gradients(rows, data, None)
         if self.published:
             return losses, grads
         p, actor = self.policy, self.trained["actor"]

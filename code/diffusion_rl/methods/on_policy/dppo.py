@@ -138,13 +138,18 @@ class DPPO(ClippedPPO, FineTunedDiffusionPolicy):
         """Returns `clipped_policy_loss` of denoising steps, all arguments [B]; advantages: of `step_advantages`."""
         return clipped_policy_loss(log_prob, old_log_prob, advantages, self.clip_range(denoising_inds))
 
+    def normalised(self, advantages: Array, among: Array | None = None) -> Array:
+        """Normalises advantages [...], and clamps them to the quantiles of the minibatch's."""
+        normal = super().normalised(advantages, among)
+        if self.advantage_quantiles == (0, 1) or self._normalised_before:
+            return normal
+        ordered = tf.sort(normal if among is None else super().normalised(among))
+        low, high = (quantile(ordered, share) for share in self.advantage_quantiles)
+        return tf.clip_by_value(normal, low, high)
+
     def step_advantages(self, advantages: Array, denoising_inds: Array) -> Array:
-        """Normalises [B], clamps to the quantiles, then discounts by the denoising steps still to come."""
+        """Normalises [B], then discounts by the denoising steps still to come."""
         advantages = self.normalised(advantages)
-        low, high = self.advantage_quantiles
-        if (low, high) != (0, 1):
-            ordered = tf.sort(advantages)
-            advantages = tf.clip_by_value(advantages, quantile(ordered, low), quantile(ordered, high))
         f = self.ft_denoising_steps
         discounts = tf.constant([self.gamma_denoising ** (f - i - 1) for i in range(f)], advantages.dtype)
         return advantages * tf.gather(discounts, denoising_inds)
@@ -192,6 +197,7 @@ class DPPOTrainer(PPOTrainer):
     """Updates a `DPPO` policy; arguments as of `PPOTrainer`."""
 
     SAMPLES = "chains"
+    DRAWS_AXIS = 1
 
     def modules(self) -> dict[str, Any]:
         return super().modules() | ({"eta": self.policy.eta} if self.policy.learn_eta else {})

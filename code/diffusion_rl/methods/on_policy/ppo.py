@@ -12,10 +12,11 @@ bytes until a network takes it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from diffusion_rl.core.optimizers import AdamW, OptimizerGroup, clip_by_global_n
 from diffusion_rl.core.precision import backward_in
 from diffusion_rl.core.returns import gae
 from diffusion_rl.core.typing import Rng
+from diffusion_rl.methods.on_policy.shared import Gradients, Losses, SharedGradients
 from diffusion_rl.networks.layers import Array, trainable_of
 from diffusion_rl.networks.vision import RandomShiftsAug
 from diffusion_rl.policies.acting import actor_for
@@ -36,8 +38,6 @@ log = logging.getLogger(__name__)
 
 LOG_PROB_RANGE = (-5.0, 2.0)  # old and new alike; what is outside gets no gradient
 
-Gradients = dict[str, Any]  # by the name of what is trained, a list of arrays or None
-Losses = dict[str, Array]  # the parts of the loss and what is watched beside them, all scalars
 PerRow = tuple[Array, Array, Array, Array]  # loss, ratio, approximate KL, outside of the clip range; [B] each
 Obs = dict[str, Array]
 
@@ -79,6 +79,7 @@ class ClippedPPO:
     """
 
     critic: Any
+    _normalised_before = False
 
     def __init__(
         self, clip_ploss_coef: float, clip_vloss_coef: float | None = None, norm_adv: bool = True, **kwargs: Any
@@ -86,15 +87,29 @@ class ClippedPPO:
         super().__init__(**kwargs)
         self.clip_ploss_coef, self.clip_vloss_coef, self.norm_adv = clip_ploss_coef, clip_vloss_coef, norm_adv
 
-    def normalised(self, advantages: Array) -> Array:
-        """Returns advantages [B] with mean 0 and deviation 1, where that is asked for."""
-        if not self.norm_adv:
+    def normalised(self, advantages: Array, among: Array | None = None) -> Array:
+        """Returns advantages [...] with mean 0 and deviation 1, where that is asked for.
+
+        Args:
+            among: the minibatch's [B], whose mean and deviation are meant; None: these themselves.
+        """
+        if not self.norm_adv or self._normalised_before:
             return advantages
-        centred = advantages - tf.reduce_mean(advantages)
+        among = advantages if among is None else among
+        mean = tf.reduce_mean(among)
         # unbiased deviation (N - 1), as torch.std
-        n = tf.cast(tf.size(advantages), advantages.dtype)
-        std = tf.sqrt(tf.reduce_sum(tf.square(centred)) / (n - 1))
-        return centred / (std + 1e-8)
+        n = tf.cast(tf.size(among), among.dtype)
+        std = tf.sqrt(tf.reduce_sum(tf.square(among - mean)) / (n - 1))
+        return (advantages - mean) / (std + 1e-8)
+
+    @contextlib.contextmanager
+    def normalised_before(self) -> Iterator[None]:
+        """Takes advantages as they are meanwhile: of a part of a minibatch, the whole of which was normalised."""
+        self._normalised_before = True
+        try:
+            yield
+        finally:
+            self._normalised_before = False
 
     def policy_loss(self, log_prob: Array, old_log_prob: Array, advantages: Array) -> PerRow:
         """Returns `clipped_policy_loss` of chunks that are single decisions: log-probabilities [B] are clamped here."""
@@ -171,7 +186,7 @@ class ChunkPPO(ClippedPPO):
 # ---------- the update ----------
 
 
-class PPOTrainer:
+class PPOTrainer(SharedGradients):
     """Updates a policy from rollouts; trainers of diffusion policies say what a row is and how it is differentiated.
 
     Args:
@@ -403,7 +418,7 @@ class PPOTrainer:
         self, rows: Array, data: dict[str, Array], draws: Any, stepped: tuple[str, ...], complete: bool
     ) -> Array:
         with backward_in(self.settings.get("precision")):
-            losses, grads = self.gradients(rows, data, draws)
+            losses, grads = self.shared_gradients(rows, data, draws)
         for name, totals in self.pending.items():
             grads[name] = [
                 g if g is None else total.assign_add(g) for total, g in zip(totals, grads[name], strict=True)

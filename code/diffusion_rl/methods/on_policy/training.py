@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from diffusion_rl.config.compose import Config
+from diffusion_rl.cluster import replicas
+from diffusion_rl.config.compose import Config, merged, plain_copy
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.reward_scaling import RunningRewardScaler
+from diffusion_rl.core.typing import Rng
+from diffusion_rl.envs.interface import VectorEnv
+from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.methods.on_policy.ppo import PPOTrainer
+from diffusion_rl.methods.on_policy.wide import CollectingPlan, WideCollector
 from diffusion_rl.training.checkpoint import Checkpoint
-from diffusion_rl.training.evaluation import deciding, evaluate
+from diffusion_rl.training.evaluation import deciding, evaluate, make_venv
 from diffusion_rl.training.fine_tuning import FineTuning, OnStep
+from diffusion_rl.training.loop import restore_rng, rng_state
+from diffusion_rl.training.policy_files import build_policy
 from diffusion_rl.training.rollout import Rollout, collect
 
 
@@ -23,7 +31,12 @@ class OnPolicyTraining(FineTuning):
     def __init__(self, cfg: Config, **parts: Any):
         super().__init__(cfg, **parts)
         self.KIND = self.model.KIND
-        self.trainer = self._make_trainer(int(cfg.get("reward_horizon", self.act_steps)))
+        self.trainer: Any = self._make_trainer(reward_horizon(cfg))
+        group = replicas.present()
+        if group is not None:
+            self.trainer = SharedUpdates(self.trainer, group, lambda: state_dict(self.model))
+        widely = cfg["env"].get("collect") == "wide"
+        self.wide = WideCollector(self.venv, self.trainer, self.seed) if widely else None
         self.scaler = RunningRewardScaler(self.n_envs) if self.train.get("reward_scale_running", False) else None
 
     def _build_policy(self) -> Any:
@@ -35,10 +48,23 @@ class OnPolicyTraining(FineTuning):
             )
         return policy
 
-    def _make_trainer(self, reward_horizon: int) -> PPOTrainer:
+    def _make_venv(self) -> VectorEnv:
+        if self.cfg["env"].get("collect") != "wide":
+            return super()._make_venv()
+        if self.cfg["env"].get("cluster") is None:
+            raise UserError("env.collect=wide needs env.cluster=ray: on one machine the driver decides")
+        settings = plain_copy(self.cfg)
+        return make_venv(self.cfg, self.model, self.seed, lambda plan: CollectingPlan.of(plan, settings))
+
+    @staticmethod
+    def replica(settings: Mapping[str, Any]) -> UpdatingReplica:
+        """Builds what another process holds that updates with this one; settings: the whole configuration."""
+        return UpdatingReplica(settings)
+
+    def _make_trainer(self, horizon: int) -> PPOTrainer:
         if not hasattr(self.model, "make_trainer"):
             raise UserError(f"model._target_ is {type(self.model).__name__}, which is not trained on-policy")
-        return self.model.make_trainer(self.train, reward_horizon)
+        return self.model.make_trainer(self.train, horizon)
 
     @property
     def _train_actor(self) -> bool:
@@ -54,8 +80,12 @@ class OnPolicyTraining(FineTuning):
 
     def _collect(self, on_step: OnStep) -> Rollout:
         observations, firsts = self._start(self._options())
-        decide = deciding(self.trainer.actor, self.rng, deterministic=False)
         self.env_steps += self.n_steps * self.n_envs * self.act_steps
+        if self.wide is not None:
+            rollout = self.wide.collect(self.itr, state_dict(self.model), self.n_steps, observations, firsts)
+            on_step(self.n_steps - 1, rollout.rewards[-1])
+            return rollout
+        decide = deciding(self.trainer.actor, self.rng, deterministic=False)
         return collect(self.venv, decide, self.n_steps, observations, firsts, self.act_steps, on_step)
 
     def _evaluate(self, on_step: OnStep) -> Rollout:
@@ -107,3 +137,57 @@ class OnPolicyTraining(FineTuning):
                 "losses": {n: np.array(v) for n, v in update["losses"].items()},
             }
         return seen
+
+
+def reward_horizon(settings: Mapping[str, Any]) -> int:
+    """Returns how many actions of a chunk count in the loss of denoising steps."""
+    return int(settings.get("reward_horizon", settings["act_steps"]))
+
+
+class UpdatingReplica:
+    """Policy and trainer of a process that updates with the driver, from the driver's rollouts."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        seed = int(settings["seed"])
+        self.policy, self.rng = build_policy(merged(settings, {}), seed), NoiseSource(seed)
+        self.trainer = self.policy.make_trainer(settings["train"], reward_horizon(settings))
+
+    def update(self, rollout: Rollout, rng: Any, train_actor: bool) -> None:
+        """Trains on a rollout, with draws from the driver's source as it was."""
+        restore_rng(self.rng, rng)
+        self.trainer.update(rollout, self.rng, train_actor)
+
+    def end_iteration(self, train_actor: bool) -> None:
+        """Advances the schedules."""
+        self.trainer.end_iteration(train_actor)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns the policy's weights by name."""
+        return state_dict(self.policy)
+
+    def load(
+        self, weights: Mapping[str, np.ndarray], tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]
+    ) -> None:
+        """Goes on from a checkpoint."""
+        self.trainer.before_weights(state)
+        load_state_dict(self.policy, weights)
+        self.trainer.restore(tensors, state)
+
+
+class SharedUpdates(replicas.InStep):
+    """The trainer of a policy, whose minibatches are shared with other processes.
+
+    All of them stop at the same minibatch: a signal is heard between updates.
+    """
+
+    def update(
+        self, rollout: Rollout, rng: Rng, train_actor: bool, stop: Any = None, check: Any = lambda losses: None
+    ) -> dict[str, Any]:
+        """Trains on a rollout, as `PPOTrainer.update` does."""
+        sent = rollout, rng_state(rng), train_actor
+        return self.together("update", *sent, ours=lambda: self._trainer.update(rollout, rng, train_actor, check=check))
+
+    def end_iteration(self, train_actor: bool) -> None:
+        """Advances the schedules everywhere, and looks whether the weights are still the same."""
+        self.together("end_iteration", train_actor, ours=lambda: self._trainer.end_iteration(train_actor))
+        self.require_equal()

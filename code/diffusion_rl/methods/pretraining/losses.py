@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core import replicas
 from diffusion_rl.core.batching import parts, summed
 from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
@@ -134,10 +135,15 @@ class PreTrainer:
 
     def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
         with backward_in(self.precision):
-            losses, grads = zip(*(self._part(part) for part in self._parts(inputs)), strict=True)
-        self.optimizer.apply([_mean(each) for each in zip(*grads, strict=True)])
+            loss, grads = replicas.averaged(lambda *part: self._gradients(part), *inputs)
+        self.optimizer.apply(grads)
         follow(self.averaged, self.variables, average, self.ema_decay)
-        return _mean(losses)
+        return loss
+
+    def _gradients(self, inputs: tuple[Array, ...]) -> tuple[Array, list[Array]]:
+        """Returns the loss of some rows, a scalar, and its gradients, computed on all cores."""
+        losses, grads = zip(*(self._part(part) for part in self._parts(inputs)), strict=True)
+        return _mean(losses), [_mean(each) for each in zip(*grads, strict=True)]
 
     def _part(self, inputs: tuple[Array, ...]) -> tuple[Array, list[Array]]:
         """Returns the loss of some rows, a scalar, and its gradients by the variables."""

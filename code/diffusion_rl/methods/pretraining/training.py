@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffusion_rl.config.compose import Config, plain_copy
+from diffusion_rl.cluster import replicas
+from diffusion_rl.config.compose import Config, merged, plain_copy
 from diffusion_rl.config.instantiate import instantiate
 from diffusion_rl.core.ema import AVERAGE, COPY, KEEP
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
+from diffusion_rl.interop.torch_names import state_dict
 from diffusion_rl.methods.pretraining.losses import BATCHES_PER_CALL, PreTrainable, PreTrainer
 from diffusion_rl.networks.mlp import draw_masks
 from diffusion_rl.networks.vision import check_images
@@ -63,10 +65,18 @@ class PreTraining(TrainingLoop):
         self.items, self.validation = np.arange(len(self.dataset)), np.empty(0, np.int64)
         if float(self.train.get("train_split", 1)) < 1:
             self.items, self.validation = self.dataset.split(float(self.train["train_split"]), NoiseSource(self.seed))
-        self.trainer = PreTrainer(self.model, self.dataset, self.train, cfg["ema"]["decay"])
+        self.trainer: Any = PreTrainer(self.model, self.dataset, self.train, cfg["ema"]["decay"])
+        group = replicas.present()
+        if group is not None:
+            self.trainer = SharedSteps(self.trainer, group, lambda: state_dict(self.model))
         self.total, self.n_batches = int(self.train["n_epochs"]), 0
         self.units = math.ceil(len(self.items) / int(self.train["batch_size"]))
         self._losses, self._row = np.zeros(0), dict[str, Any]()
+
+    @staticmethod
+    def replica(settings: Mapping[str, Any]) -> TrainingReplica:
+        """Builds what another process holds that trains with this one; settings: the whole configuration."""
+        return TrainingReplica(settings)
 
     @property
     def ema_model(self) -> PreTrainable:
@@ -194,6 +204,8 @@ class PreTraining(TrainingLoop):
         self.trainer.optimizer.learning_rate.assign(self.trainer.schedule.lr)
         restore_rng(self.rng, state["noise"])
         self.n_batches, self.step = int(state["n_batches"]), int(checkpoint.metadata["epoch"])
+        if isinstance(self.trainer, SharedSteps):
+            self.trainer.load(checkpoint)
 
     def _observed(self, losses: np.ndarray) -> dict[str, Any]:
         return {
@@ -209,3 +221,43 @@ class _Averaged:
 
     def __init__(self, network: Any):
         self.network = network
+
+
+class TrainingReplica:
+    """The training of a process that trains with the driver: the same data, and steps when the driver makes them."""
+
+    def __init__(self, settings: Mapping[str, Any]):
+        self.training = PreTraining(merged(settings, {}))
+
+    def steps(self, *batches: Any) -> None:
+        """Trains on batches as `PreTrainer.steps` does."""
+        self.training.trainer.steps(*batches)
+
+    def end_epoch(self) -> None:
+        """Advances the learning rate."""
+        self.training.trainer.end_epoch()
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Returns the policy's weights by name."""
+        return state_dict(self.training.model)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint."""
+        self.training.restore(checkpoint)
+
+
+class SharedSteps(replicas.InStep):
+    """The trainer of a policy, whose batches are shared with other processes."""
+
+    def steps(self, *batches: Any) -> np.ndarray:
+        """Trains on batches as `PreTrainer.steps` does; returns their losses [n]."""
+        return self.together("steps", *batches, ours=lambda: self._trainer.steps(*batches))
+
+    def end_epoch(self) -> None:
+        """Advances the learning rate everywhere, and looks whether the weights are still the same."""
+        self.together("end_epoch", ours=self._trainer.end_epoch)
+        self.require_equal()
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Lets the others go on from a checkpoint, too."""
+        self.together("load", checkpoint, ours=lambda: None)

@@ -1,0 +1,1 @@
+"""Simulators on many machines, on Ray."""

@@ -1,0 +1,177 @@
+"""Simulators at Ray actors give what they give on one machine, to the bit, whatever is lost on the way."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from tests.small_runs import FINE_TUNE, loop, make_base_policy
+
+from diffusion_rl.core.errors import UserError
+from diffusion_rl.envs.make import make_vector_env, plan_vector_env
+from diffusion_rl.interop.torch_names import state_dict
+
+ray = pytest.importorskip("ray")
+
+from diffusion_rl.cluster.remote import RemoteVectorEnv  # noqa: E402
+from diffusion_rl.cluster.session import ClusterSettings  # noqa: E402
+
+HOPPER = {"name": "hopper-medium-v2", "n_envs": 5, "max_episode_steps": 60}
+HOPPER |= {"wrappers": {"multi_step": {"n_action_steps": 4, "reset_within_step": True}}}
+HOPPER_DIMS = {"obs_dim": 11, "action_dim": 3, "act_steps": 4, "seed": 7}
+PENDULUM = {**HOPPER, "name": "tests.drawn_env:Drawn-v0", "engine": "gymnasium"}
+PENDULUM_DIMS = {"obs_dim": 3, "action_dim": 2, "act_steps": 4, "seed": 7}
+CASES = {"restored": (HOPPER, HOPPER_DIMS), "repeated": (PENDULUM, PENDULUM_DIMS)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    yield
+    ray.shutdown()
+
+
+def remote(case, actors=3, **settings):
+    env, dims = CASES[case]
+    return RemoteVectorEnv(plan_vector_env(env, **dims), ClusterSettings(actors=actors, **settings))
+
+
+def history(venv, dims, n_steps=30, between=lambda step: None):
+    """Returns everything that environments say in some steps, two resets among them."""
+    rng = np.random.default_rng(0)
+    said = [venv.reset()["state"]]
+    for step in range(n_steps):
+        between(step)
+        if step == n_steps // 2:
+            said.append(venv.reset()["state"])
+        result = venv.step(rng.uniform(-1, 1, (venv.n_envs, 4, dims["action_dim"])))
+        said += [result.observations["state"], result.rewards, result.terminated, result.truncated]
+        said += [result.infos["executed_steps"], result.infos.get("final_observations", {"state": 0})["state"]]
+    return said
+
+
+def local_history(case):
+    env, dims = CASES[case]
+    venv = make_vector_env(env, **dims)
+    said = history(venv, dims)
+    venv.close()
+    return said
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def pids(venv):
+    return [shard.facts.pid for shard in venv._shards]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("actors", [1, 3])
+def test_the_same_to_the_bit_at_any_number_of_actors(case, actors):
+    venv = remote(case, actors)
+    assert_same(history(venv, CASES[case][1]), local_history(case))
+    assert venv.measured() == {"actors_lost": 0, "calls_repeated": 0}
+    venv.close()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_actors_change_nothing(case, caplog):
+    venv = remote(case)
+    killed = []
+
+    def between(step):
+        if step in (0, 4, 17, 28):
+            pid = venv._shards[step % 3].facts.pid if step else pids(venv)[0]
+            if pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    assert_same(history(venv, CASES[case][1], between=between), local_history(case))
+    lost = venv.measured()
+    assert lost["actors_lost"] == len(killed) >= 3
+    assert "others repeat" in caplog.text
+    venv.close()
+
+
+def test_what_environments_say_is_one_line():
+    venv = remote("repeated")
+    venv.reset()
+    actions = np.zeros((venv.n_envs, 4, 2))
+    actions[3, 2] = 9
+    with pytest.raises(UserError, match="this action is far out"):
+        venv.step(actions)
+    venv.close()
+
+
+def test_states_go_to_one_machine_and_back():
+    env, dims = CASES["restored"]
+    venv, here = remote("restored"), make_vector_env(env, **dims)
+    assert_same(history(venv, dims), history(here, dims))
+    state = venv.get_state()
+    for key, value in here.get_state().items():
+        np.testing.assert_array_equal(value, state[key])
+    following = history(here, dims)
+    venv.set_state(state)
+    assert_same(history(venv, dims), following)
+    with pytest.raises(UserError, match="rows, there are 5"):
+        venv.set_state({key: value[:2] for key, value in state.items()})
+    venv.close()
+
+
+def test_simulators_do_without_tensorflow():
+    venv = remote("restored", 1)
+    modules = venv._shards[0].facts.modules
+    assert "mujoco" in modules and "tensorflow" not in modules
+    venv.close()
+
+
+def trained(folder, *options, watch=None):
+    """Weights and metrics after a small fine-tuning; watch: is given the environments after each rollout."""
+    base = make_base_policy(folder / "base.safetensors")
+    built = loop(FINE_TUNE, folder / "run", f"base_policy_path={base}", *options)
+    collect_ = built._collect
+
+    def collected(on_step):
+        rollout = collect_(on_step)
+        if watch is not None:
+            watch(built.venv)
+        return rollout
+
+    built._collect = collected
+    rows = built.run()
+    return state_dict(built.model), rows
+
+
+@pytest.mark.slow
+def test_a_training_in_a_cluster_is_that_of_one_machine(tmp_path):
+    here, _ = trained(tmp_path / "here")
+    there, _ = trained(tmp_path / "there", "++env.cluster=ray", "++env.actors=2")
+    assert_weights(there, here)
+
+
+@pytest.mark.slow
+def test_wide_collecting_repeats_what_lost_actors_did(tmp_path):
+    wide = ("++env.cluster=ray", "++env.actors=2", "++env.collect=wide")
+    killed = []
+
+    def kill(venv):
+        if not killed:
+            killed.append(os.kill(venv._shards[1].facts.pid, signal.SIGKILL))
+
+    one, _ = trained(tmp_path / "one", *wide)
+    other, rows = trained(tmp_path / "other", *wide, watch=kill)
+    assert sum(row["actors_lost"] for row in rows) == 1
+    assert_weights(other, one)
+
+
+def assert_weights(ours, theirs):
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(value, ours[name], err_msg=name)
+
+
+def test_wide_needs_a_cluster(tmp_path):
+    base = make_base_policy(tmp_path / "base.safetensors")
+    with pytest.raises(UserError, match="needs env.cluster=ray"):
+        loop(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", "++env.collect=wide")
