@@ -104,7 +104,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=8, help="mean time between two kills")
     parser.add_argument("--actors", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="draw what was written before")
     options = parser.parse_args()
+    if options.draw:
+        draw(options.draw, REPOSITORY / "figure" / "cluster" / "faults.png")
+        return 0
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
@@ -125,6 +129,41 @@ def main() -> int:
         print((work / "killed.log").read_text()[-3000:])
         return status
     return compare(options, work, killer.done)
+
+
+def draw(files: list[Path], path: Path) -> None:
+    """Draws iteration times with and without kills, of the files that `compare` wrote."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sys.path.insert(0, str(REPOSITORY / "code"))
+    from diffusion_rl.reports.style import COLOURS, STYLE
+
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(files), figsize=(4.5 * len(files), 3.2), squeeze=False)
+        for panel, file in zip(panels[0], files, strict=True):
+            data = json.loads(file.read_text())
+            for name, label, colour in (("alone", "one machine", "0.5"), ("killed", "three nodes, killed", COLOURS[0])):
+                rows = data[name][1:]  # the first one compiles
+                panel.plot(
+                    [row["itr"] for row in rows], [row["seconds"] for row in rows], "o-", color=colour, label=label
+                )
+            lost = [row for row in data["killed"][1:] if row["actors_lost"]]
+            top = max(row["seconds"] for row in data["killed"][1:])
+            for row in lost:
+                panel.annotate(f"{row['actors_lost']}", (row["itr"], top * 1.06), ha="center", color=COLOURS[1])
+            kills = data["kills"]
+            nodes = sum(kill["what"] == "node" for kill in kills)
+            panel.set(ylim=(0, top * 1.25), xlabel="iterations", ylabel="seconds of an iteration")
+            same = "all weights equal" if not data["different_tensors"] else "WEIGHTS DIFFER"
+            panel.set_title(f"{data['task']}: {len(kills) - nodes} actors and {nodes} nodes killed, {same}")
+            panel.legend()
+        figure.text(0.01, 0.01, "red: actors lost in an iteration", color=COLOURS[1], fontsize=8)
+        figure.tight_layout(rect=(0, 0.03, 1, 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Description": "python benchmarks/cluster_faults.py --draw FILE ..."})
 
 
 def compare(options: argparse.Namespace, work: Path, kills: list[dict[str, Any]]) -> int:

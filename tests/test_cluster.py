@@ -2,10 +2,21 @@
 
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
-from tests.small_runs import FINE_TUNE, loop, make_base_policy
+from tests.small_runs import (
+    FINE_TUNE,
+    arguments,
+    assert_same_checkpoint,
+    loop,
+    make_base_policy,
+    rows,
+    run,
+    start,
+    states,
+)
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.envs.make import make_vector_env, plan_vector_env
@@ -161,8 +172,8 @@ def test_wide_collecting_repeats_what_lost_actors_did(tmp_path):
             killed.append(os.kill(venv._shards[1].facts.pid, signal.SIGKILL))
 
     one, _ = trained(tmp_path / "one", *wide)
-    other, rows = trained(tmp_path / "other", *wide, watch=kill)
-    assert sum(row["actors_lost"] for row in rows) == 1
+    other, metrics = trained(tmp_path / "other", *wide, watch=kill)
+    assert sum(row["actors_lost"] for row in metrics) == 1
     assert_weights(other, one)
 
 
@@ -175,3 +186,38 @@ def test_wide_needs_a_cluster(tmp_path):
     base = make_base_policy(tmp_path / "base.safetensors")
     with pytest.raises(UserError, match="needs env.cluster=ray"):
         loop(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", "++env.collect=wide")
+
+
+@pytest.mark.slow
+def test_a_spare_takes_over_from_one_that_is_late(caplog):
+    venv, stopped = remote("restored", 2, spares=1), []
+
+    def between(step):
+        if step == 20:
+            stopped.append(venv._shards[0].facts.pid)
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    assert_same(history(venv, HOPPER_DIMS, between=between), local_history("restored"))
+    os.kill(stopped[0], signal.SIGKILL)
+    assert "are late: a spare actor joins in" in caplog.text
+    venv.close()
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_twice_goes_on(tmp_path):
+    base = make_base_policy(tmp_path / "base.safetensors")
+    options = [f"base_policy_path={base}", "train.save_model_freq=1", "train.n_train_itr=12"]
+    cluster = ["++env.cluster=ray", "++env.actors=2"]
+    run(FINE_TUNE, tmp_path / "here", *options)
+    for killed_after in (3, 7, None):
+        resume = [] if killed_after == 3 else [f"resume={tmp_path / 'there'}"]
+        process = start(arguments(FINE_TUNE, tmp_path / "there", *options, *cluster, *resume))
+        while killed_after is not None and process.poll() is None:
+            if (tmp_path / "there/metrics.jsonl").is_file() and len(rows(tmp_path / "there")) >= killed_after:
+                process.kill()
+            time.sleep(0.02)
+        _, errors = process.communicate()
+        assert process.returncode == (0 if killed_after is None else -9), errors
+    last = states(tmp_path / "here")[-1]
+    assert_same_checkpoint(*(tmp_path / name / "checkpoint" / last for name in ("here", "there")))
+    assert [row["itr"] for row in rows(tmp_path / "there")] == list(range(12))

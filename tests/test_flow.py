@@ -68,6 +68,7 @@ def base(tmp_path_factory):
     return once
 
 
+@pytest.mark.slow
 @every_kind
 def test_pre_training_learns_resumes_and_is_evaluated(base, kind, tmp_path, capsys):
     losses = [row["loss"] for row in rows(base(kind))]

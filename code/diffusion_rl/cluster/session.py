@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -58,9 +59,18 @@ def connect(settings: ClusterSettings) -> Any:
     except ImportError as error:
         raise UserError("env.cluster=ray needs Ray: pip install -e '.[cluster]'") from error
     if not ray.is_initialized():
+        _silence()
         _begin(ray, settings.address)
     _await_nodes(ray, settings.nodes)
     return ray
+
+
+def _silence() -> None:
+    """Keeps Ray's paragraph about each lost process from the terminal, where a line of ours stands."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray._private import worker
+
+        worker.print_to_stdstream = lambda *lines, **options: None
 
 
 def _begin(ray: Any, address: str) -> None:
