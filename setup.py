@@ -21,7 +21,6 @@ OLDER_MUJOCO = "mujoco>=3.1.6,<3.5"
 ORACLES = ["rliable>=1.2", "pandas<3"]  # the versions of arch that rliable takes fail with pandas 3
 DOWNLOAD = ["gdown>=6.5,<7"]  # earlier ones neither go on after a broken connection nor notice a short answer
 RAY = ["ray[default,train]>=2.60,<3"]
-CLUSTER = [*RAY, "hydra-ray-launcher>=1.2"]
 SWEEP = ["hydra-joblib-launcher>=1.2"]
 # What robosuite uses of its own requirements in the tests: of the rest, pynput reads keyboards and needs a compiler, so
 # `make test` installs robosuite without its requirements.
@@ -53,8 +52,8 @@ EXTRAS = {
     "parity": ["torch==2.13.0", "hypothesis", "einops", "pytest>=8"],
     "wandb": ["wandb"],
     "cuda": ["tensorflow[and-cuda]>=2.20,<2.22"],
-    "ray": CLUSTER,  # the extra's former name
-    "cluster": CLUSTER,
+    "cluster": RAY,
+    "ray": [*RAY, "hydra-ray-launcher"],  # the launcher of sweeps; takes an older cloudpickle than joblib's
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"],
     "test": ["pytest>=8", "pytest-xdist", "pytest-cov>=7", "hypothesis", "ruff", "mypy", "import-linter>=2.10"]
     + [

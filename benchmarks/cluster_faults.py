@@ -68,8 +68,13 @@ class Killer:
         self.random.shuffle(self.plan)
         self.done: list[dict[str, Any]] = []
 
-    def run(self, program: subprocess.Popen) -> int:
-        """Kills until everything planned is done or the program has ended; returns its exit status."""
+    def run(self, program: subprocess.Popen, folder: Path) -> int:
+        """Kills until everything planned is done or the program has ended; returns its exit status.
+
+        Begins once an iteration is done, since before that nothing could be lost.
+        """
+        while not rows(folder) and program.poll() is None:
+            time.sleep(0.1)
         for what in self.plan:
             until = time.monotonic() + self.random.expovariate(1 / self.seconds)
             while time.monotonic() < until or not simulators():  # it has not begun, or all are being replaced
@@ -123,7 +128,7 @@ def main() -> int:
     more = ["env.cluster=ray", f"env.actors={options.actors}", f"ray.address={cluster.address}"]
     with (work / "killed.log").open("w") as log:
         training = command(options.task, options.iterations, work / "killed", *more)
-        status = killer.run(subprocess.Popen(training, cwd=REPOSITORY, stdout=log, stderr=log))
+        status = killer.run(subprocess.Popen(training, cwd=REPOSITORY, stdout=log, stderr=log), work / "killed")
     cluster.shutdown()
     if status:
         print((work / "killed.log").read_text()[-3000:])

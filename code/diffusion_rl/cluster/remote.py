@@ -61,7 +61,7 @@ class RemoteVectorEnv:
     def _tell(self, line: str, repeated: int) -> None:
         self.lost += 1
         self.repeated += repeated
-        log.warning("%s: %s", line, f"others repeat {repeated} calls" if repeated else "others begin anew")
+        log.warning(line)
 
     def measured(self) -> dict[str, int]:
         """Returns what to add to the metrics of an iteration: actors lost since the last one, and calls repeated."""

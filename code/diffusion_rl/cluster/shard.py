@@ -103,7 +103,7 @@ class Shard:
         self._asked_at = time.monotonic()
         self._seen: Any = None  # the last observations
         self._actor = actors.start()
-        self.facts = Facts({}, 0, False, "?", 0)
+        self.facts = Facts({}, 0, False, "the start", 0)
 
     @property
     def rows(self) -> int:
@@ -178,7 +178,8 @@ class Shard:
                     self._actors.end(actor)
                 reason = self._reason(loss)
                 repeated = len(self._journal) if self._point is not None else 0
-                self._tell(f"simulators at {self.facts.host} were lost ({reason})", repeated)
+                then = f"others repeat {repeated} calls" if self._point is not None else "new episodes begin"
+                self._tell(f"simulators at {self.facts.host} were lost ({reason}): {then}", repeated)
         name = self.plan.request.name
         raise UserError(f"{ATTEMPTS} actors in a row were lost with environments of {name} ({reason}): see Ray's logs")
 
@@ -206,7 +207,7 @@ class Shard:
 
     def _race(self) -> None:
         actor = self._actors.take()
-        self._tell(f"simulators at {self.facts.host} are late: a spare actor joins in", len(self._journal))
+        self._tell(f"simulators at {self.facts.host} are late: a spare actor joins in", 0)
         self._runs[actor.repeat.remote(self.plan, self._point, self._journal, self._keeps())] = actor
 
     def _losses(self) -> tuple[type[BaseException], ...]:
