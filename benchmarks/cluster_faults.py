@@ -164,6 +164,7 @@ def draw(files: list[Path], path: Path) -> None:
             panel.set(ylim=(0, top * 1.25), xlabel="iterations", ylabel="seconds of an iteration")
             same = "all weights equal" if not data["different_tensors"] else "WEIGHTS DIFFER"
             panel.set_title(f"{data['task']}: {len(kills) - nodes} actors and {nodes} nodes killed, {same}")
+            panel.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
             panel.legend()
         figure.text(0.01, 0.01, "red: actors lost in an iteration", color=COLOURS[1], fontsize=8)
         figure.tight_layout(rect=(0, 0.03, 1, 1))

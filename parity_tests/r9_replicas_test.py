@@ -28,13 +28,14 @@ from diffusion_rl.networks.temporal_unet import TemporalUnet
 from parity_tests.replay.dispatch import replay
 from parity_tests.replay.files import GOLDENS
 
-QUICK = ["agent_ppo_diffusion_clipnorm_2itr", "agent_pretrain_diffusion"]
+QUICK = ["agent_ppo_diffusion_clipnorm_2itr", "agent_pretrain_diffusion", "agent_idql"]
 OTHERS = [
     "agent_ppo_diffusion_base",
     "agent_ppo_exact",
     "agent_ppo_gaussian",
     "agent_update_flow",
     "agent_update_shortcut_repeat",
+    "agent_sac",
 ]
 CASES = [(case, 2) for case in QUICK]
 CASES += [pytest.param(case, 4, marks=pytest.mark.slow) for case in QUICK + OTHERS]

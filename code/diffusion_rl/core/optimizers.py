@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core import replicas
+from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 
 
@@ -136,21 +138,37 @@ class GradientSteps:
         self.optimizers = optimizers
 
     def __call__(
-        self, part: str, loss: Callable[[], tf.Tensor], max_norm: float | None = None, apply: bool = True
+        self,
+        part: str,
+        loss: Callable[..., tf.Tensor],
+        max_norm: float | None = None,
+        apply: bool = True,
+        rows: Sequence[Any] = (),
     ) -> tf.Tensor:
         """Takes a step on a loss, differentiated by the part's variables alone; returns the loss, a scalar.
 
         Args:
+            loss: of `rows`; where there are such, a mean over them.
             max_norm: clip the gradient's norm to it (None: no clipping).
             apply: False only evaluates the loss.
+            rows: tensors [B,...], or structures of them, which replicas may share.
+
+        Raises:
+            UserError: there are replicas, and nothing that they can share.
         """
         if not apply:
-            return loss()
+            return loss(*rows)
         optimizer = self.optimizers[part]
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(optimizer.variables)
-            value = loss()
-        grads = tape.gradient(value, optimizer.variables)
+        if replicas.count() > 1 and not rows:
+            raise UserError("train.devices, train.replicas: the updates of this algorithm are not shared")
+
+        def differentiated(*rows: Any) -> tuple[tf.Tensor, list[tf.Tensor | None]]:
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(optimizer.variables)
+                value = loss(*rows)
+            return value, tape.gradient(value, optimizer.variables)
+
+        value, grads = replicas.averaged(differentiated, *rows)
         if max_norm is not None:
             grads, _ = clip_by_global_norm(grads, max_norm)
         optimizer.apply(grads)

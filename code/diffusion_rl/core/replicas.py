@@ -70,14 +70,15 @@ def averaged(function: Callable[..., T], *arrays: Any) -> T:
 
     Args:
         function: gives tensors that are means over its rows, in dictionaries, lists or tuples; None stays None.
-        arrays: a replica gets its rows of each; None stays None. The first axis is B, or a multiple of it.
+        arrays: or structures of them; a replica gets its rows of each; None stays None. The first axis is B, or a
+            multiple of it.
 
     Raises:
         UserError: there are fewer rows than replicas.
     """
     if count() == 1:
         return function(*arrays)
-    rows = _rows(next(array for array in arrays if array is not None))
+    rows = _rows(next(array for array in tf.nest.flatten(list(arrays)) if array is not None))
     if isinstance(rows, int) and rows < count():
         raise UserError(f"a minibatch of {rows} rows cannot be dealt to {count()} replicas")
     if _present.strategy is not None:
@@ -110,8 +111,11 @@ def _in_processes(strategy: tf.distribute.Strategy, function: Callable[..., T], 
 def _weighted(function: Callable[..., T], arrays: Sequence[Any], rows: Any, number: int) -> tuple[T, list[tf.Tensor]]:
     """Returns what the function gives of the rows of a replica, and those tensors times its share of the rows."""
     first, after = (rows * n // count() for n in (number, number + 1))
-    parts = [None if a is None else a[first * (_rows(a) // rows) : after * (_rows(a) // rows)] for a in arrays]
-    result = function(*parts)
+
+    def part(array: tf.Tensor | None) -> tf.Tensor | None:
+        return None if array is None else array[first * (_rows(array) // rows) : after * (_rows(array) // rows)]
+
+    result = function(*(tf.nest.map_structure(part, array) for array in arrays))
     present = [value for value in tf.nest.flatten(result) if value is not None]
     share = tf.cast(after - first, tf.float64) / tf.cast(rows, tf.float64)
     return result, [value * tf.cast(share, value.dtype) for value in present]

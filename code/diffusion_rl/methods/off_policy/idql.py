@@ -103,14 +103,15 @@ class IDQL(OffPolicy, ExploringDiffusionPolicy):
 
     def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
         batch = data.online.at(draws["rows"])
-        v = step("critic_v", lambda: self.loss_critic_v(batch))
-        q = step("critic_q", lambda: self.loss_critic_q(batch, settings["gamma"]))
+        v = step("critic_v", self.loss_critic_v, rows=[batch])
+        q = step("critic_q", lambda batch: self.loss_critic_q(batch, settings["gamma"]), rows=[batch])
         self.update_target_critic(settings["critic_tau"])
         actor = step(
             "actor",
-            lambda: self.loss(batch.actions, {"state": batch.obs}, draws["t"], draws["noise"]),
+            lambda actions, obs, t, noise: self.loss(actions, {"state": obs}, t, noise),
             settings.get("max_grad_norm"),
             apply=train_actor,
+            rows=[batch.actions, batch.obs, draws["t"], draws["noise"]],
         )
         return {"loss_critic_v": v, "loss_critic_q": q, "loss_actor": actor}
 

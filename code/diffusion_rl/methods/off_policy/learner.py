@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core import replicas
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup
 from diffusion_rl.core.typing import Rng
@@ -100,7 +101,7 @@ class Learner:
     def _call(self, phase: Phase, drawn: Sequence[Draws]) -> Losses:
         key = phase.update, phase.train_actor
         if key not in self._programs:
-            self._programs[key] = tf.function(self._loop(phase), jit_compile=self.fast)
+            self._programs[key] = tf.function(self._loop(phase), jit_compile=self.fast and replicas.count() == 1)
         stacked = {name: np.stack([draws[name] for draws in drawn]) for name in drawn[0]}
         losses = self._programs[key](_tensors(stacked)).numpy()
         return {name: losses[:, i] for i, name in enumerate(self._names[key])}

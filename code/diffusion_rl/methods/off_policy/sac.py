@@ -59,8 +59,11 @@ class SoftPolicy(OffPolicy, ExploringGaussianPolicy):
 
     def step_temperature(self, obs: Array, noise: Array, step: Any, settings: Settings) -> Array:
         """Takes a gradient step on the temperature; obs [B,To,O], noise as in `sample`. Returns the loss."""
+        target = float(settings["target_entropy"])
         return step(
-            "log_alpha", lambda: self.loss_temperature(obs, self.alpha, float(settings["target_entropy"]), noise)
+            "log_alpha",
+            lambda obs, noise: self.loss_temperature(obs, self.alpha, target, noise),
+            rows=[obs, noise],
         )
 
 
@@ -139,13 +142,15 @@ class SAC(SoftActorCritic):
         batch, alpha = data.online.at(draws["rows"]), self.alpha  # its value at the beginning serves throughout
         losses = {
             "loss_critic": step(
-                "critic", lambda: self.loss_critic(batch, settings["gamma"], alpha, draws["next_noise"])
+                "critic",
+                lambda batch, noise: self.loss_critic(batch, settings["gamma"], alpha, noise),
+                rows=[batch, draws["next_noise"]],
             )
         }
         self.update_target_critic(settings["target_ema_rate"])
         for k in range(draws["actor_noise"].shape[0]) if train_actor else ():
             noise = draws["actor_noise"][k]
-            actor = step("actor", lambda noise=noise: self.loss_actor(batch.obs, alpha, noise[0]))
+            actor = step("actor", lambda obs, noise: self.loss_actor(obs, alpha, noise), rows=[batch.obs, noise[0]])
             temperature = self.step_temperature(batch.obs, noise[1], step, settings)
             losses |= {f"loss_actor.{k}": actor, f"loss_temperature.{k}": temperature}
         return losses
