@@ -251,7 +251,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 right.plot(NODES, rates, line, marker=marker, color=colour, label=label)
         right.set(xscale="log", yscale="log", xlabel="nodes of 32 cores", ylabel="environment steps a second")
         left.legend()
-        right.legend(title="exact; dashed: wide")
+        right.legend(title="exact; dashed: wide", loc="center left", bbox_to_anchor=(1.01, 0.5))
         figure.tight_layout()
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Description": "python benchmarks/cluster_scaling.py"})

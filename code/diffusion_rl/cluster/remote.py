@@ -6,6 +6,7 @@ policy stays with the driver: a chunk step is one message to every actor and one
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -83,7 +84,18 @@ class RemoteVectorEnv:
     def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         for shard, args in zip(self._shards, arguments, strict=True):
             shard.ask(method, *args)
-        return [shard.answer() for shard in self._shards]
+        return [shard.answer(reply) for shard, reply in zip(self._shards, self._at_once(), strict=True)]
+
+    def _at_once(self) -> list[Any]:
+        """Returns the replies of all actors, fetched together; Nones where one is late or lost, which its shard finds
+        out."""
+        ray, pending = self._actors.ray, [shard.pending for shard in self._shards]
+        patience = min(shard.patience() for shard in self._shards)
+        _, late = ray.wait(pending, num_returns=len(pending), timeout=patience)
+        if not late:
+            with contextlib.suppress(ray.exceptions.RayError):
+                return ray.get(pending)
+        return [None] * len(pending)
 
     def seed(self, seeds: Sequence[int]) -> None:
         """Seeds environment i with seeds[i]; it takes effect with the next reset."""

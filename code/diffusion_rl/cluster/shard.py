@@ -131,16 +131,24 @@ class Shard:
         if len(self._journal) >= LONGEST_JOURNAL:
             self._point, self._journal = None, []
         self._journal.append((method, arguments))
+        self._asked_at = time.monotonic()
         self._runs = {self._actor.call.remote(method, arguments, self._keeps()): self._actor}
 
-    def answer(self) -> Any:
+    @property
+    def pending(self) -> Any:
+        """Returns where Ray will put the answer to the last call."""
+        return next(iter(self._runs))
+
+    def answer(self, reply: Reply | None = None) -> Any:
         """Waits for the answer to the last call, from whichever actor gives it.
+
+        Args:
+            reply: that answer, where it is known already.
 
         Raises:
             UserError: the environments fail, or actors are lost again and again.
         """
-        self._asked_at = time.monotonic()
-        reply = self._answered(self._replace)
+        reply = self._answered(self._replace) if reply is None else reply
         self._times.append(time.monotonic() - self._asked_at)
         self._note(reply)
         if self._journal and self._journal[-1][0] in ("get_state", "seed") and self.facts.restorable:
@@ -162,7 +170,8 @@ class Shard:
         elif reply.point is not None:
             self._point = reply.point if reply.point.random is not None else None
             self._journal = self._journal[-1:]
-        self._seen = getattr(reply.value, "observations", reply.value)
+        if method in ("reset", "step"):
+            self._seen = getattr(reply.value, "observations", reply.value)
 
     # ---------- faults ----------
 
@@ -185,9 +194,9 @@ class Shard:
 
     def _first(self) -> Any:
         """Waits for the first answer that comes. A spare actor races one that is late."""
-        limit = self.plan.request.worker_timeout + PLACING_SECONDS
+        limit = self.limit
         while True:
-            until = self._asked_at + (self._patience(limit) if len(self._runs) == 1 else limit)
+            until = self._asked_at + (self.patience() if len(self._runs) == 1 else limit)
             ready, _ = self._ray.wait(list(self._runs), timeout=max(0.0, until - time.monotonic()))
             if ready:
                 self._actor = self._runs.pop(ready[0])
@@ -199,8 +208,14 @@ class Shard:
                 raise TimeoutError(f"no answer for {limit:g} s; see env.worker_timeout")
             self._race()
 
-    def _patience(self, limit: float) -> float:
-        """Seconds after which an answer is late, where there are spare actors and other calls to compare it with."""
+    @property
+    def limit(self) -> float:
+        """Returns seconds that an answer may take."""
+        return self.plan.request.worker_timeout + PLACING_SECONDS
+
+    def patience(self) -> float:
+        """Returns seconds after which an answer is late, where there are spare actors and calls to compare it with."""
+        limit = self.limit
         if self._actors.n_spares == 0 or len(self._times) < COMPARED or self._point is None:
             return limit
         return min(limit, max(LATE_SECONDS, LATE * statistics.median(self._times)))
