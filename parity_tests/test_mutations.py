@@ -15,7 +15,7 @@ import pytest
 from diffusion_rl.core import ema, optimizers, returns, reward_scaling
 from diffusion_rl.diffusion import ddim, schedules
 from diffusion_rl.interop import torch_names
-from diffusion_rl.methods.on_policy import dppo
+from diffusion_rl.methods.on_policy import dppo, ppo
 from diffusion_rl.networks import layers, mlp, transformer, vision
 from diffusion_rl.policies import diffusion
 from parity_tests.replay import dispatch
@@ -65,7 +65,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
         ["ema_0"],
     ),
     "advantages: biased deviation": (
-        dppo.DPPO,
+        ppo.ClippedPPO,
         "normalised",
         "/ (n - 1)",
         "/ n",
