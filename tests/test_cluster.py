@@ -188,6 +188,31 @@ def test_wide_needs_a_cluster(tmp_path):
         loop(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", "++env.collect=wide")
 
 
+def test_what_cannot_be_repeated_begins_anew(monkeypatch, caplog):
+    monkeypatch.setattr("diffusion_rl.cluster.shard.LONGEST_JOURNAL", 6)
+    venv = remote("repeated", 2)
+    first, chunk = venv.reset()["state"], np.zeros((5, 4, 2))
+    results = [venv.step(chunk) for _ in range(8)]
+    os.kill(venv._shards[0].facts.pid, signal.SIGKILL)
+    time.sleep(0.5)
+    results.append(venv.step(chunk))
+    assert results[-1].truncated.tolist() == [True, True, False, False, False]
+    assert results[-1].rewards[:2].tolist() == [0, 0] and results[-1].infos["executed_steps"].tolist() == [
+        0,
+        0,
+        4,
+        4,
+        4,
+    ]
+    np.testing.assert_array_equal(
+        results[-1].infos["final_observations"]["state"][:2], results[-2].observations["state"][:2]
+    )
+    assert not np.isin(results[-1].observations["state"][:2], first).any()
+    assert "new episodes begin" in caplog.text
+    venv.step(chunk)
+    venv.close()
+
+
 @pytest.mark.slow
 def test_a_spare_takes_over_from_one_that_is_late(caplog):
     venv, stopped = remote("restored", 2, spares=1), []

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 KEPT_EVERY = 25  # steps from one point to return to, to the next
 LONGEST_JOURNAL = 20_000  # calls that are repeated at the most
 ATTEMPTS = 10  # actors that may be lost within one call
+NEW_SEEDS = 1_000_003  # from the seeds of environments to those with which they begin anew
 LATE, LATE_SECONDS = 5.0, 2.0  # times the usual time of a call, and seconds, after which a spare actor joins in
 COMPARED = 10  # calls of which the usual time is known
 
@@ -98,6 +99,7 @@ class Shard:
         self._point: Point | None = Point()  # to return to; None: there is none
         self._journal: list[Call] = []  # calls since
         self._steps = 0  # since a point was asked for
+        self._begun = 0  # how often episodes that cannot be repeated have given way to new ones
         self._runs: dict[Any, Any] = {}  # answers under way, and the actors that make them
         self._times: deque[float] = deque(maxlen=50)
         self._asked_at = time.monotonic()
@@ -210,8 +212,9 @@ class Shard:
 
     @property
     def limit(self) -> float:
-        """Returns seconds that an answer may take."""
-        return self.plan.request.worker_timeout + PLACING_SECONDS
+        """Returns seconds that an answer may take, if another actor has to repeat all calls for it."""
+        usual = statistics.median(self._times) if self._times else 0.0
+        return self.plan.request.worker_timeout + PLACING_SECONDS + 3 * usual * len(self._journal)
 
     def patience(self) -> float:
         """Returns seconds after which an answer is late, where there are spare actors and calls to compare it with."""
@@ -253,18 +256,21 @@ class Shard:
         return None
 
     def _begun_anew(self) -> Reply | None:
-        """Begins new episodes. A step that was lost is one without rewards that cuts the old ones off."""
-        method = self._journal[-1][0]
-        if method != "step":
-            calls = self._journal[-1:]
+        """Begins new episodes, of seeds that were not used. A step that was lost is one without rewards that cuts the
+        old ones off."""
+        self._begun += 1
+        seeds = [seed + self._begun * NEW_SEEDS for seed in self.plan.request.seeds]
+        begin: list[Call] = [("seed", (seeds,)), ("reset", (None,))]
+        last = self._journal[-1]
+        if last[0] != "step":
+            calls = [*begin[:1], last]
             self._runs = {self._actor.repeat.remote(self.plan, Point(), calls, False): self._actor}
             return None
-        reset = ("reset", (None,))
-        self._journal = [reset]
-        observations = self._ray.get(self._actor.repeat.remote(self.plan, Point(), [reset], False)).value
+        self._journal = begin
+        new = self._ray.get(self._actor.repeat.remote(self.plan, Point(), begin, True))
         cut, nothing = np.ones(self.rows, bool), np.zeros(self.rows)
         infos = {"executed_steps": np.zeros(self.rows, np.int64), "final_observations": self._seen}
-        return Reply(StepResult(observations, nothing, ~cut, cut, infos))
+        return Reply(StepResult(new.value, nothing, ~cut, cut, infos), new.point)
 
     def close(self) -> None:
         """Ends its actors."""
