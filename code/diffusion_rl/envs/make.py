@@ -62,10 +62,9 @@ class EnvPlan:
 def make_vector_env(env_cfg: Mapping[str, Any], **facts: Any) -> VectorEnv:
     """Builds the environments of a run, environment i seeded with seed + i.
 
-    Arguments and errors as of `plan_vector_env`; also raises UserError where this machine has no room for them.
+    Arguments and errors as of `plan_vector_env`.
     """
     plan = plan_vector_env(env_cfg, **facts)
-    room.require_memory(len(plan.request.seeds), room.ROW_GB)
     if plan.request.window:
         video.require_display()
     return plan.build()
@@ -90,7 +89,8 @@ def plan_vector_env(
     (envs/robomimic.py); ours: `engine` ("mujoco" batches the locomotion tasks, "gymnasium" gives every environment a
     process, "d4rl" too, with D4RL's own simulators), `threads` (default 2), `d4rl_time_limit` (null: a time-out is
     truncation alone), `worker_timeout` (seconds that a process may take to answer, default 600).
-    n_envs, threads: override the configured ones. Raises UserError for unknown engines and contradictions.
+    n_envs, threads: override the configured ones. Raises UserError for unknown engines, contradictions, or more
+    environments than this machine has room for.
     """
     config = dict(plain(env_cfg))  # its interpolations resolved: workers do not know OmegaConf
     config |= {} if threads is None else {"threads": threads}
@@ -102,6 +102,7 @@ def plan_vector_env(
     configured = chunks.get("n_action_steps", act_steps)
     if configured != act_steps:
         raise UserError(f"env.wrappers.multi_step.n_action_steps={configured}, act_steps={act_steps}: make them equal")
+    room.require_memory(count, room.ROW_GB)  # before anything is made that is as long
     request = EnvRequest(
         name=name,
         config=config,
