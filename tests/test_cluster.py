@@ -79,7 +79,7 @@ def pids(venv):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("actors", [1, 3])
+@pytest.mark.parametrize("actors", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_same_to_the_bit_at_any_number_of_actors(case, actors):
     venv = remote(case, actors)
     assert_same(history(venv, CASES[case][1]), local_history(case))
@@ -87,7 +87,7 @@ def test_the_same_to_the_bit_at_any_number_of_actors(case, actors):
     venv.close()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["restored", pytest.param("repeated", marks=pytest.mark.slow)])
 def test_killed_actors_change_nothing(case, caplog):
     venv = remote(case)
     killed = []

@@ -337,7 +337,7 @@ def test_two_launches_in_the_same_second_do_not_collide(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["variants-2026_01_01_00_00_00", "variants-2026_01_01_00_00_00-1"]
 
 
-@pytest.mark.parametrize("place", ["ray", "local"])
+@pytest.mark.parametrize("place", [pytest.param("ray", marks=pytest.mark.slow), "local"])
 def test_runs_elsewhere_end_with_their_statuses_and_logs(place, tmp_path):
     pytest.importorskip({"ray": "ray", "local": "submitit"}[place])
     write_spec(tmp_path, variables={"status": [0, 3]})

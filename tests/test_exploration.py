@@ -67,7 +67,7 @@ class Silent:
 
 
 @pytest.mark.skipif(not HAS_SIMULATOR, reason='needs pip install -e ".[d3il]"')
-@pytest.mark.parametrize("policy", ["diffusion", "gaussian", "gmm"])
+@pytest.mark.parametrize("policy", [pytest.param("diffusion", marks=pytest.mark.slow), "gaussian", "gmm"])
 def test_fine_tuning_as_configured(tmp_path, policy, monkeypatch) -> None:
     from diffusion_rl.cli import app
     from diffusion_rl.config.compose import compose

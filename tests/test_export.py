@@ -322,9 +322,8 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("file_format", "name"), [("savedmodel", "hopper"), pytest.param("tflite", "hopper.tflite", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("file_format", "name"), [("savedmodel", "hopper"), ("tflite", "hopper.tflite")])
 def test_the_command_and_the_example(tmp_path, file_format, name):
     shipped, output = "data/gym/hopper-medium-v2/pre_diffusion_mlp.safetensors", tmp_path / name
     done = command("script/export_policy.py", shipped, "--format", file_format, "--output", output)

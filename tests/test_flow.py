@@ -95,6 +95,7 @@ def test_a_batch_that_is_dealt_to_the_cores_has_the_loss_of_the_whole(tmp_path, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @every_kind
 def test_fine_tuning_resumed_equals_at_once_and_is_evaluated(base, kind, tmp_path):
     policy, whole, halves = f"base_policy_path={base(kind)}", tmp_path / "whole", tmp_path / "halves"
