@@ -4,6 +4,7 @@ One replica is the program without replicas (the other rungs). Here replicas are
 train together are in tests/test_replicas.py.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.places import REPOSITORY
 from diffusion_rl.core.replicas import Replicas, averaged, used
 from diffusion_rl.data.episodes import Episodes
 from diffusion_rl.data.trajectories import TrajectoryDataset
@@ -110,20 +112,28 @@ def test_planners(train: Callable[[], list[np.ndarray]]):
 
 
 def test_logical_devices():
-    """Two logical processors of one process, as two GPUs would be."""
+    """Two logical processors of one process, as two GPUs would be: a recorded iteration again."""
     program = """
 import tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from diffusion_rl.core.replicas import Replicas, averaged, devices, used
-x = tf.reshape(tf.range(12.0), [6, 2])
-with used(Replicas(devices=devices(2))):
-    places = []
-    def means(x):
-        value = tf.reduce_mean(x + 0)
-        places.append(value.device)
-        return value
-    print(float(averaged(means, x)), sorted(place[-5:] for place in places))
+from diffusion_rl.core import replicas
+from parity_tests.replay.dispatch import replay
+from parity_tests.replay.files import GOLDENS
+
+places, plain = set(), replicas._weighted
+def seen(*arguments):
+    result, values = plain(*arguments)
+    places.update(value.device[-5:] for value in values if hasattr(value, "device"))
+    return result, values
+
+replicas._weighted = seen
+with replicas.used(replicas.Replicas(devices=replicas.devices(2))):
+    replay(GOLDENS / "agent_ppo_gaussian.npz")
+print(sorted(places))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "5.5 ['CPU:0', 'CPU:1']"
+    paths = os.pathsep.join([str(REPOSITORY / "code"), str(REPOSITORY)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "['CPU:0', 'CPU:1']"
