@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from tests.cluster_cases import HOPPER, HOPPER_DIMS
 from tests.small_runs import (
     FINE_TUNE,
     arguments,
@@ -19,6 +22,7 @@ from tests.small_runs import (
 )
 
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.places import REPOSITORY
 from diffusion_rl.envs.make import make_vector_env, plan_vector_env
 from diffusion_rl.interop.torch_names import state_dict
 
@@ -27,9 +31,6 @@ ray = pytest.importorskip("ray")
 from diffusion_rl.cluster.remote import RemoteVectorEnv  # noqa: E402
 from diffusion_rl.cluster.session import ClusterSettings  # noqa: E402
 
-HOPPER = {"name": "hopper-medium-v2", "n_envs": 5, "max_episode_steps": 60}
-HOPPER |= {"wrappers": {"multi_step": {"n_action_steps": 4, "reset_within_step": True}}}
-HOPPER_DIMS = {"obs_dim": 11, "action_dim": 3, "act_steps": 4, "seed": 7}
 PENDULUM = {**HOPPER, "name": "tests.drawn_env:Drawn-v0", "engine": "gymnasium"}
 PENDULUM_DIMS = {"obs_dim": 3, "action_dim": 2, "act_steps": 4, "seed": 7}
 CASES = {"restored": (HOPPER, HOPPER_DIMS), "repeated": (PENDULUM, PENDULUM_DIMS)}
@@ -132,10 +133,19 @@ def test_states_go_to_one_machine_and_back():
 
 
 def test_simulators_do_without_tensorflow():
-    venv = remote("restored", 1)
-    modules = venv._shards[0].facts.modules
-    assert "mujoco" in modules and "tensorflow" not in modules
-    venv.close()
+    program = """
+import sys
+from diffusion_rl.cluster.simulators import Simulators
+from diffusion_rl.envs.make import plan_vector_env
+from tests.cluster_cases import HOPPER, HOPPER_DIMS
+Simulators().build(plan_vector_env(HOPPER, **HOPPER_DIMS))
+print("mujoco" in sys.modules, "tensorflow" in sys.modules)
+"""
+    paths = os.pathsep.join([str(REPOSITORY / "code"), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert done.stdout.split() == ["True", "False"], done.stderr
 
 
 def trained(folder, *options, watch=None):

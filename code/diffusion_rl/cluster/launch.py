@@ -70,10 +70,9 @@ class Program:
         """Returns its exit status; None while it runs."""
         return self.process.poll()
 
-    def send(self, signal: int) -> None:
-        """Sends a signal."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal)
+    def end(self, at_once: bool) -> None:
+        """Asks it to stop, or ends it at once; nothing where it has ended."""
+        self.process.kill() if at_once else self.process.terminate()
 
 
 class RayProcess(Waiting):
@@ -99,11 +98,11 @@ class RayProcess(Waiting):
         return self._status
 
     def terminate(self) -> None:
-        self._actor.send.remote(15)
+        self._actor.end.remote(False)
 
     def kill(self) -> None:
         if self._status is None:
-            self._actor.send.remote(9)
+            self._actor.end.remote(True)
 
 
 class SlurmProcess(Waiting):

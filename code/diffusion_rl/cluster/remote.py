@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,9 @@ class RemoteVectorEnv:
         settings: of the cluster.
         actors: start the processes; None: as the settings say.
 
+    Attributes:
+        rows: which environments each actor has.
+
     Raises:
         UserError: there is no such cluster, or the environments cannot be built in it.
     """
@@ -42,12 +45,12 @@ class RemoteVectorEnv:
         self.lost, self.repeated = 0, 0  # actors, calls; since the last `measured`
         n_actors = min(self.n_envs, settings.actors or cores(ray))
         bounds = np.linspace(0, self.n_envs, n_actors + 1).astype(int).tolist()
-        self._rows = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        self.rows = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
         self._actors = Actors(ray, settings.spares) if actors is None else actors
         self._shards: list[Shard] = []
         try:
             # an actor has a core: threads of its environments are more actors
-            self._shards = [Shard(plan.part(rows, threads=1), self._actors, self._tell) for rows in self._rows]
+            self._shards = [Shard(plan.part(rows, threads=1), self._actors, self._tell) for rows in self.rows]
             for shard in self._shards:
                 shard.build()
             facts = [shard.built() for shard in self._shards]
@@ -72,16 +75,8 @@ class RemoteVectorEnv:
 
     # ---------- the interface ----------
 
-    def everywhere(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
+    def call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         """Calls a method of the environments of each actor, with arguments of its own; returns their answers."""
-        return self._call(method, arguments)
-
-    @property
-    def rows(self) -> list[slice]:
-        """Returns which environments each actor has."""
-        return list(self._rows)
-
-    def _call(self, method: str, arguments: Sequence[tuple]) -> list[Any]:
         for shard, args in zip(self._shards, arguments, strict=True):
             shard.ask(method, *args)
         return [shard.answer(reply) for shard, reply in zip(self._shards, self._at_once(), strict=True)]
@@ -100,30 +95,30 @@ class RemoteVectorEnv:
     def seed(self, seeds: Sequence[int]) -> None:
         """Seeds environment i with seeds[i]; it takes effect with the next reset."""
         require_one_each("seeds", seeds, self.n_envs)
-        self._call("seed", [(list(seeds[rows]),) for rows in self._rows])
+        self.call("seed", [(list(seeds[rows]),) for rows in self.rows])
 
     def reset(self, options: Sequence[dict[str, Any]] | None = None) -> Observations:
         """Begins new episodes everywhere."""
         options = [{}] * self.n_envs if options is None else options
         require_one_each("options", options, self.n_envs)
-        return _joined(self._call("reset", [(list(options[rows]),) for rows in self._rows]))
+        return joined(self.call("reset", [(list(options[rows]),) for rows in self.rows]))
 
     def step(self, actions: np.ndarray) -> StepResult:
         """Executes chunks [E,Ta,A]; all actors step at the same time."""
         actions = np.asarray(actions)
         if actions.ndim != 3 or actions.shape[::2] != (self.n_envs, self.action_dim):
             raise ValueError(f"actions have shape {actions.shape}, expected ({self.n_envs}, Ta, {self.action_dim})")
-        results = self._call("step", [(actions[rows],) for rows in self._rows])
+        results = self.call("step", [(actions[rows],) for rows in self.rows])
         rewards, terminated, truncated = (
             np.concatenate([getattr(result, name) for result in results])
             for name in ("rewards", "terminated", "truncated")
         )
-        observations = _joined([result.observations for result in results])
+        observations = joined([result.observations for result in results])
         return StepResult(observations, rewards, terminated, truncated, _joined_infos(results))
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Returns everything needed to continue bit for bit, here or without a cluster, if `restorable`."""
-        return _joined(self._call("get_state", [()] * len(self._rows))) if self.restorable else {}
+        return joined(self.call("get_state", [()] * len(self.rows))) if self.restorable else {}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
         """Continues where `get_state` was taken.
@@ -135,7 +130,7 @@ class RemoteVectorEnv:
         for key, n in rows.items():
             if n != self.n_envs:
                 raise UserError(f"saved state of the environments: {key} has {n} rows, there are {self.n_envs}")
-        self._call("set_state", [({key: value[cut] for key, value in state.items()},) for cut in self._rows])
+        self.call("set_state", [({key: value[cut] for key, value in state.items()},) for cut in self.rows])
 
     def close(self) -> None:
         """Ends all actors."""
@@ -145,8 +140,9 @@ class RemoteVectorEnv:
         self._shards = []
 
 
-def _joined(parts: Sequence[Observations]) -> Observations:
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+def joined(parts: Sequence[Mapping[str, np.ndarray]], axis: int = 0) -> dict[str, np.ndarray]:
+    """Joins arrays [...] of different environments by name; axis: that of the environments."""
+    return {key: np.concatenate([part[key] for part in parts], axis=axis) for key in parts[0]}
 
 
 def _joined_infos(results: Sequence[StepResult]) -> dict[str, Any]:
@@ -154,7 +150,7 @@ def _joined_infos(results: Sequence[StepResult]) -> dict[str, Any]:
     infos: dict[str, Any] = {}
     for key in {key for result in results for key in result.infos}:
         values = [r.infos.get(key, _unsaid(key, r)) for r in results]
-        infos[key] = _joined(values) if isinstance(values[0], dict) else np.concatenate(values)
+        infos[key] = joined(values) if isinstance(values[0], dict) else np.concatenate(values)
     return infos
 
 

@@ -191,7 +191,7 @@ class InStep:
     """
 
     def __init__(self, trainer: Any, group: Group, weights: Callable[[], Mapping[str, np.ndarray]]):
-        self._trainer, self._group, self._weights = trainer, group, weights
+        self._trainer, self._group, self.weights = trainer, group, weights
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
@@ -204,12 +204,6 @@ class InStep:
         self._group.wait()
         return result
 
-    def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
-        """Takes back what a checkpoint says, everywhere; the driver's weights were loaded before."""
-        self._trainer.restore(tensors, state)
-        self._group.call("load", dict(self._weights()), dict(tensors), dict(state))
-        self._group.wait()
-
     def require_equal(self) -> None:
         """Raises RuntimeError unless all replicas have the same weights, to the bit."""
-        self._group.require_equal(self._weights())
+        self._group.require_equal(self.weights())

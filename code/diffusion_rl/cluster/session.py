@@ -29,14 +29,12 @@ class ClusterSettings:
         actors: processes that simulate; None: one for each core of the cluster.
         nodes: machines to wait for; None: those that are there.
         spares: further processes, each ready to take over from one that is late or lost.
-        wide: actors decide for themselves while they collect, instead of asking the driver in every step.
     """
 
     address: str = "local"
     actors: int | None = None
     nodes: int | None = None
     spares: int = 0
-    wide: bool = False
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any]) -> ClusterSettings:
@@ -44,7 +42,6 @@ class ClusterSettings:
         env, node = cfg.get("env"), cfg.get("ray") or {}
         env = env if isinstance(env, Mapping) else {}  # in pre-training just the data set's name
         sizes: dict[str, Any] = {name: env[name] for name in ("actors", "nodes", "spares") if env.get(name) is not None}
-        sizes |= {"wide": True} if env.get("collect") == "wide" else {}
         sizes |= {"address": str(node["address"])} if node.get("address") else {}
         return cls(**sizes)
 

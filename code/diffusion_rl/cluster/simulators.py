@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ class Facts(NamedTuple):
     restorable: bool
     host: str
     pid: int
-    modules: frozenset[str] = frozenset()  # that the process has imported
 
 
 class Point(NamedTuple):
@@ -56,8 +54,7 @@ class Simulators:
     def build(self, plan: EnvPlan) -> Facts:
         """Builds the environments; returns what they are."""
         self.venv = venv = plan.build()
-        where = socket.gethostname(), os.getpid(), frozenset(name for name in sys.modules if "." not in name)
-        return Facts(venv.obs_spec, venv.action_dim, venv.restorable, *where)
+        return Facts(venv.obs_spec, venv.action_dim, venv.restorable, socket.gethostname(), os.getpid())
 
     def call(self, method: str, arguments: tuple[Any, ...], keep: bool) -> Reply:
         """Calls a method of the environments.

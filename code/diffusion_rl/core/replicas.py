@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
+from diffusion_rl.core.batching import summed
 from diffusion_rl.core.errors import UserError
 
 T = TypeVar("T")
@@ -92,7 +93,7 @@ def _on_devices(devices: Sequence[str], function: Callable[..., T], arrays: Sequ
         with tf.device(device):
             results.append(_weighted(function, arrays, rows, number))
     flat = zip(*(values for _, values in results), strict=True)
-    return _like(results[0][0], [tf.reduce_sum(tf.stack(parts), axis=0) for parts in flat])
+    return _like(results[0][0], [summed(parts) for parts in flat])
 
 
 def _in_processes(strategy: tf.distribute.Strategy, function: Callable[..., T], arrays: Sequence[Any], rows: Any) -> T:

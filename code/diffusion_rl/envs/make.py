@@ -27,7 +27,7 @@ ENGINES = ("mujoco", "gymnasium", "d4rl")
 
 @dataclasses.dataclass(frozen=True)
 class EnvPlan:
-    """What is needed to build environments anywhere, without the files of this machine's configuration.
+    """What is needed to build environments anywhere: besides the package, only robomimic's description of a task.
 
     Attributes:
         request: which environments.

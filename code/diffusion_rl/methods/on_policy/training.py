@@ -191,3 +191,8 @@ class SharedUpdates(replicas.InStep):
         """Advances the schedules everywhere, and looks whether the weights are still the same."""
         self.together("end_iteration", train_actor, ours=lambda: self._trainer.end_iteration(train_actor))
         self.require_equal()
+
+    def restore(self, tensors: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> None:
+        """Takes back what a checkpoint says, everywhere; the driver's weights were loaded before."""
+        self._trainer.restore(tensors, state)
+        self.together("load", self.weights(), dict(tensors), dict(state), ours=lambda: None)

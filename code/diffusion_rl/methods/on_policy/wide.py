@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from diffusion_rl.cluster.remote import joined
 from diffusion_rl.config.compose import merged
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.envs.interface import Observations
 from diffusion_rl.envs.make import EnvPlan
 from diffusion_rl.interop.torch_names import load_state_dict
+from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.training.evaluation import deciding
 from diffusion_rl.training.policy_files import build_policy
 from diffusion_rl.training.rollout import Rollout, collect
@@ -51,6 +53,7 @@ class CollectingEnv:
 
     def __init__(self, venv: Any, settings: Mapping[str, Any]):
         self._venv, self._settings = venv, settings
+        self._policy: Any = None
         self._actor: Any = None
 
     def __getattr__(self, name: str) -> Any:
@@ -68,22 +71,20 @@ class CollectingEnv:
         """
         import ray
 
-        policy = self._policy()
-        load_state_dict(policy, ray.get(weights))
+        self._build_policy()
+        load_state_dict(self._policy, ray.get(weights))
         self._actor.weights_changed()
         decide = deciding(self._actor, NoiseSource(key), deterministic=False)
         return collect(self._venv, decide, n_steps, observations, firsts, self._venv.act_steps)
 
-    def _policy(self) -> Any:
+    def _build_policy(self) -> None:
         if self._actor is None:
             from diffusion_rl.core.threads import configure_threads
 
             configure_threads()
             settings = self._settings
-            policy = build_policy(merged(settings, {}), int(settings["seed"]))
-            trainer = policy.make_trainer(settings["train"], int(settings["act_steps"]))
-            self._policy_, self._actor = policy, trainer.actor
-        return self._policy_
+            self._policy = build_policy(merged(settings, {}), int(settings["seed"]))
+            self._actor = actor_for(self._policy, bool(settings["train"]["fast"]))
 
 
 class WideCollector:
@@ -116,36 +117,32 @@ class WideCollector:
         if self._unchanging() != self._facts:
             raise UserError("env.collect=wide sends weights alone, but this policy anneals: take env.collect=exact")
         stored = ray.put(dict(weights))
-        parts = self.venv.everywhere(
+        parts = self.venv.call(
             "collect",
             [
                 (stored, (self.seed, iteration, rows.start), n_steps, _of(observations, rows), firsts[rows])
                 for rows in self.venv.rows
             ],
         )
-        return joined(parts)
+        return side_by_side(parts)
 
 
-def joined(parts: Sequence[Rollout]) -> Rollout:
+def side_by_side(parts: Sequence[Rollout]) -> Rollout:
     """Joins rollouts of different environments, side by side."""
     told = [part.successes for part in parts]
     silent = [np.zeros(part.rewards.shape, bool) for part in parts]
     anyone = any(one is not None for one in told)
     return Rollout(
-        observations=_beside([part.observations for part in parts], axis=1),
-        last_observations=_beside([part.last_observations for part in parts], axis=0),
+        observations=joined([part.observations for part in parts], axis=1),
+        last_observations=joined([part.last_observations for part in parts], axis=0),
         rewards=np.concatenate([part.rewards for part in parts], axis=1),
         terminated=np.concatenate([part.terminated for part in parts], axis=1),
         firsts=np.concatenate([part.firsts for part in parts], axis=1),
-        decisions=_beside([part.decisions for part in parts], axis=1),
+        decisions=joined([part.decisions for part in parts], axis=1),
         successes=np.concatenate([b if a is None else a for a, b in zip(told, silent, strict=True)], axis=1)
         if anyone
         else None,
     )
-
-
-def _beside(parts: Sequence[Mapping[str, np.ndarray]], axis: int) -> dict[str, np.ndarray]:
-    return {key: np.concatenate([part[key] for part in parts], axis=axis) for key in parts[0]}
 
 
 def _of(observations: Observations, rows: slice) -> Observations:
