@@ -192,10 +192,11 @@ def assert_weights(ours, theirs):
         np.testing.assert_array_equal(value, ours[name], err_msg=name)
 
 
-def test_wide_needs_a_cluster(tmp_path):
+@pytest.mark.parametrize("option", ["env.collect=wide", "env.actors=2", "env.nodes=2", "env.spares=1"])
+def test_what_only_a_cluster_reads_needs_one(tmp_path, option):
     base = make_base_policy(tmp_path / "base.safetensors")
-    with pytest.raises(UserError, match="needs env.cluster=ray"):
-        loop(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", "++env.collect=wide")
+    with pytest.raises(UserError, match=f"{option} does nothing without a cluster: add env.cluster=ray"):
+        loop(FINE_TUNE, tmp_path / "run", f"base_policy_path={base}", f"++{option}")
 
 
 def test_what_cannot_be_repeated_begins_anew(monkeypatch, caplog):

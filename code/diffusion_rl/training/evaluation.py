@@ -96,8 +96,15 @@ def make_venv(cfg: Config, policy: Any, seed: int, shared: Callable[[EnvPlan], E
 
 def _made(cfg: Config, dims: dict[str, int], seed: int, shared: Callable[[EnvPlan], EnvPlan] | None) -> VectorEnv:
     """Makes environments on this machine, or in a cluster where `env.cluster` says so, there of `shared(plan)`."""
-    if cfg["env"].get("cluster") is None:
+    env = cfg["env"]
+    if env.get("cluster") is None:
+        named = [key for key in ("actors", "nodes", "spares") if env.get(key)]
+        named += ["collect"] if env.get("collect") == "wide" else []
+        if named:
+            raise UserError(f"env.{named[0]}={env[named[0]]} does nothing without a cluster: add env.cluster=ray")
         return make_vector_env(cfg["env"], **dims, seed=seed)
+    if env.get("collect") == "wide" and shared is None:
+        raise UserError("env.collect=wide is for on-policy fine-tuning: leave it out")
     from diffusion_rl.cluster.remote import RemoteVectorEnv  # needs the extra `cluster`
     from diffusion_rl.cluster.session import ClusterSettings
 

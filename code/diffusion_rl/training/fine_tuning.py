@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from diffusion_rl.config.compose import Config, plain_copy
-from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.noise import NoiseSource
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.envs.interface import VectorEnv
@@ -99,8 +98,6 @@ class FineTuning(TrainingLoop):
         return build_policy(self.cfg, self.seed)
 
     def _make_venv(self) -> VectorEnv:
-        if self.cfg["env"].get("collect") == "wide":
-            raise UserError("env.collect=wide is for on-policy fine-tuning: leave it out")
         return make_venv(self.cfg, self.model, self.seed)
 
     @abc.abstractmethod

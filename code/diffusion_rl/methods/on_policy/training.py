@@ -51,8 +51,6 @@ class OnPolicyTraining(FineTuning):
     def _make_venv(self) -> VectorEnv:
         if self.cfg["env"].get("collect") != "wide":
             return super()._make_venv()
-        if self.cfg["env"].get("cluster") is None:
-            raise UserError("env.collect=wide needs env.cluster=ray: on one machine the driver decides")
         settings = plain_copy(self.cfg)
         return make_venv(self.cfg, self.model, self.seed, lambda plan: CollectingPlan.of(plan, settings))
 
