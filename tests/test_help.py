@@ -39,6 +39,7 @@ PROGRAMS = {
     "script/convert_checkpoint.py": r"IN",
     "script/export_policy.py": r"--format",
     "script/make_figures.py": r"learning_curve",
+    "script/reproduce.py": r"--budget",
     "script/dataset/convert.py": r"--max-episodes",
     "script/dataset/make_gym_data.py": r"--replay-ratio",
     "script/dataset/make_maze2d_data.py": r"--steps",

@@ -247,6 +247,7 @@ class Pool:
     Args:
         stream: where lines about the progress go.
         place: where jobs run, one of `cluster.launch.PLACES`.
+        again: the flag that goes on with what was interrupted.
     """
 
     def __init__(
@@ -257,8 +258,9 @@ class Pool:
         gpu: str,
         stream: TextIO | None = None,
         place: str = "here",
+        again: str = "--resume",
     ):
-        self.place = place
+        self.place, self.again = place, again
         self.folder, self.jobs, self.workers = folder, list(jobs), max(1, min(workers, len(jobs)))
         self.stream = sys.stderr if stream is None else stream
         self.environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
@@ -282,7 +284,7 @@ class Pool:
                     self._report(running)
         except KeyboardInterrupt:
             self._stop(running)
-            raise Interrupted(f"interrupted; --resume goes on with what is not done in {self.folder}") from None
+            raise Interrupted(f"interrupted; {self.again} goes on with what is not done in {self.folder}") from None
         return self._summary()
 
     def _start(self, waiting: list[Job], running: list[Job]) -> None:

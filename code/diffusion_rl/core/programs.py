@@ -14,6 +14,7 @@ PROGRAMS = {
     "run": "script/run.py",
     "demo": "script/demo.py",
     "figures": "script/make_figures.py",
+    "reproduce": "script/reproduce.py",
     "export": "script/export_policy.py",
     "convert": "script/convert_checkpoint.py",
     "download": "script/download.py",
