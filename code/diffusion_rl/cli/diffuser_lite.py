@@ -16,6 +16,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import write_json
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.programs import GO_ON
 from diffusion_rl.core.threads import configure_threads
 from diffusion_rl.data.locate import find_flat
 from diffusion_rl.data.plan_windows import PlanDataset, conditions, transitions
@@ -25,7 +26,7 @@ from diffusion_rl.methods.diffuser_lite.acting import decision_times, run_lite_e
 from diffusion_rl.methods.diffuser_lite.domains import DOMAINS, Targets, antmaze_targets, kitchen_targets, return_scale
 from diffusion_rl.methods.diffuser_lite.iql import IQL, IQLTrainer
 from diffusion_rl.methods.diffuser_lite.levels import Acting, PlanLevel, level_shapes
-from diffusion_rl.methods.diffuser_lite.options import GO_ON, LiteOptions, parse
+from diffusion_rl.methods.diffuser_lite.options import LiteOptions, parse
 from diffusion_rl.methods.diffuser_lite.planner import DiffuserLite
 from diffusion_rl.methods.diffuser_lite.trainer import (
     InverseTrainer,

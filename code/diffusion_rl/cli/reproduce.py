@@ -22,6 +22,7 @@ from diffusion_rl.config.overrides import Arguments, read_spec
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_bytes, write_bytes
 from diffusion_rl.core.places import REPOSITORY, here_or_shipped, log_dir
+from diffusion_rl.core.programs import GO_ON
 from diffusion_rl.reports.metrics import read_rows, step_of
 from diffusion_rl.reports.progress import duration
 
@@ -39,7 +40,7 @@ class Training:
     Args:
         name: of its folder, the same for all seeds.
         seed: of the run.
-        command: that trains it, without folder and resume.
+        command: that trains it, without its folder.
         iterations: of the budget.
         minutes: of an iteration on two cores.
     """
@@ -67,7 +68,7 @@ class Training:
 
     def words(self) -> list[str]:
         """Returns the whole command, which goes on where an earlier one was stopped."""
-        return ["python", *self.command, f"logdir={self.folder}", "resume=auto"]
+        return ["python", *self.command, f"logdir={self.folder}", GO_ON]
 
 
 def iterations_of(metrics: Path) -> int:

@@ -19,11 +19,13 @@ import numpy as np
 
 from diffusion_rl.cluster.session import ClusterSettings, connect, cores
 from diffusion_rl.core.errors import UserError
+from diffusion_rl.core.programs import GO_ON
 
 log = logging.getLogger(__name__)
 
 JOINING_SECONDS = 300.0  # that the processes may take to find each other
 CONFIGURATION = "TF_CONFIG"
+GONE = f"a replica is gone: {GO_ON} goes on from the last checkpoint"
 
 
 class Replica:
@@ -127,7 +129,7 @@ class Group:
         except errors.GetTimeoutError:
             raise UserError(f"replicas do not answer for {JOINING_SECONDS:g} s: are there cores for all?") from None
         except errors.RayActorError:
-            raise UserError("a replica is gone: resume=auto goes on from the last checkpoint") from None
+            raise UserError(GONE) from None
         except errors.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from None
@@ -156,7 +158,7 @@ def _exchanging() -> Iterator[None]:
     except (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalError) as error:
         if "ollective" not in str(error) and "task" not in str(error):
             raise
-        raise UserError("a replica is gone: resume=auto goes on from the last checkpoint") from None
+        raise UserError(GONE) from None
 
 
 _present: Group | None = None

@@ -17,9 +17,11 @@ from diffusion_rl.config.compose import CONFIG_ROOT, check_hydra, check_own_file
 from diffusion_rl.config.instantiate import flatten
 from diffusion_rl.config.keys import KEYS, OPEN, OPTIONS
 from diffusion_rl.config.overrides import help_rows
+from diffusion_rl.config.reads import PATHS
 from diffusion_rl.config.schema import ABSENT, did_you_mean
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.places import here_or_shipped
+from diffusion_rl.core.programs import GO_ON
 
 EXAMPLE = "python script/run.py --config-name=ft_ppo_diffusion_mlp --config-dir=cfg/gym/finetune/hopper-v2"
 FULL_ERROR = "HYDRA_FULL_ERROR"  # 1: tracebacks, ours and Hydra's
@@ -39,7 +41,7 @@ HYDRA_VALUES = {
     "--config-dir": ["-cd"],
     "--experimental-rerun": [],
 }
-INTERRUPTED = "interrupted; resume=auto goes on from the last checkpoint"  # where a run cannot say more
+INTERRUPTED = f"interrupted; {GO_ON} goes on from the last checkpoint"  # where a run cannot say more
 
 
 def optional_wandb_keys(arguments: Sequence[str]) -> list[str]:
@@ -98,7 +100,7 @@ def _added(override: str, defaults: Mapping[str, Any]) -> str:
 def _quoted(override: str, multirun: bool) -> str:
     """Returns a path, or a value with an equals sign, in the quotes that Hydra's grammar wants around it."""
     key, equals, value = override.partition("=")
-    is_path = key.endswith("_path") or key.lstrip("+") in ("logdir", "log_dir", "data_dir", "resume")
+    is_path = key.endswith("_path") or key.lstrip("+") in PATHS
     if not equals or value[:1] in ("'", '"', "[", "{") or not (is_path or "=" in value):
         return override
     parts = value.split(",") if multirun else [value]
@@ -219,7 +221,7 @@ Trains, fine-tunes or evaluates the policy that a configuration describes.
 
   --config-dir=DIR --config-name=NAME   one of the configurations below, or your own
   --help with these two                 its keys, values and meanings
-  key=value                             any of its keys, e.g. seed=1 train.n_train_itr=3 resume=auto
+  key=value                             any of its keys, e.g. seed=1 train.n_train_itr=3 {GO_ON}
   key=value, +key=value                 an optional key it does not name, e.g. train.max_grad_norm=1 model.use_ddim=true
   wandb.mode=online                     log to Weights & Biases too (also wandb.entity=…, wandb.project=…)
   -m key=v1,v2                          one run per combination

@@ -13,6 +13,7 @@ from typing import Any
 from diffusion_rl.config.declared import declared
 from diffusion_rl.config.instantiate import PACKAGE, flatten
 
+PATHS = ("logdir", "log_dir", "data_dir", "resume")  # keys that name files; so do those that end in _path
 RUN = "suite stage project name seed device data_dir log_dir logdir resume tensorboard wandb ray"
 ITERATIONS = "n_train_itr stop_at n_steps val_freq save_model_freq force_train render fast gamma batch_size"
 PPO = (

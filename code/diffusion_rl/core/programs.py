@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusion_rl.core.places import INSTALLED, REPOSITORY
 
 COMMAND = "diffusion-rl"
+GO_ON = "resume=auto"  # what goes on with a run that was stopped
 #: The programs: the words after `diffusion-rl`, and the script that is run.
 PROGRAMS = {
     "run": "script/run.py",

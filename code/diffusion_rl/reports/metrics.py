@@ -33,6 +33,7 @@ import numpy as np
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.files import read_bytes, write_bytes
+from diffusion_rl.core.programs import GO_ON
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -238,7 +239,7 @@ class _AppendOnlyFile:
             written = 0
         if written < len(record):
             os.ftruncate(self._fd, size)
-            raise UserError(f"{self._path}: the disk is full; free some space and run again with resume=auto")
+            raise UserError(f"{self._path}: the disk is full; free some space and run again with {GO_ON}")
 
     def close(self) -> None:
         if self._fd is not None:

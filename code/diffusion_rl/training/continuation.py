@@ -18,7 +18,7 @@ from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.config.instantiate import PACKAGE, default_arguments, flatten, targets
 from diffusion_rl.config.keys import complete
 from diffusion_rl.core.errors import UserError
-from diffusion_rl.core.programs import as_here
+from diffusion_rl.core.programs import GO_ON, as_here
 from diffusion_rl.training.checkpoint import Checkpoint
 from diffusion_rl.training.run_facts import bounds_difference, bounds_path, recorded_config
 
@@ -67,7 +67,7 @@ LATENT_MAY_CHANGE = (
 class Spelling:
     """How a program writes what its user can do about a run folder."""
 
-    again: str = "resume=auto"  # go on with what is in the folder
+    again: str = GO_ON  # go on with what is in the folder
     anew: str = "name another logdir"
     last: str = "resume={path}"  # the last line of an interrupted run
     evaluate: str = ""  # the command that evaluates what was trained

@@ -17,7 +17,6 @@ from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.places import output_folder
 from diffusion_rl.tasks.registry import tasks_of
 
-GO_ON = "resume=auto"  # how a user goes on with a training
 FOLDER = CONFIG_ROOT / "planning" / "diffuserlite"
 MODES = ("training", "prepare_dataset", "reflow", "inference", "benchmark")
 #: What options may be; any other one is of the type of its default. Their meanings stand in the YAML files.
