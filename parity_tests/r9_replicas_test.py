@@ -51,9 +51,10 @@ def test_recorded_iterations(case, n):
         replay(GOLDENS / f"{case}.npz")
 
 
-def test_means_over_unequal_parts_and_what_is_not_there():
+@pytest.mark.parametrize("rows", [7, 2])  # 2: one of three replicas has nothing to do
+def test_means_over_unequal_parts_and_what_is_not_there(rows):
     draws = NoiseSource(0)
-    x, weights = (tf.constant(draws.normal(shape, np.float64)) for shape in ((7, 3), (14, 2)))
+    x, weights = (tf.constant(draws.normal(shape, np.float64)) for shape in ((rows, 3), (2 * rows, 2)))
 
     def means(x, w, nothing):
         assert nothing is None

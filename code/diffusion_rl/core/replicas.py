@@ -72,16 +72,11 @@ def averaged(function: Callable[..., T], *arrays: Any) -> T:
     Args:
         function: gives tensors that are means over its rows, in dictionaries, lists or tuples; None stays None.
         arrays: or structures of them; a replica gets its rows of each; None stays None. The first axis is B, or a
-            multiple of it.
-
-    Raises:
-        UserError: there are fewer rows than replicas.
+            multiple of it. Where there are fewer rows than replicas, some get none and count for nothing.
     """
     if count() == 1:
         return function(*arrays)
     rows = _rows(next(array for array in tf.nest.flatten(list(arrays)) if array is not None))
-    if isinstance(rows, int) and rows < count():
-        raise UserError(f"a minibatch of {rows} rows cannot be dealt to {count()} replicas")
     if _present.strategy is not None:
         return _in_processes(_present.strategy, function, arrays, rows)
     return _on_devices(_present.devices, function, arrays, rows)
@@ -119,7 +114,8 @@ def _weighted(function: Callable[..., T], arrays: Sequence[Any], rows: Any, numb
     result = function(*(tf.nest.map_structure(part, array) for array in arrays))
     present = [value for value in tf.nest.flatten(result) if value is not None]
     share = tf.cast(after - first, tf.float64) / tf.cast(rows, tf.float64)
-    return result, [value * tf.cast(share, value.dtype) for value in present]
+    shares = [value * tf.cast(share, value.dtype) for value in present]
+    return result, [tf.where(share > 0, value, tf.zeros_like(value)) for value in shares]  # of no rows: NaN
 
 
 def _rows(array: tf.Tensor) -> Any:
