@@ -13,6 +13,7 @@ from diffusion_rl.cli import reproduce
 from diffusion_rl.config.compose import REPOSITORY, compose_job
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.reports.metrics import MetricsWriter
+from diffusion_rl.reports.runs import Run, algorithm_labels
 
 FIGURES = yaml.safe_load((REPOSITORY / "cfg" / "reproductions.yaml").read_text())
 
@@ -27,10 +28,11 @@ def test_every_run_has_a_configuration_and_a_name_of_its_own(figure, budget):
         assert (REPOSITORY / folder / f"{name}.yaml").is_file(), run.command
 
 
-def test_one_name_stands_for_one_command_in_all_figures():
+@pytest.mark.parametrize("budget", reproduce.BUDGETS)
+def test_one_name_stands_for_one_command_in_all_figures(budget):
     commands: dict[tuple[str, int], tuple[str, ...]] = {}
     for figure in FIGURES.values():
-        for run in reproduce.trainings(figure, "small"):
+        for run in reproduce.trainings(figure, budget):
             assert commands.setdefault((run.name, run.seed), run.command) == run.command, run.name
 
 
@@ -41,6 +43,15 @@ def test_the_commands_are_accepted(figure):
         if run.seed == 0:
             folder, name = (word.partition("=")[2] for word in run.command[1:3])
             compose_job(name, run.command[3:], folder=REPOSITORY / folder)
+
+
+def test_variants_of_one_configuration_are_two_lines_of_a_figure():
+    run = next(run for run in reproduce.trainings(FIGURES["dpoer"], "small") if run.name.endswith("_corrected"))
+    assert "+model.mode=corrected" in run.command
+    folder, name = (word.partition("=")[2] for word in run.command[1:3])
+    config = compose_job(name, run.command[3:], folder=REPOSITORY / folder)
+    runs = [Run(Path(), str(n), "hopper-medium-v2", "0", [], "DPOER") for n in (config["name"], "hopper-medium-v2_sac")]
+    assert algorithm_labels(runs) == ["DPOER corrected", "DPOER"]
 
 
 def make_run(folder, iterations):

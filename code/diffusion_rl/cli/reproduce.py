@@ -29,8 +29,9 @@ from diffusion_rl.reports.progress import duration
 FIGURES = Path("figure/reproductions")
 COLLECTED = ("config.yaml", "metrics.jsonl")
 BUDGETS = ("small", "paper")
+DRAWN_FROM_FILES = ("learning_curve", "compare", "plan_scores", "lite_losses", "lite_scores")
 #: What a group says besides its lists.
-FACTS = ("config", "more", "name", "minutes", *BUDGETS)
+FACTS = ("config", "more", "variant", "minutes", *BUDGETS)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ def _group(group: Mapping[str, Any], budget: str) -> Iterator[Training]:
         words = ["script/run.py", f"--config-dir=cfg/{config.parent}", f"--config-name={config.name}"]
         words += [f"seed={named['seed']}", *shlex.split(group.get("more", ""))]
         words += [f"{key}={value}" for key, value in group[budget].items()]
-        name = "_".join([*config.parts[2:], *([group["name"]] if "name" in group else [])])
+        name = "_".join(config.parts[2:])
+        if variant := group.get("variant"):  # which tells it in figures from runs of the same configuration
+            words.append(f"name='{name},{variant}'")
+            name = f"{name}_{variant}"
         yield Training(name, named["seed"], tuple(words), group[budget]["train.n_train_itr"], float(group["minutes"]))
 
 
@@ -155,16 +159,12 @@ def drawn_again(folder: Path) -> Iterator[str]:
     The command is the one that its table (CSV) names. Figures from simulators or recordings are left as they are.
     """
     made = "# made by: python script/make_figures.py "
-    commands = [line.removeprefix("# made by: ") for file in sorted(folder.rglob("*.csv")) for line in _head(file)]
-    for command in dict.fromkeys(commands):
-        words = shlex.split(command)[1:]
-        if f"# made by: {command}".startswith(made) and any(Path(word).exists() for word in words[2:]):
-            run_script(words)
-            yield command
-
-
-def _head(file: Path) -> list[str]:
-    return [line for line in file.read_text().splitlines()[:3] if line.startswith("# made by: ")]
+    heads = [line for file in sorted(folder.rglob("*.csv")) for line in file.read_text().splitlines()[:2]]
+    for command in dict.fromkeys(line.removeprefix(made) for line in heads if line.startswith(made)):
+        kind, *_ = words = shlex.split(command)
+        if kind in DRAWN_FROM_FILES:
+            run_script(["script/make_figures.py", *words])
+            yield f"python script/make_figures.py {command}"
 
 
 def launch(runs: Sequence[Training], workers: int, gpu: str, place: str) -> int:
