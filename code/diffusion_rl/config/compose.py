@@ -29,10 +29,13 @@ CONFIG_ROOT = REPOSITORY / "cfg"
 Config = DictConfig  # what loops receive: a mapping whose values are attributes, too
 
 
+NO_SUITES = ("_base", "planning", "reproductions.yaml")  # in cfg/, but nothing that script/run.py runs
+
+
 def shipped_configs() -> list[str]:
     """Returns names of all configurations of `script/run.py`, such as "gym/finetune/hopper-v2/ft_ppo_diffusion_mlp"."""
     files = (path.relative_to(CONFIG_ROOT) for path in CONFIG_ROOT.rglob("*.yaml"))
-    return sorted(str(path.with_suffix("")) for path in files if path.parts[0] not in ("_base", "planning"))
+    return sorted(str(path.with_suffix("")) for path in files if path.parts[0] not in NO_SUITES)
 
 
 def check_own_files(name: str, folder: Path, seen: set[Path] | None = None) -> None:
