@@ -26,10 +26,8 @@ from diffusion_rl.core.places import REPOSITORY, data_dir, here_or_shipped
 
 HYDRAS_OWN = ("hydra.", "hydra_plugins.", "logging.", "colorlog.", "ext://sys.std")
 CONFIG_ROOT = REPOSITORY / "cfg"
-Config = DictConfig  # what loops receive: a mapping whose values are attributes, too
-
-
 NO_SUITES = ("_base", "planning", "reproductions.yaml")  # in cfg/, but nothing that script/run.py runs
+Config = DictConfig  # what loops receive: a mapping whose values are attributes, too
 
 
 def shipped_configs() -> list[str]:
