@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from parity_tests import r8_curves
+from parity_tests import r8_curves, r8_planners
 
 CASES = r8_curves.protocol()
+PLANNED = r8_planners.read_returns()
 RUN = [name for name in CASES if (r8_curves.RUNS / f"{name}.csv").exists()]
 
 
@@ -55,3 +56,15 @@ def test_committed_curves_are_equivalent(name):
 @pytest.mark.skipif(not RUN, reason="no case has been run yet")
 def test_the_table_is_of_the_committed_curves():
     assert r8_curves.table({name: CASES[name] for name in RUN}) in r8_curves.TABLE.read_text()
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_committed_plans_are_equivalent(name):
+    case, sides = r8_planners.protocol()[name], PLANNED[name]
+    assert {len(values) for values in sides.values()} == {case["episodes"]} and case["episodes"] >= 50
+    assert r8_planners.verdict(case, sides).word == "equivalent"
+
+
+@pytest.mark.skipif(not PLANNED, reason="no planner has been played yet")
+def test_the_table_is_of_the_committed_plans():
+    assert r8_planners.table(r8_planners.protocol(), PLANNED) in r8_planners.VERDICTS.read_text()

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 from omegaconf import OmegaConf
 
+import diffusion_rl
 from diffusion_rl.cli.status import exit_status
 from diffusion_rl.config.compose import REPOSITORY
 from diffusion_rl.config.instantiate import instantiate
@@ -68,6 +69,23 @@ PRE = {
     "_target_": "diffusion_rl.policies.diffusion.DiffusionPolicy",
     **{"horizon_steps": H, "obs_dim": OBS, "action_dim": A, "denoising_steps": 10},
 }
+FLOW = {"horizon_steps": H, "obs_dim": OBS, "action_dim": A}
+VELOCITY = {**MLP, "_target_": "diffusion_rl.networks.flow.FlowMLP"}
+ONE_STEP = {
+    "_target_": "diffusion_rl.networks.flow.OneStepMLP",
+    **{"horizon_steps": H, "action_dim": A, "cond_dim": OBS * TO, "mlp_dims": [16, 16]},
+}
+STEERED = {
+    **FLOW,
+    **{"network": VELOCITY, "noise_actor": {**GAUSSIAN, "tanh_output": False}, "critic": CRITIC_ACT},
+    "sampling": {"inference_steps": 3},
+}
+SHORTCUT = {**MLP, "_target_": "diffusion_rl.networks.flow.ShortcutFlowMLP", "td_emb_dim": 4, "cond_mlp_dims": [6, 4]}
+NOISY = {
+    **{"horizon_steps": H, "obs_dim": OBS, "act_dim": A, "critic": CRITIC, "noise_scheduler_type": "learn"},
+    **{"inference_steps": 3, "ft_denoising_steps": 3, "randn_clip_value": 3},
+    **{"min_logprob_denoising_std": 0.1, "max_logprob_denoising_std": 0.2, "min_sampling_denoising_std": 0.1},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {**DPPO, "actor": MLP},
     "mlp ddim": {**DPPO, "actor": {**MLP, "residual_style": True}, **DDIM, "learn_eta": True},
@@ -90,6 +108,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixture": {
         "_target_": "diffusion_rl.policies.gmm.GMMPolicy",
         **{"horizon_steps": H, "network": {**MIXTURE, "fixed_std": 0.1}},
+    },
+    "flow": {"_target_": "diffusion_rl.policies.flow.FlowPolicy", **FLOW, "network": VELOCITY},
+    "shortcut": {"_target_": "diffusion_rl.policies.flow.ShortcutFlowPolicy", **FLOW, "network": SHORTCUT},
+    "reinflow": {"_target_": "diffusion_rl.methods.on_policy.reinflow.ReinFlow", **NOISY, "policy": VELOCITY},
+    "shortcut reinflow": {
+        "_target_": "diffusion_rl.methods.on_policy.reinflow.ShortcutReinFlow",
+        **{**NOISY, "policy": SHORTCUT},
+    },
+    "fpo": {
+        "_target_": "diffusion_rl.methods.on_policy.fpo.FPO",
+        **{**FLOW, "actor": VELOCITY, "critic": CRITIC, "clip_ploss_coef": 0.1},
+    },
+    "dsrl": {"_target_": "diffusion_rl.methods.off_policy.dsrl.DSRL", **STEERED},
+    "fql": {
+        "_target_": "diffusion_rl.methods.off_policy.fql.FQL",
+        **{**FLOW, "actor": ONE_STEP, "flow": VELOCITY, "critic": CRITIC_ACT},
     },
 }
 FRESH = """
@@ -181,17 +215,6 @@ DIFFUSING = {**PRE, "actor": MLP, "denoising_steps": 4, "randn_clip_value": 3}
 DISTRIBUTIONAL = {**CRITIC_ACT, "_target_": "diffusion_rl.networks.critics.DistributionalCritic"}
 SQUASHED = {**MODELS["sac"], "tanh_output": True}
 SINGLE = {**SQUASHED, "critic": {**CRITIC_ACT, "double_q": False}, "n_critics": 2}
-FLOW = {"horizon_steps": H, "obs_dim": OBS, "action_dim": A}
-VELOCITY = {**MLP, "_target_": "diffusion_rl.networks.flow.FlowMLP"}
-ONE_STEP = {
-    "_target_": "diffusion_rl.networks.flow.OneStepMLP",
-    **{"horizon_steps": H, "action_dim": A, "cond_dim": OBS * TO, "mlp_dims": [16, 16]},
-}
-STEERED = {
-    **FLOW,
-    **{"network": VELOCITY, "noise_actor": {**GAUSSIAN, "tanh_output": False}, "critic": CRITIC_ACT},
-    "sampling": {"inference_steps": 3},
-}
 OFF_POLICY = {
     "rwr.RWR": {**PRE, "network": MLP, "denoising_steps": 4},
     "awr.AWR": {**DIFFUSING, "critic": CRITIC},
@@ -201,7 +224,7 @@ OFF_POLICY = {
     "sac.SAC": SQUASHED,
     "rlpd.RLPD": SINGLE,
     "dsrl.DSRL": STEERED,
-    "fql.FQL": {**FLOW, "actor": {**ONE_STEP}, "flow": VELOCITY, "critic": CRITIC_ACT},
+    "fql.FQL": MODELS["fql"],
 }
 
 
@@ -218,6 +241,9 @@ def test_off_policy_algorithms_act_as_in_their_evaluations(tmp_path, monkeypatch
     expected = algorithm.act(cond, {"noise": tf.constant(inputs["noise"])}, True, {})
     expected = source.normalizer.unnormalize_action(expected.numpy())
     np.testing.assert_allclose(saved.decide(source, inputs), expected, rtol=0, atol=1e-6)
+    acted = diffusion_rl.load_policy(path).act({"state": inputs["state"]}, rng=NoiseSource(4))
+    inputs["noise"] = NoiseSource(4).normal(inputs["noise"].shape)
+    np.testing.assert_allclose(acted, saved.decide(source, inputs)[:, :TA], rtol=0, atol=1e-6)
 
 
 def test_noise_drawn_inside_is_standard_normal(tmp_path):
