@@ -57,27 +57,35 @@ def simulators() -> list[psutil.Process]:
 class Killer:
     """Kills actors and nodes of a cluster at random moments while a program runs.
 
+    Moments are drawn in iterations, so that all of them come whatever the machine's speed: 4.7 is in the fifth one, when
+    seven tenths of an iteration's usual time have passed.
+
     Args:
-        seconds: mean time between two kills.
+        iterations: of the program; the first and the last are spared.
+        seconds: an iteration usually takes.
     """
 
-    def __init__(self, cluster: Any, nodes: list[Any], actors: int, n_nodes: int, seconds: float, seed: int):
+    def __init__(
+        self, cluster: Any, nodes: list[Any], actors: int, n_nodes: int, iterations: int, seconds: float, seed: int
+    ):
         self.cluster, self.nodes, self.seconds = cluster, nodes, seconds
         self.random = random.Random(seed)
         self.plan = ["actor"] * actors + ["node"] * n_nodes
         self.random.shuffle(self.plan)
+        self.moments = sorted(self.random.uniform(1, iterations - 1) for _ in self.plan)
         self.done: list[dict[str, Any]] = []
 
     def run(self, program: subprocess.Popen, folder: Path) -> int:
-        """Kills until everything planned is done or the program has ended; returns its exit status.
-
-        Begins once an iteration is done, since before that nothing could be lost.
-        """
-        while not rows(folder) and program.poll() is None:
-            time.sleep(0.1)
-        for what in self.plan:
-            until = time.monotonic() + self.random.expovariate(1 / self.seconds)
-            while time.monotonic() < until or not simulators():  # it has not begun, or all are being replaced
+        """Kills all that is planned, unless the program ends before; returns its exit status."""
+        began = {0: time.monotonic()}  # number of an iteration -> when
+        for moment, what in zip(self.moments, self.plan, strict=True):
+            number = int(moment)
+            while True:
+                now = time.monotonic()
+                began.setdefault(len(rows(folder)), now)
+                due = len(rows(folder)) > number or now >= began.get(number, now + 1) + self.seconds * (moment - number)
+                if due and simulators():  # else it has not begun, or all are being replaced
+                    break
                 if program.poll() is not None:
                     return program.returncode
                 time.sleep(0.1)
@@ -106,7 +114,6 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--actors-killed", type=int, default=20)
     parser.add_argument("--nodes-killed", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8, help="mean time between two kills")
     parser.add_argument("--actors", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--draw", type=Path, nargs="+", metavar="FILE", help="draw what was written before")
@@ -123,7 +130,9 @@ def main() -> int:
     subprocess.run(command(options.task, options.iterations, work / "alone"), **run)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    killer = Killer(cluster, nodes, options.actors_killed, options.nodes_killed, options.seconds, seed=0)
+    seconds = float(np.median([row["seconds"] for row in rows(work / "alone")]))
+    counts = options.actors_killed, options.nodes_killed
+    killer = Killer(cluster, nodes, *counts, options.iterations, seconds, seed=0)
     print(f"on three nodes, killing {options.actors_killed} actors and {options.nodes_killed} nodes …", flush=True)
     more = ["env.cluster=ray", f"env.actors={options.actors}", f"ray.address={cluster.address}"]
     with (work / "killed.log").open("w") as log:
