@@ -57,8 +57,8 @@ def simulators() -> list[psutil.Process]:
 class Killer:
     """Kills actors and nodes of a cluster at random moments while a program runs.
 
-    Moments are drawn in iterations, so that all of them come whatever the machine's speed: 4.7 is in the fifth one, when
-    seven tenths of an iteration's usual time have passed.
+    Moments are drawn in iterations, so that all of them come whatever the machine's speed: 4.7 is in the fifth one,
+    when seven tenths of its usual time have passed.
 
     Args:
         iterations: of the program; the first and the last are spared.
