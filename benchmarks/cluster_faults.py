@@ -175,7 +175,7 @@ def draw(files: list[Path], path: Path) -> None:
             panel.set_title(f"{data['task']}: {len(kills) - nodes} actors and {nodes} nodes killed, {same}")
             panel.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
             panel.legend()
-        figure.text(0.01, 0.01, "red: actors lost in an iteration", color=COLOURS[1], fontsize=8)
+        figure.text(0.01, 0.01, "above the lines: actors lost in an iteration", color=COLOURS[1], fontsize=8)
         figure.tight_layout(rect=(0, 0.03, 1, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Description": "python benchmarks/cluster_faults.py --draw FILE ..."})
