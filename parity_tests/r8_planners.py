@@ -91,7 +91,7 @@ def table(cases: Mapping[str, Mapping[str, Any]], returns: Returns) -> str:
 # ---------- playing ----------
 
 
-class GenuinePlanner:
+class GenuineDiffuser:
     """The authors' models behind the interface of `methods.diffuser.model.Diffuser`.
 
     Args:
@@ -143,7 +143,7 @@ def import_checkout(path: Path) -> Any:
         return importlib.import_module("diffuser.sampling")
 
 
-def genuine(description: Mapping[str, Any], model: Any) -> Any:
+def genuine_model(description: Mapping[str, Any], model: Any) -> Any:
     """Builds the authors' model of a description, with the weights of ours."""
     import torch
 
@@ -164,7 +164,7 @@ def genuine(description: Mapping[str, Any], model: Any) -> Any:
     return built.eval()
 
 
-def models_of(case: Mapping[str, Any], side: str, logbase: Path, upstream: Path) -> tuple[Any, Sequence[int]]:
+def diffuser_of(case: Mapping[str, Any], side: str, logbase: Path, upstream: Path) -> tuple[Any, Sequence[int]]:
     """Returns the planner of a side of a case of Diffuser, and the widths of its observations and actions."""
     from diffusion_rl.diffusion.guidance import Guide
     from diffusion_rl.methods.diffuser.files import find_state, load_experiment
@@ -179,8 +179,8 @@ def models_of(case: Mapping[str, Any], side: str, logbase: Path, upstream: Path)
         return Diffuser(models[0].model, models[0].normalizers, guide, case["plans"]), sizes
     sampling = import_checkout(upstream)
     described = [checkpoint_metadata(find_state(folder, "latest")[1])["description"] for folder in folders]
-    theirs = [genuine(facts, each.model) for facts, each in zip(described, models, strict=True)]
-    return GenuinePlanner(sampling, *theirs, models[0].normalizers, guidance, case["plans"]), sizes
+    theirs = [genuine_model(facts, each.model) for facts, each in zip(described, models, strict=True)]
+    return GenuineDiffuser(sampling, *theirs, models[0].normalizers, guidance, case["plans"]), sizes
 
 
 class GenuineLite:
@@ -277,7 +277,7 @@ def play(case: Mapping[str, Any], side: str, logbase: Path, upstream: Path) -> n
         import torch
 
         torch.manual_seed(seed)
-    planner, sizes = (lite_of if lite else models_of)(case, side, logbase, upstream)
+    planner, sizes = (lite_of if lite else diffuser_of)(case, side, logbase, upstream)
     env = {"name": case["dataset"], "n_envs": count, "max_episode_steps": steps}
     options = {"obs_dim": sizes[0], "action_dim": sizes[1], "act_steps": 1, "seed": seed}
     rng = NoiseSource(seed)
