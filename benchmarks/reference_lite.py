@@ -9,22 +9,22 @@ import functools
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import lite
 import numpy as np
 import torch
 from worker import Workload, serve
 
-UNUSED = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")  # of networks for images
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from parity_tests.surroundings import make_cleandiffuser_importable  # noqa: E402
 
 
 class Reference:
     """The models of all levels with new weights."""
 
     def __init__(self, checkout: Path):
-        sys.path.insert(0, str(checkout))
-        sys.modules.update({name: MagicMock() for name in UNUSED if name not in sys.modules})
+        make_cleandiffuser_importable(str(checkout))
         from cleandiffuser.diffusion import ContinuousRectifiedFlow
         from cleandiffuser.invdynamic import FancyMlpInvDynamic
         from cleandiffuser.nn_condition import MLPCondition

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import collections
-import collections.abc
 import contextlib
 import functools
-import importlib
 import io
 import sys
 from pathlib import Path
@@ -18,17 +15,12 @@ from worker import Workload, serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from parity_tests.surroundings import Finder  # noqa: E402
+from parity_tests.surroundings import import_diffuser  # noqa: E402
 
 
 def checkout(path: str) -> tuple[Any, Any, Any]:
     """(temporal networks, diffusions, sampling) of the authors' code."""
-    collections.Mapping = collections.abc.Mapping  # type: ignore[attr-defined] # as in the Python it was written for
-    sys.path.insert(0, path)
-    sys.meta_path.append(Finder())  # type: ignore[arg-type]
-    with contextlib.redirect_stdout(io.StringIO()):
-        names = ("models.temporal", "models.diffusion", "sampling")
-        temporal, diffusion, sampling = (importlib.import_module(f"diffuser.{name}") for name in names)
+    temporal, diffusion, sampling = import_diffuser(path, "models.temporal", "models.diffusion", "sampling")
     return temporal, diffusion, sampling
 
 

@@ -104,12 +104,16 @@ def protocol(path: Path = RUNS / "protocol.yaml") -> dict[str, Case]:
     }
 
 
+def rows_of(path: Path) -> csv.DictReader[str]:
+    """Returns the rows of a CSV file by its columns' names, without the comments."""
+    return csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
+
+
 def read_curves(path: Path) -> Curves:
     """Returns the runs of a case; none if there is no file yet."""
     curves: dict[str, dict[int, dict[int, float]]] = {side: {} for side in SIDES}
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-        for row in csv.DictReader(lines):
+        for row in rows_of(path):
             run = curves[row["side"]].setdefault(int(row["seed"]), {})
             run[int(row["iteration"])] = float(row["episode_return"])
     return {

@@ -12,10 +12,7 @@ r8_curves.py, over episodes.
 from __future__ import annotations
 
 import argparse
-import collections
-import collections.abc
 import contextlib
-import csv
 import importlib
 import io
 import os
@@ -35,7 +32,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from diffusion_rl.core.files import write_bytes  # noqa: E402
 from diffusion_rl.reports.style import csv_text  # noqa: E402
-from parity_tests.r8_curves import RUNS, SIDES, TABLE, Verdict, equivalence  # noqa: E402
+from parity_tests.r8_curves import RUNS, SIDES, TABLE, Verdict, equivalence, rows_of  # noqa: E402
+from parity_tests.surroundings import import_diffuser, make_cleandiffuser_importable  # noqa: E402
 
 COMMAND = "python -m parity_tests.r8_planners"
 PROTOCOL, EPISODES, VERDICTS = RUNS / "planners.yaml", RUNS / "planners.csv", TABLE.with_name("planners.md")
@@ -54,8 +52,7 @@ def read_returns() -> Returns:
     """Returns the returns of the episodes that were played."""
     found: Returns = {}
     if EPISODES.exists():
-        lines = [line for line in EPISODES.read_text().splitlines() if not line.startswith("#")]
-        for row in csv.DictReader(lines):
+        for row in rows_of(EPISODES):
             side = found.setdefault(row["case"], {}).get(row["side"], np.zeros(0))
             found[row["case"]][row["side"]] = np.append(side, float(row["return"]))
     return found
@@ -131,18 +128,6 @@ class GenuineDiffuser:
         )
 
 
-def import_checkout(path: Path) -> Any:
-    """Imports the authors' package; returns its module of sampling."""
-    from parity_tests.surroundings import Finder
-
-    if not hasattr(collections, "Mapping"):
-        collections.Mapping = collections.abc.Mapping  # type: ignore[attr-defined] # as in the Python it was written for
-    sys.path.insert(0, str(path))
-    sys.meta_path.append(Finder())  # type: ignore[arg-type]
-    with contextlib.redirect_stdout(io.StringIO()):
-        return importlib.import_module("diffuser.sampling")
-
-
 def genuine_model(description: Mapping[str, Any], model: Any) -> Any:
     """Builds the authors' model of a description, with the weights of ours."""
     import torch
@@ -177,7 +162,7 @@ def diffuser_of(case: Mapping[str, Any], side: str, logbase: Path, upstream: Pat
     if side == "tensorflow":
         guide = Guide(models[1].model.value, **guidance)
         return Diffuser(models[0].model, models[0].normalizers, guide, case["plans"]), sizes
-    sampling = import_checkout(upstream)
+    [sampling] = import_diffuser(str(upstream), "sampling")
     described = [checkpoint_metadata(find_state(folder, "latest")[1])["description"] for folder in folders]
     theirs = [genuine_model(facts, each.model) for facts, each in zip(described, models, strict=True)]
     return GenuineDiffuser(sampling, *theirs, models[0].normalizers, guidance, case["plans"]), sizes
@@ -245,8 +230,6 @@ class GenuineLite:
 
 def lite_of(case: Mapping[str, Any], side: str, logbase: Path, upstream: Path) -> tuple[Any, Sequence[int]]:
     """Returns the planner of a side of a case of DiffuserLite, and the widths of its observations and actions."""
-    from unittest.mock import MagicMock
-
     from diffusion_rl.cli.diffuser_lite import Pipeline
     from diffusion_rl.methods.diffuser_lite import files
 
@@ -256,9 +239,7 @@ def lite_of(case: Mapping[str, Any], side: str, logbase: Path, upstream: Path) -
     planner = pipeline.planner("latest", fitted["means"], fitted["stds"])
     if side == "tensorflow":
         return planner, pipeline.dims
-    sys.path.insert(0, str(upstream))
-    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):  # of what sees images
-        sys.modules.setdefault(name, MagicMock())
+    make_cleandiffuser_importable(str(upstream))
     network = {key: getattr(pipeline.options, key) for key in ("emb_dim", "d_model", "n_heads", "depth")}
     return GenuineLite(planner, pipeline.dims[1], network), pipeline.dims
 

@@ -1,10 +1,17 @@
-"""What the genuine Diffuser imports for pictures, simulators and command lines, replaced by nothing."""
+"""What the genuine planners import for pictures, simulators and command lines, replaced by nothing."""
 
 from __future__ import annotations
 
+import collections
+import collections.abc
+import contextlib
+import importlib
+import io
+import sys
 import types
 from importlib.machinery import ModuleSpec
 from typing import Any
+from unittest.mock import MagicMock
 
 SURROUNDINGS = ("gym", "d4rl", "mujoco_py", "imageio", "skvideo", "matplotlib", "tap", "git", "jax", "pybullet", "tqdm")
 
@@ -32,3 +39,20 @@ class Finder:
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
+
+
+def import_diffuser(checkout: str, *names: str) -> list[Any]:
+    """Import modules of the authors' Diffuser, "sampling" say, from a checkout."""
+    if not hasattr(collections, "Mapping"):
+        collections.Mapping = collections.abc.Mapping  # type: ignore[attr-defined] # as in the Python it was written for
+    sys.path.insert(0, checkout)
+    sys.meta_path.append(Finder())  # type: ignore[arg-type]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return [importlib.import_module(f"diffuser.{name}") for name in names]
+
+
+def make_cleandiffuser_importable(checkout: str) -> None:
+    """Let DiffuserLite's authors' package be imported from a checkout, without what only networks that see need."""
+    sys.path.insert(0, checkout)
+    for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
+        sys.modules.setdefault(name, MagicMock())

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import collections
-import collections.abc
 import contextlib
 import importlib
 import io
-import sys
 from typing import Any
 
 import numpy as np
@@ -25,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from parity_tests import live  # noqa: E402
 from parity_tests.drawn import Draws  # noqa: E402
-from parity_tests.surroundings import Finder  # noqa: E402
+from parity_tests.surroundings import import_diffuser  # noqa: E402
 
 pytestmark = pytest.mark.upstream_diffuser
 B, O, A = 3, 3, 2  # noqa: E741
@@ -35,12 +32,7 @@ TEMPORAL, DIFFUSION = "diffuser.models.temporal.", "diffuser.models.diffusion."
 @pytest.fixture(scope="module", autouse=True)
 def checkout(request):
     """Its package can be imported; what it only needs for other things is replaced by nothing."""
-    if not hasattr(collections, "Mapping"):
-        collections.Mapping = collections.abc.Mapping  # as in the versions of Python that it was written for
-    sys.path.insert(0, request.config.getoption("--upstream-diffuser"))
-    sys.meta_path.append(Finder())
-    with contextlib.redirect_stdout(io.StringIO()):
-        importlib.import_module("diffuser.sampling")
+    import_diffuser(request.config.getoption("--upstream-diffuser"), "sampling")
 
 
 def spec(cls: str, **kwargs: Any) -> dict[str, Any]:
