@@ -45,6 +45,7 @@ FIGURE = ROOT / "figure" / "parity" / "curves.png"
 TABLE = ROOT / "figure" / "parity" / "curves.md"
 COMMAND = "python -m parity_tests.r8_curves"
 SIDES = {"pytorch": "PyTorch, the authors' code", "tensorflow": "this repository"}
+LABELS = {**SIDES, "float32": "this repository, float32", "bfloat16": "this repository, bfloat16"}
 COLUMNS = ["side", "seed", "iteration", "episode_return"]
 THEIR_LINE = re.compile(r"(\d+): step +\d+ \| loss.*\| reward +(-?[\d.]+|nan) \|")  # a line of the reference's log
 WINDOWS = {"all iterations": 0.0, "last third": 2 / 3}  # from which part of the iterations on
@@ -64,6 +65,8 @@ class Case:
         overrides: keys and values behind both commands.
         iterations, seeds: how many.
         margin: largest difference of mean returns that counts as none.
+        sides: what is compared, the first with the second, and the keys and values behind each command; what is not
+            named `pytorch` is this repository.
     """
 
     title: str
@@ -74,11 +77,12 @@ class Case:
     seeds: int = 10
     policy: str = ""
     overrides: list[str] = field(default_factory=list)
+    sides: dict[str, list[str]] = field(default_factory=lambda: {side: [] for side in SIDES})
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The difference of two sides' means (ours minus theirs) by its 90% interval, and the margin that it is held to."""
+    """The difference of two means (the second side minus the first) by its 90% interval, and the margin."""
 
     theirs: float
     ours: float
@@ -109,9 +113,10 @@ def rows_of(path: Path) -> csv.DictReader[str]:
     return csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#"))
 
 
-def read_curves(path: Path) -> Curves:
-    """Returns the runs of a case; none if there is no file yet."""
-    curves: dict[str, dict[int, dict[int, float]]] = {side: {} for side in SIDES}
+def read_curves(name: str, case: Case) -> Curves:
+    """Returns the runs of a case by side; none if there is no file yet."""
+    path = RUNS / f"{name}.csv"
+    curves: dict[str, dict[int, dict[int, float]]] = {side: {} for side in case.sides}
     if path.exists():
         for row in rows_of(path):
             run = curves[row["side"]].setdefault(int(row["seed"]), {})
@@ -144,11 +149,11 @@ def verdicts(case: Case, curves: Curves) -> dict[str, Verdict]:
     Raises ValueError if one side has fewer than two runs.
     """
     sides = {side: np.stack(list(runs.values())[: case.seeds]) for side, runs in curves.items() if len(runs) > 1}
-    if len(sides) < len(SIDES):
+    if len(sides) < len(case.sides):
         raise ValueError(f"{case.title}: both sides need two runs at least")
     begins = {name: int(case.iterations * part) for name, part in WINDOWS.items()}
     return {
-        name: equivalence(*(sides[side][:, begin:].mean(axis=1) for side in SIDES), case.margin)
+        name: equivalence(*(sides[side][:, begin:].mean(axis=1) for side in case.sides), case.margin)
         for name, begin in begins.items()
     }
 
@@ -160,7 +165,8 @@ def command(case: Case, side: str, seed: int, folder: Path, policy: Path | None,
     """Returns the command of one run."""
     config = Path(case.config)
     words = [python, "script/run.py", f"--config-name={config.name}", f"--config-dir={config.parent}", f"seed={seed}"]
-    words += [f"logdir={folder / 'run'}", f"train.n_train_itr={case.iterations}", "wandb=null", *case.overrides]
+    words += [f"logdir={folder / 'run'}", f"train.n_train_itr={case.iterations}", "wandb=null"]
+    words += [*case.overrides, *case.sides[side]]
     words += [f"normalization_path={ROOT / 'data' / 'gym' / case.task / 'normalization.npz'}"]
     words += [f"base_policy_path={policy}"] if policy else []
     return [*words, "device=cpu"] if side == "pytorch" else words
@@ -205,9 +211,9 @@ def fill(names: Sequence[str], cases: Mapping[str, Case], options: argparse.Name
     for core in sorted(os.sched_getaffinity(0))[: options.jobs]:
         cores.put(core)
     for name in names:
-        case, path = cases[name], RUNS / f"{name}.csv"
-        there = read_curves(path)
-        missing = [(side, seed) for seed in range(case.seeds) for side in SIDES if seed not in there[side]]
+        case = cases[name]
+        there = read_curves(name, case)
+        missing = [(side, seed) for seed in range(case.seeds) for side in case.sides if seed not in there[side]]
 
         def one(job: tuple[str, int], case: Case = case) -> tuple[tuple[str, int], np.ndarray]:
             core = cores.get()
@@ -218,9 +224,9 @@ def fill(names: Sequence[str], cases: Mapping[str, Case], options: argparse.Name
 
         with ThreadPoolExecutor(options.jobs) as pool:
             for (side, seed), curve in pool.map(one, missing):
-                there = read_curves(path)
+                there = read_curves(name, case)
                 there[side][seed] = curve
-                write_curves(path, there, case.title)
+                write_curves(RUNS / f"{name}.csv", there, case.title)
                 print(f"{name}, {side}, seed {seed}: {curve[0]:.1f} -> {curve[-1]:.1f}", flush=True)
 
 
@@ -229,18 +235,19 @@ def fill(names: Sequence[str], cases: Mapping[str, Case], options: argparse.Name
 
 def with_runs(cases: Mapping[str, Case]) -> dict[str, Curves]:
     """Returns the curves of the cases that have two runs a side at least."""
-    curves = {name: read_curves(RUNS / f"{name}.csv") for name in cases}
+    curves = {name: read_curves(name, case) for name, case in cases.items()}
     return {name: sides for name, sides in curves.items() if all(len(runs) > 1 for runs in sides.values())}
 
 
 def table(cases: Mapping[str, Case]) -> str:
     """Returns the verdicts as a Markdown table."""
     lines = [
-        "| case | seeds | window | PyTorch | here | difference, 90% interval | margin | verdict |",
+        "| case | seeds | window | first | second | difference, 90% interval | margin | verdict |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, curves in with_runs(cases).items():
-        case, count = cases[name], " / ".join(str(min(cases[name].seeds, len(runs))) for runs in curves.values())
+        case = cases[name]
+        count = " / ".join(f"{side} {min(case.seeds, len(runs))}" for side, runs in curves.items())
         for window, v in verdicts(case, curves).items():
             means, interval = f"{v.theirs:.1f} | {v.ours:.1f}", f"{v.low:+.1f} to {v.high:+.1f}"
             lines.append(f"| {case.title} | {count} | {window} | {means} | {interval} | {v.margin:g} | {v.word} |")
@@ -263,8 +270,9 @@ def report(cases: Mapping[str, Case]) -> str:
         _draw(figure, cases, drawn, columns)
 
     write_figure(draw, size, FIGURE, csv_text(numbers, COMMAND), COMMAND, [caption])
-    text = f"# Learning curves of both frameworks\n\n{verdict_table}\n\nDifference: ours minus theirs. What was run:\n"
-    text += f"`parity_tests/curves/protocol.yaml`. Made by `{COMMAND}`.\n\n![Curves](curves.png)\n"
+    about = "Difference: the second side minus the first. What was run: `parity_tests/curves/protocol.yaml`."
+    text = f"# Learning curves of both frameworks\n\n{verdict_table}\n\n{about}\n"
+    text += f"Made by `{COMMAND}`.\n\n![Curves](curves.png)\n"
     write_bytes(TABLE, text.encode())
     return verdict_table
 
@@ -274,7 +282,7 @@ def _draw(figure: Any, cases: Mapping[str, Case], drawn: Mapping[str, Curves], c
     for (name, curves), panel in zip(drawn.items(), panels, strict=False):
         for (side, runs), colour in zip(curves.items(), (COLOURS[1], COLOURS[0]), strict=False):
             mean, low, high = mean_and_interval(np.stack(list(runs.values())))
-            panel.plot(mean, color=colour, label=f"{SIDES[side]}, {len(runs)} seeds")
+            panel.plot(mean, color=colour, label=f"{LABELS[side]}, {len(runs)} seeds")
             panel.fill_between(range(len(mean)), low, high, color=colour, alpha=0.2, linewidth=0)
         panel.set(title=cases[name].title, xlabel="iteration", ylabel="return")
         panel.legend(fontsize="x-small")

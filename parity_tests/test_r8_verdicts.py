@@ -45,7 +45,7 @@ def test_false_equivalence_is_as_rare_as_the_test_promises():
 @pytest.mark.parametrize("name", RUN)
 def test_committed_curves_are_equivalent(name):
     """The verdict from the files: as many seeds as the protocol asks for, whole runs, every window equivalent."""
-    case, curves = CASES[name], r8_curves.read_curves(r8_curves.RUNS / f"{name}.csv")
+    case, curves = CASES[name], r8_curves.read_curves(name, CASES[name])
     for side, runs in curves.items():
         assert set(range(case.seeds)) <= set(runs), f"{name}: {side} has seeds {sorted(runs)}"
         assert {len(run) for run in runs.values()} == {case.iterations}

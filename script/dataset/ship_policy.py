@@ -20,11 +20,11 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=32, choices=(32, 16, 8), help="fewer for large networks")
     arguments = parser.parse_args()
     from diffusion_rl.training.checkpoint import in_eight_bits, load_checkpoint, require_kind, save_checkpoint
-    from diffusion_rl.training.policy_files import policy_weights
+    from diffusion_rl.training.policy_files import ACTS_WITH_LAST, PRETRAINED, policy_weights
 
     checkpoint = load_checkpoint(arguments.checkpoint)
-    require_kind(checkpoint, ("diffusion_policy", "gaussian_policy", "gmm_policy"), arguments.checkpoint)
-    group = "ema" if checkpoint.metadata["kind"] == "diffusion_policy" else "model"
+    require_kind(checkpoint, PRETRAINED, arguments.checkpoint)
+    group = "model" if checkpoint.metadata["kind"] in ACTS_WITH_LAST else "ema"
     tensors = {f"{group}.{name}": value for name, value in policy_weights(checkpoint).items()}
     size = sum(tensor.size for tensor in tensors.values())
     if arguments.bits == 16:

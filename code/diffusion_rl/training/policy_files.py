@@ -19,7 +19,7 @@ from diffusion_rl.data.assets import resolve
 from diffusion_rl.interop.torch_names import load_state_dict, state_dict
 from diffusion_rl.networks.layers import copy_weights
 from diffusion_rl.policies.diffusion import DiffusionPolicy, FineTunedDiffusionPolicy
-from diffusion_rl.policies.flow import FlowPolicy
+from diffusion_rl.policies.flow import FlowPolicy, ShortcutFlowPolicy
 from diffusion_rl.policies.gaussian import FineTunedGaussianPolicy, GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 from diffusion_rl.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, require_finite
@@ -40,6 +40,10 @@ SAMPLING = (
     "ddim_steps",
 )
 GAUSSIAN_SAMPLING = ("randn_clip_value", "tanh_output")
+
+#: Kinds of pre-trained policies: that act with their last weights, and with the averaged ones.
+ACTS_WITH_LAST = (GaussianPolicy.KIND, GMMPolicy.KIND)
+PRETRAINED = (*ACTS_WITH_LAST, DiffusionPolicy.KIND, FlowPolicy.KIND, ShortcutFlowPolicy.KIND)
 
 #: Keys of a configuration that are a policy's own.
 SHAPE = ("env_name", "obs_dim", "action_dim", "horizon_steps", "act_steps", "cond_steps", "denoising_steps")
@@ -95,7 +99,7 @@ def policy_weights(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 
     (The reference takes the last weights, not the average, of pre-trained Gaussian and mixture policies.)
     """
-    last = checkpoint.metadata.get("kind") in (GaussianPolicy.KIND, GMMPolicy.KIND)
+    last = checkpoint.metadata.get("kind") in ACTS_WITH_LAST
     first, second = ("model.", "ema.") if last else ("ema.", "model.")
     return checkpoint.select(first) or checkpoint.select(second)
 
