@@ -41,6 +41,7 @@ from diffusion_rl.training.rollout import (
     Rollout,
     collect,
     episode_statistics,
+    knows_success,
     no_episode_ended,
     success_threshold,
 )
@@ -153,8 +154,10 @@ class Evaluation:
         threshold = success_threshold(cfg["env"], rollout.successes is not None)
         stats = episode_statistics(rollout, cfg["act_steps"], threshold)
         if stats.n_episodes:
+            has_success = rollout.successes is not None or knows_success(str(cfg.get("env_name")))
+            success = f"success rate {stats.success_rate:.4f} | " if has_success else ""
             print(
-                f"eval: {stats.n_episodes} episodes | success rate {stats.success_rate:.4f} | "
+                f"eval: {stats.n_episodes} episodes | {success}"
                 f"avg episode reward {stats.mean_return:.4f} | avg best reward {stats.mean_best_reward:.4f}"
             )
         else:
