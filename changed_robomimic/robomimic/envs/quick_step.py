@@ -215,7 +215,7 @@ class _PlainArm(_Arm):
         mujoco.mj_fullM(model, numbered, np.arange(1.0, len(data.qM) + 1))  # 0 for entries that are always zero
         self.entries = numbered[np.ix_(self.velocities, self.velocities)].astype(int) - 1
         self.tip, self.frame = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3)
-        self.qpos, self.qvel, self.qM, self.bias, self.ctrl = data.qpos, data.qvel, data.qM, data.qfrc_bias, data.ctrl
+        self.qpos, self.qvel = data.qpos, data.qvel
         layouts = (c.J_pos, c.J_ori, c.J_full, c.mass_matrix)
         self.matrices = tuple(np.zeros_like(matrix) for matrix in layouts)
         self.jacobians, self.speeds, self.pull = np.zeros((2, 3, model.nv)), np.zeros((2, 3)), np.zeros((2, 3))
@@ -240,26 +240,28 @@ class _PlainArm(_Arm):
 
     def _note(self, action: np.ndarray) -> None:
         super()._note(action)
-        c, gripper = self.controller, self.gripper
-        self.goal = (c.goal_pos, c.goal_ori, c.kp, c.kd)
-        self.finger_step = np.array([-1.0, 1.0]) * gripper.speed * np.sign(self.finger_action)
+        c, gripper, data, J_full, mass = self.controller, self.gripper, self.data, *self.matrices[2:]
         self.opening[:] = gripper.current_action
+        finger_step = np.array([-1.0, 1.0]) * gripper.speed * np.sign(self.finger_action)
+        goal = (c.goal_pos, c.goal_ori, c.kp, c.kd)
+        whole_model = (self.velocities, self.jacobians, data.qM, self.entries)
+        self.of_pull = (*goal, self.tip, self.frame, self.speeds, *whole_model, *self.matrices, self.pull)
+        joints = (c.initial_joint, self.qpos, self.positions, self.qvel, self.velocities)
+        results = (self.joint_pos, self.joint_vel, self.torques, self.clipped, self.motors, data.ctrl)
+        self.of_arm = (data.qfrc_bias, mass, *joints, *self.torque_limits, *results)
+        self.of_fingers = (self.opening, finger_step, self.middle, self.reach, self.fingers, data.ctrl)
+        self.views = (*self.jacobians, *self.speeds, *self.pull, self.wrench[:3], self.wrench[3:], J_full.T)
 
     def control(self) -> None:
-        (forward, turning), (*_, J_full, mass) = self.jacobians, self.matrices
+        forward, turning, speed, spin, force, torque, pulling, twisting, to_joints = self.views
         mujoco.mj_jacSite(self.model, self.data, forward, turning, self.site)
-        forward.dot(self.qvel, self.speeds[0])
-        turning.dot(self.qvel, self.speeds[1])
-        places = (self.velocities, self.jacobians, self.qM, self.entries)
-        lambda_pos, lambda_ori, nullspace = _pull(
-            *self.goal, self.tip, self.frame, self.speeds, *places, *self.matrices, self.pull
-        )
-        lambda_pos.dot(self.pull[0], self.wrench[:3])
-        lambda_ori.dot(self.pull[1], self.wrench[3:])
-        joints = (self.controller.initial_joint, self.qpos, self.positions, self.qvel, self.velocities)
-        results = (self.joint_pos, self.joint_vel, self.torques, self.clipped, self.motors, self.ctrl)
-        _move_arm(J_full.T.dot(self.wrench), self.bias, mass, nullspace, *joints, *self.torque_limits, *results)
-        _move_fingers(self.opening, self.finger_step, self.middle, self.reach, self.fingers, self.ctrl)
+        forward.dot(self.qvel, speed)
+        turning.dot(self.qvel, spin)
+        lambda_pos, lambda_ori, nullspace = _pull(*self.of_pull)
+        lambda_pos.dot(force, pulling)
+        lambda_ori.dot(torque, twisting)
+        _move_arm(to_joints.dot(self.wrench), nullspace, *self.of_arm)
+        _move_fingers(*self.of_fingers)
         self.changed = True
 
     def end(self) -> None:
@@ -311,7 +313,7 @@ def _pull(
 
 @jit_decorator
 def _move_arm(
-    pulled, bias, mass, nullspace, initial_joint, qpos, positions, qvel, velocities, low, high,
+    pulled, nullspace, bias, mass, initial_joint, qpos, positions, qvel, velocities, low, high,
     joint_pos, joint_vel, torques, clipped, motors, ctrl,
 ):  # fmt: skip
     """Set an arm's motors to the torques [n] that pull the gripper, carry the arm and turn it to its first posture."""
