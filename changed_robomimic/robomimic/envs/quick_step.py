@@ -89,9 +89,9 @@ class QuickStep:
             begin = end
 
     def _update_observables(self, force: bool = False) -> None:
-        if not self.counted:
+        if not self.counted and not force:
             self.counted = _count(self.env._observables.values(), self.env.model_timestep, self.left)
-        if self.counted:
+        if self.counted and not force:
             self.counted -= 1
         else:
             self.update_observables(force)
