@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -111,6 +112,142 @@ def test_200_random_steps_equal_robosuites_bit_for_bit(task, shaped):
     assert (reward > 0) == shaped
     ours.close()
     theirs.close()
+
+
+# The quick step against robosuite's own, in one process
+
+
+def simulators(task: str, **changes):
+    """A quick simulator and one with robosuite's own step, drawn alike."""
+    meta = tasks.read_env_meta(f"cfg/robomimic/env_meta/{task}.json")
+    meta["env_kwargs"] = meta["env_kwargs"] | changes
+    made = []
+    for _ in range(2):
+        np.random.seed(3)
+        made.append(tasks.make_simulator(meta, low_dim_keys=["object"], image_keys=[], render=False, seed=3))
+    made[1]._quick = contextlib.nullcontext()
+    return made
+
+
+def inside(env) -> dict[str, np.ndarray]:
+    """What MuJoCo, the robots and the observables of robosuite's `env` hold."""
+    data = env.sim.data._data
+    names = "time qpos qvel qacc qacc_warmstart ctrl sensordata qM qfrc_bias site_xpos cam_xpos cfrc_int efc_force"
+    held = {name: np.array(getattr(data, name)) for name in names.split()}
+    for i, robot in enumerate(env.robots):
+        held |= {f"{i} {name}": np.array(value) for name, value in vars(robot.controller).items() if numeric(value)}
+        buffers = {name: buffer for name, buffer in vars(robot).items() if name.startswith("recent_")}
+        held |= {f"{i} {name}": np.stack([b.last, b.current]) for name, b in buffers.items() if hasattr(b, "last")}
+        held[f"{i} velocities"] = robot.recent_ee_vel_buffer.buf.copy()
+        held |= {f"{i} torques": np.array(robot.torques), f"{i} fingers": np.array(robot.gripper.current_action)}
+    for name, observable in env._observables.items():
+        held[name] = np.array(observable._current_observed_value)
+        held[f"{name}: clock"] = np.array([observable._time_since_last_sample, observable._sampled])
+    return held
+
+
+def numeric(value) -> bool:
+    return isinstance(value, np.ndarray | float | int)
+
+
+def compare(task: str, steps: int, **changes) -> set[str]:
+    """The kinds of its arms. Steps are random, or long the same, so that arms reach their limits and touch things."""
+    quick, own = envs = simulators(task, **changes)
+    rng = np.random.default_rng(0)
+    actions = np.repeat(rng.uniform(-1, 1, (steps, quick.action_dimension)), 2, axis=0)[:steps]
+    actions[steps // 4 : steps // 2] = actions[0]
+    for step, action in enumerate(actions):
+        if step % 60 == 0:
+            for env in envs:
+                np.random.seed(step)
+                env.reset()
+        (seen, reward, *_), (expected, owns_reward, *_) = (env.step(action) for env in envs)
+        assert reward == owns_reward and quick.is_success() == own.is_success()
+        states = inside(own.env)
+        for name, value in inside(quick.env).items():
+            np.testing.assert_array_equal(value, states[name], f"step {step}: {name}", strict=True)
+        assert seen.keys() == expected.keys()
+        for name, value in seen.items():
+            np.testing.assert_array_equal(value, expected[name], f"step {step}: {name}", strict=True)
+    kinds = {type(arm).__name__ for arm in quick._quick.arms}
+    for env in envs:
+        env.close()
+    return kinds
+
+
+@pytest.mark.parametrize(
+    "task", ["lift", *(pytest.param(task, marks=pytest.mark.slow) for task in ("can", "square", "transport"))]
+)
+def test_the_quick_step_leaves_everything_as_robosuites_does(task):
+    assert compare(task, 120 if task == "lift" else 300) == {"_PlainArm"}
+
+
+FIXED = {"input_max": 1, "input_min": -1, "output_max": 0.05, "output_min": -0.05, "interpolation": None}
+
+
+@pytest.mark.parametrize(
+    "changes, kind",
+    [
+        ({"controller_configs": FIXED | {"type": "JOINT_POSITION"}}, "_Arm"),
+        (
+            {"controller_configs": FIXED | {"type": "OSC_POSITION", "interpolation": "linear", "ramp_ratio": 0.2}},
+            "_Arm",
+        ),
+        ({"controller_configs": FIXED | {"type": "OSC_POSITION"}}, "_PlainArm"),
+        ({"controller_configs": FIXED | {"type": "OSC_POSE", "impedance_mode": "variable"}}, "_PlainArm"),
+        ({"robots": ["UR5e"], "gripper_types": "PandaGripper"}, "_PlainArm"),  # of six joints
+        ({"robots": ["UR5e"]}, "_Arm"),
+    ],
+    ids=["joints", "interpolated", "position", "variable", "UR5e", "other fingers"],
+)
+def test_the_quick_step_does_so_with_other_controllers_arms_and_grippers(changes, kind):
+    assert compare("lift", 70, **changes) == {kind}
+
+
+def test_the_quick_step_reads_observables_when_they_are_due():
+    """Not all in an action's last substep, as by default."""
+    quick, own = envs = simulators("lift")
+    for env in envs:
+        np.random.seed(0)
+        env.reset()
+        env.env.modify_observable("cube_pos", "sampling_rate", 60)
+        env.env.modify_observable("cube_quat", "delayer", lambda: 0.017)
+        env.env.modify_observable("robot0_eef_pos", "enabled", False)
+        env.env.modify_observable(
+            "robot0_joint_pos", "filter", lambda value, seen=[0]: seen.append(0) or value + len(seen)
+        )
+    for step in range(20):
+        expected = own.step(np.full(7, 0.2))[0]
+        for name, value in quick.step(np.full(7, 0.2))[0].items():
+            np.testing.assert_array_equal(value, expected[name], f"step {step}: {name}", strict=True)
+        states = inside(own.env)
+        for name, value in inside(quick.env).items():
+            np.testing.assert_array_equal(value, states[name], f"step {step}: {name}", strict=True)
+    for env in envs:
+        env.close()
+
+
+def test_contacts_by_number_are_robosuites_by_name():
+    env = simulators("can")[0]
+    env.reset()
+    from robomimic.envs.quick_step import check_contact
+    from robosuite.utils import sim_utils
+
+    for _ in range(10):
+        env.step(np.array([0, 0, -1, 0, 0, 0, 1.0]))
+    simulator = env.env
+    names = [name for name in simulator.sim.model.geom_names if name is not None]
+    gripper, can = simulator.robots[0].gripper, simulator.objects[simulator.object_id]
+    pairs = [(name, None) for name in names] + [(can, names), (can, gripper), (gripper, None), (names[:9], names[9:])]
+    pairs += [("missing", None), (can.contact_geoms, "missing")]
+    answers = [check_contact(simulator.sim, *pair) for pair in pairs]
+    assert answers == [sim_utils.check_contact(simulator.sim, *pair) for pair in pairs]
+    assert simulator.sim.data.ncon and True in answers and False in answers
+    assert sim_utils.check_contact is not check_contact
+    env.close()
+
+
+# Rewards and pictures
 
 
 def test_success_is_rewarded_in_every_step_and_ends_nothing(lift):

@@ -15,9 +15,9 @@ from robomimic.envs.env_base import EnvType
 from robomimic.utils import obs_utils
 
 if robosuite.__version__.startswith("1.4"):
-    from robomimic.envs.quick_step import quick
+    from robomimic.envs.quick_step import QuickStep
 else:  # from 1.5 on, robosuite has other controllers and computes what follows from a state once a substep itself
-    quick = contextlib.nullcontext
+    QuickStep = contextlib.nullcontext
 
 Observation = dict[str, np.ndarray]
 
@@ -55,6 +55,7 @@ class EnvRobosuite:
             if "joint_pos" in name or "eef_vel" in name:
                 self.env.modify_observable(observable_name=name, attribute="active", modifier=True)
         self.reflections = True
+        self._quick = QuickStep(self.env)
 
     def _set_reflections(self) -> None:
         """The context of the renderer lives as long as the simulation: until `hard_reset` makes a new one."""
@@ -64,7 +65,7 @@ class EnvRobosuite:
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, dict[str, Any]]:
         """observation, reward, done (always false), info after one action [A] in [-1, 1]."""
-        with quick(self.env):
+        with self._quick:
             raw, reward, _, info = self.env.step(action)
         return self.get_observation(raw), reward, self.is_done(), info
 
