@@ -6,11 +6,15 @@ rows; whatever is given row by row has them first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import tensorflow as tf
 
 from diffusion_rl.core.threads import cores
+
+_dealt: ContextVar[bool] = ContextVar("products dealt", default=False)
 
 
 def parts(rows: int, least: int) -> list[slice]:
@@ -30,6 +34,25 @@ def side_by_side(function: Callable[..., tf.Tensor], least: int, *arrays: tf.Ten
     rows = arrays[0].shape[0]
     cuts = parts(rows, least) if rows else [slice(None)]
     return tf.concat([function(*(a if a.shape[0] == 1 else a[cut] for a in arrays)) for cut in cuts], axis=0)
+
+
+@contextmanager
+def dealing_products(deals: bool = True) -> Iterator[None]:
+    """Lets each wide `precision.product` made within deal its rows to the cores, while a function is traced.
+
+    Only forward: backward the product for the rows and that for the kernel run side by side, both whole, so that
+    gradients need not be summed over parts.
+    """
+    before = _dealt.set(deals and cores() > 1 and not tf.config.list_logical_devices("GPU"))
+    try:
+        yield
+    finally:
+        _dealt.reset(before)
+
+
+def deals_products() -> bool:
+    """Returns whether `dealing_products` holds."""
+    return _dealt.get()
 
 
 def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Callable[..., list[tf.Tensor]]:

@@ -18,12 +18,14 @@ from typing import Any
 
 import tensorflow as tf
 
+from diffusion_rl.core.batching import deals_products, side_by_side
 from diffusion_rl.core.typing import Array
 
 log = logging.getLogger(__name__)
 
 HALF = "bfloat16"
 WIDE = 128  # rows and columns of a kernel from which on a product saves more than turning its factors into halves costs
+ROWS_OF_A_PART = 64  # of a product that is dealt to the cores, at the least
 _CPU = Path("/proc/cpuinfo")
 _halved: ContextVar[bool] = ContextVar("half precision", default=False)
 
@@ -62,17 +64,26 @@ def _say_without() -> None:
 
 
 def product(x: Array, kernel: Array) -> Array:
-    """Multiplies x [R,I] by kernel [I,J]: [R,J]; its gradients as `backward_in` says, where the kernel is wide."""
-    halved = _halved.get() and x.dtype == tf.float32 and min(kernel.shape) >= WIDE
-    return _half_product(x, kernel) if halved else tf.matmul(x, kernel)
+    """Multiplies x [R,I] by kernel [I,J]: [R,J]; where the kernel is wide, forward as `batching.dealing_products` says
+    and its gradients as `backward_in` says."""
+    wide = min(kernel.shape) >= WIDE
+    halved = wide and _halved.get() and x.dtype == tf.float32
+    dealt = wide and deals_products() and x.shape[0] is not None
+    return _product(x, kernel, halved, dealt) if halved or dealt else tf.matmul(x, kernel)
 
 
-@tf.custom_gradient
-def _half_product(x: Array, kernel: Array) -> tuple[Array, Callable[[Array], tuple[Any, Any]]]:
-    def gradient(upstream: Array) -> tuple[Array, Array]:
-        upstream, rows, weights = (tf.cast(value, tf.bfloat16) for value in (upstream, x, kernel))
-        by_x = tf.matmul(upstream, weights, transpose_b=True)
-        by_kernel = tf.matmul(rows, upstream, transpose_a=True)
-        return tf.cast(by_x, x.dtype), tf.cast(by_kernel, kernel.dtype)
+def _product(x: Array, kernel: Array, halved: bool, dealt: bool) -> Array:
+    @tf.custom_gradient
+    def multiply(x: Array, kernel: Array) -> tuple[Array, Callable[[Array], tuple[Any, Any]]]:
+        def gradient(upstream: Array) -> tuple[Array, Array]:
+            factors = (tf.cast(value, tf.bfloat16) if halved else value for value in (upstream, x, kernel))
+            upstream, rows, weights = factors
+            by_x = tf.matmul(upstream, weights, transpose_b=True)
+            by_kernel = tf.matmul(rows, upstream, transpose_a=True)
+            return tf.cast(by_x, x.dtype), tf.cast(by_kernel, kernel.dtype)
 
-    return tf.matmul(x, kernel), gradient
+        if dealt:
+            return side_by_side(lambda rows: tf.matmul(rows, kernel), ROWS_OF_A_PART, x), gradient
+        return tf.matmul(x, kernel), gradient
+
+    return multiply(x, kernel)

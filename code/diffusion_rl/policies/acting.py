@@ -134,7 +134,7 @@ class DiffusionActor:
         build = self._folded_sampler if self.folds else self._compiled_sampler if fast else self._plain_sampler
         self._samplers = {deterministic: build(deterministic) for deterministic in (False, True)}
         self._log_probs = {sees: self._chunked_log_probs(about) for sees, about in CHUNKS.items()}
-        self._fold = tf.function(self._fold_networks)
+        self._fold = tf.function(self._fold_networks, autograph=False)
         self._folded: tuple[list[Array], list[Array]] | None = None
 
     def weights_changed(self) -> None:
@@ -208,7 +208,7 @@ class DiffusionActor:
         p = self.policy
         n, n_base, timesteps = p.sampling_steps, p.sampling_steps - p.ft_denoising_steps, p.sampling_timesteps()
 
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=True, autograph=False)  # no tensor decides a branch: traced in half the time
         def sample(
             cond: Cond, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
         ) -> tuple[Array, ...]:

@@ -88,7 +88,7 @@ def _side_by_side(
     n_loops = _n_loops(n_chunks)
     per_loop = n_chunks // n_loops
 
-    @tf.function(experimental_attributes={"_noinline": True})  # one graph, whatever the number of loops
+    @tf.function(autograph=False, experimental_attributes={"_noinline": True})  # one graph, however many loops
     def loop(first: Array) -> Any:
         last, begin = first + per_loop, (first, *start(per_loop))
         return end(*tf.while_loop(lambda i, *_: i < last, body, begin, parallel_iterations=1))

@@ -46,9 +46,9 @@ class FastGradients:
         self.policy, self.reward_horizon, self.v_loss_coefficient = policy, reward_horizon, v_loss_coefficient
         self.actor_variables, self.critic_variables = variables_of(policy.actor_ft), variables_of(policy.critic)
         self.timesteps, self.positions = policy.fine_tuned_timesteps()
-        self._compute = tf.function(self._both)
+        self._compute = tf.function(self._both, autograph=False)  # no tensor decides a branch: traced sooner
         # The critic's activation is a dozen passes over memory unless they are fused; its matrices are small.
-        self._value_chunk = tf.function(self._value_sums, jit_compile=True)
+        self._value_chunk = tf.function(self._value_sums, jit_compile=True, autograph=False)
 
     def __call__(self, rows: Array, data: dict[str, Array]) -> tuple[Losses, Gradients]:
         (pg_loss, clipfrac, approx_kl, ratio, eta, v_loss), actor_grads, critic_grads = self._compute(rows, data)

@@ -15,23 +15,30 @@ import numpy as np
 import tensorflow as tf
 
 from diffusion_rl.core import replicas
-from diffusion_rl.core.batching import parts, summed
+from diffusion_rl.core.batching import dealing_products, parts, summed
 from diffusion_rl.core.ema import follow
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW
 from diffusion_rl.core.precision import backward_in
+from diffusion_rl.networks.flow import ShortcutFlowMLP
 from diffusion_rl.networks.folded import can_fold
+from diffusion_rl.networks.gaussian import GaussianMLP
+from diffusion_rl.networks.gmm import GMMMLP
 from diffusion_rl.networks.layers import Array, clone, variables_of
-from diffusion_rl.networks.mlp import split_masks
+from diffusion_rl.networks.mlp import DiffusionMLP, split_masks
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
 from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 from diffusion_rl.policies.gmm import GMMPolicy
 
 BATCHES_PER_CALL = 10  # of the compiled training function
-ROWS_OF_A_PART = 64  # of a batch that is dealt to the cores, at the least: smaller products waste more than they win
+#: Rows of a part of a batch that is dealt to the cores, at the least. Summing the parts' gradients goes through memory
+#: three times for each weight; a perceptron multiplies a row by each weight only once, so its parts must be larger.
+ROWS_OF_A_PART, OF_PERCEPTRONS = 64, 256
 
 PreTrainable = DiffusionPolicy | FlowPolicy | GaussianPolicy | GMMPolicy
+Batch = tuple[Array, Cond, Array, Array]
+PERCEPTRONS = (DiffusionMLP, ShortcutFlowMLP, GaussianMLP, GMMMLP)
 
 
 class PreTrainer:
@@ -63,7 +70,7 @@ class PreTrainer:
 
     # ---------- one batch ----------
 
-    def batch(self, items: Array, t: Array, noise: Array, shifts: Array) -> tuple[Array, Cond, Array, Array]:
+    def batch(self, items: Array, t: Array, noise: Array, shifts: Array) -> Batch:
         """Gathers the windows `items` [B]: (action chunks [B,H,A], observations, t, noise).
 
         The observations are {"state": [B,To,O]}, or, where the network sees, what it makes of them and of the images,
@@ -83,7 +90,7 @@ class PreTrainer:
             cond = self.policy.network.encode(cond, shifts if shifts.shape[-1] else None)
         return chunk, cond, t, noise
 
-    def loss(self, batch: tuple[Array, Cond, Array, Array]) -> Array:
+    def loss(self, batch: Batch) -> Array:
         """Returns the policy's loss, a scalar; folded networks give the same number for less work."""
         chunk, cond, t, noise = batch
         p = self.policy
@@ -127,31 +134,55 @@ class PreTrainer:
         return [tf.constant(array, dtype) for array, dtype in zip((items, t, noise, shifts), types, strict=True)]
 
     def _train_steps(self, items: Array, t: Array, noise: Array, shifts: Array, average: Array) -> Array:
+        inputs = (items, t, noise, shifts) if self._encodes else self._gathered(items, t, noise, shifts)
         n = tf.shape(items)[0]
         losses = tf.TensorArray(self.policy.dtype, size=n)
         for i in tf.range(n):
-            losses = losses.write(i, self._one_step((items[i], t[i], noise[i], shifts[i]), average[i]))
+            one = tf.nest.map_structure(lambda values, i=i: values[i], inputs)
+            losses = losses.write(i, self._one_step(one, average[i]))
         return losses.stack()
 
-    def _one_step(self, inputs: tuple[Array, ...], average: Array) -> Array:
-        with backward_in(self.precision):
+    @property
+    def _encodes(self) -> bool:
+        """Returns whether a batch depends on the weights, and its images on memory."""
+        return self.images is not None
+
+    def _gathered(self, items: Array, t: Array, noise: Array, shifts: Array) -> Batch:
+        """Returns `batch` of all n steps at once, each of its arrays [n,B,...]."""
+        lead = tf.shape(items)
+
+        def rows(values: Array) -> Array:  # [n,B,...] -> [n*B,...]
+            return tf.reshape(values, tf.concat([[lead[0] * lead[1]], tf.shape(values)[2:]], axis=0))
+
+        def steps(values: Array) -> Array:
+            stacked = tf.reshape(values, tf.concat([lead, tf.shape(values)[1:]], axis=0))
+            return tf.ensure_shape(stacked, [*items.shape, *values.shape[1:]])
+
+        batch = self.batch(*(rows(values) for values in (items, t, noise, shifts)))
+        return tf.nest.map_structure(steps, batch)
+
+    def _one_step(self, inputs: Any, average: Array) -> Array:
+        with backward_in(self.precision), dealing_products(self.fast):
             loss, grads = replicas.averaged(lambda *part: self._gradients(part), *inputs)
         self.optimizer.apply(grads)
         follow(self.averaged, self.variables, average, self.ema_decay)
         return loss
 
-    def _gradients(self, inputs: tuple[Array, ...]) -> tuple[Array, list[Array]]:
+    def _gradients(self, inputs: Any) -> tuple[Array, list[Array]]:
         """Returns the loss of some rows, a scalar, and its gradients, computed on all cores."""
         losses, grads = zip(*(self._part(part) for part in self._parts(inputs)), strict=True)
         return _mean(losses), [_mean(each) for each in zip(*grads, strict=True)]
 
-    def _part(self, inputs: tuple[Array, ...]) -> tuple[Array, list[Array]]:
-        """Returns the loss of some rows, a scalar, and its gradients by the variables."""
+    def _part(self, inputs: Any) -> tuple[Array, list[Array]]:
+        """Returns the loss of some rows, a scalar, and its gradients by the variables.
+
+        inputs: arguments of `batch` where images have to be encoded, else what it returned.
+        """
         with tf.GradientTape() as tape:
-            loss = self.loss(self.batch(*inputs))
+            loss = self.loss(self.batch(*inputs) if self._encodes else inputs)
         return loss, tape.gradient(loss, self.variables)
 
-    def _parts(self, inputs: tuple[Array, ...]) -> list[tuple[Array, ...]]:
+    def _parts(self, inputs: Any) -> list[Any]:
         """Deals the rows of a batch to the cores, as many to each; TensorFlow works on the parts side by side.
 
         A GPU shares out its work itself, and policies whose rows depend on their place in the batch (`DEALT = False`)
@@ -160,7 +191,8 @@ class PreTrainer:
         rows, deals = inputs[0].shape[0], self.fast and getattr(self.policy, "DEALT", True)
         if not deals or rows is None or tf.config.list_logical_devices("GPU"):
             return [inputs]
-        return [tuple(values[cut] for values in inputs) for cut in parts(rows, ROWS_OF_A_PART)]
+        least = OF_PERCEPTRONS if isinstance(self.policy.network, PERCEPTRONS) else ROWS_OF_A_PART
+        return [tf.nest.map_structure(lambda values, cut=cut: values[cut], inputs) for cut in parts(rows, least)]
 
     def end_epoch(self) -> None:
         """Advances the learning rate."""
@@ -169,4 +201,6 @@ class PreTrainer:
 
 def _mean(values: Sequence[Any]) -> Any:
     """Averages tensors of one shape [...]; None where all are."""
-    return None if values[0] is None else summed(values) / len(values)
+    if values[0] is None or len(values) == 1:
+        return values[0]
+    return summed(values) / len(values)
