@@ -26,6 +26,8 @@ HALF = "bfloat16"
 WIDE = 128  # rows and columns of a kernel from which on a product saves more than turning its factors into halves costs
 _CPU = Path("/proc/cpuinfo")
 _halved: ContextVar[bool] = ContextVar("half precision", default=False)
+_sloping: ContextVar[bool] = ContextVar("half precision of what only serves slopes", default=False)
+_evaluated: ContextVar[bool] = ContextVar("half precision of forward passes", default=False)
 
 
 def has_half_products() -> bool:
@@ -37,21 +39,40 @@ def has_half_products() -> bool:
 
 
 @contextmanager
-def backward_in(precision: str | None) -> Iterator[None]:
+def backward_in(precision: str | None, forward: bool = False) -> Iterator[None]:
     """Lets gradients of each `product` made within be multiplied in that precision (None: as they come).
 
     It acts while a function is traced. On a processor without such products, where they would be slower, nothing
     changes, and a line says so.
+
+    Args:
+        forward: lets networks that ask `evaluates_in_halves` compute their hidden layers so, too.
     """
     halved = precision == HALF
     if halved and not has_half_products():
         _say_without()
         halved = False
-    before = _halved.set(halved)
+    before, before_forward = _halved.set(halved), _evaluated.set(halved and forward)
     try:
         yield
     finally:
         _halved.reset(before)
+        _evaluated.reset(before_forward)
+
+
+@contextmanager
+def only_slopes() -> Iterator[None]:
+    """Says that of the passes within only gradients by their inputs are used: their products are as those may be."""
+    before = _sloping.set(_evaluated.get())
+    try:
+        yield
+    finally:
+        _sloping.reset(before)
+
+
+def evaluates_in_halves(kernel: Array) -> bool:
+    """Returns whether a network whose widest kernel [I,J] is this one computes its hidden layers in bfloat16."""
+    return _evaluated.get() and kernel.dtype == tf.float32 and min(kernel.shape) >= WIDE
 
 
 @functools.cache
@@ -69,10 +90,12 @@ def product(x: Array, kernel: Array) -> Array:
 
 @tf.custom_gradient
 def _half_product(x: Array, kernel: Array) -> tuple[Array, Callable[[Array], tuple[Any, Any]]]:
+    rows, weights = (tf.cast(value, tf.bfloat16) for value in (x, kernel))
+
     def gradient(upstream: Array) -> tuple[Array, Array]:
-        upstream, rows, weights = (tf.cast(value, tf.bfloat16) for value in (upstream, x, kernel))
+        upstream = tf.cast(upstream, tf.bfloat16)
         by_x = tf.matmul(upstream, weights, transpose_b=True)
         by_kernel = tf.matmul(rows, upstream, transpose_a=True)
         return tf.cast(by_x, x.dtype), tf.cast(by_kernel, kernel.dtype)
 
-    return tf.matmul(x, kernel), gradient
+    return tf.cast(tf.matmul(rows, weights), x.dtype) if _sloping.get() else tf.matmul(x, kernel), gradient
