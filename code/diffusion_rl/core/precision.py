@@ -1,9 +1,13 @@
-"""Half precision where it is safe: the products of a backward pass in bfloat16, all else as it was.
+"""Half precision where it is safe: wide products in bfloat16, all else as it was.
 
 DPPO clips the ratio of two probabilities to a range of 1e-3 to 1e-2, which rounding of a forward pass in bfloat16
 (three digits) would fill. So forward passes keep their precision, and with them losses, ratios and KL divergences, bit
 for bit; of the gradients, which are summed in float32, each product carries a rounding of about 2e-3, far below the
 noise of a minibatch. Weights, moments and everything between the products stay as they are.
+
+Off-policy losses divide no probabilities. There the diffusion network is evaluated in bfloat16 altogether (`forward`):
+its samples, which carry exploration noise of 0.1, and its denoising loss's prediction; so are critics of which nothing
+but the slope by the action is used (`only_slopes`). Other passes through critics, targets and losses stay as they are.
 """
 
 from __future__ import annotations
