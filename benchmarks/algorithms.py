@@ -16,16 +16,17 @@ CRITIC_SHARE = 4  # DAWR: an update of the critic to so many of the actor
 
 
 class Case(NamedTuple):
-    """An algorithm: title, configuration, overrides, updates in a call."""
+    """An algorithm: title, configuration, overrides, updates in a call, whether ours works on them side by side."""
 
     title: str
     config: str
     overrides: tuple[str, ...] = ()
     updates: int = UPDATES
+    side_by_side: bool = False  # one thread for each operation, as the algorithm's SIDE_BY_SIDE has it in training
 
 
 def _hopper(title: str, short: str) -> Case:
-    return Case(title, f"gym/finetune/hopper-v2/ft_{short}_diffusion_mlp")
+    return Case(title, f"gym/finetune/hopper-v2/ft_{short}_diffusion_mlp", side_by_side=True)
 
 
 CASES = {

@@ -32,7 +32,7 @@ import machine
 import networks
 import planners
 import workloads
-from worker import Side
+from worker import Side, Sides
 from workloads import Row, our_flops, reference_flops
 
 ROWS = workloads.ROWS | networks.rows() | algorithms.rows() | planners.rows() | lite.rows() | flows.rows()
@@ -133,19 +133,23 @@ def _selection(options: argparse.Namespace) -> list[str]:
     return [*workloads.ROWS, "iteration"]
 
 
-def _sides(options: argparse.Namespace, with_algorithms: bool) -> tuple[Side, Side]:
+def _sides(options: argparse.Namespace, with_algorithms: bool) -> tuple[Side, Side | Sides]:
     for name, (_, side) in OTHERS.items():
         if checkout := getattr(options, name):
             reference = Side(sys.executable, HERE / f"reference_{side}.py", [str(checkout)])
             return reference, Side(sys.executable, HERE / f"our_{side}.py", [])
     arguments = ["--upstream", str(options.upstream), "--data", str(options.data)] if options.upstream else []
-    ours = []
     if with_algorithms:
         file = Path(tempfile.mkdtemp()) / "algorithms.json"
         subprocess.run([sys.executable, HERE / "ours.py", "--write-algorithms", file], check=True)
-        arguments, ours = [*arguments, "--algorithms", str(file)], ["--shared-operations"]
+        arguments = [*arguments, "--algorithms", str(file)]
     python = options.upstream_python or sys.executable
-    return Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py", ours)
+    reference, ours = Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py", [])
+    if not with_algorithms:
+        return reference, ours
+    sharing = Side(sys.executable, HERE / "ours.py", ["--shared-operations"])
+    shared = [f"{name} updates" for name, case in algorithms.CASES.items() if not case.side_by_side]
+    return reference, Sides(ours, sharing, shared)
 
 
 # ---------- measuring ----------
@@ -173,7 +177,7 @@ def _better_threads(side: Side, workload: str, calls: int) -> int | None:
     return min(times, key=lambda t: times[t])
 
 
-def _compare(row: Row, reference: Side, ours: Side, quick: bool) -> dict[str, Any]:
+def _compare(row: Row, reference: Side, ours: Side | Sides, quick: bool) -> dict[str, Any]:
     """Measure both sides in turn; the ratio is the median over the turns."""
     threads = _better_threads(reference, row.reference, row.calls) if row.reference else None
     sides: dict[str, Any] = {"reference": {"turns": [], "threads": threads}, "ours": {"turns": []}}

@@ -124,3 +124,19 @@ class Side:
         if self.process.stdin:
             self.process.stdin.close()
         self.process.wait(timeout=60)
+
+
+class Sides:
+    """Workers that take the place of one: some workloads belong to the second."""
+
+    def __init__(self, first: Side, second: Side, seconds: Sequence[str]):
+        self.first, self.second, self.seconds = first, second, frozenset(seconds)
+
+    def ask(self, workload: str, calls: int = 1, threads: int | None = None) -> dict[str, Any]:
+        """As `Side.ask`."""
+        return (self.second if workload in self.seconds else self.first).ask(workload, calls, threads)
+
+    def close(self) -> None:
+        """Let both end."""
+        self.first.close()
+        self.second.close()

@@ -13,14 +13,17 @@ from diffusion_rl.config.compose import compose
 from diffusion_rl.config.instantiate import find_class, instantiate
 from diffusion_rl.core.keras import precision
 from diffusion_rl.core.noise import NoiseSource, initial_weights
+from diffusion_rl.core.precision import backward_in
 from diffusion_rl.data.replay import ReplayBuffer, fields
 from diffusion_rl.interop.torch_names import state_dict
+from diffusion_rl.methods.off_policy import learner as learner_module
 from diffusion_rl.methods.off_policy.algorithm import Phase
 from diffusion_rl.methods.off_policy.buffers import Buffers, Rows
 from diffusion_rl.methods.off_policy.dql import DQL
 from diffusion_rl.methods.off_policy.learner import Learner
 from diffusion_rl.networks.critics import CriticObsAct
 from diffusion_rl.networks.flow import FlowMLP
+from diffusion_rl.networks.layers import variables_of
 from diffusion_rl.networks.mlp import DiffusionMLP
 from diffusion_rl.policies.flow import FlowPolicy
 from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
@@ -231,17 +234,19 @@ def test_running_episodes_that_say_whether_they_succeeded():
         assert episodes.successes.tolist() == [False, True]
 
 
-def small_dql(seed: int) -> DQL:
+def small_dql(seed: int, width: int = 8) -> DQL:
     with initial_weights(NoiseSource(seed)):
-        actor = DiffusionMLP(2, 2, 3, time_dim=4, mlp_dims=[8, 8, 8], activation_type="ReLU", residual_style=True)
+        dims = [width] * 3
+        actor = DiffusionMLP(2, 2, 3, time_dim=4, mlp_dims=dims, activation_type="ReLU", residual_style=True)
         critic = CriticObsAct(3, [8, 8], 2, 2)
     return DQL(actor, critic, horizon_steps=2, obs_dim=3, action_dim=2, denoising_steps=3, randn_clip_value=3)
 
 
-def learned(fast: bool, n: int) -> tuple[dict, dict]:
+def learned(fast: bool, n: int, batch_size: int = 5) -> tuple[dict, dict]:
     """Weights and losses of n DQL updates on drawn data."""
     schedule = {"first_cycle_steps": 10, "warmup_steps": 0, "min_lr": 1e-3}
-    train = {"fast": fast, "gamma": 0.9, "eta": 1.0, "batch_size": 5, "target_ema_rate": 0.1, "max_grad_norm": 0.1}
+    train = {"fast": fast, "gamma": 0.9, "eta": 1.0, "target_ema_rate": 0.1, "max_grad_norm": 0.1}
+    train |= {"batch_size": batch_size}
     for part in ("actor", "critic"):
         train |= {f"{part}_lr": 1e-3, f"{part}_weight_decay": 0.01, f"{part}_lr_scheduler": schedule}
     with precision("float64"):
@@ -268,6 +273,50 @@ def test_updates_compiled_together_equal_plain_ones_one_by_one(monkeypatch):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
             np.testing.assert_allclose(value, theirs[name], rtol=1e-9, atol=1e-11, err_msg=name)
+
+
+def test_rows_dealt_to_cores_give_the_same_numbers_and_the_same_bits_again(monkeypatch):
+    monkeypatch.setattr("diffusion_rl.core.batching.cores", lambda: 3)
+    plain = learned(fast=False, n=2, batch_size=300)
+    dealt, again = (learned(fast=True, n=2, batch_size=300) for _ in range(2))
+    for ours, theirs, once_more in zip(dealt, plain, again, strict=True):
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-9, atol=1e-11, err_msg=name)
+            np.testing.assert_array_equal(value, once_more[name], err_msg=name)
+
+
+def test_in_half_precision_losses_and_gradients_are_near_and_single(monkeypatch):
+    monkeypatch.setattr("diffusion_rl.core.precision.has_half_products", lambda: True)
+    draws = NoiseSource(3)
+    shapes = {"noise": (4, 20, 2, 2), "obs": (20, 1, 3), "denoising": (20, 2, 2)}
+    given = {name: tf.constant(draws.normal(shape)) for name, shape in shapes.items()}
+    t = tf.constant(draws.integers(0, 3, (20,)), tf.int32)
+
+    def gradient(how):
+        model = small_dql(1, width=128)
+        model.fast = model.dealt = True
+        variables = variables_of(model.actor)
+
+        @tf.function
+        def differentiated():
+            with backward_in(how, forward=True), tf.GradientTape() as tape:
+                loss = model.loss_actor(given["obs"], 1.0, 2, given["noise"], t, given["denoising"], tf.constant(0.7))
+            return loss, tape.gradient(loss, variables)
+
+        loss, grads = differentiated()
+        assert loss.dtype == tf.float32 and all(grad.dtype == tf.float32 for grad in grads)
+        return float(loss), np.concatenate([grad.numpy().ravel() for grad in grads])
+
+    (loss, plain), (near, halved) = gradient("float32"), gradient("bfloat16")
+    assert near == pytest.approx(loss, rel=1e-2) and not np.array_equal(plain, halved)
+    assert plain @ halved / np.linalg.norm(plain) / np.linalg.norm(halved) > 0.999
+
+
+def test_where_xla_multiplies_half_precision_changes_nothing_and_a_line_says_so(caplog):
+    with caplog.at_level("WARNING"):
+        assert learner_module._precision("bfloat16", xla=True) is None
+    assert "changes nothing for this algorithm" in caplog.text
+    assert learner_module._precision("bfloat16", xla=False) == "bfloat16"
 
 
 def test_the_replay_buffer_overwrites_the_oldest():

@@ -15,6 +15,7 @@ from diffusion_rl.cli.status import INTERRUPTED, USER_ERROR, reported, show
 from diffusion_rl.config import command_line, sweeps
 from diffusion_rl.config.command_line import FULL_ERROR, set_environment
 from diffusion_rl.config.compose import Config, prepare
+from diffusion_rl.config.declared import declared
 from diffusion_rl.config.instantiate import find_class, plain, register_resolvers
 from diffusion_rl.config.keys import check_arguments
 from diffusion_rl.core.errors import UserError
@@ -62,11 +63,17 @@ def run_prepared(config: Config) -> Any:
     n_devices = int(train.get("devices") or 1)
     _select_device(config.get("device"), n_devices)
     loop_class = find_class(config._target_)
-    shared = bool(getattr(loop_class, "SHARED_OPERATIONS", False))
+    shared = bool(getattr(loop_class, "SHARED_OPERATIONS", False)) and not _side_by_side(config)
     check_arguments(plain(config))
     with _replicas(config, loop_class, n_devices, int(train.get("replicas") or 1), shared):
         _start_tensorflow(shared)
         return loop_class(config).run()
+
+
+def _side_by_side(config: Config) -> bool:
+    """Returns whether the algorithm says that its operations run side by side, one thread each."""
+    model = config.get("model") or {}
+    return bool(declared(str(model.get("_target_", "")), "SIDE_BY_SIDE", False))
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ _TRAIN = {
     ),
     "fast": Option("the compiled fast path; false: the plain one, same numbers, slower [ours]", FLAG, default=True),
     "precision": Option(
-        "of the products of backward passes: float32, or bfloat16 where the processor has it [ours]",
+        "of wide products, mostly of backward passes: float32, or bfloat16 where the processor has it [ours]",
         one_of("float32", "bfloat16"),
         default="float32",
     ),

@@ -27,7 +27,7 @@ LOOPS = {
     "PreTraining": "n_epochs stop_at batch_size epoch_start_ema update_ema_freq train_split save_model_freq val_freq "
     "learning_rate weight_decay lr_scheduler ent_coef fast precision devices replicas",
     "OnPolicyTraining": f"{ITERATIONS} {PPO} actor critic",
-    "OffPolicyTraining": f"{ITERATIONS} scale_reward_factor log_freq buffer_size devices",
+    "OffPolicyTraining": f"{ITERATIONS} scale_reward_factor log_freq buffer_size precision devices",
     "Evaluation": "",
 }
 #: Keys of `env` that one kind of environment reads.

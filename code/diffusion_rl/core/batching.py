@@ -6,6 +6,7 @@ rows; whatever is given row by row has them first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -27,6 +28,17 @@ def parts(rows: int, least: int) -> list[slice]:
 def summed(parts: Sequence[tf.Tensor]) -> tf.Tensor:
     """Sums tensors of one shape [...] in their order; `tf.add_n` begins with whichever is there first."""
     return tf.reduce_sum(tf.stack(parts), axis=0)
+
+
+def copies(x: tf.Tensor, n: int) -> list[tf.Tensor]:
+    """Returns a tensor [...] n times, for parts that are worked on side by side; its gradient is the sum of theirs, in
+    their order."""
+
+    @tf.custom_gradient
+    def copied(x: tf.Tensor) -> tuple[list[tf.Tensor], Callable[..., tf.Tensor]]:
+        return [tf.identity(x) for _ in range(n)], lambda *grads: functools.reduce(tf.add, grads)
+
+    return copied(x) if n > 1 else [x]
 
 
 def side_by_side(function: Callable[..., tf.Tensor], least: int, *arrays: tf.Tensor) -> tf.Tensor:

@@ -1,9 +1,13 @@
-"""Half precision where it is safe: the products of a backward pass in bfloat16, all else as it was.
+"""Half precision where it is safe: wide products in bfloat16, all else as it was.
 
 DPPO clips the ratio of two probabilities to a range of 1e-3 to 1e-2, which rounding of a forward pass in bfloat16
 (three digits) would fill. So forward passes keep their precision, and with them losses, ratios and KL divergences, bit
 for bit; of the gradients, which are summed in float32, each product carries a rounding of about 2e-3, far below the
 noise of a minibatch. Weights, moments and everything between the products stay as they are.
+
+Off-policy losses divide no probabilities. There the diffusion network is evaluated in bfloat16 altogether (`forward`):
+its samples, which carry exploration noise of 0.1, and its denoising loss's prediction; so are critics of which nothing
+but the slope by the action is used (`only_slopes`). Other passes through critics, targets and losses stay as they are.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ WIDE = 128  # rows and columns of a kernel from which on a product saves more th
 ROWS_OF_A_PART = 64  # of a product that is dealt to the cores, at the least
 _CPU = Path("/proc/cpuinfo")
 _halved: ContextVar[bool] = ContextVar("half precision", default=False)
+_sloping: ContextVar[bool] = ContextVar("half precision of what only serves slopes", default=False)
+_evaluated: ContextVar[bool] = ContextVar("half precision of forward passes", default=False)
 
 
 def has_half_products() -> bool:
@@ -39,21 +45,40 @@ def has_half_products() -> bool:
 
 
 @contextmanager
-def backward_in(precision: str | None) -> Iterator[None]:
+def backward_in(precision: str | None, forward: bool = False) -> Iterator[None]:
     """Lets gradients of each `product` made within be multiplied in that precision (None: as they come).
 
     It acts while a function is traced. On a processor without such products, where they would be slower, nothing
     changes, and a line says so.
+
+    Args:
+        forward: lets networks that ask `evaluates_in_halves` compute their hidden layers so, too.
     """
     halved = precision == HALF
     if halved and not has_half_products():
         _say_without()
         halved = False
-    before = _halved.set(halved)
+    before, before_forward = _halved.set(halved), _evaluated.set(halved and forward)
     try:
         yield
     finally:
         _halved.reset(before)
+        _evaluated.reset(before_forward)
+
+
+@contextmanager
+def only_slopes() -> Iterator[None]:
+    """Says that of the passes within only gradients by their inputs are used: their products are as those may be."""
+    before = _sloping.set(_evaluated.get())
+    try:
+        yield
+    finally:
+        _sloping.reset(before)
+
+
+def evaluates_in_halves(kernel: Array) -> bool:
+    """Returns whether a network whose widest kernel [I,J] is this one computes its hidden layers in bfloat16."""
+    return _evaluated.get() and kernel.dtype == tf.float32 and min(kernel.shape) >= WIDE
 
 
 @functools.cache
@@ -73,15 +98,20 @@ def product(x: Array, kernel: Array) -> Array:
 
 
 def _product(x: Array, kernel: Array, halved: bool, dealt: bool) -> Array:
+    slopes = halved and _sloping.get()
+
     @tf.custom_gradient
     def multiply(x: Array, kernel: Array) -> tuple[Array, Callable[[Array], tuple[Any, Any]]]:
+        rows, weights = (tf.cast(value, tf.bfloat16) if halved else value for value in (x, kernel))
+
         def gradient(upstream: Array) -> tuple[Array, Array]:
-            factors = (tf.cast(value, tf.bfloat16) if halved else value for value in (upstream, x, kernel))
-            upstream, rows, weights = factors
+            upstream = tf.cast(upstream, rows.dtype)
             by_x = tf.matmul(upstream, weights, transpose_b=True)
             by_kernel = tf.matmul(rows, upstream, transpose_a=True)
             return tf.cast(by_x, x.dtype), tf.cast(by_kernel, kernel.dtype)
 
+        if slopes:
+            return tf.cast(tf.matmul(rows, weights), x.dtype), gradient
         if dealt:
             return side_by_side(lambda rows: tf.matmul(rows, kernel), ROWS_OF_A_PART, x), gradient
         return tf.matmul(x, kernel), gradient

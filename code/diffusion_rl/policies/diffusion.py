@@ -55,10 +55,12 @@ class DiffusionPolicy:
 
     Attributes:
         fast: evaluate networks that can be folded in that form; the same numbers up to rounding.
+        dealt: deal their rows to the cores, which work side by side in a plain graph.
     """
 
     KIND = "diffusion_policy"  # of checkpoints of pre-training
     fast = False
+    dealt = False
 
     def __init__(
         self,
@@ -213,7 +215,8 @@ class DiffusionPolicy:
 
     def predictor(self, network: keras.layers.Layer) -> Any:
         """Returns what is called in a network's place: where `fast` is set and it can be folded, its folded form."""
-        return FoldedActor(network, self.denoising_steps) if self.fast and can_fold(network) else network
+        folds = self.fast and can_fold(network)
+        return FoldedActor(network, self.denoising_steps, self.dealt) if folds else network
 
 
 class FineTunedDiffusionPolicy(DiffusionPolicy):

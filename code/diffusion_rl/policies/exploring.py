@@ -15,7 +15,8 @@ from diffusion_rl.core.keras import keras
 from diffusion_rl.core.typing import Array, Rng
 from diffusion_rl.diffusion import process
 from diffusion_rl.diffusion.gaussian import clip
-from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.networks.folded import FoldedActor
+from diffusion_rl.networks.layers import flatten_state, variables_of
 from diffusion_rl.policies.diffusion import Cond, DiffusionPolicy
 from diffusion_rl.policies.gaussian import GaussianPolicy
 
@@ -28,6 +29,8 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         network: the network, known under this name alone.
         min_sampling_denoising_std: floor of the standard deviation when exploring.
     """
+
+    SIDE_BY_SIDE = True  # its updates are large products, for one core each
 
     def __init__(
         self,
@@ -67,12 +70,32 @@ class ExploringDiffusionPolicy(DiffusionPolicy):
         predict = self.predictor(self.network if network is None else network)
         x, batch = noise[0], tf.shape(noise)[1]
         floor = 1e-3 if deterministic else self.min_sampling_denoising_std
+        bound = self.final_action_clip_value if final_clip is None else final_clip
+        if isinstance(predict, FoldedActor) and predict.chains:
+            return clip(self._denoised(predict, cond, noise, floor, deterministic), bound)
         for i, t in enumerate(self.sampling_timesteps()):
             t_batch = tf.fill([batch], int(t))
             mean = self.denoised_mean(x, t_batch, None, predict(x, t_batch, cond), None)
             logvar = process.posterior_log_variance(self.schedule, t_batch, self.dtype)
             x = self.noisy(int(t), mean, logvar, noise[i + 1], floor, zero_at_end=deterministic)
-        return clip(x, self.final_action_clip_value if final_clip is None else final_clip)
+        return clip(x, bound)
+
+    def _denoised(self, predict: FoldedActor, cond: Cond, noise: Array, floor: float, deterministic: bool) -> Array:
+        """Returns the chunks [B,H,A] of `sample`, not clipped yet, by the network's chain over flat chunks [B,H*A]."""
+        steps, s = self.sampling_timesteps(), self.schedule
+        flat = tf.reshape(noise, [len(steps) + 1, -1, self.horizon_steps * self.action_dim])
+        std = tf.exp(0.5 * tf.constant(s.ddpm_logvar_clipped[steps], self.dtype))
+        std = tf.maximum(std, tf.constant(floor, self.dtype))
+        if deterministic:
+            std *= tf.constant(steps != 0, self.dtype)
+        shifts = std[:, None, None] * clip(flat[1:], self.randn_clip_value)
+
+        def step(t: int, x: Array, output: Array, shift: Array) -> Array:
+            t_batch = tf.fill([1], t)
+            return self.denoised_mean(x[None], t_batch, None, output[None], None)[0] + shift
+
+        x = predict.chain(flat[0], flatten_state(cond), tf.einsum("sbx->bsx", shifts), steps, step)
+        return tf.reshape(x, tf.shape(noise[0]))
 
     # ---------- acting ----------
 

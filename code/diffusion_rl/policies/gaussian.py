@@ -108,7 +108,10 @@ class GaussianPolicy:
 
         `deterministic` shrinks the standard deviation to 1e-4; `network`, `keep_masks` as in `mean_std`.
         """
-        mean, std = self.mean_std(cond, deterministic, network, keep_masks)
+        return self.sample_of(*self.mean_std(cond, deterministic, network, keep_masks), noise)
+
+    def sample_of(self, mean: Array, std: Array, noise: Array) -> tuple[Array, Array]:
+        """Samples as `sample` does, from this mean and standard deviation [B,H*A]."""
         action, log_prob = gaussian_sample(mean, std, noise, self.randn_clip_value, self.tanh_output)
         return tf.reshape(action, [-1, self.horizon_steps, action.shape[-1] // self.horizon_steps]), log_prob
 

@@ -110,22 +110,28 @@ class CalQL(SoftActorCritic):
 
     def best_next(self, next_obs: Array, noise: Array) -> Array:
         """Returns [B] the largest of `cql_n_actions` next actions' smaller target value."""
-        cond = {"state": tf.repeat(next_obs, self.cql_n_actions, axis=0)}
-        actions, _ = self.sample(cond, noise)
-        q = tf.minimum(*self.target_critic(cond, actions))
-        return tf.reduce_max(tf.reshape(q, [-1, self.cql_n_actions]), axis=1)
+        n = self.cql_n_actions
+        mean, std = self.mean_std({"state": next_obs})
+        actions, _ = self.sample_of(tf.repeat(mean, n, axis=0), tf.repeat(std, n, axis=0), noise)
+        q = tf.minimum(*self.target_critic({"state": tf.repeat(next_obs, n, axis=0)}, actions))
+        return tf.reduce_max(tf.reshape(q, [-1, n]), axis=1)
 
     def out_of_data(self, batch: Transitions, draws: CriticDraws) -> list[Array]:
         """Returns a critic's log sum exp [B] over N random actions and, calibrated, policy actions at o and at o'."""
-        n, chunk = draws.random_actions.shape[1], draws.random_actions.shape[2:]
-        repeated = {"state": tf.repeat(batch.obs, n, axis=0)}
-        random = self.critic(repeated, tf.reshape(draws.random_actions, [-1, *chunk]))
-        density = 0.5 ** (chunk[0] * chunk[1])
-        entries = [[tf.reshape(q, [-1, n]) - density] for q in random]
-        for obs, noise in zip((batch.obs, batch.next_obs), tf.unstack(draws.noise), strict=True):
-            actions, log_prob = self.drawn({"state": obs}, noise)
-            for values, q in zip(entries, self.critic({"state": obs}, actions), strict=True):
+        (b, n), chunk = draws.random_actions.shape[:2], draws.random_actions.shape[2:]
+        observations = [tf.repeat(batch.obs, n, axis=0), batch.obs, batch.next_obs]
+        drawn = [
+            self.drawn({"state": obs}, noise)
+            for obs, noise in zip(observations[1:], tf.unstack(draws.noise), strict=True)
+        ]
+        actions = [tf.reshape(draws.random_actions, [-1, *chunk]), *(chunks for chunks, _ in drawn)]
+        both = self.critic({"state": tf.concat(observations, axis=0)}, tf.concat(actions, axis=0))
+        entries = []
+        for random, *policy in (tf.split(q, [b * n, b, b]) for q in both):
+            values = [tf.reshape(random, [-1, n]) - 0.5 ** (chunk[0] * chunk[1])]
+            for q, (_, log_prob) in zip(policy, drawn, strict=True):
                 values.append(tf.maximum(q, batch.returns)[:, None] - log_prob)  # [B,1] - [B], quirk 44
+            entries.append(values)
         return [tf.reduce_logsumexp(tf.concat(values, axis=1), axis=1) for values in entries]
 
     def drawn(self, cond: Cond, noise: Array) -> tuple[Array, Array]:

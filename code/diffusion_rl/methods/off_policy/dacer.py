@@ -61,6 +61,7 @@ class DACER(OffPolicy, ExploringDiffusionPolicy):
     """
 
     KIND = "dacer"
+    SIDE_BY_SIDE = False  # small batches: one program of XLA
     LABEL = "DACER"
     TRAIN_KEYS = (
         "actor critic n_critic_warmup_itr max_grad_norm replay_ratio target_ema_rate init_temperature "

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.optimizers import clip_by_global_norm
+from diffusion_rl.core.precision import only_slopes
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import OffPolicy, Settings, follow
@@ -70,7 +71,7 @@ class DIPO(OffPolicy, ExploringDiffusionPolicy):
         """
         (b1, b2), m, v = BETAS, tf.zeros_like(actions), tf.zeros_like(actions)
         for k in range(1, n_steps + 1):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
+            with tf.GradientTape(watch_accessed_variables=False) as tape, only_slopes():
                 tape.watch(actions)
                 loss = -tf.reduce_sum(tf.minimum(*self.critic(cond, actions)))
             slope: Any = clip_by_global_norm([tape.gradient(loss, actions)], max_norm)[0][0]

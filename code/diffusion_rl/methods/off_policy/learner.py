@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +12,12 @@ import tensorflow as tf
 from diffusion_rl.core import replicas
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup
+from diffusion_rl.core.precision import HALF, backward_in
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import named_parameters
 from diffusion_rl.methods.off_policy.algorithm import Part, Phase, Settings
+
+log = logging.getLogger(__name__)
 
 UPDATES_PER_CALL = 32  # compiled together; what is left over goes one by one
 MOST_LOSSES = 6  # that one update reports
@@ -35,6 +39,9 @@ class Learner:
         self.policy, self.settings, self.data = policy, settings, data
         self.fast = bool(settings.get("fast", True))
         policy.fast = self.fast
+        policy.dealt = self.fast and _side_by_side(policy)
+        self.xla = self.fast and not policy.dealt
+        self.precision = _precision(settings.get("precision"), self.xla)
         self.parts: dict[str, Part] = policy.parts(settings)
         self.optimizers = self._optimizers()
         self._programs: dict[tuple[str, bool], Callable[..., tf.Tensor]] = {}
@@ -42,13 +49,14 @@ class Learner:
         self._act = tf.function(self._decide, jit_compile=self.fast, autograph=False)
 
     def _optimizers(self) -> OptimizerGroup:
-        settings, optimizers, schedules = self.settings, {}, {}
+        settings, optimizers, schedules, fused = self.settings, {}, {}, not self.xla and self.fast
         for name, part in self.parts.items():
             if part.constant:
-                optimizers[name] = AdamW(part.variables, settings[f"{part.prefix}lr"])
+                optimizers[name] = AdamW(part.variables, settings[f"{part.prefix}lr"], fused=fused)
                 continue
             schedules[name] = CosineWarmupRestarts.of(settings, part.prefix)
-            optimizers[name] = AdamW(part.variables, schedules[name].lr, settings[f"{part.prefix}weight_decay"])
+            decay = settings[f"{part.prefix}weight_decay"]
+            optimizers[name] = AdamW(part.variables, schedules[name].lr, decay, fused=fused)
         return OptimizerGroup(optimizers, schedules)
 
     @property
@@ -101,7 +109,7 @@ class Learner:
     def _call(self, phase: Phase, drawn: Sequence[Draws]) -> Losses:
         key = phase.update, phase.train_actor
         if key not in self._programs:
-            self._programs[key] = tf.function(self._loop(phase), jit_compile=self.fast and replicas.count() == 1)
+            self._programs[key] = tf.function(self._loop(phase), jit_compile=self.xla and replicas.count() == 1)
         stacked = {name: np.stack([draws[name] for draws in drawn]) for name in drawn[0]}
         losses = self._programs[key](_tensors(stacked)).numpy()
         return {name: losses[:, i] for i, name in enumerate(self._names[key])}
@@ -114,7 +122,8 @@ class Learner:
             losses = tf.TensorArray(self.policy.dtype, size=n, element_shape=[MOST_LOSSES])
             for u in tf.range(n):
                 one = {name: draw[u] for name, draw in draws.items()}
-                results = update(self.data, one, self.optimizers, self.settings, phase.train_actor)
+                with backward_in(self.precision, forward=True):
+                    results = update(self.data, one, self.optimizers, self.settings, phase.train_actor)
                 self._note(phase, results)
                 values = tf.stack([tf.cast(v, self.policy.dtype) for v in results.values()])
                 losses = losses.write(u, tf.pad(values, [[0, MOST_LOSSES - len(results)]]))
@@ -151,6 +160,20 @@ class Learner:
         for name, variable in self._apart().items():
             variable.assign(tensors[name])
         self.optimizers.restore(tensors, state)
+
+
+def _side_by_side(policy: Any) -> bool:
+    """Returns whether a policy's updates are a plain graph, whose operations run side by side, one thread each."""
+    return bool(getattr(policy, "SIDE_BY_SIDE", False)) and not tf.config.list_logical_devices("GPU")
+
+
+def _precision(asked: str | None, xla: bool) -> str | None:
+    """Returns the precision of products; on a processor XLA's are no faster in bfloat16, so that they stay as they are,
+    and a line says so."""
+    if asked == HALF and xla and not tf.config.list_logical_devices("GPU"):
+        log.warning("train.precision=bfloat16: changes nothing for this algorithm on a processor; computing in float32")
+        return None
+    return asked
 
 
 def _tensors(draws: Mapping[str, np.ndarray]) -> dict[str, tf.Tensor]:

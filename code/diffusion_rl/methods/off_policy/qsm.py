@@ -14,6 +14,7 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.keras import floatx, keras
+from diffusion_rl.core.precision import only_slopes
 from diffusion_rl.core.transitions import Transitions
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.off_policy.algorithm import Experience, OffPolicy, Settings
@@ -48,7 +49,7 @@ class QSM(OffPolicy, ExploringDiffusionPolicy):
 
     def action_slope(self, cond: Cond, actions: Array) -> Array:
         """Averages dQ/da [B,H,A] over both critics; no gradient flows through it."""
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
+        with tf.GradientTape(watch_accessed_variables=False) as tape, only_slopes():
             tape.watch(actions)
             q1, q2 = self.critic_q(cond, actions)
             total = tf.reduce_sum(q1 + q2)
