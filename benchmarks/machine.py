@@ -40,6 +40,12 @@ def peak_memory(pid: int) -> float | None:
     return int(text.split()[0]) / 1e6 if text else None
 
 
+def available_memory() -> float | None:
+    """Memory that a new process may take, in GB; None where the system does not say."""
+    text = _field("/proc/meminfo", "MemAvailable")
+    return int(text.split()[0]) / 1e6 if text else None
+
+
 def _flags() -> set[str]:
     return set((_field("/proc/cpuinfo", "flags") or "").split())
 
