@@ -129,6 +129,8 @@ def measured(options: argparse.Namespace) -> Measurement:
         find_class(f"diffusion_rl.methods.{loop}")
     start, parts = memory(), {}
     for name, make in MAKERS[options.row](options.size, options).items():
+        if options.parts and name not in options.parts:
+            continue
         began = time.process_time()
         workload = make()
         built = time.process_time()
@@ -149,6 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", choices=MAKERS, metavar="ROW", help=", ".join(MAKERS))
     parser.add_argument("size", type=int, metavar="SIZE")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="of its workloads (default: all)")
     parser.add_argument("--data", metavar="FILE.npz", help="demonstrations, for the row data")
     parser.add_argument("--seconds", type=float, default=1.0, help="processor time of the measured calls")
     answer: Any = measured(parser.parse_args())

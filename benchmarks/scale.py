@@ -1,9 +1,9 @@
 """How cost grows: DPPO's default Hopper sizes, one at a time made larger.
 
-    python benchmarks/scale.py                              # everything: table, figure/scale/scale.png and its numbers
-    python benchmarks/scale.py --readme docs/speed.md       # the table between that file's markers, too
-    python benchmarks/scale.py --rows data replay --keep    # some rows; the others stay as the figure's numbers have them
-    python benchmarks/scale.py --quick                      # the two smallest sizes: to see that it works
+    python benchmarks/scale.py                            # everything: table, figure/scale/scale.png and its numbers
+    python benchmarks/scale.py --readme docs/speed.md     # the table between that file's markers, too
+    python benchmarks/scale.py --rows data replay --keep  # some rows; the others as the figure's numbers have them
+    python benchmarks/scale.py --quick                    # the two smallest sizes: to see that it works
 
 Every size is measured in a process of its own (our_scale.py): processor time, which neighbours disturb less than time
 on a clock, and peak memory. Prints a Markdown table with exponents, fitted to the upper half of the sizes.
@@ -104,7 +104,7 @@ def measure(process: str, here: dict[str, Row], quick: bool) -> Iterable[Point]:
             if lacking := _lacking(process, needed, size, Path(name)):
                 print(f"{process}, {size}: left out, {lacking}", file=sys.stderr, flush=True)
                 break
-            answer = _ask(process, size, Path(name), 0.1 if quick else 1.0)
+            answer = _ask(process, [row.part for row in here.values()], size, Path(name), 0.1 if quick else 1.0)
             if answer is None:
                 break
             parts = answer["parts"]
@@ -135,9 +135,10 @@ def _lacking(process: str, needed: float, size: int, folder: Path) -> str:
     return f"its file needs {file:.1f} GB, {free:.1f} are free" if process == "data" and 2 * file > free else ""
 
 
-def _ask(process: str, size: int, folder: Path, seconds: float) -> dict[str, Any] | None:
+def _ask(process: str, parts: Iterable[str], size: int, folder: Path, seconds: float) -> dict[str, Any] | None:
     """Has a process measure one size; None if it did not get there."""
     command = [sys.executable, str(HERE / "our_scale.py"), process, str(size), "--seconds", str(seconds)]
+    command += ["--parts", *dict.fromkeys(parts)]
     if process == "data":
         command += ["--data", str(write_data(folder / "train.npz", size))]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -194,16 +195,14 @@ def markdown(points: Sequence[Point], about: str, busy: bool) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     start = np.median([point.start_gb for point in points]) if points else 0.0
-    state = (
-        "A busy machine, so processor time, all threads together" if busy else "Processor time, all threads together"
-    )
+    state = "Busy machine, processor time" if busy else "Processor time"
     return "\n".join(
         [
             *lines,
             "",
             f"{about}.",
-            f"{state}; the exponents are those of the upper half of the sizes, of memory above the {start:.2f} GB that a",
-            "process has when everything is imported. Bold: larger than it should be.",
+            f"{state} of all threads together; exponents are fitted to the upper half of the sizes, of memory above",
+            f"the {start:.2f} GB that a process has once everything is imported. Bold: larger than it should be.",
         ]
     )
 
@@ -218,9 +217,9 @@ def _count(size: int) -> str:
 
 
 def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.2g} s" if 1 <= seconds < 10 else f"{seconds:.0f} s" if seconds >= 10 else f"{seconds * 1e3:.3g} ms"
-    )
+    if seconds >= 1:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.1f} ms"
 
 
 def write(points: Sequence[Point], path: Path, command: str, about: str) -> None:
