@@ -306,8 +306,9 @@ def twins(options: argparse.Namespace) -> None:
         return write(options, named(options, "twins"), {"missing": "this PyTorch has no CUDA"})
     from torch_rows import makers
 
-    device = "cpu" if options.cpu else "cuda"
-    torch.set_default_device(device)
+    torch.set_default_device("cpu" if options.cpu else "cuda")
+    if options.cpu:
+        torch.set_num_threads(1)  # several wait for each other where the machine is busy
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     size = sizes(options)
 

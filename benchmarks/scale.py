@@ -3,6 +3,7 @@
     python benchmarks/scale.py                            # everything: table, figure/scale/scale.png and its numbers
     python benchmarks/scale.py --readme docs/speed.md     # the table between that file's markers, too
     python benchmarks/scale.py --rows data replay --keep  # some rows; the others as the figure's numbers have them
+    python benchmarks/scale.py --draw                     # nothing measured: from the figure's numbers
     python benchmarks/scale.py --quick                    # the two smallest sizes: to see that it works
 
 Every size is measured in a process of its own (our_scale.py): processor time, which neighbours disturb less than time
@@ -53,14 +54,15 @@ def main() -> int:
     options = _options()
     before = machine.load()
     points = _earlier(options.output) if options.keep else {}
-    chosen = {name: ROWS[name] for name in ROWS if name in (options.rows or ROWS)}
+    chosen = {name: ROWS[name] for name in ROWS if name in (options.rows or ROWS) and not options.draw}
     for process in dict.fromkeys(row.process for row in chosen.values()):
         here = {name: row for name, row in chosen.items() if row.process == process}
         points = {key: point for key, point in points.items() if point.row not in here}
         points |= {(point.row, point.size): point for point in measure(process, here, options.quick)}
     ordered = [points[key] for key in sorted(points, key=lambda key: ([*ROWS].index(key[0]), key[1]))]
-    about = f"{machine.sentence(machine.describe())}; load {before:.1f} before and {machine.load():.1f} after"
-    text = markdown(ordered, about, before > BUSY)
+    state = f"busy machine (load {before:.1f}), processor time" if before > BUSY else "quiet machine, processor time"
+    about = _told(options.output) if options.draw else f"{machine.sentence(machine.describe())}; {state}"
+    text = markdown(ordered, about)
     print(text)
     if options.output:
         write(ordered, options.output, _command(options), about)
@@ -74,11 +76,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the two smallest sizes, few calls")
     parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {[*ROWS]}")
     parser.add_argument("--keep", action="store_true", help="take the other rows from the CSV beside the figure")
+    parser.add_argument("--draw", action="store_true", help="measure nothing: everything from that CSV")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.png", help=f"figure (default: {FIGURE.relative_to(HERE.parent)}, if whole)"
     )
     parser.add_argument("--readme", type=Path, metavar="FILE.md", help="put the table between this file's markers")
     options = parser.parse_args()
+    options.keep = options.keep or options.draw
     whole = not options.quick and (options.keep or not options.rows)
     options.output = options.output or (FIGURE if whole else None)
     if options.keep and options.output is None:
@@ -176,7 +180,7 @@ def powers(points: Sequence[Point]) -> tuple[float | None, float | None]:
     )
 
 
-def markdown(points: Sequence[Point], about: str, busy: bool) -> str:
+def markdown(points: Sequence[Point], about: str) -> str:
     """The table and what one needs to read it."""
     lines = ["| what grows: sizes | what is timed | processor time | exponent | peak memory, GB | exponent |"]
     lines.append("|---" * 6 + "|")
@@ -195,14 +199,13 @@ def markdown(points: Sequence[Point], about: str, busy: bool) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     start = np.median([point.start_gb for point in points]) if points else 0.0
-    state = "Busy machine, processor time" if busy else "Processor time"
     return "\n".join(
         [
             *lines,
             "",
-            f"{about}.",
-            f"{state} of all threads together; exponents are fitted to the upper half of the sizes, of memory above",
-            f"the {start:.2f} GB that a process has once everything is imported. Bold: larger than it should be.",
+            f"{about} of all threads",
+            "together. Exponents are fitted to the upper half of the sizes, those of memory above the",
+            f"{start:.2f} GB that a process has once everything is imported. Bold: larger than it should be.",
         ]
     )
 
@@ -226,7 +229,7 @@ def write(points: Sequence[Point], path: Path, command: str, about: str) -> None
     """Writes the figure, its numbers and its caption."""
     from diffusion_rl.reports.style import csv_text, write_figure
 
-    table = csv_text([Point._fields, *points], command, f"{about}; seconds are processor time")
+    table = csv_text([Point._fields, *points], command, about)
     caption = [
         "How cost grows where one size of DPPO's default Hopper run is made larger: processor time of all threads",
         "together, and (last panel) peak memory above that of a process that has imported everything. Dotted: time in",
@@ -264,6 +267,11 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
     last.legend(fontsize=7)
     for panel in panels[len(varied) + 1 :]:
         panel.set_visible(False)
+
+
+def _told(path: Path) -> str:
+    """What the CSV beside the figure says of the machine."""
+    return path.with_suffix(".csv").read_text().partition("\n")[0].removeprefix("# ")
 
 
 def _earlier(path: Path) -> dict[tuple[str, int], Point]:

@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 ENVIRONMENTS = (8, 40, 160, 320, 640)
-DENOISING, WIDTHS, CHUNKS, HISTORIES = (5, 10, 20, 50, 100), (256, 512, 1024, 2048), (4, 8, 16, 32), (1, 2, 4, 8)
+DENOISING, WIDTHS, CHUNKS, HISTORIES = (5, 20, 50, 100), (256, 512, 1024, 2048), (4, 8, 16, 32), (1, 2, 4, 8)
 DATA, REPLAY, CAMERAS = (10**4, 10**5, 10**6, 10**7), (10**4, 10**5, 10**6), (1, 2, 3)
 _UPDATE = f"PPO minibatch of {MINIBATCH} rows"
 
