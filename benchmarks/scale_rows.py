@@ -27,7 +27,7 @@ class Row(NamedTuple):
         power: of the size, beyond which the cost should not grow.
         process: the row of `our_scale.py` whose processes measure it.
         part: what is measured there.
-        quantity: "call", or "build" where what comes before the first call is meant.
+        quantity: "call", or "first" where the first one is meant, or "build", what comes before it.
     """
 
     varied: str
@@ -48,6 +48,9 @@ ROWS = {
     "environments": Row("environments", "a decision", ENVIRONMENTS, 1, "environments", "decision"),
     "simulation": Row("environments", "a chunk step simulated", ENVIRONMENTS, 1, "environments", "step"),
     "denoising": Row("denoising steps", "a decision", DENOISING, 1, "denoising", "decision"),
+    "compiling": Row(
+        "denoising steps", "its first call, which compiles", DENOISING, 1, "denoising", "decision", "first"
+    ),
     "denoising-update": Row("denoising steps", f"{_UPDATE}, {TUNED} tuned", DENOISING, 0, "denoising", "update"),
     "width": Row("width of the actor", "a decision", WIDTHS, 2, "width", "decision"),
     "width-update": Row("width of the actor", _UPDATE, WIDTHS, 2, "width", "update"),
