@@ -255,18 +255,25 @@ def draw(figure: Any, points: Sequence[Point]) -> None:
             panel.plot(sizes, seconds, f"{marker}-", color=colour, label=f"{ROWS[name].title} ({power})")
             panel.plot(sizes, [seconds[0] * size / sizes[0] for size in sizes], ":", color="0.6", linewidth=1)
         panel.set(xscale="log", yscale="log", xlabel=what, ylabel="processor time, s")
-        low, high = panel.get_ylim()
-        panel.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
-        panel.legend(loc="upper left", fontsize=7)
+        _finish(panel, sorted({p.size for name in names for p in measured[name]}), 0.35)
     last = panels[len(varied)]
     for i, what in enumerate(varied):
         here = max((measured[name] for name in measured if ROWS[name].varied == what), key=lambda row: row[-1].peak_gb)
         growth = [p.size / here[0].size for p in here]
         last.plot(growth, [p.peak_gb - p.start_gb for p in here], f"{MARKERS[i]}-", color=COLOURS[i], label=what)
     last.set(xscale="log", yscale="log", xlabel="times the smallest size", ylabel="peak memory above the start, GB")
-    last.legend(fontsize=7)
+    _finish(last, [1, 10, 100, 1000], 1.0)
     for panel in panels[len(varied) + 1 :]:
         panel.set_visible(False)
+
+
+def _finish(panel: Any, sizes: Sequence[int], room: float) -> None:
+    """Marks the sizes below a panel, and puts the legend into `room` above the lines."""
+    panel.set_xticks(sizes, [_count(size) for size in sizes])
+    panel.set_xticks([], minor=True)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high * (high / low) ** room)
+    panel.legend(loc="upper left", fontsize=7)
 
 
 def _told(path: Path) -> str:
