@@ -4,6 +4,7 @@
 # make parity-report   how far this port is from the PyTorch reference, quantity by quantity, to figure/parity/
 # make benchmark       speed; with UPSTREAM=<checkout of the PyTorch DPPO> the two side by side, and with
 #                      UPSTREAM_PYTHON=<interpreter that has its simulators> whole iterations as well
+# make benchmark-scale how cost grows with environments, denoising steps, widths, data …, to figure/scale/ and docs/speed.md
 # make docs            the documentation as a site, to build/site; broken links fail
 # make lint            style, types, and the contracts of the package: what may import what, sizes, shapes in docstrings
 # make coverage        the share of the package's statements that make test runs
@@ -29,7 +30,7 @@ SUITES := parity_tests tests
 # worksteal: each process begins with tests that stand together, so that few fixtures of modules are made twice.
 pytest = $(RUN) -m pytest $(1) $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 
-.PHONY: help demo test test-slow coverage docs parity-report benchmark lint clean
+.PHONY: help demo test test-slow coverage docs parity-report benchmark benchmark-scale lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,6 +56,9 @@ parity-report: $(VENV)/.test
 benchmark: $(VENV)/.test
 	@$(RUN) benchmarks/run.py $(if $(UPSTREAM),--upstream $(UPSTREAM)) \
 	  $(if $(UPSTREAM_PYTHON),--upstream-python $(UPSTREAM_PYTHON))
+
+benchmark-scale: $(VENV)/.test
+	@$(RUN) benchmarks/scale.py --readme docs/speed.md
 
 docs: $(VENV)/.docs
 	@$(RUN) -m mkdocs build --quiet --strict

@@ -16,7 +16,7 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in _flags()],
         "memory_gb": round(int((_field("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 1e6, 1),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -37,6 +37,12 @@ def load() -> float:
 def peak_memory(pid: int) -> float | None:
     """Largest resident size of a process so far, in GB."""
     text = _field(f"/proc/{pid}/status", "VmHWM")
+    return int(text.split()[0]) / 1e6 if text else None
+
+
+def available_memory() -> float | None:
+    """Memory that a new process may take, in GB; None where the system does not say."""
+    text = _field("/proc/meminfo", "MemAvailable")
     return int(text.split()[0]) / 1e6 if text else None
 
 

@@ -46,7 +46,8 @@ def described(config: Callable[..., Any], name: str) -> dict[str, Any]:
     }
 
 
-def updates(config: Callable[..., Any], name: str) -> Workload:
+def updates(config: Callable[..., Any], name: str, capacity: int = a.ROWS) -> Workload:
+    """The updates of a case; capacity: rows of the buffer, which is filled in as many pieces as iterations would."""
     cfg = resolved(config, name)
     train, noise = cfg["train"], NoiseSource(0)
     algorithm = instantiate(cfg["model"])
@@ -55,14 +56,14 @@ def updates(config: Callable[..., Any], name: str) -> Workload:
     shapes = (cfg["cond_steps"], cfg["obs_dim"]), (cfg["act_steps"], cfg["action_dim"])
     stores = []
     for names in (kept.fields, kept.offline_fields):
-        stores.append(ReplayBuffer(a.ROWS, fields(names, *shapes)) if names else None)
-        if stores[-1] is not None:
-            stores[-1].add(**{field: data[field] for field in names})
+        stores.append(ReplayBuffer(capacity, fields(names, *shapes)) if names else None)
+        for first in range(0, capacity if names else 0, a.ROWS):
+            stores[-1].add(**{field: data[field][: capacity - first] for field in names})
             stores[-1].flush()
     buffers = Buffers(stores[0], stores[1])
     learner, rows = Learner(algorithm, train, buffers), Rows(buffers, noise, a.ENVS)
     every = a.ROWS if train.get("batch_size") else 1
-    phases = [p for p in algorithm.phases(train, Progress(WARMED_UP, every, a.ROWS, a.UPDATES)) if p.n > 0]
+    phases = [p for p in algorithm.phases(train, Progress(WARMED_UP, every, capacity, a.UPDATES)) if p.n > 0]
     most = max(p.n for p in phases)
     if a.CASES[name].updates > 1:
         phases = [p._replace(n=max(1, p.n * a.CASES[name].updates // most)) for p in phases]

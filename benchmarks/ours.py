@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def config(name: str, *overrides: str) -> Any:
 
 
 @functools.cache
-def fine_tuning() -> tuple[Any, Any]:
-    """(configuration, trainer) of the default Hopper run, with random weights."""
+def fine_tuning(*overrides: str) -> tuple[Any, Any]:
+    """(configuration, trainer) of the default Hopper run, with random weights; overrides: of the configuration."""
     from diffusion_rl.config.instantiate import instantiate
     from diffusion_rl.methods.on_policy.dppo import DPPOTrainer
 
-    cfg = config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}", "model.network_path=null")
-    return cfg, DPPOTrainer(instantiate(cfg["model"]), cfg["train"], reward_horizon=w.HORIZON)
+    cfg = config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}", "model.network_path=null", *overrides)
+    return cfg, DPPOTrainer(instantiate(cfg["model"]), cfg["train"], reward_horizon=cfg["act_steps"])
 
 
 @functools.cache
@@ -49,12 +50,12 @@ def noise() -> Any:
     return NoiseSource(0)
 
 
-def sampling() -> Workload:
-    _, trainer = fine_tuning()
-    state = w.rollout().state[: w.ENVS]
+def sampling(envs: int = w.ENVS, overrides: Sequence[str] = ()) -> Workload:
+    cfg, trainer = fine_tuning(*overrides)
+    state = w.rollout(samples=envs, history=cfg["cond_steps"]).state
 
     def call() -> None:
-        draws = noise().normal(trainer.actor.noise_shape(w.ENVS))
+        draws = noise().normal(trainer.actor.noise_shape(envs))
         trainer.actor.act(state, draws, deterministic=False)
 
     return call
@@ -77,27 +78,28 @@ def log_probs() -> Workload:
     return call
 
 
-def minibatch() -> Workload:
-    _, trainer = fine_tuning()
-    r = w.rollout()
+def minibatch(rows: int = w.MINIBATCH, samples: int = w.SAMPLES, overrides: Sequence[str] = ()) -> Workload:
+    cfg, trainer = fine_tuning(*overrides)
+    sizes = (cfg["ft_denoising_steps"], cfg["horizon_steps"], cfg["cond_steps"])
+    r = w.rollout(0, samples, *sizes)
     old = trainer.actor.log_probs(r.state, r.chains)
     n_rows = trainer.load(r.state, r.chains, r.returns, r.values, r.advantages, old)
     epoch = {"number": 0, "rows": np.empty(0, np.int64)}
 
     def call() -> None:
-        number = epoch["number"] % (n_rows // w.MINIBATCH)
+        number = epoch["number"] % (n_rows // rows)
         if number == 0:
             epoch["rows"] = noise().permutation(n_rows)
-        trainer.minibatch(epoch["rows"][number * w.MINIBATCH :][: w.MINIBATCH], True, number)
+        trainer.minibatch(epoch["rows"][number * rows :][:rows], True, number)
         epoch["number"] += 1
 
     return call
 
 
-def pretraining() -> Workload:
+def pretraining(*overrides: str) -> Workload:
     from diffusion_rl.methods.pretraining.training import PreTraining
 
-    loop = PreTraining(config("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp"))
+    loop = PreTraining(config("gym/pretrain/hopper-medium-v2/pre_diffusion_mlp", *overrides))
     loop.step = 19  # epoch 20, from where on the average is one
     epoch = {"items": np.empty(0, np.int64)}
 
@@ -113,15 +115,15 @@ def pretraining() -> Workload:
     return call
 
 
-def environments() -> Workload:
+def environments(envs: int = w.ENVS) -> Workload:
     from diffusion_rl.envs.make import make_vector_env
 
     cfg, _ = fine_tuning()
     venv = make_vector_env(
-        cfg["env"], obs_dim=w.OBSERVATION, action_dim=w.ACTION, act_steps=w.HORIZON, seed=0, n_envs=w.ENVS
+        cfg["env"], obs_dim=w.OBSERVATION, action_dim=w.ACTION, act_steps=w.HORIZON, seed=0, n_envs=envs
     )
     venv.reset()
-    chunks, turn = w.actions(), {"i": 0}
+    chunks, turn = w.actions(envs=envs), {"i": 0}
 
     def call() -> None:
         venv.step(chunks[turn["i"] % len(chunks)])

@@ -278,9 +278,9 @@ def _footer(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def insert(path: Path, table: str) -> None:
-    """Replace what is between the markers of `path` (the second one is added if it is not there yet)."""
-    begin, end = "<!-- table:benchmark -->", "<!-- end:benchmark -->"
+def insert(path: Path, table: str, name: str = "benchmark") -> None:
+    """Replace what is between the markers `name` of `path` (the second one is added if it is not there yet)."""
+    begin, end = f"<!-- table:{name} -->", f"<!-- end:{name} -->"
     before, marker, after = path.read_text().partition(begin)
     if not marker:
         raise SystemExit(f"{path} has no line {begin}")

@@ -20,6 +20,11 @@ from worker import Workload  # noqa: E402
 from workloads import ACTOR, CRITIC, PPO, SHAPES  # noqa: E402
 
 
+def here(array: Any) -> torch.Tensor:
+    """An array [...] as a tensor on PyTorch's default device."""
+    return torch.from_numpy(array).to(torch.get_default_device())
+
+
 def _linear(weights: dict[str, torch.Tensor], name: str, inputs: int, outputs: int) -> None:
     layer = torch.nn.Linear(inputs, outputs)
     weights[f"{name}.weight"], weights[f"{name}.bias"] = layer.weight.detach(), layer.bias.detach()
@@ -49,11 +54,11 @@ class Twins:
         kwargs = SHAPES | PPO | {"actor": actor, "critic": critic}
         return Policy({"class": "PPODiffusion", "kwargs": kwargs}, weights)
 
-    def sampling(self) -> Workload:
-        state = torch.from_numpy(w.rollout().state[: w.ENVS])
+    def sampling(self, envs: int = w.ENVS) -> Workload:
+        state = here(w.rollout().state[:envs])
 
         def call() -> None:
-            noise = torch.randn(w.DENOISING + 1, w.ENVS, w.HORIZON, w.ACTION)
+            noise = torch.randn(w.DENOISING + 1, envs, w.HORIZON, w.ACTION)
             with torch.no_grad():
                 self.policy.sample(state, noise, deterministic=False)
 
@@ -64,26 +69,26 @@ class Twins:
 
         def call() -> None:
             with torch.no_grad():
-                for part in torch.arange(w.SAMPLES).split(10_000):
-                    state = torch.from_numpy(r.state[part])
+                for part in torch.arange(w.SAMPLES, device="cpu").split(10_000):
+                    state = here(r.state[part])
                     self.policy.value(state)
-                    self.policy.chain_log_probs(state, torch.from_numpy(r.chains[part]))
+                    self.policy.chain_log_probs(state, here(r.chains[part]))
 
         return call
 
-    def minibatch(self) -> Workload:
-        r = [torch.from_numpy(v) for v in w.rollout()]
+    def minibatch(self, samples: int = w.SAMPLES, count: int = w.MINIBATCH) -> Workload:
+        r = [here(v) for v in w.rollout(samples=samples)]
         state, chains, returns, values, advantages = r
         weights = self.policy.weights
         groups = [[v for k, v in weights.items() if k.startswith(name)] for name in ("actor_ft", "critic")]
         for tensor in sum(groups, []):
             tensor.requires_grad_()
         optimizers = [torch.optim.AdamW(g, lr=lr, weight_decay=0) for g, lr in zip(groups, (1e-4, 1e-3), strict=True)]
-        old = torch.full((w.MINIBATCH, w.HORIZON, w.ACTION), 0.9)
+        old = torch.full((count, w.HORIZON, w.ACTION), 0.9)
 
         def call() -> None:
-            rows = torch.randperm(w.SAMPLES * w.FINE_TUNED)[: w.MINIBATCH]
-            sample, step = torch.unravel_index(rows, (w.SAMPLES, w.FINE_TUNED))
+            rows = torch.randperm(samples * w.FINE_TUNED)[:count]
+            sample, step = torch.unravel_index(rows, (samples, w.FINE_TUNED))
             links = chains[sample, step], chains[sample, step + 1]
             scalars = returns[sample], values[sample], advantages[sample]
             losses = self.policy.ppo_loss(state[sample], *links, step, *scalars, old)

@@ -86,25 +86,27 @@ ROWS = {
 class Rollout(NamedTuple):
     """Synthetic samples of the default rollout, the same on both sides."""
 
-    state: np.ndarray  # [N,1,O]
+    state: np.ndarray  # [N,To,O]
     chains: np.ndarray  # [N,F+1,H,A]
     returns: np.ndarray  # [N]
     values: np.ndarray  # [N]
     advantages: np.ndarray  # [N]
 
 
-def rollout(seed: int = 0) -> Rollout:
-    """Draw one; consecutive links of the chains differ by about the sampling noise."""
+def rollout(
+    seed: int = 0, samples: int = SAMPLES, tuned: int = FINE_TUNED, horizon: int = HORIZON, history: int = 1
+) -> Rollout:
+    """Draw one; consecutive links of the chains differ by about the sampling noise. Sizes N, F, H, To."""
     g = np.random.default_rng(seed)
-    steps = 0.1 * g.standard_normal((SAMPLES, FINE_TUNED + 1, HORIZON, ACTION))
-    vectors = [g.standard_normal(SAMPLES) for _ in range(3)]
-    arrays = [g.standard_normal((SAMPLES, 1, OBSERVATION)), np.cumsum(steps, axis=1), *vectors]
+    steps = 0.1 * g.standard_normal((samples, tuned + 1, horizon, ACTION))
+    vectors = [g.standard_normal(samples) for _ in range(3)]
+    arrays = [g.standard_normal((samples, history, OBSERVATION)), np.cumsum(steps, axis=1), *vectors]
     return Rollout(*(a.astype(np.float32) for a in arrays))
 
 
-def actions(turns: int = 200, seed: int = 0) -> np.ndarray:
+def actions(turns: int = 200, seed: int = 0, envs: int = ENVS) -> np.ndarray:
     """Random action chunks [turns,E,H,A] in [-1,1]."""
-    return np.random.default_rng(seed).uniform(-1, 1, (turns, ENVS, HORIZON, ACTION)).astype(np.float32)
+    return np.random.default_rng(seed).uniform(-1, 1, (turns, envs, HORIZON, ACTION)).astype(np.float32)
 
 
 # ---------- arithmetic of one minibatch update, counted by hand ----------

@@ -89,3 +89,24 @@ def test_compiled_networks_follow_their_weights():
     bias.assign(bias + 1)
     actor.weights_changed()
     assert np.abs(actor.act(state, noise, deterministic=True).actions - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("tuned", [2, 3, K], ids="{} fine-tuned".format)
+def test_many_steps_are_several_programs(tuned, monkeypatch):
+    """They give what one program gives: decisions, chains and log-probabilities."""
+    from diffusion_rl.networks.mlp import DiffusionMLP
+
+    sizes = {"action_dim": A, "horizon_steps": H, "cond_dim": OBS * TO, "mlp_dims": [8] * 3, "residual_style": True}
+    monkeypatch.setitem(NETWORKS, "mlp", lambda: DiffusionMLP(**sizes))
+    policy, (state, _) = make_policy("mlp", ft_denoising_steps=tuned), observation("mlp", 3)
+    whole = DiffusionActor(policy)
+    monkeypatch.setattr("diffusion_rl.policies.acting.MOST_UNROLLED", 2)
+    cut, plain = DiffusionActor(policy), DiffusionActor(policy, fast=False)
+    assert whole.folds
+    noise = NoiseSource(4).normal(whole.noise_shape(3), np.float64)
+    for deterministic in (False, True):
+        one, several, slow = (actor.act(state, noise, deterministic) for actor in (whole, cut, plain))
+        for name, array in one.arrays().items():
+            assert several.arrays()[name].shape == array.shape == slow.arrays()[name].shape
+            np.testing.assert_allclose(several.arrays()[name], array, rtol=0, atol=SAME)
+            np.testing.assert_allclose(several.arrays()[name], slow.arrays()[name], rtol=0, atol=SAME)

@@ -149,5 +149,15 @@ def test_links_between_the_documents_lead_somewhere(path):
 
 def test_makefile_shows_its_targets_in_help():
     shown = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True).stdout
-    for target in ("demo", "test", "coverage", "docs", "parity-report", "benchmark", "lint", "clean"):
+    for target in (
+        "demo",
+        "test",
+        "coverage",
+        "docs",
+        "parity-report",
+        "benchmark",
+        "benchmark-scale",
+        "lint",
+        "clean",
+    ):
         assert f"make {target} " in shown

@@ -6,7 +6,7 @@ An actor draws what one decision needs from a source of randomness (`draw`) and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from diffusion_rl.policies.gmm import GMMPolicy
 
 MIN_PART, MIN_ROWS = 4, 10  # of an observation batch in equal parts: images, observations without
 CHUNKS = {False: 100, True: 10}  # observations whose chains are looked at together: without images, with
+MOST_UNROLLED = 25  # denoising steps of one program: compiling takes time and memory as the square of their number
 
 Sampler = Callable[..., tuple[Array, ...]]  # (observation, noise, floor of the noise, folded weights) -> Decision
 
@@ -118,9 +119,9 @@ class CompiledNetwork:
 class DiffusionActor:
     """Samples action chunks, with the log-probabilities of the fine-tuned steps.
 
-    Where the networks can be folded (`networks.folded`), the denoising loop is unrolled into one compiled program;
-    otherwise it is `FineTunedDiffusionPolicy.sample` with compiled networks. The plain path, `sample` in a graph as it
-    stands, gives the same numbers up to rounding.
+    Where the networks can be folded (`networks.folded`), the denoising loop is unrolled into one compiled program, many
+    steps into several; otherwise it is `FineTunedDiffusionPolicy.sample` with compiled networks. The plain path,
+    `sample` in a graph as it stands, gives the same numbers up to rounding.
 
     Args:
         policy: whose present weights are used.
@@ -205,17 +206,30 @@ class DiffusionActor:
         return base, tuned
 
     def _folded_sampler(self, deterministic: bool) -> Sampler:
+        n = self.policy.sampling_steps
+        firsts = range(0, n, MOST_UNROLLED)
+        programs = [self._folded_steps(first, min(first + MOST_UNROLLED, n), deterministic) for first in firsts]
+        return programs[0] if len(programs) == 1 else joined(programs)
+
+    def _folded_steps(self, first: int, end: int, deterministic: bool) -> Sampler:
+        """Builds the program of the denoising steps from `first` to before `end`; from the second on it is given x
+        [E,H,A] as well."""
         p = self.policy
         n, n_base, timesteps = p.sampling_steps, p.sampling_steps - p.ft_denoising_steps, p.sampling_timesteps()
 
         @tf.function(jit_compile=True, autograph=False)  # no tensor decides a branch: traced in half the time
         def sample(
-            cond: Cond, noise: Array, std_floor: Array, base: list[Array], tuned: list[Array]
+            cond: Cond,
+            noise: Array,
+            std_floor: Array,
+            base: list[Array],
+            tuned: list[Array],
+            before: Array | None = None,
         ) -> tuple[Array, ...]:
-            batch, x = noise.shape[1], noise[0]
+            batch, x = noise.shape[1], noise[0] if before is None else before
             flat = tf.reshape(cond["state"], [batch, -1])
-            chain, log_probs = [x] if n_base == 0 else [], []
-            for i, t in enumerate(timesteps):
+            chain, log_probs = [x] if n_base == 0 and first == 0 else [], []
+            for i, t in list(enumerate(timesteps))[first:end]:
                 is_tuned = i >= n_base
                 network, weights = (p.actor_ft, tuned) if is_tuned else (p.actor, base)
                 position, depth = (i - n_base, n - n_base) if is_tuned else (i, n_base)
@@ -230,9 +244,25 @@ class DiffusionActor:
                     chain.append(x)
                 if is_tuned:
                     log_probs.append(normal_log_prob(x, mean, p.log_prob_std(logvar)))
-            return x, tf.stack(chain, axis=1), _or_empty(tf.stack(log_probs, axis=1) if log_probs else None, x)
+            chains = _or_empty(tf.stack(chain, axis=1) if chain else None, x)
+            return x, chains, _or_empty(tf.stack(log_probs, axis=1) if log_probs else None, x)
 
         return sample
+
+
+def joined(programs: Sequence[Sampler]) -> Sampler:
+    """Makes one sampler of programs of successive steps, each given what the one before made of x [E,H,A]."""
+
+    def sample(*given: Any) -> tuple[Array, ...]:
+        x: Array | None = None
+        chains, log_probs = [], []
+        for program in programs:
+            x, chain, log_prob = program(*given, x)
+            chains.append(chain)
+            log_probs.append(log_prob)
+        return x, tf.concat(chains, axis=1), tf.concat(log_probs, axis=1)
+
+    return sample
 
 
 def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
@@ -244,6 +274,6 @@ def _sampler(policy: FineTunedDiffusionPolicy, deterministic: bool) -> Sampler:
     return sample
 
 
-def _or_empty(log_probs: Array | None, like: Array) -> Array:
-    """Returns the log-probabilities, or [E,0,H,A] where no step is fine-tuned."""
-    return tf.zeros_like(like)[:, None][:, :0] if log_probs is None else log_probs
+def _or_empty(steps: Array | None, like: Array) -> Array:
+    """Returns what there is of each step [E,F,H,A], or [E,0,H,A] where there is none."""
+    return tf.zeros_like(like)[:, None][:, :0] if steps is None else steps
