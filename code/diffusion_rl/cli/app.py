@@ -119,7 +119,7 @@ def _select_device(device: str | None, n: int = 1) -> None:
         tf.config.set_visible_devices(visible, "GPU")
         for gpu in visible:
             tf.config.experimental.set_memory_growth(gpu, True)
-        tf.config.experimental.enable_tensor_float_32_execution(False)  # three digits; PyTorch's default is float32, too
+        tf.config.experimental.enable_tensor_float_32_execution(False)  # of three digits; PyTorch's default, too
 
 
 @functools.cache
