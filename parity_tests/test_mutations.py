@@ -15,7 +15,8 @@ import pytest
 from diffusion_rl.core import ema, optimizers, returns, reward_scaling
 from diffusion_rl.diffusion import ddim, schedules
 from diffusion_rl.interop import torch_names
-from diffusion_rl.methods.on_policy import dppo, ppo
+from diffusion_rl.methods.off_policy import dsrl, fql
+from diffusion_rl.methods.on_policy import dppo, fpo, ppo
 from diffusion_rl.networks import layers, mlp, transformer, vision
 from diffusion_rl.policies import diffusion
 from parity_tests.replay import dispatch
@@ -56,6 +57,28 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
         "(norm + 1e-6), 1.0",
         "norm, 1.0",
         ["adamw_given_grads_1"],
+    ),
+    "FQL: every step of the flow is clipped": (fql.FQL, "carried", "clip_each=False", "clip_each=True", ["fql_mean"]),
+    "DSRL: noise critics are given w, not w / b": (
+        dsrl.DSRL,
+        "scaled",
+        "return noise / self.noise_bound",
+        "return noise",
+        ["dsrl_na", "dsrl_sac"],
+    ),
+    "DSRL: the temperature's loss in alpha, not in its logarithm": (
+        dsrl.DSRL,
+        "loss_temperature",
+        "tf.cast(self._log_alpha, self.dtype)",
+        "self.alpha",
+        ["dsrl_na"],
+    ),
+    "FPO++: the trust region on the other side": (
+        fpo.FPO,
+        "ratio_loss",
+        "advantages < 0",
+        "advantages > 0",
+        ["fpo_plus_asymmetric"],
     ),
     "EMA: old and new exchanged": (
         ema,

@@ -15,9 +15,9 @@ GATES: dict[int, tuple[float, float]] = {
     1: (1e-6, 1e-12),  # layers, schedules, rates, rewards, data; measured 1.5e-7 (sine of large angles 3.3e-6), 3.9e-16
     2: (1e-5, 1e-12),  # whole networks; measured 4.0e-7, 9.3e-16
     3: (1e-5, 1e-10),  # losses, samplers, log-probabilities, advantages; measured 4.5e-7, 7.8e-16
-    4: (1e-5, 1e-10),  # gradients; measured 2.2e-7, 3.7e-16
+    4: (1e-5, 1e-10),  # gradients; measured 2.2e-7, 2.7e-15
     5: (1e-5, 1e-12),  # optimizer steps, clipping, moving averages; measured 9.4e-8, 1.7e-16
-    6: (1e-4, 1e-9),  # many training steps; measured 3.0e-6, 8.8e-16
+    6: (1e-4, 1e-9),  # many training steps; measured 3.0e-6, 5.5e-13
     7: (1e-4, 1e-8),  # whole iterations of an algorithm; measured 5.5e-6, 1.1e-14
 }
 

@@ -67,8 +67,9 @@ def test_values_of_noise_are_values_of_the_actions_that_it_leads_to():
         policy = steered(sampling={"inference_steps": 2})
         obs, noise = drawn(rng, 6, 1, O), drawn(rng, 6, H, A)
         cond = {"state": obs}
-        pairs = zip(policy.noise_critic(cond, noise), policy.critic(cond, policy.steered(cond, noise)), strict=True)
-        expected = sum(np.mean(np.square(q - target)) for q, target in pairs)
+        scaled = policy.noise_critic(cond, noise / policy.noise_bound)
+        pairs = zip(scaled, policy.critic(cond, policy.steered(cond, noise)), strict=True)
+        expected = sum(np.mean(np.square(q - target)) for q, target in pairs) / 2
         np.testing.assert_allclose(policy.loss_noise_critic(obs, noise), expected, rtol=1e-12)
         with tf.GradientTape() as tape:
             loss = policy.loss_noise_critic(obs, noise)

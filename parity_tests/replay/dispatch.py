@@ -15,9 +15,14 @@ from parity_tests.replay import (
     diffuser_lite_pipelines,
     diffuser_lite_runs,
     diffuser_runs,
+    dsrl_runs,
+    flow_q_runs,
     flow_runs,
+    fpo_plus_runs,
 )
 from parity_tests.replay.files import Golden
+
+OF_FLOWS = flow_q_runs.RUNNERS | dsrl_runs.RUNNERS | fpo_plus_runs.RUNNERS
 
 
 class NotImplementedCase(Exception):
@@ -55,6 +60,9 @@ def replay(path: str | Path) -> None:
         return
     if golden.meta.get("runner") in diffuser_lite_runs.RUNNERS:
         diffuser_lite_runs.RUNNERS[golden.meta["runner"]](golden)
+        return
+    if golden.meta.get("runner") in OF_FLOWS:
+        OF_FLOWS[golden.meta["runner"]](golden)
         return
     if golden.meta.get("custom_type") in flow_runs.RUNNERS:
         flow_runs.RUNNERS[golden.meta["custom_type"]](golden)

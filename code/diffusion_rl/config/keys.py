@@ -246,7 +246,9 @@ _TRAIN = {
     "update_freq": Option("iterations between updates (IBRL)", STEPS),
     "train_online": Option("collect in the environment too (Cal-QL, FQL)", FLAG),
     "num_update": Option("updates of an iteration, offline (Cal-QL) or always (DSRL, FQL)", FROM_ZERO),
-    "noise_critic_num_update": Option("updates of the noise critics for each of the critics' (DSRL)", COUNT),
+    "noise_critic_num_update": Option(
+        "updates of the noise critics in each iteration, after those of the critics (DSRL)", COUNT
+    ),
     "n_episode_per_epoch": Option("episodes collected per iteration (Cal-QL)", FROM_ZERO),
     "n_random_actions": Option("random actions of the conservative term (Cal-QL)", COUNT),
     # images

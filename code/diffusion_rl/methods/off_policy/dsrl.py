@@ -10,9 +10,10 @@ SAC's policy pi(w | o) learns which noise is best; f never changes.
                critics        r + gamma (1 - terminated) (min_i Q_i'(o', f(o', w')) - alpha log pi(w' | o'))
                noise critics  Q_i(o, f(o, w)),   w ~ N(0, I)
     both       actor          alpha log pi(w | o) - min_i Q_i(o, w), of the noise critics in DSRL-NA
+               temperature    -log alpha (log pi(w | o) + target entropy)
 
-The noise is bounded: w = b tanh(.). Shapes: B batch, E environments, H chunk, A action, O observation;
-cond = {"state": [B,To,O]}.
+The noise is bounded: w = b tanh(.), and critics of noise are given w / b. Shapes: B batch, E environments, H chunk, A
+action, O observation; cond = {"state": [B,To,O]}.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class DSRL(OffPolicy, SteeredPolicy):
 
     Args:
         critic: (cond, actions [B,H,A]) -> (q1 [B], q2 [B]); of noise in DSRL-SAC.
-        noise_aliased: DSRL-NA, with noise critics that begin as the critics do.
+        noise_aliased: DSRL-NA, with noise critics that begin as the critics do. They are trained in a phase of their
+            own, which follows that of the critics and the actor in every iteration.
         backup_entropy: count the entropy of the next noise in the critics' target.
         further arguments: of `SteeredPolicy`. Chunks are executed whole (act_steps = horizon_steps).
     """
@@ -177,7 +179,13 @@ class DSRL(OffPolicy, SteeredPolicy):
     def phases(self, settings: Settings, progress: Progress) -> list[Phase]:
         """Plans so many updates in each iteration, once the frozen policy has acted for `n_explore_steps` of them."""
         self.steering.assign(float(progress.itr + 1 >= settings["n_explore_steps"]))
-        return [] if progress.itr < settings["n_explore_steps"] else [Phase(int(settings["num_update"]))]
+        if progress.itr < settings["n_explore_steps"]:
+            return []
+        phases = [Phase(int(settings["num_update"]))]
+        if self.noise_aliased:
+            n = int(settings["noise_critic_num_update"])
+            phases.append(Phase(n, update="update_noise_critic", draw="draw_aliases"))
+        return phases
 
     def watched(self) -> dict[str, float]:
         return {"log_alpha": float(self._log_alpha.numpy())}
@@ -191,59 +199,66 @@ class DSRL(OffPolicy, SteeredPolicy):
 
     def valued(self, cond: Cond, noise: Array) -> Array:
         """Returns what critics value of noise w [B,H,A]: the actions that it leads to, or the noise itself as w / b."""
-        return self.steered(cond, noise) if self.noise_aliased else noise / self.noise_bound
+        return self.steered(cond, noise) if self.noise_aliased else self.scaled(noise)
+
+    def scaled(self, noise: Array) -> Array:
+        """Returns noise w [B,H,A] as w / b, which critics of noise are given."""
+        return noise / self.noise_bound
 
     def loss_critic(self, batch: Transitions, gamma: float, alpha: Array | float, noise: Array) -> Array:
-        """Returns the sum of both critics' mean squared Bellman errors; noise [B,H*A]."""
+        """Returns half the sum of both critics' mean squared Bellman errors; noise [B,H*A]."""
         following = {"state": batch.next_obs}
         chosen, log_prob = self.steer(following, noise)
         value = tf.minimum(*self.target_critic(following, self.valued(following, chosen)))
         value -= alpha * log_prob if self.backup_entropy else 0.0
-        return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, value, gamma)
+        return bellman_error(self.critic({"state": batch.obs}, batch.actions), batch, value, gamma) / 2
 
     def loss_noise_critic(self, obs: Array, noise: Array) -> Array:
-        """Returns the squared distance of the noise critics to the critics, summed over both; noise w [B,H,A]."""
+        """Returns half the squared distance of the noise critics to the critics, summed over both; noise w [B,H,A]."""
         cond = {"state": obs}
         targets = self.critic(cond, self.steered(cond, noise))
-        pairs = zip(self.noise_critic(cond, noise), targets, strict=True)
-        return tf.add_n([tf.reduce_mean(tf.square(q - tf.stop_gradient(target))) for q, target in pairs])
+        pairs = zip(self.noise_critic(cond, self.scaled(noise)), targets, strict=True)
+        return tf.add_n([tf.reduce_mean(tf.square(q - tf.stop_gradient(target))) for q, target in pairs]) / 2
 
     def loss_actor(self, obs: Array, alpha: Array | float, noise: Array) -> Array:
         """Returns the mean of alpha log pi - min Q at reparametrised noise; noise [B,H*A]."""
         cond = {"state": obs}
         chosen, log_prob = self.steer(cond, noise)
-        values = self.noise_critic(cond, chosen) if self.noise_aliased else self.critic(cond, self.valued(cond, chosen))
+        values = (self.noise_critic if self.noise_aliased else self.critic)(cond, self.scaled(chosen))
         return tf.reduce_mean(alpha * log_prob - tf.minimum(*values))
 
     def loss_temperature(self, obs: Array, target_entropy: float, noise: Array) -> Array:
-        """Returns -mean(alpha (log pi + target entropy)): alpha grows while the entropy is too small."""
+        """Returns -mean(log alpha (log pi + target entropy)): alpha grows while the entropy is too small."""
         _, log_prob = self.steer({"state": obs}, noise)
-        return -tf.reduce_mean(self.alpha * tf.stop_gradient(log_prob + target_entropy))
+        return -tf.reduce_mean(tf.cast(self._log_alpha, self.dtype) * tf.stop_gradient(log_prob + target_entropy))
 
     # ---------- one update ----------
 
     def draw(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
         b, flat = int(settings["batch_size"]), self.horizon_steps * self.action_dim
-        draws = {"rows": rows.online(b), "noise": rng.normal((3, b, flat), floatx())}
-        if self.noise_aliased:
-            n = int(settings["noise_critic_num_update"])
-            draws["aliases"] = rng.normal((n, *self.noise_shape(b)), floatx())
-        return draws
+        return {"rows": rows.online(b), "noise": rng.normal((2, b, flat), floatx())}
 
     def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
-        """Steps the critics and their target, then the noise critics several times, actor and temperature."""
-        batch, alpha, noise = data.online.at(draws["rows"]), self.alpha, draws["noise"]
-        gamma = settings["gamma"]
-        losses = {"loss_critic": step("critic", lambda: self.loss_critic(batch, gamma, alpha, noise[0]))}
+        """Steps temperature, critics and actor, each with the temperature from before, then the critics' target."""
+        batch, alpha, (following, noise) = data.online.at(draws["rows"]), self.alpha, tf.unstack(draws["noise"])
+        gamma, target = settings["gamma"], float(settings["target_entropy"])
+        losses = {"loss_temperature": step("log_alpha", lambda: self.loss_temperature(batch.obs, target, noise))}
+        losses["loss_critic"] = step("critic", lambda: self.loss_critic(batch, gamma, alpha, following))
+        losses["loss_actor"] = step("actor", lambda: self.loss_actor(batch.obs, alpha, noise))
         self.update_target_critic(settings["target_ema_rate"])
-        for k in range(draws["aliases"].shape[0]) if self.noise_aliased else ():
-            aliases = draws["aliases"][k]
-            loss = step("noise_critic", lambda aliases=aliases: self.loss_noise_critic(batch.obs, aliases))
-            losses["loss_noise_critic"] = loss
-        losses["loss_actor"] = step("actor", lambda: self.loss_actor(batch.obs, alpha, noise[1]))
-        target = float(settings["target_entropy"])
-        losses["loss_temperature"] = step("log_alpha", lambda: self.loss_temperature(batch.obs, target, noise[2]))
         return losses
+
+    def draw_aliases(self, rng: Rng, rows: Rows, settings: Settings, train_actor: bool) -> dict[str, Any]:
+        """Draws what an update of the noise critics takes: rows and noise w [B,H,A]."""
+        b = int(settings["batch_size"])
+        return {"rows": rows.online(b), "aliases": rng.normal(self.noise_shape(b), floatx())}
+
+    def update_noise_critic(
+        self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool
+    ) -> dict[str, Array]:
+        """Steps the noise critics towards the critics; arguments of `update`."""
+        obs, aliases = data.online.at(draws["rows"]).obs, draws["aliases"]
+        return {"loss_noise_critic": step("noise_critic", lambda: self.loss_noise_critic(obs, aliases))}
 
     # ---------- acting ----------
 

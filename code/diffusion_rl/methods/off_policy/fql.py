@@ -170,15 +170,15 @@ class FQL(OffPolicy, OneStepPolicy):
         return self.noise_shape(batch)
 
     def update(self, data: Any, draws: Draws, step: Any, settings: Settings, train_actor: bool) -> dict[str, Array]:
-        """Steps all three on losses of the weights before, then the critics' target."""
+        """Moves the critics' target towards them, then steps all three, everything by the weights from before."""
         batch = (data.online if settings["train_online"] else data.offline).at(draws["rows"])
         obs, gamma, noise = batch.obs, settings["gamma"], draws["noise"]
         next_value, losses = self.next_value(batch.next_obs, draws["next_noise"]), {}
+        self.update_target_critic(settings["target_ema_rate"])
         if self.DISTILS:
             losses["loss_actor"] = step("actor", lambda: self.loss_actor(obs, noise[1]))
         losses["loss_flow"] = step("flow", lambda: self.loss_flow(obs, batch.actions, draws["time"], noise[0]))
         losses["loss_critic"] = step("critic", lambda: self.loss_critic(batch, gamma, next_value))
-        self.update_target_critic(settings["target_ema_rate"])
         return losses
 
     # ---------- acting ----------
