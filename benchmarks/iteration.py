@@ -76,10 +76,10 @@ def reference_run(upstream: Path, python: str, policy: Path, data: Path, folder:
     return Run(command, upstream, env, log, lambda: len(ITERATION_DONE.findall(log.read_text())))
 
 
-def our_run(policy: Path, folder: Path, iterations: int) -> Run:
+def our_run(policy: Path, folder: Path, iterations: int, precision: str = "float32") -> Run:
     """Our fine-tuning command."""
     command = [sys.executable, "script/run.py", *COMMON, "++train.force_train=True", f"base_policy_path={policy}"]
-    command += [f"train.n_train_itr={iterations}", f"logdir={folder}/ours"]
+    command += [f"train.n_train_itr={iterations}", f"logdir={folder}/ours", f"++train.precision={precision}"]
     metrics = folder / "ours" / "metrics.jsonl"
 
     def finished() -> int:

@@ -19,15 +19,17 @@ import numpy as np  # noqa: E402
 import workloads as w  # noqa: E402
 from worker import Workload, serve  # noqa: E402
 
+HALVES = ["++train.precision=bfloat16"] if "--bfloat16" in sys.argv else []
+
 
 def config(name: str, *overrides: str) -> Any:
-    """A shipped configuration, resolved, writing nowhere near the user's runs."""
+    """A shipped configuration in the precision that is asked for, resolved, writing nowhere near the user's runs."""
     from omegaconf import OmegaConf
 
     from diffusion_rl.cli.app import prepare
     from diffusion_rl.config.compose import compose
 
-    cfg = compose(name, [*overrides, f"logdir={tempfile.gettempdir()}/unused"])
+    cfg = compose(name, [*HALVES, *overrides, f"logdir={tempfile.gettempdir()}/unused"])
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     return prepare(cfg)
@@ -175,7 +177,7 @@ if __name__ == "__main__":
 
         from diffusion_rl.core.threads import configure_threads
 
-        configure_threads(shared=sys.argv[1:2] == ["--shared-operations"])  # as off-policy training has it
+        configure_threads(shared="--shared-operations" in sys.argv)  # as off-policy training has it
         makers = {f.__name__: f for f in (sampling, values, log_probs, minibatch, pretraining, environments)}
         serve(
             makers | our_networks.makers() | our_algorithms.makers(config), multiply, packages=["tensorflow", "mujoco"]

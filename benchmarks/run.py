@@ -89,6 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--upstream-diffuser", type=Path, metavar="PATH", help="checkout of the authors' Diffuser")
     parser.add_argument("--upstream-lite", type=Path, metavar="PATH", help="checkout of the authors' DiffuserLite")
     parser.add_argument("--upstream-reinflow", type=Path, metavar="PATH", help="checkout of the authors' ReinFlow")
+    parser.add_argument("--bfloat16", action="store_true", help="our updates with train.precision=bfloat16")
     parser.add_argument("--quick", action="store_true", help="few turns: to see that it works")
     parser.add_argument(
         "--rows", nargs="+", choices=[*ROWS, "iteration"], metavar="ROW", help=f"of {[*ROWS]}, iteration"
@@ -119,7 +120,7 @@ def _command(options: argparse.Namespace) -> str:
     for name in OTHERS:
         words += [f"--{name.replace('_', '-')}", "PATH"] * bool(getattr(options, name))
     words += ["--networks"] * options.networks + ["--algorithms"] * options.algorithms
-    words += ["--quick"] * options.quick
+    words += ["--bfloat16"] * options.bfloat16 + ["--quick"] * options.quick
     words += ["--rows", *options.rows] if options.rows else []
     return shlex.join(words)
 
@@ -144,10 +145,11 @@ def _sides(options: argparse.Namespace, with_algorithms: bool) -> tuple[Side, Si
         subprocess.run([sys.executable, HERE / "ours.py", "--write-algorithms", file], check=True)
         arguments = [*arguments, "--algorithms", str(file)]
     python = options.upstream_python or sys.executable
-    reference, ours = Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py", [])
+    halves = ["--bfloat16"] * options.bfloat16
+    reference, ours = Side(python, HERE / "reference.py", arguments), Side(sys.executable, HERE / "ours.py", halves)
     if not with_algorithms:
         return reference, ours
-    sharing = Side(sys.executable, HERE / "ours.py", ["--shared-operations"])
+    sharing = Side(sys.executable, HERE / "ours.py", ["--shared-operations", *halves])
     shared = [f"{name} updates" for name, case in algorithms.CASES.items() if not case.side_by_side]
     return reference, Sides(ours, sharing, shared)
 
@@ -207,7 +209,8 @@ def _iterations(options: argparse.Namespace) -> dict[str, Any]:
         policy = options.policy or folder / "policy.pt"
         if options.policy is None:
             subprocess.run([sys.executable, HERE / "ours.py", "--write-policy", policy], check=True)
-        starts = {"ours": lambda: iteration.our_run(policy, folder, turns + 2)}
+        precision = "bfloat16" if options.bfloat16 else "float32"
+        starts = {"ours": lambda: iteration.our_run(policy, folder, turns + 2, precision)}
         if both:
             facts = (options.upstream, options.upstream_python, policy, options.data, folder)
             starts = {"reference": lambda: iteration.reference_run(*facts, turns + 2)} | starts
