@@ -1,4 +1,4 @@
-"""Rung 8: learning curves of the authors' PyTorch code and of this repository, compared over seeds.
+"""Rung 8: learning curves of the authors' PyTorch code and of this repository, or of two precisions, over seeds.
 
     python -m parity_tests.r8_curves --upstream PATH --upstream-python PYTHON [--cases hopper …] [--jobs 2]
     python -m parity_tests.r8_curves                      # verdicts, table and figure from the runs that are there
