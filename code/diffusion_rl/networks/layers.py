@@ -332,6 +332,11 @@ def variables_of(module: object) -> list[tf.Variable]:
     return [v for _, v in named_variables(module)]
 
 
+def dtype_of(module: object) -> tf.DType:
+    """Returns the type of a module's first variable, without a walk to all the others; float32 where there is none."""
+    return next((variable.dtype for _, variable in named_variables(module)), tf.float32)
+
+
 def trainable_of(module: object) -> list[tf.Variable]:
     """Returns the variables of a module that are trained, in order of definition."""
     return [v for v in variables_of(module) if v.trainable]

@@ -209,7 +209,7 @@ class DiffusionActor:
         n = self.policy.sampling_steps
         firsts = range(0, n, MOST_UNROLLED)
         programs = [self._folded_steps(first, min(first + MOST_UNROLLED, n), deterministic) for first in firsts]
-        return programs[0] if len(programs) == 1 else joined(programs)
+        return dealt(programs[0] if len(programs) == 1 else joined(programs))
 
     def _folded_steps(self, first: int, end: int, deterministic: bool) -> Sampler:
         """Builds the program of the denoising steps from `first` to before `end`; from the second on it is given x
@@ -248,6 +248,21 @@ class DiffusionActor:
             return x, chains, _or_empty(tf.stack(log_probs, axis=1) if log_probs else None, x)
 
         return sample
+
+
+def dealt(program: Sampler) -> Sampler:
+    """Makes one sampler of a compiled program, which has one thread: environments are dealt to the cores in parts."""
+
+    @tf.function(autograph=False)
+    def together(cond: Cond, noise: Array, *shared: Any) -> tuple[Array, ...]:
+        cuts = parts(noise.shape[1], MIN_ROWS)
+        mine = [program({k: o[cut] for k, o in cond.items()}, noise[:, cut], *shared) for cut in cuts]
+        return tuple(tf.concat(of_parts, axis=0) for of_parts in zip(*mine, strict=True))
+
+    def sample(cond: Cond, noise: Array, *shared: Any) -> tuple[Array, ...]:
+        return (together if len(parts(noise.shape[1], MIN_ROWS)) > 1 else program)(cond, noise, *shared)
+
+    return sample
 
 
 def joined(programs: Sequence[Sampler]) -> Sampler:

@@ -21,7 +21,7 @@ from diffusion_rl.diffusion import ddim, process
 from diffusion_rl.diffusion.gaussian import clip, normal_log_prob
 from diffusion_rl.diffusion.schedules import ddim_schedule, ddpm_schedule
 from diffusion_rl.networks.folded import FoldedActor, can_fold
-from diffusion_rl.networks.layers import Array, clone, copy_weights, variables_of
+from diffusion_rl.networks.layers import Array, clone, copy_weights, dtype_of
 
 Cond = dict[str, Array]
 
@@ -97,7 +97,7 @@ class DiffusionPolicy:
     @property
     def dtype(self) -> tf.DType:
         """Returns the precision of the weights, and so of all results."""
-        return variables_of(self.network)[0].dtype
+        return dtype_of(self.network)
 
     @property
     def sampling_steps(self) -> int:

@@ -23,7 +23,7 @@ from diffusion_rl.core.keras import floatx, keras
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks.flow import NoisyFlow
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.networks.layers import Array, clone, dtype_of
 from diffusion_rl.policies.acting import Decision
 from diffusion_rl.policies.diffusion import Cond, Sample, encoded
 
@@ -132,7 +132,7 @@ class FlowPolicy:
     @property
     def dtype(self) -> tf.DType:
         """Returns the precision of the weights, and so of all results."""
-        return variables_of(self.network)[0].dtype
+        return dtype_of(self.network)
 
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise of a sample: [B,H,A]."""
@@ -367,7 +367,7 @@ class FineTunedFlowPolicy:
     @property
     def dtype(self) -> tf.DType:
         """Returns the precision of the weights, and so of all results."""
-        return variables_of(self.actor_old)[0].dtype
+        return dtype_of(self.actor_old)
 
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise of a sample: [K+1,B,H,A]."""

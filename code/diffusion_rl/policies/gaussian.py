@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import bijectors, distributions, keras
 from diffusion_rl.core.typing import Array, Rng
-from diffusion_rl.networks.layers import clone, variables_of
+from diffusion_rl.networks.layers import clone, dtype_of
 from diffusion_rl.policies.diffusion import Cond
 
 tfd, tfb = distributions(), bijectors()
@@ -68,7 +68,7 @@ class GaussianPolicy:
     @property
     def dtype(self) -> tf.DType:
         """Returns the precision of the weights, and so of all results."""
-        return variables_of(self.network)[0].dtype
+        return dtype_of(self.network)
 
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise of a sample: [B,H*A]."""

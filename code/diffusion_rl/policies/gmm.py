@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.keras import distributions, keras
 from diffusion_rl.core.typing import Array, Rng
-from diffusion_rl.networks.layers import variables_of
+from diffusion_rl.networks.layers import dtype_of
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.gaussian import DETERMINISTIC_STD
 
@@ -45,7 +45,7 @@ class GMMPolicy:
     @property
     def dtype(self) -> tf.DType:
         """Returns the precision of the weights, and so of all results."""
-        return variables_of(self.network)[0].dtype
+        return dtype_of(self.network)
 
     def noise_shape(self, batch: Any) -> tuple[Any, ...]:
         """Returns the shape of the noise of a sample: [B,M,H*A]."""

@@ -25,7 +25,7 @@ from diffusion_rl.diffusion.guidance import Guide, best_first
 from diffusion_rl.diffusion.inpainting import Conditions, Known, apply_conditions
 from diffusion_rl.diffusion.schedules import DDPMSchedule, ddpm_schedule
 from diffusion_rl.networks.convolution import shared_matrices
-from diffusion_rl.networks.layers import Array, variables_of
+from diffusion_rl.networks.layers import Array, dtype_of
 
 MIN_PART = 8  # trajectories that are denoised together
 LOSSES = {"l1": tf.abs, "l2": tf.square, "value_l1": tf.abs, "value_l2": tf.square}
@@ -88,8 +88,7 @@ class NoisyTrajectories:
     @property
     def dtype(self) -> tf.DType:
         """Returns the type of the weights, and so of everything computed with them."""
-        variables = variables_of(self.model)
-        return variables[0].dtype if variables else tf.float32
+        return dtype_of(self.model)
 
     def q_sample(self, x_start: Array, t: Array, noise: Array) -> Array:
         """Returns x_t of clean trajectories [B,H,D] at steps t [B]."""

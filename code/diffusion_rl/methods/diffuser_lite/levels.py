@@ -14,7 +14,7 @@ import tensorflow as tf
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.diffusion import rectified_flow, vp_flow
 from diffusion_rl.networks.dit import ConditionalDiT
-from diffusion_rl.networks.layers import Array, clone, variables_of
+from diffusion_rl.networks.layers import Array, clone, dtype_of
 
 BACKBONES = {"flow": rectified_flow, "diffusion": vp_flow}
 
@@ -78,7 +78,7 @@ class PlanLevel:
 
     @property
     def dtype(self) -> tf.DType:
-        return variables_of(self.network)[0].dtype
+        return dtype_of(self.network)
 
     def loss(self, x0: Array, x1: Array, t: Array, condition: Array | None = None, keep: Array | None = None) -> Array:
         """Returns the loss of clean plans and noise [B,H,O] at t [B] in [0, 1); condition [B,1], keep [B] of 0, 1."""
