@@ -174,8 +174,8 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, list[str]]] = {
     "networks: residual taken after the activation": (
         mlp.ResidualBlock,
         "call",
-        "self.l2(self.activate(h)) + x",
-        "self.l2(self.activate(h)) + self.activate(x)",
+        "self.l2(self.hidden(x)) + x",
+        "self.l2(self.hidden(x)) + self.activate(x)",
         ["net_resmlp", "net_diffusion_mlp_res"],
     ),
     "time embedding: cosine first": (

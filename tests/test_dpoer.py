@@ -129,7 +129,7 @@ def test_fast_equals_plain(mode):
             n_rows, draw = load(trainer)
             for number in range(2):
                 trainer.minibatch(draw.permutation(n_rows)[:12], True, number, trainer.draw(draw, 12))
-        assert trainer.fast == fast
+        assert trainer.restructured == fast
         results.append([*(v.numpy() for v in trainer.trained["actor"]), *trainer.watched().values()])
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)

@@ -241,6 +241,10 @@ def test_what_was_trained_acts_in_python_and_is_exported(base, kind, tmp_path):
 def make(kind="reflow", **changes):
     small = {"horizon_steps": H, "action_dim": A, "cond_dim": O, "mlp_dims": [8, 8, 8], "residual_style": True}
     with initial_weights(NoiseSource(0)):
+        if "fpo" in kind:
+            options = {"ratio_per_pair": True, "trust_region": "asymmetric"} if kind == "fpo++" else {}
+            options |= {"horizon_steps": H, "obs_dim": O, "action_dim": A, "n_pairs": 3}
+            return FPO(FlowMLP(**small, time_dim=4), CriticObs(O, [8, 8, 8]), **options | changes)
         if kind == "reflow":
             network, cls = FlowMLP(**small, time_dim=4), ReinFlow
         else:
@@ -255,10 +259,15 @@ def make(kind="reflow", **changes):
     ("kind", "imitating"),
     [
         ("reflow", True),
+        ("fpo", False),
         *(pytest.param(*one, marks=pytest.mark.slow) for one in (("shortcut", True), ("reflow", False))),
+        pytest.param("fpo++", False, marks=pytest.mark.slow),
     ],
 )
-def test_the_update_in_chunks_is_the_plain_one(kind, imitating):
+def test_the_update_in_chunks_is_the_plain_one(kind, imitating, monkeypatch):
+    """25 samples in two chunks of 13, one of whose rows is nothing; residual MLPs are folded."""
+    monkeypatch.setattr("diffusion_rl.methods.on_policy.reinflow.CHUNK", 13)
+    monkeypatch.setattr("diffusion_rl.methods.on_policy.fpo.PAIRS", 13 * 3)
     rate = {"first_cycle_steps": 10, "warmup_steps": 0, "min_lr": 1e-3}
     settings = {"update_epochs": 2, "batch_size": 30, "repeat_samples": True, "ent_coef": 0.03, "vf_coef": 0.5}
     settings |= {"actor_lr": 1e-3, "actor_lr_scheduler": rate, "actor_weight_decay": 0, "gamma": 0.99}
@@ -267,20 +276,22 @@ def test_the_update_in_chunks_is_the_plain_one(kind, imitating):
     results = []
     with precision("float64"):
         for fast in (True, False):
-            policy, rng = make(kind, noise_scheduler_type="learn_decay"), NoiseSource(1)
+            changes = {} if "fpo" in kind else {"noise_scheduler_type": "learn_decay"}
+            policy, rng = make(kind, **changes), NoiseSource(1)
             trainer = policy.make_trainer(settings | {"fast": fast}, H)
-            observations = rng.normal((4, 3, 1, O), np.float64)
-            drawn = [trainer.actor.act(o, trainer.actor.draw(rng, 3), deterministic=False) for o in observations]
+            observations = rng.normal((5, 5, 1, O), np.float64)
+            drawn = [trainer.actor.act(o, trainer.actor.draw(rng, 5), deterministic=False) for o in observations]
             rollout = Rollout(
                 observations={"state": observations},
-                last_observations={"state": rng.normal((3, 1, O), np.float64)},
+                last_observations={"state": rng.normal((5, 1, O), np.float64)},
                 decisions={k: np.stack([d.arrays()[k] for d in drawn]) for k in drawn[0].arrays()},
-                rewards=rng.normal((4, 3), np.float64),
-                terminated=np.zeros((4, 3), bool),
-                firsts=np.zeros((5, 3)),
+                rewards=rng.normal((5, 5), np.float64),
+                terminated=np.zeros((5, 5), bool),
+                firsts=np.zeros((6, 5)),
             )
             losses = trainer.update(rollout, rng, train_actor=True)["losses"]
-            assert len(losses["pg_loss"]) == 8 and losses["ratio"][0] == pytest.approx(1, abs=1e-12)
+            assert len(losses["pg_loss"]) == (2 if "fpo" in kind else 18)
+            assert losses["ratio"][0] == pytest.approx(1, abs=1e-12)
             results.append([v.numpy() for v in variables_of(policy)] + [np.array(losses[k]) for k in sorted(losses)])
     for fast, plain in zip(*results, strict=True):
         np.testing.assert_allclose(fast, plain, rtol=0, atol=1e-10)

@@ -24,6 +24,7 @@ from diffusion_rl.core.typing import Rng
 from diffusion_rl.diffusion.gaussian import normal_log_prob
 from diffusion_rl.networks.flow import NoisyFlow
 from diffusion_rl.networks.layers import Array, clone, dtype_of
+from diffusion_rl.networks.mlp import folding
 from diffusion_rl.policies.acting import Decision
 from diffusion_rl.policies.diffusion import Cond, Sample, encoded
 
@@ -61,7 +62,7 @@ class FlowActor:
     def __init__(self, policy: Any):
         self.policy = policy
         sees = hasattr(policy.network, "encode")  # convolutions are slower when they are compiled
-        self._decide = tf.function(policy.decide, jit_compile=not sees, autograph=False)
+        self._decide = tf.function(folding()(policy.decide), jit_compile=not sees, autograph=False)
 
     def weights_changed(self) -> None:
         """Must be called after every change of the weights; nothing is kept between decisions here."""

@@ -6,7 +6,7 @@ each waste less than shared ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -54,6 +54,39 @@ def accumulate(
     results = _side_by_side(body, lambda n: start, n_chunks, lambda i, *sums: sums)
     grads, statistics = zip(*results, strict=True)
     return [summed(parts) for parts in zip(*grads, strict=True)], summed(statistics)
+
+
+def mean_gradients(
+    sums: Callable[..., tuple[Array, list[Array]]],
+    per_row: Sequence[Array],
+    rows: int,
+    about: int,
+    trained: Mapping[str, Sequence[Array]],
+    n_statistics: int,
+) -> tuple[list[Array], dict[str, list[Array]]]:
+    """Returns means watched over a minibatch, and its gradients by name, made chunk by chunk.
+
+    Args:
+        sums: a chunk of each array of `per_row`, [b,...] -> (sum of the losses, n_statistics sums to watch).
+        per_row: arrays [N,...]; of the rows of zeros that fill the last chunk, zeros must be summed.
+        rows: B by which all is divided, N or more where rows are weighted.
+        about: rows of a chunk.
+        trained: the variables by name.
+    """
+    n_chunks, size, padding = chunks(per_row[0].shape[0], about)
+    arrays = [padded(x, padding) for x in per_row]
+    variables = [v for part in trained.values() for v in part]
+
+    def one_chunk(start: Array) -> tuple[list[Array], Array]:
+        cut = (tf.ensure_shape(x[start : start + size], [size, *x.shape[1:]]) for x in arrays)
+        with tf.GradientTape() as tape:
+            total, statistics = sums(*cut)
+        grads = tape.gradient(total, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return grads, tf.stack(statistics)
+
+    totals, statistics = accumulate(one_chunk, n_chunks, size, variables, n_statistics, arrays[0].dtype)
+    grads = iter(total / rows for total in totals)
+    return tf.unstack(statistics / rows), {name: [next(grads) for _ in part] for name, part in trained.items()}
 
 
 def mapped(one_chunk: Callable[[Array], Array], n_chunks: int, size: int, dtype: tf.DType) -> Array:

@@ -206,8 +206,8 @@ class DPPOTrainer(PPOTrainer):
         """(Re)builds the compiled functions; needed again when annealing changed the number of fine-tuned steps."""
         super().compile()
         p = self.policy
-        self.fast = bool(self.settings.get("fast", True)) and not self.use_bc_loss and dppo_fast.applicable(p)
-        if self.fast:
+        self.restructured = self.fast and not self.use_bc_loss and dppo_fast.applicable(p)
+        if self.restructured:
             self._fast_gradients = dppo_fast.FastGradients(p, self.reward_horizon, self.coefficients["v_loss"])
         self._chunk_log_prob = tf.function(lambda log_probs: chunk_log_prob(log_probs, self.reward_horizon))
 
@@ -240,7 +240,7 @@ class DPPOTrainer(PPOTrainer):
 
     def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
         """Returns the parts of the loss of rows [B] and the gradients by name."""
-        return self._fast_gradients(rows, data) if self.fast else super().gradients(rows, data, draws)
+        return self._fast_gradients(rows, data) if self.restructured else super().gradients(rows, data, draws)
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
         """Returns the parts of the loss of rows [B], each a denoising step of a sample."""

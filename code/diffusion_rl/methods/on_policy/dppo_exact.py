@@ -154,7 +154,6 @@ class ExactDPPOTrainer(PPOTrainer):
 
     def compile(self) -> None:
         super().compile()
-        self.fast = bool(self.settings.get("fast", True))
         self._exact = tf.function(self._exact_log_probs)
 
     # ---------- log-probabilities ----------

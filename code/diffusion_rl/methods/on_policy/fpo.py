@@ -25,15 +25,20 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 
+from diffusion_rl.core.batching import in_chunks
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.keras import floatx
 from diffusion_rl.core.typing import Rng
-from diffusion_rl.methods.on_policy.ppo import ChunkPPO, Losses, PerRow, PPOTrainer, clipped_policy_loss
+from diffusion_rl.methods.on_policy.chunked import mean_gradients
+from diffusion_rl.methods.on_policy.ppo import ChunkPPO, Gradients, Losses, PerRow, PPOTrainer, clipped_policy_loss
 from diffusion_rl.networks.layers import Array
+from diffusion_rl.networks.mlp import folding
 from diffusion_rl.policies.diffusion import Cond
 from diffusion_rl.policies.flow import FlowPolicy, draw_times
 
-ROWS = 2000  # samples whose losses are computed together before the update
+PAIRS = 1000  # whose losses and gradients are computed together
+COLUMNS = ("state", "actions", "returns", "values", "advantages", "old_log_prob", "times", "noise")
+WATCHED = ("pg_loss", "ratio", "approx_kl", "clipfrac", "flow_loss", "v_loss")
 
 
 class FPO(ChunkPPO, FlowPolicy):
@@ -112,17 +117,23 @@ class FPO(ChunkPPO, FlowPolicy):
             obs: {"state": [B,To,O]};  actions: [B,H,A];  returns, oldvalues, advantages: [B]
             oldlosses, times: [B,P];  noise: [B,P,H,A], as they were drawn when the data were collected.
         """
+        advantages = self.normalised(advantages)
+        per_row, losses = self.row_losses(obs, actions, advantages, oldlosses, times, noise)
+        watched = {"flow_loss": tf.stop_gradient(tf.reduce_mean(losses))}
+        return {**self.mean_losses(per_row, obs, returns, oldvalues), **watched}
+
+    def row_losses(
+        self, obs: Cond, actions: Array, advantages: Array, oldlosses: Array, times: Array, noise: Array
+    ) -> tuple[PerRow, Array]:
+        """Returns `clipped_policy_loss` and the mean flow-matching loss [B] of the rows; arguments as of `loss`,
+        advantages as they count."""
         losses = self.pair_losses(obs, actions, times, noise)
         difference = tf.clip_by_value(oldlosses - losses, -self.difference_clip, self.difference_clip)
-        advantages = self.normalised(advantages)
         if self.ratio_per_pair:
             per_pair = self.ratio_loss(difference, advantages[:, None])
             loss, ratio, approx_kl, outside = (tf.reduce_mean(part, axis=1) for part in per_pair)
-            per_row = (loss, ratio, approx_kl, outside)
-        else:
-            per_row = self.ratio_loss(tf.reduce_mean(difference, axis=1), advantages)
-        watched = {"flow_loss": tf.stop_gradient(tf.reduce_mean(losses))}
-        return {**self.mean_losses(per_row, obs, returns, oldvalues), **watched}
+            return (loss, ratio, approx_kl, outside), tf.reduce_mean(losses, axis=1)
+        return self.ratio_loss(tf.reduce_mean(difference, axis=1), advantages), tf.reduce_mean(losses, axis=1)
 
     def ratio_loss(self, log_ratio: Array, advantages: Array) -> PerRow:
         """Returns `clipped_policy_loss` of ratios [...], in the policy's trust region."""
@@ -149,8 +160,13 @@ class FPOTrainer(PPOTrainer):
 
     def compile(self) -> None:
         super().compile()
-        losses = self.policy.pair_losses
-        self._pair_losses = tf.function(lambda state, *rest: losses({"state": state}, *rest), reduce_retracing=True)
+        self.chunk = max(1, PAIRS // self.policy.n_pairs)
+
+        @folding(self.fast)
+        def losses(state: Array, *rest: Array) -> list[Array]:
+            return [self.policy.pair_losses({"state": state}, *rest)]
+
+        self._pair_losses = in_chunks(losses, self.chunk)
 
     def old_log_probs(
         self, state: np.ndarray, decisions: Mapping[str, np.ndarray], rng: Rng, rgb: np.ndarray | None = None
@@ -159,8 +175,7 @@ class FPOTrainer(PPOTrainer):
         self.pairs = self.policy.draw_pairs(rng, len(state))
         columns = (state, decisions["actions"], *self.pairs)
         tensors = [tf.constant(column, self.policy.dtype) for column in columns]
-        cuts = [slice(i, i + ROWS) for i in range(0, len(state), ROWS)]
-        return np.concatenate([self._pair_losses(*(tensor[cut] for tensor in tensors)).numpy() for cut in cuts])
+        return self._pair_losses(*tensors)[0].numpy()
 
     def load(self, *columns: Any) -> int:
         n_rows = super().load(*columns)
@@ -170,6 +185,24 @@ class FPOTrainer(PPOTrainer):
 
     def losses(self, rows: Array, data: dict[str, Array], draws: Any) -> Losses:
         """Returns the parts of the loss of rows [B]."""
-        names = ("state", "actions", "returns", "values", "advantages", "old_log_prob", "times", "noise")
-        state, *rest = (tf.gather(data[name], rows) for name in names)
+        state, *rest = (tf.gather(data[name], rows) for name in COLUMNS)
         return self.policy.loss({"state": state}, *rest)
+
+    def gradients(self, rows: Array, data: dict[str, Array], draws: Any) -> tuple[Losses, Gradients]:
+        """Returns the parts of the loss of rows [B] and the gradients by name; the fast path goes chunk by chunk."""
+        if not self.fast:
+            return super().gradients(rows, data, draws)
+        p, size = self.policy, rows.shape[0]
+        columns = {name: tf.gather(data[name], rows) for name in COLUMNS}
+        columns["advantages"] = p.normalised(columns["advantages"])
+
+        def sums(weight: Array, *columns: Array) -> tuple[Array, list[Array]]:
+            state, actions, returns, before, *rest = columns
+            per_row, losses = p.row_losses({"state": state}, actions, *rest)
+            v_loss = p.value_loss(tf.reshape(p.critic({"state": state}), [-1]), returns, before)
+            parts = [tf.reduce_sum(weight * x) for x in (*per_row, losses, v_loss)]
+            return parts[0] + self.coefficients["v_loss"] * parts[-1], parts
+
+        per_row = [tf.ones([size], p.dtype), *columns.values()]
+        means, grads = mean_gradients(sums, per_row, size, self.chunk, self.trained, len(WATCHED))
+        return dict(zip(WATCHED, means, strict=True)), grads

@@ -30,6 +30,7 @@ from diffusion_rl.core.returns import gae
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.methods.on_policy.shared import Gradients, Losses, SharedGradients
 from diffusion_rl.networks.layers import Array, trainable_of
+from diffusion_rl.networks.mlp import folding
 from diffusion_rl.networks.vision import RandomShiftsAug
 from diffusion_rl.policies.acting import actor_for
 from diffusion_rl.training.rollout import Rollout
@@ -210,6 +211,7 @@ class PPOTrainer(SharedGradients):
             for name, variables in self.trained.items()
         }
         self.optimizers = OptimizerGroup(optimizers, schedules)
+        self.fast = bool(settings.get("fast", True))
         self.use_bc_loss = bool(settings.get("use_bc_loss", False))
         self.coefficients = {
             "entropy_loss": float(settings.get("ent_coef", 0)),
@@ -234,8 +236,7 @@ class PPOTrainer(SharedGradients):
 
     def compile(self) -> None:
         """(Re)builds the actor, which decides while collecting, and the compiled functions."""
-        p = self.policy
-        self.actor = actor_for(p, bool(self.settings.get("fast", True)))
+        p, self.actor = self.policy, actor_for(self.policy, self.fast)
         self._values = tf.function(lambda *obs: tf.reshape(p.critic(_observation(*obs)), [-1]), reduce_retracing=True)
         self._seen_log_probs = tf.function(lambda actions, *obs: p.log_probs(_observation(*obs), actions)[0])
         self._step = tf.function(self._minibatch_step)
@@ -417,7 +418,7 @@ class PPOTrainer(SharedGradients):
     def _minibatch_step(
         self, rows: Array, data: dict[str, Array], draws: Any, stepped: tuple[str, ...], complete: bool
     ) -> Array:
-        with backward_in(self.settings.get("precision")):
+        with backward_in(self.settings.get("precision")), folding(self.fast):
             losses, grads = self.shared_gradients(rows, data, draws)
         for name, totals in self.pending.items():
             grads[name] = [

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from diffusion_rl.core.errors import UserError
 from diffusion_rl.core.lr_schedules import held
-from diffusion_rl.methods.on_policy.chunked import accumulate, chunks, padded
+from diffusion_rl.methods.on_policy.chunked import mean_gradients
 from diffusion_rl.methods.on_policy.ppo import (
     ChunkPPO,
     Gradients,
@@ -46,7 +46,7 @@ REPEATS = {False: 10, True: 5}  # of samples in an epoch: without images, with
 RATES = {"actor": (1e-5, 5e-4), "critic": (1e-5, 1e-3)}  # within which adaptive learning rates stay
 ROUNDED = 1e-12  # a KL divergence of equal policies in single precision is less
 SCHEDULED_LEVELS = (0.016, 0.08)  # of the noise that follows the iterations
-WATCHED = ("pg_loss", "ratio", "approx_kl", "clipfrac", "entropy_loss", "std", "bc_loss")
+WATCHED = ("pg_loss", "ratio", "approx_kl", "clipfrac", "std", "entropy_loss", "bc_loss", "v_loss")
 
 
 class ReinFlow(ChunkPPO, FineTunedFlowPolicy):
@@ -195,10 +195,6 @@ class ReinFlowTrainer(PPOTrainer):
         self.rates = {name: tf.Variable(settings[f"{name}_lr"], dtype=tf.float64) for name in RATES}
         super().__init__(policy, settings, reward_horizon)
 
-    def compile(self) -> None:
-        super().compile()
-        self.fast = bool(self.settings["fast"])
-
     def may_stop(self, train_actor: bool, number: int) -> bool:
         return self.target_kl is None and (train_actor or "rgb" not in self.data)
 
@@ -249,38 +245,30 @@ class ReinFlowTrainer(PPOTrainer):
             samples = tf.range(n)
         else:
             n, weight = b, tf.ones([b], p.dtype)
-        state, chains_, old = (tf.gather(data[name], samples) for name in ("state", "chains", "old_log_prob"))
-        n_chunks, size, padding = chunks(n, CHUNK)
-        arrays = [state, chains_, old, advantages, weight, *([] if draws is None else [draws])]
-        per_row = [padded(x, padding) for x in arrays]
-        actor = self.trained["actor"]
+        columns = [tf.gather(data[k], samples) for k in ("state", "chains", "old_log_prob", "returns", "values")]
+        columns += [advantages, weight, *([] if draws is None else [draws])]
+        coefficients = [self.coefficients[name] for name in ("entropy_loss", "bc_loss", "v_loss")]
 
-        def one_chunk(start: Array) -> tuple[list[Array], Array]:
-            state_c, chains_c, old_c, advantages_c, weight_c, *noise_c = (
-                tf.ensure_shape(x[start : start + size], [size, *x.shape[1:]]) for x in per_row
-            )
-            obs = {"state": state_c}
-            with tf.GradientTape() as tape:
-                log_prob, entropy, std = p.log_probs(obs, chains_c)
-                watched = [*p.policy_loss(log_prob, old_c, advantages_c), -entropy, std]
-                watched.append(p.bc_distance(obs, noise_c[0]) if noise_c else tf.zeros([size], p.dtype))
-                sums = [tf.reduce_sum(weight_c * value) for value in watched]
-                entropy_loss, bc_loss = (
-                    self.coefficients[k] * sums[i] for k, i in (("entropy_loss", 4), ("bc_loss", 6))
-                )
-                total = sums[0] + entropy_loss + bc_loss
-            grads = tape.gradient(total, actor, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-            return grads, tf.stack(sums)
+        def sums(
+            state: Array,
+            chains: Array,
+            old: Array,
+            returns: Array,
+            before: Array,
+            advantages: Array,
+            weight: Array,
+            *noise: Array,
+        ) -> tuple[Array, list[Array]]:
+            obs = {"state": state}
+            log_prob, entropy, std = p.log_probs(obs, chains)
+            loss, *watched = p.policy_loss(log_prob, old, advantages)
+            distance = p.bc_distance(obs, noise[0]) if noise else tf.zeros_like(weight)
+            v_loss = p.value_loss(tf.reshape(p.critic(obs), [-1]), returns, before)
+            parts = [tf.reduce_sum(weight * x) for x in (loss, *watched, std, -entropy, distance, v_loss)]
+            return parts[0] + sum(c * part for c, part in zip(coefficients, parts[-3:], strict=True)), parts
 
-        totals, statistics = accumulate(one_chunk, n_chunks, size, actor, len(WATCHED), p.dtype)
-        losses = dict(zip(WATCHED, tf.unstack(statistics / b), strict=True))
-        with tf.GradientTape() as tape:
-            values = tf.reshape(p.critic({"state": state}), [-1])
-            returns, before = (tf.gather(data[name], samples) for name in ("returns", "values"))
-            losses["v_loss"] = tf.reduce_sum(weight * p.value_loss(values, returns, before)) / b
-            weighted = self.coefficients["v_loss"] * losses["v_loss"]
-        grads = tape.gradient(weighted, self.trained["critic"])
-        return losses, {"actor": [total / b for total in totals], "critic": grads}
+        means, grads = mean_gradients(sums, columns, b, CHUNK, self.trained, len(WATCHED))
+        return dict(zip(WATCHED, means, strict=True)), grads
 
     def end_iteration(self, train_actor: bool) -> None:
         if self.target_kl is None:
