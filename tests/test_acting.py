@@ -111,3 +111,13 @@ def test_many_steps_are_several_programs(tuned, monkeypatch):
             assert several.arrays()[name].shape == array.shape == slow.arrays()[name].shape
             np.testing.assert_allclose(several.arrays()[name], array, rtol=0, atol=SAME)
             np.testing.assert_allclose(several.arrays()[name], slow.arrays()[name], rtol=0, atol=SAME)
+
+
+def test_a_gpu_keeps_a_batch_whole(monkeypatch):
+    """Cores get a part each; a GPU, on which parts would wait for one another, gets one."""
+    from diffusion_rl.core import batching
+
+    monkeypatch.setattr(batching, "cores", lambda: 4)
+    assert [s.start for s in batching.parts(40, 10)] == [0, 10, 20, 30]
+    monkeypatch.setattr(batching, "has_gpu", lambda: True)
+    assert batching.parts(40, 10) == [slice(0, 40)]

@@ -13,15 +13,16 @@ from contextvars import ContextVar
 
 import tensorflow as tf
 
-from diffusion_rl.core.threads import cores
+from diffusion_rl.core.threads import cores, has_gpu
 
 _dealt: ContextVar[bool] = ContextVar("products dealt", default=False)
 
 
 def parts(rows: int, least: int) -> list[slice]:
     """Returns as many equal parts of the rows as there are cores, of at least that many; fewer where they do not
-    divide."""
-    count = max(k for k in range(1, cores() + 1) if k == 1 or (rows % k == 0 and rows // k >= least))
+    divide, one on a GPU."""
+    most = 1 if has_gpu() else cores()
+    count = max(k for k in range(1, most + 1) if k == 1 or (rows % k == 0 and rows // k >= least))
     return _cut(rows, rows // count)
 
 
@@ -55,7 +56,7 @@ def dealing_products(deals: bool = True) -> Iterator[None]:
     Only forward: backward the product for the rows and that for the kernel run side by side, both whole, so that
     gradients need not be summed over parts.
     """
-    before = _dealt.set(deals and cores() > 1 and not tf.config.list_logical_devices("GPU"))
+    before = _dealt.set(deals and cores() > 1 and not has_gpu())
     try:
         yield
     finally:

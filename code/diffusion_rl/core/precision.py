@@ -23,6 +23,7 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.batching import deals_products, side_by_side
+from diffusion_rl.core.threads import has_gpu
 from diffusion_rl.core.typing import Array
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ _evaluated: ContextVar[bool] = ContextVar("half precision of forward passes", de
 
 def has_half_products() -> bool:
     """Returns whether this machine multiplies in bfloat16 faster than in float32: AVX512-BF16, AMX, or a GPU."""
-    if tf.config.list_logical_devices("GPU"):
+    if has_gpu():
         return True
     flags = _CPU.read_text().split() if _CPU.is_file() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -17,6 +17,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_gpu() -> bool:
+    """Returns whether TensorFlow computes on a GPU, where work stays whole: it has no cores to be dealt to."""
+    return bool(tf.config.list_logical_devices("GPU"))
+
+
 def sharing() -> int:
     """Returns how many threads share one product where products do not run side by side."""
     return min(cores(), SHARED)

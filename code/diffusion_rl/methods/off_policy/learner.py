@@ -13,6 +13,7 @@ from diffusion_rl.core import replicas
 from diffusion_rl.core.lr_schedules import CosineWarmupRestarts
 from diffusion_rl.core.optimizers import AdamW, OptimizerGroup
 from diffusion_rl.core.precision import HALF, backward_in
+from diffusion_rl.core.threads import has_gpu
 from diffusion_rl.core.typing import Rng
 from diffusion_rl.interop.torch_names import named_parameters
 from diffusion_rl.methods.off_policy.algorithm import Part, Phase, Settings
@@ -164,13 +165,13 @@ class Learner:
 
 def _side_by_side(policy: Any) -> bool:
     """Returns whether a policy's updates are a plain graph, whose operations run side by side, one thread each."""
-    return bool(getattr(policy, "SIDE_BY_SIDE", False)) and not tf.config.list_logical_devices("GPU")
+    return bool(getattr(policy, "SIDE_BY_SIDE", False)) and not has_gpu()
 
 
 def _precision(asked: str | None, xla: bool) -> str | None:
     """Returns the precision of products; on a processor XLA's are no faster in bfloat16, so that they stay as they are,
     and a line says so."""
-    if asked == HALF and xla and not tf.config.list_logical_devices("GPU"):
+    if asked == HALF and xla and not has_gpu():
         log.warning("train.precision=bfloat16: changes nothing for this algorithm on a processor; computing in float32")
         return None
     return asked

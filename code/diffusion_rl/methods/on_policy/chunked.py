@@ -12,13 +12,13 @@ from typing import Any
 import tensorflow as tf
 
 from diffusion_rl.core.batching import summed
-from diffusion_rl.core.threads import cores
+from diffusion_rl.core.threads import cores, has_gpu
 from diffusion_rl.networks.layers import Array
 
 
 def chunks(rows: int, largest: int) -> tuple[int, int, int]:
     """Returns number and size of chunks of about `largest` rows, and the rows of padding that the last one takes."""
-    if tf.config.list_logical_devices("GPU"):
+    if has_gpu():
         return 1, rows, 0
     n_chunks = max(1, round(rows / largest))
     if n_chunks > 1:

@@ -185,11 +185,10 @@ class PreTrainer:
     def _parts(self, inputs: Any) -> list[Any]:
         """Deals the rows of a batch to the cores, as many to each; TensorFlow works on the parts side by side.
 
-        A GPU shares out its work itself, and policies whose rows depend on their place in the batch (`DEALT = False`)
-        keep it whole.
+        Policies whose rows depend on their place in the batch (`DEALT = False`) keep it whole.
         """
         rows, deals = inputs[0].shape[0], self.fast and getattr(self.policy, "DEALT", True)
-        if not deals or rows is None or tf.config.list_logical_devices("GPU"):
+        if not deals or rows is None:
             return [inputs]
         least = OF_PERCEPTRONS if isinstance(self.policy.network, PERCEPTRONS) else ROWS_OF_A_PART
         return [tf.nest.map_structure(lambda values, cut=cut: values[cut], inputs) for cut in parts(rows, least)]
