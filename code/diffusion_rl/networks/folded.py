@@ -27,7 +27,7 @@ from diffusion_rl.core.precision import evaluates_in_halves, product
 from diffusion_rl.core.typing import Array
 from diffusion_rl.networks.critics import CriticObs
 from diffusion_rl.networks.layers import flatten_state
-from diffusion_rl.networks.mlp import DiffusionMLP, ResidualBlock, ResidualMLP
+from diffusion_rl.networks.mlp import DiffusionMLP, ResidualBlock, ResidualMLP, behind
 
 ROWS_OF_A_PART = 100  # at least: smaller products keep no core busy
 Step: TypeAlias = Callable[[int, Array, Array, Array], Array]
@@ -56,8 +56,8 @@ def _fold_blocks(mlp: ResidualMLP) -> tuple[list[Array], Array, Array]:
     tensors: list[Array] = []
     for block in inner:
         tensors += [block.l1.kernel, block.l1.bias, block.l2.kernel, block.l2.bias]
-    tensors += [last.l1.kernel, last.l1.bias, tf.matmul(last.l2.kernel, out.kernel)]
-    return tensors, out.kernel, tf.linalg.matvec(out.kernel, last.l2.bias, transpose_a=True) + out.bias
+    together, constant = behind(last, out)
+    return [*tensors, last.l1.kernel, last.l1.bias, together], out.kernel, constant
 
 
 def _blocks_output(

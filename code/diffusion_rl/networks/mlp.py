@@ -133,6 +133,12 @@ class ResidualBlock(keras.layers.Layer):
         return self.activate(h)
 
 
+def behind(last: ResidualBlock, out: Linear) -> tuple[Array, Array]:
+    """Returns kernel [W,out] and constant [out] of a last block's second layer and the output layer as one."""
+    constant = tf.linalg.matvec(out.kernel, last.l2.bias, transpose_a=True) + out.bias
+    return tf.matmul(last.l2.kernel, out.kernel), constant
+
+
 def draw_masks(network: Any, rng: Rng, shape: Sequence[int]) -> np.ndarray:
     """Draws dropout's 0/1 masks for all layers [*shape, W]; W = 0 of networks without dropout."""
     widths = [math.prod(mask[1:]) for mask in _masks_shapes(network)]
@@ -200,8 +206,7 @@ class ResidualMLP(keras.layers.Layer):
     def _folded(self, x: Array) -> Array:
         *first, last, out = self.layers
         x = sequential(first, x)
-        together = tf.matmul(last.l2.kernel, out.kernel)
-        shift = tf.linalg.matvec(out.kernel, last.l2.bias, transpose_a=True) + out.bias
+        together, shift = behind(last, out)
         return product(last.hidden(x), together) + product(x, out.kernel) + shift
 
 

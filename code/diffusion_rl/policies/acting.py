@@ -1,4 +1,4 @@
-"""Decisions of policies for a vector of environments: one compiled program per decision.
+"""Decisions of policies for a vector of environments: one compiled program per decision, or one for each core.
 
 An actor draws what one decision needs from a source of randomness (`draw`) and decides with it (`act`).
 """
