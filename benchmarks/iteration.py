@@ -15,15 +15,46 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from machine import peak_memory
 from workloads import CONFIG_FOLDER, CONFIG_NAME
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL, PATIENCE = 0.02, 1800.0
-ITERATION_DONE = re.compile(r"\d+: step +\d+ \| loss")  # a line of the reference's log
-COMMON = (f"--config-name={CONFIG_NAME}", f"--config-dir=cfg/{CONFIG_FOLDER}", "env.reset_at_iteration=True")
+
+
+class Agent(NamedTuple):
+    """What trains, on both sides.
+
+    Args:
+        config: its name, in both repositories.
+        program: what the reference's interpreter is given.
+        variables: how its environment variables begin.
+        done: in its log, once an iteration.
+        more: further words of its command line.
+    """
+
+    config: str
+    program: str
+    variables: str
+    done: re.Pattern[str]
+    more: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """What both command lines have."""
+        return [f"--config-name={self.config}", f"--config-dir=cfg/{CONFIG_FOLDER}", "env.reset_at_iteration=True"]
+
+
+DPPO = Agent(CONFIG_NAME, "script/run.py", "DPPO", re.compile(r"\d+: step +\d+ \| loss"))
+REINFLOW = Agent(
+    "ft_ppo_reflow_mlp",
+    str(Path(__file__).with_name("reference_flow_run.py")),
+    "REINFLOW",
+    re.compile(r"itr \d+ \| Total Step"),
+    ("sim_device=null",),
+)
 
 
 class Run:
@@ -65,20 +96,23 @@ class Run:
             self.process.wait()
 
 
-def reference_run(upstream: Path, python: str, policy: Path, data: Path, folder: Path, iterations: int) -> Run:
+def reference_run(
+    agent: Agent, upstream: Path, python: str, policy: Path, data: Path, folder: Path, iterations: int
+) -> Run:
     """The authors' fine-tuning command, with their own environment processes."""
-    command = [python, "script/run.py", *COMMON, "device=cpu", "wandb=null", "+train.force_train=True"]
+    command = [python, agent.program, *agent.words, "device=cpu", "wandb=null", "+train.force_train=True", *agent.more]
     command += [f"base_policy_path={policy}", f"normalization_path={data}/normalization.npz"]
     command += [f"train.n_train_itr={iterations}", f"logdir={folder}/reference"]
     env = os.environ | {"PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1", "D4RL_SUPPRESS_IMPORT_ERROR": "1"}
-    env |= {"DPPO_DATA_DIR": str(data), "DPPO_LOG_DIR": str(folder), "DPPO_WANDB_ENTITY": "none"}
+    variables = {"DIR": str(upstream), "DATA_DIR": str(data), "LOG_DIR": str(folder), "WANDB_ENTITY": "none"}
+    env |= {f"{agent.variables}_{name}": value for name, value in variables.items()}
     log = folder / "reference.log"
-    return Run(command, upstream, env, log, lambda: len(ITERATION_DONE.findall(log.read_text())))
+    return Run(command, upstream, env, log, lambda: len(agent.done.findall(log.read_text())))
 
 
-def our_run(policy: Path, folder: Path, iterations: int, precision: str = "float32") -> Run:
+def our_run(agent: Agent, policy: Path, folder: Path, iterations: int, precision: str = "float32") -> Run:
     """Our fine-tuning command."""
-    command = [sys.executable, "script/run.py", *COMMON, "++train.force_train=True", f"base_policy_path={policy}"]
+    command = [sys.executable, "script/run.py", *agent.words, "++train.force_train=True", f"base_policy_path={policy}"]
     command += [f"train.n_train_itr={iterations}", f"logdir={folder}/ours", f"++train.precision={precision}"]
     metrics = folder / "ours" / "metrics.jsonl"
 

@@ -142,14 +142,18 @@ def multiply(m: int, k: int, n: int) -> Workload:
     return lambda: tf.matmul(a, b).numpy()[0, 0]
 
 
-def write_policy(path: Path) -> None:
-    """The configured pre-trained policy, or a random one if it is not there, as a file that both sides read."""
+def write_policy(path: Path, name: str) -> None:
+    """The pre-trained policy of a fine-tuning configuration, or a random one, as a file that both sides read.
+
+    Args:
+        name: of the configuration, below that of the tasks' folder.
+    """
     from diffusion_rl.config.instantiate import instantiate
     from diffusion_rl.core.noise import initial_weights
     from diffusion_rl.interop.torch_names import state_dict
     from diffusion_rl.training.checkpoint import load_checkpoint, save_checkpoint
 
-    source = Path(config(f"{w.CONFIG_FOLDER}/{w.CONFIG_NAME}")["base_policy_path"])
+    source = Path(config(f"{w.CONFIG_FOLDER}/{name}")["base_policy_path"])
     if source.exists():
         checkpoint = load_checkpoint(source)
         return save_checkpoint(path, checkpoint.tensors, checkpoint.metadata)
@@ -162,7 +166,7 @@ def write_policy(path: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write-policy"]:
-        write_policy(Path(sys.argv[2]))
+        write_policy(Path(sys.argv[2]), sys.argv[3])
     elif sys.argv[1:2] == ["--write-algorithms"]:
         import algorithms
         import our_algorithms

@@ -7,7 +7,7 @@
     python benchmarks/run.py --upstream PATH --algorithms                 # updates of the algorithms with a buffer
     python benchmarks/run.py --upstream-diffuser PATH                     # Diffuser beside a checkout of its authors'
     python benchmarks/run.py --upstream-lite PATH                         # DiffuserLite beside its authors' code
-    python benchmarks/run.py --upstream-reinflow PATH                     # ReinFlow beside its authors' code
+    python benchmarks/run.py --upstream-reinflow PATH [--upstream-python PYTHON]    # ReinFlow beside its authors' code
 
 Prints a Markdown table of medians and ratios. benchmarks/README.md explains the rows and how to run the reference.
 """
@@ -106,8 +106,8 @@ def _options() -> argparse.Namespace:
         if path is not None and not path.exists():
             parser.error(f"--{name}: {path} does not exist")
         setattr(options, name, path.resolve() if path else None)
-    if options.upstream_python and not options.upstream:
-        parser.error("--upstream-python needs --upstream")
+    if options.upstream_python and not (options.upstream or options.upstream_reinflow):
+        parser.error("--upstream-python needs --upstream or --upstream-reinflow")
     return options
 
 
@@ -128,7 +128,7 @@ def _command(options: argparse.Namespace) -> str:
 def _selection(options: argparse.Namespace) -> list[str]:
     for name, (rows, _) in OTHERS.items():
         if getattr(options, name):
-            return [*rows()]
+            return [*rows(), *(["iteration"] if options.upstream_python else ())]
     if options.networks or options.algorithms:
         return [*(networks.rows() if options.networks else ()), *(algorithms.rows() if options.algorithms else ())]
     return [*workloads.ROWS, "iteration"]
@@ -203,16 +203,17 @@ def _compare(row: Row, reference: Side, ours: Side | Sides, quick: bool) -> dict
 
 def _iterations(options: argparse.Namespace) -> dict[str, Any]:
     turns = 1 if options.quick else 3
-    both = options.upstream is not None and options.upstream_python is not None
+    agent = iteration.REINFLOW if options.upstream_reinflow else iteration.DPPO
+    upstream = options.upstream_reinflow or options.upstream
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         policy = options.policy or folder / "policy.pt"
         if options.policy is None:
-            subprocess.run([sys.executable, HERE / "ours.py", "--write-policy", policy], check=True)
+            subprocess.run([sys.executable, HERE / "ours.py", "--write-policy", policy, agent.config], check=True)
         precision = "bfloat16" if options.bfloat16 else "float32"
-        starts = {"ours": lambda: iteration.our_run(policy, folder, turns + 2, precision)}
-        if both:
-            facts = (options.upstream, options.upstream_python, policy, options.data, folder)
+        starts = {"ours": lambda: iteration.our_run(agent, policy, folder, turns + 2, precision)}
+        if upstream and options.upstream_python:
+            facts = (agent, upstream, options.upstream_python, policy, options.data, folder)
             starts = {"reference": lambda: iteration.reference_run(*facts, turns + 2)} | starts
         try:
             return iteration.compare(starts, turns)

@@ -137,6 +137,11 @@ def write_curves(path: Path, curves: Curves, title: str) -> None:
     )
 
 
+def missing(case: Case, curves: Curves) -> list[tuple[str, int]]:
+    """Returns side and seed of the runs that the protocol asks for and that are not there, seed by seed."""
+    return [(side, seed) for seed in range(case.seeds) for side in case.sides if seed not in curves[side]]
+
+
 def equivalence(theirs: np.ndarray, ours: np.ndarray, margin: float) -> Verdict:
     """Returns the verdict over two samples, [seeds] each, by Welch's interval of the difference of means."""
     low, high = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.9)
@@ -212,8 +217,7 @@ def fill(names: Sequence[str], cases: Mapping[str, Case], options: argparse.Name
         cores.put(core)
     for name in names:
         case = cases[name]
-        there = read_curves(name, case)
-        missing = [(side, seed) for seed in range(case.seeds) for side in case.sides if seed not in there[side]]
+        jobs = missing(case, read_curves(name, case))
 
         def one(job: tuple[str, int], case: Case = case) -> tuple[tuple[str, int], np.ndarray]:
             core = cores.get()
@@ -223,7 +227,7 @@ def fill(names: Sequence[str], cases: Mapping[str, Case], options: argparse.Name
                 cores.put(core)
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            for (side, seed), curve in pool.map(one, missing):
+            for (side, seed), curve in pool.map(one, jobs):
                 there = read_curves(name, case)
                 there[side][seed] = curve
                 write_curves(RUNS / f"{name}.csv", there, case.title)
@@ -249,8 +253,9 @@ def table(cases: Mapping[str, Case]) -> str:
         case = cases[name]
         count = " / ".join(f"{side} {min(case.seeds, len(runs))}" for side, runs in curves.items())
         for window, v in verdicts(case, curves).items():
+            word = f"unfinished, {case.seeds} seeds are wanted" if missing(case, curves) else v.word
             means, interval = f"{v.theirs:.1f} | {v.ours:.1f}", f"{v.low:+.1f} to {v.high:+.1f}"
-            lines.append(f"| {case.title} | {count} | {window} | {means} | {interval} | {v.margin:g} | {v.word} |")
+            lines.append(f"| {case.title} | {count} | {window} | {means} | {interval} | {v.margin:g} | {word} |")
     return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tensorflow as tf
+
 KEEP, COPY, AVERAGE = 0, 1, 2  # what happens to the averaged weights after a step
 
 
@@ -21,8 +23,14 @@ def average_into(averaged: Sequence[Any], variables: Sequence[Any], decay: float
 
 def follow(averaged: Sequence[Any], variables: Sequence[Any], how: Any, decay: float) -> None:
     """Keeps the averaged variables (KEEP), copies the originals (COPY) or averages (AVERAGE). how: an int32 scalar."""
-    if how == COPY:
+
+    def copied() -> tf.Tensor:
         for mean, variable in zip(averaged, variables, strict=True):
             mean.assign(variable)
-    elif how == AVERAGE:
+        return how
+
+    def moved() -> tf.Tensor:
         average_into(averaged, variables, decay)
+        return how
+
+    tf.switch_case(how, {COPY: copied, AVERAGE: moved, KEEP: lambda: how})

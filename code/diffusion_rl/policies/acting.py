@@ -59,7 +59,7 @@ class SingleStepActor:
 
     def __init__(self, policy: Any):
         self.policy = policy
-        self._decide = tf.function(self.decisions)
+        self._decide = tf.function(self.decisions, autograph=False)
 
     def weights_changed(self) -> None:
         """Must be called after every change of the weights; nothing is kept between decisions here."""

@@ -106,7 +106,7 @@ class DiffuserTrainer:
         count = len(micro_batches)
         if count not in self._one:
             signature = [[self._specs(None)] * count, tf.TensorSpec([], tf.int32)]  # a smaller one is no other program
-            self._one[count] = tf.function(self._micro_batches, input_signature=signature)
+            self._one[count] = tf.function(self._micro_batches, input_signature=signature, autograph=False)
         tensors = [self._tensors(batch) for batch in micro_batches]
         return self._named(self._one[count](tensors, tf.constant(self.averaging(number))).numpy())
 
@@ -123,10 +123,11 @@ class DiffuserTrainer:
         return results[:, 0], {name: results[:, i + 1] for i, name in enumerate(self.names)}
 
     def _train_steps(self, items: Array, t: Array, noise: Array, average: Array) -> Array:
+        step = tf.autograph.experimental.do_not_convert(self._micro_batches)  # AutoGraph is for the loop alone
         n = tf.shape(items)[0]
         results = tf.TensorArray(self.model.dtype, size=n)
         for i in tf.range(n):
-            results = results.write(i, self._micro_batches([(items[i], t[i], noise[i])], average[i])[0])
+            results = results.write(i, step([(items[i], t[i], noise[i])], average[i])[0])
         return results.stack()
 
     def _gradients(self, items: Array, t: Array, noise: Array) -> tuple[Array, dict[str, Array], list[Array]]:

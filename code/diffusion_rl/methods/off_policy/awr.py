@@ -129,7 +129,7 @@ class GaussianAWR(AdvantageWeighted, WeightedLikelihood):
     KIND = "gaussian_awr"
 
 
-@tf.function(reduce_retracing=True)
+@tf.function(reduce_retracing=True, autograph=False)
 def value_of(critic: keras.layers.Layer, obs: Array) -> Array:
     """Returns state values [B] of observations [B,To,O], compiled."""
     return critic({"state": obs})[:, 0]

@@ -186,8 +186,8 @@ class DPOERTrainer(DPPOTrainer):
 
     def compile(self) -> None:
         super().compile()
-        self._refresh = tf.function(self._published_entropy)
-        self._tune = tf.function(self._temperature_step)
+        self._refresh = tf.function(self._published_entropy, autograph=False)
+        self._tune = tf.function(self._temperature_step, autograph=False)
 
     def draw(self, rng: Rng, rows: int) -> Any:
         """Draws noise for an estimate that is due: published, of chunks [B',H,A]; corrected, of whole chains."""

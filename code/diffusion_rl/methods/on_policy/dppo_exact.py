@@ -154,7 +154,7 @@ class ExactDPPOTrainer(PPOTrainer):
 
     def compile(self) -> None:
         super().compile()
-        self._exact = tf.function(self._exact_log_probs)
+        self._exact = tf.function(self._exact_log_probs, autograph=False)
 
     # ---------- log-probabilities ----------
 

@@ -13,6 +13,7 @@ bytes until a network takes it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections import defaultdict
@@ -237,9 +238,10 @@ class PPOTrainer(SharedGradients):
     def compile(self) -> None:
         """(Re)builds the actor, which decides while collecting, and the compiled functions."""
         p, self.actor = self.policy, actor_for(self.policy, self.fast)
-        self._values = tf.function(lambda *obs: tf.reshape(p.critic(_observation(*obs)), [-1]), reduce_retracing=True)
-        self._seen_log_probs = tf.function(lambda actions, *obs: p.log_probs(_observation(*obs), actions)[0])
-        self._step = tf.function(self._minibatch_step)
+        compiled = functools.partial(tf.function, autograph=False)
+        self._values = compiled(lambda *obs: tf.reshape(p.critic(_observation(*obs)), [-1]), reduce_retracing=True)
+        self._seen_log_probs = compiled(lambda actions, *obs: p.log_probs(_observation(*obs), actions)[0])
+        self._step = compiled(self._minibatch_step)
         self.loss_names: tuple[str, ...] = ()  # known once `_step` has been traced
 
     def update(

@@ -66,7 +66,7 @@ class PreTrainer:
         if isinstance(policy, DiffusionPolicy):
             policy.fast = self.folds
         self._steps = tf.function(self._train_steps, reduce_retracing=True)
-        self._loss = tf.function(lambda *batch: self.loss(self.batch(*batch)), reduce_retracing=True)
+        self._loss = tf.function(lambda *b: self.loss(self.batch(*b)), reduce_retracing=True, autograph=False)
 
     # ---------- one batch ----------
 
@@ -134,12 +134,14 @@ class PreTrainer:
         return [tf.constant(array, dtype) for array, dtype in zip((items, t, noise, shifts), types, strict=True)]
 
     def _train_steps(self, items: Array, t: Array, noise: Array, shifts: Array, average: Array) -> Array:
-        inputs = (items, t, noise, shifts) if self._encodes else self._gathered(items, t, noise, shifts)
+        plain = tf.autograph.experimental.do_not_convert  # AutoGraph is for the loop alone
+        step, gathered = plain(self._one_step), plain(self._gathered)
+        inputs = (items, t, noise, shifts) if self._encodes else gathered(items, t, noise, shifts)
         n = tf.shape(items)[0]
         losses = tf.TensorArray(self.policy.dtype, size=n)
         for i in tf.range(n):
             one = tf.nest.map_structure(lambda values, i=i: values[i], inputs)
-            losses = losses.write(i, self._one_step(one, average[i]))
+            losses = losses.write(i, step(one, average[i]))
         return losses.stack()
 
     @property
