@@ -30,10 +30,12 @@ def test_every_run_has_a_configuration_and_a_name_of_its_own(figure, budget):
 
 @pytest.mark.parametrize("budget", reproduce.BUDGETS)
 def test_one_name_stands_for_one_command_in_all_figures(budget):
-    commands: dict[tuple[str, int], tuple[str, ...]] = {}
+    """But for its iterations: a figure may take less of a run than another one."""
+    commands: dict[tuple[str, int], list[str]] = {}
     for figure in FIGURES.values():
         for run in reproduce.trainings(figure, budget):
-            assert commands.setdefault((run.name, run.seed), run.command) == run.command, run.name
+            command = [word for word in run.command if not word.startswith("train.n_train_itr=")]
+            assert commands.setdefault((run.name, run.seed), command) == command, run.name
 
 
 @pytest.mark.slow

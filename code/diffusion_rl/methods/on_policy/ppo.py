@@ -39,6 +39,7 @@ from diffusion_rl.training.rollout import Rollout
 log = logging.getLogger(__name__)
 
 LOG_PROB_RANGE = (-5.0, 2.0)  # old and new alike; what is outside gets no gradient
+compiled = functools.partial(tf.function, autograph=False)  # no tensor decides a branch here
 
 PerRow = tuple[Array, Array, Array, Array]  # loss, ratio, approximate KL, outside of the clip range; [B] each
 Obs = dict[str, Array]
@@ -238,7 +239,6 @@ class PPOTrainer(SharedGradients):
     def compile(self) -> None:
         """(Re)builds the actor, which decides while collecting, and the compiled functions."""
         p, self.actor = self.policy, actor_for(self.policy, self.fast)
-        compiled = functools.partial(tf.function, autograph=False)
         self._values = compiled(lambda *obs: tf.reshape(p.critic(_observation(*obs)), [-1]), reduce_retracing=True)
         self._seen_log_probs = compiled(lambda actions, *obs: p.log_probs(_observation(*obs), actions)[0])
         self._step = compiled(self._minibatch_step)
