@@ -76,8 +76,8 @@ def in_chunks(function: Callable[..., Sequence[tf.Tensor]], about: int) -> Calla
             the rows with a first axis of 1, so that the chunks' sums come out one below the other.
         about: rows of a chunk, a little more or less so that all chunks are alike.
     """
-    one_copy = {"_noinline": True}  # however many chunks
-    one_chunk = tf.function(function, autograph=False, experimental_attributes=one_copy)
+    attributes = {"_noinline": True}  # one copy, however many chunks
+    one_chunk = tf.function(function, autograph=False, experimental_attributes=attributes)
 
     @tf.function(autograph=False)
     def compute(*arrays: tf.Tensor) -> list[tf.Tensor]:
